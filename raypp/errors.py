@@ -1,0 +1,28 @@
+"""Errors whose message is meant for the person who runs raypp: one sentence, no traceback.
+
+The command line prints the message and exits with code 2. Anything else that is raised is a defect of raypp.
+"""
+
+
+class RayppError(Exception):
+    """Base of every error a user can cause and mend."""
+
+
+class ConfigError(RayppError):
+    """A key, value or combination in the configuration is not allowed."""
+
+
+class DataError(RayppError):
+    """A data source is missing, damaged or not of the stated form."""
+
+
+class BundleError(RayppError):
+    """A bundle is missing, altered or newer than this version understands."""
+
+
+class StorageError(RayppError):
+    """A path cannot be read or written, or is taken by another run."""
+
+
+class TrainingError(RayppError):
+    """Training cannot go on, for instance because the loss is no longer a number."""
