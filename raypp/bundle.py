@@ -1,0 +1,280 @@
+"""The exported artefact: ``public/`` is what clients may have, ``private/`` stays with the classifier's owner.
+
+Both parts carry a manifest with the SHA-256 of every file in them; ``public/`` alone is enough to protect images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+import raypp
+from raypp.config import Config
+from raypp.errors import BundleError, StorageError
+from raypp.nets import CLASSIFIERS
+from raypp.nets.features import StateDict
+from raypp.protections import PROTECTIONS
+from raypp.protections.base import Protection
+from raypp.storage import Storage
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class PublicBundle:
+    """What a client needs: a protection in evaluation mode and the images it is made for."""
+
+    protection: Protection
+    channels: int
+    image_size: tuple[int, int]
+    """Height and width of the images it was trained on."""
+    about: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PrivateBundle:
+    """What the classifier's owner keeps: classifier, its classes, configuration and measured numbers."""
+
+    classifier: nn.Module
+    classes: tuple[str, ...]
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+
+
+def export(
+    target: Storage,
+    name: str,
+    *,
+    config: Config,
+    protection: StateDict,
+    classifier: StateDict,
+    plain_classifier: StateDict | None,
+    classes: tuple[str, ...],
+    image_size: tuple[int, int],
+    metrics: dict[str, Any],
+    environment: dict[str, Any],
+) -> None:
+    """Write a bundle to the folder ``name`` in ``target``, complete or not at all.
+
+    Raises:
+        StorageError: the target cannot be written.
+    """
+    about = {
+        "protection": config.protection.model_dump(mode="json"),
+        "channels": config.data.channels,
+        "image_size": list(image_size),
+    }
+    private_about = {
+        "classifier": config.classifier.model_dump(mode="json"),
+        "classes": list(classes),
+        "channels": config.data.channels,
+    }
+    private = {
+        "classifier.json": _json(private_about),
+        "classifier.safetensors": save(_contiguous(classifier)),
+        "config.yaml": config.to_yaml().encode(),
+        "metrics.json": _json(metrics),
+        "environment.json": _json(environment),
+    }
+    if plain_classifier is not None:
+        private["plain_classifier.safetensors"] = save(_contiguous(plain_classifier))
+    parts = {
+        "public": {"protection.json": _json(about), "protection.safetensors": save(_contiguous(protection))},
+        "private": private,
+        "": {"MODEL_CARD.md": model_card(config, classes, image_size, metrics, environment).encode()},
+    }
+    with tempfile.TemporaryDirectory(prefix="raypp-bundle-") as scratch:
+        root = Path(scratch) / "bundle"  # the scratch folder itself is closed to other users
+        root.mkdir()
+        for part, files in parts.items():
+            folder = root / part
+            folder.mkdir(exist_ok=True)
+            for file, data in files.items():
+                (folder / file).write_bytes(data)
+        for part in ("public", "private", ""):  # the whole's manifest comes last and covers the parts' manifests
+            write_manifest(root / part)
+        target.upload(root, name, last=MANIFEST)
+
+
+def write_manifest(folder: Path) -> None:
+    """Write ``manifest.json`` over every other file below ``folder``."""
+    files = {
+        path.relative_to(folder).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / MANIFEST
+    }
+    manifest = {
+        "schema": SCHEMA,
+        "raypp": raypp.__version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "files": files,
+    }
+    (folder / MANIFEST).write_bytes(_json(manifest))
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Check every file that ``folder/manifest.json`` lists and return the manifest.
+
+    Raises:
+        BundleError: no manifest, a newer schema, or a missing or altered file, by name.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        schema, files = int(manifest["schema"]), dict(manifest["files"])
+        sums = {str(name): str(entry["sha256"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        raise BundleError(f"{str(folder)!r} is no bundle: {MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{str(folder / MANIFEST)!r} cannot be read: {error!r}") from error
+    if schema > SCHEMA:
+        raise BundleError(
+            f"{str(folder)!r} has bundle schema {schema}, raypp {raypp.__version__} reads up to {SCHEMA}; upgrade raypp"
+        )
+    for name, expected in sums.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise BundleError(f"{str(folder)!r} lists {name!r}, a file outside of it")
+        if not path.is_file():
+            raise BundleError(f"{str(folder)!r} is incomplete: {name} is missing")
+        if _sha256(path) != expected:
+            raise BundleError(f"{str(folder)!r} was altered: {name} does not match its SHA-256")
+    return dict(manifest)
+
+
+def load_public(location: str | Path) -> PublicBundle:
+    """Load and verify the public part of a bundle, given the bundle or its ``public`` folder (path or URI)."""
+    with _folder(location, "public") as folder:
+        manifest = verify(folder)
+        _listed(manifest, folder, "protection.json", "protection.safetensors")
+        about = _read_json(folder / "protection.json")
+        try:
+            options = PROTECTIONS.options(about["protection"]["name"]).model_validate(about["protection"])
+            protection: Protection = PROTECTIONS.build(options, channels=about["channels"])
+            protection.load_state_dict(load((folder / "protection.safetensors").read_bytes()))
+            height, width = about["image_size"]
+        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            raise BundleError(f"the protection in {str(location)!r} cannot be built: {_line(error)}") from error
+    protection.eval().requires_grad_(False)
+    return PublicBundle(protection, about["channels"], (height, width), about)
+
+
+def load_private(location: str | Path) -> PrivateBundle:
+    """Load and verify the private part of a bundle, given the bundle or its ``private`` folder (path or URI)."""
+    with _folder(location, "private") as folder:
+        manifest = verify(folder)
+        _listed(manifest, folder, "classifier.json", "classifier.safetensors", "metrics.json", "config.yaml")
+        about = _read_json(folder / "classifier.json")
+        try:
+            classes = tuple(about["classes"])
+            options = CLASSIFIERS.options(about["classifier"]["name"]).model_validate(about["classifier"])
+            net: nn.Module = CLASSIFIERS.build(options, num_classes=len(classes), channels=about["channels"])
+            net.load_state_dict(load((folder / "classifier.safetensors").read_bytes()))
+        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            raise BundleError(f"the classifier in {str(location)!r} cannot be built: {_line(error)}") from error
+        import yaml
+
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        metrics = _read_json(folder / "metrics.json")
+    net.eval().requires_grad_(False)
+    return PrivateBundle(net, classes, config, metrics)
+
+
+def model_card(
+    config: Config,
+    classes: tuple[str, ...],
+    image_size: tuple[int, int],
+    metrics: dict[str, Any],
+    environment: dict[str, Any],
+) -> str:
+    """The card as Markdown: what this is, what was measured, and what it does not promise."""
+    test = metrics["test"]
+    low, high = test["accuracy_interval"]
+    similarity = test["ssim"]["mean"] if test["ssim"] else None
+    lines = [
+        f"# Model card: {config.protection.name} protection with {config.classifier.name}",
+        "",
+        f"Made by raypp {raypp.__version__} on {datetime.now(UTC).date()}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| task | {len(classes)} classes: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''} |",
+        f"| images | {image_size[0]} x {image_size[1]}, {config.data.channels} channels, 8 bit |",
+        f"| training data | source `{config.data.source.name}`, {metrics['num_train']:,} images |",
+        f"| mode | {config.train.mode}, alpha {config.train.alpha}, {config.train.epochs} epochs, seed {config.seed} |",
+        f"| feature network | {metrics['features']} |",
+        f"| test accuracy after 8-bit rounding | {test['accuracy']:.2%} "
+        f"(95% interval {low:.2%} to {high:.2%}, n = {test['num_images']:,}) |",
+        f"| test accuracy without rounding | {test['accuracy_float']:.2%} |",
+    ]
+    if metrics.get("plain_test"):
+        lines.append(f"| plain classifier, same data | {metrics['plain_test']['accuracy']:.2%} |")
+    if similarity is not None:
+        lines.append(f"| SSIM of protected to plain images | {similarity:.3f} on average |")
+    lines += [f"| hardware | {environment['hardware']} |", "", "## What this does not promise", ""]
+    lines.append(
+        "A low SSIM between protected and plain images does not even say that a person sees nothing: look at the picture. "
+        "It says **nothing** about an attacker who trains an inverse network on pairs of plain and protected images, which the public part "
+        "of this bundle lets anyone make. No attack has been run on this bundle yet."
+    )
+    lines += ["", "Whoever re-encodes protected images (JPEG) or changes their size destroys the classification.", ""]
+    if metrics.get("warnings"):
+        lines += ["## Departures", "", *(f"- {w}" for w in metrics["warnings"]), ""]
+    return "\n".join(lines)
+
+
+def _folder(location: str | Path, part: str) -> Any:
+    """Context manager giving the local folder of one part of a bundle."""
+    storage = Storage(location)
+    try:
+        if not storage.exists():
+            raise BundleError(f"bundle {str(location)!r} does not exist")
+        name = part if storage.exists(f"{part}/{MANIFEST}") else ""
+        return storage.download(name)
+    except StorageError as error:
+        raise BundleError(f"bundle {str(location)!r} cannot be read: {error}") from error
+
+
+def _listed(manifest: dict[str, Any], folder: Path, *names: str) -> None:
+    """Refuse a part whose manifest does not vouch for a file that will be read."""
+    for name in names:
+        if name not in manifest["files"]:
+            raise BundleError(f"{str(folder)!r} is incomplete: its manifest does not list {name}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{str(path)!r} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise BundleError(f"{str(path)!r} holds no JSON object")
+    return data
+
+
+def _contiguous(state: StateDict) -> dict[str, Tensor]:
+    """safetensors stores plain contiguous tensors; channels-last weights are laid out anew."""
+    return {k: v.detach().cpu().contiguous(memory_format=torch.contiguous_format) for k, v in state.items()}
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=2) + "\n").encode()
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

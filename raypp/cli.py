@@ -1,0 +1,325 @@
+"""The command line. Each command is a function of the same name; torch and Ray are imported when one needs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from raypp import env
+
+env.apply()
+
+from cyclopts import App, CycloptsError, Parameter  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+import raypp  # noqa: E402
+from raypp.errors import RayppError  # noqa: E402
+
+app = App(
+    name="raypp",
+    version=raypp.__version__,
+    help="Train image protections with their classifiers on Ray, measure what they leak, and use them.",
+)
+data_app = App(name="data", help="Data sources: list them, convert them to Parquet, check their integrity.")
+app.command(data_app)
+
+Settings = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+SETTINGS_HELP = (
+    "Any setting of the configuration is a flag: --train.alpha 0.01 --data.source.name parquet. "
+    "`raypp config PRESET` prints them all with their values."
+)
+
+
+@app.command(help_epilogue=SETTINGS_HELP)
+def train(
+    preset: str,
+    *settings: Settings,
+    name: str | None = None,
+    config: Path | None = None,
+    resume: bool = False,
+    local: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train a protection with its classifier and export the bundle.
+
+    Parameters
+    ----------
+    preset
+        Name of a preset (see `raypp config`), or the path of a YAML file.
+    name
+        The run's name, a new folder under cluster.storage; by default preset, date and time.
+    config
+        YAML file laid over the preset.
+    resume
+        Continue the run NAME from its newest sound checkpoint.
+    local
+        Train in this process, without Ray.
+    quiet
+        Print nothing but warnings and errors.
+    """
+    from raypp.config import load_config
+
+    merged = load_config(preset, config, settings)
+    if resume and name is None:
+        raise RayppError("--resume needs --name, the run to continue")
+    return run_training(merged, name or _new_name(preset), resume=resume, local=local, quiet=quiet)
+
+
+def run_training(config: Any, name: str, *, resume: bool = False, local: bool = False, quiet: bool = False) -> Any:
+    """Train a run and print what came of it; returns its summary."""
+    from raypp.progress import Display
+    from raypp.runs import open_run, summary, train_locally
+
+    with open_run(config, name, resume=resume) as run, Display(quiet=quiet) as display:
+        for warning in run.warnings:
+            display.warn(warning)
+        found = summary(run)
+        if found is not None:
+            if not quiet:
+                display.console.print(f"run {name!r} is finished: nothing left to train")
+        elif local:
+            found = train_locally(run, display)
+        else:
+            from raypp.cluster.train import train_on_ray
+
+            found = train_on_ray(run, display)
+        where = run.storage.uri
+    if not quiet:
+        _print_results(found, where)
+    return found
+
+
+@app.command
+def quickstart(*, local: bool = False, name: str | None = None, storage: Path = Path("runs")) -> None:
+    """Train on embedded pictures of shapes, in minutes on two cores: a first look at everything.
+
+    Parameters
+    ----------
+    local
+        Train in this process, without Ray.
+    name
+        The run's name; by default quickstart, date and time.
+    storage
+        Folder under which the run gets its own.
+    """
+    from raypp.config import load_config
+
+    console = Console()
+    merged = load_config("quickstart", flags=["--cluster.storage", str(storage)])
+    name = name or _new_name("quickstart")
+    run_training(merged, name, local=local)
+    where = storage / name
+    console.print("\n[bold]Next[/]")
+    for command, why in (
+        (f"raypp protect {where}/bundle/public IMAGE_OR_FOLDER OUT", "what a client does, offline"),
+        (f"raypp evaluate {where}/bundle", "measure the bundle again, from its files alone"),
+        ("raypp train cifar10-small", "real images: downloads CIFAR-10 (or --data.source parquet)"),
+        ("raypp config cifar10", "the paper's experiment, every number of it"),
+    ):
+        console.print(f"  {command:<58} [dim]{why}[/]", highlight=False, soft_wrap=True)
+
+
+@app.command(help_epilogue=SETTINGS_HELP)
+def evaluate(
+    bundle: str, *settings: Settings, split: Literal["test", "train"] = "test", output: Path | None = None
+) -> dict[str, Any]:
+    """Measure a bundle from its files: accuracy after 8-bit rounding, and likeness of protected to plain images.
+
+    Parameters
+    ----------
+    bundle
+        Path or URI of a bundle.
+    split
+        Which split of the data to measure on.
+    output
+        Also write the numbers to this JSON file.
+    """
+    from raypp.evaluation.evaluate import evaluate_bundle
+
+    numbers = evaluate_bundle(bundle, settings, split)
+    if output is not None:
+        from raypp.storage import Storage
+
+        Storage(output.absolute().parent).write(output.name, (json.dumps(numbers, indent=2) + "\n").encode())
+    _print_numbers(Console(), numbers, None)
+    return numbers
+
+
+@app.command
+def protect(bundle: str, source: Path, target: Path, /, *, keep_size: bool = False, quiet: bool = False) -> int:
+    """Protect images with the public part of a bundle, offline.
+
+    Parameters
+    ----------
+    bundle
+        A bundle or its public folder.
+    source
+        An image, or a folder of images.
+    target
+        Where to write: a .png file for one image, a folder (made anew or empty) for a folder.
+    keep_size
+        Keep each image's own size instead of fitting it to the size that the classifier was trained on.
+    """
+    from raypp.client import protect_files
+
+    return protect_files(bundle, source, target, keep_size=keep_size, console=None if quiet else Console(stderr=True))
+
+
+@app.command
+def config(preset: str | None = None, /, *settings: Settings, file: Path | None = None) -> None:
+    """Print a preset's whole configuration, or list the presets.
+
+    Parameters
+    ----------
+    preset
+        Name of a preset or path of a YAML file.
+    file
+        YAML file laid over the preset.
+    """
+    from raypp.config import load_config, presets
+
+    console = Console()
+    if preset is None:
+        for name, path in presets().items():
+            console.print(f"{name:<16} {path.read_text().splitlines()[0].lstrip('# ')}", highlight=False)
+        return
+    sys.stdout.write(load_config(preset, file, settings).to_yaml())
+
+
+@data_app.command
+def ls() -> None:
+    """List the data sources and their options."""
+    from raypp.data.convert import describe
+
+    console = Console()
+    for source in describe():
+        console.print(f"[bold]{source['name']}[/]  {source['doc']}", highlight=False)
+        for key, default in source["options"].items():
+            console.print(f"    --{key:<15} {'required' if default is None else default}", highlight=False)
+
+
+@data_app.command
+def convert(source: str, out: Path, /, *options: Settings, image_size: tuple[int, int] | None = None) -> None:
+    """Write a source as Parquet in the Hugging Face column layout, images as lossless PNG.
+
+    Parameters
+    ----------
+    source
+        Name of a source (see `raypp data ls`); its options follow as flags, such as --path FOLDER.
+    out
+        A new or empty folder.
+    image_size
+        Fit every image to this height and width.
+    """
+    from rich.progress import Progress
+
+    from raypp.data import convert as parquet
+
+    chosen = _source(source, options, image_size)
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as bars:
+        tasks = {split: bars.add_task(split, total=chosen.num_images(split)) for split in parquet.SPLITS}
+        parquet.convert(chosen, out, progress=lambda split, done, _: bars.update(tasks[split], completed=done))
+    console.print(f"wrote {out}", highlight=False)
+
+
+@data_app.command
+def check(source: str, /, *options: Settings, image_size: tuple[int, int] | None = None) -> None:
+    """Read every image of a source and count; exit code 1 if some are unreadable.
+
+    Parameters
+    ----------
+    source
+        Name of a source (see `raypp data ls`); its options follow as flags, such as --path FOLDER.
+    image_size
+        Fit every image to this height and width.
+    """
+    from rich.table import Table
+
+    from raypp.data import convert as parquet
+
+    report = parquet.check(_source(source, options, image_size))
+    console = Console()
+    table = Table("split", "images", "H x W x C", "duplicates", "unreadable", "fingerprint", box=None, pad_edge=False)
+    for split, part in (("train", report.train), ("test", report.test)):
+        shape = " x ".join(map(str, part.shape)) if part.shape else "-"
+        fingerprint = part.fingerprint[:16] if part.fingerprint else "-"
+        numbers = (f"{part.num_images:,}", shape, f"{part.num_duplicates:,}", f"{part.num_unreadable:,}", fingerprint)
+        table.add_row(split, *numbers)
+    console.print(table)
+    counts = Table("class", "train", "test", box=None, pad_edge=False)
+    for label, num in report.train.counts.items():
+        counts.add_row(label, f"{num:,}", f"{report.test.counts[label]:,}")
+    console.print(counts)
+    console.print(f"test images that are also training images: {report.num_shared:,}", highlight=False)
+    for part in (report.train, report.test):
+        for sentence in part.unreadable:
+            console.print(sentence, style="red", highlight=False, markup=False, soft_wrap=True)
+    if not report.readable:
+        raise SystemExit(1)
+
+
+def _source(name: str, flags: tuple[str, ...], image_size: tuple[int, int] | None) -> Any:
+    """Build a source from its name and its options as flags."""
+    from raypp.config import parse_flags, validate_data
+    from raypp.data import SOURCES
+
+    prefixed = ["--data.source." + flag[2:] if flag.startswith("--") else flag for flag in flags]
+    options = parse_flags(prefixed).get("data", {}).get("source", {})
+    data = validate_data({"source": {"name": name, **options}, "image_size": image_size})
+    return SOURCES.build(data.source, size=data.image_size, channels=data.channels)
+
+
+def _new_name(preset: str) -> str:
+    from datetime import datetime
+
+    return f"{Path(preset).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _print_results(found: dict[str, Any], where: str) -> None:
+    console = Console()
+    console.print()
+    _print_numbers(console, found["test"], found["plain_test"])
+    for label, file in (("picture", "protected.png"), ("bundle", "bundle"), ("metrics", "metrics.jsonl")):
+        console.print(f"{label:<8} {where}/{file}", highlight=False, soft_wrap=True)
+
+
+def _print_numbers(console: Console, test: dict[str, Any], plain: dict[str, Any] | None) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column(f"{test['num_images']:,} test images")
+    table.add_column("accuracy", justify="right")
+    table.add_column("95% interval", justify="right")
+    table.add_column("SSIM to plain", justify="right")
+    for label, numbers in (("plain images", plain), ("protected, 8 bit", test)):
+        if numbers is not None:
+            low, high = numbers["accuracy_interval"]
+            similarity = f"{numbers['ssim']['mean']:.3f}" if numbers["ssim"] else "-"
+            table.add_row(label, f"{numbers['accuracy']:.2%}", f"{low:.1%} to {high:.1%}", similarity)
+    console.print(table)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; a user's mistake is one sentence on standard error and exit code 2."""
+    errors = Console(stderr=True)
+    try:
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_none")
+    except CycloptsError as error:
+        _fail(errors, " ".join(str(error).split()))
+    except RayppError as error:
+        _fail(errors, str(error))
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        raise SystemExit(130) from None
+
+
+def _fail(console: Console, sentence: str) -> None:
+    console.print(f"raypp: {sentence}", style="red", highlight=False, markup=False, soft_wrap=True)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The client's side: protect images with the public part of a bundle. No network, no classifier, no Ray."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from raypp.bundle import PublicBundle, load_public
+from raypp.errors import DataError, StorageError
+from raypp.images import Pixels, decode, find_images, write_png
+
+BATCH = 64
+
+
+def protect_images(bundle: PublicBundle, images: Pixels) -> Pixels:
+    """Protect a batch.
+
+    Args:
+        images: uint8 (N, H, W, C), C as the bundle's ``channels``.
+
+    Returns:
+        protected images, uint8 (N, H, W, C).
+    """
+    protected = bundle.protection.protect(torch.from_numpy(images).permute(0, 3, 1, 2))
+    return protected.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def protect_files(
+    location: str | Path, source: Path, target: Path, *, keep_size: bool = False, console: Console | None = None
+) -> int:
+    """Protect an image, or every image below a folder, and write PNG files; returns their number.
+
+    Args:
+        location: a bundle or its public folder.
+        target: a ``.png`` file for one image; for a folder, a folder that does not exist or is empty, which appears
+            complete or not at all and mirrors the source's subfolders.
+        keep_size: protect at each image's own size, not at the bundle's.
+        console: where to show progress.
+
+    Raises:
+        BundleError: the bundle is missing, altered or incomplete.
+        DataError: an image cannot be read.
+        StorageError: the target exists, has another suffix than ``.png``, or cannot be written.
+    """
+    paths = find_images(source)
+    single = source.is_file()
+    if single and target.suffix.lower() != ".png":
+        raise StorageError(f"target {str(target)!r} must end in .png: lossy formats destroy what the classifier reads")
+    if not single and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StorageError(f"target {str(target)!r} exists already; give a new or empty folder")
+    bundle = load_public(location)
+    if single:
+        image = _read(paths[0], bundle, keep_size)
+        write_png(target, protect_images(bundle, image[None])[0])
+    else:
+        outputs = [target / path.relative_to(source).with_suffix(".png") for path in paths]
+        _refuse_clashes(paths, outputs)
+        aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            jobs = list(zip(paths, outputs, strict=True))
+            groups = [jobs[start : start + BATCH] for start in range(0, len(jobs), BATCH)]
+            hidden = console is None or not console.is_terminal
+            for group in track(groups, "protecting", console=console, disable=hidden, transient=True):
+                loaded = [_read(path, bundle, keep_size) for path, _ in group]
+                for protected, (_, output) in zip(_protect_all(bundle, loaded), group, strict=True):
+                    file = aside / output.relative_to(target)
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    write_png(file, protected)
+            if target.exists():
+                target.rmdir()
+            aside.rename(target)
+        except OSError as error:
+            raise StorageError(f"cannot write {str(target)!r}: {error.strerror}") from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    if console is not None:
+        size = "their own size" if keep_size else f"{bundle.image_size[0]} x {bundle.image_size[1]}"
+        console.print(f"protected {len(paths):,} image{'s' * (len(paths) != 1)} at {size}: {target}", highlight=False)
+    return len(paths)
+
+
+def _read(path: Path, bundle: PublicBundle, keep_size: bool) -> Pixels:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    return decode(data, name=str(path), size=None if keep_size else bundle.image_size, channels=bundle.channels)
+
+
+def _protect_all(bundle: PublicBundle, loaded: list[Pixels]) -> list[Pixels]:
+    """Protect images together when they have one size, else one by one."""
+    if len({image.shape for image in loaded}) == 1:
+        return list(protect_images(bundle, np.stack(loaded)))
+    return [protect_images(bundle, image[None])[0] for image in loaded]
+
+
+def _refuse_clashes(paths: list[Path], outputs: list[Path]) -> None:
+    seen: dict[Path, Path] = {}
+    for path, output in zip(paths, outputs, strict=True):
+        if output in seen:
+            raise StorageError(f"{seen[output]} and {path} would both become {output}; rename one of them")
+        seen[output] = path

@@ -1,0 +1,1 @@
+"""Ray: the same work spread over workers and machines."""

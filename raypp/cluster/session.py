@@ -1,0 +1,59 @@
+"""Connecting to Ray: the cluster that the environment names, or one on this machine that listens on loopback only."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from raypp import env
+from raypp.errors import ConfigError
+
+env.apply()
+
+import ray  # noqa: E402  (its settings come first)
+
+
+@contextmanager
+def session(cpus: float, spare: float = 0) -> Iterator[dict[str, float]]:
+    """Use the running Ray, the cluster in RAY_ADDRESS, or start one here and stop it at the end.
+
+    Args:
+        cpus: what the workers will reserve; checked against a cluster started here.
+        spare: what must be left beside them, for the tasks that feed them.
+
+    Yields:
+        the cluster's total resources, such as ``{"CPU": 2.0}``.
+
+    Raises:
+        ConfigError: this machine has not that many CPUs, or the named cluster cannot be reached.
+    """
+    if ray.is_initialized():
+        yield ray.cluster_resources()
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError) as error:
+            raise ConfigError(
+                f"no Ray cluster answers at RAY_ADDRESS {os.environ['RAY_ADDRESS']!r}: {error}"
+            ) from error
+    else:
+        have = env.num_cores()
+        if cpus + spare > have:
+            beside = f" and data.stream for {spare:g} beside them" if spare else ""
+            raise ConfigError(
+                f"cluster.num_workers x cluster.cpus_per_worker asks for {cpus:g} CPUs{beside}, this machine has {have}"
+            )
+        ray.init(
+            num_cpus=have,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+        )
+    try:
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()

@@ -1,0 +1,210 @@
+"""Training on Ray Train: one loop on each of N workers, from the last sound checkpoint after every failure."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from raypp.cluster.session import session  # first: it makes the settings that Ray reads when it is imported
+
+import ray  # isort: skip
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from raypp.config import Config, validate
+from raypp.data.streaming import StreamLoader, datasets
+from raypp.errors import RayppError, TrainingError
+from raypp.nets.features import StateDict
+from raypp.progress import Display
+from raypp.runs import Run, conclude
+from raypp.storage import Storage
+from raypp.training.distributed import first_error
+from raypp.training.loop import TrainingData, fit
+from raypp.training.sinks import CHECKPOINTS, KEEP, Row, metrics_lines, newest_first
+
+POLL_SECONDS = 0.2
+MAX_WORKERS = 8  # of a run that does not say how many: a batch of 128 is not worth spreading further
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """Where rank 0 pins what the driver shows: the newest step, and every epoch and warning once."""
+
+    def __init__(self) -> None:
+        self._step: Row | None = None
+        self._events: list[tuple[str, Any]] = []
+
+    def pin(self, kind: str, what: Any) -> None:
+        if kind == "step":
+            self._step = what
+        else:
+            self._events.append((kind, what))
+
+    def take(self) -> tuple[Row | None, list[tuple[str, Any]]]:
+        events, self._events = self._events, []
+        return self._step, events
+
+
+class TrainSink:
+    """Reports to Ray Train, and to the run's folder what Ray Train does not keep."""
+
+    def __init__(self, run: Storage, board: Any) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.device: torch.device = get_device()
+        self._run, self._board = run, board
+
+    def checkpoints(self) -> list[str]:
+        return newest_first(self._run)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[Path]:
+        with self._run.folder(CHECKPOINTS).download(name) as folder:
+            yield folder
+
+    def report(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
+        attached = Checkpoint.from_directory(checkpoint) if checkpoint is not None else None
+        ray.train.report(history[-1], checkpoint=attached, checkpoint_dir_name=name if attached else None)
+        if self.rank == 0:
+            self._run.write("metrics.jsonl", metrics_lines(history))
+            self._board.pin.remote("epoch", history[-1])
+
+    def progress(self, info: Row) -> None:
+        self._board.pin.remote("step", info)
+
+    def warn(self, message: str) -> None:
+        self._board.pin.remote("warning", message)
+
+
+def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
+    """Train ``run`` on Ray Train and return its summary.
+
+    Raises:
+        RayppError: what a worker found wrong with data or configuration, or why training could not go on.
+    """
+    config = run.config
+    cluster = config.cluster
+    with session((cluster.num_workers or 1) * cluster.cpus_per_worker, spare=1 if config.data.stream else 0) as have:
+        num_workers, use_gpu = _scale(config, have)
+        board = Board.remote()
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={
+                "config": config.model_dump(mode="json"),
+                "run": run.storage.uri,
+                "phi": run.phi,
+                "warnings": run.warnings,
+                "board": board,
+            },
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=num_workers,
+                use_gpu=use_gpu,
+                resources_per_worker={"CPU": cluster.cpus_per_worker},
+            ),
+            datasets=datasets(config) if config.data.stream else None,
+            dataset_config=ray.train.DataConfig(datasets_to_split=["train"]),
+            run_config=RunConfig(
+                name=CHECKPOINTS,
+                storage_path=run.storage.uri,
+                failure_config=FailureConfig(max_failures=cluster.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=KEEP),
+                logging_config=LoggingConfig(log_level="CRITICAL"),
+            ),
+        )
+        with _showing(board, display):
+            outcome = _fit(trainer, run)
+    if "error" in outcome:
+        raise TrainingError(outcome["error"])
+    found: dict[str, Any] = outcome["summary"]
+    return found
+
+
+def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What runs on each worker. A user's error is returned, not raised: a restart would meet it again."""
+    config = validate(arguments["config"])
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    storage = Storage(arguments["run"])
+    sink = TrainSink(storage, arguments["board"])
+    phi: StateDict | None = arguments["phi"]
+    try:
+        data = _streamed(config, sink) if config.data.stream else None
+        result = fit(config, sink, phi, data)
+        problem, found = None, {}
+    except RayppError as error:
+        return {"error": str(error)}
+    if sink.rank == 0:
+        try:
+            found = conclude(Run(storage, config, phi, arguments["warnings"]), result, sink.device)
+        except RayppError as error:
+            problem = str(error)
+    problem = first_error(problem)
+    return {"error": problem} if problem else {"summary": found}
+
+
+def _streamed(config: Config, sink: TrainSink) -> TrainingData:
+    loader = StreamLoader(config, sink.device, sink.rank, sink.world)
+    return TrainingData(loader, loader.val, loader.classes, loader.num_train, loader.fingerprint)
+
+
+def _fit(trainer: TorchTrainer, run: Run) -> dict[str, Any]:
+    try:
+        result = trainer.fit()
+    except ray.train.WorkerGroupError as error:
+        causes = list(error.worker_failures.values())
+        first = str(causes[0]).strip().splitlines() if causes else [str(error)]
+        raise TrainingError(
+            f"training stopped after {run.config.cluster.max_failures} restarts: {first[-1]}; "
+            f"newest checkpoint: {(newest_first(run.storage) or ['none yet'])[0]}; --resume goes on from it"
+        ) from error
+    except ray.train.TrainingFailedError as error:
+        raise TrainingError(f"Ray Train gave up: {str(error).strip().splitlines()[-1]}") from error
+    outcome: dict[str, Any] = result.return_value
+    return outcome
+
+
+def _scale(config: Config, have: dict[str, float]) -> tuple[int, bool]:
+    """How many workers, and whether each gets a GPU, from the configuration or what the cluster has."""
+    cluster, gpus = config.cluster, int(have.get("GPU", 0))
+    if cluster.num_workers is not None:
+        return cluster.num_workers, gpus >= cluster.num_workers if cluster.gpu is None else cluster.gpu
+    use_gpu = gpus > 0 if cluster.gpu is None else cluster.gpu
+    spare = 1 if config.data.stream else 0
+    slots = gpus if use_gpu else int((have.get("CPU", 1) - spare) / cluster.cpus_per_worker)
+    return max(n for n in range(1, MAX_WORKERS + 1) if n <= max(slots, 1) and config.train.batch_size % n == 0), use_gpu
+
+
+@contextmanager
+def _showing(board: Any, display: Display) -> Iterator[None]:
+    """Keep the display up to date from a thread while the driver waits in fit()."""
+    finished = threading.Event()
+
+    def follow() -> None:
+        display.note("starting workers")
+        while not finished.wait(POLL_SECONDS):
+            _show(board, display)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
+        _show(board, display)
+
+
+def _show(board: Any, display: Display) -> None:
+    try:
+        step, events = ray.get(board.take.remote(), timeout=5)
+    except ray.exceptions.RayError:  # the display is not worth a run
+        return
+    for kind, what in events:
+        display.epoch(what) if kind == "epoch" else display.warn(what)
+    if step is not None:
+        display.step(step)

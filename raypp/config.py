@@ -1,0 +1,319 @@
+"""The configuration tree: a preset, then a YAML file, then command-line flags, validated once.
+
+Every number of the paper that a run uses stands in a preset, none in code. The merged tree is frozen, unknown keys are
+refused, and it is written into each run and bundle.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+
+from raypp.data import SOURCES
+from raypp.errors import ConfigError
+from raypp.nets import CLASSIFIERS, FEATURES
+from raypp.protections import PROTECTIONS
+from raypp.registry import Options, Registry, did_you_mean
+
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def _select(registry: Registry) -> BeforeValidator:
+    """Validate a section against the options model that its ``name`` selects in ``registry``."""
+
+    def validate(value: Any) -> Any:
+        if isinstance(value, Options):
+            return value
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, dict) or "name" not in value:
+            raise ValueError(f"a {registry.kind} needs a name; allowed: {', '.join(registry)}")
+        try:
+            model = registry.options(str(value["name"]))
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return model.model_validate(value)
+
+    return BeforeValidator(validate)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, ser_json_inf_nan="constants"
+    )
+
+
+class Augment(Section):
+    crop_padding: int = Field(4, ge=0)
+    """Pixels of zero padding before a random crop of the original size; 0 switches the crop off."""
+    flip: bool = True
+    """Mirror half of the images left to right."""
+
+
+class Data(Section):
+    source: Annotated[SerializeAsAny[Options], _select(SOURCES)]
+    """Where images come from; ``raypp data ls`` lists the sources and their options."""
+    image_size: tuple[int, int] | None = None
+    """Height and width that every image is fitted to (resize, then centre crop); null takes them as they are."""
+    channels: Literal[1, 3] = 3
+    """3 for RGB, 1 for grey."""
+    num_val: int = Field(5000, ge=1)
+    """Images held out of the training split for validation, stratified by class."""
+    num_train: int | None = Field(None, ge=1)
+    """Use only this many training images (after the validation split), stratified by class; null uses all."""
+    num_test: int | None = Field(None, ge=1)
+    """Use only this many test images; null uses all."""
+    augment: Augment = Augment()
+    stream: bool = False
+    """Stream training images through Ray Data instead of holding them in memory; needs Ray Train."""
+    shuffle_buffer: int = Field(10_000, ge=1)
+    """Streaming only: images in each worker's local shuffle buffer."""
+
+
+class Optimizer(Section):
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(0.1, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """SGD's momentum; AdamW's first beta."""
+    weight_decay: float = Field(5e-4, ge=0)
+
+
+class Constant(Section):
+    name: Literal["constant"] = "constant"
+
+
+class MultiStep(Section):
+    name: Literal["multistep"] = "multistep"
+    milestones: tuple[int, ...] = (60, 120, 160)
+    """Epochs, counted from 0, at whose start the learning rate is multiplied by ``gamma``."""
+    gamma: float = Field(0.2, gt=0, le=1)
+
+
+class OneCycle(Section):
+    name: Literal["one_cycle"] = "one_cycle"
+    warmup: float = Field(0.2, ge=0, lt=1)
+    """Share of all steps in which the learning rate rises linearly to ``lr``; it then falls linearly to ``final``."""
+    final: float = Field(0.0, ge=0, le=1)
+    """Learning rate after the last step, as a share of ``lr``."""
+
+
+class Train(Section):
+    mode: Literal["joint", "frozen", "plain"] = "joint"
+    """``joint``: protection and classifier together (the paper's words). ``frozen``: the classifier is trained on plain
+    images first and then fixed (the authors' released code). ``plain``: the classifier alone, the baseline."""
+    alpha: float = Field(0.005, ge=0)
+    """Weight of the feature distance in Eq. 4."""
+    epochs: int = Field(200, ge=1)
+    """Epochs of the mode's own phase."""
+    plain_epochs: int | None = Field(None, ge=1)
+    """Epochs of the plain classifier where a phase needs one first; null means ``epochs``."""
+    batch_size: int = Field(128, ge=2)
+    """Images per step over all workers together."""
+    eval_batch_size: int = Field(500, ge=1)
+    """Images per evaluation step and worker."""
+    optimizer: Optimizer = Optimizer()
+    schedule: Annotated[MultiStep | OneCycle | Constant, Field(discriminator="name")] = MultiStep()
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """``auto`` takes bf16 autocast where the hardware has bf16 instructions."""
+    channels_last: bool = True
+    compile: bool = False
+    """torch.compile; measure before you switch it on (slower on the CPUs we tried)."""
+    sync_batchnorm: bool = False
+    """Batch statistics over all workers, so that the number of workers does not change the result."""
+    deterministic: bool = True
+    """Ask torch for deterministic algorithms."""
+
+
+class Cluster(Section):
+    num_workers: int | None = Field(None, ge=1)
+    """Training workers; null takes one per GPU, else one per CPU, at most 8 and so that they divide the batch."""
+    cpus_per_worker: float = Field(1, gt=0)
+    """CPUs that Ray reserves per worker; also its number of torch threads."""
+    gpu: bool | None = None
+    """One GPU per worker; null takes GPUs when the cluster has one for each worker."""
+    max_failures: int = Field(3, ge=0)
+    """Times that a worker group is restarted from the last checkpoint before the run is given up."""
+    storage: str = "runs"
+    """Folder or pyarrow filesystem URI (s3://...) under which each run has its folder."""
+
+
+class Config(Section):
+    """One run. Sections are frozen; make another with ``load_config`` or ``model_copy``."""
+
+    seed: Seed = 0
+    """Sets everything random: split, initial weights, batch order, augmentation."""
+    data: Data
+    protection: Annotated[SerializeAsAny[Options], _select(PROTECTIONS)]
+    classifier: Annotated[SerializeAsAny[Options], _select(CLASSIFIERS)]
+    features: Annotated[SerializeAsAny[Options], _select(FEATURES)]
+    train: Train = Train()
+    cluster: Cluster = Cluster()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        if self.cluster.num_workers and self.train.batch_size % self.cluster.num_workers:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} cannot be divided among cluster.num_workers "
+                f"{self.cluster.num_workers}; allowed is a multiple of it"
+            )
+        if self.train.mode == "plain" and self.protection.name != "plain":
+            raise ValueError(
+                f"train.mode 'plain' trains no protection, found {self.protection.name!r}; allowed: 'plain'"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return text
+
+
+def presets() -> dict[str, Path]:
+    """Shipped presets by name."""
+    folder = Path(str(resources.files("raypp") / "presets"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_config(preset: str | Path, file: str | Path | None = None, flags: tuple[str, ...] | list[str] = ()) -> Config:
+    """Merge a preset (by name, or a YAML path), an optional YAML file and flags ``--train.alpha 0.01``.
+
+    Raises:
+        ConfigError: one sentence that names the key, the value and what is allowed.
+    """
+    known = presets()
+    if str(preset) in known:
+        tree = read_yaml(known[str(preset)])
+    elif Path(preset).suffix in {".yaml", ".yml"}:
+        tree = read_yaml(Path(preset))
+    else:
+        raise ConfigError(
+            f"unknown preset {str(preset)!r}{did_you_mean(str(preset), known)}; "
+            f"allowed: {', '.join(known)}, or the path of a .yaml file"
+        )
+    if file is not None:
+        tree = merge(tree, read_yaml(Path(file)))
+    tree = merge(tree, parse_flags(flags))
+    return validate(tree)
+
+
+def validate(tree: dict[str, Any]) -> Config:
+    """Validate a merged tree; raises ConfigError with one sentence for the first thing that is wrong."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, tree)) from None
+
+
+def validate_data(tree: dict[str, Any]) -> Data:
+    """Validate a ``data`` section by itself; raises ConfigError as :func:`validate` does."""
+    try:
+        return Data.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, {"data": tree}, ("data",))) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {str(path)!r} is no valid YAML: {' '.join(str(error).split())}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {str(path)!r} holds a {type(tree).__name__}; allowed is a mapping of sections")
+    return tree
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return ``base`` overlaid by ``over``; a section whose ``name`` changes starts afresh: other options apply."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and "name" in old and isinstance(value, str):
+            value = {"name": value}
+        if isinstance(old, dict) and isinstance(value, dict):
+            fresh = "name" in value and "name" in old and value["name"] != old["name"]
+            merged[key] = value if fresh else merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def parse_flags(flags: tuple[str, ...] | list[str]) -> dict[str, Any]:
+    """Turn ``--a.b value`` and ``--a.b=value`` into a tree; values are read as YAML, dashes in keys as underscores."""
+    tree: dict[str, Any] = {}
+    rest = list(flags)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--") or len(flag) == 2:
+            raise ConfigError(f"unexpected argument {flag!r}; a setting is written --section.key VALUE")
+        key, equals, text = flag[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"--{key} needs a value, as in --{key} VALUE")
+            text = rest.pop(0)
+        parts = key.replace("-", "_").split(".")
+        if parts[0] not in Config.model_fields:
+            raise ConfigError(
+                f"unknown option --{key}{did_you_mean(parts[0], Config.model_fields)}; "
+                f"settings begin with {', '.join(Config.model_fields)}"
+            )
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        tree = merge(tree, _nest(parts, value))
+    return tree
+
+
+def _nest(parts: list[str], value: Any) -> dict[str, Any]:
+    for part in reversed(parts):
+        value = {part: value}
+    nested: dict[str, Any] = value
+    return nested
+
+
+def _sentence(error: ValidationError, tree: dict[str, Any], within: tuple[str, ...] = ()) -> str:
+    """The first error as one sentence; pydantic's own wording, with the key spelled as the user wrote it."""
+    # An unknown key explains other errors (a missing required one, say), so it comes first.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    loc = [*within, *(str(part) for part in first["loc"])]
+    # pydantic puts a discriminated union's tag into the path; the user never wrote it.
+    if loc[:2] == ["train", "schedule"] and len(loc) > 2:
+        del loc[2]
+    key = ".".join(loc)
+    if first["type"] == "extra_forbidden":
+        siblings = _allowed_keys(loc[:-1], tree)
+        close = difflib.get_close_matches(loc[-1], siblings, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        return f"unknown key {key!r}{hint}; allowed there: {', '.join(siblings)}"
+    if first["type"] == "missing":
+        return f"{key} is missing; it has no default"
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{key}: {reason}" if key else reason
+    return f"{key} is {first['input']!r}: {reason[0].lower()}{reason[1:]}"
+
+
+def _allowed_keys(loc: list[str], tree: dict[str, Any]) -> list[str]:
+    """Keys allowed in the section at ``loc``, given what the user's tree selects there."""
+    model: type[BaseModel] = Config
+    node: Any = tree
+    for part in loc:
+        node = node.get(part, {}) if isinstance(node, dict) else {}
+        annotation = model.model_fields[part].annotation
+        choices = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        name = node.get("name") if isinstance(node, dict) else None
+        if Options in choices:
+            registry = {"source": SOURCES, "protection": PROTECTIONS, "classifier": CLASSIFIERS, "features": FEATURES}
+            model = registry[part].options(str(name))
+        else:
+            named = [m for m in choices if "name" in m.model_fields and m.model_fields["name"].default == name]
+            model = (named or choices)[0]
+    return list(model.model_fields)

@@ -1,0 +1,100 @@
+"""CIFAR-10 and CIFAR-100 through torchvision, which checks every file against its published md5 before reading it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from raypp import registry
+from raypp.data.base import Record, Source, Split
+from raypp.errors import DataError
+from raypp.images import fit, grey
+
+
+class _Cifar(Source):
+    dataset: ClassVar[str]
+    """Name of the class in torchvision.datasets."""
+
+    class Options(registry.Options):
+        """Where the data set lies."""
+
+        root: Path = Path("data")
+        """Folder that holds (or gets) the extracted python version of the data set."""
+        download: bool = True
+        """Fetch the data set into ``root`` if it is not there."""
+
+    options: Options
+
+    def __init__(self, options: Options, *, size: tuple[int, int] | None = None, channels: int = 3) -> None:
+        super().__init__(options, size=size or (32, 32), channels=channels)
+        self._opened: dict[Split, Any] = {}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self._open("test").classes)
+
+    def num_images(self, split: Split) -> int:
+        return len(self._open(split))
+
+    def _read(self, split: Split) -> Iterator[Record]:
+        assert self.size is not None
+        opened = self._open(split)
+        for i, (image, label) in enumerate(zip(opened.data, opened.targets, strict=True)):
+            image = fit(image, self.size)
+            yield Record(f"{self.dataset} {split} image {i}", label, grey(image) if self.channels == 1 else image)
+
+    def _open(self, split: Split) -> Any:
+        """Return torchvision's data set, read once; raises DataError that says which file is missing or damaged."""
+        if split not in self._opened:
+            from torchvision import datasets
+
+            dataset = getattr(datasets, self.dataset)
+            root = self.options.root.expanduser()
+            try:
+                self._opened[split] = dataset(root, train=split == "train", download=self.options.download)
+            except (RuntimeError, OSError) as error:
+                if self.options.download:
+                    tried = f"downloading {dataset.url} failed ({error})"
+                else:
+                    tried = "data.source.download is false"
+                raise DataError(
+                    f"{_defect(dataset, root)} and {tried}; data.source.root can point at an existing copy"
+                ) from error
+        return self._opened[split]
+
+
+def _defect(dataset: Any, root: Path) -> str:
+    """Say what is wrong with the copy of a torchvision data set at ``root``."""
+    from torchvision.datasets.utils import check_integrity
+
+    folder = root / dataset.base_folder
+    published = [(folder / file, md5) for file, md5 in [*dataset.train_list, *dataset.test_list]]
+    published.append((folder / dataset.meta["filename"], dataset.meta["md5"]))
+    for path, md5 in [*published, (root / dataset.filename, dataset.tgz_md5)]:
+        if path.is_file() and not check_integrity(path, md5):
+            return f"{path} is damaged (its md5 is not the published one)"
+    missing = [path for path, _ in published if not path.is_file()]
+    return f"{missing[0]} is missing" if folder.is_dir() and missing else f"{folder} does not exist"
+
+
+class Cifar10(_Cifar):
+    """CIFAR-10: 50,000 + 10,000 colour photos of 32 x 32 in 10 classes."""
+
+    dataset = "CIFAR10"
+
+    class Options(_Cifar.Options):
+        """Where CIFAR-10 lies."""
+
+        name: Literal["cifar10"] = "cifar10"
+
+
+class Cifar100(_Cifar):
+    """CIFAR-100: 50,000 + 10,000 colour photos of 32 x 32 in 100 fine classes."""
+
+    dataset = "CIFAR100"
+
+    class Options(_Cifar.Options):
+        """Where CIFAR-100 lies."""
+
+        name: Literal["cifar100"] = "cifar100"

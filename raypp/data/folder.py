@@ -1,0 +1,107 @@
+"""A folder per class, any image format: the layout most people already have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from raypp import registry
+from raypp.data.base import Record, Source, Split, decode_all, stratified_split
+from raypp.errors import DataError
+from raypp.images import find_images
+
+TEST_NAMES = ("test", "val", "validation")
+
+
+class Folder(Source):
+    """Images in ``train/<class>/`` and ``test/<class>/``, or in ``<class>/`` alone; any image format.
+
+    The test folder may also be called ``val`` or ``validation``. Class folders without a train folder above them are
+    split into train and test by ``test_fraction``. Hidden files and files of other types are ignored.
+    """
+
+    class Options(registry.Options):
+        """Where the folders lie and how to split them."""
+
+        name: Literal["folder"] = "folder"
+        path: Path
+        """Folder above train and test, or above the class folders."""
+        test_fraction: float = Field(default=0.1, gt=0, lt=1)
+        """Share of each class set aside for testing where there is no train folder."""
+        seed: int = Field(default=0, ge=0)
+        """Decides which images those are."""
+
+    options: Options
+
+    @cached_property
+    def _root(self) -> Path:
+        root = self.options.path.expanduser()
+        if not root.is_dir():
+            raise DataError(f"data.source.path {root} is not a folder")
+        return root
+
+    @cached_property
+    def _train_root(self) -> Path:
+        train = self._root / "train"
+        return train if train.is_dir() else self._root
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the class folders, sorted; raises DataError if there are none."""
+        return tuple(_class_folders(self._train_root))
+
+    def files(self, split: Split) -> list[tuple[str, int]]:
+        """Return (path, label) of every image of ``split``, sorted by class and path.
+
+        Raises:
+            DataError: there is no such split, a class folder has no image, or test has a class that train lacks.
+        """
+        if self._train_root == self._root:
+            return self._divided[split]
+        return self._listed(self._train_root if split == "train" else self._test_root)
+
+    @property
+    def _test_root(self) -> Path:
+        for name in TEST_NAMES:
+            if (self._root / name).is_dir():
+                return self._root / name
+        raise DataError(f"{self._root} has a train folder and no test folder, allowed is {', '.join(TEST_NAMES)}")
+
+    @cached_property
+    def _divided(self) -> dict[Split, list[tuple[str, int]]]:
+        files = self._listed(self._root)
+        num_test = round(self.options.test_fraction * len(files))
+        if num_test == 0:
+            raise DataError(
+                f"data.source.test_fraction {self.options.test_fraction} of the {len(files)} images in {self._root} "
+                f"leaves none for testing"
+            )
+        train, test = stratified_split([label for _, label in files], num_test, self.options.seed)
+        return {"train": [files[i] for i in train], "test": [files[i] for i in test]}
+
+    def _listed(self, root: Path) -> list[tuple[str, int]]:
+        files: list[tuple[str, int]] = []
+        for name in _class_folders(root):
+            if name not in self.classes:
+                raise DataError(f"{root / name} is a class that {self._train_root} does not have")
+            label = self.classes.index(name)
+            files += [(str(file), label) for file in find_images(root / name)]
+        return files
+
+    def num_images(self, split: Split) -> int:
+        return len(self.files(split))
+
+    def _read(self, split: Split) -> Iterator[Record]:
+        items = ((path, label, Path(path)) for path, label in self.files(split))
+        return decode_all(items, size=self.size, channels=self.channels)
+
+
+def _class_folders(root: Path) -> list[str]:
+    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise DataError(f"{root} holds no folders, allowed is one per class")
+    return names

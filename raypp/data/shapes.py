@@ -1,0 +1,229 @@
+"""Ten shapes a person recognises, drawn on the fly: embedded data for first steps, tests and offline machines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from raypp import registry
+from raypp.data.base import Record, Source, Split
+from raypp.errors import DataError
+from raypp.images import Pixels, grey
+
+Plane: TypeAlias = npt.NDArray[np.float32]
+"""float32 (N, H, W): one value per pixel."""
+Vector: TypeAlias = npt.NDArray[np.float64]
+"""float64 (N,): one value per image."""
+
+# Images are drawn in chunks, each with a random stream of its own, so that image i does not depend on how many follow.
+CHUNK = 100
+MIN_SIDE = 16
+NUM_PARAMETERS = 64
+LUMA = (0.299, 0.587, 0.114)
+
+
+class Shapes(Source):
+    """Ten seeded, procedurally drawn shapes on random backgrounds; needs no files and no network.
+
+    Image i of a split depends only on the seed, the split, i, and the image size. Its class is ``i % 10``.
+    """
+
+    class Options(registry.Options):
+        """How many images to draw."""
+
+        name: Literal["shapes"] = "shapes"
+        num_train: int = Field(default=6000, ge=1)
+        """Images in the train split."""
+        num_test: int = Field(default=1000, ge=1)
+        """Images in the test split."""
+        seed: int = Field(default=0, ge=0)
+        """Another seed draws other images."""
+
+    options: Options
+
+    def __init__(self, options: Options, *, size: tuple[int, int] | None = None, channels: int = 3) -> None:
+        super().__init__(options, size=size or (32, 32), channels=channels)
+        if size and min(size) < MIN_SIDE:
+            raise DataError(
+                f"data.image_size {size[0]} x {size[1]} is too small for the source 'shapes', which draws at "
+                f"{MIN_SIDE} x {MIN_SIDE} or more"
+            )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(SHAPES)
+
+    def num_images(self, split: Split) -> int:
+        return self.options.num_train if split == "train" else self.options.num_test
+
+    def _read(self, split: Split) -> Iterator[Record]:
+        assert self.size is not None
+        num = self.num_images(split)
+        for start in range(0, num, CHUNK):
+            seed = np.random.SeedSequence([self.options.seed, int(split == "test"), start // CHUNK])
+            images = _draw(np.random.default_rng(seed), min(CHUNK, num - start), self.size)
+            if self.channels == 1:
+                images = grey(images)
+            for i, image in enumerate(images, start):
+                yield Record(f"shapes {split} image {i}", i % len(SHAPES), image)
+
+
+def _draw(rng: np.random.Generator, num: int, size: tuple[int, int]) -> Pixels:
+    """Draw the first ``num`` images of a chunk, classes in turn; returns uint8 (num, H, W, 3).
+
+    Only operations that IEEE 754 rounds in one way are applied to pixels (no sine, no sum over an axis), so that
+    every machine draws the same bytes.
+    """
+    height, width = size
+    short = min(size)
+    # Parameters come first and for the whole chunk, pixel noise last: a shorter chunk is a prefix of a longer one.
+    parameters = iter(rng.random((CHUNK, NUM_PARAMETERS))[:num].T)
+    noise = rng.integers(0, 256, (num, height, width, 3), dtype=np.uint8)
+
+    def uniform(low: float | Vector, high: float | Vector) -> Vector:
+        values: Vector = low + (high - low) * next(parameters)
+        return values
+
+    radius = uniform(0.27, 0.42) * short
+    reach = 1.1 * radius  # of the corners, when turned
+    centre_x = uniform(reach, width - reach)
+    centre_y = uniform(reach, height - reach)
+    angle = uniform(-0.26, 0.26)
+    cos, sin = (_column(np.round(f(angle), 6) / radius) for f in (np.cos, np.sin))
+    dx = np.arange(width, dtype=np.float32)[None, None, :] + 0.5 - _column(centre_x)
+    dy = _column(centre_y) - 0.5 - np.arange(height, dtype=np.float32)[None, :, None]
+    x, y = cos * dx + sin * dy, cos * dy - sin * dx  # shape's own axes: y up, about 1 at its edge
+
+    # Background and shape differ in brightness by a clear step; the hue of each is its own.
+    dark, light = uniform(0.12, 0.42), uniform(0.62, 0.92)
+    shape_is_light = next(parameters) < 0.5
+    shape_luma = np.where(shape_is_light, light, dark)
+    background_luma = np.where(shape_is_light, dark, light)
+    shape_colour = [shape_luma + c for c in _chroma([uniform(-1, 1) for _ in range(3)], uniform(0.1, 0.45))]
+    hue = _chroma([uniform(-1, 1) for _ in range(3)], uniform(0.05, 0.35))
+    # A 3 x 3 net of colours around one base colour, interpolated smoothly: gradients, vignettes and soft blobs.
+    net = [[[background_luma + c + uniform(-0.13, 0.13) for c in hue] for _ in range(3)] for _ in range(3)]
+    columns, rows = _hats(width), _hats(height)
+    shade = _column(uniform(-0.1, 0.1)) * y  # the shape is lit a little from above or below
+
+    coverage = np.empty((num, height, width), dtype=np.float32)
+    for label, distance in enumerate(SHAPES.values()):
+        of_class = slice(label, None, len(SHAPES))
+        edge = distance(x[of_class], y[of_class]) * _column(radius[of_class])
+        coverage[of_class] = np.clip(np.float32(0.5) - edge, 0, 1)
+
+    images = np.empty((num, height, width, 3), dtype=np.uint8)
+    for channel in range(3):
+        lines = [sum(_column(net[r][c][channel]) * columns[c] for c in range(3)) for r in range(3)]
+        background = sum(lines[r] * rows[r][:, None] for r in range(3))
+        foreground = _column(shape_colour[channel]) + shade
+        colour = background + coverage * (foreground - background)
+        colour += (noise[..., channel].astype(np.float32) - np.float32(127.5)) * np.float32(0.07 / 255)
+        images[..., channel] = np.clip(np.rint(colour * np.float32(255)), 0, 255)
+    return images
+
+
+def _column(values: Vector) -> Plane:
+    """Return per-image values as float32 (N, 1, 1)."""
+    return values.astype(np.float32)[:, None, None]
+
+
+def _chroma(direction: list[Vector], amount: Vector) -> list[Vector]:
+    """Return three per-channel offsets without brightness of their own, the largest ``amount`` in size."""
+    luma = sum(weight * d for weight, d in zip(LUMA, direction, strict=True))
+    offsets = [d - luma for d in direction]
+    largest = np.maximum(np.maximum(*np.abs(offsets[:2])), np.abs(offsets[2]))
+    return [amount * offset / largest for offset in offsets]
+
+
+def _hats(num: int) -> list[npt.NDArray[np.float32]]:
+    """Return the smooth weights (num,) of three knots at the start, middle and end of a line; they sum to 1."""
+    place = (np.arange(num, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / num)
+    hats = [np.clip(1 - np.abs(place - np.float32(knot)), 0, 1) for knot in range(3)]
+    return [hat * hat * (3 - 2 * hat) for hat in hats]
+
+
+# Signed distances, negative inside. x, y: Plane in the shape's axes; returns Plane.
+
+
+def _circle(x: Plane, y: Plane) -> Plane:
+    return np.sqrt(x * x + y * y) - np.float32(0.9)
+
+
+def _ring(x: Plane, y: Plane) -> Plane:
+    return np.abs(np.sqrt(x * x + y * y) - np.float32(0.72)) - np.float32(0.2)
+
+
+def _crescent(x: Plane, y: Plane) -> Plane:
+    bite_x, bite_y = x - np.float32(0.42), y - np.float32(0.12)
+    bite = np.sqrt(bite_x * bite_x + bite_y * bite_y) - np.float32(0.78)
+    crescent: Plane = np.maximum(np.sqrt(x * x + y * y) - np.float32(0.98), -bite)
+    return crescent
+
+
+def _heart(x: Plane, y: Plane) -> Plane:
+    one, scale = np.float32(1), np.float32(1.75)
+    x, y = np.abs(x / scale), y / scale + np.float32(0.55)
+    lobe_x, lobe_y = x - np.float32(0.25), y - np.float32(0.75)
+    lobe = np.sqrt(lobe_x * lobe_x + lobe_y * lobe_y) - np.float32(math.sqrt(2) / 4)
+    side = np.maximum(x + y, 0) * np.float32(0.5)
+    to_dent, to_side = x * x + (y - one) * (y - one), (x - side) * (x - side) + (y - side) * (y - side)
+    point = np.sqrt(np.minimum(to_dent, to_side)) * np.sign(x - y)
+    heart: Plane = np.where(x + y > 1, lobe, point) * scale
+    return heart
+
+
+def _house(x: Plane, y: Plane) -> Plane:
+    door = np.maximum(np.abs(x - np.float32(0.1)) - np.float32(0.2), np.abs(y + np.float32(0.62)) - np.float32(0.36))
+    house: Plane = np.maximum(_polygon(x, y, HOUSE), -door)
+    return house
+
+
+def _polygon(x: Plane, y: Plane, corners: list[tuple[float, float]]) -> Plane:
+    nearest = np.full_like(x, np.inf)
+    inside = np.zeros(x.shape, dtype=bool)
+    for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):
+        ex, ey = np.float32(bx - ax), np.float32(by - ay)
+        px, py = x - np.float32(ax), y - np.float32(ay)
+        along = np.clip((px * ex + py * ey) / (ex * ex + ey * ey), 0, 1)
+        off_x, off_y = px - ex * along, py - ey * along
+        nearest = np.minimum(nearest, off_x * off_x + off_y * off_y)
+        if ey:
+            # Even-odd rule: count the edges to the right of each pixel.
+            inside ^= ((py < 0) != (y < np.float32(by))) & (px < ex / ey * py)
+    distance = np.sqrt(nearest)
+    return np.where(inside, -distance, distance)
+
+
+def _star_corners() -> list[tuple[float, float]]:
+    turns = [(math.pi * k / 5, 1.08 if k % 2 == 0 else 0.46) for k in range(10)]
+    return [(round(r * math.sin(a), 6), round(r * math.cos(a), 6)) for a, r in turns]
+
+
+SQUARE = [(-0.78, -0.78), (0.78, -0.78), (0.78, 0.78), (-0.78, 0.78)]
+TRIANGLE = [(0.0, 0.98), (-0.98, -0.74), (0.98, -0.74)]
+STAR = _star_corners()
+HOUSE = [(-0.68, -0.95), (0.68, -0.95), (0.68, 0.12), (0.98, 0.12), (0.0, 0.98), (-0.98, 0.12), (-0.68, 0.12)]
+ARROW = [(-1.0, -0.24), (0.1, -0.24), (0.1, -0.72), (1.0, 0.0), (0.1, 0.72), (0.1, 0.24), (-1.0, 0.24)]
+CROSS = [
+    *((-0.3, -0.96), (0.3, -0.96), (0.3, -0.3), (0.96, -0.3), (0.96, 0.3), (0.3, 0.3)),
+    *((0.3, 0.96), (-0.3, 0.96), (-0.3, 0.3), (-0.96, 0.3), (-0.96, -0.3), (-0.3, -0.3)),
+]
+
+SHAPES = {
+    "circle": _circle,
+    "ring": _ring,
+    "square": lambda x, y: _polygon(x, y, SQUARE),
+    "triangle": lambda x, y: _polygon(x, y, TRIANGLE),
+    "star": lambda x, y: _polygon(x, y, STAR),
+    "cross": lambda x, y: _polygon(x, y, CROSS),
+    "heart": _heart,
+    "arrow": lambda x, y: _polygon(x, y, ARROW),
+    "crescent": _crescent,
+    "house": _house,
+}

@@ -1,0 +1,188 @@
+"""The one door between data and Ray: training images that do not fit in memory stream through Ray Data.
+
+Encoded images are read, split, decoded and shuffled in tasks beside the training workers; memory holds a few blocks and
+the shuffle buffers, however large the set is. Validation images are those whose keyed hash falls below a threshold: the
+split needs no index, does not depend on order or number of workers, and puts identical images on the same side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from functools import singledispatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.data
+import ray.train
+import torch
+from ray.exceptions import RayTaskError
+from torch import Tensor
+
+from raypp.config import Config
+from raypp.data import SOURCES
+from raypp.data.base import Source
+from raypp.data.folder import Folder
+from raypp.data.loader import Augmentation, as_input, generator, to_device
+from raypp.data.parquet import Parquet
+from raypp.errors import ConfigError, DataError
+from raypp.images import decode
+
+Batch = dict[str, np.ndarray]
+
+
+@singledispatch
+def encoded(source: Source, seed: int) -> ray.data.Dataset:  # noqa: ARG001 (its implementations shuffle by it)
+    """The training split as rows of ``name``, ``label`` and, where it is at hand, ``bytes``."""
+    raise ConfigError(
+        f"data.stream cannot read data.source {source.options.name!r}; allowed: parquet, folder "
+        "(raypp data convert turns any source into Parquet)"
+    )
+
+
+@encoded.register
+def _(source: Parquet, seed: int) -> ray.data.Dataset:
+    image, label = source.columns()
+    shuffle = ray.data.FileShuffleConfig(seed=seed, reseed_after_execution=True)
+    rows = ray.data.read_parquet(
+        source.files("train"),
+        filesystem=source.filesystem,
+        columns=[image, label],
+        include_paths=True,
+        shuffle=shuffle,
+    )
+    classes = source.classes
+
+    def name_rows(batch: Batch) -> Batch:
+        cells = batch[image]
+        values = [c["bytes"] if isinstance(c, dict) else c for c in cells]
+        labels = [classes.index(v) if isinstance(v, str) else v for v in batch[label].tolist()]
+        return {"name": batch["path"], "label": np.asarray(labels), "bytes": np.asarray(values, dtype=object)}
+
+    return rows.map_batches(name_rows, batch_format="numpy")
+
+
+@encoded.register
+def _(source: Folder, seed: int) -> ray.data.Dataset:
+    files = source.files("train")
+    order = np.random.default_rng(seed).permutation(len(files))
+    return ray.data.from_items([{"name": files[i][0], "label": files[i][1]} for i in order])
+
+
+def datasets(config: Config) -> dict[str, ray.data.Dataset]:
+    """Lazily streamed ``train`` and ``val`` datasets of rows ``image`` uint8 (H, W, C) and ``label``."""
+    if config.data.image_size is None:
+        raise ConfigError("data.stream needs data.image_size, as in --data.image_size '[32, 32]'")
+    if config.data.num_train is not None:
+        raise ConfigError("data.num_train does not apply to data.stream; convert a part of the set instead")
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    source: Source = SOURCES.build(config.data.source, size=config.data.image_size, channels=config.data.channels)
+    share = _val_share(config, source)
+    rows = encoded(source, config.seed)
+    num_classes = len(source.classes)
+
+    def part(val: bool) -> ray.data.Dataset:
+        return rows.map_batches(
+            _decode,
+            batch_format="numpy",
+            batch_size=256,
+            fn_kwargs={
+                "val": val,
+                "share": share,
+                "key": config.seed,
+                "size": config.data.image_size,
+                "channels": config.data.channels,
+                "num_classes": num_classes,
+            },
+        )
+
+    return {"train": part(val=False), "val": part(val=True)}
+
+
+def _val_share(config: Config, source: Source) -> float:
+    num = source.num_images("train")
+    if config.data.num_val >= num:
+        raise DataError(f"data.num_val is {config.data.num_val}, allowed is less than the {num} training images")
+    return config.data.num_val / num
+
+
+def _decode(
+    batch: Batch, *, val: bool, share: float, key: int, size: tuple[int, int], channels: int, num_classes: int
+) -> Batch:
+    images, labels = [], []
+    encoded_bytes = batch.get("bytes")
+    for i, (name, label) in enumerate(zip(batch["name"], batch["label"], strict=True)):
+        data = None if encoded_bytes is None else encoded_bytes[i]
+        if (_draw(data or str(name).encode(), key) < share) != val:
+            continue
+        if not 0 <= label < num_classes:
+            raise DataError(f"{name}: label {label!r} is not one of 0 to {num_classes - 1}")
+        images.append(decode(data or Path(name).read_bytes(), name=str(name), size=size, channels=channels))
+        labels.append(int(label))
+    shape = (0, *size, channels)
+    return {
+        "image": np.stack(images) if images else np.empty(shape, dtype=np.uint8),
+        "label": np.asarray(labels, dtype=np.int64),
+    }
+
+
+def _draw(data: bytes, key: int) -> float:
+    """A number in [0, 1) that depends on the bytes and the key alone."""
+    digest = hashlib.blake2b(data, digest_size=8, key=key.to_bytes(8, "big")).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+class StreamLoader:
+    """Batches of this worker's shard of the training stream; see :class:`raypp.data.loader.Batches`.
+
+    The validation images are read once and held as uint8 on the device.
+    """
+
+    def __init__(self, config: Config, device: torch.device, rank: int, world: int) -> None:
+        source: Source = SOURCES.build(config.data.source, size=config.data.image_size, channels=config.data.channels)
+        self._config, self._device, self._rank = config, device, rank
+        self._share = config.train.batch_size // world
+        self._augmentation = Augmentation(config.data.augment.crop_padding, config.data.augment.flip)
+        self.classes = source.classes
+        held_out = list(_batches(ray.train.get_dataset_shard("val"), batch_size=1024))
+        if not held_out:
+            raise DataError(f"data.num_val {config.data.num_val} left no validation image in this set; raise it")
+        images = np.concatenate([b["image"] for b in held_out])
+        labels = np.concatenate([b["label"] for b in held_out])
+        self.val: tuple[Tensor, Tensor] = to_device(images, labels, device)
+        num = source.num_images("train")
+        self.num_train = num - len(labels)
+        self.num_batches = max(1, self.num_train // world // self._share)
+        self.fingerprint = hashlib.sha256(
+            repr((num, source.classes, hashlib.sha256(np.sort(labels).tobytes()).hexdigest())).encode()
+        ).hexdigest()
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        seed = self._config.seed
+        batches = _batches(
+            ray.train.get_dataset_shard("train"),
+            batch_size=self._share,
+            drop_last=True,
+            local_shuffle_buffer_size=max(self._config.data.shuffle_buffer, self._share),
+            local_shuffle_seed=seed + epoch,
+        )
+        for step, batch in enumerate(batches):
+            images, labels = to_device(batch["image"], batch["label"], self._device)
+            drawn = self._augmentation.draw(len(labels), generator(seed, epoch, step, self._rank))
+            yield as_input(self._augmentation.apply(images, *drawn)), labels
+
+
+def _batches(shard: Any, **options: Any) -> Iterator[Batch]:
+    """Iterate a shard as NumPy batches; a data error inside Ray's tasks comes out as that DataError."""
+    try:
+        for batch in shard.iter_batches(batch_format="numpy", prefetch_batches=1, **options):
+            yield {key: np.array(value) for key, value in batch.items()}  # Ray's arrays are read-only views
+    except RayTaskError as error:
+        cause: BaseException | None = error.cause if isinstance(error.cause, BaseException) else error
+        while cause is not None and not isinstance(cause, DataError):
+            cause = cause.__cause__
+        if isinstance(cause, DataError):
+            raise DataError(str(cause)) from None
+        raise

@@ -1,0 +1,111 @@
+"""Accuracy on protected images and how much they still look like the plain ones."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raypp.bundle import load_private, load_public
+from raypp.config import merge, parse_flags, validate
+from raypp.data.loader import as_input, to_device
+from raypp.errors import DataError
+from raypp.evaluation.metrics import psnr, ssim
+from raypp.protections.base import Protection
+from raypp.training.loop import load_split
+
+Numbers = dict[str, Any]
+
+
+@torch.inference_mode()
+def evaluate(
+    protection: Protection, classifier: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 500
+) -> Numbers:
+    """Measure a protection and its classifier on plain images.
+
+    Args:
+        images: uint8 (N, H, W, C) on the device of the networks.
+        labels: int64 (N,).
+
+    Returns:
+        ``accuracy`` is measured after 8-bit rounding, as everything is that a client uploads, with its 95% Wilson
+        interval; ``accuracy_float`` is the extra without rounding. ``ssim`` and ``psnr`` compare protected with plain
+        images: mean, median, and the 99th percentile (the least protected); SSIM is None below 11 pixels a side.
+        ``saturated`` is the share of protected values that are 0 or 255.
+    """
+    protection.eval()
+    classifier.eval()
+    correct = correct_float = saturated = 0
+    similarities: list[Tensor] = []
+    distances: list[Tensor] = []
+    for start in range(0, len(images), batch_size):
+        plain, target = as_input(images[start : start + batch_size]), labels[start : start + batch_size]
+        as_float = protection(plain)
+        upload = protection.protect(images[start : start + batch_size].permute(0, 3, 1, 2))
+        protected = upload.float() / 255
+        correct += int((classifier(protected).argmax(1) == target).sum())
+        correct_float += int((classifier(as_float).argmax(1) == target).sum())
+        saturated += int(((upload == 0) | (upload == 255)).sum())
+        if min(plain.shape[-2:]) >= 11:
+            similarities.append(ssim(plain, protected))
+        distances.append(psnr(plain, protected))
+    num = len(images)
+    return {
+        "num_images": num,
+        "accuracy": correct / num,
+        "accuracy_interval": wilson_interval(correct, num),
+        "accuracy_float": correct_float / num,
+        "ssim": _summary(torch.cat(similarities)) if similarities else None,
+        "psnr": _summary(torch.cat(distances)),
+        "saturated": saturated / images.numel(),
+    }
+
+
+def wilson_interval(successes: int, num: int, z: float = 1.96) -> tuple[float, float]:
+    """95% confidence interval of a proportion (Wilson 1927)."""
+    share = successes / num
+    centre = (share + z * z / (2 * num)) / (1 + z * z / num)
+    half = z / (1 + z * z / num) * math.sqrt(share * (1 - share) / num + z * z / (4 * num * num))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _summary(values: Tensor) -> dict[str, float | None]:
+    """Mean, median and 99th percentile; None where they are infinite (identical images)."""
+    values = values.float().cpu()
+    numbers = (values.mean(), values.median(), torch.quantile(values, 0.99))
+    return {
+        name: round(float(n), 4) if math.isfinite(n) else None
+        for name, n in zip(("mean", "median", "p99"), numbers, strict=True)
+    }
+
+
+def evaluate_bundle(location: str | Path, settings: tuple[str, ...] = (), split: str = "test") -> Numbers:
+    """Measure a bundle from its files alone, on the data that it was trained with or that ``settings`` name.
+
+    Args:
+        location: path or URI of a bundle.
+        settings: flags laid over the bundle's own configuration, such as ``("--data.source.path", "images")``.
+        split: ``test`` or ``train``.
+
+    Raises:
+        BundleError: the bundle is missing, altered or incomplete.
+        DataError: the images cannot be read, or have other classes than the bundle.
+    """
+    public, private = load_public(location), load_private(location)
+    config = validate(merge(private.config, parse_flags(settings)))
+    config = config.model_copy(update={"data": config.data.model_copy(update={"stream": False})})
+    images = load_split(config, split)
+    if images.classes != private.classes:
+        raise DataError(
+            f"data.source has the classes {', '.join(images.classes)}; the bundle reads {', '.join(private.classes)}"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return evaluate(
+        public.protection.to(device),
+        private.classifier.to(device),
+        *to_device(images.images, images.labels, device),
+        config.train.eval_batch_size,
+    )

@@ -1,0 +1,209 @@
+"""Images at the edges: uint8 H x W x C arrays from bytes and back, and the step to float tensors.
+
+Everything that enters raypp, from a file, a data set or an HTTP request, passes through :func:`decode`, so that one
+place decides what an image is and refuses, by name, what is not.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+from raypp.errors import DataError, StorageError
+
+if TYPE_CHECKING:
+    import torch
+
+Pixels = npt.NDArray[np.uint8]
+"""uint8 array, values 0 to 255, channels last."""
+
+# A closed list: Pillow also knows formats that start other programs (EPS) or that nobody sends.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"},
+)
+
+
+def decode(
+    data: bytes,
+    *,
+    name: str,
+    size: tuple[int, int] | None = None,
+    channels: int = 3,
+    max_pixels: int = 64_000_000,
+) -> Pixels:
+    """Decode the bytes of one image file into the picture that a viewer would show.
+
+    The EXIF orientation is applied, transparency is laid on white, 16-bit grey (and float grey in 0..1) is scaled to
+    8 bits, CMYK becomes RGB. Of an animation the first frame is taken.
+
+    Args:
+        data: the file's bytes.
+        name: how a message should call the image (path, row, upload).
+        size: (H, W) to fit the image to, see :func:`fit`; None keeps it as it is.
+        channels: 3 for RGB, 1 for grey.
+        max_pixels: refuse what the header says is larger, before any pixel is decoded.
+
+    Returns:
+        uint8 array (H, W, channels).
+
+    Raises:
+        DataError: not an image, damaged, truncated, empty or too large.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > max_pixels:
+            raise DataError(
+                f"{name} is {image.height} x {image.width} pixels, more than the {max_pixels} pixels allowed"
+            )
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        pixels = np.array(_flatten(image, name).convert("L" if channels == 1 else "RGB"))
+    except DataError:
+        raise
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name} is not an image in one of the formats {', '.join(FORMATS)}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"{name} has more than the {max_pixels} pixels allowed") from error
+    except Exception as error:  # on damaged bytes Pillow's decoders raise a dozen types, KeyError among them
+        raise DataError(f"{name} is a damaged image ({error or type(error).__name__})") from error
+    pixels = pixels.reshape(*pixels.shape[:2], channels)
+    return pixels if size is None else fit(pixels, size)
+
+
+def _flatten(image: Image.Image, name: str) -> Image.Image:
+    """Return the opaque 8-bit form of a loaded image; refuse deep grey whose range is not 0..65535 or 0..1."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values, top = np.asarray(image), 1 if image.mode == "F" else 65535
+        if not (values.min() >= 0 and values.max() <= top):  # also refuses NaN
+            raise DataError(f"{name} has grey values from {values.min()} to {values.max()}, allowed is 0 to {top}")
+        return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA"))
+    return image
+
+
+def fit(image: Pixels, size: tuple[int, int]) -> Pixels:
+    """Resize so that the shorter side fits and crop the centre; returns the same array if it fits already.
+
+    Args:
+        image: uint8 (H, W, C), C is 1 or 3.
+        size: the wanted (H, W).
+
+    Returns:
+        uint8 array (*size, C), aspect ratio preserved, antialiased.
+    """
+    if image.shape[:2] == size:
+        return image
+    height, width = size
+    fitted = np.array(ImageOps.fit(_to_pil(image), (width, height), Image.Resampling.BILINEAR))
+    return fitted.reshape(height, width, image.shape[2])
+
+
+def grey(images: Pixels) -> Pixels:
+    """Return (..., 1) luma of RGB (..., 3), the same integers as ``decode(channels=1)``."""
+    red, green, blue = (images[..., i].astype(np.uint32) for i in range(3))
+    luma = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+    return luma.astype(np.uint8)[..., None]
+
+
+def encode_png(image: Pixels) -> bytes:
+    """Return uint8 (H, W, 1 or 3) as the bytes of a PNG file; lossless."""
+    buffer = io.BytesIO()
+    _to_pil(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_png(path: Path, image: Pixels) -> None:
+    """Write a PNG file that appears whole or not at all; raises StorageError if ``path`` cannot be written."""
+    aside = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        try:
+            aside.write_bytes(encode_png(image))
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _to_pil(image: Pixels) -> Image.Image:
+    return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+
+
+def to_float(images: Pixels | torch.Tensor) -> torch.Tensor:
+    """Return uint8 (N, H, W, C) as a contiguous float32 tensor (N, C, H, W) in [0, 1]."""
+    import torch
+
+    return torch.as_tensor(images).permute(0, 3, 1, 2).contiguous().float().div(255)
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Return float (N, C, H, W) as uint8 of the same shape: clamped to [0, 1], rounded to the nearest of 256 levels."""
+    import torch
+
+    return images.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def round_8bit(images: torch.Tensor) -> torch.Tensor:
+    """Return what is left of float images after an 8-bit upload: the multiples of 1/255 nearest to them."""
+    return to_uint8(images).to(images.dtype).div(255)
+
+
+def grid(rows: list[Pixels], *, labels: list[str] | None = None, scale: int = 4) -> Pixels:
+    """Lay rows of images out as one picture, each row's label at its left.
+
+    Args:
+        rows: uint8 arrays (N, H, W, 3) or (N, H, W, 1); N may differ between rows.
+        labels: one per row, or None for none.
+        scale: each pixel becomes a square of this side.
+
+    Returns:
+        uint8 array (H', W', 3).
+    """
+    gap, font = 4, ImageFont.load_default(size=16)
+    names = labels or [""] * len(rows)
+    left = max(int(font.getlength(name)) for name in names) + 2 * gap if labels else gap
+    height = sum(row.shape[1] * scale + gap for row in rows) + gap
+    width = max(len(row) * (row.shape[2] * scale + gap) for row in rows) + left
+    canvas = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    top = gap
+    for row, name in zip(rows, names, strict=True):
+        row_height, row_width = row.shape[1] * scale, row.shape[2] * scale
+        draw.text((left - gap, top + row_height // 2), name, fill="black", font=font, anchor="rm")
+        for column, image in enumerate(row):
+            tile = _to_pil(image).resize((row_width, row_height), Image.Resampling.NEAREST)
+            canvas.paste(tile, (left + column * (row_width + gap), top))
+        top += row_height + gap
+    return np.array(canvas)
+
+
+def find_images(path: Path) -> list[Path]:
+    """Return the image files below ``path``, sorted; a file gives itself, hidden files and folders are passed over.
+
+    Raises:
+        DataError: ``path`` does not exist, or no file below it has the suffix of an image.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise DataError(f"{path} does not exist")
+    found = sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix.lower() in SUFFIXES
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        and file.is_file()
+    )
+    if not found:
+        raise DataError(f"{path} holds no image, that is no file ending in {', '.join(sorted(SUFFIXES))}")
+    return found

@@ -1,0 +1,19 @@
+"""Networks. Each takes float images N x C x H x W in [0, 1]; a normalisation it needs lives inside it."""
+
+from raypp.registry import Registry
+
+CLASSIFIERS = Registry(
+    "classifier",
+    {
+        "resnet20": "raypp.nets.resnet:ResNet20",
+        "vgg16_bn": "raypp.nets.vgg:VGG16BN",
+    },
+)
+
+FEATURES = Registry(
+    "feature network",
+    {
+        "vgg16": "raypp.nets.features:VGG16Features",
+        "plain_classifier": "raypp.nets.features:PlainClassifierFeatures",
+    },
+)

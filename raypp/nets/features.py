@@ -1,0 +1,122 @@
+"""Feature networks phi_k of Eq. 6: frozen, and applied to plain and protected images alike.
+
+The paper names neither network nor layer. The authors' later released code uses torchvision's ImageNet VGG-16 up to
+relu2_2; that is our default. Where those weights cannot be had, the early block of a classifier trained on the same
+plain images stands in, and every run, bundle and model card says so.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from raypp.errors import ConfigError
+from raypp.nets.normalise import Normalise
+from raypp.nets.vgg import RELU2_2, VGG16_LAYERS, vgg_features
+from raypp.registry import Options
+
+StateDict = dict[str, Tensor]
+
+
+class VGG16FeatureOptions(Options):
+    name: Literal["vgg16"] = "vgg16"
+    weights: str = "torchvision"
+    """``torchvision`` (ImageNet weights, downloaded once), or the path of a .safetensors or .pt state dict."""
+
+
+class VGG16Features(nn.Module):
+    """VGG-16 up to relu2_2: images N x C x H x W in [0, 1] to N x 128 x H/2 x W/2; grey images are repeated to RGB."""
+
+    Options: ClassVar[type[Options]] = VGG16FeatureOptions
+
+    def __init__(self, state: StateDict) -> None:
+        super().__init__()
+        self.normalise = Normalise(3)
+        self.layers = vgg_features(VGG16_LAYERS[:RELU2_2], 3, batch_norm=False)
+        self.layers.load_state_dict(state)
+        self.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        x: Tensor = self.layers(self.normalise(images))
+        return x
+
+
+class PlainClassifierFeatureOptions(Options):
+    name: Literal["plain_classifier"] = "plain_classifier"
+
+
+class PlainClassifierFeatures(nn.Module):
+    """The early block of a classifier trained on plain images; a departure from the paper's feature network."""
+
+    Options: ClassVar[type[Options]] = PlainClassifierFeatureOptions
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> PlainClassifierFeatures:
+        """Stay in evaluation mode: phi is fixed, its batch statistics too."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x: Tensor = self.classifier.early_features(images)  # type: ignore[operator]
+        return x
+
+
+def load_vgg_slice(weights: str) -> StateDict | None:
+    """Return the state dict of VGG-16's ``features[:9]``, or None where torchvision's weights cannot be had.
+
+    Raises:
+        ConfigError: ``weights`` names a file that is missing, unreadable or of other shapes.
+    """
+    if weights == "torchvision":
+        state = _torchvision_state()
+        if state is None:
+            return None
+    else:
+        state = _read_state(Path(weights))
+    state = {key.removeprefix("features."): value for key, value in state.items()}
+    wanted = vgg_features(VGG16_LAYERS[:RELU2_2], 3, batch_norm=False).state_dict()
+    for key, value in wanted.items():
+        if key not in state or state[key].shape != value.shape:
+            found = tuple(state[key].shape) if key in state else "nothing"
+            raise ConfigError(
+                f"features.weights {weights!r} is no VGG-16: {key} must have shape {tuple(value.shape)}, found {found}"
+            )
+    return {key: state[key].float().clone() for key in wanted}
+
+
+def _read_state(path: Path) -> StateDict:
+    if not path.is_file():
+        raise ConfigError(
+            f"features.weights {str(path)!r} does not exist; allowed: torchvision, or a state dict's path"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state: StateDict = torch.load(path, map_location="cpu", weights_only=True)
+        return state
+    except Exception as error:  # each reader raises types of its own
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"features.weights {str(path)!r} cannot be read as a state dict: {reason}") from error
+
+
+def _torchvision_state() -> StateDict | None:
+    """ImageNet weights from torch's cache or the network; None when neither has them."""
+    from urllib.error import URLError
+
+    from torchvision.models import VGG16_Weights
+
+    try:
+        state: StateDict = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
+    except (URLError, OSError, RuntimeError):  # offline; RuntimeError: the download's hash is wrong
+        return None
+    return state

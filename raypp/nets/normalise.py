@@ -1,0 +1,26 @@
+"""Input normalisation as a module, so that every image outside a network is plain [0, 1]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Normalise(nn.Module):
+    """Maps [0, 1] to zero mean and unit scale: ImageNet's values per channel for RGB, 0.45 and 0.225 for others."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        mean = IMAGENET_MEAN if channels == 3 else (0.45,) * channels
+        std = IMAGENET_STD if channels == 3 else (0.225,) * channels
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std

@@ -1,0 +1,71 @@
+"""ResNet-20 for small images (He, Zhang, Ren, Sun 2016, section 4.2): parameter-free shortcuts (option A)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raypp.nets.normalise import Normalise
+from raypp.registry import Options
+
+
+class ResNetOptions(Options):
+    name: Literal["resnet20"] = "resnet20"
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels_out)
+        self.stride = stride
+        self.missing = channels_out - channels_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        if self.missing:
+            half = self.missing // 2
+            shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.missing - half))
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
+
+
+class ResNet20(nn.Module):
+    """Maps images N x channels x H x W in [0, 1] to logits N x num_classes (269,722 parameters for 10 classes)."""
+
+    Options: ClassVar[type[Options]] = ResNetOptions
+
+    def __init__(self, options: ResNetOptions, *, num_classes: int, channels: int = 3) -> None:
+        super().__init__()
+        self.normalise = Normalise(channels)
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._stage(16, 16, stride=1)
+        self.layer2 = self._stage(16, 32, stride=2)
+        self.layer3 = self._stage(32, 64, stride=2)
+        self.linear = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+
+    @staticmethod
+    def _stage(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
+        return nn.Sequential(
+            BasicBlock(channels_in, channels_out, stride),
+            BasicBlock(channels_out, channels_out, 1),
+            BasicBlock(channels_out, channels_out, 1),
+        )
+
+    def early_features(self, images: Tensor) -> Tensor:
+        """The first stage's output, N x 16 x H x W: a stand-in for the feature network where VGG-16 cannot be had."""
+        x: Tensor = self.layer1(F.relu(self.bn1(self.conv1(self.normalise(images))), inplace=True))
+        return x
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.early_features(images)))
+        logits: Tensor = self.linear(x.mean(dim=(2, 3)))
+        return logits

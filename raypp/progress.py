@@ -1,0 +1,94 @@
+"""What a person sees while a run goes on: a live bar on a terminal, one line per epoch anywhere else."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+Row = dict[str, Any]
+
+
+class Display:
+    """Shows epochs and steps; a context manager.
+
+    Args:
+        console: where to print; standard error is right for long work, so that standard output stays usable.
+        quiet: print nothing but warnings.
+    """
+
+    def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
+        self.console = console or Console(stderr=True)
+        self.quiet = quiet
+        self._live: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Display:
+        if self.console.is_terminal and not self.quiet:
+            self._live = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TextColumn("left"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=self.console,
+                transient=True,
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def note(self, message: str) -> None:
+        """Say what is going on while there are no steps yet."""
+        if self._live is not None:
+            if self._task is None:
+                self._task = self._live.add_task(message, total=None, status="")
+            self._live.update(self._task, description=message, status="")
+
+    def step(self, info: Row) -> None:
+        """Show a step: needs phase, epoch, epochs, steps_done, steps_total, images_per_s, loss, accuracy."""
+        if self._live is None:
+            return
+        if self._task is None:
+            self._task = self._live.add_task("", total=None, status="")
+        self._live.update(
+            self._task,
+            description=f"{info['phase']} epoch {info['epoch']}/{info['epochs']}",
+            total=info["steps_total"],
+            completed=info["steps_done"],
+            status=f"{info['images_per_s']:,.0f} images/s  loss {info['loss']:.3f}  accuracy {info['accuracy']:.1%} ",
+        )
+
+    def epoch(self, row: Row) -> None:
+        """Print one finished epoch."""
+        if self.quiet:
+            return
+        self.console.print(
+            f"{row['phase']:>6} epoch {row['epoch']:>3}/{row['epochs']}"
+            f"  loss {row['train_loss']:.4f}  accuracy {row['train_accuracy']:.1%}"
+            f"  val loss {row['val_loss']:.4f}  val accuracy {row['val_accuracy']:.1%}"
+            f"  {row['images_per_s']:,.0f} images/s  {row['seconds']:.0f} s" + ("  best" if row["best"] else ""),
+            soft_wrap=True,
+            highlight=False,
+        )
+
+    def warn(self, message: str) -> None:
+        self.console.print(f"[yellow]warning:[/] {message}", highlight=False, soft_wrap=True)

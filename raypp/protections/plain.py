@@ -1,0 +1,26 @@
+"""No protection: the baseline that every accuracy and every leakage stands beside."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from raypp import registry
+from raypp.protections.base import Protection
+
+
+class PlainOptions(registry.Options):
+    name: Literal["plain"] = "plain"
+
+
+class Plain(Protection):
+    """Returns the image as it is."""
+
+    Options: ClassVar[type[registry.Options]] = PlainOptions
+
+    def __init__(self, options: PlainOptions, *, channels: int = 3) -> None:
+        super().__init__()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images

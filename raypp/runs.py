@@ -1,0 +1,274 @@
+"""A run: one training under a storage path, from an empty folder to a bundle.
+
+NAME/config.yaml          merged configuration
+NAME/run.json             versions, hardware, what the feature network is, warnings
+NAME/features.safetensors its weights, where it has some of its own
+NAME/metrics.jsonl        a line per epoch
+NAME/checkpoints/         the newest two
+NAME/summary.json         written last: test results; its presence says that the run is finished
+NAME/bundle/              public/ and private/
+NAME/protected.png        plain test images over protected ones
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+import yaml
+
+import raypp
+from raypp import bundle, env, images
+from raypp.config import Config
+from raypp.data.loader import to_device
+from raypp.errors import StorageError
+from raypp.evaluation.evaluate import evaluate
+from raypp.nets.features import StateDict
+from raypp.progress import Display
+from raypp.protections.plain import Plain, PlainOptions
+from raypp.storage import Storage
+from raypp.training.loop import Fit, fit, load_split, prepare
+from raypp.training.sinks import LocalSink, metrics_lines
+from raypp.training.system import build_system, phases
+
+# What may differ when a run is resumed: how long, and on what; everything else would make it another run.
+RESUMABLE = ("train.epochs", "train.plain_epochs", "train.eval_batch_size", "cluster")
+NUM_PICTURED = 10
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run; ``config`` and ``phi`` are settled, as :func:`raypp.training.loop.prepare` returns them."""
+
+    storage: Storage
+    config: Config
+    phi: StateDict | None
+    warnings: tuple[str, ...]
+
+
+@contextmanager
+def open_run(config: Config, name: str, *, resume: bool = False) -> Iterator[Run]:
+    """Create the folder of a new run, or with ``resume`` open an old one; hold its lock meanwhile.
+
+    Raises:
+        StorageError: the name is taken, in use, unknown (with ``resume``), or its configuration is another one.
+    """
+    storage = Storage(config.cluster.storage).folder(_checked_name(name))
+    if not resume:
+        _create(storage, name)
+    elif not storage.exists("config.yaml"):
+        raise StorageError(f"there is no run {name!r} to resume under {config.cluster.storage!r}")
+    with _lock(storage, name):
+        if resume:
+            _same_configuration(config, yaml.safe_load(storage.read("config.yaml")), name)
+            yield _reopen(storage, config)
+        else:
+            settled, phi, warning = prepare(config)
+            warnings = (warning,) if warning else ()
+            if phi is not None:
+                from safetensors.torch import save
+
+                storage.write("features.safetensors", save(phi))
+            about = {
+                "features": settled.features.model_dump(mode="json"),
+                "warnings": list(warnings),
+                "environment": environment(),
+            }
+            storage.write("run.json", _json(about))
+            storage.write("config.yaml", config.to_yaml().encode())
+            yield Run(storage, settled, phi, warnings)
+
+
+def summary(run: Run) -> dict[str, Any] | None:
+    """The results of a finished run, or None while it has to go on (another number of epochs included)."""
+    if not run.storage.exists("summary.json"):
+        return None
+    found: dict[str, Any] = json.loads(run.storage.read("summary.json"))
+    return found if found["epochs"] == {p.name: p.epochs for p in phases(run.config)} else None
+
+
+def train_locally(run: Run, display: Display, device: torch.device | None = None) -> dict[str, Any]:
+    """Train in this process, without Ray."""
+    sink = LocalSink(run.storage, display, device)
+    result = fit(run.config, sink, run.phi)
+    return conclude(run, result, sink.device) if sink.rank == 0 else {}
+
+
+def conclude(run: Run, result: Fit, device: torch.device) -> dict[str, Any]:
+    """Measure on the test split, export the bundle and a picture, and return (and store) the summary."""
+    config, system = run.config, result.system
+    test = load_split(config, "test")
+    test_images, test_labels = to_device(test.images, test.labels, device)
+    batch = config.train.eval_batch_size
+    numbers = evaluate(system.protection, system.classifier, test_images, test_labels, batch)
+    plain_numbers = None
+    if result.plain is not None:
+        phase = phases(config)[0]
+        plain = build_system(config, phase, len(test.classes), None, None).classifier.to(device)
+        plain.load_state_dict(result.plain)
+        plain_numbers = evaluate(Plain(PlainOptions()), plain, test_images, test_labels, batch)
+    found = {
+        "test": numbers,
+        "plain_test": plain_numbers,
+        "best": result.best,
+        "epochs": {p.name: p.epochs for p in phases(config)},
+        "num_train": result.data.num_train,
+        "num_val": len(result.data.val[1]),
+        "data_fingerprint": result.data.fingerprint,
+        "test_fingerprint": test.fingerprint(),
+        "features": _describe_features(config, run.phi),
+        "warnings": list(run.warnings),
+    }
+    shown = first_of_each_class(test.labels, NUM_PICTURED)
+    with torch.inference_mode():
+        protected = system.protection.protect(test_images[torch.from_numpy(shown).to(device)].permute(0, 3, 1, 2))
+    rows = [test.images[shown], protected.permute(0, 2, 3, 1).cpu().numpy()]
+    picture = images.grid(rows, labels=["plain", "protected"])
+    run.storage.write("protected.png", images.encode_png(picture))
+    bundle.export(
+        run.storage,
+        "bundle",
+        config=config,
+        protection=system.protection.state_dict(),
+        classifier=system.classifier.state_dict(),
+        plain_classifier=result.plain,
+        classes=result.data.classes,
+        image_size=(test.images.shape[1], test.images.shape[2]),
+        metrics=found,
+        environment=environment(),
+    )
+    run.storage.write("metrics.jsonl", metrics_lines(result.history))
+    run.storage.write("summary.json", _json(found))
+    return found
+
+
+def first_of_each_class(labels: np.ndarray, num: int) -> np.ndarray:
+    """Indices of ``num`` images that take turns through the classes, in order of appearance."""
+    turn = np.empty(len(labels), dtype=np.int64)
+    for label in np.unique(labels):
+        at = np.flatnonzero(labels == label)
+        turn[at] = np.arange(len(at))
+    return np.lexsort((labels, turn))[:num]
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware of this process."""
+    versions = {"raypp": raypp.__version__, "python": platform.python_version()}
+    for package in ("torch", "torchvision", "ray", "numpy", "pillow", "pyarrow"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    cuda = torch.cuda.is_available()
+    return {
+        "versions": versions,
+        "platform": platform.platform(),
+        "hardware": f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}" if cuda else cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor and how many cores this process may use."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    return f"{name}, {env.num_cores()} cores"
+
+
+def _describe_features(config: Config, phi: StateDict | None) -> str:
+    if config.train.mode == "plain":
+        return "none"
+    options = ", ".join(f"{k} {v}" for k, v in config.features.model_dump(mode="json").items() if k != "name")
+    layer = "relu2_2" if phi is not None else "early block"
+    return f"{config.features.name}, {layer}" + (f" ({options})" if options else "")
+
+
+def _create(storage: Storage, name: str) -> None:
+    taken = StorageError(
+        f"run {name!r} exists already in {storage.uri}; --resume continues it, another --name starts a new one"
+    )
+    if storage.local:
+        try:
+            storage.path.parent.mkdir(parents=True, exist_ok=True)
+            storage.path.mkdir()  # fails when the folder exists: two runs that start at once cannot both have it
+        except FileExistsError:
+            raise taken from None
+        except OSError as error:
+            raise StorageError(f"cannot create {storage.uri}: {error.strerror}") from error
+    elif storage.exists():
+        raise taken
+
+
+@contextmanager
+def _lock(storage: Storage, name: str) -> Iterator[None]:
+    """Keep other drivers out of the run; freed by the system when this process dies. Object stores have no locks."""
+    if not storage.local:
+        yield
+        return
+    import fcntl
+
+    try:
+        file: IO[str] = (storage.path / ".lock").open("a")
+    except OSError as error:
+        raise StorageError(f"cannot write {storage.path / '.lock'}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(
+                f"run {name!r} is in use by another process; wait for it or take another --name"
+            ) from None
+        yield
+
+
+def _checked_name(name: str) -> str:
+    if not name or name.startswith(".") or not all(c.isalnum() or c in "-_.+" for c in name):
+        raise StorageError(
+            f"run name {name!r} is not allowed; use letters, digits and - _ . +, not beginning with a dot"
+        )
+    return name
+
+
+def _same_configuration(config: Config, stored: dict[str, Any], name: str) -> None:
+    given, kept = _flat(config.model_dump(mode="json")), _flat(stored)
+    for key in sorted(given.keys() | kept.keys()):
+        if any(key == free or key.startswith(free + ".") for free in RESUMABLE):
+            continue
+        if given.get(key) != kept.get(key):
+            raise StorageError(
+                f"run {name!r} was started with {key} = {kept.get(key)!r}, now it is {given.get(key)!r}; "
+                "resume it with the same configuration or start a new run with another --name"
+            )
+
+
+def _reopen(storage: Storage, config: Config) -> Run:
+    from safetensors.torch import load
+
+    from raypp.nets import FEATURES
+
+    about = json.loads(storage.read("run.json"))
+    features = FEATURES.options(about["features"]["name"]).model_validate(about["features"])
+    phi = load(storage.read("features.safetensors")) if storage.exists("features.safetensors") else None
+    return Run(storage, config.model_copy(update={"features": features}), phi, tuple(about["warnings"]))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=2) + "\n").encode()

@@ -1,0 +1,154 @@
+"""A folder on any pyarrow filesystem: a local path, ``s3://bucket/prefix``, and so on, through one interface.
+
+On a local disk every write goes aside and is renamed, so a reader never sees half a file. Object stores make a written
+object visible only when it is complete, which gives the same promise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from raypp.errors import StorageError
+
+
+def absolute(location: str | Path) -> str:
+    """Make a local path absolute; leave a URI as it is."""
+    text = str(location)
+    return text if "://" in text else str(Path(text).expanduser().absolute())
+
+
+class Storage:
+    """One folder.
+
+    Args:
+        location: local path or pyarrow filesystem URI.
+
+    Raises:
+        StorageError: the URI's scheme is unknown to pyarrow; later, on each access that the filesystem refuses.
+    """
+
+    def __init__(self, location: str | Path) -> None:
+        from pyarrow import fs
+
+        self.uri = absolute(location)
+        self.local = "://" not in self.uri or self.uri.startswith("file://")
+        try:
+            self._fs, self._root = fs.FileSystem.from_uri(self.uri) if not self.local else _local(self.uri)
+        except (ValueError, OSError) as error:
+            raise StorageError(f"storage {self.uri!r} is not understood: {error}") from error
+
+    def __repr__(self) -> str:
+        return f"Storage({self.uri!r})"
+
+    @property
+    def path(self) -> Path:
+        """The local folder; only for local storage."""
+        assert self.local, f"{self.uri} is not local"
+        return Path(self._root)
+
+    def folder(self, name: str) -> Storage:
+        return Storage(f"{self.uri.rstrip('/')}/{name}")
+
+    def exists(self, name: str = "") -> bool:
+        from pyarrow import fs
+
+        with self._refused("read", name):
+            return bool(self._fs.get_file_info(self._at(name)).type != fs.FileType.NotFound)
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly inside, sorted; empty when this folder does not exist."""
+        from pyarrow import fs
+
+        with self._refused("list", ""):
+            infos = self._fs.get_file_info(fs.FileSelector(self._root, allow_not_found=True))
+        return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
+
+    def read(self, name: str) -> bytes:
+        with self._refused("read", name), self._fs.open_input_stream(self._at(name)) as stream:
+            data: bytes = stream.read()
+            return data
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a whole file: it appears complete or not at all."""
+        target = self._at(name)
+        aside = f"{target}.{uuid.uuid4().hex[:8]}.tmp" if self.local else target
+        with self._refused("write", name):
+            self._fs.create_dir(str(Path(target).parent) if self.local else target.rpartition("/")[0], recursive=True)
+            try:
+                with self._fs.open_output_stream(aside) as stream:
+                    stream.write(data)
+                if aside != target:
+                    Path(aside).replace(target)
+            except BaseException:
+                if aside != target:
+                    Path(aside).unlink(missing_ok=True)
+                raise
+
+    def upload(self, folder: Path, name: str, last: str | None = None) -> None:
+        """Copy a local folder here under ``name``, replacing what was there.
+
+        ``last`` names the file that is written after all others where a folder cannot be renamed into place; a reader
+        that finds it knows the rest is complete.
+        """
+        from pyarrow import fs
+
+        with self._refused("write", name):
+            if self.local:
+                target = Path(self._at(name))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+                old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
+                try:
+                    shutil.copytree(folder, aside)
+                    if target.exists():
+                        target.rename(old)
+                    aside.rename(target)
+                finally:
+                    shutil.rmtree(aside, ignore_errors=True)
+                    shutil.rmtree(old, ignore_errors=True)
+                return
+            files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+            for file in sorted(files, key=lambda f: f == last):
+                fs.copy_files(str(folder / file), f"{self._at(name)}/{file}", destination_filesystem=self._fs)
+
+    @contextmanager
+    def download(self, name: str) -> Iterator[Path]:
+        """Give a folder as a local path: itself when local, else a temporary copy."""
+        import tempfile
+
+        from pyarrow import fs
+
+        if self.local:
+            yield Path(self._at(name))
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            with self._refused("read", name):
+                fs.copy_files(self._at(name), scratch, source_filesystem=self._fs)
+            yield Path(scratch)
+
+    def delete(self, name: str) -> None:
+        with self._refused("delete", name), contextlib.suppress(FileNotFoundError):
+            self._fs.delete_dir(self._at(name))
+
+    def _at(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else self._root
+
+    @contextmanager
+    def _refused(self, verb: str, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            where = f"{self.uri}/{name}" if name else self.uri
+            raise StorageError(f"cannot {verb} {where}: {error.strerror or str(error).splitlines()[0]}") from error
+
+
+def _local(uri: str) -> tuple[Any, str]:
+    from pyarrow import fs
+
+    return fs.LocalFileSystem(), uri.removeprefix("file://")

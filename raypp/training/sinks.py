@@ -1,0 +1,92 @@
+"""Where a training loop reports: the only thing that differs between a plain process, Ray Train and Ray Tune."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from raypp.progress import Display
+from raypp.storage import Storage
+
+Row = dict[str, Any]
+CHECKPOINTS = "checkpoints"
+KEEP = 2  # the newest, and one more in case the newest turns out to be damaged
+
+
+class Sink(Protocol):
+    """What the loop needs of its surroundings; every worker has one."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def checkpoints(self) -> list[str]:
+        """Names of the run's checkpoints, newest first."""
+
+    def open(self, name: str) -> Any:
+        """Context manager that gives the checkpoint's folder as a local path."""
+
+    def report(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
+        """Record an epoch: ``history`` is every row so far. Called on every worker; rank 0 brings the checkpoint."""
+
+    def progress(self, info: Row) -> None:
+        """Show where the epoch stands; called on rank 0, at most a few times a second."""
+
+    def warn(self, message: str) -> None:
+        """Tell the user something that does not stop the run; called on rank 0."""
+
+
+def metrics_lines(history: list[Row]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in history).encode()
+
+
+def newest_first(run: Storage) -> list[str]:
+    """Names of the checkpoints under a run's folder, newest first."""
+    return [name for name in reversed(run.folder(CHECKPOINTS).folders()) if name.startswith("epoch_")]
+
+
+class LocalSink:
+    """Reports to a run's folder from this process; under torchrun, from several.
+
+    Args:
+        run: the run's folder.
+        display: shows progress; rank 0's is used.
+        device: where to train; by default a GPU if there is one.
+    """
+
+    def __init__(self, run: Storage, display: Display, device: torch.device | None = None) -> None:
+        distributed = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if distributed else 0
+        self.world = dist.get_world_size() if distributed else 1
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._run, self._display = run, display
+
+    def checkpoints(self) -> list[str]:
+        return newest_first(self._run)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[Path]:
+        with self._run.folder(CHECKPOINTS).download(name) as folder:
+            yield folder
+
+    def report(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
+        if self.rank:
+            return
+        if checkpoint is not None:
+            self._run.upload(checkpoint, f"{CHECKPOINTS}/{name}", last="checkpoint.json")
+            for old in newest_first(self._run)[KEEP:]:
+                self._run.delete(f"{CHECKPOINTS}/{old}")
+        self._run.write("metrics.jsonl", metrics_lines(history))
+        self._display.epoch(history[-1])
+
+    def progress(self, info: Row) -> None:
+        self._display.step(info)
+
+    def warn(self, message: str) -> None:
+        self._display.warn(message)

@@ -1,0 +1,135 @@
+"""What one phase of training optimises: a protection and a classifier, with the paper's loss between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from raypp.config import Config
+from raypp.errors import TrainingError
+from raypp.images import round_8bit
+from raypp.nets import CLASSIFIERS, FEATURES
+from raypp.nets.features import PlainClassifierFeatures, StateDict
+from raypp.protections import PROTECTIONS
+from raypp.protections.base import Protection
+from raypp.protections.plain import Plain, PlainOptions
+from raypp.training.losses import classification_loss, feature_distance, transformation_loss
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of epochs with its own networks, optimiser and schedule."""
+
+    name: str  # "plain", "joint" or "frozen"
+    epochs: int
+
+
+def phases(config: Config) -> list[Phase]:
+    """The phases that a mode consists of: a plain classifier comes first where something is built on it."""
+    own = Phase(config.train.mode, config.train.epochs)
+    needs_plain = config.train.mode == "frozen" or (
+        config.train.mode == "joint" and FEATURES.get(config.features.name) is PlainClassifierFeatures
+    )
+    return [Phase("plain", config.train.plain_epochs or config.train.epochs), own] if needs_plain else [own]
+
+
+@dataclass
+class Terms:
+    """Per-batch results; losses are means over the batch."""
+
+    loss: Tensor
+    classification: Tensor
+    distance: Tensor
+    logits: Tensor
+    protected: Tensor
+
+
+class System(nn.Module):
+    """Protection, classifier and feature network of one phase.
+
+    Args:
+        protection: maps plain to protected images; trained with the classifier unless it has no parameters.
+        classifier: reads protected images.
+        features: phi_k of Eq. 6, or None where no distance is asked for.
+        alpha: weight of the feature distance.
+        frozen: keep the classifier as it is, in evaluation mode.
+    """
+
+    def __init__(
+        self, protection: Protection, classifier: nn.Module, features: nn.Module | None, alpha: float, frozen: bool
+    ) -> None:
+        super().__init__()
+        self.protection = protection
+        self.classifier = classifier
+        self.features = features
+        self.alpha = alpha
+        self.frozen = frozen
+        if frozen:
+            classifier.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> System:
+        super().train(mode)
+        if self.frozen:
+            self.classifier.eval()
+        return self
+
+    def forward(self, images: Tensor, labels: Tensor, round_to_8bit: bool = False) -> Terms:
+        """Return loss terms for plain images N x C x H x W in [0, 1]; ``round_to_8bit`` as a client's upload is."""
+        protected = self.protection(images)
+        if round_to_8bit:
+            protected = round_8bit(protected)
+        logits = self.classifier(protected).float()
+        classification = classification_loss(logits, labels)
+        if self.features is None:
+            return Terms(classification, classification, torch.zeros_like(classification), logits, protected)
+        with torch.no_grad():
+            target = self.features(images)
+        distance = feature_distance(self.features(protected), target)
+        loss = transformation_loss(classification, distance, self.alpha)
+        return Terms(loss, classification, distance, logits, protected)
+
+    def own_state(self) -> StateDict:
+        """Weights of protection and classifier; the feature network is fixed and comes from its own source."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("features.")}
+
+    def load_own_state(self, state: StateDict) -> None:
+        missing, unexpected = self.load_state_dict(state, strict=False)
+        if unexpected or any(not key.startswith("features.") for key in missing):
+            raise TrainingError("checkpoint holds weights of other networks than the configuration describes")
+
+
+def build_system(
+    config: Config, phase: Phase, num_classes: int, phi: StateDict | None, plain: StateDict | None
+) -> System:
+    """Build the networks of one phase, freshly initialised from ``config.seed``.
+
+    Args:
+        phi: weights of a feature network that has weights of its own.
+        plain: weights of the classifier from an earlier plain phase.
+    """
+    torch.manual_seed(config.seed)
+    channels = config.data.channels
+
+    def classifier(state: StateDict | None = None) -> nn.Module:
+        net: nn.Module = CLASSIFIERS.build(config.classifier, num_classes=num_classes, channels=channels)
+        if state is not None:
+            net.load_state_dict(state)
+        return net
+
+    if phase.name == "plain":
+        return System(Plain(PlainOptions(), channels=channels), classifier(), None, 0.0, frozen=False)
+    protection: Protection = PROTECTIONS.build(config.protection, channels=channels)
+    frozen = phase.name == "frozen"
+    psi = classifier(plain if frozen else None)
+    kind = FEATURES.get(config.features.name)
+    features = kind(classifier(plain)) if kind is PlainClassifierFeatures else kind(phi)
+    return System(protection, psi, features, config.train.alpha, frozen)
+
+
+def batch_norms(module: nn.Module) -> Iterator[nn.BatchNorm2d]:
+    for child in module.modules():
+        if isinstance(child, nn.BatchNorm2d):
+            yield child

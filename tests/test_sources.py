@@ -1,0 +1,502 @@
+"""Sources read what is there, refuse by name what is not right, and survive a round trip through Parquet."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import urllib.error
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision import datasets
+
+from raypp.data import SOURCES, base
+from raypp.data.base import ImageSet, Record, Source, Split, check_memory, stratified_split
+from raypp.data.cifar import Cifar10, Cifar100
+from raypp.data.convert import check, convert, describe
+from raypp.data.folder import Folder
+from raypp.data.parquet import Parquet
+from raypp.data.shapes import Shapes
+from raypp.errors import ConfigError, DataError, StorageError
+from raypp.images import encode_png, write_png
+
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
+
+
+def noise(num: int, side: int = 4, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (num, side, side, 3), dtype=np.uint8)
+
+
+def build(name: str, size: tuple[int, int] | None = None, channels: int = 3, **options: Any) -> Source:
+    source: Source = SOURCES.build(SOURCES.options(name)(**options), size=size, channels=channels)
+    return source
+
+
+# The base
+
+
+def test_fingerprint_sees_content_and_nothing_else() -> None:
+    images, labels, classes = noise(4), np.arange(4) % 2, ("a", "b")
+    known = ImageSet(images, labels, classes).fingerprint()
+    transposed = np.ascontiguousarray(images.transpose(3, 0, 1, 2)).transpose(1, 2, 3, 0)
+    assert ImageSet(transposed, labels.astype(np.int32), classes).fingerprint() == known
+    changed = images.copy()
+    changed[3, 3, 3, 2] ^= 1
+    others = [
+        ImageSet(changed, labels, classes),
+        ImageSet(images, 1 - labels, classes),
+        ImageSet(images, labels, ("a", "c")),
+        ImageSet(images.reshape(4, 2, 8, 3), labels, classes),
+        ImageSet(images[:3], labels[:3], classes),
+    ]
+    assert len({known, *(other.fingerprint() for other in others)}) == 6
+
+
+def test_subset_keeps_pairs() -> None:
+    whole = ImageSet(noise(5), np.arange(5), tuple("abcde"))
+    part = whole.subset([4, 1])
+    assert len(part) == 2
+    assert part.labels.tolist() == [4, 1]
+    assert np.array_equal(part.images, whole.images[[4, 1]])
+
+
+@given(labels=st.lists(st.integers(0, 5), min_size=1, max_size=80), data=st.data(), seed=st.integers(0, 3))
+@settings(max_examples=100, deadline=None)
+def test_stratified_split_is_exact(labels: list[int], data: st.DataObject, seed: int) -> None:
+    num_val = data.draw(st.integers(0, len(labels) - 1))
+    train, val = stratified_split(labels, num_val, seed)
+    assert len(val) == num_val
+    assert sorted([*train, *val]) == list(range(len(labels)))
+    assert (np.diff(train) > 0).all()
+    assert (np.diff(val) > 0).all()
+    for label in set(labels):
+        exact = labels.count(label) * num_val / len(labels)
+        assert abs(sum(labels[i] == label for i in val) - exact) < 1
+    assert np.array_equal(stratified_split(labels, num_val, seed)[1], val)
+
+
+def test_stratified_split_depends_on_the_seed_and_refuses_the_impossible() -> None:
+    labels = np.arange(100) % 10
+    assert not np.array_equal(stratified_split(labels, 20, 0)[1], stratified_split(labels, 20, 1)[1])
+    for num_val in (-1, 100):
+        with pytest.raises(DataError, match=f"cannot set {num_val} of 100 images aside; allowed is 0 to 99"):
+            stratified_split(labels, num_val, 0)
+
+
+def test_check_memory_names_the_way_out() -> None:
+    check_memory(10, (32, 32, 3))
+    if not Path("/proc/meminfo").exists():
+        pytest.skip("no /proc/meminfo on this machine")
+    with pytest.raises(DataError, match=r"10000000 images of 4000 x 4000 x 3 need 480000\.0 GB .*data\.stream=true"):
+        check_memory(10_000_000, (4000, 4000, 3))
+
+
+def test_load_asks_for_the_memory_of_the_whole_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(base, "check_memory", lambda num, shape: asked.append((num, shape)))
+    build("shapes", num_train=20, size=(16, 24)).load("train")
+    assert asked == [(20, (16, 24, 3))]
+
+
+def test_registry() -> None:
+    assert list(SOURCES) == ["shapes", "cifar10", "cifar100", "parquet", "folder"]
+    for name in SOURCES:
+        assert SOURCES.options(name).model_fields["name"].default == name
+    with pytest.raises(ConfigError, match=r"unknown data source 'cifar' \(did you mean 'cifar1"):
+        SOURCES.get("cifar")
+
+
+# CIFAR
+
+
+def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, dataset: Any) -> np.ndarray:
+    """Write three images a file in torchvision's own layout and have torchvision expect these files."""
+    folder = root / dataset.base_folder
+    folder.mkdir(parents=True)
+    images = noise(3 * (len(dataset.train_list) + 1), 32)
+    fine = dataset is datasets.CIFAR100
+
+    def write(name: str, content: dict[str, Any]) -> str:
+        data = pickle.dumps(content)
+        (folder / name).write_bytes(data)
+        return hashlib.md5(data).hexdigest()
+
+    lists = []
+    for i, (name, _) in enumerate([*dataset.train_list, *dataset.test_list]):
+        flat = images[3 * i : 3 * i + 3].transpose(0, 3, 1, 2).reshape(3, -1)
+        labels = {"fine_labels": [2, 0, 1], "coarse_labels": [0, 0, 0]} if fine else {"labels": [2, 0, 1]}
+        lists.append([name, write(name, {"data": flat, **labels})])
+    meta = {**dataset.meta, "md5": write(dataset.meta["filename"], {dataset.meta["key"]: ["ant", "bee", "cow"]})}
+    monkeypatch.setattr(dataset, "train_list", lists[:-1])
+    monkeypatch.setattr(dataset, "test_list", lists[-1:])
+    monkeypatch.setattr(dataset, "meta", meta)
+    return images
+
+
+@pytest.mark.parametrize(("source", "dataset"), [(Cifar10, datasets.CIFAR10), (Cifar100, datasets.CIFAR100)])
+def test_cifar_reads_torchvisions_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Any, dataset: Any
+) -> None:
+    images = write_cifar(tmp_path, monkeypatch, dataset)
+    cifar = source(source.Options(root=tmp_path))
+    train, test = cifar.load("train"), cifar.load("test")
+    assert np.array_equal(np.concatenate([train.images, test.images]), images)
+    assert test.labels.tolist() == [2, 0, 1]
+    assert test.classes == ("ant", "bee", "cow")
+    assert cifar.num_images("train") == len(images) - 3
+    assert source(source.Options(root=tmp_path), size=(16, 8), channels=1).load("test").images.shape == (3, 16, 8, 1)
+
+
+def test_cifar_damaged_file_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar(tmp_path, monkeypatch, datasets.CIFAR10)
+    with (tmp_path / "cifar-10-batches-py" / "data_batch_3").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(DataError, match=r"data_batch_3 is damaged \(its md5 .*data\.source\.download is false"):
+        build("cifar10", root=tmp_path, download=False).load("train")
+
+
+def test_cifar_missing_file_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar(tmp_path, monkeypatch, datasets.CIFAR10)
+    (tmp_path / "cifar-10-batches-py" / "test_batch").unlink()
+    with pytest.raises(
+        DataError, match=r"cifar-10-batches-py/test_batch is missing and .*can point at an existing copy"
+    ):
+        build("cifar10", root=tmp_path, download=False).load("train")
+
+
+@pytest.mark.parametrize("damaged_archive", [False, True])
+def test_cifar_without_network_says_what_was_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged_archive: bool
+) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    if damaged_archive:
+        (tmp_path / "cifar-100-python.tar.gz").write_bytes(b"half a download")
+    with pytest.raises(DataError) as caught:
+        build("cifar100", root=tmp_path).load("train")
+    message = str(caught.value)
+    assert ("cifar-100-python.tar.gz is damaged" if damaged_archive else "cifar-100-python does not exist") in message
+    assert "downloading https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz failed" in message
+    assert "no route to host" in message
+    assert "data.source.root can point at an existing copy" in message
+
+
+# Parquet
+
+
+def write_parquet(
+    path: Path, images: Any, labels: Any, features: Any = None, image: str = "img", **columns: Any
+) -> None:
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})} if features else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table({image: images, **({"label": labels} if labels is not None else {}), **columns})
+    pq.write_table(table.replace_schema_metadata(metadata), path, row_group_size=2)
+
+
+def structs(images: np.ndarray) -> pa.Array:
+    return pa.array([{"bytes": encode_png(image), "path": f"{i}.png"} for i, image in enumerate(images)])
+
+
+def both(root: Path, images: Any, labels: Any, **more: Any) -> None:
+    write_parquet(root / "train-00000-of-00001.parquet", images, labels, **more)
+    write_parquet(root / "test-00000-of-00001.parquet", images, labels, **more)
+
+
+def test_parquet_of_the_hub(tmp_path: Path) -> None:
+    images = noise(5)
+    features = {"img": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["ant", "bee"]}}
+    write_parquet(tmp_path / "test-of-time/train-00000-of-00002.parquet", structs(images[:3]), [0, 1, 0], features)
+    write_parquet(tmp_path / "test-of-time/train-00001-of-00002.parquet", structs(images[3:]), [1, 1], features)
+    write_parquet(tmp_path / "test-of-time/validation-00000-of-00001.parquet", structs(images[:1]), [1], features)
+    write_parquet(tmp_path / "test-of-time/.train-copy.parquet", structs(images), [0] * 5, features)
+    source = build("parquet", path=str(tmp_path))
+    assert isinstance(source, Parquet)
+    assert source.columns() == ("img", "label")
+    assert [Path(file).name for file in source.files("train")] == [f"train-0000{i}-of-00002.parquet" for i in range(2)]
+    train = source.load("train")
+    assert np.array_equal(train.images, images)
+    assert train.labels.tolist() == [0, 1, 0, 1, 1]
+    assert train.classes == ("ant", "bee")
+    assert source.load("test").labels.tolist() == [1], "validation stands in where there is no test"
+    write_parquet(tmp_path / "test/0.parquet", structs(images[:2]), [1, 0], features)
+    assert build("parquet", path=tmp_path.as_uri()).load("test").labels.tolist() == [1, 0]
+
+
+def test_parquet_plain_bytes_names_and_options(tmp_path: Path) -> None:
+    images = noise(3)
+    pngs = pa.array([encode_png(image) for image in images], pa.large_binary())
+    both(tmp_path, pngs, ["bee", "ant", "bee"], image="picture", fine=[2, 0, 2])
+    with pytest.raises(
+        DataError, match=r"no column 'img' or 'image'; set data\.source\.image_column to one of picture, "
+    ):
+        build("parquet", path=str(tmp_path)).load("train")
+    named = build("parquet", path=str(tmp_path), image_column="picture").load("train")
+    assert (named.classes, named.labels.tolist()) == (("ant", "bee"), [1, 0, 1])
+    assert np.array_equal(named.images, images)
+    options: dict[str, Any] = {"path": str(tmp_path), "image_column": "picture", "label_column": "fine"}
+    assert build("parquet", **options).load("train").classes == ("0", "1", "2")
+    chosen = build("parquet", **options, classes=("x", "y", "z", "w")).load("train")
+    assert (chosen.classes, chosen.labels.tolist()) == (("x", "y", "z", "w"), [2, 0, 2])
+
+
+def test_parquet_dictionary_labels(tmp_path: Path) -> None:
+    both(tmp_path, structs(noise(3)), pa.array(["b", "a", "b"]).dictionary_encode())
+    assert build("parquet", path=str(tmp_path)).load("test").labels.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, None], r"test-.*\.parquet row 2: label is null"),
+        ([0, -1, 1], r"test-.*\.parquet row 1: label -1 is not one of 0 to 1"),
+        ([0, 1, 2], r"test-.*\.parquet row 2: label 2 is not one of 0 to 1"),
+        ([0.0, 1.0, 1.0], r"test-.*\.parquet row 0: label column 'label' is double, allowed are integers and strings"),
+        (["a", "b", "c"], r"test-.*\.parquet row 2: label 'c' is not one of a, b"),
+    ],
+)
+def test_parquet_wrong_labels_are_named(tmp_path: Path, labels: list[Any], message: str) -> None:
+    good = ["a", "b", "a"] if isinstance(labels[0], str) else [0, 1, 0]
+    write_parquet(tmp_path / "train-0.parquet", structs(noise(3)), good)
+    write_parquet(tmp_path / "test-0.parquet", structs(noise(3)), labels)
+    with pytest.raises(DataError, match=message):
+        build("parquet", path=str(tmp_path)).load("test")
+
+
+def test_parquet_wrong_images_are_named(tmp_path: Path) -> None:
+    pngs = [encode_png(image) for image in noise(5)]
+    both(tmp_path, pa.array([{"bytes": b, "path": ""} for b in (*pngs[:3], b"no", None)]), [0] * 5)
+    with pytest.raises(DataError, match=r"train-00000-of-00001\.parquet row 3 is not an image"):
+        build("parquet", path=str(tmp_path)).load("train")
+    both(tmp_path, pa.array([*[{"bytes": b, "path": ""} for b in pngs[:4]], None]), [0] * 5)
+    with pytest.raises(DataError, match="row 4 holds no image bytes"):
+        build("parquet", path=str(tmp_path)).load("train")
+    both(tmp_path, pa.array([encode_png(noise(1, side)[0]) for side in (4, 4, 4, 5, 5)]), [0] * 5)
+    with pytest.raises(DataError, match=r"row 3 is 5 x 5 pixels where .* are 4 x 4; set data\.image_size"):
+        build("parquet", path=str(tmp_path)).load("train")
+    assert build("parquet", path=str(tmp_path), size=(4, 4)).load("train").images.shape == (5, 4, 4, 3)
+    both(tmp_path, pa.array([[1, 2]] * 5), [0] * 5)
+    with pytest.raises(DataError, match=r"image column 'img' is list<.*>, allowed is binary or a struct with bytes"):
+        build("parquet", path=str(tmp_path)).load("train")
+
+
+def test_parquet_wrong_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="missing cannot be read"):
+        build("parquet", path=str(tmp_path / "missing")).load("train")
+    with pytest.raises(DataError, match="nowhere://x cannot be read"):
+        build("parquet", path="nowhere://x").load("train")
+    with pytest.raises(DataError, match="has no Parquet file with 'train' in its name"):
+        build("parquet", path=str(tmp_path)).load("train")
+    (tmp_path / "train.parquet").write_bytes(b"not Parquet at all")
+    with pytest.raises(DataError, match=r"train\.parquet cannot be read as Parquet \("):
+        build("parquet", path=str(tmp_path)).load("train")
+    write_parquet(tmp_path / "train.parquet", structs(noise(2)), None)
+    with pytest.raises(DataError, match="no column 'label' or 'fine_label' or 'labels'"):
+        build("parquet", path=str(tmp_path)).load("train")
+    write_parquet(tmp_path / "train.parquet", structs(noise(40, 32)), [0] * 40)
+    data = bytearray((tmp_path / "train.parquet").read_bytes())
+    data[4:200] = bytes(196)
+    (tmp_path / "train.parquet").write_bytes(data)
+    with pytest.raises(DataError, match=r"train\.parquet"):
+        build("parquet", path=str(tmp_path / "train.parquet")).load("train")
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason=f"no CIFAR-10 at {SHARED}")
+def test_parquet_reads_cifar10_as_published() -> None:
+    source = build("parquet", path=str(SHARED))
+    assert (source.num_images("train"), source.num_images("test")) == (50_000, 10_000)
+    test = source.load("test")
+    assert test.images.shape == (10_000, 32, 32, 3)
+    assert np.bincount(test.labels).tolist() == [1000] * 10
+    assert test.classes[:2] == ("airplane", "automobile")
+
+
+# Folder
+
+
+def write_folder(root: Path, layout: dict[str, int], seed: int = 0) -> None:
+    for i, (name, num) in enumerate(layout.items()):
+        (root / name).mkdir(parents=True)
+        for j, image in enumerate(noise(num, seed=seed + i)):
+            write_png(root / name / f"{j}.png", image)
+
+
+@pytest.mark.parametrize("test_name", ["test", "val", "validation"])
+def test_folder_with_splits(tmp_path: Path, test_name: str) -> None:
+    write_folder(tmp_path, {"train/dog": 2, "train/cat": 3, f"{test_name}/dog": 1})
+    Image.fromarray(noise(1, 4, seed=9)[0]).save(tmp_path / "train/cat/photo.JPEG")
+    (tmp_path / "train/cat/notes.txt").write_text("not an image")
+    (tmp_path / "train/cat/.hidden.png").write_text("not an image")
+    (tmp_path / "train/.cache").mkdir()
+    source = build("folder", path=tmp_path)
+    assert isinstance(source, Folder)
+    train = source.load("train")
+    assert train.classes == ("cat", "dog")
+    assert train.labels.tolist() == [0, 0, 0, 0, 1, 1]
+    assert np.array_equal(train.images[4:], noise(2))
+    assert source.files("test") == [(str(tmp_path / test_name / "dog/0.png"), 1)]
+    assert source.load("test").labels.tolist() == [1]
+
+
+def test_folder_without_splits_is_divided_once_and_for_all(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"b": 20, "a": 10})
+    source = Folder(Folder.Options(path=tmp_path, test_fraction=0.2))
+    train, test = source.files("train"), source.files("test")
+    assert len(test) == 6
+    assert [label for _, label in test] == [0, 0, 1, 1, 1, 1]
+    assert not set(train) & set(test)
+    assert len(train) == 24
+    assert Folder(Folder.Options(path=tmp_path, test_fraction=0.2)).files("test") == test
+    assert Folder(Folder.Options(path=tmp_path, test_fraction=0.2, seed=1)).files("test") != test
+
+
+def test_folder_refusals(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.source\.path .*none is not a folder"):
+        build("folder", path=tmp_path / "none").load("train")
+    with pytest.raises(DataError, match="holds no folders, allowed is one per class"):
+        build("folder", path=tmp_path).load("train")
+    write_folder(tmp_path, {"train/a": 2, "train/b": 2})
+    source = build("folder", path=tmp_path)
+    with pytest.raises(DataError, match="has a train folder and no test folder, allowed is test, val, validation"):
+        source.load("test")
+    write_folder(tmp_path, {"test/a": 1, "test/c": 1})
+    with pytest.raises(DataError, match=r"test/c is a class that .*train does not have"):
+        source.load("test")
+    (tmp_path / "train/empty").mkdir()
+    with pytest.raises(DataError, match="train/empty holds no image"):
+        build("folder", path=tmp_path).load("train")
+    write_folder(tmp_path / "flat", {"a": 4})
+    with pytest.raises(DataError, match=r"test_fraction 0\.1 of the 4 images .* leaves none for testing"):
+        build("folder", path=tmp_path / "flat").load("train")
+
+
+def test_folder_unreadable_image_is_named(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"train/a": 3, "test/a": 1})
+    whole = (tmp_path / "train/a/1.png").read_bytes()
+    (tmp_path / "train/a/1.png").write_bytes(whole[:-30])
+    with pytest.raises(DataError, match=r"train/a/1\.png is a damaged image \("):
+        build("folder", path=tmp_path).load("train")
+
+
+def test_large_images_are_read_in_threads_in_the_same_order(tmp_path: Path) -> None:
+    images = noise(80, 40)  # noise does not compress: every file has over 4 KB, and there are more than one block
+    for i, image in enumerate(images):
+        (tmp_path / "train/a").mkdir(parents=True, exist_ok=True)
+        write_png(tmp_path / f"train/a/{i:03}.png", image)
+    assert (tmp_path / "train/a/000.png").stat().st_size > base.THREADS_FROM
+    assert np.array_equal(build("folder", path=tmp_path).load("train").images, images)
+
+
+# ls, convert, check
+
+
+def test_describe_lists_every_source_with_its_options() -> None:
+    entries = {entry["name"]: entry for entry in describe()}
+    assert set(entries) == set(SOURCES)
+    assert entries["shapes"]["options"] == {"num_train": "6000", "num_test": "1000", "seed": "0"}
+    assert entries["folder"]["options"] == {"path": "required", "test_fraction": "0.1", "seed": "0"}
+    assert entries["parquet"]["options"]["image_column"] == "None"
+    assert all(entry["doc"].endswith(".") for entry in entries.values())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_convert_round_trip_is_exact(tmp_path: Path, channels: int) -> None:
+    source = Shapes(Shapes.Options(num_train=70, num_test=30), channels=channels)
+    calls: list[tuple[str, int, int]] = []
+    convert(source, tmp_path / "out", rows_per_file=32, progress=lambda *call: calls.append(call))
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "test-00000-of-00001.parquet",
+        *(f"train-0000{i}-of-00003.parquet" for i in range(3)),
+    ]
+    assert os.listdir(tmp_path) == ["out"]
+    assert calls[-2:] == [("train", 70, 70), ("test", 30, 30)]
+    back = build("parquet", path=str(tmp_path / "out"), channels=channels)
+    splits: tuple[Split, ...] = ("train", "test")
+    for split in splits:
+        assert back.load(split).fingerprint() == source.load(split).fingerprint()
+
+
+def test_convert_writes_the_layout_of_the_hub(tmp_path: Path) -> None:
+    convert(Shapes(Shapes.Options(num_train=10, num_test=10)), tmp_path / "out")
+    table = pq.read_table(tmp_path / "out/train-00000-of-00001.parquet")
+    assert table.schema.field("img").type == pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    assert table.schema.field("label").type == pa.int64()
+    features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+    assert features["img"] == {"_type": "Image"}
+    assert features["label"]["_type"] == "ClassLabel"
+    assert features["label"]["names"][0] == "circle"
+    first = Image.open(io.BytesIO(table["img"][0].as_py()["bytes"]))
+    assert (first.format, first.size) == ("PNG", (32, 32))
+
+
+def test_convert_refuses_what_is_taken_and_leaves_nothing_half_done(tmp_path: Path) -> None:
+    write_folder(tmp_path / "in", {"train/a": 3, "test/a": 1})
+    source = build("folder", path=tmp_path / "in")
+    with pytest.raises(StorageError, match="in exists and is not an empty folder"):
+        convert(source, tmp_path / "in")
+    (tmp_path / "in/test/a/0.png").write_bytes(b"broken")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(DataError, match=r"test/a/0\.png is not an image"):
+        convert(source, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+    assert os.listdir(tmp_path / "out") == []
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"cannot write .*file/out: Not a directory"):
+        convert(source, tmp_path / "file" / "out")
+
+
+def test_check_counts_and_lists_instead_of_stopping(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"train/a": 30, "train/b": 3, "test/b": 2}, seed=1)
+    same = (tmp_path / "train/a/0.png").read_bytes()
+    for copy in ("train/a/1.png", "train/b/0.png", "test/b/1.png"):
+        (tmp_path / copy).write_bytes(same)
+    source = build("folder", path=tmp_path)
+    report = check(source)
+    assert report.readable
+    assert report.train.counts == {"a": 30, "b": 3}
+    assert report.test.counts == {"a": 0, "b": 2}
+    assert (report.train.num_images, report.train.shape) == (33, (4, 4, 3))
+    assert (report.train.num_duplicates, report.test.num_duplicates, report.num_shared) == (2, 0, 1)
+    assert report.train.fingerprint == source.load("train").fingerprint()
+
+    for i in range(5, 30):
+        (tmp_path / f"train/a/{i}.png").write_bytes(b"broken")
+    write_png(tmp_path / "train/b/2.png", noise(1, 6)[0])
+    report = check(build("folder", path=tmp_path))
+    assert not report.readable
+    assert report.train.num_unreadable == 26
+    assert len(report.train.unreadable) == 20
+    assert "train/a/10.png is not an image" in report.train.unreadable[0]
+    assert report.train.num_images == 7
+    assert report.train.fingerprint is None
+    assert report.test.fingerprint is not None
+
+
+class Fixed(Source):
+    """Records given by the test."""
+
+    given: list[Record]
+    classes = ("a",)
+
+    def num_images(self, split: Split) -> int:
+        return len(self.given)
+
+    def _read(self, split: Split) -> Any:
+        return iter(self.given)
+
+
+def test_an_empty_split_is_refused_and_checked() -> None:
+    source = Fixed(Shapes.Options())
+    source.given = []
+    with pytest.raises(DataError, match="the train split of data source 'shapes' has no images"):
+        source.load("train")
+    assert check(source).train.shape is None
