@@ -127,7 +127,7 @@ def verify(folder: Path) -> dict[str, Any]:
     """Check every file that ``folder/manifest.json`` lists and return the manifest.
 
     Raises:
-        BundleError: no manifest, a newer schema, or a missing or altered file, by name.
+        BundleError: no manifest, a newer schema, or a missing, altered or unlisted file, by name.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -135,7 +135,7 @@ def verify(folder: Path) -> dict[str, Any]:
         sums = {str(name): str(entry["sha256"]) for name, entry in files.items()}
     except FileNotFoundError:
         raise BundleError(f"{str(folder)!r} is no bundle: {MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise BundleError(f"{str(folder / MANIFEST)!r} cannot be read: {error!r}") from error
     if schema > SCHEMA:
         raise BundleError(
@@ -149,6 +149,10 @@ def verify(folder: Path) -> dict[str, Any]:
             raise BundleError(f"{str(folder)!r} is incomplete: {name} is missing")
         if _sha256(path) != expected:
             raise BundleError(f"{str(folder)!r} was altered: {name} does not match its SHA-256")
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != MANIFEST and name not in sums:
+            raise BundleError(f"{str(folder)!r} was altered: {name} is not listed in its manifest")
     return dict(manifest)
 
 
@@ -222,11 +226,11 @@ def model_card(
     if similarity is not None:
         lines.append(f"| SSIM of protected to plain images | {similarity:.3f} on average |")
     lines += [f"| hardware | {environment['hardware']} |", "", "## What this does not promise", ""]
-    lines.append(
-        "A low SSIM between protected and plain images does not even say that a person sees nothing: look at the picture. "
-        "It says **nothing** about an attacker who trains an inverse network on pairs of plain and protected images, which the public part "
-        "of this bundle lets anyone make. No attack has been run on this bundle yet."
-    )
+    lines += [
+        "A low SSIM between protected and plain images does not even say that a person sees nothing: look at the",
+        "picture. It says **nothing** about an attacker who trains an inverse network on pairs of plain and protected",
+        "images, which the public part of this bundle lets anyone make. No attack has been run on this bundle yet.",
+    ]
     lines += ["", "Whoever re-encodes protected images (JPEG) or changes their size destroys the classification.", ""]
     if metrics.get("warnings"):
         lines += ["## Departures", "", *(f"- {w}" for w in metrics["warnings"]), ""]

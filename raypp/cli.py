@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from raypp import env
 
@@ -24,6 +24,13 @@ app = App(
 )
 data_app = App(name="data", help="Data sources: list them, convert them to Parquet, check their integrity.")
 app.command(data_app)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from raypp.config import Config
+    from raypp.progress import Display
+    from raypp.runs import Run
 
 Settings = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 SETTINGS_HELP = (
@@ -67,7 +74,9 @@ def train(
     return run_training(merged, name or _new_name(preset), resume=resume, local=local, quiet=quiet)
 
 
-def run_training(config: Any, name: str, *, resume: bool = False, local: bool = False, quiet: bool = False) -> Any:
+def run_training(
+    config: Config, name: str, *, resume: bool = False, local: bool = False, quiet: bool = False
+) -> dict[str, Any]:
     """Train a run and print what came of it; returns its summary."""
     from raypp.progress import Display
     from raypp.runs import open_run, summary, train_locally
@@ -82,9 +91,7 @@ def run_training(config: Any, name: str, *, resume: bool = False, local: bool = 
         elif local:
             found = train_locally(run, display)
         else:
-            from raypp.cluster.train import train_on_ray
-
-            found = train_on_ray(run, display)
+            found = _on_ray()(run, display)
         where = run.storage.uri
     if not quiet:
         _print_results(found, where)
@@ -272,6 +279,16 @@ def _source(name: str, flags: tuple[str, ...], image_size: tuple[int, int] | Non
     return SOURCES.build(data.source, size=data.image_size, channels=data.channels)
 
 
+def _on_ray() -> Callable[[Run, Display], dict[str, Any]]:
+    try:
+        from raypp.cluster.train import train_on_ray
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "ray":
+            raise
+        raise RayppError("Ray is not installed here; --local trains in this process without it") from None
+    return train_on_ray
+
+
 def _new_name(preset: str) -> str:
     from datetime import datetime
 
@@ -311,8 +328,10 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(errors, " ".join(str(error).split()))
     except RayppError as error:
         _fail(errors, str(error))
+    except OSError as error:  # a full disk, say; what this project opens itself is named by its own errors
+        _fail(errors, str(error))
     except KeyboardInterrupt:
-        errors.print("interrupted")
+        errors.print("interrupted; what was finished is kept, and --resume continues a run", highlight=False)
         raise SystemExit(130) from None
 
 

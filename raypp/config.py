@@ -18,9 +18,10 @@ from raypp.data import SOURCES
 from raypp.errors import ConfigError
 from raypp.nets import CLASSIFIERS, FEATURES
 from raypp.protections import PROTECTIONS
-from raypp.registry import Options, Registry, did_you_mean
+from raypp.registry import Location, Options, Registry, did_you_mean
 
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Side = Annotated[int, Field(ge=1)]
 
 
 def _select(registry: Registry) -> BeforeValidator:
@@ -58,7 +59,7 @@ class Augment(Section):
 class Data(Section):
     source: Annotated[SerializeAsAny[Options], _select(SOURCES)]
     """Where images come from; ``raypp data ls`` lists the sources and their options."""
-    image_size: tuple[int, int] | None = None
+    image_size: tuple[Side, Side] | None = None
     """Height and width that every image is fitted to (resize, then centre crop); null takes them as they are."""
     channels: Literal[1, 3] = 3
     """3 for RGB, 1 for grey."""
@@ -138,7 +139,7 @@ class Cluster(Section):
     """One GPU per worker; null takes GPUs when the cluster has one for each worker."""
     max_failures: int = Field(3, ge=0)
     """Times that a worker group is restarted from the last checkpoint before the run is given up."""
-    storage: str = "runs"
+    storage: Location = Field("runs", validate_default=True)
     """Folder or pyarrow filesystem URI (s3://...) under which each run has its folder."""
 
 
@@ -165,6 +166,8 @@ class Config(Section):
             raise ValueError(
                 f"train.mode 'plain' trains no protection, found {self.protection.name!r}; allowed: 'plain'"
             )
+        if self.train.mode == "frozen" and self.protection.name == "plain":
+            raise ValueError("train.mode 'frozen' trains the protection alone, and 'plain' has nothing to train")
         return self
 
     def to_yaml(self) -> str:
@@ -221,7 +224,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date such as 2020-99-99
         raise ConfigError(f"config file {str(path)!r} is no valid YAML: {' '.join(str(error).split())}") from error
     if tree is None:
         return {}
@@ -235,7 +238,10 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        if isinstance(old, dict) and "name" in old and isinstance(value, str):
+        # A bare name stands for {name: ...}, in whichever order a name and its options come.
+        if isinstance(old, str) and isinstance(value, dict):
+            old = {"name": old}
+        if isinstance(old, dict) and isinstance(value, str):
             value = {"name": value}
         if isinstance(old, dict) and isinstance(value, dict):
             fresh = "name" in value and "name" in old and value["name"] != old["name"]
@@ -266,7 +272,7 @@ def parse_flags(flags: tuple[str, ...] | list[str]) -> dict[str, Any]:
             )
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date or number and is none, as 2020-99-99
             value = text
         tree = merge(tree, _nest(parts, value))
     return tree

@@ -7,7 +7,6 @@ place decides what an image is and refuses, by name, what is not.
 from __future__ import annotations
 
 import io
-import os
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -128,7 +127,7 @@ def write_png(path: Path, image: Pixels) -> None:
     try:
         try:
             aside.write_bytes(encode_png(image))
-            os.replace(aside, path)
+            aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
     except OSError as error:

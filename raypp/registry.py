@@ -10,11 +10,22 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Iterator
-from typing import Any, ClassVar, Protocol
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from raypp.errors import ConfigError
+
+
+def absolute(location: str | Path) -> str:
+    """Make a local path absolute; leave a URI as it is."""
+    text = str(location)
+    return text if "://" in text else str(Path(text).expanduser().absolute())
+
+
+# A path or URI in a configuration. Ray's workers run in folders of their own, so a relative path is settled at once.
+Location = Annotated[str, AfterValidator(absolute)]
 
 
 class Options(BaseModel):

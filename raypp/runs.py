@@ -63,6 +63,7 @@ def open_run(config: Config, name: str, *, resume: bool = False) -> Iterator[Run
     """
     storage = Storage(config.cluster.storage).folder(_checked_name(name))
     if not resume:
+        settled, phi, warning = prepare(config)  # before the folder: a mistake found here leaves the name free
         _create(storage, name)
     elif not storage.exists("config.yaml"):
         raise StorageError(f"there is no run {name!r} to resume under {config.cluster.storage!r}")
@@ -71,7 +72,6 @@ def open_run(config: Config, name: str, *, resume: bool = False) -> Iterator[Run
             _same_configuration(config, yaml.safe_load(storage.read("config.yaml")), name)
             yield _reopen(storage, config)
         else:
-            settled, phi, warning = prepare(config)
             warnings = (warning,) if warning else ()
             if phi is not None:
                 from safetensors.torch import save
@@ -201,6 +201,9 @@ def _create(storage: Storage, name: str) -> None:
     if storage.local:
         try:
             storage.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot create {storage.path.parent}: {error.strerror}") from error
+        try:
             storage.path.mkdir()  # fails when the folder exists: two runs that start at once cannot both have it
         except FileExistsError:
             raise taken from None

@@ -13,14 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from raypp.errors import StorageError
-
-
-def absolute(location: str | Path) -> str:
-    """Make a local path absolute; leave a URI as it is."""
-    text = str(location)
-    return text if "://" in text else str(Path(text).expanduser().absolute())
+from raypp.registry import absolute
 
 
 class Storage:
@@ -38,6 +34,7 @@ class Storage:
 
         self.uri = absolute(location)
         self.local = "://" not in self.uri or self.uri.startswith("file://")
+        self._root: str
         try:
             self._fs, self._root = fs.FileSystem.from_uri(self.uri) if not self.local else _local(self.uri)
         except (ValueError, OSError) as error:
@@ -53,7 +50,10 @@ class Storage:
         return Path(self._root)
 
     def folder(self, name: str) -> Storage:
-        return Storage(f"{self.uri.rstrip('/')}/{name}")
+        if self.local:
+            return Storage(f"{self.uri.rstrip('/')}/{name}")
+        parts = urlsplit(self.uri)  # the path may be followed by options, as in s3://bucket/runs?region=...
+        return Storage(parts._replace(path=f"{parts.path.rstrip('/')}/{name}").geturl())
 
     def exists(self, name: str = "") -> bool:
         from pyarrow import fs
@@ -108,7 +108,12 @@ class Storage:
                     shutil.copytree(folder, aside)
                     if target.exists():
                         target.rename(old)
-                    aside.rename(target)
+                    try:
+                        aside.rename(target)
+                    except BaseException:
+                        if old.exists():
+                            old.rename(target)
+                        raise
                 finally:
                     shutil.rmtree(aside, ignore_errors=True)
                     shutil.rmtree(old, ignore_errors=True)
@@ -145,7 +150,9 @@ class Storage:
             yield
         except OSError as error:
             where = f"{self.uri}/{name}" if name else self.uri
-            raise StorageError(f"cannot {verb} {where}: {error.strerror or str(error).splitlines()[0]}") from error
+            # copytree collects (source, target, reason) of every file that it could not copy.
+            reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror or str(error)
+            raise StorageError(f"cannot {verb} {where}: {reason.splitlines()[0]}") from error
 
 
 def _local(uri: str) -> tuple[Any, str]:

@@ -31,7 +31,6 @@ POLL_SECONDS = 0.2
 MAX_WORKERS = 8  # of a run that does not say how many: a batch of 128 is not worth spreading further
 
 
-@ray.remote(num_cpus=0)
 class Board:
     """Where rank 0 pins what the driver shows: the newest step, and every epoch and warning once."""
 
@@ -91,7 +90,7 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
     cluster = config.cluster
     with session((cluster.num_workers or 1) * cluster.cpus_per_worker, spare=1 if config.data.stream else 0) as have:
         num_workers, use_gpu = _scale(config, have)
-        board = Board.remote()
+        board = ray.remote(num_cpus=0)(Board).remote()
         trainer = TorchTrainer(
             _worker,
             train_loop_config={

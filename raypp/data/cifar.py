@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from pydantic import Field
+
 from raypp import registry
 from raypp.data.base import Record, Source, Split
 from raypp.errors import DataError
@@ -19,7 +21,7 @@ class _Cifar(Source):
     class Options(registry.Options):
         """Where the data set lies."""
 
-        root: Path = Path("data")
+        root: registry.Location = Field("data", validate_default=True)
         """Folder that holds (or gets) the extracted python version of the data set."""
         download: bool = True
         """Fetch the data set into ``root`` if it is not there."""
@@ -50,7 +52,7 @@ class _Cifar(Source):
             from torchvision import datasets
 
             dataset = getattr(datasets, self.dataset)
-            root = self.options.root.expanduser()
+            root = Path(self.options.root)
             try:
                 self._opened[split] = dataset(root, train=split == "train", download=self.options.download)
             except (RuntimeError, OSError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Callable
@@ -74,7 +73,7 @@ def convert(
             aside.mkdir(parents=True)
             for split in SPLITS:
                 _write_split(source, split, aside, rows_per_file, progress)
-            os.replace(aside, out)
+            aside.replace(out)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:

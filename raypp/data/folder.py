@@ -28,7 +28,7 @@ class Folder(Source):
         """Where the folders lie and how to split them."""
 
         name: Literal["folder"] = "folder"
-        path: Path
+        path: registry.Location
         """Folder above train and test, or above the class folders."""
         test_fraction: float = Field(default=0.1, gt=0, lt=1)
         """Share of each class set aside for testing where there is no train folder."""
@@ -39,7 +39,7 @@ class Folder(Source):
 
     @cached_property
     def _root(self) -> Path:
-        root = self.options.path.expanduser()
+        root = Path(self.options.path)
         if not root.is_dir():
             raise DataError(f"data.source.path {root} is not a folder")
         return root

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raypp.errors import DataError
+
 
 class Batches(Protocol):
     """One epoch after another of training batches on one worker."""
@@ -35,7 +37,8 @@ def as_input(images: Tensor) -> Tensor:
 
 def generator(*numbers: int) -> torch.Generator:
     """A CPU generator seeded by several numbers, such as seed, epoch and step, without collisions between them."""
-    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    # SeedSequence pads with zeros: without their count, (seed, epoch) and (seed, epoch, 0) would be the same.
+    seed = np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed) & (2**63 - 1))
 
 
@@ -79,6 +82,9 @@ class DeviceLoader:
         images: uint8 (N, H, W, C) on the device.
         labels: int64 (N,) on the device.
         batch_size: images per step over all workers; a multiple of ``world``.
+
+    Raises:
+        DataError: there are fewer images than workers.
     """
 
     def __init__(
@@ -92,6 +98,8 @@ class DeviceLoader:
         rank: int = 0,
         world: int = 1,
     ) -> None:
+        if len(images) < world:
+            raise DataError(f"{len(images)} training images cannot be shared among {world} workers")
         self.images, self.labels = images, labels
         self.batch_size = min(batch_size, len(images) // world * world)
         self.num_batches = len(images) // self.batch_size

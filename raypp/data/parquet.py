@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,7 +45,7 @@ class Parquet(Source):
         """Where the files lie and which columns to read."""
 
         name: Literal["parquet"] = "parquet"
-        path: str
+        path: registry.Location
         """Folder or file, or a URI of any filesystem that pyarrow knows."""
         image_column: str | None = None
         """None takes ``img`` or ``image``."""
@@ -61,7 +60,7 @@ class Parquet(Source):
     def _location(self) -> tuple[pafs.FileSystem, str]:
         path = self.options.path
         if "://" not in path:
-            return pafs.LocalFileSystem(), str(Path(os.path.abspath(os.path.expanduser(path))).as_posix())
+            return pafs.LocalFileSystem(), Path(path).as_posix()
         with _naming(path):
             filesystem, root = pafs.FileSystem.from_uri(path)
         return filesystem, root

@@ -44,6 +44,8 @@ def encoded(source: Source, seed: int) -> ray.data.Dataset:  # noqa: ARG001 (its
 @encoded.register
 def _(source: Parquet, seed: int) -> ray.data.Dataset:
     image, label = source.columns()
+    for path in source.files("train"):
+        source.labels(path)  # refuses a wrong label by file and row, before anything starts
     shuffle = ray.data.FileShuffleConfig(seed=seed, reseed_after_execution=True)
     rows = ray.data.read_parquet(
         source.files("train"),
@@ -52,12 +54,12 @@ def _(source: Parquet, seed: int) -> ray.data.Dataset:
         include_paths=True,
         shuffle=shuffle,
     )
-    classes = source.classes
+    index = {name: i for i, name in enumerate(source.classes)}
 
     def name_rows(batch: Batch) -> Batch:
         cells = batch[image]
         values = [c["bytes"] if isinstance(c, dict) else c for c in cells]
-        labels = [classes.index(v) if isinstance(v, str) else v for v in batch[label].tolist()]
+        labels = [index[v] if isinstance(v, str) else v for v in batch[label].tolist()]
         return {"name": batch["path"], "label": np.asarray(labels), "bytes": np.asarray(values, dtype=object)}
 
     return rows.map_batches(name_rows, batch_format="numpy")
@@ -81,7 +83,6 @@ def datasets(config: Config) -> dict[str, ray.data.Dataset]:
     source: Source = SOURCES.build(config.data.source, size=config.data.image_size, channels=config.data.channels)
     share = _val_share(config, source)
     rows = encoded(source, config.seed)
-    num_classes = len(source.classes)
 
     def part(val: bool) -> ray.data.Dataset:
         return rows.map_batches(
@@ -94,7 +95,6 @@ def datasets(config: Config) -> dict[str, ray.data.Dataset]:
                 "key": config.seed,
                 "size": config.data.image_size,
                 "channels": config.data.channels,
-                "num_classes": num_classes,
             },
         )
 
@@ -108,17 +108,15 @@ def _val_share(config: Config, source: Source) -> float:
     return config.data.num_val / num
 
 
-def _decode(
-    batch: Batch, *, val: bool, share: float, key: int, size: tuple[int, int], channels: int, num_classes: int
-) -> Batch:
+def _decode(batch: Batch, *, val: bool, share: float, key: int, size: tuple[int, int], channels: int) -> Batch:
     images, labels = [], []
-    encoded_bytes = batch.get("bytes")
+    in_rows = "bytes" in batch
     for i, (name, label) in enumerate(zip(batch["name"], batch["label"], strict=True)):
-        data = None if encoded_bytes is None else encoded_bytes[i]
+        data = batch["bytes"][i] if in_rows else None
+        if in_rows and not data:
+            raise DataError(f"{name}: a row with label {label} holds no image bytes")
         if (_draw(data or str(name).encode(), key) < share) != val:
             continue
-        if not 0 <= label < num_classes:
-            raise DataError(f"{name}: label {label!r} is not one of 0 to {num_classes - 1}")
         images.append(decode(data or Path(name).read_bytes(), name=str(name), size=size, channels=channels))
         labels.append(int(label))
     shape = (0, *size, channels)

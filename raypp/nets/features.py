@@ -8,22 +8,23 @@ plain images stands in, and every run, bundle and model card says so.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor, nn
 
 from raypp.errors import ConfigError
 from raypp.nets.normalise import Normalise
 from raypp.nets.vgg import RELU2_2, VGG16_LAYERS, vgg_features
-from raypp.registry import Options
+from raypp.registry import Options, absolute
 
 StateDict = dict[str, Tensor]
 
 
 class VGG16FeatureOptions(Options):
     name: Literal["vgg16"] = "vgg16"
-    weights: str = "torchvision"
+    weights: Annotated[str, AfterValidator(lambda w: w if w == "torchvision" else absolute(w))] = "torchvision"
     """``torchvision`` (ImageNet weights, downloaded once), or the path of a .safetensors or .pt state dict."""
 
 
@@ -102,11 +103,13 @@ def _read_state(path: Path) -> StateDict:
             from safetensors.torch import load_file
 
             return load_file(path)
-        state: StateDict = torch.load(path, map_location="cpu", weights_only=True)
-        return state
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each reader raises types of its own
         reason = str(error).splitlines()[0]
         raise ConfigError(f"features.weights {str(path)!r} cannot be read as a state dict: {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise ConfigError(f"features.weights {str(path)!r} holds no state dict, that is tensors by name")
+    return state
 
 
 def _torchvision_state() -> StateDict | None:

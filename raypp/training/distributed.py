@@ -38,7 +38,7 @@ def average_batch_statistics(module: nn.Module) -> None:
     flat = torch.cat([b.flatten() for b in buffers])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+    for buffer, mean in zip(buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True):
         buffer.copy_(mean.view_as(buffer))
 
 
@@ -53,7 +53,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         count = x.numel() / x.shape[1] * dist.get_world_size()
         wide = x.float()
-        moments = all_reduce(torch.stack((wide.sum(dim=(0, 2, 3)), wide.square().sum(dim=(0, 2, 3)))))
+        sums = torch.stack((wide.sum(dim=(0, 2, 3)), wide.square().sum(dim=(0, 2, 3))))
+        moments: Tensor = all_reduce(sums)
         mean = moments[0] / count
         variance = moments[1] / count - mean.square()
         assert self.running_mean is not None
@@ -64,7 +65,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
         shift = self.bias - mean * scale
-        return (wide * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(x.dtype)
+        normalised: Tensor = wide * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+        return normalised.to(x.dtype)
 
 
 def synchronise_batch_norms(module: nn.Module) -> None:

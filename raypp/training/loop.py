@@ -32,7 +32,7 @@ from raypp.training.distributed import (
     total,
 )
 from raypp.training.sinks import Row, Sink
-from raypp.training.system import Phase, System, build_system, phases
+from raypp.training.system import Phase, System, Terms, build_system, phases
 
 PROGRESS_SECONDS = 0.25
 CHECK_STEPS = 50  # how often the loss is looked at: reading it waits for the device
@@ -150,7 +150,7 @@ def autocast(config: Config, device: torch.device) -> Callable[[], AbstractConte
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether convolutions gain from bf16: GPUs from Ampere on, CPUs with AVX-512 BF16 or AMX."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -196,9 +196,8 @@ def fit(config: Config, sink: Sink, phi: StateDict | None = None, data: Training
         RayppError: the data or the configuration cannot be used; raised on every worker.
     """
     torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # a debugging aid that costs a pass over every new tensor
-    )
+    # A debugging aid of deterministic mode that would write every new tensor once more.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if sink.device.type == "cuda":
         torch.backends.cudnn.benchmark = not config.train.deterministic
     problem: str | None = None
@@ -256,7 +255,7 @@ class _Loop:
         if self.config.train.sync_batchnorm:
             synchronise_batch_norms(self.system)
         if self.config.train.channels_last:
-            self.system.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.system.to(memory_format=torch.channels_last)
         self.parameters = [p for p in self.system.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.config.train.optimizer, self.parameters)
         self.best, self.best_state = {}, {}
@@ -264,14 +263,14 @@ class _Loop:
             self.system.load_own_state(resumed["system"])
             self.optimizer.load_state_dict(resumed["optimizer"])
             self.best, self.best_state = resumed["best"], resumed["best_state"]
-        self.forward: nn.Module = self.system
-        if self.config.train.compile:
-            self.forward = torch.compile(self.forward)  # type: ignore[assignment]
+        self.forward: Callable[..., Terms] = self.system
         if distributed():
             # Running statistics are averaged once an epoch instead: training never reads them.
             self.forward = DistributedDataParallel(
-                self.forward, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+                self.system, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
             )
+        if self.config.train.compile:
+            self.forward = torch.compile(self.forward)
 
     def train_epoch(self, phase: Phase, epoch: int) -> Row:
         """Take one pass over the training batches; return its row of metrics, means over all workers."""

@@ -96,9 +96,13 @@ class System(nn.Module):
         return {k: v for k, v in self.state_dict().items() if not k.startswith("features.")}
 
     def load_own_state(self, state: StateDict) -> None:
-        missing, unexpected = self.load_state_dict(state, strict=False)
+        other = TrainingError("checkpoint holds weights of other networks than the configuration describes")
+        try:
+            missing, unexpected = self.load_state_dict(state, strict=False)
+        except RuntimeError as error:  # a shape is another one
+            raise other from error
         if unexpected or any(not key.startswith("features.") for key in missing):
-            raise TrainingError("checkpoint holds weights of other networks than the configuration describes")
+            raise other
 
 
 def build_system(

@@ -1,0 +1,319 @@
+"""Presets hold the paper's numbers; sources of settings merge as stated; every mistake is one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raypp.config import Config, load_config, merge, parse_flags, presets, read_yaml, validate, validate_data
+from raypp.errors import ConfigError, RayppError
+
+
+def make(*flags: str, preset: str = "quickstart", file: Path | None = None) -> Config:
+    return load_config(preset, file, flags)
+
+
+def refusal(*flags: str, preset: str = "quickstart", file: Path | None = None) -> str:
+    with pytest.raises(ConfigError) as raised:
+        load_config(preset, file, flags)
+    return str(raised.value)
+
+
+# Presets
+
+
+def test_presets_are_listed_and_parse() -> None:
+    assert sorted(presets()) == ["cifar10", "cifar10-small", "cifar100", "quickstart"]
+    for name, path in presets().items():
+        config = load_config(name)
+        assert validate(yaml.safe_load(config.to_yaml())) == config
+        assert load_config(path) == config
+        assert path.read_text().startswith("# "), "its first line is what `raypp config` prints"
+
+
+@pytest.mark.parametrize(("name", "num_val"), [("cifar10", 5000), ("cifar100", 2500)])
+def test_paper_presets_hold_section_3a(name: str, num_val: int) -> None:
+    config = load_config(name)
+    assert config.data.model_dump() == {
+        "source": {"name": name, "root": str(Path("data").absolute()), "download": True},
+        "image_size": None,
+        "channels": 3,
+        "num_val": num_val,  # of 50,000
+        "num_train": None,
+        "num_test": None,  # all 10,000
+        "augment": {"crop_padding": 4, "flip": True},
+        "stream": False,
+        "shuffle_buffer": 10_000,
+    }
+    assert config.protection.model_dump() == {"name": "learned", "width": 64, "depth": 4, "skips": None}
+    assert config.classifier.model_dump() == {"name": "resnet20"}
+    assert config.features.model_dump() == {"name": "vgg16", "weights": "torchvision"}
+    train = config.train
+    assert (train.mode, train.epochs, train.batch_size) == ("joint", 200, 128)
+    assert train.optimizer.model_dump() == {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0005}
+    assert train.schedule.model_dump() == {"name": "multistep", "milestones": (60, 120, 160), "gamma": 0.2}
+    assert train.alpha == 0.005
+
+
+def test_paper_presets_state_the_papers_numbers_themselves() -> None:
+    """A changed default in code must not change the paper's experiment."""
+    for name in ("cifar10", "cifar100"):
+        tree = read_yaml(presets()[name])
+        assert {"seed", "data", "protection", "classifier", "features", "train"} == tree.keys()
+        assert tree["train"].keys() == {"mode", "alpha", "epochs", "batch_size", "optimizer", "schedule"}
+        assert tree["train"]["optimizer"].keys() == {"name", "lr", "momentum", "weight_decay"}
+        assert tree["data"].keys() == {"source", "num_val", "augment"}
+
+
+# Merging
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {alpha: 0.25, epochs: 9}\nseed: 3\n")
+    config = make("--train.alpha", "0.75", file=file)
+    assert (config.train.alpha, config.train.epochs, config.seed) == (0.75, 9, 3)
+    assert config.train.batch_size == make().train.batch_size
+
+
+def test_a_new_name_starts_its_section_afresh(tmp_path: Path) -> None:
+    path = str(tmp_path)
+    source = make("--data.source.name", "folder", "--data.source.path", path).data.source
+    assert source.model_dump() == {"name": "folder", "path": path, "test_fraction": 0.1, "seed": 0}
+    assert make("--train.schedule", "constant").train.schedule.model_dump() == {"name": "constant"}
+    same = make("--train.schedule", "one_cycle").train.schedule
+    assert same == make().train.schedule, "the name it had already changes nothing"
+    for flags in (["--data.source", "folder", "--data.source.path", path], ["--data.source.path", path, "--data.source", "folder"]):
+        assert make(*flags).data.source == source
+    file = tmp_path / "mine.yaml"
+    file.write_text("protection: {name: plain}\n")
+    assert make(file=file).protection.model_dump() == {"name": "plain"}
+    assert make("--protection", "learned", file=file).protection.model_dump()["width"] == 64
+
+
+def test_merge_does_not_touch_its_arguments() -> None:
+    base: dict[str, Any] = {"a": {"name": "x", "y": 1}, "b": {"c": 2}}
+    over: dict[str, Any] = {"a": "z", "b": {"d": [3]}}
+    assert merge(base, over) == {"a": {"name": "z"}, "b": {"c": 2, "d": [3]}}
+    assert base == {"a": {"name": "x", "y": 1}, "b": {"c": 2}}
+    assert over == {"a": "z", "b": {"d": [3]}}
+
+
+def test_flags_in_every_spelling() -> None:
+    assert parse_flags(["--train.alpha=0.5", "--train.batch-size", "8", "--data.flip", "no", "--seed", "3"]) == {
+        "train": {"alpha": 0.5, "batch_size": 8},
+        "data": {"flip": False},
+        "seed": 3,
+    }
+    assert parse_flags(["--data.source", "{name: folder, path: a=b}"])["data"]["source"]["path"] == "a=b"
+    assert parse_flags(["--data.source.path=a=b"])["data"]["source"]["path"] == "a=b"
+    assert parse_flags(["--train.alpha", "-1"]) == {"train": {"alpha": -1}}
+    assert parse_flags(["--train.alpha", "1", "--train.alpha", "2"]) == {"train": {"alpha": 2}}
+    assert parse_flags(["--data.source.path", "2020-99-99"])["data"]["source"]["path"] == "2020-99-99"
+    assert parse_flags(["--data.source.path", "0x_"])["data"]["source"]["path"] == "0x_"
+    assert parse_flags(["--data.source.path", "[a"])["data"]["source"]["path"] == "[a"
+    assert make("--train.optimizer.lr", "1e-3").train.optimizer.lr == 0.001  # YAML 1.1 reads 1e-3 as text
+
+
+SCALARS = st.one_of(
+    st.booleans(),
+    st.integers(-(10**9), 10**9),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=8),
+    st.none(),
+    st.lists(st.integers(), max_size=3),
+)
+KEYS = st.lists(st.sampled_from(["alpha", "epochs", "x_y", "name", "q"]), min_size=1, max_size=3)
+
+
+@given(section=st.sampled_from(["data", "train", "protection", "cluster"]), keys=KEYS, value=SCALARS, equals=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_any_value_survives_a_flag(section: str, keys: list[str], value: Any, equals: bool) -> None:
+    flag = f"--{'.'.join([section, *keys])}"
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
+    if not equals and text.startswith("--"):
+        return
+    tree = parse_flags([f"{flag}={text}"] if equals else [flag, text])
+    for key in [section, *keys]:
+        tree = tree[key]
+    assert tree == value
+
+
+@given(words=st.lists(st.one_of(st.text(max_size=12), st.sampled_from(["--seed", "--train.alpha", "--data", "--train"]))))
+@settings(max_examples=200, deadline=None)
+def test_no_command_line_breaks_the_parser(words: list[str]) -> None:
+    """Whatever stands there is a configuration or one sentence."""
+    try:
+        make(*words)
+    except RayppError as error:
+        assert str(error)
+        assert "\n" not in str(error).replace(repr("\n"), "")
+
+
+# Mistakes
+
+MISTAKES = {
+    "unknown key": (["--train.alhpa", "1"], "unknown key 'train.alhpa' (did you mean 'alpha'?); allowed there: mode, "),
+    "unknown key of a method": (["--protection.widht", "3"], "unknown key 'protection.widht' (did you mean 'width'?)"),
+    "unknown key of a schedule": (
+        ["--train.schedule.warm_up", "0"],
+        "unknown key 'train.schedule.warm_up' (did you mean 'warmup'?); allowed there: name, warmup, final",
+    ),
+    "key of another schedule": (
+        ["--train.schedule.milestones", "[1]"],
+        "unknown key 'train.schedule.milestones'; allowed there: name, warmup, final",
+    ),
+    "unknown section": (["--trian.alpha", "1"], "unknown option --trian.alpha (did you mean 'train'?); settings begin"),
+    "no flag": (["alpha", "1"], "unexpected argument 'alpha'; a setting is written --section.key VALUE"),
+    "bare dashes": (["--"], "unexpected argument '--'"),
+    "missing value": (["--train.alpha"], "--train.alpha needs a value, as in --train.alpha VALUE"),
+    "missing value before a flag": (["--train.alpha", "--seed", "1"], "--train.alpha needs a value"),
+    "wrong type": (["--train.alpha", "much"], "train.alpha is 'much': input should be a valid number"),
+    "not whole": (["--train.epochs", "1.5"], "train.epochs is 1.5: input should be a valid integer"),
+    "null": (["--train.alpha", "null"], "train.alpha is None: input should be a valid number"),
+    "not finite": (["--train.alpha", ".inf"], "train.alpha is inf: input should be a finite number"),
+    "not a number": (["--train.optimizer.lr", ".nan"], "train.optimizer.lr is nan"),
+    "out of range": (["--train.alpha", "-1"], "train.alpha is -1: input should be greater than or equal to 0"),
+    "out of range in a method": (["--protection.depth", "9"], "protection.depth is 9: input should be less than or equal"),
+    "out of range in a source": (["--data.source.num_train", "0"], "data.source.num_train is 0: input should be greater"),
+    "no such choice": (["--train.mode", "both"], "train.mode is 'both': input should be 'joint', 'frozen' or 'plain'"),
+    "no such number": (["--data.channels", "2"], "data.channels is 2: input should be 1 or 3"),
+    "unknown method": (
+        ["--protection", "lerned"],
+        "protection: unknown protection 'lerned' (did you mean 'learned'?); allowed: plain, learned",
+    ),
+    "unknown classifier": (["--classifier", "resnet"], "unknown classifier 'resnet' (did you mean 'resnet20'?); allowed:"),
+    "unknown source": (["--data.source", "cifar"], "data.source: unknown data source 'cifar' (did you mean 'cifar1"),
+    "unknown features": (["--features", "vgg"], "unknown feature network 'vgg' (did you mean 'vgg16'?); allowed: vgg16, "),
+    "unknown schedule": (["--train.schedule", "cosine"], "'cosine' found using 'name' does not match any of the expected"),
+    "no name": (["--protection", "5"], "protection: a protection needs a name; allowed: plain, learned"),
+    "missing option": (["--data.source", "parquet"], "data.source.path is missing; it has no default"),
+    "a number for a section": (["--train", "5"], "train is 5: input should be a valid dictionary"),
+    "too many skips": (["--protection.skips", "4"], "protection: skips is 4, allowed is at most depth = 3"),
+    "a number for a size": (["--data.image_size", "32"], "data.image_size is 32: input should be a valid tuple"),
+    "three sides": (["--data.image_size", "[1, 2, 3]"], "data.image_size is [1, 2, 3]: tuple should have at most 2 items"),
+    "an empty image": (["--data.image_size", "[0, 16]"], "data.image_size.0 is 0: input should be greater than or equal to 1"),
+    "batch and workers": (
+        ["--train.batch_size", "10", "--cluster.num_workers", "4"],
+        "train.batch_size 10 cannot be divided among cluster.num_workers 4; allowed is a multiple of it",
+    ),
+    "plain mode with a protection": (
+        ["--train.mode", "plain"],
+        "train.mode 'plain' trains no protection, found 'learned'; allowed: 'plain'",
+    ),
+    "frozen mode with nothing to train": (
+        ["--train.mode", "frozen", "--protection", "plain"],
+        "train.mode 'frozen' trains the protection alone, and 'plain' has nothing to train",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_a_mistake_is_one_sentence(kind: str) -> None:
+    flags, expected = MISTAKES[kind]
+    sentence = refusal(*flags)
+    assert expected in sentence
+    assert "\n" not in sentence
+
+
+def test_the_weights_option_names_itself() -> None:
+    sentence = refusal("--features.weights", "5", preset="cifar10")
+    assert sentence.startswith("features.weights is 5: ")
+
+
+def test_unknown_presets() -> None:
+    sentence = refusal(preset="cifra10")
+    assert sentence.startswith("unknown preset 'cifra10' (did you mean 'cifar10'?); allowed: cifar10")
+    assert "or the path of a .yaml file" in sentence
+
+
+FILES = {
+    "a: [": "is no valid YAML",
+    "train: {alpha: 1": "is no valid YAML",
+    "\tx: 1": "is no valid YAML",
+    "train: !!python/object/apply:os.getcwd []": "is no valid YAML",
+    "seed: 2020-99-99": "is no valid YAML",
+    "- 1\n- 2": "holds a list; allowed is a mapping of sections",
+    "just text": "holds a str; allowed is a mapping of sections",
+    "1: 2": "keys should be strings",
+    "trian: {alpha: 1}": "unknown key 'trian' (did you mean 'train'?); allowed there: seed, data, protection",
+    "train: {alpha: {}}": "train.alpha is {}: input should be a valid number",
+    "data: {source: {name: shapes, num_tran: 3}}": "unknown key 'data.source.num_tran' (did you mean 'num_train'?)",
+    "data: null": "data is None: input should be a valid dictionary",
+}
+
+
+@pytest.mark.parametrize("text", FILES)
+def test_a_bad_file_is_one_sentence(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    sentence = refusal(file=file)
+    assert FILES[text] in sentence
+    assert "\n" not in sentence
+    if "YAML" in sentence or "holds" in sentence:
+        assert str(file) in sentence
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    assert refusal(file=tmp_path / "none.yaml").endswith("cannot be read: No such file or directory")
+    assert refusal(preset=str(tmp_path / "none.yaml")).endswith("cannot be read: No such file or directory")
+    assert refusal(file=tmp_path).endswith("cannot be read: Is a directory")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xfa")
+    assert "is no valid YAML" in refusal(file=tmp_path / "bytes.yaml")
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert make(file=tmp_path / "empty.yaml") == make()
+    assert "data is missing; it has no default" in refusal(preset=str(tmp_path / "empty.yaml"))
+
+
+def test_data_sections_are_validated_alone() -> None:
+    assert validate_data({"source": {"name": "shapes", "num_train": 5}}).source.model_dump()["num_train"] == 5
+    with pytest.raises(ConfigError, match=r"^unknown key 'data.source.nmu_train' \(did you mean 'num_train'\?\)"):
+        validate_data({"source": {"name": "shapes", "nmu_train": 5}})
+
+
+# The tree
+
+
+def test_configurations_are_frozen() -> None:
+    config = make()
+    for section, key in ((config, "seed"), (config.train, "alpha"), (config.protection, "width")):
+        with pytest.raises(ValueError, match="frozen"):
+            setattr(section, key, 1)
+
+
+def test_relative_paths_are_settled_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = make("--data.source", "{name: folder, path: images}", "--cluster.storage", "runs/x")
+    assert config.data.source.model_dump()["path"] == str(tmp_path / "images")
+    assert config.cluster.storage == str(tmp_path / "runs" / "x")
+    assert make("--cluster.storage", "s3://bucket/x").cluster.storage == "s3://bucket/x"
+
+
+@given(
+    alpha=st.floats(0, 1e6),
+    milestones=st.lists(st.integers(0, 500), max_size=4),
+    size=st.none() | st.tuples(st.integers(1, 512), st.integers(1, 512)),
+    skips=st.none() | st.integers(0, 3),
+    seed=st.integers(0, 2**31 - 1),
+)
+@settings(max_examples=50, deadline=None)
+def test_yaml_round_trip(
+    alpha: float, milestones: list[int], size: tuple[int, int] | None, skips: int | None, seed: int
+) -> None:
+    tree = read_yaml(presets()["quickstart"])
+    over = {
+        "seed": seed,
+        "data": {"image_size": size},
+        "protection": {"skips": skips},
+        "train": {"alpha": alpha, "schedule": {"name": "multistep", "milestones": milestones}},
+    }
+    config = validate(merge(tree, over))
+    again = validate(yaml.safe_load(config.to_yaml()))
+    assert again == config
+    assert again.to_yaml() == config.to_yaml()
+    assert (again.train.alpha, again.data.image_size, again.seed) == (alpha, size, seed)

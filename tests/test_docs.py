@@ -1,0 +1,61 @@
+"""Every command in the documentation is run, in a folder of its own, in the order in which a reader meets it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GUIDES = ("docs/train.md", "docs/data.md", "docs/bundle.md")
+NOT_RUN = "# not run by the tests"
+
+
+def commands(page: str) -> list[str]:
+    """The lines of a page's bash blocks, without comments; blocks that say so are left out."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    lines = [line for block in blocks if not block.startswith(NOT_RUN) for line in block.splitlines()]
+    return [line for line in lines if shlex.split(line, comments=True)]
+
+
+def test_guides_are_readable_by_this_test() -> None:
+    assert all(commands(page) for page in GUIDES)
+
+
+@pytest.mark.ray
+def test_the_commands_of_the_guides(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "docs" / "images", tmp_path / "docs" / "images")
+    surroundings = os.environ | {"OMP_NUM_THREADS": "1"}
+    surroundings["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{surroundings['PATH']}"
+    for page in GUIDES:
+        for line in commands(page):
+            arguments = shlex.split(line, comments=True)
+            result = subprocess.run(
+                arguments, cwd=tmp_path, env=surroundings, capture_output=True, text=True, timeout=400
+            )
+            assert result.returncode == 0, f"{page}: {line}\n{result.stdout}\n{result.stderr}"
+
+
+@pytest.mark.ray
+def test_quickstart_ends_with_a_bundle_and_what_to_do_next(tmp_path: Path) -> None:
+    line = next(text for text in commands("README.md") if "quickstart" in text)
+    _, _, quickstart = line.partition("uv run ")
+    arguments = [str(Path(sys.executable).parent / "raypp"), *shlex.split(quickstart, comments=True)[1:]]
+    result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert (folder / "bundle" / "public" / "protection.safetensors").exists()
+    assert (folder / "protected.png").exists()
+    assert "protected, 8 bit" in result.stdout
+    assert "Next" in result.stdout
+
+
+def test_the_cluster_guide_submits_what_the_job_says() -> None:
+    (line,) = commands("docs/cluster.md")
+    assert line in (ROOT / "jobs" / "train.py").read_text()

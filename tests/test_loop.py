@@ -1,0 +1,597 @@
+"""The training loop: what it optimises, what it leaves behind, and that no interruption changes the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import CPU, Tiny, tiny_flags
+from rich.console import Console
+from torch import Tensor, nn
+
+from raypp.config import Config, load_config, validate
+from raypp.data.loader import Batches
+from raypp.errors import DataError, StorageError, TrainingError
+from raypp.nets.features import VGG16Features
+from raypp.nets.vgg import RELU2_2, VGG16_LAYERS, vgg_features
+from raypp.progress import Display
+from raypp.storage import Storage
+from raypp.training import checkpoint
+from raypp.training.distributed import SyncBatchNorm2d, synchronise_batch_norms
+from raypp.training.loop import (
+    Fit,
+    TrainingData,
+    bf16_is_fast,
+    build_optimizer,
+    fit,
+    learning_rate,
+    load_data,
+    prepare,
+)
+from raypp.training.loop import validate as validate_system
+from raypp.training.sinks import KEEP, LocalSink, Row, newest_first
+from raypp.training.system import Phase, build_system, phases
+
+EPOCHS = 3  # of the joint phase, after one plain epoch
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Sink(LocalSink):
+    """A local sink that keeps what it would show, and dies after some reports where it is told to."""
+
+    def __init__(self, folder: Path, dies_after: int | None = None) -> None:
+        self.text = io.StringIO()
+        super().__init__(Storage(folder), Display(Console(file=self.text, width=500)), CPU)
+        self.dies_after = dies_after
+
+    def report(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
+        super().report(history, name, checkpoint)
+        if len(history) == self.dies_after:
+            raise Interrupted
+
+
+def timeless(history: list[Row]) -> list[Row]:
+    return [{k: v for k, v in row.items() if k not in {"seconds", "images_per_s"}} for row in history]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two trees of containers, numbers and tensors are equal to the last bit."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in {"seconds", "images_per_s"})
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+def newest(folder: Path) -> tuple[dict[str, Any], list[Row]]:
+    name = newest_first(Storage(folder))[0]
+    return checkpoint.load(folder / "checkpoints" / name)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def initial(config: Config, data: TrainingData, name: str) -> dict[str, Tensor]:
+    """The weights that a phase begins with."""
+    return build_system(config, Phase(name, 1), len(data.classes), None, None).own_state()
+
+
+def vgg_slice() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return vgg_features(VGG16_LAYERS[:RELU2_2], 3, batch_norm=False).state_dict()
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """An uninterrupted run, and the folder of one that died after its third of four epochs."""
+
+    config: Config
+    fit: Fit
+    folder: Path
+    interrupted: Path
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    folder = tmp_path_factory.mktemp("reference")
+    config = load_config("quickstart", flags=tiny_flags(folder, train__epochs=EPOCHS))
+    whole = fit(config, Sink(folder / "whole"))
+    with pytest.raises(Interrupted):
+        fit(config, Sink(folder / "interrupted", dies_after=3))
+    return Reference(config, whole, folder / "whole", folder / "interrupted")
+
+
+# Modes
+
+
+@pytest.mark.parametrize("mode", ["plain", "joint", "frozen"])
+def test_training_lowers_the_loss(mode: str, tiny: Tiny, tmp_path: Path) -> None:
+    changes = {"protection": "plain"} if mode == "plain" else {}
+    config = tiny(
+        train__mode=mode, train__epochs=6, train__plain_epochs=2, train__batch_size=10, train__optimizer__lr=0.02, **changes
+    )
+    sink = Sink(tmp_path)
+    result = fit(config, sink)
+    own = [row for row in result.history if row["phase"] == mode]
+    assert [row["epoch"] for row in own] == [1, 2, 3, 4, 5, 6]
+    assert own[-1]["train_loss"] < own[0]["train_loss"] - 0.1
+    assert [row["phase"] for row in result.history if row["phase"] != mode] == ["plain"] * (0 if mode == "plain" else 2)
+    for row in result.history:
+        alpha = 0 if row["phase"] == "plain" else config.train.alpha
+        for part in ("train", "val"):
+            expected = row[f"{part}_classification_loss"] - alpha * row[f"{part}_feature_distance"]
+            assert row[f"{part}_loss"] == pytest.approx(expected, rel=1e-5)
+        assert (row["val_feature_distance"] > 0) == (row["phase"] != "plain")
+    assert [row["step"] for row in result.history] == [4 * (i + 1) for i in range(len(result.history))]
+    assert sink.text.getvalue().count("\n") == len(result.history), "a line per epoch"
+
+
+def test_frozen_mode_keeps_every_bit_of_the_plain_classifier(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny(train__mode="frozen")
+    result = fit(config, Sink(tmp_path))
+    assert result.plain is not None
+    assert same(dict(result.system.classifier.state_dict()), result.plain)
+    state, _ = newest(tmp_path)
+    kept = {k.removeprefix("classifier."): v for k, v in state["system"].items() if k.startswith("classifier.")}
+    assert same(kept, result.plain)
+    assert not same(result.plain, {k.removeprefix("classifier."): v for k, v in initial(config, result.data, "plain").items()})
+    changed = state["system"]["protection.unet.head.weight"]
+    assert not torch.equal(changed, initial(config, result.data, "joint")["protection.unet.head.weight"])
+
+
+def test_joint_mode_trains_both_and_leaves_the_feature_network(reference: Reference) -> None:
+    before = initial(reference.config, reference.fit.data, "joint") if reference.fit.plain is None else None
+    plain = reference.fit.plain
+    assert plain is not None
+    before = build_system(reference.config, phases(reference.config)[1], 10, None, plain).own_state()
+    after = newest(reference.folder)[0]["system"]
+    assert before.keys() == after.keys()
+    unchanged = [k for k in before if torch.equal(before[k], after[k])]
+    assert unchanged == []
+    assert reference.fit.system.features is not None
+    features = reference.fit.system.features.classifier.state_dict()
+    assert same(dict(features), plain)
+
+
+def test_vgg_features_train_without_a_plain_phase_and_stay(tiny: Tiny, tmp_path: Path) -> None:
+    torch.save(vgg_slice(), tmp_path / "slice.pt")
+    config, phi, warning = prepare(tiny(features="vgg16", features__weights=tmp_path / "slice.pt", train__epochs=1))
+    assert warning is None
+    assert phi is not None
+    result = fit(config, Sink(tmp_path), phi)
+    assert [row["phase"] for row in result.history] == ["joint"]
+    assert result.plain is None
+    assert isinstance(result.system.features, VGG16Features)
+    assert same(dict(result.system.features.layers.state_dict()), vgg_slice())
+
+
+def test_without_torchvisions_weights_a_plain_classifier_stands_in(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", offline)
+    config, phi, warning = prepare(tiny(features="vgg16"))
+    assert (config.features.name, phi) == ("plain_classifier", None)
+    assert warning is not None
+    assert "a departure from the paper" in warning
+    unused, _, silent = prepare(tiny(features="vgg16", train__mode="plain", protection="plain"))
+    assert (unused.features.name, silent) == ("vgg16", None), "a plain run needs no feature network"
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, "[17, 19]"), (3, "[16, 30]")])
+def test_any_size_and_grey(tiny: Tiny, tmp_path: Path, channels: int, size: str) -> None:
+    config = tiny(data__channels=channels, data__image_size=size, train__epochs=1)
+    result = fit(config, Sink(tmp_path))
+    height, width = json.loads(size)
+    images = torch.rand(2, channels, height, width)
+    assert result.system.protection(images).shape == images.shape
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "auto"])
+def test_precision(tiny: Tiny, tmp_path: Path, precision: str, reference: Reference) -> None:
+    config = tiny(train__precision=precision, train__epochs=1)
+    row = fit(config, Sink(tmp_path)).history[0]
+    exact = reference.fit.history[0]["train_loss"]  # the plain phase does not depend on the epochs that follow
+    bf16 = precision == "bf16" or (precision == "auto" and bf16_is_fast(CPU))
+    assert (row["train_loss"] == exact) != bf16
+    assert row["train_loss"] == pytest.approx(exact, rel=0.02)
+
+
+# Repeatability and selection
+
+
+def test_the_same_seed_gives_the_same_run(reference: Reference, tmp_path: Path) -> None:
+    again = fit(reference.config, Sink(tmp_path))
+    assert timeless(again.history) == timeless(reference.fit.history)
+    assert same(newest(tmp_path)[0], newest(reference.folder)[0])
+    assert same(again.system.own_state(), reference.fit.system.own_state())
+
+
+def test_another_seed_gives_another_run(reference: Reference, tmp_path: Path) -> None:
+    other = fit(reference.config.model_copy(update={"seed": 1}), Sink(tmp_path))
+    assert other.history[0]["train_loss"] != reference.fit.history[0]["train_loss"]
+
+
+def test_the_lowest_validation_loss_is_what_is_left(tiny: Tiny, tmp_path: Path) -> None:
+    # The learning rate rises to an absurd one, so the last epochs are worse than the first.
+    config = tiny(
+        train__mode="plain", protection="plain", train__epochs=5, train__batch_size=10,
+        train__optimizer__lr=5, train__schedule__warmup=0.99,
+    )  # fmt: skip
+    result = fit(config, Sink(tmp_path))
+    losses = [row["val_loss"] for row in result.history]
+    lowest = losses.index(min(losses))
+    assert lowest < 4, "the case tests nothing"
+    assert result.best == result.history[lowest]
+    assert [row["best"] for row in result.history] == [loss == min(losses[: i + 1]) for i, loss in enumerate(losses)]
+    found = validate_system(result.system, *result.data.val, config, 0, 1)
+    assert found["val_loss"] == pytest.approx(min(losses), rel=1e-6)
+    state, _ = newest(tmp_path)
+    assert same(state["best_state"], result.system.own_state())
+    assert not same(state["system"], state["best_state"])
+
+
+def test_validation_is_a_mean_over_images_whatever_the_batches_and_workers(reference: Reference) -> None:
+    config, system = reference.config, reference.fit.system
+    images, labels = (part[:19] for part in reference.fit.data.val)
+    whole = validate_system(system, images, labels, config, 0, 1)
+    train = config.train.model_copy(update={"eval_batch_size": 4})
+    batched = config.model_copy(update={"train": train})
+    assert validate_system(system, images, labels, batched, 0, 1) == pytest.approx(whole, rel=1e-5)
+    shares = [validate_system(system, images, labels, config, rank, 2) for rank in range(2)]
+    for key, value in whole.items():
+        assert (10 * shares[0][key] + 9 * shares[1][key]) / 19 == pytest.approx(value, rel=1e-5)
+
+
+def test_metrics_lines_are_the_history(reference: Reference) -> None:
+    lines = (reference.folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == reference.fit.history
+    assert newest_first(Storage(reference.folder)) == ["epoch_0004", "epoch_0003"]
+    assert KEEP == 2
+
+
+# Interruption
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 4])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(reference: Reference, tmp_path: Path, after: int) -> None:
+    with pytest.raises(Interrupted):
+        fit(reference.config, Sink(tmp_path, dies_after=after))
+    resumed = fit(reference.config, Sink(tmp_path))
+    assert timeless(resumed.history) == timeless(reference.fit.history)
+    assert same(newest(tmp_path), newest(reference.folder))
+    assert same(resumed.system.state_dict(), reference.fit.system.state_dict())
+    assert same(resumed.plain, reference.fit.plain)
+    assert timeless([resumed.best]) == timeless([reference.fit.best])
+
+
+def truncate(folder: Path) -> None:
+    data = (folder / "state.pt").read_bytes()
+    (folder / "state.pt").write_bytes(data[: len(data) // 2])
+
+
+def flip_a_byte(folder: Path) -> None:
+    data = bytearray((folder / "state.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "state.pt").write_bytes(data)
+
+
+def delete_state(folder: Path) -> None:
+    (folder / "state.pt").unlink()
+
+
+def delete_sums(folder: Path) -> None:
+    (folder / "checkpoint.json").unlink()
+
+
+def garble_sums(folder: Path) -> None:
+    (folder / "checkpoint.json").write_bytes(b'\xff{"sha256": [1]}')
+
+
+def other_json(folder: Path) -> None:
+    (folder / "checkpoint.json").write_text("[]")
+
+
+def empty_history(folder: Path) -> None:
+    (folder / "history.json").write_text("[]")
+
+
+DAMAGES = [truncate, flip_a_byte, delete_state, delete_sums, garble_sums, other_json, empty_history]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_costs_an_epoch_and_a_warning(
+    reference: Reference, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    folder = shutil.copytree(reference.interrupted, tmp_path / "run")
+    damage(folder / "checkpoints" / "epoch_0003")
+    sink = Sink(folder)
+    resumed = fit(reference.config, sink)
+    warning = sink.text.getvalue().splitlines()[0]
+    assert warning.startswith("warning: checkpoint epoch_0003 is damaged: ")
+    assert warning.endswith("; going back to the one before")
+    assert timeless(resumed.history) == timeless(reference.fit.history)
+    assert same(newest(folder), newest(reference.folder))
+
+
+def test_when_all_checkpoints_are_damaged_the_run_says_so(reference: Reference, tmp_path: Path) -> None:
+    folder = shutil.copytree(reference.interrupted, tmp_path / "run")
+    truncate(folder / "checkpoints" / "epoch_0003")
+    delete_sums(folder / "checkpoints" / "epoch_0002")
+    before = files(folder)
+    with pytest.raises(TrainingError, match="^all checkpoints of this run are damaged: epoch_0003, epoch_0002$"):
+        fit(reference.config, Sink(folder))
+    assert files(folder) == before
+
+
+def test_half_written_checkpoints_are_passed_over(reference: Reference, tmp_path: Path) -> None:
+    """A process that is killed while it copies leaves a hidden folder behind."""
+    folder = shutil.copytree(reference.interrupted, tmp_path / "run")
+    aside = folder / "checkpoints" / ".epoch_0004.12345678.tmp"
+    aside.mkdir()
+    (aside / "state.pt").write_bytes(b"half")
+    resumed = fit(reference.config, Sink(folder))
+    assert timeless(resumed.history) == timeless(reference.fit.history)
+
+
+def test_other_data_are_refused_on_resume(reference: Reference, tmp_path: Path) -> None:
+    folder = shutil.copytree(reference.interrupted, tmp_path / "run")
+    source = reference.config.data.source.model_copy(update={"seed": 1})
+    data = reference.config.data.model_copy(update={"source": source})
+    before = files(folder)
+    with pytest.raises(DataError, match="not what checkpoint epoch_0003 was trained on; restore the data"):
+        fit(reference.config.model_copy(update={"data": data}), Sink(folder))
+    assert files(folder) == before
+
+
+def test_a_checkpoint_of_other_networks_is_refused(reference: Reference, tmp_path: Path) -> None:
+    folder = shutil.copytree(reference.interrupted, tmp_path / "run")
+    protection = reference.config.protection.model_copy(update={"skips": 0})
+    with pytest.raises(TrainingError, match="^checkpoint holds weights of other networks than the configuration"):
+        fit(reference.config.model_copy(update={"protection": protection}), Sink(folder))
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoints(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(reference.interrupted, tmp_path / "run")
+    before = files(folder)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copyfile", full)
+        with pytest.raises(StorageError, match="cannot write .*epoch_0004: .*No space left on device") as raised:
+            fit(reference.config, Sink(folder))
+    assert "\n" not in str(raised.value)
+    assert files(folder) == before
+    assert timeless(fit(reference.config, Sink(folder)).history) == timeless(reference.fit.history)
+
+
+def test_storage_that_cannot_be_written_is_one_sentence(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"^cannot (read|list|write) .*Not a directory$") as raised:
+        fit(tiny(train__epochs=1), Sink(tmp_path / "file" / "run"))
+    assert "\n" not in str(raised.value)
+
+
+# A loss that is no number
+
+
+@dataclasses.dataclass
+class Poisoned:
+    """Batches of which one holds an image that is no number."""
+
+    sound: Batches
+    at: tuple[int, int]
+
+    @property
+    def num_batches(self) -> int:
+        return self.sound.num_batches
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for step, (images, labels) in enumerate(self.sound.epoch(epoch)):
+            if (epoch, step) == self.at:
+                images[0, 0, 0, 0] = math.nan
+            yield images, labels
+
+
+def test_a_loss_that_is_no_number_stops_at_its_step(reference: Reference, tmp_path: Path) -> None:
+    data = load_data(reference.config, CPU)
+    poisoned = dataclasses.replace(data, train=Poisoned(data.train, at=(2, 1)))  # the second joint epoch's last step
+    with pytest.raises(TrainingError) as raised:
+        fit(reference.config, Sink(tmp_path), data=poisoned)
+    rate = learning_rate(reference.config.train, EPOCHS, 1.5)
+    assert str(raised.value) == (
+        f"the loss is not a finite number at step 5 with learning rate {rate:.4g}; last good checkpoint: epoch_0002; "
+        "try a smaller train.optimizer.lr or train.alpha"
+    )
+    assert timeless(fit(reference.config, Sink(tmp_path)).history) == timeless(reference.fit.history)
+
+
+def test_an_absurd_learning_rate_is_found_out(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny(train__mode="plain", protection="plain", train__schedule="constant", train__optimizer__lr="1.0e+30")
+    with pytest.raises(TrainingError, match=r"step \d+ with learning rate 1e\+30; last good checkpoint: none yet; try"):
+        fit(config, Sink(tmp_path))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+# Schedules and optimisers
+
+
+def test_multistep_is_the_papers_table() -> None:
+    train = load_config("cifar10").train
+    table = {0: 0.1, 59.99: 0.1, 60: 0.02, 119.99: 0.02, 120: 0.004, 159.99: 0.004, 160: 0.0008, 199.99: 0.0008}
+    for progress, expected in table.items():
+        assert learning_rate(train, 200, progress) == pytest.approx(expected, rel=1e-12)
+
+
+def test_one_cycle_rises_and_falls_linearly() -> None:
+    flags = ["--train.optimizer.lr", "2", "--train.schedule", "{name: one_cycle, warmup: 0.25, final: 0.1}"]
+    train = load_config("quickstart", flags=flags).train
+    for progress, expected in {0: 0, 2.5: 1, 5: 2, 12.5: 1.1, 20: 0.2, 25: 0.2}.items():
+        assert learning_rate(train, 20, progress) == pytest.approx(expected)
+    cold = load_config("quickstart", flags=["--train.schedule.warmup", "0"]).train
+    assert learning_rate(cold, 4, 0) == cold.optimizer.lr
+    assert learning_rate(cold, 4, 4) == 0
+
+
+def test_constant() -> None:
+    train = load_config("quickstart", flags=["--train.schedule", "constant"]).train
+    assert {learning_rate(train, 4, progress) for progress in (0, 1.5, 4)} == {train.optimizer.lr}
+
+
+def test_the_learning_rate_of_every_epoch_is_reported(reference: Reference) -> None:
+    assert [row["lr"] for row in reference.fit.history] == pytest.approx(
+        [learning_rate(reference.config.train, 1, 0.5)]
+        + [learning_rate(reference.config.train, EPOCHS, epoch + 0.5) for epoch in range(EPOCHS)]
+    )
+
+
+def test_sgd_is_the_papers() -> None:
+    """Momentum 0.9 and weight decay 0.0005, two steps by hand."""
+    weight = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+    optimizer = build_optimizer(load_config("cifar10").train.optimizer, [weight])
+    value, velocity = 2.0, 0.0
+    for gradient in (1.0, -3.0):
+        weight.grad = torch.tensor([gradient], dtype=torch.float64)
+        optimizer.step()
+        velocity = 0.9 * velocity + gradient + 0.0005 * value
+        value -= 0.1 * velocity
+    assert weight.item() == pytest.approx(value, rel=1e-12)
+
+
+def test_adamw(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny(train__optimizer__name="adamw", train__optimizer__lr=0.001, train__epochs=1)
+    optimizer = build_optimizer(config.train.optimizer, [nn.Parameter(torch.zeros(1))])
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.defaults["betas"] == (0.9, 0.999)
+    assert math.isfinite(fit(config, Sink(tmp_path)).best["val_loss"])
+
+
+# Two workers without Ray
+
+WORLD = 2
+
+
+def batch_norm_case(offset: float) -> tuple[nn.BatchNorm2d, Tensor, Tensor]:
+    torch.manual_seed(0)
+    layer = nn.BatchNorm2d(3)
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    return layer, torch.randn(8, 3, 4, 5) + offset, torch.randn(8, 3, 4, 5)
+
+
+def batch_norm_results(layer: nn.BatchNorm2d, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    (y * weights).sum().backward()
+    assert x.grad is not None
+    assert layer.weight.grad is not None
+    assert layer.bias.grad is not None
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    found = {"y": y, "x_grad": x.grad, "weight_grad": layer.weight.grad, "bias_grad": layer.bias.grad}
+    return {k: v.detach() for k, v in found.items()} | {"mean": layer.running_mean, "var": layer.running_var}
+
+
+def work(rank: int, folder: Path, trees: dict[str, Any]) -> None:
+    """One of two workers: batch normalisation alone, whole trainings, and a loss that is no number on one worker."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
+    for offset in (0.0, 100.0):
+        layer, x, weights = batch_norm_case(offset)
+        synchronise_batch_norms(layer)
+        assert type(layer) is SyncBatchNorm2d
+        mine = slice(4 * rank, 4 * rank + 4)
+        torch.save(batch_norm_results(layer, x[mine], weights[mine]), folder / f"bn_{offset:g}_{rank}.pt")
+    for name, tree in trees.items():
+        result = fit(validate(tree), Sink(folder / name))
+        torch.save({"history": result.history, "state": result.system.own_state()}, folder / f"{name}_{rank}.pt")
+    config = validate(trees["sync"])
+    data = load_data(config, CPU, rank, WORLD)
+    if rank:
+        data = dataclasses.replace(data, train=Poisoned(data.train, at=(1, 1)))
+    try:
+        fit(config, Sink(folder / "poisoned"), data=data)
+    except TrainingError as error:
+        (folder / f"poisoned_{rank}.txt").write_text(str(error))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_workers(reference: Reference, processes: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs ``work`` on two processes; returns the folder of what they found."""
+    folder = tmp_path_factory.mktemp("workers")
+    trees = {}
+    for name, sync in (("sync", True), ("local", False)):
+        train = reference.config.train.model_copy(update={"sync_batchnorm": sync})
+        trees[name] = reference.config.model_copy(update={"train": train}).model_dump(mode="json")
+    workers = [processes.Process(target=work, args=(rank, folder, trees)) for rank in range(WORLD)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(300)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    return folder
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_synchronised_batch_norm_is_that_of_the_whole_batch(two_workers: Path, offset: float) -> None:
+    whole = batch_norm_results(*batch_norm_case(offset))
+    parts = [torch.load(two_workers / f"bn_{offset:g}_{rank}.pt") for rank in range(WORLD)]
+    # Statistics are sums of squares in float32: with a mean of 100 deviations they are good to 1e-2.
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if offset == 0 else {"rtol": 2e-2, "atol": 2e-2}
+    for key in ("y", "x_grad"):
+        torch.testing.assert_close(torch.cat([part[key] for part in parts]), whole[key], **tolerance)
+    for key in ("weight_grad", "bias_grad"):
+        torch.testing.assert_close(parts[0][key] + parts[1][key], whole[key], rtol=1e-3, atol=2e-2 if offset else 1e-4)
+    for key in ("mean", "var"):
+        torch.testing.assert_close(parts[0][key], whole[key], **tolerance)
+        assert torch.equal(parts[0][key], parts[1][key])
+
+
+def losses(history: list[Row]) -> dict[str, list[float]]:
+    return {key: [row[key] for row in history] for key in history[0] if key.endswith(("loss", "distance"))}
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("sync", 1e-4), ("local", 0.5)])
+def test_two_workers_train_as_one(two_workers: Path, reference: Reference, name: str, tolerance: float) -> None:
+    results = [torch.load(two_workers / f"{name}_{rank}.pt") for rank in range(WORLD)]
+    assert same(results[0]["state"], results[1]["state"]), "workers part ways"
+    assert losses(results[0]["history"]) == losses(results[1]["history"])
+    assert [row["world"] for row in results[0]["history"]] == [2] * (EPOCHS + 1)
+    alone, together = losses(reference.fit.history), losses(results[0]["history"])
+    for key, values in alone.items():
+        assert together[key] == pytest.approx(values, rel=tolerance, abs=1e-6), key
+    assert [row["step"] for row in results[0]["history"]] == [row["step"] for row in reference.fit.history]
+    assert (alone == together) is False, "the reference is not the same computation"
+
+
+def test_a_loss_that_is_no_number_on_one_worker_stops_all(two_workers: Path) -> None:
+    messages = {(two_workers / f"poisoned_{rank}.txt").read_text() for rank in range(WORLD)}
+    assert len(messages) == 1
+    assert messages.pop().startswith("the loss is not a finite number at step 3 ")

@@ -1,0 +1,160 @@
+"""PSNR and SSIM are scikit-image's, image by image; intervals are Wilson's."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor, nn
+
+from raypp.evaluation.evaluate import evaluate, wilson_interval
+from raypp.evaluation.metrics import psnr, ssim
+from raypp.protections.learned import Learned, LearnedOptions
+from raypp.protections.plain import Plain, PlainOptions
+
+Array = np.ndarray
+
+
+def reference(a: Array, b: Array) -> tuple[list[float], list[float]]:
+    """PSNR and SSIM (Wang's form) of float images (N, C, H, W), one by one."""
+    similarity = [
+        structural_similarity(
+            x,
+            y,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            data_range=1,
+            channel_axis=0,
+        )
+        for x, y in zip(a.astype(np.float64), b.astype(np.float64), strict=True)
+    ]
+    ratio = [peak_signal_noise_ratio(x, y, data_range=1) for x, y in zip(a, b, strict=True)]
+    return ratio, similarity
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> tuple[Array, Array]:
+    """8-bit images: noise, noise on a flat ground, gradients, and what a faint change or a negative makes of them."""
+    shape = (draw(st.integers(1, 2)), draw(st.sampled_from([1, 3])), draw(st.integers(11, 40)), draw(st.integers(11, 40)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    level, contrast = draw(st.integers(0, 255)), draw(st.integers(0, 255))
+    ramp = np.linspace(-0.5, 0.5, shape[3]) * contrast
+    noise = rng.integers(-contrast, contrast + 1, shape)
+    first = draw(st.sampled_from([level + noise, level + ramp + np.zeros(shape), np.full(shape, level)]))
+    other = draw(
+        st.sampled_from(
+            [rng.integers(0, 256, shape), first + rng.integers(-3, 4, shape), 255 - first, np.full(shape, level // 2)]
+        )
+    )
+    a, b = (np.clip(np.rint(x), 0, 255).astype(np.float32) / 255 for x in (first, other))
+    return a, b
+
+
+@given(pair=pairs())
+@settings(max_examples=60, deadline=None)
+def test_psnr_and_ssim_are_scikit_images(pair: tuple[Array, Array]) -> None:
+    a, b = pair
+    with np.errstate(divide="ignore"):
+        ratio, similarity = reference(a, b)
+    assert psnr(torch.from_numpy(a), torch.from_numpy(b)).tolist() == pytest.approx(ratio, abs=1e-4)
+    assert ssim(torch.from_numpy(a), torch.from_numpy(b)).tolist() == pytest.approx(similarity, abs=1e-4)
+
+
+def test_identical_and_negative_images() -> None:
+    rng = np.random.default_rng(0)
+    a = torch.from_numpy(rng.random((3, 3, 32, 32), dtype=np.float32))
+    assert ssim(a, a).tolist() == pytest.approx([1, 1, 1], abs=1e-6)
+    assert psnr(a, a).tolist() == [math.inf] * 3
+    assert (ssim(a, 1 - a) < -0.9).all(), "a negative is as readable as the image itself"
+    assert torch.equal(psnr(a, 1 - a), psnr(1 - a, a))
+    assert psnr(torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)).item() == 0
+
+
+def test_each_image_has_its_own_number() -> None:
+    rng = np.random.default_rng(0)
+    a, b = (torch.from_numpy(rng.random((4, 1, 16, 16), dtype=np.float32)) for _ in range(2))
+    for metric in (psnr, ssim):
+        assert metric(a, b).shape == (4,)
+        one_by_one = [metric(a[i : i + 1], b[i : i + 1]).item() for i in range(4)]
+        assert metric(a, b).tolist() == pytest.approx(one_by_one, rel=1e-5)
+
+
+@given(num=st.integers(1, 5000), share=st.floats(0, 1))
+@settings(max_examples=100, deadline=None)
+def test_wilson_interval_solves_its_equation(num: int, share: float) -> None:
+    """Its ends are where a proportion's distance to the estimate is 1.96 standard errors at that proportion."""
+    successes = round(share * num)
+    low, high = wilson_interval(successes, num)
+    assert 0 <= low <= successes / num + 1e-12
+    assert successes / num - 1e-12 <= high <= 1
+    for end in (low, high):
+        if 1e-9 < end < 1 - 1e-9:
+            assert abs(successes / num - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / num), rel=1e-6)
+
+
+class Brightness(nn.Module):
+    """Two classes: is the mean below or above a level that only 8-bit rounding moves some images across."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        mean = images.mean(dim=(1, 2, 3))
+        return torch.stack((0.5 - mean, mean - 0.5), dim=1)
+
+
+class Faint(Plain):
+    """Adds less than half an 8-bit step: it is gone after an upload."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images + 0.4 / 255
+
+
+def test_evaluate_counts_what_is_left_after_8_bit_rounding() -> None:
+    images = torch.full((10, 12, 12, 3), 127, dtype=torch.uint8)
+    images[5:] = 255
+    labels = torch.tensor([0] * 5 + [1] * 5)
+    found = evaluate(Plain(PlainOptions()), Brightness(), images, labels, batch_size=3)
+    assert found["num_images"] == 10
+    assert found["accuracy"] == found["accuracy_float"] == 1
+    assert found["accuracy_interval"] == wilson_interval(10, 10)
+    assert found["saturated"] == 0.5
+    assert found["ssim"] == {"mean": 1.0, "median": 1.0, "p99": 1.0}
+    assert found["psnr"] == {"mean": None, "median": None, "p99": None}  # infinite, and JSON has no infinity
+    json.dumps(found, allow_nan=False)
+    images[:5] = 127  # 127 / 255 is 0.498: in float Faint carries it to 0.4996, still class 0, and 128 lies above
+    images[0] = 128
+    labels[0] = 1
+    faint = evaluate(Faint(PlainOptions()), Brightness(), images, labels, batch_size=10)
+    assert faint["accuracy"] == 1
+    assert faint["psnr"]["median"] is None
+
+
+def test_evaluate_rounds_before_it_classifies() -> None:
+    images = torch.full((4, 12, 12, 3), 127, dtype=torch.uint8)  # 127.4 / 255 < 0.5; rounded it is 127 again
+
+    class Step(Plain):
+        def forward(self, images: Tensor) -> Tensor:
+            return images + 0.6 / 255  # 127.6: class 1 only when it was rounded to 128... in float it is 0.50039
+
+    class Above(Brightness):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images - 0.0015)
+
+    found = evaluate(Step(PlainOptions()), Above(), images, torch.ones(4, dtype=torch.int64))
+    assert (found["accuracy"], found["accuracy_float"]) == (1.0, 0.0)
+
+
+def test_evaluate_does_not_depend_on_the_batch_size_and_takes_small_images() -> None:
+    torch.manual_seed(0)
+    protection = Learned(LearnedOptions(width=4, depth=2))
+    images = torch.randint(0, 256, (7, 9, 10, 3), dtype=torch.uint8)
+    labels = torch.tensor([0, 1, 0, 1, 0, 1, 0])
+    small, large = (evaluate(protection, Brightness(), images, labels, size) for size in (2, 100))
+    assert small == large
+    assert small["ssim"] is None, "an 11 x 11 window does not fit"
+    assert not protection.training

@@ -1,0 +1,300 @@
+"""Training on a real Ray: workers and drivers that die, damaged checkpoints, streams, jobs.
+
+One cluster serves all tests; it listens on loopback only and asks every client for its token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raypp import env
+from raypp.bundle import load_public
+from raypp.images import encode_png
+from raypp.runs import RESUMABLE
+from raypp.storage import Storage
+from raypp.training.sinks import newest_first
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parents[1]
+PORT, DASHBOARD = 26379, 28265
+TINY = [
+    "--data.source.num_train", "400", "--data.source.num_test", "100", "--data.num_val", "80",
+    "--protection.width", "4", "--protection.depth", "2", "--train.batch_size", "32",
+    "--train.plain_epochs", "1", "--train.precision", "fp32",
+]  # fmt: skip
+
+
+class Cluster:
+    """A head node of two CPUs on this machine, and the environment of its clients."""
+
+    def __init__(self, client: dict[str, str], head: subprocess.Popen[bytes]) -> None:
+        self.client, self.head = client, head
+
+    def training_workers(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.Process(self.head.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    def popen(self, arguments: list[str]) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen(arguments, env=self.client, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+
+    def run(self, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(arguments, env=self.client, capture_output=True, text=True, timeout=400, cwd=ROOT)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    env.apply()
+    client = os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_ADDRESS": f"127.0.0.1:{PORT}",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{DASHBOARD}",
+    }
+    scripts = Path(sys.executable).parent
+    client["PATH"] = f"{scripts}{os.pathsep}{client['PATH']}"
+    start = [
+        "ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={PORT}",
+        "--dashboard-host=127.0.0.1", f"--dashboard-port={DASHBOARD}", "--disable-usage-stats",
+    ]  # fmt: skip
+    surroundings = {key: value for key, value in client.items() if key != "RAY_ADDRESS"}
+    # --block keeps the whole node below one process of ours: "ray stop" would end other clusters on this machine too.
+    head = subprocess.Popen(start, env=surroundings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    family: list[psutil.Process] = []
+    try:
+        wait_until(lambda: listens(PORT) and listens(DASHBOARD), head, 120)
+        yield Cluster(client, head)
+        family = psutil.Process(head.pid).children(recursive=True)
+    finally:
+        head.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            head.wait(timeout=30)
+        for process in [*family, psutil.Process(head.pid)] if head.poll() is None else family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def command(tmp_path: Path, name: str, *flags: str, epochs: int = 2, preset: str = "quickstart") -> list[str]:
+    storage = ["--cluster.storage", str(tmp_path), "--train.epochs", str(epochs)]
+    return ["raypp", "train", preset, "--name", name, *TINY, *storage, *flags]
+
+
+def history(run_folder: Path) -> list[dict[str, Any]]:
+    path = run_folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def epochs_of(run_folder: Path) -> list[tuple[str, int]]:
+    return [(row["phase"], row["epoch"]) for row in history(run_folder)]
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[Any], seconds: float = 240) -> None:
+    """Wait for a condition while a process runs; fail with its output if it ends first."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None:
+            pytest.fail(f"the run ended early with {process.returncode}: {process.communicate()}")
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def expected(epochs: int) -> list[tuple[str, int]]:
+    return [("plain", 1), *(("joint", n + 1) for n in range(epochs))]
+
+
+def test_a_killed_worker_costs_no_epoch(cluster: Cluster, tmp_path: Path) -> None:
+    flags = ("--cluster.num_workers", "2", "--data.source.num_train", "3000")
+    process = cluster.popen(command(tmp_path, "killed", *flags, epochs=4))
+    wait_until(lambda: len(history(tmp_path / "killed")) >= 2, process)
+    victims = cluster.training_workers()
+    assert len(victims) == 2
+    victims[-1].kill()
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    rows = history(tmp_path / "killed")
+    assert epochs_of(tmp_path / "killed") == expected(4)
+    assert {row["world"] for row in rows} == {2}
+    assert load_public(tmp_path / "killed" / "bundle").image_size == (32, 32)
+
+
+def test_a_killed_driver_is_resumed_past_a_damaged_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
+    folder = tmp_path / "orphan"
+    arguments = command(tmp_path, "orphan", "--cluster.num_workers", "1", "--data.source.num_train", "2000", epochs=4)
+    process = cluster.popen(arguments)
+    wait_until(lambda: len(history(folder)) >= 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=30)
+    wait_until_gone(cluster)
+
+    refused = cluster.run(arguments)
+    assert refused.returncode == 2
+    assert "exists already" in refused.stderr
+
+    before = {(row["phase"], row["epoch"]): row["train_loss"] for row in history(folder)}
+    newest = newest_first(Storage(folder))[0]
+    state = folder / "checkpoints" / newest / "state.pt"
+    state.write_bytes(state.read_bytes()[:-100])
+    resumed = cluster.run([*arguments, "--resume"])
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert f"checkpoint {newest} is damaged" in " ".join(resumed.stderr.split())
+    assert epochs_of(folder) == expected(4)
+    after = {(row["phase"], row["epoch"]): row["train_loss"] for row in history(folder)}
+    # What was kept is kept as it was; only the epoch of the damaged checkpoint was trained again.
+    kept = list(before)[: int(newest.removeprefix("epoch_")) - 1]
+    assert kept
+    assert [after[key] for key in kept] == [before[key] for key in kept]
+
+    again = cluster.run([*arguments, "--resume"])
+    assert again.returncode == 0
+    assert "is finished: nothing left to train" in " ".join(again.stderr.split())
+    assert epochs_of(folder) == expected(4)
+
+
+def wait_until_gone(cluster: Cluster) -> None:
+    """Ray ends the workers of a dead driver; a resumed run must not meet them."""
+    end = time.monotonic() + 60
+    while cluster.training_workers():
+        assert time.monotonic() < end, "workers outlive their driver"
+        time.sleep(0.2)
+
+
+def test_one_and_two_workers_agree(cluster: Cluster, tmp_path: Path) -> None:
+    rows = []
+    for num in (1, 2):
+        flags = ("--cluster.num_workers", str(num), "--train.sync_batchnorm", "true")
+        result = cluster.run(command(tmp_path, f"w{num}", *flags))
+        assert result.returncode == 0, result.stdout + result.stderr
+        rows.append(history(tmp_path / f"w{num}"))
+    for one, two in zip(*rows, strict=True):
+        assert (one["world"], two["world"]) == (1, 2)
+        assert two["train_loss"] == pytest.approx(one["train_loss"], rel=2e-2)
+        assert two["val_loss"] == pytest.approx(one["val_loss"], rel=5e-2, abs=5e-3)
+
+
+def test_divergence_stops_at_once_and_says_where(cluster: Cluster, tmp_path: Path) -> None:
+    result = cluster.run(command(tmp_path, "nan", "--train.optimizer.lr", "1e12", "--cluster.num_workers", "1"))
+    assert result.returncode == 2
+    message = " ".join(result.stderr.split())
+    assert "the loss is not a finite number at step" in message
+    assert "learning rate" in message
+    assert "last good checkpoint" in message
+    assert "Traceback" not in message
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Path:
+    """Two training files and a test file of pictures whose class is their colour."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for file, num in (("train-0", 300), ("train-1", 300), ("test-0", 60)):
+        labels = random.integers(0, 3, num)
+        pictures = random.integers(0, 80, (num, 32, 32, 3), dtype=np.uint8)
+        pictures[np.arange(num), :, :, labels] += 120
+        rows = {"img": [{"bytes": encode_png(p), "path": None} for p in pictures], "label": labels}
+        pq.write_table(pa.table(rows), folder / f"{file}.parquet", row_group_size=50)
+    return folder
+
+
+STREAM = [
+    "--train.mode", "plain", "--protection", "plain", "--data.stream", "true", "--data.image_size", "[32, 32]",
+    "--data.num_val", "80", "--data.shuffle_buffer", "200", "--train.batch_size", "32", "--train.epochs", "3",
+    "--cluster.num_workers", "1",
+]  # fmt: skip
+
+
+def stream_command(tmp_path: Path, name: str, folder: Path) -> list[str]:
+    source = ["--data.source.name", "parquet", "--data.source.path", str(folder)]
+    return ["raypp", "train", "quickstart", "--name", name, "--cluster.storage", str(tmp_path), *source, *STREAM]
+
+
+def test_a_stream_trains_as_well_as_memory(cluster: Cluster, tmp_path: Path, parquet: Path) -> None:
+    result = cluster.run(stream_command(tmp_path, "stream", parquet))
+    assert result.returncode == 0, result.stdout + result.stderr
+    summary = json.loads((tmp_path / "stream" / "summary.json").read_text())
+    assert summary["num_train"] + summary["num_val"] == 600
+    assert 40 <= summary["num_val"] <= 120  # each image is drawn with probability 80 / 600
+    assert summary["test"]["num_images"] == 60
+    assert summary["test"]["accuracy"] > 0.9
+
+
+def test_a_damaged_image_in_a_stream_is_named(cluster: Cluster, tmp_path: Path, parquet: Path) -> None:
+    table = pq.read_table(parquet / "train-1.parquet").to_pylist()
+    table[17]["img"]["bytes"] = table[17]["img"]["bytes"][:60]
+    pq.write_table(pa.Table.from_pylist(table), parquet / "train-1.parquet")
+    result = cluster.run(stream_command(tmp_path, "damaged", parquet))
+    assert result.returncode == 2
+    message = " ".join(result.stderr.split())
+    assert "train-1.parquet" in message
+    assert "damaged image" in message
+    assert "Traceback" not in message
+
+
+def test_storage_that_becomes_unwritable_loses_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    folder = tmp_path / "full"
+    arguments = command(tmp_path, "full", "--cluster.num_workers", "1", "--data.source.num_train", "2000", epochs=4)
+    arguments += ["--cluster.max_failures", "0"]
+    process = cluster.popen(arguments)
+    wait_until(lambda: len(history(folder)) >= 2, process)
+    # Root may write anywhere, so the folder makes room for a file: every write below it fails.
+    good = folder.with_name("good")
+    folder.rename(good)
+    folder.write_text("a file where the run's folder was")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 2, out + err
+    assert "Traceback" not in err
+    folder.unlink()
+    good.rename(folder)
+    kept = len(history(folder))
+    resumed = cluster.run([*arguments, "--resume"])
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert epochs_of(folder) == expected(4)
+    assert kept >= 2
+
+
+def test_the_job_of_the_docstring_trains_on_a_cluster(cluster: Cluster, tmp_path: Path) -> None:
+    source = (ROOT / "jobs" / "train.py").read_text()
+    line = next(text.strip() for text in source.splitlines() if text.strip().startswith("ray job submit"))
+    assert "/shared/runs" in line
+    arguments = [*line.replace("/shared/runs", str(tmp_path)).split(), "--name", "job", *TINY, "--train.epochs", "1"]
+    result = cluster.run(arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert epochs_of(tmp_path / "job") == expected(1)
+    assert (tmp_path / "job" / "bundle" / "MODEL_CARD.md").exists()
+
+
+def test_what_may_differ_on_resume_is_in_the_configuration() -> None:
+    from raypp.config import load_config
+
+    tree = load_config("quickstart").model_dump()
+    for key in RESUMABLE:
+        node: Any = tree
+        for part in key.split("."):
+            node = node[part]
