@@ -38,11 +38,11 @@ class Display:
             self._live = Progress(
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=10),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(compact=True),
                 TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=True),
                 console=self.console,
                 transient=True,
             )
@@ -74,7 +74,7 @@ class Display:
             description=f"{info['phase']} epoch {info['epoch']}/{info['epochs']}",
             total=info["steps_total"],
             completed=info["steps_done"],
-            status=f"{info['images_per_s']:,.0f} images/s  loss {info['loss']:.3f}  accuracy {info['accuracy']:.1%} ",
+            status=f"{info['images_per_s']:,.0f} images/s  loss {info['loss']:.2f}  acc {info['accuracy']:.0%}",
         )
 
     def epoch(self, row: Row) -> None:

@@ -22,7 +22,9 @@ def noise(num: int, height: int = 5, width: int = 6, channels: int = 3) -> Tenso
     return torch.from_numpy(pixels)
 
 
-def loader(num: int, batch_size: int, augmentation: Augmentation = NOTHING, seed: int = 0, **where: int) -> DeviceLoader:
+def loader(
+    num: int, batch_size: int, augmentation: Augmentation = NOTHING, seed: int = 0, **where: int
+) -> DeviceLoader:
     """Batches of images whose label is their index."""
     return DeviceLoader(
         noise(num), torch.arange(num), batch_size=batch_size, seed=seed, augmentation=augmentation, **where

@@ -27,6 +27,7 @@ from raypp.errors import DataError, StorageError, TrainingError
 from raypp.nets.features import VGG16Features
 from raypp.nets.vgg import RELU2_2, VGG16_LAYERS, vgg_features
 from raypp.progress import Display
+from raypp.protections.learned import Learned
 from raypp.storage import Storage
 from raypp.training import checkpoint
 from raypp.training.distributed import SyncBatchNorm2d, synchronise_batch_norms
@@ -47,8 +48,8 @@ from raypp.training.system import Phase, build_system, phases
 EPOCHS = 3  # of the joint phase, after one plain epoch
 
 
-class Interrupted(Exception):
-    pass
+class InterruptedRun(Exception):  # noqa: N818
+    """Stands for a process that is killed."""
 
 
 class Sink(LocalSink):
@@ -62,7 +63,7 @@ class Sink(LocalSink):
     def report(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
         super().report(history, name, checkpoint)
         if len(history) == self.dies_after:
-            raise Interrupted
+            raise InterruptedRun
 
 
 def timeless(history: list[Row]) -> list[Row]:
@@ -114,7 +115,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     folder = tmp_path_factory.mktemp("reference")
     config = load_config("quickstart", flags=tiny_flags(folder, train__epochs=EPOCHS))
     whole = fit(config, Sink(folder / "whole"))
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRun):
         fit(config, Sink(folder / "interrupted", dies_after=3))
     return Reference(config, whole, folder / "whole", folder / "interrupted")
 
@@ -126,7 +127,12 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 def test_training_lowers_the_loss(mode: str, tiny: Tiny, tmp_path: Path) -> None:
     changes = {"protection": "plain"} if mode == "plain" else {}
     config = tiny(
-        train__mode=mode, train__epochs=6, train__plain_epochs=2, train__batch_size=10, train__optimizer__lr=0.02, **changes
+        train__mode=mode,
+        train__epochs=6,
+        train__plain_epochs=2,
+        train__batch_size=10,
+        train__optimizer__lr=0.02,
+        **changes,
     )
     sink = Sink(tmp_path)
     result = fit(config, sink)
@@ -152,13 +158,14 @@ def test_frozen_mode_keeps_every_bit_of_the_plain_classifier(tiny: Tiny, tmp_pat
     state, _ = newest(tmp_path)
     kept = {k.removeprefix("classifier."): v for k, v in state["system"].items() if k.startswith("classifier.")}
     assert same(kept, result.plain)
-    assert not same(result.plain, {k.removeprefix("classifier."): v for k, v in initial(config, result.data, "plain").items()})
+    assert not same(
+        result.plain, {k.removeprefix("classifier."): v for k, v in initial(config, result.data, "plain").items()}
+    )
     changed = state["system"]["protection.unet.head.weight"]
     assert not torch.equal(changed, initial(config, result.data, "joint")["protection.unet.head.weight"])
 
 
 def test_joint_mode_trains_both_and_leaves_the_feature_network(reference: Reference) -> None:
-    before = initial(reference.config, reference.fit.data, "joint") if reference.fit.plain is None else None
     plain = reference.fit.plain
     assert plain is not None
     before = build_system(reference.config, phases(reference.config)[1], 10, None, plain).own_state()
@@ -233,19 +240,35 @@ def test_another_seed_gives_another_run(reference: Reference, tmp_path: Path) ->
     assert other.history[0]["train_loss"] != reference.fit.history[0]["train_loss"]
 
 
+@dataclasses.dataclass
+class Misleading:
+    """Batches whose labels are wrong from an epoch on, so that training makes the network worse."""
+
+    sound: Batches
+    since: int
+
+    @property
+    def num_batches(self) -> int:
+        return self.sound.num_batches
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self.sound.epoch(epoch):
+            yield images, (labels + 1) % 10 if epoch >= self.since else labels
+
+
 def test_the_lowest_validation_loss_is_what_is_left(tiny: Tiny, tmp_path: Path) -> None:
-    # The learning rate rises to an absurd one, so the last epochs are worse than the first.
     config = tiny(
-        train__mode="plain", protection="plain", train__epochs=5, train__batch_size=10,
-        train__optimizer__lr=5, train__schedule__warmup=0.99,
+        train__mode="plain", protection="plain", train__epochs=5, train__batch_size=10, train__schedule="constant",
+        train__optimizer__lr=0.02, data__source__num_train=220,
     )  # fmt: skip
-    result = fit(config, Sink(tmp_path))
+    data = load_data(config, CPU)
+    result = fit(config, Sink(tmp_path), data=dataclasses.replace(data, train=Misleading(data.train, since=3)))
     losses = [row["val_loss"] for row in result.history]
     lowest = losses.index(min(losses))
-    assert lowest < 4, "the case tests nothing"
+    assert lowest < 4, "the last epoch is the best: nothing is tested"
     assert result.best == result.history[lowest]
     assert [row["best"] for row in result.history] == [loss == min(losses[: i + 1]) for i, loss in enumerate(losses)]
-    found = validate_system(result.system, *result.data.val, config, 0, 1)
+    found = validate_system(result.system, *data.val, config, 0, 1)
     assert found["val_loss"] == pytest.approx(min(losses), rel=1e-6)
     state, _ = newest(tmp_path)
     assert same(state["best_state"], result.system.own_state())
@@ -276,7 +299,7 @@ def test_metrics_lines_are_the_history(reference: Reference) -> None:
 
 @pytest.mark.parametrize("after", [1, 2, 3, 4])
 def test_an_interrupted_run_ends_as_if_it_had_not_been(reference: Reference, tmp_path: Path, after: int) -> None:
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRun):
         fit(reference.config, Sink(tmp_path, dies_after=after))
     resumed = fit(reference.config, Sink(tmp_path))
     assert timeless(resumed.history) == timeless(reference.fit.history)
@@ -340,7 +363,7 @@ def test_when_all_checkpoints_are_damaged_the_run_says_so(reference: Reference, 
     truncate(folder / "checkpoints" / "epoch_0003")
     delete_sums(folder / "checkpoints" / "epoch_0002")
     before = files(folder)
-    with pytest.raises(TrainingError, match="^all checkpoints of this run are damaged: epoch_0003, epoch_0002$"):
+    with pytest.raises(TrainingError, match=r"^all checkpoints of this run are damaged: epoch_0003, epoch_0002$"):
         fit(reference.config, Sink(folder))
     assert files(folder) == before
 
@@ -368,7 +391,7 @@ def test_other_data_are_refused_on_resume(reference: Reference, tmp_path: Path) 
 def test_a_checkpoint_of_other_networks_is_refused(reference: Reference, tmp_path: Path) -> None:
     folder = shutil.copytree(reference.interrupted, tmp_path / "run")
     protection = reference.config.protection.model_copy(update={"skips": 0})
-    with pytest.raises(TrainingError, match="^checkpoint holds weights of other networks than the configuration"):
+    with pytest.raises(TrainingError, match=r"^checkpoint holds weights of other networks than the configuration"):
         fit(reference.config.model_copy(update={"protection": protection}), Sink(folder))
 
 
@@ -383,7 +406,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoints(
 
     with monkeypatch.context() as patch:
         patch.setattr("shutil.copyfile", full)
-        with pytest.raises(StorageError, match="cannot write .*epoch_0004: .*No space left on device") as raised:
+        with pytest.raises(StorageError, match=r"cannot write .*epoch_0004: .*No space left on device") as raised:
             fit(reference.config, Sink(folder))
     assert "\n" not in str(raised.value)
     assert files(folder) == before
@@ -496,12 +519,12 @@ def test_adamw(tiny: Tiny, tmp_path: Path) -> None:
 WORLD = 2
 
 
-def batch_norm_case(offset: float) -> tuple[nn.BatchNorm2d, Tensor, Tensor]:
+def batch_norm_case() -> tuple[nn.BatchNorm2d, Tensor, Tensor]:
     torch.manual_seed(0)
     layer = nn.BatchNorm2d(3)
     nn.init.normal_(layer.weight)
     nn.init.normal_(layer.bias)
-    return layer, torch.randn(8, 3, 4, 5) + offset, torch.randn(8, 3, 4, 5)
+    return layer.double(), torch.randn(8, 3, 4, 5).double() + 100, torch.randn(8, 3, 4, 5).double()
 
 
 def batch_norm_results(layer: nn.BatchNorm2d, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
@@ -517,21 +540,40 @@ def batch_norm_results(layer: nn.BatchNorm2d, x: Tensor, weights: Tensor) -> dic
     return {k: v.detach() for k, v in found.items()} | {"mean": layer.running_mean, "var": layer.running_var}
 
 
+def gradients(config: Config, data: TrainingData, share: slice, synchronise: bool) -> dict[str, Tensor]:
+    """Of the joint objective on a share of one batch; float64, for rounding in float32 decides max-pooling ties."""
+    plain = build_system(config, phases(config)[0], 10, None, None).classifier.state_dict()
+    system = build_system(config, phases(config)[1], 10, None, plain).double().train()
+    if synchronise:
+        synchronise_batch_norms(system)
+    images, labels = next(iter(data.train.epoch(0)))
+    images, labels = images[share].double(), labels[share]
+    assert isinstance(system.protection, Learned)
+    assert system.features is not None
+    protected = torch.sigmoid(system.protection.unet(images))
+    distance = (system.features(protected) - system.features(images)).square().mean()
+    (nn.functional.cross_entropy(system.classifier(protected), labels) - 0.1 * distance).backward()
+    return {name: p.grad for name, p in system.named_parameters() if p.grad is not None}
+
+
 def work(rank: int, folder: Path, trees: dict[str, Any]) -> None:
     """One of two workers: batch normalisation alone, whole trainings, and a loss that is no number on one worker."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
-    for offset in (0.0, 100.0):
-        layer, x, weights = batch_norm_case(offset)
-        synchronise_batch_norms(layer)
-        assert type(layer) is SyncBatchNorm2d
-        mine = slice(4 * rank, 4 * rank + 4)
-        torch.save(batch_norm_results(layer, x[mine], weights[mine]), folder / f"bn_{offset:g}_{rank}.pt")
+    layer, x, weights = batch_norm_case()
+    synchronise_batch_norms(layer)
+    assert type(layer) is SyncBatchNorm2d
+    mine = slice(4 * rank, 4 * rank + 4)
+    torch.save(batch_norm_results(layer, x[mine], weights[mine]), folder / f"bn_{rank}.pt")
+    flat = SyncBatchNorm2d(1)(torch.full((4, 1, 3, 3), 12345.678))  # its variance is nothing but rounding
+    assert flat.isfinite().all()
+    config = validate(trees["sync"])
+    half = slice(10 * rank, 10 * rank + 10)
+    torch.save(gradients(config, load_data(config, CPU), half, synchronise=True), folder / f"gradients_{rank}.pt")
     for name, tree in trees.items():
         result = fit(validate(tree), Sink(folder / name))
         torch.save({"history": result.history, "state": result.system.own_state()}, folder / f"{name}_{rank}.pt")
-    config = validate(trees["sync"])
     data = load_data(config, CPU, rank, WORLD)
     if rank:
         data = dataclasses.replace(data, train=Poisoned(data.train, at=(1, 1)))
@@ -542,14 +584,20 @@ def work(rank: int, folder: Path, trees: dict[str, Any]) -> None:
     dist.destroy_process_group()
 
 
+def cases(folder: Path) -> dict[str, Config]:
+    """So slow that rounding is not amplified: at 0.1 a change of 1e-7 in the weights grows to 1e-1 in three epochs."""
+    slow = {"train__epochs": EPOCHS, "train__optimizer__lr": "1.0e-5", "train__schedule": "constant"}
+    return {
+        name: load_config("quickstart", flags=tiny_flags(folder, train__sync_batchnorm=sync, **slow))
+        for name, sync in (("sync", "true"), ("local", "false"))
+    }
+
+
 @pytest.fixture(scope="module")
-def two_workers(reference: Reference, processes: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_workers(processes: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs ``work`` on two processes; returns the folder of what they found."""
     folder = tmp_path_factory.mktemp("workers")
-    trees = {}
-    for name, sync in (("sync", True), ("local", False)):
-        train = reference.config.train.model_copy(update={"sync_batchnorm": sync})
-        trees[name] = reference.config.model_copy(update={"train": train}).model_dump(mode="json")
+    trees = {name: config.model_dump(mode="json") for name, config in cases(folder).items()}
     workers = [processes.Process(target=work, args=(rank, folder, trees)) for rank in range(WORLD)]
     for worker in workers:
         worker.start()
@@ -559,36 +607,48 @@ def two_workers(reference: Reference, processes: ForkServerContext, tmp_path_fac
     return folder
 
 
-@pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_synchronised_batch_norm_is_that_of_the_whole_batch(two_workers: Path, offset: float) -> None:
-    whole = batch_norm_results(*batch_norm_case(offset))
-    parts = [torch.load(two_workers / f"bn_{offset:g}_{rank}.pt") for rank in range(WORLD)]
-    # Statistics are sums of squares in float32: with a mean of 100 deviations they are good to 1e-2.
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if offset == 0 else {"rtol": 2e-2, "atol": 2e-2}
+def test_synchronised_batch_norm_is_that_of_the_whole_batch(two_workers: Path) -> None:
+    whole = batch_norm_results(*batch_norm_case())
+    parts = [torch.load(two_workers / f"bn_{rank}.pt") for rank in range(WORLD)]
+    close = {"rtol": 1e-9, "atol": 1e-9}
     for key in ("y", "x_grad"):
-        torch.testing.assert_close(torch.cat([part[key] for part in parts]), whole[key], **tolerance)
+        torch.testing.assert_close(torch.cat([part[key] for part in parts]), whole[key], **close)
     for key in ("weight_grad", "bias_grad"):
-        torch.testing.assert_close(parts[0][key] + parts[1][key], whole[key], rtol=1e-3, atol=2e-2 if offset else 1e-4)
+        torch.testing.assert_close(parts[0][key] + parts[1][key], whole[key], **close)
     for key in ("mean", "var"):
-        torch.testing.assert_close(parts[0][key], whole[key], **tolerance)
+        torch.testing.assert_close(parts[0][key], whole[key], **close)
         assert torch.equal(parts[0][key], parts[1][key])
+
+
+def test_two_workers_have_the_gradient_of_one(two_workers: Path, tmp_path: Path) -> None:
+    config = cases(tmp_path)["sync"]
+    whole = gradients(config, load_data(config, CPU), slice(0, 20), synchronise=False)
+    halves = [torch.load(two_workers / f"gradients_{rank}.pt") for rank in range(WORLD)]
+    assert whole.keys() == halves[0].keys()
+    for key, value in whole.items():
+        mean = (halves[0][key] + halves[1][key]) / 2
+        assert (mean - value).norm() <= 1e-8 * (1 + value.norm()), key
+    assert any(not torch.allclose(halves[0][key], value, rtol=0.1) for key, value in whole.items())
 
 
 def losses(history: list[Row]) -> dict[str, list[float]]:
     return {key: [row[key] for row in history] for key in history[0] if key.endswith(("loss", "distance"))}
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("sync", 1e-4), ("local", 0.5)])
-def test_two_workers_train_as_one(two_workers: Path, reference: Reference, name: str, tolerance: float) -> None:
+@pytest.mark.parametrize(("name", "tolerance"), [("sync", 1e-3), ("local", 0.2)])
+def test_two_workers_train_as_one(two_workers: Path, tmp_path: Path, name: str, tolerance: float) -> None:
+    """Synchronised, rounding is all that differs; otherwise each worker normalises by its own half of a batch."""
     results = [torch.load(two_workers / f"{name}_{rank}.pt") for rank in range(WORLD)]
     assert same(results[0]["state"], results[1]["state"]), "workers part ways"
-    assert losses(results[0]["history"]) == losses(results[1]["history"])
-    assert [row["world"] for row in results[0]["history"]] == [2] * (EPOCHS + 1)
-    alone, together = losses(reference.fit.history), losses(results[0]["history"])
+    together = losses(results[0]["history"])
+    assert together == losses(results[1]["history"])
+    assert [row["world"] for row in results[0]["history"]] == [WORLD] * (EPOCHS + 1)
+    history = fit(cases(tmp_path)[name], Sink(tmp_path)).history
+    alone = losses(history)
     for key, values in alone.items():
         assert together[key] == pytest.approx(values, rel=tolerance, abs=1e-6), key
-    assert [row["step"] for row in results[0]["history"]] == [row["step"] for row in reference.fit.history]
-    assert (alone == together) is False, "the reference is not the same computation"
+    assert [row["step"] for row in results[0]["history"]] == [row["step"] for row in history]
+    assert (together["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-3)) == (name == "sync")
 
 
 def test_a_loss_that_is_no_number_on_one_worker_stops_all(two_workers: Path) -> None:

@@ -42,7 +42,12 @@ def reference(a: Array, b: Array) -> tuple[list[float], list[float]]:
 @st.composite
 def pairs(draw: st.DrawFn) -> tuple[Array, Array]:
     """8-bit images: noise, noise on a flat ground, gradients, and what a faint change or a negative makes of them."""
-    shape = (draw(st.integers(1, 2)), draw(st.sampled_from([1, 3])), draw(st.integers(11, 40)), draw(st.integers(11, 40)))
+    shape = (
+        draw(st.integers(1, 2)),
+        draw(st.sampled_from([1, 3])),
+        draw(st.integers(11, 40)),
+        draw(st.integers(11, 40)),
+    )
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     level, contrast = draw(st.integers(0, 255)), draw(st.integers(0, 255))
     ramp = np.linspace(-0.5, 0.5, shape[3]) * contrast

@@ -47,6 +47,7 @@ def session(cpus: float, spare: float = 0) -> Iterator[dict[str, float]]:
                 f"cluster.num_workers x cluster.cpus_per_worker asks for {cpus:g} CPUs{beside}, this machine has {have}"
             )
         ray.init(
+            address="local",  # not the cluster of somebody else that Ray would find on this machine
             num_cpus=have,
             include_dashboard=False,
             log_to_driver=False,

@@ -52,11 +52,11 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         if not (self.training and distributed()):
             return super().forward(x)
         count = x.numel() / x.shape[1] * dist.get_world_size()
-        wide = x.float()
+        wide = x if x.dtype == torch.float64 else x.float()
         sums = torch.stack((wide.sum(dim=(0, 2, 3)), wide.square().sum(dim=(0, 2, 3))))
         moments: Tensor = all_reduce(sums)
         mean = moments[0] / count
-        variance = moments[1] / count - mean.square()
+        variance = (moments[1] / count - mean.square()).clamp_min(0)  # rounding can carry it below
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.momentum is not None
