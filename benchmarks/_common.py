@@ -31,6 +31,7 @@ from raypp.training.sinks import LocalSink
 from raypp.training.system import phases
 
 NUM_CLASSES = 10
+BATCH_SIZE = 128  # the paper's, whatever a preset has
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,9 @@ def own_ray(folder: Path) -> dict[str, str]:
 
 
 def joint_config(preset: str, **train: Any) -> Config:
-    """A preset in joint mode with alpha 0.005, with other ``train`` settings as given."""
-    config = load_config(preset, flags=["--train.mode", "joint", "--train.alpha", "0.005"])
+    """A preset in joint mode with alpha 0.005 and batches of 128, with other ``train`` settings as given."""
+    flags = ["--train.mode", "joint", "--train.alpha", "0.005", "--train.batch_size", str(BATCH_SIZE)]
+    config = load_config(preset, flags=flags)
     return config.model_copy(update={"train": config.train.model_copy(update=train)})
 
 

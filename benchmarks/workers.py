@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from _common import (
+    BATCH_SIZE,
     RayppLoop,
     Spread,
     describe,
@@ -103,7 +104,7 @@ def measure(cores: list[int], features: Path | None, rounds: int, seconds: float
         progress("warming up")
         run([1, 2], 2)
         run([0], 2)
-        steps = max(2, round(seconds * run([0], 2) / joint_config(PRESET).train.batch_size))
+        steps = max(2, round(seconds * run([0], 2) / BATCH_SIZE))
         found = interleave({"1 worker": lambda: run([0], steps), "2 workers": lambda: run([1, 2], steps)}, rounds)
         for inbox in inboxes:
             inbox.put(0)
@@ -125,6 +126,7 @@ def through_ray(num_workers: int, features: Path | None, num_images: int, epochs
             "data.num_val": num_val,
             "features.weights": weights,
             "train.epochs": epochs,
+            "train.batch_size": BATCH_SIZE,
             "cluster.num_workers": num_workers,
             "cluster.storage": folder,
         }
@@ -171,7 +173,7 @@ def main() -> None:
     efficiency = Spread(tuple(value / 2 for value in speedup.values))
     rows = [[name, f"{speed.median:,.1f}", str(speed)] for name, speed in found.items()]
     show_table(
-        f"{PRESET}: joint step, batch 128 in all, one core each, median of {options.rounds} rounds",
+        f"{PRESET}: joint step, batch {BATCH_SIZE} in all, one core each, median of {options.rounds} rounds",
         ["", "images/s", "min - max"],
         rows,
     )

@@ -19,8 +19,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 import raypp
-from raypp.config import Config
-from raypp.errors import BundleError, StorageError
+from raypp.config import Config, read_yaml
+from raypp.errors import BundleError, ConfigError, StorageError
 from raypp.nets import CLASSIFIERS
 from raypp.nets.features import StateDict
 from raypp.protections import PROTECTIONS
@@ -143,7 +143,11 @@ def verify(folder: Path) -> dict[str, Any]:
         )
     for name, expected in sums.items():
         path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
+        try:
+            inside = path.resolve().is_relative_to(folder.resolve())
+        except (OSError, RuntimeError, ValueError):  # a name too long, a link to itself, a zero byte
+            inside = False
+        if not inside:
             raise BundleError(f"{str(folder)!r} lists {name!r}, a file outside of it")
         if not path.is_file():
             raise BundleError(f"{str(folder)!r} is incomplete: {name} is missing")
@@ -166,8 +170,10 @@ def load_public(location: str | Path) -> PublicBundle:
             options = PROTECTIONS.options(about["protection"]["name"]).model_validate(about["protection"])
             protection: Protection = PROTECTIONS.build(options, channels=about["channels"])
             protection.load_state_dict(load((folder / "protection.safetensors").read_bytes()))
-            height, width = about["image_size"]
-        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            height, width = (int(side) for side in about["image_size"])
+            if min(height, width) < 1 or about["channels"] not in (1, 3):
+                raise ValueError(f"it reads no images of {height} x {width} with {about['channels']} channels")
+        except (ConfigError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise BundleError(f"the protection in {str(location)!r} cannot be built: {_line(error)}") from error
     protection.eval().requires_grad_(False)
     return PublicBundle(protection, about["channels"], (height, width), about)
@@ -184,11 +190,12 @@ def load_private(location: str | Path) -> PrivateBundle:
             options = CLASSIFIERS.options(about["classifier"]["name"]).model_validate(about["classifier"])
             net: nn.Module = CLASSIFIERS.build(options, num_classes=len(classes), channels=about["channels"])
             net.load_state_dict(load((folder / "classifier.safetensors").read_bytes()))
-        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        except (ConfigError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise BundleError(f"the classifier in {str(location)!r} cannot be built: {_line(error)}") from error
-        import yaml
-
-        config = yaml.safe_load((folder / "config.yaml").read_text())
+        try:
+            config = read_yaml(folder / "config.yaml")
+        except ConfigError as error:
+            raise BundleError(str(error)) from error
         metrics = _read_json(folder / "metrics.json")
     net.eval().requires_grad_(False)
     return PrivateBundle(net, classes, config, metrics)
@@ -239,8 +246,8 @@ def model_card(
 
 def _folder(location: str | Path, part: str) -> Any:
     """Context manager giving the local folder of one part of a bundle."""
-    storage = Storage(location)
     try:
+        storage = Storage(location)
         if not storage.exists():
             raise BundleError(f"bundle {str(location)!r} does not exist")
         name = part if storage.exists(f"{part}/{MANIFEST}") else ""

@@ -150,7 +150,7 @@ def evaluate(
         from raypp.storage import Storage
 
         Storage(output.absolute().parent).write(output.name, (json.dumps(numbers, indent=2) + "\n").encode())
-    _print_numbers(Console(), numbers, None)
+    _print_numbers(Console(), numbers, None, split)
     return numbers
 
 
@@ -168,6 +168,8 @@ def protect(bundle: str, source: Path, target: Path, /, *, keep_size: bool = Fal
         Where to write: a .png file for one image, a folder (made anew or empty) for a folder.
     keep_size
         Keep each image's own size instead of fitting it to the size that the classifier was trained on.
+    quiet
+        Print nothing but errors.
     """
     from raypp.client import protect_files
 
@@ -303,11 +305,13 @@ def _print_results(found: dict[str, Any], where: str) -> None:
         console.print(f"{label:<8} {where}/{file}", highlight=False, soft_wrap=True)
 
 
-def _print_numbers(console: Console, test: dict[str, Any], plain: dict[str, Any] | None) -> None:
+def _print_numbers(
+    console: Console, test: dict[str, Any], plain: dict[str, Any] | None, split: str = "test"
+) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    table.add_column(f"{test['num_images']:,} test images")
+    table.add_column(f"{test['num_images']:,} {split} images")
     table.add_column("accuracy", justify="right")
     table.add_column("95% interval", justify="right")
     table.add_column("SSIM to plain", justify="right")

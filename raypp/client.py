@@ -54,6 +54,8 @@ def protect_files(
         raise StorageError(f"target {str(target)!r} must end in .png: lossy formats destroy what the classifier reads")
     if single and target.exists():
         raise StorageError(f"target {str(target)!r} exists already; give a new file")
+    if not target.name:
+        raise StorageError(f"target {str(target)!r} cannot be replaced; give a new or empty folder")
     if not single and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StorageError(f"target {str(target)!r} exists already; give a new or empty folder")
     bundle = load_public(location)

@@ -153,7 +153,7 @@ class Config(Section):
     classifier: Annotated[SerializeAsAny[Options], _select(CLASSIFIERS)]
     features: Annotated[SerializeAsAny[Options], _select(FEATURES)]
     train: Train = Train()
-    cluster: Cluster = Cluster()
+    cluster: Cluster = Field(default_factory=Cluster)  # at each use: its storage is relative to the current folder
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:

@@ -32,6 +32,9 @@ TINY = {
     "train.plain_epochs": "1",
     "train.eval_batch_size": "15",
     "train.precision": "fp32",
+    "train.alpha": "0.005",
+    "train.optimizer.lr": "0.1",
+    "train.schedule": "{name: one_cycle, warmup: 0.25, final: 0.0}",
 }
 
 Tiny = Callable[..., Config]

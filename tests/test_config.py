@@ -317,6 +317,8 @@ def test_relative_paths_are_settled_at_once(tmp_path: Path, monkeypatch: pytest.
     config = make("--data.source", "{name: folder, path: images}", "--cluster.storage", "runs/x")
     assert config.data.source.model_dump()["path"] == str(tmp_path / "images")
     assert config.cluster.storage == str(tmp_path / "runs" / "x")
+    assert make().cluster.storage == str(tmp_path / "runs"), "the default too, where one stands now"
+    assert make(preset="cifar10").data.source.model_dump()["root"] == str(tmp_path / "data")
     assert make("--cluster.storage", "s3://bucket/x").cluster.storage == "s3://bucket/x"
 
 

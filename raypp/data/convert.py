@@ -65,7 +65,7 @@ def convert(
         DataError: an image cannot be used.
         StorageError: ``out`` is taken or cannot be written.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if not out.name or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise StorageError(f"{out} exists and is not an empty folder")
     aside = out.with_name(f".{uuid.uuid4().hex}.tmp")
     try:

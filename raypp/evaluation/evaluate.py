@@ -14,6 +14,7 @@ from raypp.config import merge, parse_flags, validate
 from raypp.data.loader import as_input, to_device
 from raypp.errors import DataError
 from raypp.evaluation.metrics import psnr, ssim
+from raypp.images import to_uint8
 from raypp.protections.base import Protection
 from raypp.training.loop import load_split
 
@@ -44,7 +45,7 @@ def evaluate(
     for start in range(0, len(images), batch_size):
         plain, target = as_input(images[start : start + batch_size]), labels[start : start + batch_size]
         as_float = protection(plain)
-        upload = protection.protect(images[start : start + batch_size].permute(0, 3, 1, 2))
+        upload = to_uint8(as_float)
         protected = upload.float() / 255
         correct += int((classifier(protected).argmax(1) == target).sum())
         correct_float += int((classifier(as_float).argmax(1) == target).sum())

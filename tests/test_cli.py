@@ -1,0 +1,298 @@
+"""The command line: what each command prints, and that every mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import Trained, tiny_flags
+from PIL import Image
+
+import raypp
+from raypp.bundle import verify
+from raypp.cli import app, main
+from raypp.config import presets
+from raypp.data import SOURCES
+from raypp.images import write_png
+
+Captured = pytest.CaptureFixture[str]
+COMMANDS = ["train", "quickstart", "evaluate", "protect", "config", "data", "data ls", "data convert", "data check"]
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def run(capsys: Captured, *arguments: object) -> tuple[str, str]:
+    """Run a command that succeeds; returns what it printed, which holds no control characters: nobody is watching."""
+    main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    assert not CONTROL.search(out)
+    assert not CONTROL.search(err)
+    return out, err
+
+
+def refused(capsys: Captured, *arguments: object) -> str:
+    """Run a command that must fail because of its user; returns the sentence."""
+    with pytest.raises(SystemExit) as raised:
+        main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    assert raised.value.code == 2
+    assert out == ""
+    assert err.startswith("raypp: ")
+    assert err.count("\n") == 1, err
+    assert not CONTROL.search(err)
+    assert "Traceback" not in err
+    return err.removeprefix("raypp: ").rstrip("\n")
+
+
+# Help
+
+
+def test_every_command_is_listed_here() -> None:
+    names = {name for name in app if not name.startswith("-")} | {f"data {n}" for n in app["data"] if n[0] != "-"}
+    assert names == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_explains_every_parameter(capsys: Captured, command: str) -> None:
+    out, err = run(capsys, *command.split(), "--help")
+    assert err == ""
+    assert out.startswith(f"Usage: raypp {command}".strip())
+    parser = app
+    for word in command.split():
+        parser = parser[word]
+    function = parser.default_command
+    if function is None:
+        assert all(name in out for name in parser if not name.startswith("-"))
+        return
+    explained = dict(re.findall(r"^(\w+)\n    (.+)$", inspect.getdoc(function) or "", re.MULTILINE))
+    taken = {p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_POSITIONAL}
+    assert taken == explained.keys()
+    for name, text in explained.items():
+        assert name.replace("_", "-") in out.lower()
+        assert " ".join(text.split()[:3]) in out
+
+
+def test_version(capsys: Captured) -> None:
+    assert run(capsys, "--version") == (f"{raypp.__version__}\n", "")
+
+
+QUICK = """
+import sys
+from raypp.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as stop:
+    assert not stop.code, stop
+heavy = {"torch", "torchvision", "ray", "pyarrow", "pandas", "matplotlib", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["config"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    result = subprocess.run([sys.executable, "-c", QUICK, *arguments], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "raypp" in result.stdout or "cifar10" in result.stdout
+
+
+# Mistakes
+
+MISTAKES = {
+    "unknown command": ("trian cifar10", "trian"),
+    "unknown data command": ("data lst", "lst"),
+    "no preset": ("train", "preset"),
+    "no source": ("protect bundle", "SOURCE requires an argument"),
+    "too many arguments": ("protect a b c d", "d"),
+    "unknown option": ("protect a b c --keep-siez", "--keep-siez"),
+    "unknown preset": ("train cifra10", "unknown preset 'cifra10' (did you mean 'cifar10'?); allowed: "),
+    "unknown key": ("train quickstart --train.alhpa 1", "unknown key 'train.alhpa' (did you mean 'alpha'?)"),
+    "unknown section": ("train quickstart --trian.alpha 1", "unknown option --trian.alpha (did you mean 'train'?)"),
+    "misspelt switch": ("train quickstart --locla", "--locla"),
+    "wrong value": ("config cifar10 --train.alpha much", "train.alpha is 'much': input should be a valid number"),
+    "missing value": ("config cifar10 --train.alpha", "--train.alpha needs a value, as in --train.alpha VALUE"),
+    "stray word": ("config cifar10 alpha 3", "unexpected argument 'alpha'; a setting is written --section.key VALUE"),
+    "no file": ("config cifar10 --file none.yaml", "config file 'none.yaml' cannot be read: No such file or directory"),
+    "resume without name": ("train quickstart --resume --local", "--resume needs --name, the run to continue"),
+    "resume of nothing": ("train quickstart --resume --local --name x", "there is no run 'x' to resume under"),
+    "bad name": ("train quickstart --local --name ../x", "run name '../x' is not allowed; use letters, digits"),
+    "no data": (
+        "train quickstart --local --name x --data.source folder --data.source.path none",
+        "is not a folder",
+    ),
+    "no weights": ("train cifar10 --local --name x --features.weights none.pt", "none.pt' does not exist; allowed"),
+    "too few images": (
+        "train quickstart --local --name x --data.source.num_train 9",
+        "cannot set 500 of 9 images aside",
+    ),
+    "no bundle": ("evaluate none", "bundle 'none' does not exist"),
+    "no public bundle": ("protect none image.png out.png", "bundle 'none' does not exist"),
+    "no image": ("protect none none.png out.png", "none.png does not exist"),
+    "lossy target": ("protect none image.png out.jpg", "must end in .png: lossy formats destroy"),
+    "unknown split": ("evaluate none --split validation", "validation"),
+    "unknown source": ("data check cifar", "unknown data source 'cifar' (did you mean 'cifar1"),
+    "unknown source option": ("data check shapes --num_tarin 3", "unknown key 'data.source.num_tarin'"),
+    "no source path": ("data check folder", "data.source.path is missing; it has no default"),
+    "bad source path": ("data check folder --path none", "is not a folder"),
+    "no parquet": ("data check parquet --path none", "none"),
+    "target taken": ("data convert shapes taken", "taken exists and is not an empty folder"),
+    "target is here": ("data convert shapes .", "exists and is not an empty folder"),
+    "size": ("data check shapes --image-size 8 8", "data.image_size 8 x 8 is too small"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(capsys: Captured, tmp_path: Path, kind: str) -> None:
+    write_png(tmp_path / "image.png", np.zeros((4, 4, 3), dtype=np.uint8))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "x").write_text("")
+    command, expected = MISTAKES[kind]
+    assert expected in refused(capsys, *command.split())
+
+
+def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [str(Path(sys.executable).parent / "raypp"), "config", "cifar10", "--seed", "-1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "raypp: seed is -1: input should be greater than or equal to 0\n"
+
+
+# Commands
+
+
+def test_config_lists_presets_and_prints_what_a_run_would_use(capsys: Captured, tmp_path: Path) -> None:
+    out, _ = run(capsys, "config")
+    assert [line.split()[0] for line in out.splitlines()] == list(presets())
+    (tmp_path / "mine.yaml").write_text("train: {alpha: 0.25, epochs: 7}\n")
+    out, err = run(capsys, "config", "cifar10", "--file", "mine.yaml", "--train.alpha", "0.5", "--train.batch-size=64")
+    tree = yaml.safe_load(out)
+    assert (tree["train"]["alpha"], tree["train"]["epochs"], tree["train"]["batch_size"]) == (0.5, 7, 64)
+    assert err == ""
+    (tmp_path / "printed.yaml").write_text(out)
+    assert run(capsys, "config", "printed.yaml")[0] == out, "what it prints is a preset"
+
+
+def test_data_ls_lists_every_source_and_option(capsys: Captured) -> None:
+    out, _ = run(capsys, "data", "ls")
+    for name in SOURCES:
+        assert re.search(rf"^{name}  \S", out, re.MULTILINE)
+        assert all(f"--{key}" in out for key in SOURCES.options(name).model_fields if key != "name")
+    assert "required" in out
+
+
+def test_data_convert_and_check(capsys: Captured, tmp_path: Path) -> None:
+    out, err = run(
+        capsys, "data", "convert", "shapes", "set", "--num_train", 30, "--num_test", 10, "--image-size", 16, 18
+    )
+    assert (out, err) == ("", "wrote set\n")
+    assert sorted(p.name for p in (tmp_path / "set").iterdir()) == [
+        "test-00000-of-00001.parquet",
+        "train-00000-of-00001.parquet",
+    ]
+    out, err = run(capsys, "data", "check", "parquet", "--path", "set")
+    assert err == ""
+    train, test = (line.split() for line in out.splitlines()[1:3])
+    assert train[:6] == ["train", "30", "16", "x", "18", "x"]
+    assert test[:2] == ["test", "10"]
+    source = SOURCES.build(SOURCES.options("parquet")(path=str(tmp_path / "set")))
+    assert train[-1] == source.load("train").fingerprint()[:16]
+    assert "test images that are also training images: 0" in out
+
+
+def test_data_check_reports_what_is_unreadable_with_exit_code_1(capsys: Captured, tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(10):
+            write_png(tmp_path / "set" / name / f"{i}.png", np.full((4, 4, 3), i, dtype=np.uint8))
+    bad = tmp_path / "set" / "dog" / "3.png"
+    bad.write_bytes(b"no image")
+    with pytest.raises(SystemExit) as raised:
+        main(["data", "check", "folder", "--path", "set"])
+    out, err = capsys.readouterr()
+    assert raised.value.code == 1
+    assert err == ""
+    assert f"{bad} is not an image" in out
+    assert not CONTROL.search(out)
+
+
+def test_train_evaluate_protect(capsys: Captured, tmp_path: Path, trained: Trained) -> None:
+    out, err = run(capsys, "train", "quickstart", "--name", "one", "--local", *tiny_flags(tmp_path / "runs"))
+    folder = tmp_path / "runs" / "one"
+    assert err.count("\n") == 3, "one line per epoch"
+    assert "joint epoch   2/2" in err
+    found = json.loads((folder / "summary.json").read_text())
+    assert f"{found['test']['accuracy']:.2%}" in out
+    assert f"{found['plain_test']['accuracy']:.2%}" in out
+    for name in ("protected.png", "bundle", "metrics.jsonl"):
+        assert f"{folder}/{name}" in out
+        assert (folder / name).exists()
+    verify(folder / "bundle")
+    weights = "public/protection.safetensors"
+    assert (folder / "bundle" / weights).read_bytes() == (trained.bundle / weights).read_bytes()
+
+    out, err = run(capsys, "evaluate", folder / "bundle", "--output", "deep/numbers.json")
+    assert (json.loads((tmp_path / "deep" / "numbers.json").read_text()), err) == (found["test"], "")
+    assert f"{found['test']['accuracy']:.2%}" in out
+    out, _ = run(capsys, "evaluate", folder / "bundle", "--split", "train", "--data.source.num_train", "40")
+    assert "40 test images" not in out, "the training split is not called test"
+
+    write_png(tmp_path / "in.png", np.zeros((20, 30, 3), dtype=np.uint8))
+    assert run(capsys, "protect", folder / "bundle", "in.png", "out.png") == (
+        "",
+        "protected 1 image at 16 x 16: out.png\n",
+    )
+    assert run(capsys, "protect", folder / "bundle", "in.png", "big.png", "--keep-size", "--quiet") == ("", "")
+    assert Image.open("big.png").size == (30, 20)
+
+    again = refused(capsys, "train", "quickstart", "--name", "one", "--local", *tiny_flags(tmp_path / "runs"))
+    assert "exists already" in again
+    out, err = run(
+        capsys, "train", "quickstart", "--name", "one", "--local", "--resume", *tiny_flags(tmp_path / "runs")
+    )
+    assert err == "run 'one' is finished: nothing left to train\n"
+    assert f"{found['test']['accuracy']:.2%}" in out
+
+
+def test_quiet_training_prints_nothing_and_its_settings_may_stand_anywhere(capsys: Captured, tmp_path: Path) -> None:
+    flags = tiny_flags(tmp_path / "runs", train__mode="plain", protection="plain", train__epochs=1)
+    (tmp_path / "mine.yaml").write_text("seed: 3\n")
+    out, err = run(
+        capsys, "train", "quickstart", *flags[:4], "--local", "--quiet", *flags[4:], "--config", "mine.yaml", "--name=q"
+    )
+    assert (out, err) == ("", "")
+    stored = yaml.safe_load((tmp_path / "runs" / "q" / "config.yaml").read_text())
+    assert (stored["seed"], stored["data"]["source"]["num_train"]) == (3, 60)
+
+
+def test_quickstart_says_what_to_do_next(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own sizes take minutes, so the preset of that name is made tiny."""
+    main(["config", "quickstart", *tiny_flags(tmp_path / "unused")])
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets" / "quickstart.yaml").write_text(capsys.readouterr().out)
+    small = {"quickstart": tmp_path / "presets" / "quickstart.yaml"}
+    monkeypatch.setattr("raypp.config.presets", lambda: presets() | small)
+    out, _ = run(capsys, "quickstart", "--local", "--name", "first", "--storage", "runs")
+    assert "protected, 8 bit" in out
+    next_steps = [line.split() for line in out.splitlines() if line.startswith("  raypp ")]
+    assert [words[1] for words in next_steps] == ["protect", "evaluate", "train", "config"]
+    write_png(tmp_path / "in.png", np.zeros((16, 16, 3), dtype=np.uint8))
+    run(capsys, "protect", next_steps[0][2], "in.png", "out.png")
+    run(capsys, "evaluate", next_steps[1][2])
+    run(capsys, "config", next_steps[3][2])
+    assert next_steps[2][2] in presets()

@@ -1,0 +1,211 @@
+"""The floors: a file imports only from floors below, and Ray stays on its own."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from conftest import Trained, tiny_flags
+
+import raypp
+
+ROOT = Path(raypp.__file__).parent
+# A package and the modules in it stand on one floor, where nothing says otherwise.
+FLOORS = [
+    {"raypp"},
+    {"raypp.errors", "raypp.registry", "raypp.env", "raypp.images", "raypp.storage", "raypp.progress"},
+    {"raypp.nets"},
+    {"raypp.protections", "raypp.data"},
+    {"raypp.config"},
+    {"raypp.training"},
+    {"raypp.bundle"},
+    {"raypp.evaluation"},
+    {"raypp.runs", "raypp.client"},
+    {"raypp.cluster"},
+    {"raypp.cli"},
+]
+# The one door between data and Ray belongs to training on Ray, above the configuration that it reads.
+EXCEPTIONS = {"raypp.data.streaming": FLOORS.index({"raypp.training"})}
+RAY = {"raypp.cluster", "raypp.data.streaming"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def floor(name: str) -> int:
+    if name in EXCEPTIONS:
+        return EXCEPTIONS[name]
+    found = [i for i, names in enumerate(FLOORS) for known in names if known != "raypp" and within(name, known)]
+    if name == "raypp":
+        return 0
+    assert len(found) == 1, f"{name} stands on no floor; give it one here and in ARCHITECTURE.md"
+    return found[0]
+
+
+@cache
+def imports(name: str) -> tuple[tuple[str, int, bool], ...]:
+    """What a module imports, except for type checking: name, line, and whether it stands in a function."""
+
+    def visit(node: ast.AST, inside: bool) -> Iterator[tuple[str, int, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+                continue
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, child.lineno, inside) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{name}:{child.lineno} is a relative import"
+                for alias in child.names:
+                    full = f"{child.module}.{alias.name}"
+                    yield (full if full in MODULES else str(child.module)), child.lineno, inside
+            else:
+                yield from visit(
+                    child, inside or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+                )
+
+    return tuple(visit(ast.parse(MODULES[name].read_text()), False))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down(name: str) -> None:
+    for target, line, _ in imports(name):
+        if not within(target, "raypp"):
+            continue
+        same_floor = floor(target) == floor(name)
+        assert floor(target) <= floor(name), f"{name}:{line} imports {target}, which stands above it"
+        # Within a floor a file may use its neighbours, as long as no circle comes of it (below).
+        if same_floor and name == "raypp.client":
+            raise AssertionError(f"{name}:{line}: the client needs nothing of {target}")
+
+
+def test_there_is_no_circle() -> None:
+    graph = {
+        name: {target for target, _, _ in imports(name) if within(target, "raypp") and target != name}
+        for name in MODULES
+    }
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"a circle: {' -> '.join([*path[path.index(name) :], name])}"
+        if name not in done:
+            for target in sorted(graph[name]):
+                visit(target, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_registry_entries_stand_no_higher_than_their_registry() -> None:
+    from raypp.data import SOURCES
+    from raypp.nets import CLASSIFIERS, FEATURES
+    from raypp.protections import PROTECTIONS
+
+    for registry, package in (
+        (SOURCES, "raypp.data"),
+        (CLASSIFIERS, "raypp.nets"),
+        (FEATURES, "raypp.nets"),
+        (PROTECTIONS, "raypp.protections"),
+    ):
+        for name in registry:
+            assert within(registry.get(name).__module__, package)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_ray_stays_on_its_floor(name: str) -> None:
+    if any(within(name, allowed) for allowed in RAY):
+        return
+    for target, line, inside in imports(name):
+        assert not within(target, "ray"), f"{name}:{line} imports {target}"
+        if any(within(target, allowed) for allowed in RAY):
+            assert name == "raypp.cli", f"{name}:{line} imports {target}"
+            assert inside, f"{name}:{line} imports {target} before a command asks for it"
+
+
+HEAVY = {"torch", "torchvision", "ray", "pyarrow", "pandas", "matplotlib"}
+
+
+def test_the_command_line_imports_nothing_heavy_at_its_top() -> None:
+    """Nor does anything that it imports there."""
+    seen, left = set(), ["raypp.cli"]
+    while left:
+        name = left.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for target, line, inside in imports(name):
+            if not inside:
+                assert target.partition(".")[0] not in HEAVY, f"{name}:{line} imports {target}"
+                if within(target, "raypp"):
+                    left.append(target)
+
+
+def test_no_name_of_a_method_decides_anything_outside_its_package() -> None:
+    """Adding a method is one file and one line; ``if name == ...`` elsewhere would make it two."""
+    from raypp.data import SOURCES
+    from raypp.nets import CLASSIFIERS, FEATURES
+    from raypp.protections import PROTECTIONS
+
+    names = {*SOURCES, *CLASSIFIERS, *FEATURES, *PROTECTIONS} - {"plain"}  # plain is a mode of training too
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                compared = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
+                assert not names & {value for value in compared if isinstance(value, str)}, f"{module}:{node.lineno}"
+
+
+WITHOUT_RAY = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class NoRay(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "ray":
+            raise ModuleNotFoundError(f"No module named {name!r}", name="ray")
+
+sys.meta_path.insert(0, NoRay())
+from raypp.cli import main
+
+main(["train", "quickstart", "--name", "run", "--local", "--quiet", *sys.argv[1:]])
+main(["evaluate", "runs/run/bundle", "--output", "numbers.json"])
+main(["protect", "runs/run/bundle/public", "image.png", "protected.png"])
+assert "ray" not in sys.modules
+main(["train", "quickstart", "--name", "other", *sys.argv[1:]])
+"""
+
+
+def test_everything_but_the_cluster_works_where_ray_is_not_installed(trained: Trained, tmp_path: Path) -> None:
+    import numpy as np
+
+    from raypp.images import write_png
+
+    write_png(tmp_path / "image.png", np.zeros((16, 16, 3), dtype=np.uint8))
+    flags = tiny_flags(tmp_path / "runs", train__epochs=1)
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RAY, *flags],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert result.stderr.splitlines()[1:] == [
+        "raypp: Ray is not installed here; --local trains in this process without it"
+    ], result.stderr
+    assert result.returncode == 2
+    assert (tmp_path / "numbers.json").exists()
+    assert (tmp_path / "protected.png").exists()
