@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -244,14 +246,19 @@ def model_card(
     return "\n".join(lines)
 
 
-def _folder(location: str | Path, part: str) -> Any:
-    """Context manager giving the local folder of one part of a bundle."""
+@contextmanager
+def _folder(location: str | Path, part: str) -> Iterator[Path]:
+    """Give the local folder of one part of a bundle. Of a whole bundle every file is verified first: so nobody can put
+    the public part of one beside the private part of another."""
     try:
         storage = Storage(location)
         if not storage.exists():
             raise BundleError(f"bundle {str(location)!r} does not exist")
-        name = part if storage.exists(f"{part}/{MANIFEST}") else ""
-        return storage.download(name)
+        whole = storage.exists(f"{part}/{MANIFEST}")
+        with storage.download("") as folder:
+            if whole:
+                verify(folder)
+            yield folder / part if whole else folder
     except StorageError as error:
         raise BundleError(f"bundle {str(location)!r} cannot be read: {error}") from error
 

@@ -87,7 +87,7 @@ def run_training(
         found = summary(run)
         if found is not None:
             if not quiet:
-                display.console.print(f"run {name!r} is finished: nothing left to train")
+                display.console.print(f"run {name!r} is finished: nothing left to train", markup=False, highlight=False)
         elif local:
             found = train_locally(run, display)
         else:
@@ -111,6 +111,8 @@ def quickstart(*, local: bool = False, name: str | None = None, storage: Path = 
     storage
         Folder under which the run gets its own.
     """
+    from rich.markup import escape
+
     from raypp.config import load_config
 
     console = Console()
@@ -125,7 +127,7 @@ def quickstart(*, local: bool = False, name: str | None = None, storage: Path = 
         ("raypp train cifar10-small", "real images: downloads CIFAR-10 (or --data.source parquet)"),
         ("raypp config cifar10", "the paper's experiment, every number of it"),
     ):
-        console.print(f"  {command:<58} [dim]{why}[/]", highlight=False, soft_wrap=True)
+        console.print(f"  {escape(command):<58} [dim]{why}[/]", highlight=False, soft_wrap=True)
 
 
 @app.command(help_epilogue=SETTINGS_HELP)
@@ -177,7 +179,12 @@ def protect(bundle: str, source: Path, target: Path, /, *, keep_size: bool = Fal
 
 
 @app.command
-def config(preset: str | None = None, /, *settings: Settings, file: Path | None = None) -> None:
+def config(
+    preset: str | None = None,
+    /,
+    *settings: Settings,
+    file: Annotated[Path | None, Parameter(name="--config")] = None,
+) -> None:
     """Print a preset's whole configuration, or list the presets.
 
     Parameters
@@ -231,7 +238,7 @@ def convert(source: str, out: Path, /, *options: Settings, image_size: tuple[int
     with Progress(console=console, disable=not console.is_terminal) as bars:
         tasks = {split: bars.add_task(split, total=chosen.num_images(split)) for split in parquet.SPLITS}
         parquet.convert(chosen, out, progress=lambda split, done, _: bars.update(tasks[split], completed=done))
-    console.print(f"wrote {out}", highlight=False)
+    console.print(f"wrote {out}", markup=False, highlight=False)
 
 
 @data_app.command
@@ -245,6 +252,7 @@ def check(source: str, /, *options: Settings, image_size: tuple[int, int] | None
     image_size
         Fit every image to this height and width.
     """
+    from rich.markup import escape
     from rich.table import Table
 
     from raypp.data import convert as parquet
@@ -260,7 +268,7 @@ def check(source: str, /, *options: Settings, image_size: tuple[int, int] | None
     console.print(table)
     counts = Table("class", "train", "test", box=None, pad_edge=False)
     for label, num in report.train.counts.items():
-        counts.add_row(label, f"{num:,}", f"{report.test.counts[label]:,}")
+        counts.add_row(escape(label), f"{num:,}", f"{report.test.counts[label]:,}")
     console.print(counts)
     console.print(f"test images that are also training images: {report.num_shared:,}", highlight=False)
     for part in (report.train, report.test):
@@ -302,12 +310,10 @@ def _print_results(found: dict[str, Any], where: str) -> None:
     console.print()
     _print_numbers(console, found["test"], found["plain_test"])
     for label, file in (("picture", "protected.png"), ("bundle", "bundle"), ("metrics", "metrics.jsonl")):
-        console.print(f"{label:<8} {where}/{file}", highlight=False, soft_wrap=True)
+        console.print(f"{label:<8} {where}/{file}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _print_numbers(
-    console: Console, test: dict[str, Any], plain: dict[str, Any] | None, split: str = "test"
-) -> None:
+def _print_numbers(console: Console, test: dict[str, Any], plain: dict[str, Any] | None, split: str = "test") -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)

@@ -15,7 +15,7 @@ from raypp.bundle import PublicBundle, load_public
 from raypp.errors import DataError, StorageError
 from raypp.images import Pixels, decode, find_images, write_png
 
-BATCH = 64
+BATCH_PIXELS = 2**20  # images are protected together up to this many pixels: 1,024 of 32 x 32, one photograph
 
 
 def protect_images(bundle: PublicBundle, images: Pixels) -> Pixels:
@@ -61,6 +61,7 @@ def protect_files(
     bundle = load_public(location)
     if single:
         image = _read(paths[0], bundle, keep_size)
+        _make_folder(target.parent)
         write_png(target, protect_images(bundle, image[None])[0])
     else:
         outputs = [target / path.relative_to(source).with_suffix(".png") for path in paths]
@@ -68,11 +69,13 @@ def protect_files(
         aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             jobs = list(zip(paths, outputs, strict=True))
-            groups = [jobs[start : start + BATCH] for start in range(0, len(jobs), BATCH)]
+            height, width = bundle.image_size
+            together = 1 if keep_size else max(1, BATCH_PIXELS // (height * width))
+            groups = [jobs[start : start + together] for start in range(0, len(jobs), together)]
             hidden = console is None or not console.is_terminal
             for group in track(groups, "protecting", console=console, disable=hidden, transient=True):
-                loaded = [_read(path, bundle, keep_size) for path, _ in group]
-                for protected, (_, output) in zip(_protect_all(bundle, loaded), group, strict=True):
+                loaded = np.stack([_read(path, bundle, keep_size) for path, _ in group])
+                for protected, (_, output) in zip(protect_images(bundle, loaded), group, strict=True):
                     file = aside / output.relative_to(target)
                     file.parent.mkdir(parents=True, exist_ok=True)
                     write_png(file, protected)
@@ -85,7 +88,11 @@ def protect_files(
             shutil.rmtree(aside, ignore_errors=True)
     if console is not None:
         size = "their own size" if keep_size else f"{bundle.image_size[0]} x {bundle.image_size[1]}"
-        console.print(f"protected {len(paths):,} image{'s' * (len(paths) != 1)} at {size}: {target}", highlight=False)
+        console.print(
+            f"protected {len(paths):,} image{'s' * (len(paths) != 1)} at {size}: {target}",
+            markup=False,
+            highlight=False,
+        )
     return len(paths)
 
 
@@ -97,11 +104,11 @@ def _read(path: Path, bundle: PublicBundle, keep_size: bool) -> Pixels:
     return decode(data, name=str(path), size=None if keep_size else bundle.image_size, channels=bundle.channels)
 
 
-def _protect_all(bundle: PublicBundle, loaded: list[Pixels]) -> list[Pixels]:
-    """Protect images together when they have one size, else one by one."""
-    if len({image.shape for image in loaded}) == 1:
-        return list(protect_images(bundle, np.stack(loaded)))
-    return [protect_images(bundle, image[None])[0] for image in loaded]
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot create {str(folder)!r}: {error.strerror}") from error
 
 
 def _refuse_clashes(paths: list[Path], outputs: list[Path]) -> None:

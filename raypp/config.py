@@ -7,6 +7,7 @@ refused, and it is written into each run and bundle.
 from __future__ import annotations
 
 import difflib
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -43,6 +44,11 @@ def _select(registry: Registry) -> BeforeValidator:
     return BeforeValidator(validate)
 
 
+def _number(value: Any) -> Any:
+    """A flag's text as the integer it is; a Literal does not convert by itself."""
+    return int(value) if isinstance(value, str) and value.isdigit() else value
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, ser_json_inf_nan="constants"
@@ -61,7 +67,7 @@ class Data(Section):
     """Where images come from; ``raypp data ls`` lists the sources and their options."""
     image_size: tuple[Side, Side] | None = None
     """Height and width that every image is fitted to (resize, then centre crop); null takes them as they are."""
-    channels: Literal[1, 3] = 3
+    channels: Annotated[Literal[1, 3], BeforeValidator(_number)] = 3
     """3 for RGB, 1 for grey."""
     num_val: int = Field(5000, ge=1)
     """Images held out of the training split for validation, stratified by class."""
@@ -252,7 +258,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_flags(flags: tuple[str, ...] | list[str]) -> dict[str, Any]:
-    """Turn ``--a.b value`` and ``--a.b=value`` into a tree; values are read as YAML, dashes in keys as underscores."""
+    """Turn ``--a.b value`` and ``--a.b=value`` into a tree; dashes in keys are read as underscores."""
     tree: dict[str, Any] = {}
     rest = list(flags)
     while rest:
@@ -270,12 +276,20 @@ def parse_flags(flags: tuple[str, ...] | list[str]) -> dict[str, Any]:
                 f"unknown option --{key}{did_you_mean(parts[0], Config.model_fields)}; "
                 f"settings begin with {', '.join(Config.model_fields)}"
             )
-        try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date or number and is none, as 2020-99-99
-            value = text
-        tree = merge(tree, _nest(parts, value))
+        tree = merge(tree, _nest(parts, _value(text)))
     return tree
+
+
+def _value(text: str) -> Any:
+    """A flag's value: lists and mappings are YAML, ``null`` is none, all else is text that its setting converts."""
+    if text == "null":
+        return None
+    if text.startswith(("[", "{")):
+        try:
+            return yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date and is none, as [2020-99-99]
+            return text
+    return text
 
 
 def _nest(parts: list[str], value: Any) -> dict[str, Any]:
@@ -304,7 +318,9 @@ def _sentence(error: ValidationError, tree: dict[str, Any], within: tuple[str, .
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{key}: {reason}" if key else reason
-    return f"{key} is {first['input']!r}: {reason[0].lower()}{reason[1:]}"
+    value = first["input"]
+    shown = value if isinstance(value, str) and re.fullmatch(r"[-+.\d][-+.\deE]*", value) else repr(value)
+    return f"{key} is {shown}: {reason[0].lower()}{reason[1:]}"
 
 
 def _allowed_keys(loc: list[str], tree: dict[str, Any]) -> list[str]:

@@ -17,6 +17,8 @@ SETTINGS = {
     # One watcher process fewer per run; it matters only where nodes are pre-empted, and a cluster sets it there.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # cuBLAS is deterministic only with a workspace of its own.
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     # One actor instead of many reads Parquet footers; several would take the CPUs of a small machine.
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
 }

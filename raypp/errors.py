@@ -25,4 +25,8 @@ class StorageError(RayppError):
 
 
 class TrainingError(RayppError):
-    """Training cannot go on, for instance because the loss is no longer a number."""
+    """Training cannot go on."""
+
+
+class StoppedError(TrainingError):
+    """Every worker stops for the same reason, such as a loss that is not a number: a restart would meet it again."""

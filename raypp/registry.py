@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from raypp.errors import ConfigError
 
@@ -25,7 +25,7 @@ def absolute(location: str | Path) -> str:
 
 
 # A path or URI in a configuration. Ray's workers run in folders of their own, so a relative path is settled at once.
-Location = Annotated[str, AfterValidator(absolute)]
+Location = Annotated[str, BeforeValidator(lambda v: absolute(v) if isinstance(v, str | Path) else v)]
 
 
 class Options(BaseModel):

@@ -36,12 +36,14 @@ from raypp.progress import Display
 from raypp.protections.plain import Plain, PlainOptions
 from raypp.storage import Storage
 from raypp.training.loop import Fit, fit, load_split, prepare
-from raypp.training.sinks import LocalSink, metrics_lines
+from raypp.training.sinks import LocalSink, metrics_lines, newest_first
 from raypp.training.system import build_system, phases
 
 # What may differ when a run is resumed: how long, and on what; everything else would make it another run.
-RESUMABLE = ("train.epochs", "train.plain_epochs", "train.eval_batch_size", "cluster")
+RESUMABLE = ("train.epochs", "train.eval_batch_size", "cluster")
 NUM_PICTURED = 10
+# Files that a run has before its configuration is written.
+OURS = {".lock", "run.json", "features.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,20 @@ def open_run(config: Config, name: str, *, resume: bool = False) -> Iterator[Run
         StorageError: the name is taken, in use, unknown (with ``resume``), or its configuration is another one.
     """
     storage = Storage(config.cluster.storage).folder(_checked_name(name))
-    if not resume:
-        settled, phi, warning = prepare(config)  # before the folder: a mistake found here leaves the name free
-        _create(storage, name)
-    elif not storage.exists("config.yaml"):
+    if resume and not storage.exists("config.yaml"):
         raise StorageError(f"there is no run {name!r} to resume under {config.cluster.storage!r}")
+    if not resume:
+        settled, phi, warning = prepare(config)  # before the folder: a mistake found here leaves no trace
+        _create(storage)
     with _lock(storage, name):
         if resume:
             _same_configuration(config, yaml.safe_load(storage.read("config.yaml")), name)
+            storage.write("config.yaml", config.to_yaml().encode())
             yield _reopen(storage, config)
         else:
+            _refuse_taken(storage, name)
             warnings = (warning,) if warning else ()
+            storage.remove("features.safetensors")
             if phi is not None:
                 from safetensors.torch import save
 
@@ -194,23 +199,23 @@ def _describe_features(config: Config, phi: StateDict | None) -> str:
     return f"{config.features.name}, {layer}" + (f" ({options})" if options else "")
 
 
-def _create(storage: Storage, name: str) -> None:
-    taken = StorageError(
-        f"run {name!r} exists already in {storage.uri}; --resume continues it, another --name starts a new one"
-    )
+def _create(storage: Storage) -> None:
     if storage.local:
         try:
-            storage.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"cannot create {storage.path.parent}: {error.strerror}") from error
-        try:
-            storage.path.mkdir()  # fails when the folder exists: two runs that start at once cannot both have it
-        except FileExistsError:
-            raise taken from None
+            storage.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"cannot create {storage.uri}: {error.strerror}") from error
-    elif storage.exists():
-        raise taken
+
+
+def _refuse_taken(storage: Storage, name: str) -> None:
+    """Refuse a folder that holds work, or anything that is not a run's; one that stopped before its first checkpoint
+    is free. Whoever asks holds the lock, so of two runs that start at once the second finds it taken or in use."""
+    begun = storage.exists("config.yaml") and (storage.exists("summary.json") or newest_first(storage))
+    foreign = storage.local and not storage.exists("config.yaml") and {p.name for p in storage.path.iterdir()} - OURS
+    if begun or foreign:
+        raise StorageError(
+            f"run {name!r} exists already in {storage.uri}; --resume continues it, another --name starts a new one"
+        )
 
 
 @contextmanager
@@ -245,6 +250,11 @@ def _checked_name(name: str) -> str:
 
 def _same_configuration(config: Config, stored: dict[str, Any], name: str) -> None:
     given, kept = _flat(config.model_dump(mode="json")), _flat(stored)
+    if given["train.epochs"] < kept["train.epochs"]:
+        raise StorageError(
+            f"run {name!r} was started with train.epochs = {kept['train.epochs']}, now it is {given['train.epochs']}; "
+            "a run can be made longer, not shorter"
+        )
     for key in sorted(given.keys() | kept.keys()):
         if any(key == free or key.startswith(free + ".") for free in RESUMABLE):
             continue

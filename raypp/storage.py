@@ -110,13 +110,13 @@ class Storage:
                         target.rename(old)
                     try:
                         aside.rename(target)
-                    except BaseException:
+                    except OSError:
                         if old.exists():
                             old.rename(target)
                         raise
                 finally:
                     shutil.rmtree(aside, ignore_errors=True)
-                    shutil.rmtree(old, ignore_errors=True)
+                shutil.rmtree(old, ignore_errors=True)
                 return
             files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
             for file in sorted(files, key=lambda f: f == last):
@@ -140,6 +140,11 @@ class Storage:
     def delete(self, name: str) -> None:
         with self._refused("delete", name), contextlib.suppress(FileNotFoundError):
             self._fs.delete_dir(self._at(name))
+
+    def remove(self, name: str) -> None:
+        """Delete one file; nothing happens where there is none."""
+        with self._refused("delete", name), contextlib.suppress(FileNotFoundError):
+            self._fs.delete_file(self._at(name))
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root

@@ -136,8 +136,8 @@ def checked(bundle: Path, file: str) -> Callable[[], Any]:
     """What reads a file: the loader of its part, or the check of the whole."""
     part = file.partition("/")[0]
     return {
-        "public": lambda: load_public(bundle),
-        "private": lambda: load_private(bundle),
+        "public": lambda: load_public(bundle / "public"),
+        "private": lambda: load_private(bundle / "private"),
     }.get(part, lambda: verify(bundle))
 
 
@@ -170,15 +170,15 @@ def test_a_manifest_that_omits_a_file_is_refused(bundle: Path) -> None:
         ("private", "classifier.json", load_private),
     ):
         edit(bundle / part / MANIFEST, lambda manifest, file=file: manifest["files"].pop(file))
-        assert file in refusal(load, bundle)
+        assert file in refusal(load, bundle / part)
         (bundle / part / file).unlink()  # and not there either
-        assert f"its manifest does not list {file}" in refusal(load, bundle)
+        assert f"its manifest does not list {file}" in refusal(load, bundle / part)
 
 
 def test_a_newer_schema_is_refused(bundle: Path) -> None:
     edit(bundle / "public" / MANIFEST, lambda manifest: manifest.update(schema=SCHEMA + 1))
-    assert f"has bundle schema {SCHEMA + 1}, raypp" in refusal(load_public, bundle)
-    assert refusal(load_public, bundle).endswith("upgrade raypp")
+    assert f"has bundle schema {SCHEMA + 1}, raypp" in refusal(load_public, bundle / "public")
+    assert refusal(load_public, bundle / "public").endswith("upgrade raypp")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_a_newer_schema_is_refused(bundle: Path) -> None:
 )
 def test_paths_that_lead_out_are_refused(bundle: Path, name: str) -> None:
     edit(bundle / "public" / MANIFEST, lambda manifest: manifest["files"].update({name: {"sha256": "0" * 64}}))
-    assert f"lists {name!r}, a file outside of it" in refusal(load_public, bundle)
+    assert f"lists {name!r}, a file outside of it" in refusal(load_public, bundle / "public")
 
 
 def test_links_that_lead_out_are_refused(bundle: Path) -> None:
@@ -194,7 +194,16 @@ def test_links_that_lead_out_are_refused(bundle: Path) -> None:
     shutil.copy(link, bundle.parent / "elsewhere.json")
     link.unlink()
     link.symlink_to(bundle.parent / "elsewhere.json")
-    assert "lists 'protection.json', a file outside of it" in refusal(load_public, bundle)
+    assert "lists 'protection.json', a file outside of it" in refusal(load_public, bundle / "public")
+
+
+def test_parts_of_two_bundles_are_not_one(bundle: Path) -> None:
+    """The public part of one bundle beside the private part of another, each sound by itself."""
+    edit(bundle / "public" / "protection.json", lambda about: about.update(image_size=[32, 32]))
+    write_manifest(bundle / "public")
+    assert load_public(bundle / "public").image_size == (32, 32)
+    for load in (load_public, load_private, evaluate_bundle):
+        assert "was altered: public/" in refusal(load, bundle)
 
 
 def test_what_is_no_bundle_is_refused(tmp_path: Path, bundle: Path) -> None:
@@ -219,7 +228,8 @@ GARBAGE = [
 @pytest.mark.parametrize("data", GARBAGE, ids=range(len(GARBAGE)))
 def test_a_garbled_manifest_is_one_sentence(bundle: Path, data: bytes) -> None:
     (bundle / "public" / MANIFEST).write_bytes(data)
-    assert str(bundle / "public") in refusal(load_public, bundle)
+    assert str(bundle / "public") in refusal(load_public, bundle / "public")
+    assert "was altered: public/manifest.json" in refusal(load_public, bundle)
 
 
 JSON = st.recursive(
@@ -238,10 +248,11 @@ def test_no_manifest_breaks_the_reader(tmp_path: Path, data: Any) -> None:
     refusal(load_public, tmp_path)
 
 
-def reseal(part: Path) -> None:
-    """What an attacker who rewrites the manifest too can do."""
-    (part / MANIFEST).unlink()
-    write_manifest(part)
+def reseal(bundle: Path, part: str) -> None:
+    """What an attacker who rewrites the manifests too can do."""
+    for folder in (bundle / part, bundle):
+        (folder / MANIFEST).unlink()
+        write_manifest(folder)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +279,7 @@ def test_a_resealed_bundle_whose_parts_do_not_fit_is_one_sentence(
     bundle: Path, change: Callable[[dict[str, Any]], None]
 ) -> None:
     edit(bundle / "public" / "protection.json", change)
-    reseal(bundle / "public")
+    reseal(bundle, "public")
     refusal(load_public, bundle)
 
 
@@ -276,7 +287,7 @@ def test_a_resealed_bundle_whose_parts_do_not_fit_is_one_sentence(
 def test_resealed_garbage_for_weights_is_one_sentence(bundle: Path, data: bytes) -> None:
     for part, name, load in (("public", "protection", load_public), ("private", "classifier", load_private)):
         (bundle / part / f"{name}.safetensors").write_bytes(data)
-        reseal(bundle / part)
+        reseal(bundle, part)
         assert f"the {name} in '{bundle}' cannot be built" in refusal(load, bundle)
 
 
@@ -284,7 +295,7 @@ def test_resealed_garbage_for_weights_is_one_sentence(bundle: Path, data: bytes)
 @pytest.mark.parametrize("data", [b"", b"[", b"[]", b"{}", b"\xff"])
 def test_resealed_garbage_in_the_private_part_is_one_sentence(bundle: Path, file: str, data: bytes) -> None:
     (bundle / "private" / file).write_bytes(data)
-    reseal(bundle / "private")
+    reseal(bundle, "private")
     if (file, data) == ("metrics.json", b"{}"):
         load_private(bundle)
     elif file == "config.yaml" and data in (b"", b"{}"):

@@ -123,7 +123,7 @@ MISTAKES = {
     "wrong value": ("config cifar10 --train.alpha much", "train.alpha is 'much': input should be a valid number"),
     "missing value": ("config cifar10 --train.alpha", "--train.alpha needs a value, as in --train.alpha VALUE"),
     "stray word": ("config cifar10 alpha 3", "unexpected argument 'alpha'; a setting is written --section.key VALUE"),
-    "no file": ("config cifar10 --file none.yaml", "config file 'none.yaml' cannot be read: No such file or directory"),
+    "no file": ("config cifar10 --config none.yaml", "config file 'none.yaml' cannot be read: No such file"),
     "resume without name": ("train quickstart --resume --local", "--resume needs --name, the run to continue"),
     "resume of nothing": ("train quickstart --resume --local --name x", "there is no run 'x' to resume under"),
     "bad name": ("train quickstart --local --name ../x", "run name '../x' is not allowed; use letters, digits"),
@@ -180,7 +180,9 @@ def test_config_lists_presets_and_prints_what_a_run_would_use(capsys: Captured, 
     out, _ = run(capsys, "config")
     assert [line.split()[0] for line in out.splitlines()] == list(presets())
     (tmp_path / "mine.yaml").write_text("train: {alpha: 0.25, epochs: 7}\n")
-    out, err = run(capsys, "config", "cifar10", "--file", "mine.yaml", "--train.alpha", "0.5", "--train.batch-size=64")
+    out, err = run(
+        capsys, "config", "cifar10", "--config", "mine.yaml", "--train.alpha", "0.5", "--train.batch-size=64"
+    )
     tree = yaml.safe_load(out)
     assert (tree["train"]["alpha"], tree["train"]["epochs"], tree["train"]["batch_size"]) == (0.5, 7, 64)
     assert err == ""

@@ -201,7 +201,7 @@ def test_sources_and_targets_that_cannot_be(trained: Trained, tmp_path: Path) ->
     (tmp_path / "empty").mkdir()
     assert refusal(DataError, trained.bundle, tmp_path / "none", tmp_path / "out").endswith("does not exist")
     assert "holds no image" in refusal(DataError, trained.bundle, tmp_path / "empty", tmp_path / "out")
-    assert "cannot write" in refusal(StorageError, trained.bundle, source, source / "below.png")
+    assert "cannot create" in refusal(StorageError, trained.bundle, source, source / "below.png")
     assert "cannot write" in refusal(StorageError, trained.bundle, source.parent, source / "below")
     assert "does not exist" in refusal(BundleError, tmp_path / "none", source, tmp_path / "out.png")
     assert tree(tmp_path) == ["empty", "in", "in/a.png"]

@@ -109,45 +109,47 @@ def test_merge_does_not_touch_its_arguments() -> None:
 
 
 def test_flags_in_every_spelling() -> None:
-    assert parse_flags(["--train.alpha=0.5", "--train.batch-size", "8", "--data.flip", "no", "--seed", "3"]) == {
-        "train": {"alpha": 0.5, "batch_size": 8},
-        "data": {"flip": False},
-        "seed": 3,
+    assert parse_flags(["--train.alpha=0.5", "--train.batch-size", "8", "--data.num_test", "null"]) == {
+        "train": {"alpha": "0.5", "batch_size": "8"},
+        "data": {"num_test": None},
     }
+    for text in ("a=b", "2020-99-99", "0x_", "[a", "1e3", "yes", "-1", "", "null.png", "[2020-99-99]"):
+        assert parse_flags([f"--data.source.path={text}"]) == {"data": {"source": {"path": text}}}
+        assert parse_flags(["--data.source.path", text]) == {"data": {"source": {"path": text}}}
     assert parse_flags(["--data.source", "{name: folder, path: a=b}"])["data"]["source"]["path"] == "a=b"
-    assert parse_flags(["--data.source.path=a=b"])["data"]["source"]["path"] == "a=b"
-    assert parse_flags(["--train.alpha", "-1"]) == {"train": {"alpha": -1}}
-    assert parse_flags(["--train.alpha", "1", "--train.alpha", "2"]) == {"train": {"alpha": 2}}
-    assert parse_flags(["--data.source.path", "2020-99-99"])["data"]["source"]["path"] == "2020-99-99"
-    assert parse_flags(["--data.source.path", "0x_"])["data"]["source"]["path"] == "0x_"
-    assert parse_flags(["--data.source.path", "[a"])["data"]["source"]["path"] == "[a"
-    assert make("--train.optimizer.lr", "1e-3").train.optimizer.lr == 0.001  # YAML 1.1 reads 1e-3 as text
+    assert parse_flags(["--train.alpha", "1", "--train.alpha", "2"]) == {"train": {"alpha": "2"}}
+    config = make("--train.optimizer.lr", "1e-3", "--data.augment.flip", "no", "--data.channels", "1")
+    assert (config.train.optimizer.lr, config.data.augment.flip, config.data.channels) == (0.001, False, 1)
 
 
-SCALARS = st.one_of(
-    st.booleans(),
-    st.integers(-(10**9), 10**9),
-    st.floats(allow_nan=False, allow_infinity=False),
-    st.text(max_size=8),
-    st.none(),
-    st.lists(st.integers(), max_size=3),
-)
-KEYS = st.lists(st.sampled_from(["alpha", "epochs", "x_y", "name", "q"]), min_size=1, max_size=3)
+WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1, max_size=8)
 
 
-@given(
-    section=st.sampled_from(["data", "train", "protection", "cluster"]), keys=KEYS, value=SCALARS, equals=st.booleans()
-)
+@given(data=st.data(), equals=st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_any_value_survives_a_flag(section: str, keys: list[str], value: Any, equals: bool) -> None:
-    flag = f"--{'.'.join([section, *keys])}"
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
+def test_any_value_survives_a_flag(data: st.DataObject, equals: bool) -> None:
+    key, values = data.draw(
+        st.sampled_from(
+            [
+                ("train.alpha", st.floats(0, 1e300)),
+                ("train.epochs", st.integers(1, 10**9)),
+                ("data.augment.flip", st.booleans()),
+                ("data.num_test", st.none() | st.integers(1, 10**9)),
+                ("data.image_size", st.none() | st.tuples(st.integers(1, 999), st.integers(1, 999))),
+                ("train.schedule.milestones", st.lists(st.integers(0, 500)).map(tuple)),
+                ("data.source.image_column", WORDS.filter(lambda w: w != "null" and w[0] not in "[{")),
+            ]
+        )
+    )
+    value = data.draw(values)
+    text = "null" if value is None else str(list(value) if isinstance(value, tuple) else value)
+    start = ["--data.source", "{name: parquet, path: x}", "--train.schedule", "multistep"]
     if not equals and text.startswith("--"):
         return
-    tree = parse_flags([f"{flag}={text}"] if equals else [flag, text])
-    for key in [section, *keys]:
-        tree = tree[key]
-    assert tree == value
+    found: Any = make(*start, *([f"--{key}={text}"] if equals else [f"--{key}", text]))
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == value
 
 
 @given(
@@ -181,8 +183,8 @@ MISTAKES = {
     "wrong type": (["--train.alpha", "much"], "train.alpha is 'much': input should be a valid number"),
     "not whole": (["--train.epochs", "1.5"], "train.epochs is 1.5: input should be a valid integer"),
     "null": (["--train.alpha", "null"], "train.alpha is None: input should be a valid number"),
-    "not finite": (["--train.alpha", ".inf"], "train.alpha is inf: input should be a finite number"),
-    "not a number": (["--train.optimizer.lr", ".nan"], "train.optimizer.lr is nan"),
+    "not finite": (["--train.alpha", "inf"], "train.alpha is 'inf': input should be a finite number"),
+    "not a number": (["--train.optimizer.lr", "nan"], "train.optimizer.lr is 'nan'"),
     "out of range": (["--train.alpha", "-1"], "train.alpha is -1: input should be greater than or equal to 0"),
     "out of range in a method": (
         ["--protection.depth", "9"],
@@ -211,9 +213,9 @@ MISTAKES = {
         ["--train.schedule", "cosine"],
         "'cosine' found using 'name' does not match any of the expected",
     ),
-    "no name": (["--protection", "5"], "protection: a protection needs a name; allowed: plain, learned"),
+    "no name": (["--protection", "[5]"], "protection: a protection needs a name; allowed: plain, learned"),
     "missing option": (["--data.source", "parquet"], "data.source.path is missing; it has no default"),
-    "a number for a section": (["--train", "5"], "train is 5: input should be a valid dictionary"),
+    "a list for a section": (["--train", "[5]"], "train is [5]: input should be a valid dictionary"),
     "too many skips": (["--protection.skips", "4"], "protection: skips is 4, allowed is at most depth = 3"),
     "a number for a size": (["--data.image_size", "32"], "data.image_size is 32: input should be a valid tuple"),
     "three sides": (
@@ -248,8 +250,8 @@ def test_a_mistake_is_one_sentence(kind: str) -> None:
 
 
 def test_the_weights_option_names_itself() -> None:
-    sentence = refusal("--features.weights", "5", preset="cifar10")
-    assert sentence.startswith("features.weights is 5: ")
+    sentence = refusal("--features.weights", "[5]", preset="cifar10")
+    assert sentence == "features.weights is [5]: input should be a valid string"
 
 
 def test_unknown_presets() -> None:
@@ -270,6 +272,7 @@ FILES = {
     "trian: {alpha: 1}": "unknown key 'trian' (did you mean 'train'?); allowed there: seed, data, protection",
     "train: {alpha: {}}": "train.alpha is {}: input should be a valid number",
     "data: {source: {name: shapes, num_tran: 3}}": "unknown key 'data.source.num_tran' (did you mean 'num_train'?)",
+    "protection: 5": "protection: a protection needs a name; allowed: plain, learned",
     "data: null": "data is None: input should be a valid dictionary",
 }
 

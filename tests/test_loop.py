@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from raypp.config import Config, load_config, validate
 from raypp.data.loader import Batches
-from raypp.errors import DataError, StorageError, TrainingError
+from raypp.errors import StoppedError, StorageError, TrainingError
 from raypp.nets.features import VGG16Features
 from raypp.nets.vgg import RELU2_2, VGG16_LAYERS, vgg_features
 from raypp.progress import Display
@@ -262,7 +262,8 @@ def test_the_lowest_validation_loss_is_what_is_left(tiny: Tiny, tmp_path: Path) 
         train__optimizer__lr=0.02, data__source__num_train=220,
     )  # fmt: skip
     data = load_data(config, CPU)
-    result = fit(config, Sink(tmp_path), data=dataclasses.replace(data, train=Misleading(data.train, since=3)))
+    misleading = dataclasses.replace(data, train=Misleading(data.train, since=3))
+    result = fit(config, Sink(tmp_path), load=lambda: misleading)
     losses = [row["val_loss"] for row in result.history]
     lowest = losses.index(min(losses))
     assert lowest < 4, "the last epoch is the best: nothing is tested"
@@ -383,7 +384,7 @@ def test_other_data_are_refused_on_resume(reference: Reference, tmp_path: Path) 
     source = reference.config.data.source.model_copy(update={"seed": 1})
     data = reference.config.data.model_copy(update={"source": source})
     before = files(folder)
-    with pytest.raises(DataError, match="not what checkpoint epoch_0003 was trained on; restore the data"):
+    with pytest.raises(StoppedError, match="not what checkpoint epoch_0003 was trained on; restore the data"):
         fit(reference.config.model_copy(update={"data": data}), Sink(folder))
     assert files(folder) == before
 
@@ -445,8 +446,8 @@ def test_a_loss_that_is_no_number_stops_at_its_step(reference: Reference, tmp_pa
     data = load_data(reference.config, CPU)
     poisoned = dataclasses.replace(data, train=Poisoned(data.train, at=(2, 1)))  # the second joint epoch's last step
     with pytest.raises(TrainingError) as raised:
-        fit(reference.config, Sink(tmp_path), data=poisoned)
-    rate = learning_rate(reference.config.train, EPOCHS, 1.5)
+        fit(reference.config, Sink(tmp_path), load=lambda: poisoned)
+    rate = learning_rate(reference.config.train, EPOCHS, 1.75)  # in the middle of the step
     assert str(raised.value) == (
         f"the loss is not a finite number at step 5 with learning rate {rate:.4g}; last good checkpoint: epoch_0002; "
         "try a smaller train.optimizer.lr or train.alpha"
@@ -488,8 +489,8 @@ def test_constant() -> None:
 
 def test_the_learning_rate_of_every_epoch_is_reported(reference: Reference) -> None:
     assert [row["lr"] for row in reference.fit.history] == pytest.approx(
-        [learning_rate(reference.config.train, 1, 0.5)]
-        + [learning_rate(reference.config.train, EPOCHS, epoch + 0.5) for epoch in range(EPOCHS)]
+        [learning_rate(reference.config.train, 1, 0.75)]
+        + [learning_rate(reference.config.train, EPOCHS, epoch + 0.75) for epoch in range(EPOCHS)]
     )
 
 
@@ -578,7 +579,7 @@ def work(rank: int, folder: Path, trees: dict[str, Any]) -> None:
     if rank:
         data = dataclasses.replace(data, train=Poisoned(data.train, at=(1, 1)))
     try:
-        fit(config, Sink(folder / "poisoned"), data=data)
+        fit(config, Sink(folder / "poisoned"), load=lambda: data)
     except TrainingError as error:
         (folder / f"poisoned_{rank}.txt").write_text(str(error))
     dist.destroy_process_group()

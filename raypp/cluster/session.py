@@ -46,15 +46,24 @@ def session(cpus: float, spare: float = 0) -> Iterator[dict[str, float]]:
             raise ConfigError(
                 f"cluster.num_workers x cluster.cpus_per_worker asks for {cpus:g} CPUs{beside}, this machine has {have}"
             )
+        _start(have)
+    try:
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()
+
+
+def _start(num_cpus: int) -> None:
+    try:
         ray.init(
             address="local",  # not the cluster of somebody else that Ray would find on this machine
-            num_cpus=have,
+            num_cpus=num_cpus,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
             _node_ip_address="127.0.0.1",
         )
-    try:
-        yield ray.cluster_resources()
-    finally:
+    except Exception as error:  # Ray raises a bare Exception when its processes do not come up in time
         ray.shutdown()
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"Ray did not start on this machine: {reason}; --local trains without it") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,21 +14,22 @@ from raypp.cluster.session import session  # first: it makes the settings that R
 import ray  # isort: skip
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from raypp.config import Config, validate
 from raypp.data.streaming import StreamLoader, datasets
-from raypp.errors import RayppError, TrainingError
+from raypp.errors import ConfigError, RayppError, StoppedError, TrainingError
 from raypp.nets.features import StateDict
 from raypp.progress import Display
 from raypp.runs import Run, conclude
 from raypp.storage import Storage
 from raypp.training.distributed import first_error
 from raypp.training.loop import TrainingData, fit
-from raypp.training.sinks import CHECKPOINTS, KEEP, Row, metrics_lines, newest_first
+from raypp.training.sinks import CHECKPOINTS, Row, metrics_lines, newest_first, prune
 
 POLL_SECONDS = 0.2
+RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 MAX_WORKERS = 8  # of a run that does not say how many: a batch of 128 is not worth spreading further
 
 
@@ -70,6 +72,7 @@ class TrainSink:
         attached = Checkpoint.from_directory(checkpoint) if checkpoint is not None else None
         ray.train.report(history[-1], checkpoint=attached, checkpoint_dir_name=name if attached else None)
         if self.rank == 0:
+            prune(self._run)
             self._run.write("metrics.jsonl", metrics_lines(history))
             self._board.pin.remote("epoch", history[-1])
 
@@ -90,7 +93,10 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
     cluster = config.cluster
     with session((cluster.num_workers or 1) * cluster.cpus_per_worker, spare=1 if config.data.stream else 0) as have:
         num_workers, use_gpu = _scale(config, have)
+        _check_resources(config, have, num_workers, use_gpu, display)
         board = ray.remote(num_cpus=0)(Board).remote()
+        # Ray's own record of checkpoints refuses to start once one of them is gone; ours is the folder itself.
+        run.storage.folder(CHECKPOINTS).remove(RAY_SNAPSHOT)
         trainer = TorchTrainer(
             _worker,
             train_loop_config={
@@ -112,7 +118,6 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
                 name=CHECKPOINTS,
                 storage_path=run.storage.uri,
                 failure_config=FailureConfig(max_failures=cluster.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=KEEP),
                 logging_config=LoggingConfig(log_level="CRITICAL"),
             ),
         )
@@ -125,17 +130,16 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
 
 
 def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
-    """What runs on each worker. A user's error is returned, not raised: a restart would meet it again."""
+    """What runs on each worker. What stops all workers alike is returned, not raised: a restart would meet it again."""
     config = validate(arguments["config"])
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     storage = Storage(arguments["run"])
     sink = TrainSink(storage, arguments["board"])
     phi: StateDict | None = arguments["phi"]
+    problem, found = None, {}
     try:
-        data = _streamed(config, sink) if config.data.stream else None
-        result = fit(config, sink, phi, data)
-        problem, found = None, {}
-    except RayppError as error:
+        result = fit(config, sink, phi, (lambda: _streamed(config, sink)) if config.data.stream else None)
+    except StoppedError as error:
         return {"error": str(error)}
     if sink.rank == 0:
         try:
@@ -165,6 +169,18 @@ def _fit(trainer: TorchTrainer, run: Run) -> dict[str, Any]:
         raise TrainingError(f"Ray Train gave up: {str(error).strip().splitlines()[-1]}") from error
     outcome: dict[str, Any] = result.return_value
     return outcome
+
+
+def _check_resources(config: Config, have: dict[str, float], num_workers: int, use_gpu: bool, display: Display) -> None:
+    """Say at once what Ray would wait for in silence: refuse it on this machine, warn of it on a cluster."""
+    spare = 1 if config.data.stream else 0
+    needed = {"CPU": num_workers * config.cluster.cpus_per_worker + spare, "GPU": num_workers if use_gpu else 0}
+    for kind, num in needed.items():
+        if num > have.get(kind, 0):
+            sentence = f"{num_workers} workers need {num:g} {kind}s in all, the cluster has {have.get(kind, 0):g}"
+            if not os.environ.get("RAY_ADDRESS"):
+                raise ConfigError(f"{sentence}; see cluster.num_workers, cluster.cpus_per_worker and cluster.gpu")
+            display.warn(f"{sentence}: waiting for it to grow")
 
 
 def _scale(config: Config, have: dict[str, float]) -> tuple[int, bool]:

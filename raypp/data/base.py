@@ -189,13 +189,14 @@ def _decode_one(
 
 
 def check_memory(num: int, shape: tuple[int, ...]) -> None:
-    """Raise DataError if ``num`` uint8 images of ``shape`` (H, W, C) need over 60 % of the available memory."""
+    """Raise DataError if ``num`` uint8 images of ``shape`` (H, W, C), kept twice while they are split and moved, need
+    over 60 % of the available memory."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return
     fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
-    needed = num * int(np.prod(shape))
+    needed = 2 * num * int(np.prod(shape))
     if needed > 0.6 * available:
         raise DataError(
             f"{num} images of {' x '.join(map(str, shape))} need {needed / 1e9:.1f} GB and 60 % of the available "

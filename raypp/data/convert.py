@@ -67,7 +67,7 @@ def convert(
     """
     if not out.name or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise StorageError(f"{out} exists and is not an empty folder")
-    aside = out.with_name(f".{uuid.uuid4().hex}.tmp")
+    aside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         try:
             aside.mkdir(parents=True)

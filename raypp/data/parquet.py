@@ -33,6 +33,8 @@ SPLIT_WORDS = {
     "validation": "validation",
 }
 
+MAX_CLASSES = 100_000  # more come from a column that holds no labels
+
 
 class Parquet(Source):
     """Images and labels in Parquet files as on the Hugging Face hub; local or in object storage (s3://, gs://).
@@ -125,16 +127,23 @@ class Parquet(Source):
     def classes(self) -> tuple[str, ...]:
         """Class names: those in the file's Hugging Face metadata, else the option, else the labels themselves."""
         column = self.columns()[1]
-        metadata = json.loads((self._schema.metadata or {}).get(b"huggingface", b"{}"))
-        feature = metadata.get("info", {}).get("features", {}).get(column) or {}
-        if feature.get("names"):
-            return tuple(feature["names"])
+        try:
+            metadata = json.loads((self._schema.metadata or {})[b"huggingface"])
+            return tuple(map(str, metadata["info"]["features"][column]["names"]))
+        except (KeyError, TypeError, ValueError):  # not from the hub, or its labels have no names
+            pass
         if self.options.classes:
             return self.options.classes
         columns = [self._label_column(path) for path in self.files("train")]
         if _is_text(columns[0].type):
             return tuple(sorted({name for values in columns for name in values.unique().to_pylist()}))
-        return tuple(map(str, range(max(pc.max(values).as_py() for values in columns) + 1)))
+        largest = max((pc.max(values).as_py() for values in columns if len(values)), default=None)
+        if largest is None or largest >= MAX_CLASSES:
+            raise DataError(
+                f"{self.options.path}: the largest label in column {column!r} is {largest}, allowed is less than "
+                f"{MAX_CLASSES}; set data.source.label_column or data.source.classes"
+            )
+        return tuple(map(str, range(largest + 1)))
 
     def labels(self, path: str) -> Labels:
         """Return the labels of one file, int64 (N,), each in 0..len(classes)-1.

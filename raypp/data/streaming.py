@@ -112,12 +112,13 @@ def _decode(batch: Batch, *, val: bool, share: float, key: int, size: tuple[int,
     images, labels = [], []
     in_rows = "bytes" in batch
     for i, (name, label) in enumerate(zip(batch["name"], batch["label"], strict=True)):
-        data = batch["bytes"][i] if in_rows else None
-        if in_rows and not data:
-            raise DataError(f"{name}: a row with label {label} holds no image bytes")
-        if (_draw(data or str(name).encode(), key) < share) != val:
+        data = batch["bytes"][i] if in_rows else Path(name).read_bytes()
+        called = f"an image with label {label} in {name}" if in_rows else str(name)
+        if not data:
+            raise DataError(f"{called} has no bytes")
+        if (_draw(data, key) < share) != val:
             continue
-        images.append(decode(data or Path(name).read_bytes(), name=str(name), size=size, channels=channels))
+        images.append(decode(data, name=called, size=size, channels=channels))
         labels.append(int(label))
     shape = (0, *size, channels)
     return {

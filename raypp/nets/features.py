@@ -7,6 +7,7 @@ plain images stands in, and every run, bundle and model card says so.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -114,12 +115,17 @@ def _read_state(path: Path) -> StateDict:
 
 def _torchvision_state() -> StateDict | None:
     """ImageNet weights from torch's cache or the network; None when neither has them."""
-    from urllib.error import URLError
+    from pickle import UnpicklingError
 
     from torchvision.models import VGG16_Weights
 
     try:
-        state: StateDict = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
-    except (URLError, OSError, RuntimeError):  # offline; RuntimeError: the download's hash is wrong
+        state: StateDict = VGG16_Weights.IMAGENET1K_V1.get_state_dict(
+            progress=sys.stderr.isatty(), check_hash=True, weights_only=True
+        )
+    except OSError:  # no network
         return None
+    except (RuntimeError, UnpicklingError, EOFError) as error:
+        folder = torch.hub.get_dir()
+        raise ConfigError(f"torchvision's VGG-16 weights below {folder} are damaged; delete them there") from error
     return state

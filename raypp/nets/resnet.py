@@ -38,6 +38,7 @@ class ResNet20(nn.Module):
     """Maps images N x channels x H x W in [0, 1] to logits N x num_classes (269,722 parameters for 10 classes)."""
 
     Options: ClassVar[type[Options]] = ResNetOptions
+    least_side: ClassVar[int] = 4
 
     def __init__(self, options: ResNetOptions, *, num_classes: int, channels: int = 3) -> None:
         super().__init__()

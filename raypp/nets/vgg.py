@@ -37,6 +37,7 @@ class VGG16BN(nn.Module):
     """Maps images N x channels x H x W in [0, 1], sides of 32 and more, to logits N x num_classes; head 512-512."""
 
     Options: ClassVar[type[Options]] = VGG16BNOptions
+    least_side: ClassVar[int] = 32
 
     def __init__(self, options: VGG16BNOptions, *, num_classes: int, channels: int = 3) -> None:
         super().__init__()

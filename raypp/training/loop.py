@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from raypp.config import Config, Constant, MultiStep, Optimizer, Train
 from raypp.data import SOURCES
 from raypp.data.base import ImageSet, stratified_split
-from raypp.data.loader import Augmentation, Batches, DeviceLoader, as_input, to_device
-from raypp.errors import DataError, RayppError, TrainingError
-from raypp.nets import FEATURES
+from raypp.data.loader import Augmentation, Batches, DeviceLoader, as_input, generator, to_device
+from raypp.errors import ConfigError, DataError, RayppError, StoppedError, TrainingError
+from raypp.nets import CLASSIFIERS, FEATURES
 from raypp.nets.features import StateDict, VGG16FeatureOptions, load_vgg_slice
 from raypp.training import checkpoint
 from raypp.training.distributed import (
@@ -77,14 +77,24 @@ def prepare(config: Config) -> tuple[Config, StateDict | None, str | None]:
         None,
         (
             "torchvision's ImageNet VGG-16 weights cannot be had here, so the feature network is the early block of a "
-            "plain classifier: a departure from the paper (give features.weights a file to avoid it)"
+            "plain classifier: a departure from the paper, whose distances are about a hundredth of VGG-16's, so "
+            "train.alpha must be that much larger (give features.weights a file to avoid it)"
         ),
     )
 
 
 def load_data(config: Config, device: torch.device, rank: int = 0, world: int = 1) -> TrainingData:
     """Read the training split into memory, hold out validation images and put both on the device as uint8."""
+    if config.data.stream:
+        raise ConfigError("data.stream needs Ray Train; leave out --local, or set data.stream to false")
     full = load_split(config, "train")
+    height, width = full.images.shape[1:3]
+    least = CLASSIFIERS.get(config.classifier.name).least_side
+    if min(height, width) < least:
+        raise ConfigError(
+            f"classifier {config.classifier.name} needs sides of at least {least} pixels, the images are "
+            f"{height} x {width}; see data.image_size"
+        )
     train_at, val_at = stratified_split(full.labels, config.data.num_val, config.seed)
     train = limit(full.subset(train_at), config.data.num_train, config.seed, "data.num_train")
     val = full.subset(val_at)
@@ -151,7 +161,7 @@ def bf16_is_fast(device: torch.device) -> bool:
     """Whether convolutions gain from bf16: GPUs from Ampere on, CPUs with AVX-512 BF16 or AMX."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 @torch.inference_mode()
@@ -182,34 +192,45 @@ def validate(system: System, images: Tensor, labels: Tensor, config: Config, ran
     }
 
 
-def fit(config: Config, sink: Sink, phi: StateDict | None = None, data: TrainingData | None = None) -> Fit:
+def fit(
+    config: Config, sink: Sink, phi: StateDict | None = None, load: Callable[[], TrainingData] | None = None
+) -> Fit:
     """Train what ``config`` describes, from the sink's newest sound checkpoint if it has one.
 
     Args:
         config: a configuration as ``prepare`` returned it.
         sink: where to report.
         phi: weights of the feature network, as ``prepare`` returned them.
-        data: training data that is already at hand; by default it is loaded from ``config.data``.
+        load: gives this worker's training data; by default it is read into memory from ``config.data``.
 
     Raises:
-        TrainingError: the loss is no longer a number, or every checkpoint is damaged.
-        RayppError: the data or the configuration cannot be used; raised on every worker.
+        StoppedError: on every worker alike: the data or a checkpoint cannot be used on one of them, or the loss is no
+            longer a number.
+        RayppError: storage fails, or a stream meets a damaged image, on this worker.
     """
     torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
     # A debugging aid of deterministic mode that would write every new tensor once more.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if sink.device.type == "cuda":
         torch.backends.cudnn.benchmark = not config.train.deterministic
+    load = load or (lambda: load_data(config, sink.device, sink.rank, sink.world))
+    loop = _Loop(config, sink, phi, _together(load))
+    return loop.run(*_together(loop.restore))
+
+
+T = TypeVar("T")
+
+
+def _together(step: Callable[[], T]) -> T:
+    """Take a step on every worker; if it fails on one, all stop with the first one's reason and none waits for ever."""
     problem: str | None = None
-    if data is None:
-        try:
-            data = load_data(config, sink.device, sink.rank, sink.world)
-        except RayppError as error:
-            problem = str(error)
-        if (problem := first_error(problem)) is not None:
-            raise DataError(problem)
-    assert data is not None
-    return _Loop(config, sink, phi, data).run()
+    try:
+        done = step()
+    except RayppError as error:
+        problem = str(error)
+    if (problem := first_error(problem)) is not None:
+        raise StoppedError(problem)
+    return done
 
 
 class _Loop:
@@ -225,8 +246,7 @@ class _Loop:
         self.newest = "none yet"
         self.last_progress = 0.0
 
-    def run(self) -> Fit:
-        at_phase, at_epoch, resumed = self.restore()
+    def run(self, at_phase: int, at_epoch: int, resumed: dict[str, Any] | None) -> Fit:
         for index in range(at_phase, len(self.phases)):
             phase = self.phases[index]
             self.enter(phase, resumed if index == at_phase else None)
@@ -277,11 +297,13 @@ class _Loop:
         train, loader, device = self.config.train, self.data.train, self.sink.device
         context = autocast(self.config, device)
         self.system.train()
+        # Dropout, where a net has it: the same after a resume, another on each worker.
+        torch.manual_seed(generator(self.config.seed, self.epochs_before(phase) + epoch, self.sink.rank).initial_seed())
         sums = torch.zeros(4, dtype=torch.float64, device=device)
         bad_step = torch.tensor(-1, device=device)
-        seen, began, lr = 0, time.monotonic(), 0.0
+        seen, step, began, lr = 0, 0, time.monotonic(), 0.0
         for step, (images, labels) in enumerate(loader.epoch(self.epochs_before(phase) + epoch)):
-            lr = learning_rate(train, phase.epochs, epoch + min(step / loader.num_batches, 1.0))
+            lr = learning_rate(train, phase.epochs, epoch + min((step + 0.5) / loader.num_batches, 1.0))
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.zero_grad(set_to_none=True)
@@ -298,6 +320,8 @@ class _Loop:
             if step % CHECK_STEPS == CHECK_STEPS - 1:
                 self.stop_if_bad(bad_step, phase, epoch)
             self.show(phase, epoch, step, seen / (time.monotonic() - began), sums)
+        if not seen:
+            raise TrainingError("a worker's share of the training images is less than one batch; see train.batch_size")
         steps = step + 1
         self.stop_if_bad(bad_step, phase, epoch)
         average_batch_statistics(self.system)
@@ -332,12 +356,12 @@ class _Loop:
         if (found := first_error(message)) is not None:
             step = self.steps_before(phase) + epoch * self.data.train.num_batches + int(found)
             rate = learning_rate(
-                self.config.train, phase.epochs, epoch + min(int(found) / self.data.train.num_batches, 1.0)
+                self.config.train, phase.epochs, epoch + min((int(found) + 0.5) / self.data.train.num_batches, 1.0)
             )
             raise self.diverged(step, rate)
 
-    def diverged(self, step: int, lr: float) -> TrainingError:
-        return TrainingError(
+    def diverged(self, step: int, lr: float) -> StoppedError:
+        return StoppedError(
             f"the loss is not a finite number at step {step} with learning rate {lr:.4g}; last good checkpoint: "
             f"{self.newest}; try a smaller train.optimizer.lr or train.alpha"
         )

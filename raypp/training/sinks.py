@@ -51,8 +51,14 @@ def newest_first(run: Storage) -> list[str]:
     return [name for name in reversed(run.folder(CHECKPOINTS).folders()) if name.startswith("epoch_")]
 
 
+def prune(run: Storage) -> None:
+    """Delete all but the newest checkpoints."""
+    for old in newest_first(run)[KEEP:]:
+        run.delete(f"{CHECKPOINTS}/{old}")
+
+
 class LocalSink:
-    """Reports to a run's folder from this process; under torchrun, from several.
+    """Reports to a run's folder from this process, or from each process of an initialised process group.
 
     Args:
         run: the run's folder.
@@ -80,8 +86,7 @@ class LocalSink:
             return
         if checkpoint is not None:
             self._run.upload(checkpoint, f"{CHECKPOINTS}/{name}", last="checkpoint.json")
-            for old in newest_first(self._run)[KEEP:]:
-                self._run.delete(f"{CHECKPOINTS}/{old}")
+            prune(self._run)
         self._run.write("metrics.jsonl", metrics_lines(history))
         self._display.epoch(history[-1])
 
