@@ -83,7 +83,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 @pytest.fixture(scope="session")
 def processes() -> ForkServerContext:
-    """Starts processes that have torch, and nothing of ours, imported already."""
+    """Starts processes that have imported already what takes seconds; an optimiser's first step imports dynamo."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
+    context.set_forkserver_preload(["torch._dynamo", "raypp.runs"])
     return context

@@ -163,14 +163,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys: Captured, tmp_path: Path,
 
 def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
     result = subprocess.run(
-        [str(Path(sys.executable).parent / "raypp"), "config", "cifar10", "--seed", "-1"],
+        [str(Path(sys.executable).parent / "raypp"), "config", "cifra"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=60,
     )
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "raypp: seed is -1: input should be greater than or equal to 0\n"
+    assert result.stderr.startswith("raypp: unknown preset 'cifra' (did you mean 'cifar10'?); allowed: cifar10")
+    assert result.stderr.count("\n") == 1
 
 
 # Commands
