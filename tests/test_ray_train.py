@@ -90,7 +90,7 @@ def cluster() -> Iterator[Cluster]:
     finally:
         head.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            head.wait(timeout=30)
+            head.wait(timeout=10)
         for process in [*family, psutil.Process(head.pid)] if head.poll() is None else family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -185,19 +185,6 @@ def wait_until_gone(cluster: Cluster) -> None:
         time.sleep(0.2)
 
 
-def test_one_and_two_workers_agree(cluster: Cluster, tmp_path: Path) -> None:
-    rows = []
-    for num in (1, 2):
-        flags = ("--cluster.num_workers", str(num), "--train.sync_batchnorm", "true")
-        result = cluster.run(command(tmp_path, f"w{num}", *flags))
-        assert result.returncode == 0, result.stdout + result.stderr
-        rows.append(history(tmp_path / f"w{num}"))
-    for one, two in zip(*rows, strict=True):
-        assert (one["world"], two["world"]) == (1, 2)
-        assert two["train_loss"] == pytest.approx(one["train_loss"], rel=2e-2)
-        assert two["val_loss"] == pytest.approx(one["val_loss"], rel=5e-2, abs=5e-3)
-
-
 def test_divergence_stops_at_once_and_says_where(cluster: Cluster, tmp_path: Path) -> None:
     result = cluster.run(command(tmp_path, "nan", "--train.optimizer.lr", "1e12", "--cluster.num_workers", "1"))
     assert result.returncode == 2
@@ -249,7 +236,7 @@ def test_a_damaged_image_in_a_stream_is_named(cluster: Cluster, tmp_path: Path, 
     table = pq.read_table(parquet / "train-1.parquet").to_pylist()
     table[17]["img"]["bytes"] = table[17]["img"]["bytes"][:60]
     pq.write_table(pa.Table.from_pylist(table), parquet / "train-1.parquet")
-    result = cluster.run(stream_command(tmp_path, "damaged", parquet))
+    result = cluster.run([*stream_command(tmp_path, "damaged", parquet), "--cluster.max_failures", "0"])
     assert result.returncode == 2
     message = " ".join(result.stderr.split())
     assert "train-1.parquet" in message
