@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -225,31 +222,3 @@ def test_it_says_what_it_did(trained: Trained, tmp_path: Path) -> None:
         target = tmp_path / f"{keep}.png"
         protect_files(trained.bundle, source, target, keep_size=keep, console=Console(file=text, width=500))
         assert text.getvalue() == f"{sentence}{target}\n"
-
-
-OFFLINE = """
-import socket, sys
-
-def refuse(*_, **__):
-    raise AssertionError("the client opened a connection")
-
-socket.socket.connect = socket.getaddrinfo = refuse
-from raypp.cli import main
-main(sys.argv[1:])
-heavy = {"ray", "torchvision", "matplotlib"} & set(sys.modules)
-assert not heavy, heavy
-"""
-
-
-def test_the_command_needs_no_ray_no_torchvision_and_no_network(
-    trained: Trained, public: PublicBundle, tmp_path: Path
-) -> None:
-    source = save(tmp_path / "in" / "a.png", picture())
-    command = [sys.executable, "-c", OFFLINE, "protect", str(trained.bundle / "public"), "in", "out"]
-    result = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == ""
-    assert result.stderr == "protected 1 image at 16 x 16: out\n"
-    assert np.array_equal(read(tmp_path / "out" / "a.png"), expected(public, source))

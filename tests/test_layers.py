@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import Trained, tiny_flags
 
 import raypp
+from raypp.images import write_png
 
 ROOT = Path(raypp.__file__).parent
 # A package and the modules in it stand on one floor, where nothing says otherwise.
@@ -169,6 +171,7 @@ def test_no_name_of_a_method_decides_anything_outside_its_package() -> None:
 
 
 WITHOUT_RAY = """
+import socket
 import sys
 from importlib.abc import MetaPathFinder
 
@@ -177,34 +180,38 @@ class NoRay(MetaPathFinder):
         if name.partition(".")[0] == "ray":
             raise ModuleNotFoundError(f"No module named {name!r}", name="ray")
 
+def refuse(*_, **__):
+    raise AssertionError("a connection was opened")
+
 sys.meta_path.insert(0, NoRay())
+socket.socket.connect = socket.getaddrinfo = refuse
 from raypp.cli import main
 
-main(["train", "quickstart", "--name", "run", "--local", "--quiet", *sys.argv[1:]])
+bundle, *flags = sys.argv[1:]
+main(["protect", bundle, "image.png", "protected.png"])
+heavy = {"ray", "torchvision", "matplotlib", "torch._dynamo"} & set(sys.modules)
+assert not heavy, f"a client imports {heavy}"
+main(["train", "quickstart", "--name", "run", "--local", "--quiet", *flags])
 main(["evaluate", "runs/run/bundle", "--output", "numbers.json"])
-main(["protect", "runs/run/bundle/public", "image.png", "protected.png"])
 assert "ray" not in sys.modules
-main(["train", "quickstart", "--name", "other", *sys.argv[1:]])
+main(["train", "quickstart", "--name", "other", *flags])
 """
 
 
-def test_everything_but_the_cluster_works_where_ray_is_not_installed(trained: Trained, tmp_path: Path) -> None:
-    import numpy as np
-
-    from raypp.images import write_png
-
+def test_without_ray_and_network_everything_but_the_cluster_works(trained: Trained, tmp_path: Path) -> None:
     write_png(tmp_path / "image.png", np.zeros((16, 16, 3), dtype=np.uint8))
     flags = tiny_flags(tmp_path / "runs", train__epochs=1)
     result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_RAY, *flags],
+        [sys.executable, "-c", WITHOUT_RAY, str(trained.bundle / "public"), *flags],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=300,
     )
-    assert result.stderr.splitlines()[1:] == [
-        "raypp: Ray is not installed here; --local trains in this process without it"
+    assert result.stderr.splitlines() == [
+        "protected 1 image at 16 x 16: protected.png",
+        "raypp: Ray is not installed here; --local trains in this process without it",
     ], result.stderr
     assert result.returncode == 2
     assert (tmp_path / "numbers.json").exists()
