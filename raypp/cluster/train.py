@@ -18,7 +18,7 @@ from ray.train import Checkpoint, FailureConfig, LoggingConfig, RunConfig, Scali
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from raypp.config import Config, validate
-from raypp.data.streaming import StreamLoader, datasets
+from raypp.data.streaming import StreamLoader, bounded, datasets
 from raypp.errors import ConfigError, RayppError, StoppedError, TrainingError
 from raypp.nets.features import StateDict
 from raypp.progress import Display
@@ -113,7 +113,7 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
                 resources_per_worker={"CPU": cluster.cpus_per_worker},
             ),
             datasets=datasets(config) if config.data.stream else None,
-            dataset_config=ray.train.DataConfig(datasets_to_split=["train"]),
+            dataset_config=ray.train.DataConfig(datasets_to_split=["train"], execution_options=bounded()),
             run_config=RunConfig(
                 name=CHECKPOINTS,
                 storage_path=run.storage.uri,

@@ -30,6 +30,8 @@ from raypp.errors import ConfigError, DataError
 from raypp.images import decode
 
 Batch = dict[str, np.ndarray]
+IN_FLIGHT_BYTES = 128 * 2**20  # per dataset, in Ray's object store
+BLOCK_BYTES = 16 * 2**20
 
 
 @singledispatch
@@ -80,6 +82,7 @@ def datasets(config: Config) -> dict[str, ray.data.Dataset]:
         raise ConfigError("data.num_train does not apply to data.stream; convert a part of the set instead")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.target_max_block_size = BLOCK_BYTES
     source: Source = SOURCES.build(config.data.source, size=config.data.image_size, channels=config.data.channels)
     share = _val_share(config, source)
     rows = encoded(source, config.seed)
@@ -99,6 +102,12 @@ def datasets(config: Config) -> dict[str, ray.data.Dataset]:
         )
 
     return {"train": part(val=False), "val": part(val=True)}
+
+
+def bounded() -> ray.data.ExecutionOptions:
+    """Execution options that bound the blocks in flight: by default they fill a share of the machine."""
+    limits = ray.data.ExecutionResources.for_limits(object_store_memory=IN_FLIGHT_BYTES)
+    return ray.data.ExecutionOptions(resource_limits=limits)
 
 
 def _val_share(config: Config, source: Source) -> float:
