@@ -95,7 +95,7 @@ def test_check_memory_names_the_way_out() -> None:
     check_memory(10, (32, 32, 3))
     if not Path("/proc/meminfo").exists():
         pytest.skip("no /proc/meminfo on this machine")
-    with pytest.raises(DataError, match=r"10000000 images of 4000 x 4000 x 3 need 480000\.0 GB .*data\.stream=true"):
+    with pytest.raises(DataError, match=r"10000000 images of 4000 x 4000 x 3 need 960000\.0 GB .*data\.stream=true"):
         check_memory(10_000_000, (4000, 4000, 3))
 
 
