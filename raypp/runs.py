@@ -71,9 +71,17 @@ def open_run(config: Config, name: str, *, resume: bool = False) -> Iterator[Run
         _create(storage)
     with _lock(storage, name):
         if resume:
-            _same_configuration(config, yaml.safe_load(storage.read("config.yaml")), name)
+            before = _stored(storage, "config.yaml")
+            _same_configuration(config, before, name)
+            run = _reopen(storage, config)
+            longer = config.train.epochs != before["train"]["epochs"]
+            if longer and config.train.plain_epochs is None and len(phases(run.config)) > 1:
+                raise StorageError(
+                    f"run {name!r} has no train.plain_epochs, so train.epochs is the length of its plain phase too and "
+                    "cannot change; give train.plain_epochs when you start a run that may become longer"
+                )
             storage.write("config.yaml", config.to_yaml().encode())
-            yield _reopen(storage, config)
+            yield run
         else:
             _refuse_taken(storage, name)
             warnings = (warning,) if warning else ()
@@ -270,10 +278,21 @@ def _reopen(storage: Storage, config: Config) -> Run:
 
     from raypp.nets import FEATURES
 
-    about = json.loads(storage.read("run.json"))
+    about = _stored(storage, "run.json")
     features = FEATURES.options(about["features"]["name"]).model_validate(about["features"])
     phi = load(storage.read("features.safetensors")) if storage.exists("features.safetensors") else None
     return Run(storage, config.model_copy(update={"features": features}), phi, tuple(about["warnings"]))
+
+
+def _stored(storage: Storage, file: str) -> dict[str, Any]:
+    """Read a run's own YAML or JSON (which is YAML too); raises StorageError if it is damaged."""
+    try:
+        tree = yaml.safe_load(storage.read(file))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StorageError(f"{storage.uri}/{file} is damaged: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise StorageError(f"{storage.uri}/{file} is damaged: it holds no mapping")
+    return tree
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
