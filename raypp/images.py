@@ -138,13 +138,6 @@ def _to_pil(image: Pixels) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
 
 
-def to_float(images: Pixels | torch.Tensor) -> torch.Tensor:
-    """Return uint8 (N, H, W, C) as a contiguous float32 tensor (N, C, H, W) in [0, 1]."""
-    import torch
-
-    return torch.as_tensor(images).permute(0, 3, 1, 2).contiguous().float().div(255)
-
-
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Return float (N, C, H, W) as uint8 of the same shape: clamped to [0, 1], rounded to the nearest of 256 levels."""
     import torch

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from raypp import images
+from raypp.data.loader import as_input
 from raypp.errors import DataError, StorageError
 
 
@@ -245,12 +246,10 @@ def test_write_png_failure_leaves_nothing(tmp_path: Path) -> None:
 
 def test_tensors_and_back_are_exact() -> None:
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-    tensor = images.to_float(pixels)
+    tensor = as_input(torch.from_numpy(pixels))
     assert tensor.shape == (1, 1, 16, 16)
-    assert tensor.is_contiguous()
     assert tensor.dtype == torch.float32
     assert tensor.max() == 1
-    assert torch.equal(images.to_float(torch.from_numpy(pixels)), tensor)
     assert np.array_equal(images.to_uint8(tensor).permute(0, 2, 3, 1).numpy(), pixels)
     assert torch.equal(images.round_8bit(tensor), tensor)
 

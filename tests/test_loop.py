@@ -620,7 +620,7 @@ def two_workers(processes: ForkServerContext, tmp_path_factory: pytest.TempPathF
 
 def test_synchronised_batch_norm_is_that_of_the_whole_batch(two_workers: Path) -> None:
     whole = batch_norm_results(*batch_norm_case())
-    parts = [torch.load(two_workers / f"bn_{rank}.pt") for rank in range(WORLD)]
+    parts = [torch.load(two_workers / f"bn_{rank}.pt", weights_only=True) for rank in range(WORLD)]
     close = {"rtol": 1e-9, "atol": 1e-9}
     for key in ("y", "x_grad"):
         torch.testing.assert_close(torch.cat([part[key] for part in parts]), whole[key], **close)
@@ -634,7 +634,7 @@ def test_synchronised_batch_norm_is_that_of_the_whole_batch(two_workers: Path) -
 def test_two_workers_have_the_gradient_of_one(two_workers: Path, tmp_path: Path) -> None:
     config = cases(tmp_path)["sync"]
     whole = gradients(config, load_data(config, CPU), slice(0, 20), synchronise=False)
-    halves = [torch.load(two_workers / f"gradients_{rank}.pt") for rank in range(WORLD)]
+    halves = [torch.load(two_workers / f"gradients_{rank}.pt", weights_only=True) for rank in range(WORLD)]
     assert whole.keys() == halves[0].keys()
     for key, value in whole.items():
         mean = (halves[0][key] + halves[1][key]) / 2
@@ -649,7 +649,7 @@ def losses(history: list[Row]) -> dict[str, list[float]]:
 @pytest.mark.parametrize(("name", "tolerance"), [("sync", 1e-3), ("local", 0.2)])
 def test_two_workers_train_as_one(two_workers: Path, tmp_path: Path, name: str, tolerance: float) -> None:
     """Synchronised, rounding is all that differs; otherwise each worker normalises by its own half of a batch."""
-    results = [torch.load(two_workers / f"{name}_{rank}.pt") for rank in range(WORLD)]
+    results = [torch.load(two_workers / f"{name}_{rank}.pt", weights_only=True) for rank in range(WORLD)]
     assert same(results[0]["state"], results[1]["state"]), "workers part ways"
     together = losses(results[0]["history"])
     assert together == losses(results[1]["history"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -131,9 +130,3 @@ def build_system(
     kind = FEATURES.get(config.features.name)
     features = kind(classifier(plain)) if kind is PlainClassifierFeatures else kind(phi)
     return System(protection, psi, features, config.train.alpha, frozen)
-
-
-def batch_norms(module: nn.Module) -> Iterator[nn.BatchNorm2d]:
-    for child in module.modules():
-        if isinstance(child, nn.BatchNorm2d):
-            yield child
