@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from raypp.runs import Run, conclude
 from raypp.storage import Storage
 from raypp.training.distributed import first_error
 from raypp.training.loop import TrainingData, fit
-from raypp.training.sinks import CHECKPOINTS, Row, metrics_lines, newest_first, prune
+from raypp.training.sinks import CHECKPOINTS, Row, RunCheckpoints, metrics_lines, newest_first, prune
 
 POLL_SECONDS = 0.2
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -51,22 +52,15 @@ class Board:
         return self._step, events
 
 
-class TrainSink:
+class TrainSink(RunCheckpoints):
     """Reports to Ray Train, and to the run's folder what Ray Train does not keep."""
 
     def __init__(self, run: Storage, board: Any) -> None:
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device: torch.device = get_device()
-        self._run, self._board = run, board
-
-    def checkpoints(self) -> list[str]:
-        return newest_first(self._run)
-
-    @contextmanager
-    def open(self, name: str) -> Iterator[Path]:
-        with self._run.folder(CHECKPOINTS).download(name) as folder:
-            yield folder
+        super().__init__(run)
+        self._board = board
 
     def report(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
         attached = Checkpoint.from_directory(checkpoint) if checkpoint is not None else None
@@ -159,10 +153,11 @@ def _fit(trainer: TorchTrainer, run: Run) -> dict[str, Any]:
     try:
         result = trainer.fit()
     except ray.train.WorkerGroupError as error:
-        causes = list(error.worker_failures.values())
-        first = str(causes[0]).strip().splitlines() if causes else [str(error)]
+        text = "\n".join(map(str, error.worker_failures.values())) or str(error)
+        # What a user can mend may lie deep: a damaged image is met in a task that feeds the worker.
+        reasons = re.findall(r"raypp\.errors\.\w+: (.+)", text) or text.strip().splitlines()
         raise TrainingError(
-            f"training stopped after {run.config.cluster.max_failures} restarts: {first[-1]}; "
+            f"training stopped after {run.config.cluster.max_failures} restarts: {reasons[-1]}; "
             f"newest checkpoint: {(newest_first(run.storage) or ['none yet'])[0]}; --resume goes on from it"
         ) from error
     except ray.train.TrainingFailedError as error:

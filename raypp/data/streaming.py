@@ -17,7 +17,6 @@ import numpy as np
 import ray.data
 import ray.train
 import torch
-from ray.exceptions import RayTaskError
 from torch import Tensor
 
 from raypp.config import Config
@@ -183,14 +182,6 @@ class StreamLoader:
 
 
 def _batches(shard: Any, **options: Any) -> Iterator[Batch]:
-    """Iterate a shard as NumPy batches; a data error inside Ray's tasks comes out as that DataError."""
-    try:
-        for batch in shard.iter_batches(batch_format="numpy", prefetch_batches=1, **options):
-            yield {key: np.array(value) for key, value in batch.items()}  # Ray's arrays are read-only views
-    except RayTaskError as error:
-        cause: BaseException | None = error.cause if isinstance(error.cause, BaseException) else error
-        while cause is not None and not isinstance(cause, DataError):
-            cause = cause.__cause__
-        if isinstance(cause, DataError):
-            raise DataError(str(cause)) from None
-        raise
+    """Iterate a shard as NumPy batches."""
+    for batch in shard.iter_batches(batch_format="numpy", prefetch_batches=1, **options):
+        yield {key: np.array(value) for key, value in batch.items()}  # Ray's arrays are read-only views

@@ -57,7 +57,22 @@ def prune(run: Storage) -> None:
         run.delete(f"{CHECKPOINTS}/{old}")
 
 
-class LocalSink:
+class RunCheckpoints:
+    """The checkpoints in a run's folder, which every sink of a training run reads alike."""
+
+    def __init__(self, run: Storage) -> None:
+        self._run = run
+
+    def checkpoints(self) -> list[str]:
+        return newest_first(self._run)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[Path]:
+        with self._run.folder(CHECKPOINTS).download(name) as folder:
+            yield folder
+
+
+class LocalSink(RunCheckpoints):
     """Reports to a run's folder from this process, or from each process of an initialised process group.
 
     Args:
@@ -71,15 +86,8 @@ class LocalSink:
         self.rank = dist.get_rank() if distributed else 0
         self.world = dist.get_world_size() if distributed else 1
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._run, self._display = run, display
-
-    def checkpoints(self) -> list[str]:
-        return newest_first(self._run)
-
-    @contextmanager
-    def open(self, name: str) -> Iterator[Path]:
-        with self._run.folder(CHECKPOINTS).download(name) as folder:
-            yield folder
+        super().__init__(run)
+        self._display = display
 
     def report(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
         if self.rank:
