@@ -26,7 +26,7 @@ from raypp.nets.vgg import RELU2_2, VGG16_LAYERS, vgg_features
 from raypp.progress import Display
 from raypp.runs import environment
 from raypp.storage import Storage
-from raypp.training.loop import TrainingData, _Loop
+from raypp.training.loop import TrainingData, _Loop, set_up_torch
 from raypp.training.sinks import LocalSink
 from raypp.training.system import phases
 
@@ -177,9 +177,7 @@ def device_batches(config: Config, steps: int, sink: LocalSink) -> DeviceLoader:
 def torch_settings(config: Config) -> Iterator[None]:
     """The process-wide settings that ``raypp.training.loop.fit`` makes, taken back afterwards."""
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = not config.train.deterministic
+    set_up_torch(config)
     try:
         yield
     finally:

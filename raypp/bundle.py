@@ -5,7 +5,6 @@ Both parts carry a manifest with the SHA-256 of every file in them; ``public/`` 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from raypp.nets import CLASSIFIERS
 from raypp.nets.features import StateDict
 from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
-from raypp.storage import Storage
+from raypp.storage import Storage, sha256
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -112,7 +111,7 @@ def export(
 def write_manifest(folder: Path) -> None:
     """Write ``manifest.json`` over every other file below ``folder``."""
     files = {
-        path.relative_to(folder).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size}
+        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path != folder / MANIFEST
     }
@@ -153,7 +152,7 @@ def verify(folder: Path) -> dict[str, Any]:
             raise BundleError(f"{str(folder)!r} lists {name!r}, a file outside of it")
         if not path.is_file():
             raise BundleError(f"{str(folder)!r} is incomplete: {name} is missing")
-        if _sha256(path) != expected:
+        if sha256(path) != expected:
             raise BundleError(f"{str(folder)!r} was altered: {name} does not match its SHA-256")
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -291,8 +290,3 @@ def _json(data: Any) -> bytes:
 
 def _line(error: Exception) -> str:
     return str(error).splitlines()[0]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

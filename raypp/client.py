@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from rich.progress import track
 from raypp.bundle import PublicBundle, load_public
 from raypp.errors import DataError, StorageError
 from raypp.images import Pixels, decode, find_images, write_png
+from raypp.storage import new_folder
 
 BATCH_PIXELS = 2**20  # images are protected together up to this many pixels: 1,024 of 32 x 32, one photograph
 
@@ -66,8 +65,7 @@ def protect_files(
     else:
         outputs = [target / path.relative_to(source).with_suffix(".png") for path in paths]
         _refuse_clashes(paths, outputs)
-        aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-        try:
+        with new_folder(target) as aside:
             jobs = list(zip(paths, outputs, strict=True))
             height, width = bundle.image_size
             together = 1 if keep_size else max(1, BATCH_PIXELS // (height * width))
@@ -79,13 +77,6 @@ def protect_files(
                     file = aside / output.relative_to(target)
                     file.parent.mkdir(parents=True, exist_ok=True)
                     write_png(file, protected)
-            if target.exists():
-                target.rmdir()
-            aside.rename(target)
-        except OSError as error:
-            raise StorageError(f"cannot write {str(target)!r}: {error.strerror}") from error
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
     if console is not None:
         size = "their own size" if keep_size else f"{bundle.image_size[0]} x {bundle.image_size[1]}"
         console.print(

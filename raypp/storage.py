@@ -7,6 +7,7 @@ object visible only when it is complete, which gives the same promise.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -17,6 +18,27 @@ from urllib.parse import urlsplit
 
 from raypp.errors import StorageError
 from raypp.registry import absolute
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a local file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Give a folder to fill beside ``target``, which is new or empty and then appears whole or, after an error, not at
+    all; raises StorageError if it cannot be written."""
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        aside.replace(target)  # also over an empty folder
+    except OSError as error:
+        raise StorageError(f"cannot write {target}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 class Storage:

@@ -16,18 +16,14 @@ import ray  # noqa: E402  (its settings come first)
 
 
 @contextmanager
-def session(cpus: float, spare: float = 0) -> Iterator[dict[str, float]]:
+def session() -> Iterator[dict[str, float]]:
     """Use the running Ray, the cluster in RAY_ADDRESS, or start one here and stop it at the end.
-
-    Args:
-        cpus: what the workers will reserve; checked against a cluster started here.
-        spare: what must be left beside them, for the tasks that feed them.
 
     Yields:
         the cluster's total resources, such as ``{"CPU": 2.0}``.
 
     Raises:
-        ConfigError: this machine has not that many CPUs, or the named cluster cannot be reached.
+        ConfigError: Ray does not start here, or the named cluster cannot be reached.
     """
     if ray.is_initialized():
         yield ray.cluster_resources()
@@ -40,13 +36,7 @@ def session(cpus: float, spare: float = 0) -> Iterator[dict[str, float]]:
                 f"no Ray cluster answers at RAY_ADDRESS {os.environ['RAY_ADDRESS']!r}: {error}"
             ) from error
     else:
-        have = env.num_cores()
-        if cpus + spare > have:
-            beside = f" and data.stream for {spare:g} beside them" if spare else ""
-            raise ConfigError(
-                f"cluster.num_workers x cluster.cpus_per_worker asks for {cpus:g} CPUs{beside}, this machine has {have}"
-            )
-        _start(have)
+        _start(env.num_cores())
     try:
         yield ray.cluster_resources()
     finally:

@@ -85,7 +85,7 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
     """
     config = run.config
     cluster = config.cluster
-    with session((cluster.num_workers or 1) * cluster.cpus_per_worker, spare=1 if config.data.stream else 0) as have:
+    with session() as have:
         num_workers, use_gpu = _scale(config, have)
         _check_resources(config, have, num_workers, use_gpu, display)
         board = ray.remote(num_cpus=0)(Board).remote()
@@ -168,8 +168,8 @@ def _fit(trainer: TorchTrainer, run: Run) -> dict[str, Any]:
 
 def _check_resources(config: Config, have: dict[str, float], num_workers: int, use_gpu: bool, display: Display) -> None:
     """Say at once what Ray would wait for in silence: refuse it on this machine, warn of it on a cluster."""
-    spare = 1 if config.data.stream else 0
-    needed = {"CPU": num_workers * config.cluster.cpus_per_worker + spare, "GPU": num_workers if use_gpu else 0}
+    cpus = num_workers * config.cluster.cpus_per_worker + _cpus_beside(config)
+    needed = {"CPU": cpus, "GPU": num_workers if use_gpu else 0}
     for kind, num in needed.items():
         if num > have.get(kind, 0):
             sentence = f"{num_workers} workers need {num:g} {kind}s in all, the cluster has {have.get(kind, 0):g}"
@@ -178,14 +178,18 @@ def _check_resources(config: Config, have: dict[str, float], num_workers: int, u
             display.warn(f"{sentence}: waiting for it to grow")
 
 
+def _cpus_beside(config: Config) -> int:
+    """CPUs to leave beside the workers: without one, the tasks that feed them never run."""
+    return 1 if config.data.stream else 0
+
+
 def _scale(config: Config, have: dict[str, float]) -> tuple[int, bool]:
     """How many workers, and whether each gets a GPU, from the configuration or what the cluster has."""
     cluster, gpus = config.cluster, int(have.get("GPU", 0))
     if cluster.num_workers is not None:
         return cluster.num_workers, gpus >= cluster.num_workers if cluster.gpu is None else cluster.gpu
     use_gpu = gpus > 0 if cluster.gpu is None else cluster.gpu
-    spare = 1 if config.data.stream else 0
-    slots = gpus if use_gpu else int((have.get("CPU", 1) - spare) / cluster.cpus_per_worker)
+    slots = gpus if use_gpu else int((have.get("CPU", 1) - _cpus_beside(config)) / cluster.cpus_per_worker)
     return max(n for n in range(1, MAX_WORKERS + 1) if n <= max(slots, 1) and config.train.batch_size % n == 0), use_gpu
 
 

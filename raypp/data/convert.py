@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from raypp.data import SOURCES
 from raypp.data.base import THREADS_FROM, Fingerprint, Record, Source, Split, num_threads
 from raypp.errors import DataError, StorageError
 from raypp.images import Pixels, encode_png
+from raypp.storage import new_folder
 
 ROWS_PER_GROUP = 1000
 NUM_LISTED = 20
@@ -67,17 +66,9 @@ def convert(
     """
     if not out.name or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise StorageError(f"{out} exists and is not an empty folder")
-    aside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        try:
-            aside.mkdir(parents=True)
-            for split in SPLITS:
-                _write_split(source, split, aside, rows_per_file, progress)
-            aside.replace(out)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise StorageError(f"cannot write {out}: {error.strerror}") from error
+    with new_folder(out) as aside:
+        for split in SPLITS:
+            _write_split(source, split, aside, rows_per_file, progress)
 
 
 def _write_split(

@@ -15,11 +15,9 @@ class Protection(nn.Module):
     """Maps plain images N x C x H x W in [0, 1] to protected images of the same shape and range.
 
     Subclasses define ``forward`` (differentiable where the method is trained) and name their options model.
-    ``size_multiple`` is the multiple that both sides should have for the method to work without padding.
     """
 
     Options: ClassVar[type[Options]]
-    size_multiple: int = 1
 
     @torch.inference_mode()
     def protect(self, images: Tensor) -> Tensor:

@@ -40,7 +40,6 @@ class Learned(Protection):
     def __init__(self, options: LearnedOptions, *, channels: int = 3) -> None:
         super().__init__()
         self.unet = UNet(channels, options.width, options.depth, options.skips)
-        self.size_multiple = 2**options.depth
 
     def forward(self, images: Tensor) -> Tensor:
         # The sigmoid in float32: in bfloat16 it could not tell neighbouring 8-bit values near 1 apart.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from raypp.errors import TrainingError
+from raypp.storage import sha256
 
 FILES = ("state.pt", "history.json")
 
@@ -18,7 +18,7 @@ def save(folder: Path, state: dict[str, Any], history: list[dict[str, Any]]) -> 
     """Write a checkpoint into an empty folder; ``state`` holds tensors, numbers, strings and containers of them."""
     torch.save(state, folder / "state.pt")
     (folder / "history.json").write_text(json.dumps(history))
-    sums = {name: _sha256(folder / name) for name in FILES}
+    sums = {name: sha256(folder / name) for name in FILES}
     (folder / "checkpoint.json").write_text(json.dumps({"schema": 1, "sha256": sums}))
 
 
@@ -31,14 +31,9 @@ def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
         sums = json.loads((folder / "checkpoint.json").read_text())["sha256"]
         for name in FILES:
-            if _sha256(folder / name) != sums[name]:
+            if sha256(folder / name) != sums[name]:
                 raise TrainingError(f"checkpoint {folder.name} is damaged: {name} does not match its SHA-256")
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         return state, json.loads((folder / "history.json").read_text())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"checkpoint {folder.name} is damaged: {type(error).__name__}: {error}") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -208,14 +208,18 @@ def fit(
             longer a number.
         RayppError: storage fails, or a stream meets a damaged image, on this worker.
     """
-    torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
-    # A debugging aid of deterministic mode that would write every new tensor once more.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if sink.device.type == "cuda":
-        torch.backends.cudnn.benchmark = not config.train.deterministic
+    set_up_torch(config)
     load = load or (lambda: load_data(config, sink.device, sink.rank, sink.world))
     loop = _Loop(config, sink, phi, _together(load))
     return loop.run(*_together(loop.restore))
+
+
+def set_up_torch(config: Config) -> None:
+    """Make the settings of this process that training depends on."""
+    torch.use_deterministic_algorithms(config.train.deterministic, warn_only=True)
+    # A debugging aid of deterministic mode that would write every new tensor once more.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not config.train.deterministic
 
 
 T = TypeVar("T")
