@@ -18,6 +18,7 @@ import torch
 from ray.train import Checkpoint, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from raypp.cluster.board import Board
 from raypp.config import Config, validate
 from raypp.data.streaming import StreamLoader, bounded, datasets
 from raypp.errors import ConfigError, RayppError, StoppedError, TrainingError
@@ -32,24 +33,6 @@ from raypp.training.sinks import CHECKPOINTS, Row, RunCheckpoints, metrics_lines
 POLL_SECONDS = 0.2
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 MAX_WORKERS = 8  # of a run that does not say how many: a batch of 128 is not worth spreading further
-
-
-class Board:
-    """Where rank 0 pins what the driver shows: the newest step, and every epoch and warning once."""
-
-    def __init__(self) -> None:
-        self._step: Row | None = None
-        self._events: list[tuple[str, Any]] = []
-
-    def pin(self, kind: str, what: Any) -> None:
-        if kind == "step":
-            self._step = what
-        else:
-            self._events.append((kind, what))
-
-    def take(self) -> tuple[Row | None, list[tuple[str, Any]]]:
-        events, self._events = self._events, []
-        return self._step, events
 
 
 class TrainSink(RunCheckpoints):
