@@ -200,7 +200,7 @@ class RayppLoop:
         classes = tuple(str(i) for i in range(NUM_CLASSES))
         data = TrainingData(device_batches(config, 1, sink), nothing, classes, config.train.batch_size, "")
         self._phase = phases(config)[-1]
-        self._loop = _Loop(config, sink, phi, data)
+        self._loop = _Loop(config, sink, phi, None, data)
         with torch_settings(config):
             self._loop.enter(self._phase, None)
 

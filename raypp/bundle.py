@@ -22,11 +22,14 @@ from torch import Tensor, nn
 import raypp
 from raypp.config import Config, read_yaml
 from raypp.errors import BundleError, ConfigError, StorageError
+from raypp.keys import FILE, Key
 from raypp.nets import CLASSIFIERS
+from raypp.nets.adaptation import build_classifier
 from raypp.nets.features import StateDict
 from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
 from raypp.storage import Storage, sha256
+from raypp.training.system import adaptation_of
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -34,7 +37,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class PublicBundle:
-    """What a client needs: a protection in evaluation mode and the images it is made for."""
+    """What a client needs: a protection in evaluation mode and the images it is made for; a keyed one with its key."""
 
     protection: Protection
     channels: int
@@ -63,6 +66,7 @@ def export(
     plain_classifier: StateDict | None,
     classes: tuple[str, ...],
     image_size: tuple[int, int],
+    key: Key | None,
     metrics: dict[str, Any],
     environment: dict[str, Any],
 ) -> None:
@@ -72,14 +76,18 @@ def export(
         StorageError: the target cannot be written.
     """
     about = {
-        "protection": config.protection.model_dump(mode="json"),
+        # Where the owner's key file lies is nobody else's business.
+        "protection": config.protection.model_dump(mode="json", exclude={"key_file"}),
         "channels": config.data.channels,
         "image_size": list(image_size),
+        "key": key.identifier if key is not None else None,
     }
     private_about = {
         "classifier": config.classifier.model_dump(mode="json"),
+        "adaptation": adaptation_of(config),
         "classes": list(classes),
         "channels": config.data.channels,
+        "image_size": list(image_size),
     }
     private = {
         "classifier.json": _json(private_about),
@@ -103,6 +111,8 @@ def export(
             folder.mkdir(exist_ok=True)
             for file, data in files.items():
                 (folder / file).write_bytes(data)
+        if key is not None:
+            key.write(root / "private" / FILE)
         for part in ("public", "private", ""):  # the whole's manifest comes last and covers the parts' manifests
             write_manifest(root / part)
         target.upload(root, name, last=MANIFEST)
@@ -161,15 +171,28 @@ def verify(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def load_public(location: str | Path) -> PublicBundle:
-    """Load and verify the public part of a bundle, given the bundle or its ``public`` folder (path or URI)."""
-    with _folder(location, "public") as folder:
+def load_public(location: str | Path, key: Key | None = None) -> PublicBundle:
+    """Load and verify the public part of a bundle, given the bundle or its ``public`` folder (path or URI).
+
+    Args:
+        key: the key of a keyed protection; not needed beside the private part, which holds it.
+
+    Raises:
+        BundleError: the bundle is missing, altered or incomplete, or ``key`` is missing or another one.
+        ConfigError: the private part's key file is damaged.
+    """
+    with _folder(location, "public") as (folder, whole):
+        beside = folder.parent / "private" / FILE
+        if key is None and whole and beside.is_file():
+            key = Key.read(beside)
         manifest = verify(folder)
         _listed(manifest, folder, "protection.json", "protection.safetensors")
         about = _read_json(folder / "protection.json")
         try:
             options = PROTECTIONS.options(about["protection"]["name"]).model_validate(about["protection"])
-            protection: Protection = PROTECTIONS.build(options, channels=about["channels"])
+            if PROTECTIONS.get(options.name).needs_key(options):
+                _same_key(key, about["key"], location)
+            protection: Protection = PROTECTIONS.build(options, channels=about["channels"], key=key)
             protection.load_state_dict(load((folder / "protection.safetensors").read_bytes()))
             height, width = (int(side) for side in about["image_size"])
             if min(height, width) < 1 or about["channels"] not in (1, 3):
@@ -182,14 +205,21 @@ def load_public(location: str | Path) -> PublicBundle:
 
 def load_private(location: str | Path) -> PrivateBundle:
     """Load and verify the private part of a bundle, given the bundle or its ``private`` folder (path or URI)."""
-    with _folder(location, "private") as folder:
+    with _folder(location, "private") as (folder, _):
         manifest = verify(folder)
         _listed(manifest, folder, "classifier.json", "classifier.safetensors", "metrics.json", "config.yaml")
         about = _read_json(folder / "classifier.json")
         try:
             classes = tuple(about["classes"])
             options = CLASSIFIERS.options(about["classifier"]["name"]).model_validate(about["classifier"])
-            net: nn.Module = CLASSIFIERS.build(options, num_classes=len(classes), channels=about["channels"])
+            height, width = about["image_size"]
+            net = build_classifier(
+                options,
+                about["adaptation"],
+                num_classes=len(classes),
+                channels=about["channels"],
+                image_size=(height, width),
+            )
             net.load_state_dict(load((folder / "classifier.safetensors").read_bytes()))
         except (ConfigError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise BundleError(f"the classifier in {str(location)!r} cannot be built: {_line(error)}") from error
@@ -234,21 +264,38 @@ def model_card(
     if similarity is not None:
         lines.append(f"| SSIM of protected to plain images | {similarity:.3f} on average |")
     lines += [f"| hardware | {environment['hardware']} |", "", "## What this does not promise", ""]
+    keyed = PROTECTIONS.get(config.protection.name).needs_key(config.protection)
+    who = "whoever has the key, which every client has," if keyed else "whoever has the public part of this bundle"
     lines += [
         "A low SSIM between protected and plain images does not even say that a person sees nothing: look at the",
         "picture. It says **nothing** about an attacker who trains an inverse network on pairs of plain and protected",
-        "images, which the public part of this bundle lets anyone make. No attack has been run on this bundle yet.",
+        f"images, which {who} can make. No attack has been run on this bundle yet.",
     ]
+    if not PROTECTIONS.get(config.protection.name).trained and config.protection.name != "plain":
+        lines += ["", "This scheme is here to be compared with. Published attacks undo it; do not rely on it."]
     lines += ["", "Whoever re-encodes protected images (JPEG) or changes their size destroys the classification.", ""]
     if metrics.get("warnings"):
         lines += ["## Departures", "", *(f"- {w}" for w in metrics["warnings"]), ""]
     return "\n".join(lines)
 
 
+def _same_key(key: Key | None, identifier: str, location: str | Path) -> None:
+    if key is None:
+        raise BundleError(
+            f"the protection in {str(location)!r} needs its key {identifier}: --key FILE; its owner has it as "
+            f"private/{FILE}"
+        )
+    if key.identifier != identifier:
+        raise BundleError(f"the key {key.identifier} is not that of {str(location)!r}, which is {identifier}")
+
+
 @contextmanager
-def _folder(location: str | Path, part: str) -> Iterator[Path]:
-    """Give the local folder of one part of a bundle. Of a whole bundle every file is verified first: so nobody can put
-    the public part of one beside the private part of another."""
+def _folder(location: str | Path, part: str) -> Iterator[tuple[Path, bool]]:
+    """Give the local folder of one part of a bundle, and whether the rest stands beside it.
+
+    Of a whole bundle every file is verified first: so nobody can put the public part of one beside the private part of
+    another.
+    """
     try:
         storage = Storage(location)
         if not storage.exists():
@@ -257,7 +304,7 @@ def _folder(location: str | Path, part: str) -> Iterator[Path]:
         with storage.download("") as folder:
             if whole:
                 verify(folder)
-            yield folder / part if whole else folder
+            yield (folder / part if whole else folder), whole
     except StorageError as error:
         raise BundleError(f"bundle {str(location)!r} cannot be read: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -26,11 +27,8 @@ data_app = App(name="data", help="Data sources: list them, convert them to Parqu
 app.command(data_app)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from raypp.config import Config
-    from raypp.progress import Display
-    from raypp.runs import Run
+    from raypp.table1 import Result
 
 Settings = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 SETTINGS_HELP = (
@@ -91,7 +89,7 @@ def run_training(
         elif local:
             found = train_locally(run, display)
         else:
-            found = _on_ray()(run, display)
+            found = _from_ray("raypp.cluster.train", "train_on_ray")(run, display)
         where = run.storage.uri
     if not quiet:
         _print_results(found, where)
@@ -131,6 +129,61 @@ def quickstart(*, local: bool = False, name: str | None = None, storage: Path = 
 
 
 @app.command(help_epilogue=SETTINGS_HELP)
+def table1(
+    *settings: Settings,
+    datasets: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    methods: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    seeds: Annotated[list[int] | None, Parameter(consume_multiple=True)] = None,
+    name: str = "table1",
+    storage: Path = Path("runs"),
+    resume: bool = False,
+    local: bool = False,
+    quiet: bool = False,
+) -> list[Any]:
+    """Train the grid of the paper's Table I, run beside run, and write it as CSV, Markdown and a figure.
+
+    Parameters
+    ----------
+    datasets
+        Presets, or paths of YAML files; by default cifar10 and cifar100, the paper's own (for GPUs).
+    methods
+        Rows of the table, by default all: see the message about an unknown one.
+    seeds
+        Seeds of each row, by default 0.
+    name
+        The table's name, a new folder under the storage path.
+    storage
+        Folder or URI under which the table gets its own.
+    resume
+        Go on with the table NAME: what is finished is not trained again; rows and seeds may be added.
+    local
+        Train in this process, one run after the other, without Ray.
+    quiet
+        Print nothing but warnings and errors.
+    """
+    from raypp import table1 as table
+
+    run = table.run_locally if local else _from_ray("raypp.cluster.table1", "run_on_ray")
+    results = table.table1(
+        datasets or ["cifar10", "cifar100"],
+        methods or list(table.methods()),
+        seeds or [0],
+        settings,
+        storage=str(storage),
+        name=name,
+        resume=resume,
+        quiet=quiet,
+        run=run,
+    )
+    if not quiet:
+        _print_table1(results, storage / name)
+    failed = [sentence for result in results for sentence in result.failed]
+    if failed:
+        raise RayppError(f"{len(failed)} of the runs failed; --resume tries them again")
+    return results
+
+
+@app.command(help_epilogue=SETTINGS_HELP)
 def evaluate(
     bundle: str, *settings: Settings, split: Literal["test", "train"] = "test", output: Path | None = None
 ) -> dict[str, Any]:
@@ -157,7 +210,16 @@ def evaluate(
 
 
 @app.command
-def protect(bundle: str, source: Path, target: Path, /, *, keep_size: bool = False, quiet: bool = False) -> int:
+def protect(
+    bundle: str,
+    source: Path,
+    target: Path,
+    /,
+    *,
+    key: Path | None = None,
+    keep_size: bool = False,
+    quiet: bool = False,
+) -> int:
     """Protect images with the public part of a bundle, offline.
 
     Parameters
@@ -168,6 +230,8 @@ def protect(bundle: str, source: Path, target: Path, /, *, keep_size: bool = Fal
         An image, or a folder of images.
     target
         Where to write: a .png file for one image, a folder (made anew or empty) for a folder.
+    key
+        Key file of a keyed protection; not needed with a whole bundle, whose private part holds it.
     keep_size
         Keep each image's own size instead of fitting it to the size that the classifier was trained on.
     quiet
@@ -175,7 +239,8 @@ def protect(bundle: str, source: Path, target: Path, /, *, keep_size: bool = Fal
     """
     from raypp.client import protect_files
 
-    return protect_files(bundle, source, target, keep_size=keep_size, console=None if quiet else Console(stderr=True))
+    console = None if quiet else Console(stderr=True)
+    return protect_files(bundle, source, target, key=key, keep_size=keep_size, console=console)
 
 
 @app.command
@@ -289,14 +354,14 @@ def _source(name: str, flags: tuple[str, ...], image_size: tuple[int, int] | Non
     return SOURCES.build(data.source, size=data.image_size, channels=data.channels)
 
 
-def _on_ray() -> Callable[[Run, Display], dict[str, Any]]:
+def _from_ray(module: str, function: str) -> Any:
+    """A function that needs Ray, or one sentence where Ray is not installed."""
     try:
-        from raypp.cluster.train import train_on_ray
+        return getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "ray":
             raise
         raise RayppError("Ray is not installed here; --local trains in this process without it") from None
-    return train_on_ray
 
 
 def _new_name(preset: str) -> str:
@@ -311,6 +376,26 @@ def _print_results(found: dict[str, Any], where: str) -> None:
     _print_numbers(console, found["test"], found["plain_test"])
     for label, file in (("picture", "protected.png"), ("bundle", "bundle"), ("metrics", "metrics.jsonl")):
         console.print(f"{label:<8} {where}/{file}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_table1(results: list[Result], where: Path) -> None:
+    from rich.table import Table
+
+    console = Console()
+    table = Table("data", "method", box=None, pad_edge=False)
+    for title in ("paper", "ours, 8 bit", "spread", "SSIM to plain"):
+        table.add_column(title, justify="right")
+    for r in results:
+        paper = r.paper
+        row = [r.dataset, r.method.name, "-" if paper is None else f"{paper:.2f}%"]
+        if r.accuracies:
+            low, high = r.interval
+            spread = f"± {r.spread:.2%}" if r.spread is not None else f"{low:.1%} to {high:.1%}"
+            row += [f"{r.mean:.2%}", spread, "-" if r.ssim is None else f"{r.ssim:.3f}"]
+        table.add_row(*row)
+    console.print(table)
+    for file in ("table1.md", "table1.csv", "table1.png"):
+        console.print(f"{where}/{file}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_numbers(console: Console, test: dict[str, Any], plain: dict[str, Any] | None, split: str = "test") -> None:

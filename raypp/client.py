@@ -12,6 +12,7 @@ from rich.progress import track
 from raypp.bundle import PublicBundle, load_public
 from raypp.errors import DataError, StorageError
 from raypp.images import Pixels, decode, find_images, write_png
+from raypp.keys import Key
 from raypp.storage import new_folder
 
 BATCH_PIXELS = 2**20  # images are protected together up to this many pixels: 1,024 of 32 x 32, one photograph
@@ -24,14 +25,20 @@ def protect_images(bundle: PublicBundle, images: Pixels) -> Pixels:
         images: uint8 (N, H, W, C), C as the bundle's ``channels``.
 
     Returns:
-        protected images, uint8 (N, H, W, C).
+        protected images, uint8 (N, H, W, C), or larger where the protection fills up blocks.
     """
     protected = bundle.protection.protect(torch.from_numpy(images).permute(0, 3, 1, 2))
     return protected.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def protect_files(
-    location: str | Path, source: Path, target: Path, *, keep_size: bool = False, console: Console | None = None
+    location: str | Path,
+    source: Path,
+    target: Path,
+    *,
+    key: Path | None = None,
+    keep_size: bool = False,
+    console: Console | None = None,
 ) -> int:
     """Protect an image, or every image below a folder, and write PNG files; returns their number.
 
@@ -39,11 +46,13 @@ def protect_files(
         location: a bundle or its public folder.
         target: a ``.png`` file for one image; for a folder, a folder that does not exist or is empty, which appears
             complete or not at all and mirrors the source's subfolders.
+        key: key file of a keyed protection; a whole bundle has it in its private part.
         keep_size: protect at each image's own size, not at the bundle's.
         console: where to show progress.
 
     Raises:
-        BundleError: the bundle is missing, altered or incomplete.
+        BundleError: the bundle is missing, altered or incomplete, or its key is.
+        ConfigError: ``key`` names no key file.
         DataError: an image cannot be read.
         StorageError: the target exists, has another suffix than ``.png``, or cannot be written.
     """
@@ -57,7 +66,7 @@ def protect_files(
         raise StorageError(f"target {str(target)!r} cannot be replaced; give a new or empty folder")
     if not single and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StorageError(f"target {str(target)!r} exists already; give a new or empty folder")
-    bundle = load_public(location)
+    bundle = load_public(location, None if key is None else Key.read(key))
     if single:
         image = _read(paths[0], bundle, keep_size)
         _make_folder(target.parent)

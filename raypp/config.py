@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 
 from raypp.data import SOURCES
 from raypp.errors import ConfigError
-from raypp.nets import CLASSIFIERS, FEATURES
+from raypp.nets import ADAPTATIONS, CLASSIFIERS, FEATURES
 from raypp.protections import PROTECTIONS
 from raypp.registry import Location, Options, Registry, did_you_mean
 
@@ -157,6 +157,8 @@ class Config(Section):
     data: Data
     protection: Annotated[SerializeAsAny[Options], _select(PROTECTIONS)]
     classifier: Annotated[SerializeAsAny[Options], _select(CLASSIFIERS)]
+    adaptation: str = "auto"
+    """Network between protected images and the classifier; ``auto`` is the one that the protection names."""
     features: Annotated[SerializeAsAny[Options], _select(FEATURES)]
     train: Train = Train()
     cluster: Cluster = Field(default_factory=Cluster)  # at each use: its storage is relative to the current folder
@@ -172,8 +174,21 @@ class Config(Section):
             raise ValueError(
                 f"train.mode 'plain' trains no protection, found {self.protection.name!r}; allowed: 'plain'"
             )
-        if self.train.mode == "frozen" and self.protection.name == "plain":
-            raise ValueError("train.mode 'frozen' trains the protection alone, and 'plain' has nothing to train")
+        kind = PROTECTIONS.get(self.protection.name)
+        if self.train.mode == "frozen" and not kind.trained:
+            raise ValueError(
+                f"train.mode 'frozen' trains the protection alone, and {self.protection.name!r} has nothing to train"
+            )
+        allowed = ("auto", "none", *ADAPTATIONS)
+        if self.adaptation not in allowed:
+            raise ValueError(
+                f"unknown adaptation {self.adaptation!r}{did_you_mean(self.adaptation, allowed)}; "
+                f"allowed: {', '.join(allowed)}"
+            )
+        if self.train.mode == "frozen" and self.adaptation not in ("auto", "none"):
+            raise ValueError(
+                f"train.mode 'frozen' takes the plain classifier as it is, without adaptation {self.adaptation!r}"
+            )
         return self
 
     def to_yaml(self) -> str:
@@ -193,6 +208,13 @@ def load_config(preset: str | Path, file: str | Path | None = None, flags: tuple
     Raises:
         ConfigError: one sentence that names the key, the value and what is allowed.
     """
+    return validate(load_tree(preset, file, flags))
+
+
+def load_tree(
+    preset: str | Path, file: str | Path | None = None, flags: tuple[str, ...] | list[str] = ()
+) -> dict[str, Any]:
+    """Merge as :func:`load_config` does, but do not validate; raises ConfigError for what cannot be read."""
     known = presets()
     if str(preset) in known:
         tree = read_yaml(known[str(preset)])
@@ -205,8 +227,7 @@ def load_config(preset: str | Path, file: str | Path | None = None, flags: tuple
         )
     if file is not None:
         tree = merge(tree, read_yaml(Path(file)))
-    tree = merge(tree, parse_flags(flags))
-    return validate(tree)
+    return merge(tree, parse_flags(flags))
 
 
 def validate(tree: dict[str, Any]) -> Config:
@@ -255,6 +276,14 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         else:
             merged[key] = value
     return merged
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return ``{"section.key": value}`` for every leaf of a tree."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def parse_flags(flags: tuple[str, ...] | list[str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,6 +18,16 @@ from rich.progress import (
 )
 
 Row = dict[str, Any]
+
+
+class Shows(Protocol):
+    """What takes the reports of one training run."""
+
+    def step(self, info: Row) -> None: ...
+
+    def epoch(self, row: Row) -> None: ...
+
+    def warn(self, message: str) -> None: ...
 
 
 class Display:
@@ -93,3 +103,78 @@ class Display:
 
     def warn(self, message: str) -> None:
         self.console.print(f"[yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
+
+
+class GridDisplay:
+    """Shows several runs side by side: how many are done, and a line for each that is under way; a context manager.
+
+    Args:
+        num: how many runs there are.
+        done: how many of them were finished before.
+    """
+
+    def __init__(self, num: int, done: int = 0, console: Console | None = None, quiet: bool = False) -> None:
+        self.console = console or Console(stderr=True)
+        self.quiet = quiet
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=10),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=self.console,
+            disable=quiet or not self.console.is_terminal,
+            transient=True,
+        )
+        self._whole = self._bars.add_task("runs", total=num, completed=done, status="")
+        self._lines: dict[str, TaskID] = {}
+
+    def __enter__(self) -> GridDisplay:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def step(self, run: str, info: Row) -> None:
+        """Show where a run is; ``info`` as in :meth:`Display.step`."""
+        if run not in self._lines:
+            self._lines[run] = self._bars.add_task(run, total=info["steps_total"], status="")
+        self._bars.update(
+            self._lines[run],
+            completed=info["steps_done"],
+            status=f"{info['images_per_s']:,.0f} images/s  loss {info['loss']:.2f}  acc {info['accuracy']:.0%}",
+        )
+
+    def done(self, run: str, result: str) -> None:
+        """A run has ended; ``result`` says how."""
+        if run in self._lines:
+            self._bars.remove_task(self._lines.pop(run))
+        self._bars.advance(self._whole)
+        if not self.quiet:
+            self.console.print(f"{run}: {result}", markup=False, highlight=False, soft_wrap=True)
+
+    def warn(self, run: str, message: str) -> None:
+        self.console.print(f"[yellow]warning:[/] {escape(f'{run}: {message}')}", highlight=False, soft_wrap=True)
+
+    def of(self, run: str) -> Shows:
+        """A display of one run among the others."""
+        return _OneOfMany(self, run)
+
+
+class _OneOfMany:
+    def __init__(self, grid: GridDisplay, run: str) -> None:
+        self._grid, self._run = grid, run
+
+    def step(self, info: Row) -> None:
+        self._grid.step(self._run, info)
+
+    def epoch(self, row: Row) -> None:
+        """A run among many shows no epochs."""
+
+    def warn(self, message: str) -> None:
+        self._grid.warn(self._run, message)

@@ -3,6 +3,7 @@
 NAME/config.yaml          merged configuration
 NAME/run.json             versions, hardware, what the feature network is, warnings
 NAME/features.safetensors its weights, where it has some of its own
+NAME/private/             the key of a keyed protection
 NAME/metrics.jsonl        a line per epoch
 NAME/checkpoints/         the newest two
 NAME/summary.json         written last: test results; its presence says that the run is finished
@@ -26,24 +27,27 @@ import torch
 import yaml
 
 import raypp
-from raypp import bundle, env, images
-from raypp.config import Config
+from raypp import bundle, env, images, keys
+from raypp.config import Config, flatten
 from raypp.data.loader import to_device
 from raypp.errors import StorageError
 from raypp.evaluation.evaluate import evaluate
+from raypp.keys import Key
 from raypp.nets.features import StateDict
-from raypp.progress import Display
+from raypp.progress import Shows
+from raypp.protections import PROTECTIONS
 from raypp.protections.plain import Plain, PlainOptions
 from raypp.storage import Storage
 from raypp.training.loop import Fit, fit, load_split, prepare
 from raypp.training.sinks import LocalSink, metrics_lines, newest_first
-from raypp.training.system import build_system, phases
+from raypp.training.system import build_system, phases, uses_features
 
 # What may differ when a run is resumed: how long, and on what; everything else would make it another run.
 RESUMABLE = ("train.epochs", "train.eval_batch_size", "cluster")
 NUM_PICTURED = 10
 # Files that a run has before its configuration is written.
-OURS = {".lock", "run.json", "features.safetensors"}
+OURS = {".lock", "run.json", "features.safetensors", "private"}
+KEY = f"private/{keys.FILE}"
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Run:
     storage: Storage
     config: Config
     phi: StateDict | None
+    key: Key | None
     warnings: tuple[str, ...]
 
 
@@ -63,13 +68,14 @@ def open_run(config: Config, name: str, *, resume: bool = False) -> Iterator[Run
     Raises:
         StorageError: the name is taken, in use, unknown (with ``resume``), or its configuration is another one.
     """
-    storage = Storage(config.cluster.storage).folder(_checked_name(name))
+    storage = Storage(config.cluster.storage).folder(checked_name(name))
     if resume and not storage.exists("config.yaml"):
         raise StorageError(f"there is no run {name!r} to resume under {config.cluster.storage!r}")
     if not resume:
         settled, phi, warning = prepare(config)  # before the folder: a mistake found here leaves no trace
+        key = new_key(config)
         _create(storage)
-    with _lock(storage, name):
+    with lock(storage, name):
         if resume:
             before = _stored(storage, "config.yaml")
             _same_configuration(config, before, name)
@@ -86,6 +92,9 @@ def open_run(config: Config, name: str, *, resume: bool = False) -> Iterator[Run
             _refuse_taken(storage, name)
             warnings = (warning,) if warning else ()
             storage.remove("features.safetensors")
+            storage.remove(KEY)
+            if key is not None:
+                storage.write(KEY, key.text().encode(), secret=True)
             if phi is not None:
                 from safetensors.torch import save
 
@@ -97,7 +106,7 @@ def open_run(config: Config, name: str, *, resume: bool = False) -> Iterator[Run
             }
             storage.write("run.json", _json(about))
             storage.write("config.yaml", config.to_yaml().encode())
-            yield Run(storage, settled, phi, warnings)
+            yield Run(storage, settled, phi, key, warnings)
 
 
 def summary(run: Run) -> dict[str, Any] | None:
@@ -108,10 +117,10 @@ def summary(run: Run) -> dict[str, Any] | None:
     return found if found["epochs"] == {p.name: p.epochs for p in phases(run.config)} else None
 
 
-def train_locally(run: Run, display: Display, device: torch.device | None = None) -> dict[str, Any]:
+def train_locally(run: Run, display: Shows, device: torch.device | None = None) -> dict[str, Any]:
     """Train in this process, without Ray."""
     sink = LocalSink(run.storage, display, device)
-    result = fit(run.config, sink, run.phi)
+    result = fit(run.config, sink, run.phi, run.key)
     return conclude(run, result, sink.device) if sink.rank == 0 else {}
 
 
@@ -120,12 +129,13 @@ def conclude(run: Run, result: Fit, device: torch.device) -> dict[str, Any]:
     config, system = run.config, result.system
     test = load_split(config, "test")
     test_images, test_labels = to_device(test.images, test.labels, device)
+    image_size = (test.images.shape[1], test.images.shape[2])
     batch = config.train.eval_batch_size
     numbers = evaluate(system.protection, system.classifier, test_images, test_labels, batch)
     plain_numbers = None
     if result.plain is not None:
         phase = phases(config)[0]
-        plain = build_system(config, phase, len(test.classes), None, None).classifier.to(device)
+        plain = build_system(config, phase, len(test.classes), image_size).classifier.to(device)
         plain.load_state_dict(result.plain)
         plain_numbers = evaluate(Plain(PlainOptions()), plain, test_images, test_labels, batch)
     found = {
@@ -133,6 +143,8 @@ def conclude(run: Run, result: Fit, device: torch.device) -> dict[str, Any]:
         "plain_test": plain_numbers,
         "best": result.best,
         "epochs": {p.name: p.epochs for p in phases(config)},
+        "seconds": sum(row["seconds"] for row in result.history),
+        "classes": list(result.data.classes),
         "num_train": result.data.num_train,
         "num_val": len(result.data.val[1]),
         "data_fingerprint": result.data.fingerprint,
@@ -154,13 +166,29 @@ def conclude(run: Run, result: Fit, device: torch.device) -> dict[str, Any]:
         classifier=system.classifier.state_dict(),
         plain_classifier=result.plain,
         classes=result.data.classes,
-        image_size=(test.images.shape[1], test.images.shape[2]),
+        image_size=image_size,
+        key=run.key,
         metrics=found,
         environment=environment(),
     )
     run.storage.write("metrics.jsonl", metrics_lines(result.history))
     run.storage.write("summary.json", _json(found))
     return found
+
+
+def new_key(config: Config) -> Key | None:
+    """The key that a new run of a keyed protection begins with: from its key file, or newly made."""
+    if not PROTECTIONS.get(config.protection.name).needs_key(config.protection):
+        return None
+    named: str | None = getattr(config.protection, "key_file", None)
+    return Key.read(named) if named else Key.generate()
+
+
+def stored_key(storage: Storage) -> Key | None:
+    """The key of a run, or None where its protection has none."""
+    if not storage.exists(KEY):
+        return None
+    return Key.parse(storage.read(KEY).decode("ascii", "replace"), f"{storage.uri}/{KEY}")
 
 
 def first_of_each_class(labels: np.ndarray, num: int) -> np.ndarray:
@@ -200,7 +228,7 @@ def cpu_name() -> str:
 
 
 def _describe_features(config: Config, phi: StateDict | None) -> str:
-    if config.train.mode == "plain":
+    if not uses_features(config):
         return "none"
     options = ", ".join(f"{k} {v}" for k, v in config.features.model_dump(mode="json").items() if k != "name")
     layer = "relu2_2" if phi is not None else "early block"
@@ -227,8 +255,8 @@ def _refuse_taken(storage: Storage, name: str) -> None:
 
 
 @contextmanager
-def _lock(storage: Storage, name: str) -> Iterator[None]:
-    """Keep other drivers out of the run; freed by the system when this process dies. Object stores have no locks."""
+def lock(storage: Storage, name: str) -> Iterator[None]:
+    """Keep other drivers out of a run or a table; freed when this process dies. Object stores have no locks."""
     if not storage.local:
         yield
         return
@@ -242,13 +270,12 @@ def _lock(storage: Storage, name: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StorageError(
-                f"run {name!r} is in use by another process; wait for it or take another --name"
-            ) from None
+            raise StorageError(f"{name!r} is in use by another process; wait for it or take another --name") from None
         yield
 
 
-def _checked_name(name: str) -> str:
+def checked_name(name: str) -> str:
+    """The name of a run or a table, if it may be one; raises StorageError."""
     if not name or name.startswith(".") or not all(c.isalnum() or c in "-_.+" for c in name):
         raise StorageError(
             f"run name {name!r} is not allowed; use letters, digits and - _ . +, not beginning with a dot"
@@ -257,7 +284,7 @@ def _checked_name(name: str) -> str:
 
 
 def _same_configuration(config: Config, stored: dict[str, Any], name: str) -> None:
-    given, kept = _flat(config.model_dump(mode="json")), _flat(stored)
+    given, kept = flatten(config.model_dump(mode="json")), flatten(stored)
     if given["train.epochs"] < kept["train.epochs"]:
         raise StorageError(
             f"run {name!r} was started with train.epochs = {kept['train.epochs']}, now it is {given['train.epochs']}; "
@@ -281,7 +308,8 @@ def _reopen(storage: Storage, config: Config) -> Run:
     about = _stored(storage, "run.json")
     features = FEATURES.options(about["features"]["name"]).model_validate(about["features"])
     phi = load(storage.read("features.safetensors")) if storage.exists("features.safetensors") else None
-    return Run(storage, config.model_copy(update={"features": features}), phi, tuple(about["warnings"]))
+    settled = config.model_copy(update={"features": features})
+    return Run(storage, settled, phi, stored_key(storage), tuple(about["warnings"]))
 
 
 def _stored(storage: Storage, file: str) -> dict[str, Any]:
@@ -293,13 +321,6 @@ def _stored(storage: Storage, file: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise StorageError(f"{storage.uri}/{file} is damaged: it holds no mapping")
     return tree
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _json(data: Any) -> bytes:

@@ -96,13 +96,15 @@ class Storage:
             data: bytes = stream.read()
             return data
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write a whole file: it appears complete or not at all."""
+    def write(self, name: str, data: bytes, *, secret: bool = False) -> None:
+        """Write a whole file: it appears complete or not at all. A local ``secret`` is for its owner only (0600)."""
         target = self._at(name)
         aside = f"{target}.{uuid.uuid4().hex[:8]}.tmp" if self.local else target
         with self._refused("write", name):
             self._fs.create_dir(str(Path(target).parent) if self.local else target.rpartition("/")[0], recursive=True)
             try:
+                if secret and self.local:
+                    Path(aside).touch(mode=0o600)
                 with self._fs.open_output_stream(aside) as stream:
                     stream.write(data)
                 if aside != target:

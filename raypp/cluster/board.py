@@ -1,4 +1,4 @@
-"""What a worker tells the driver while it runs. A file of its own: the actor's process need not import torch."""
+"""What workers tell the driver while they run. A file of its own: the actor's process need not import torch."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from typing import Any
 
 
 class Board:
-    """Where rank 0 pins what the driver shows: the newest step, and every epoch and warning once."""
+    """Where workers pin what the driver shows: of each piece of work the newest step, and every event once."""
 
     def __init__(self) -> None:
-        self._step: dict[str, Any] | None = None
-        self._events: list[tuple[str, Any]] = []
+        self._steps: dict[str, dict[str, Any]] = {}
+        self._events: list[tuple[str, str, Any]] = []
 
-    def pin(self, kind: str, what: Any) -> None:
+    def pin(self, kind: str, what: Any, work: str = "") -> None:
         if kind == "step":
-            self._step = what
+            self._steps[work] = what
         else:
-            self._events.append((kind, what))
+            self._events.append((work, kind, what))
 
-    def take(self) -> tuple[dict[str, Any] | None, list[tuple[str, Any]]]:
+    def take(self) -> tuple[dict[str, dict[str, Any]], list[tuple[str, str, Any]]]:
         events, self._events = self._events, []
-        return self._step, events
+        steps, self._steps = self._steps, {}
+        return steps, events

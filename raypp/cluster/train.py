@@ -22,12 +22,13 @@ from raypp.cluster.board import Board
 from raypp.config import Config, validate
 from raypp.data.streaming import StreamLoader, bounded, datasets
 from raypp.errors import ConfigError, RayppError, StoppedError, TrainingError
+from raypp.keys import Key
 from raypp.nets.features import StateDict
 from raypp.progress import Display
-from raypp.runs import Run, conclude
+from raypp.runs import Run, conclude, stored_key
 from raypp.storage import Storage
 from raypp.training.distributed import first_error
-from raypp.training.loop import TrainingData, fit
+from raypp.training.loop import TrainingData, fit, protect_first
 from raypp.training.sinks import CHECKPOINTS, Row, RunCheckpoints, metrics_lines, newest_first, prune
 
 POLL_SECONDS = 0.2
@@ -115,20 +116,21 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
     phi: StateDict | None = arguments["phi"]
     problem, found = None, {}
     try:
-        result = fit(config, sink, phi, (lambda: _streamed(config, sink)) if config.data.stream else None)
+        key = stored_key(storage)
+        result = fit(config, sink, phi, key, (lambda: _streamed(config, sink, key)) if config.data.stream else None)
     except StoppedError as error:
         return {"error": str(error)}
     if sink.rank == 0:
         try:
-            found = conclude(Run(storage, config, phi, arguments["warnings"]), result, sink.device)
+            found = conclude(Run(storage, config, phi, key, arguments["warnings"]), result, sink.device)
         except RayppError as error:
             problem = str(error)
     problem = first_error(problem)
     return {"error": problem} if problem else {"summary": found}
 
 
-def _streamed(config: Config, sink: TrainSink) -> TrainingData:
-    loader = StreamLoader(config, sink.device, sink.rank, sink.world)
+def _streamed(config: Config, sink: TrainSink, key: Key | None) -> TrainingData:
+    loader = StreamLoader(config, sink.device, sink.rank, sink.world, protect_first(config, key))
     return TrainingData(loader, loader.val, loader.classes, loader.num_train, loader.fingerprint)
 
 
@@ -198,10 +200,10 @@ def _showing(board: Any, display: Display) -> Iterator[None]:
 
 def _show(board: Any, display: Display) -> None:
     try:
-        step, events = ray.get(board.take.remote(), timeout=5)
+        steps, events = ray.get(board.take.remote(), timeout=5)
     except ray.exceptions.RayError:  # the display is not worth a run
         return
-    for kind, what in events:
+    for _, kind, what in events:
         display.epoch(what) if kind == "epoch" else display.warn(what)
-    if step is not None:
+    for step in steps.values():
         display.step(step)

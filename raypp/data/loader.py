@@ -6,7 +6,7 @@ the number of workers changes which images are seen, in which order, or how they
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -82,6 +82,7 @@ class DeviceLoader:
         images: uint8 (N, H, W, C) on the device.
         labels: int64 (N,) on the device.
         batch_size: images per step over all workers; a multiple of ``world``.
+        first: applied to uint8 (n, H, W, C) before they are augmented: a protection that allows that order.
 
     Raises:
         DataError: there are fewer images than workers.
@@ -97,7 +98,9 @@ class DeviceLoader:
         augmentation: Augmentation,
         rank: int = 0,
         world: int = 1,
+        first: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        self.first = first
         if len(images) < world:
             raise DataError(f"{len(images)} training images cannot be shared among {world} workers")
         self.images, self.labels = images, labels
@@ -112,5 +115,6 @@ class DeviceLoader:
         for step in range(self.num_batches):
             chosen = order[step * self.batch_size : (step + 1) * self.batch_size][mine].to(self.images.device)
             drawn = self.augmentation.draw(self.batch_size, generator(self.seed, epoch, step))
-            images = self.augmentation.apply(self.images[chosen], *(d[mine] for d in drawn))
+            images = self.images[chosen] if self.first is None else self.first(self.images[chosen])
+            images = self.augmentation.apply(images, *(d[mine] for d in drawn))
             yield as_input(images), self.labels[chosen]

@@ -8,7 +8,7 @@ split needs no index, does not depend on order or number of workers, and puts id
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import singledispatch
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,15 @@ class StreamLoader:
     The validation images are read once and held as uint8 on the device.
     """
 
-    def __init__(self, config: Config, device: torch.device, rank: int, world: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        rank: int,
+        world: int,
+        first: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self._first = first
         source: Source = SOURCES.build(config.data.source, size=config.data.image_size, channels=config.data.channels)
         self._config, self._device, self._rank = config, device, rank
         self._share = config.train.batch_size // world
@@ -177,6 +185,7 @@ class StreamLoader:
         )
         for step, batch in enumerate(batches):
             images, labels = to_device(batch["image"], batch["label"], self._device)
+            images = images if self._first is None else self._first(images)
             drawn = self._augmentation.draw(len(labels), generator(seed, epoch, step, self._rank))
             yield as_input(self._augmentation.apply(images, *drawn)), labels
 

@@ -39,7 +39,8 @@ def evaluate(
     """
     protection.eval()
     classifier.eval()
-    correct = correct_float = saturated = 0
+    correct = correct_float = saturated = num_values = 0
+    torch.manual_seed(0)  # for protections that draw a key per image
     similarities: list[Tensor] = []
     distances: list[Tensor] = []
     for start in range(0, len(images), batch_size):
@@ -50,9 +51,11 @@ def evaluate(
         correct += int((classifier(protected).argmax(1) == target).sum())
         correct_float += int((classifier(as_float).argmax(1) == target).sum())
         saturated += int(((upload == 0) | (upload == 255)).sum())
+        aligned = protection.aligned(plain)
         if min(plain.shape[-2:]) >= 11:
-            similarities.append(ssim(plain, protected))
-        distances.append(psnr(plain, protected))
+            similarities.append(ssim(aligned, protected))
+        distances.append(psnr(aligned, protected))
+        num_values += upload.numel()
     num = len(images)
     return {
         "num_images": num,
@@ -61,7 +64,7 @@ def evaluate(
         "accuracy_float": correct_float / num,
         "ssim": _summary(torch.cat(similarities)) if similarities else None,
         "psnr": _summary(torch.cat(distances)),
-        "saturated": saturated / images.numel(),
+        "saturated": saturated / num_values,
     }
 
 

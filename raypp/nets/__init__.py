@@ -17,3 +17,12 @@ FEATURES = Registry(
         "plain_classifier": "raypp.nets.features:PlainClassifierFeatures",
     },
 )
+
+ADAPTATIONS = Registry(
+    "adaptation network",
+    {
+        "block": "raypp.nets.adaptation:BlockAdaptation",
+        "shuffled_block": "raypp.nets.adaptation:ShuffledBlockAdaptation",
+        "pixel": "raypp.nets.adaptation:PixelAdaptation",
+    },
+)

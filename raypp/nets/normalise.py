@@ -10,15 +10,17 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Normalise(nn.Module):
-    """Maps [0, 1] to zero mean and unit scale: ImageNet's values per channel for RGB, 0.45 and 0.225 for others."""
+    """Maps images in [0, 1] to zero mean and unit scale: ImageNet's values for RGB, 0.45 and 0.225 for grey.
+
+    Other numbers of channels are an adaptation network's output, which is normalised already and left alone.
+    """
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        mean = IMAGENET_MEAN if channels == 3 else (0.45,) * channels
-        std = IMAGENET_STD if channels == 3 else (0.225,) * channels
+        mean, std = {3: (IMAGENET_MEAN, IMAGENET_STD), 1: ((0.45,), (0.225,))}.get(channels, ((0.0,), (1.0,)))
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 

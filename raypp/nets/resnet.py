@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from raypp.nets.normalise import Normalise
@@ -13,6 +14,8 @@ from raypp.registry import Options
 
 class ResNetOptions(Options):
     name: Literal["resnet20"] = "resnet20"
+    width: int = Field(16, ge=1, le=1024)
+    """Channels of the first stage; 16 is the original, a wider one is a baseline with more parameters."""
 
 
 class BasicBlock(nn.Module):
@@ -35,7 +38,8 @@ class BasicBlock(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """Maps images N x channels x H x W in [0, 1] to logits N x num_classes (269,722 parameters for 10 classes)."""
+    """Maps images N x channels x H x W in [0, 1] to logits N x num_classes (269,722 parameters for 10 classes
+    and width 16)."""
 
     Options: ClassVar[type[Options]] = ResNetOptions
     least_side: ClassVar[int] = 4
@@ -43,12 +47,13 @@ class ResNet20(nn.Module):
     def __init__(self, options: ResNetOptions, *, num_classes: int, channels: int = 3) -> None:
         super().__init__()
         self.normalise = Normalise(channels)
-        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = self._stage(16, 16, stride=1)
-        self.layer2 = self._stage(16, 32, stride=2)
-        self.layer3 = self._stage(32, 64, stride=2)
-        self.linear = nn.Linear(64, num_classes)
+        width = options.width
+        self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = self._stage(width, width, stride=1)
+        self.layer2 = self._stage(width, 2 * width, stride=2)
+        self.layer3 = self._stage(2 * width, 4 * width, stride=2)
+        self.linear = nn.Linear(4 * width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
@@ -62,7 +67,7 @@ class ResNet20(nn.Module):
         )
 
     def early_features(self, images: Tensor) -> Tensor:
-        """The first stage's output, N x 16 x H x W: a stand-in for the feature network where VGG-16 cannot be had."""
+        """The first stage's output, N x width x H x W: a feature network where VGG-16 cannot be had."""
         x: Tensor = self.layer1(F.relu(self.bn1(self.conv1(self.normalise(images))), inplace=True))
         return x
 

@@ -1,4 +1,4 @@
-"""Protections: each maps plain images to protected images of the same shape."""
+"""Protections: each maps plain images to protected images."""
 
 from raypp.registry import Registry
 
@@ -7,5 +7,10 @@ PROTECTIONS = Registry(
     {
         "plain": "raypp.protections.plain:Plain",
         "learned": "raypp.protections.learned:Learned",
+        "tanaka": "raypp.protections.tanaka:Tanaka",
+        "ele": "raypp.protections.ele:ELE",
+        "pixel": "raypp.protections.pixel:Pixel",
+        "etc": "raypp.protections.etc:EtC",
+        "gan": "raypp.protections.gan:GAN",
     },
 )

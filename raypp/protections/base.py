@@ -2,24 +2,62 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from raypp.images import to_uint8
+from raypp.keys import Key
 from raypp.registry import Options
 
 
 class Protection(nn.Module):
-    """Maps plain images N x C x H x W in [0, 1] to protected images of the same shape and range.
+    """Maps plain images N x C x H x W in [0, 1] to protected images of the same range.
 
-    Subclasses define ``forward`` (differentiable where the method is trained) and name their options model.
+    Subclasses define ``forward`` (differentiable where the method is trained) and name their options model. The
+    constructor takes the options, the number of ``channels`` and, where :meth:`needs_key` says so, a ``key``.
     """
 
     Options: ClassVar[type[Options]]
+    trained: ClassVar[bool] = False
+    """Whether it has weights that are trained with the classifier's."""
+    adaptation: ClassVar[str] = "none"
+    """The adaptation network that goes in front of a classifier of its images."""
+    least_side: ClassVar[int] = 1
+    """Pixels that height and width must have at least."""
+    augment: ClassVar[Literal["before", "after"]] = "before"
+    """Whether training images are cropped and flipped before they are protected, or after."""
+
+    @classmethod
+    def needs_key(cls, options: Any) -> bool:
+        """Whether these options describe a protection with a secret key."""
+        return False
+
+    @classmethod
+    def uses_features(cls, options: Any, alpha: float) -> bool:
+        """Whether its training compares images in a feature network."""
+        return False
+
+    def companion(self) -> nn.Module | None:
+        """A network that is trained beside the protection and then thrown away, such as a discriminator.
+
+        Its ``forward(plain, protected, features)`` gives a loss that takes the place of Eq. 4's feature distance.
+        """
+        return None
+
+    def aligned(self, images: Tensor) -> Tensor:
+        """Plain images N x C x H x W in the shape of their protected ones, to compare the two."""
+        return images
 
     @torch.inference_mode()
     def protect(self, images: Tensor) -> Tensor:
         """Return what a client uploads: protected images as uint8, from uint8 images N x C x H x W."""
         return to_uint8(self(images.float() / 255))
+
+
+def required(key: Key | None, name: str) -> Key:
+    """The key of a keyed protection, which whoever builds it has to bring."""
+    if key is None:
+        raise ValueError(f"protection {name!r} needs its key")
+    return key

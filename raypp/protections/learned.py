@@ -5,13 +5,14 @@ Source: Ito, Kinoshita, Kiya 2020 (arXiv 2008.03143), section II; output range a
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from raypp import registry
+from raypp.keys import Key
 from raypp.nets.unet import UNet
 from raypp.protections.base import Protection
 
@@ -36,10 +37,15 @@ class Learned(Protection):
     """U-Net with a sigmoid; any H and W, best in multiples of ``2**depth``."""
 
     Options: ClassVar[type[registry.Options]] = LearnedOptions
+    trained: ClassVar[bool] = True
 
-    def __init__(self, options: LearnedOptions, *, channels: int = 3) -> None:
+    def __init__(self, options: LearnedOptions, *, channels: int = 3, key: Key | None = None) -> None:
         super().__init__()
         self.unet = UNet(channels, options.width, options.depth, options.skips)
+
+    @classmethod
+    def uses_features(cls, options: Any, alpha: float) -> bool:
+        return alpha > 0
 
     def forward(self, images: Tensor) -> Tensor:
         # The sigmoid in float32: in bfloat16 it could not tell neighbouring 8-bit values near 1 apart.

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from raypp import registry
+from raypp.keys import Key
 from raypp.protections.base import Protection
 
 
@@ -19,7 +20,7 @@ class Plain(Protection):
 
     Options: ClassVar[type[registry.Options]] = PlainOptions
 
-    def __init__(self, options: PlainOptions, *, channels: int = 3) -> None:
+    def __init__(self, options: PlainOptions, *, channels: int = 3, key: Key | None = None) -> None:
         super().__init__()
 
     def forward(self, images: Tensor) -> Tensor:

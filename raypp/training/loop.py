@@ -21,8 +21,12 @@ from raypp.data import SOURCES
 from raypp.data.base import ImageSet, stratified_split
 from raypp.data.loader import Augmentation, Batches, DeviceLoader, as_input, generator, to_device
 from raypp.errors import ConfigError, DataError, RayppError, StoppedError, TrainingError
+from raypp.images import to_uint8
+from raypp.keys import Key
 from raypp.nets import CLASSIFIERS, FEATURES
 from raypp.nets.features import StateDict, VGG16FeatureOptions, load_vgg_slice
+from raypp.protections import PROTECTIONS
+from raypp.protections.base import Protection
 from raypp.training import checkpoint
 from raypp.training.distributed import (
     average_batch_statistics,
@@ -32,7 +36,7 @@ from raypp.training.distributed import (
     total,
 )
 from raypp.training.sinks import Row, Sink
-from raypp.training.system import Phase, System, Terms, build_system, phases
+from raypp.training.system import Phase, System, Terms, build_system, phases, uses_features
 
 PROGRESS_SECONDS = 0.25
 CHECK_STEPS = 50  # how often the loss is looked at: reading it waits for the device
@@ -66,7 +70,7 @@ def prepare(config: Config) -> tuple[Config, StateDict | None, str | None]:
     Raises:
         ConfigError: weights were named and cannot be used.
     """
-    if config.train.mode == "plain" or not isinstance(config.features, VGG16FeatureOptions):
+    if not uses_features(config) or not isinstance(config.features, VGG16FeatureOptions):
         return config, None, None
     state = load_vgg_slice(config.features.weights)
     if state is not None:
@@ -83,18 +87,24 @@ def prepare(config: Config) -> tuple[Config, StateDict | None, str | None]:
     )
 
 
-def load_data(config: Config, device: torch.device, rank: int = 0, world: int = 1) -> TrainingData:
+def load_data(
+    config: Config, device: torch.device, rank: int = 0, world: int = 1, key: Key | None = None
+) -> TrainingData:
     """Read the training split into memory, hold out validation images and put both on the device as uint8."""
     if config.data.stream:
         raise ConfigError("data.stream needs Ray Train; leave out --local, or set data.stream to false")
     full = load_split(config, "train")
     height, width = full.images.shape[1:3]
-    least = CLASSIFIERS.get(config.classifier.name).least_side
-    if min(height, width) < least:
-        raise ConfigError(
-            f"classifier {config.classifier.name} needs sides of at least {least} pixels, the images are "
-            f"{height} x {width}; see data.image_size"
-        )
+    for kind, name, registry in (
+        ("classifier", config.classifier.name, CLASSIFIERS),
+        ("protection", config.protection.name, PROTECTIONS),
+    ):
+        least = registry.get(name).least_side
+        if min(height, width) < least:
+            raise ConfigError(
+                f"{kind} {name} needs sides of at least {least} pixels, the images are {height} x {width}; "
+                "see data.image_size"
+            )
     train_at, val_at = stratified_split(full.labels, config.data.num_val, config.seed)
     train = limit(full.subset(train_at), config.data.num_train, config.seed, "data.num_train")
     val = full.subset(val_at)
@@ -107,9 +117,22 @@ def load_data(config: Config, device: torch.device, rank: int = 0, world: int = 
         augmentation=Augmentation(config.data.augment.crop_padding, config.data.augment.flip),
         rank=rank,
         world=world,
+        first=protect_first(config, key),
     )
     digest = hashlib.sha256((train.fingerprint() + val.fingerprint()).encode()).hexdigest()
     return TrainingData(loader, to_device(val.images, val.labels, device), full.classes, len(train), digest)
+
+
+def protect_first(config: Config, key: Key | None) -> Callable[[Tensor], Tensor] | None:
+    """For a protection whose images are augmented after it: what a loader applies to uint8 (N, H, W, C), else None."""
+    if PROTECTIONS.get(config.protection.name).augment == "before":
+        return None
+    protection: Protection = PROTECTIONS.build(config.protection, channels=config.data.channels, key=key)
+
+    def protect(images: Tensor) -> Tensor:
+        return to_uint8(protection(images.permute(0, 3, 1, 2) / 255)).permute(0, 2, 3, 1)
+
+    return protect
 
 
 def load_split(config: Config, split: str) -> ImageSet:
@@ -193,7 +216,11 @@ def validate(system: System, images: Tensor, labels: Tensor, config: Config, ran
 
 
 def fit(
-    config: Config, sink: Sink, phi: StateDict | None = None, load: Callable[[], TrainingData] | None = None
+    config: Config,
+    sink: Sink,
+    phi: StateDict | None = None,
+    key: Key | None = None,
+    load: Callable[[], TrainingData] | None = None,
 ) -> Fit:
     """Train what ``config`` describes, from the sink's newest sound checkpoint if it has one.
 
@@ -201,6 +228,7 @@ def fit(
         config: a configuration as ``prepare`` returned it.
         sink: where to report.
         phi: weights of the feature network, as ``prepare`` returned them.
+        key: the key of a keyed protection.
         load: gives this worker's training data; by default it is read into memory from ``config.data``.
 
     Raises:
@@ -209,8 +237,8 @@ def fit(
         RayppError: storage fails, or a stream meets a damaged image, on this worker.
     """
     set_up_torch(config)
-    load = load or (lambda: load_data(config, sink.device, sink.rank, sink.world))
-    loop = _Loop(config, sink, phi, _together(load))
+    load = load or (lambda: load_data(config, sink.device, sink.rank, sink.world, key))
+    loop = _Loop(config, sink, phi, key, _together(load))
     return loop.run(*_together(loop.restore))
 
 
@@ -240,8 +268,9 @@ def _together(step: Callable[[], T]) -> T:
 class _Loop:
     """The state of one run: which phase and epoch it is in, the networks, the best of them so far."""
 
-    def __init__(self, config: Config, sink: Sink, phi: StateDict | None, data: TrainingData) -> None:
-        self.config, self.sink, self.phi, self.data = config, sink, phi, data
+    def __init__(self, config: Config, sink: Sink, phi: StateDict | None, key: Key | None, data: TrainingData) -> None:
+        self.config, self.sink, self.phi, self.key, self.data = config, sink, phi, key, data
+        self.protected_already = PROTECTIONS.get(config.protection.name).augment == "after"
         self.phases = phases(config)
         self.history: list[Row] = []
         self.plain: StateDict | None = None
@@ -275,7 +304,10 @@ class _Loop:
     def enter(self, phase: Phase, resumed: dict[str, Any] | None) -> None:
         """Build a phase's networks and optimiser, or take them over from a checkpoint."""
         device = self.sink.device
-        self.system = build_system(self.config, phase, len(self.data.classes), self.phi, self.plain).to(device)
+        height, width = self.data.val[0].shape[1:3]
+        self.system = build_system(
+            self.config, phase, len(self.data.classes), (height, width), self.phi, self.plain, self.key
+        ).to(device)
         if self.config.train.sync_batchnorm:
             synchronise_batch_norms(self.system)
         if self.config.train.channels_last:
@@ -312,7 +344,7 @@ class _Loop:
                 group["lr"] = lr
             self.optimizer.zero_grad(set_to_none=True)
             with context():
-                terms = self.forward(images, labels)
+                terms = self.forward(images, labels, protected_already=self.protected_already)
             terms.loss.backward()
             self.optimizer.step()
             with torch.no_grad():

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from raypp.progress import Display
+from raypp.progress import Shows
 from raypp.storage import Storage
 
 Row = dict[str, Any]
@@ -81,7 +81,7 @@ class LocalSink(RunCheckpoints):
         device: where to train; by default a GPU if there is one.
     """
 
-    def __init__(self, run: Storage, display: Display, device: torch.device | None = None) -> None:
+    def __init__(self, run: Storage, display: Shows, device: torch.device | None = None) -> None:
         distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.world = dist.get_world_size() if distributed else 1

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from raypp.config import Config
 from raypp.errors import TrainingError
 from raypp.images import round_8bit
-from raypp.nets import CLASSIFIERS, FEATURES
+from raypp.keys import Key
+from raypp.nets import FEATURES
+from raypp.nets.adaptation import AdaptedClassifier, build_classifier
 from raypp.nets.features import PlainClassifierFeatures, StateDict
 from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
@@ -30,9 +32,21 @@ def phases(config: Config) -> list[Phase]:
     """The phases that a mode consists of: a plain classifier comes first where something is built on it."""
     own = Phase(config.train.mode, config.train.epochs)
     needs_plain = config.train.mode == "frozen" or (
-        config.train.mode == "joint" and FEATURES.get(config.features.name) is PlainClassifierFeatures
+        uses_features(config) and FEATURES.get(config.features.name) is PlainClassifierFeatures
     )
     return [Phase("plain", config.train.plain_epochs or config.train.epochs), own] if needs_plain else [own]
+
+
+def uses_features(config: Config) -> bool:
+    """Whether training compares images in the feature network."""
+    kind = PROTECTIONS.get(config.protection.name)
+    return config.train.mode != "plain" and bool(kind.uses_features(config.protection, config.train.alpha))
+
+
+def adaptation_of(config: Config) -> str:
+    """The adaptation network in front of the classifier; "auto" is the one that the protection names."""
+    chosen = config.adaptation
+    return PROTECTIONS.get(config.protection.name).adaptation if chosen == "auto" else chosen
 
 
 @dataclass
@@ -52,15 +66,23 @@ class System(nn.Module):
     Args:
         protection: maps plain to protected images; trained with the classifier unless it has no parameters.
         classifier: reads protected images.
-        features: phi_k of Eq. 6, or None where no distance is asked for.
+        features: phi_k of Eq. 6, or None where nothing is compared in it.
         alpha: weight of the feature distance.
         frozen: keep the classifier as it is, in evaluation mode.
+        companion: its loss takes the place of the feature distance, see ``Protection.companion``.
     """
 
     def __init__(
-        self, protection: Protection, classifier: nn.Module, features: nn.Module | None, alpha: float, frozen: bool
+        self,
+        protection: Protection,
+        classifier: nn.Module,
+        features: nn.Module | None,
+        alpha: float,
+        frozen: bool,
+        companion: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.companion = companion
         self.protection = protection
         self.classifier = classifier
         self.features = features
@@ -75,23 +97,36 @@ class System(nn.Module):
             self.classifier.eval()
         return self
 
-    def forward(self, images: Tensor, labels: Tensor, round_to_8bit: bool = False) -> Terms:
-        """Return loss terms for plain images N x C x H x W in [0, 1]; ``round_to_8bit`` as a client's upload is."""
-        protected = self.protection(images)
+    def forward(
+        self, images: Tensor, labels: Tensor, *, round_to_8bit: bool = False, protected_already: bool = False
+    ) -> Terms:
+        """Return loss terms for plain images N x C x H x W in [0, 1].
+
+        Args:
+            round_to_8bit: round protected images as a client's upload is.
+            protected_already: the images come protected, which only a protection that is not trained allows.
+        """
+        protected = images if protected_already else self.protection(images)
         if round_to_8bit:
             protected = round_8bit(protected)
         logits = self.classifier(protected).float()
         classification = classification_loss(logits, labels)
-        if self.features is None:
-            return Terms(classification, classification, torch.zeros_like(classification), logits, protected)
-        with torch.no_grad():
-            target = self.features(images)
-        distance = feature_distance(self.features(protected), target)
-        loss = transformation_loss(classification, distance, self.alpha)
+        loss, distance = classification, torch.zeros_like(classification)
+        if self.companion is not None:
+            # Networks are chosen by classification alone: an adversary's loss says nothing from epoch to epoch.
+            if self.training:
+                loss = loss + self.companion(images, protected, self.features)
+        elif self.features is not None:
+            with torch.no_grad():
+                target = self.features(images)
+            distance = feature_distance(self.features(protected), target)
+            loss = transformation_loss(classification, distance, self.alpha)
+        if isinstance(self.classifier, AdaptedClassifier) and (penalty := self.classifier.penalty()) is not None:
+            loss = loss + penalty
         return Terms(loss, classification, distance, logits, protected)
 
     def own_state(self) -> StateDict:
-        """Weights of protection and classifier; the feature network is fixed and comes from its own source."""
+        """Weights of all that is trained; the feature network is fixed and comes from its own source."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith("features.")}
 
     def load_own_state(self, state: StateDict) -> None:
@@ -105,28 +140,42 @@ class System(nn.Module):
 
 
 def build_system(
-    config: Config, phase: Phase, num_classes: int, phi: StateDict | None, plain: StateDict | None
+    config: Config,
+    phase: Phase,
+    num_classes: int,
+    image_size: tuple[int, int],
+    phi: StateDict | None = None,
+    plain: StateDict | None = None,
+    key: Key | None = None,
 ) -> System:
     """Build the networks of one phase, freshly initialised from ``config.seed``.
 
     Args:
+        image_size: height and width of the plain images.
         phi: weights of a feature network that has weights of its own.
         plain: weights of the classifier from an earlier plain phase.
+        key: the key of a keyed protection.
     """
     torch.manual_seed(config.seed)
     channels = config.data.channels
 
-    def classifier(state: StateDict | None = None) -> nn.Module:
-        net: nn.Module = CLASSIFIERS.build(config.classifier, num_classes=num_classes, channels=channels)
+    def classifier(state: StateDict | None = None, adaptation: str = "none") -> nn.Module:
+        net = build_classifier(
+            config.classifier, adaptation, num_classes=num_classes, channels=channels, image_size=image_size
+        )
         if state is not None:
             net.load_state_dict(state)
         return net
 
     if phase.name == "plain":
-        return System(Plain(PlainOptions(), channels=channels), classifier(), None, 0.0, frozen=False)
-    protection: Protection = PROTECTIONS.build(config.protection, channels=channels)
+        adaptation = adaptation_of(config) if config.train.mode == "plain" else "none"
+        psi = classifier(adaptation=adaptation)
+        return System(Plain(PlainOptions(), channels=channels), psi, None, 0.0, frozen=False)
+    protection: Protection = PROTECTIONS.build(config.protection, channels=channels, key=key)
     frozen = phase.name == "frozen"
-    psi = classifier(plain if frozen else None)
-    kind = FEATURES.get(config.features.name)
-    features = kind(classifier(plain)) if kind is PlainClassifierFeatures else kind(phi)
-    return System(protection, psi, features, config.train.alpha, frozen)
+    psi = classifier(plain) if frozen else classifier(adaptation=adaptation_of(config))
+    features: nn.Module | None = None
+    if uses_features(config):
+        kind = FEATURES.get(config.features.name)
+        features = kind(classifier(plain)) if kind is PlainClassifierFeatures else kind(phi)
+    return System(protection, psi, features, config.train.alpha, frozen, protection.companion())

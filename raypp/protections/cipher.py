@@ -1,0 +1,137 @@
+"""Ciphers on pixels: every keyed scheme of this field permutes an image's values and inverts some of them.
+
+An image is cut into square blocks and read block by block as a row of symbols: its bytes, or their halves ("nibbles").
+A scheme is then a permutation of these symbols and a mask that is XORed onto them, both expanded from the key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raypp import registry
+from raypp.images import to_uint8
+from raypp.protections.base import Protection
+
+
+class KeyedOptions(registry.Options):
+    """Options of every keyed protection."""
+
+    key_file: registry.Location | None = None
+    """Take the key from this file instead of making a new one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """What one key does to images of one size.
+
+    Attributes:
+        index: int64 (S,), or (N, S) for a key per image: where output symbol j comes from; None where nothing moves.
+        mask: uint8 (S,), or (N, S) for a key per image: XORed onto the output symbols.
+    """
+
+    index: Tensor | None
+    mask: Tensor
+
+
+class Cipher(Protection):
+    """A permutation of symbols and a mask; subclasses expand their key in :meth:`expand`.
+
+    Images whose sides are no multiple of ``block`` are protected in the next larger size, their last row and column
+    repeated; ``unprotect`` then needs the original size.
+    """
+
+    block: ClassVar[int] = 4
+    nibbles: ClassVar[bool] = False
+
+    def __init__(self, options: Any, *, channels: int = 3) -> None:
+        super().__init__()
+        self.options, self.channels = options, channels
+        self._tables: dict[tuple[int, int, torch.device], Table] = {}
+
+    def expand(self, height: int, width: int) -> tuple[np.ndarray | None, np.ndarray]:
+        """Expand the key for padded images of this size into index and mask, see :class:`Table`."""
+        raise NotImplementedError
+
+    def num_blocks(self, height: int, width: int) -> int:
+        return (height // self.block) * (width // self.block)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Protect float images; they are rounded to 8 bits first, as a cipher works on bytes."""
+        return self._protect(to_uint8(images), self.training_table(images)).to(images.dtype) / 255
+
+    @torch.inference_mode()
+    def protect(self, images: Tensor) -> Tensor:
+        return self._protect(images, self.table(images))
+
+    @torch.inference_mode()
+    def unprotect(self, protected: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Return the plain images, exactly.
+
+        Args:
+            protected: uint8 (N, C, H, W), as :meth:`protect` returned them.
+            size: (H, W) of the plain images; None where their sides are multiples of the block's.
+        """
+        table = self.table(protected)
+        symbols = self._symbols(protected) ^ table.mask
+        if table.index is not None:
+            symbols = symbols[:, torch.argsort(table.index)]
+        plain = self._images(symbols, protected.shape)
+        return plain if size is None else plain[:, :, : size[0], : size[1]]
+
+    def table(self, images: Tensor) -> Table:
+        """The key's table for images N x C x H x W, expanded once per size and device."""
+        height, width = (-(-side // self.block) * self.block for side in images.shape[-2:])
+        at = (height, width, images.device)
+        if at not in self._tables:
+            index, mask = self.expand(height, width)
+            moved = None if index is None else torch.from_numpy(index).to(images.device)
+            self._tables[at] = Table(moved, torch.from_numpy(mask).to(images.device))
+        return self._tables[at]
+
+    def training_table(self, images: Tensor) -> Table:
+        """The table that training and evaluation use; another one only where every image has a key of its own."""
+        return self.table(images)
+
+    def aligned(self, images: Tensor) -> Tensor:
+        """Repeat the last row and column until both sides are multiples of the block's."""
+        for dim in (-2, -1):
+            missing = -images.shape[dim] % self.block
+            if missing:
+                last = images.narrow(dim, images.shape[dim] - 1, 1)
+                images = torch.cat((images, *[last] * missing), dim)
+        return images
+
+    def _protect(self, images: Tensor, table: Table) -> Tensor:
+        images = self.aligned(images)
+        symbols = self._symbols(images)
+        if table.index is not None:
+            symbols = symbols[:, table.index] if table.index.ndim == 1 else symbols.gather(1, table.index)
+        return self._images(symbols ^ table.mask, images.shape)
+
+    def _symbols(self, images: Tensor) -> Tensor:
+        """uint8 (N, C, H, W) to symbols (N, S): blocks in raster order, inside (row, column, channel), low half first.
+
+        Reading order as in the public code of Tanaka 2018.
+        """
+        num, channels, height, width = images.shape
+        b = self.block
+        blocks = images.view(num, channels, height // b, b, width // b, b).permute(0, 2, 4, 3, 5, 1)
+        blocks = blocks.reshape(num, -1, b * b * channels)
+        if self.nibbles:
+            blocks = torch.cat((blocks & 15, blocks >> 4), dim=2)
+        return blocks.reshape(num, -1)
+
+    def _images(self, symbols: Tensor, shape: torch.Size) -> Tensor:
+        """Invert :meth:`_symbols`."""
+        num, channels, height, width = shape
+        b = self.block
+        if self.nibbles:
+            low, high = symbols.view(num, self.num_blocks(height, width), -1).chunk(2, dim=2)
+            symbols = (high << 4) | low
+        blocks = symbols.reshape(num, height // b, width // b, b, b, channels)
+        return blocks.permute(0, 5, 1, 3, 2, 4).reshape(shape)

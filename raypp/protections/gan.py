@@ -1,0 +1,120 @@
+"""GAN-based image transformation: an **approximation** of reference [19] of the paper, whose details we do not have.
+
+Source: Sirichotedumrong, Kiya, "A GAN-based image transformation scheme for privacy-preserving deep neural networks",
+EUSIPCO 2020 (arXiv 2006.01342). Known from its abstract: no key; a network turns plain images into protected ones that
+a classifier takes as they are. Known from notes of others: perceptual, classification and per-pixel losses, a CycleGAN
+backbone. Everything else here is ours: pixel-based encryption with independent keys is what the discriminator takes
+for real and what the pixel and perceptual losses aim at, and so are all weights and widths.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from raypp import registry
+from raypp.keys import Key
+from raypp.protections.base import Protection
+from raypp.protections.pixel import Pixel, PixelOptions
+
+
+class GANOptions(registry.Options):
+    name: Literal["gan"] = "gan"
+    width: int = Field(64, ge=1, le=512)
+    """Channels of the generator's and the discriminator's first layer."""
+    num_blocks: int = Field(6, ge=1, le=16)
+    """Residual blocks of the generator."""
+    adversarial: float = Field(0.1, ge=0)
+    """Weight of the adversarial loss."""
+    pixel: float = Field(1.0, ge=0)
+    """Weight of the per-pixel squared error to the encrypted target."""
+    perceptual: float = Field(0.001, ge=0)
+    """Weight of the squared feature distance to the encrypted target."""
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width), nn.ReLU(inplace=True),
+            nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.layers(x)
+        return y
+
+
+class GAN(Protection):
+    """CycleGAN's generator (Zhu, Park, Isola, Efros 2017): c7s1-64, d128, d256, residual blocks, u128, u64, c7s1-3.
+
+    Sides that are no multiple of 4 are padded inside and cut again.
+    """
+
+    Options: ClassVar[type[registry.Options]] = GANOptions
+    trained: ClassVar[bool] = True
+    least_side: ClassVar[int] = 8
+
+    def __init__(self, options: GANOptions, *, channels: int = 3, key: Key | None = None) -> None:
+        super().__init__()
+        self.options, self.channels = options, channels
+        w = options.width
+        up = nn.Upsample(scale_factor=2, mode="nearest")
+        self.layers = nn.Sequential(
+            nn.ReflectionPad2d(3), nn.Conv2d(channels, w, 7), nn.InstanceNorm2d(w), nn.ReLU(inplace=True),
+            nn.Conv2d(w, 2 * w, 3, 2, 1), nn.InstanceNorm2d(2 * w), nn.ReLU(inplace=True),
+            nn.Conv2d(2 * w, 4 * w, 3, 2, 1), nn.InstanceNorm2d(4 * w), nn.ReLU(inplace=True),
+            *(ResidualBlock(4 * w) for _ in range(options.num_blocks)),
+            up, nn.Conv2d(4 * w, 2 * w, 3, 1, 1), nn.InstanceNorm2d(2 * w), nn.ReLU(inplace=True),
+            up, nn.Conv2d(2 * w, w, 3, 1, 1), nn.InstanceNorm2d(w), nn.ReLU(inplace=True),
+            nn.ReflectionPad2d(3), nn.Conv2d(w, channels, 7),
+        )  # fmt: skip
+
+    @classmethod
+    def uses_features(cls, options: Any, alpha: float) -> bool:
+        return bool(options.perceptual > 0)
+
+    def companion(self) -> nn.Module:
+        return Adversary(self.options, self.channels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        padded = F.pad(images, (0, -width % 4, 0, -height % 4), mode="replicate")
+        x = self.layers(2 * padded - 1)[:, :, :height, :width]
+        # In float32: bfloat16 could not tell neighbouring 8-bit values near 1 apart.
+        return (torch.tanh(x.float()) + 1) / 2
+
+
+class Adversary(nn.Module):
+    """A patch discriminator between encrypted and generated images (hinge loss), and the generator's other losses."""
+
+    def __init__(self, options: GANOptions, channels: int) -> None:
+        super().__init__()
+        self.options = options
+        self.target = Pixel(PixelOptions(keys="per_image"), channels=channels)
+        norm, w = nn.utils.parametrizations.spectral_norm, options.width
+        self.discriminator = nn.Sequential(
+            norm(nn.Conv2d(channels, w, 4, 2, 1)), nn.LeakyReLU(0.2),
+            norm(nn.Conv2d(w, 2 * w, 4, 2, 1)), nn.LeakyReLU(0.2),
+            norm(nn.Conv2d(2 * w, 1, 3, 1, 1)),
+        )  # fmt: skip
+
+    def forward(self, plain: Tensor, protected: Tensor, features: nn.Module | None) -> Tensor:
+        """Discriminator's and generator's losses in one scalar; each reaches its own weights only."""
+        target = self.target(plain)
+        real, fake = self.discriminator(target), self.discriminator(protected.detach())
+        loss: Tensor = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+        fixed = {name: value.detach() for name, value in self.discriminator.state_dict(keep_vars=True).items()}
+        judged = torch.func.functional_call(self.discriminator, fixed, (protected,))
+        loss = loss - self.options.adversarial * judged.mean()
+        loss = loss + self.options.pixel * F.mse_loss(protected, target)
+        if features is not None:
+            with torch.no_grad():
+                wanted = features(target)
+            distance = F.mse_loss(features(protected).float(), wanted.float())
+            loss = loss + self.options.perceptual * distance
+        return loss

@@ -1,0 +1,54 @@
+"""Tanaka's learnable image encryption (LE): one key for every 4 x 4 block of every image.
+
+Source: M. Tanaka, "Learnable image encryption", ICCE-TW 2018; order of symbols as in its public code. Each block's 48
+bytes become 96 nibbles, which are permuted and some of them inverted. ``parity`` takes the mask as that code does, from
+the permutation itself: 47 of 96 nibbles are marked, before and after the move. A key of ours has a mask of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from raypp import registry
+from raypp.keys import Key
+from raypp.protections.base import required
+from raypp.protections.cipher import Cipher, KeyedOptions
+
+
+class TanakaOptions(KeyedOptions):
+    name: Literal["tanaka"] = "tanaka"
+    parity: int | None = Field(None, ge=0, lt=2**32)
+    """Draw the permutation from this seed as published code does, to compare with it. Not a secret key."""
+
+
+class Tanaka(Cipher):
+    """LE on 4 x 4 blocks; reversible."""
+
+    Options: ClassVar[type[registry.Options]] = TanakaOptions
+    nibbles: ClassVar[bool] = True
+    adaptation: ClassVar[str] = "block"
+
+    def __init__(self, options: TanakaOptions, *, channels: int = 3, key: Key | None = None) -> None:
+        super().__init__(options, channels=channels)
+        num = 2 * self.block**2 * channels
+        if options.parity is not None:
+            self._order = np.random.RandomState(options.parity).permutation(num)
+            marked = self._order > num // 2
+            self._inverted = marked ^ marked[self._order]
+        else:
+            secret = required(key, options.name)
+            self._order = secret.permutations("tanaka order", 1, num)[0]
+            self._inverted = secret.bits("tanaka inversion", num).astype(bool)
+
+    @classmethod
+    def needs_key(cls, options: Any) -> bool:
+        return options.parity is None
+
+    def expand(self, height: int, width: int) -> tuple[np.ndarray | None, np.ndarray]:
+        num_blocks = self.num_blocks(height, width)
+        starts = np.arange(num_blocks)[:, None] * len(self._order)
+        mask = np.where(self._inverted, 15, 0).astype(np.uint8)
+        return (starts + self._order).ravel(), np.tile(mask, num_blocks)
