@@ -75,7 +75,7 @@ def open_run(config: Config, name: str, *, resume: bool = False) -> Iterator[Run
         settled, phi, warning = prepare(config)  # before the folder: a mistake found here leaves no trace
         key = new_key(config)
         _create(storage)
-    with lock(storage, name):
+    with lock(storage, f"run {name!r}"):
         if resume:
             before = _stored(storage, "config.yaml")
             _same_configuration(config, before, name)
@@ -255,7 +255,7 @@ def _refuse_taken(storage: Storage, name: str) -> None:
 
 
 @contextmanager
-def lock(storage: Storage, name: str) -> Iterator[None]:
+def lock(storage: Storage, what: str) -> Iterator[None]:
     """Keep other drivers out of a run or a table; freed when this process dies. Object stores have no locks."""
     if not storage.local:
         yield
@@ -270,7 +270,7 @@ def lock(storage: Storage, name: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StorageError(f"{name!r} is in use by another process; wait for it or take another --name") from None
+            raise StorageError(f"{what} is in use by another process; wait for it or take another --name") from None
         yield
 
 

@@ -28,8 +28,8 @@ from raypp.storage import Storage
 
 CELLS = "cells"
 FILES = ("table1.csv", "table1.md", "table1.png")
-# What a departure from the paper may lie in; alpha and the protection are what the rows differ in.
-COMPARED = ("data.", "protection.width", "protection.depth", "protection.skips", "classifier.", "features.", "train.")
+# What a departure from the paper may lie in; alpha is what rows differ in.
+COMPARED = ("data.", "protection.", "classifier.", "features.", "train.")
 NOT_COMPARED = ("data.source.root", "train.alpha", "train.mode", "train.eval_batch_size", "train.precision")
 
 
@@ -53,6 +53,8 @@ class Cell:
     method: Method
     seed: int
     config: Config
+    base: Config
+    """The data set's preset with the command's settings, before the row's own."""
 
     @property
     def name(self) -> str:
@@ -122,11 +124,11 @@ def cells(
     grid = []
     for dataset in datasets:
         base = load_tree(dataset, flags=tuple(flags))
-        validate(base)
+        proposed = validate(base)
         for name in chosen:
             for seed in seeds:
                 config = _configure(base, known[name], seed, storage)
-                grid.append(Cell(Path(dataset).stem, known[name], seed, config))
+                grid.append(Cell(Path(dataset).stem, known[name], seed, config, proposed))
     return grid
 
 
@@ -207,7 +209,7 @@ def open_table(storage: Storage, name: str, *, resume: bool) -> Iterator[Storage
             (folder.path / CELLS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"cannot create {folder.uri}: {error.strerror}") from error
-    with lock(folder, name):
+    with lock(folder, f"table {name!r}"):
         yield folder
 
 
@@ -259,19 +261,13 @@ def departures(grid: Sequence[Cell], summaries: dict[str, dict[str, Any]]) -> li
     sentences = []
     for dataset in dict.fromkeys(cell.dataset for cell in grid):
         mine = [cell for cell in grid if cell.dataset == dataset]
-        learned = next((c.config for c in mine if c.config.protection.name == "learned"), None)
-        config = learned or mine[0].config
         paper = paper_name(dataset)
         if paper is not None:
             theirs = flatten(validate(load_tree(paper)).model_dump(mode="json"))
-            ours = flatten(config.model_dump(mode="json"))
-            if learned is None:
-                ours = {key: value for key, value in ours.items() if not key.startswith("protection.")}
+            ours = flatten(mine[0].base.model_dump(mode="json"))
             for key in sorted(ours.keys() | theirs.keys()):
                 compared = key.startswith(COMPARED) and not key.startswith(NOT_COMPARED)
-                if not compared or (learned is None and key.startswith("protection.")):
-                    continue
-                if ours.get(key) != theirs.get(key):
+                if compared and ours.get(key) != theirs.get(key):
                     found, wanted = _shown(ours.get(key)), _shown(theirs.get(key))
                     sentences.append(f"{dataset}: {key} is {found}; the paper's experiment has {wanted}")
         for cell in mine:

@@ -92,7 +92,12 @@ def test_both_parts_load_by_themselves(bundle: Path, tmp_path: Path) -> None:
 def test_the_public_part_holds_nothing_private(trained: Trained) -> None:
     public = trained.bundle / "public"
     assert {p.name for p in public.rglob("*")} == {"protection.json", "protection.safetensors", MANIFEST}
-    assert json.loads((public / "protection.json").read_text()).keys() == {"protection", "channels", "image_size"}
+    assert json.loads((public / "protection.json").read_text()).keys() == {
+        "protection",
+        "channels",
+        "image_size",
+        "key",
+    }
     weights = load_file(public / "protection.safetensors")
     assert weights.keys() == trained.fit.system.protection.state_dict().keys()
     secrets = [*trained.fit.data.classes, "resnet20", "classifier", "shapes", str(trained.run.parent), "accuracy"]

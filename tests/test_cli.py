@@ -23,7 +23,18 @@ from raypp.data import SOURCES
 from raypp.images import write_png
 
 Captured = pytest.CaptureFixture[str]
-COMMANDS = ["train", "quickstart", "evaluate", "protect", "config", "data", "data ls", "data convert", "data check"]
+COMMANDS = [
+    "train",
+    "quickstart",
+    "table1",
+    "evaluate",
+    "protect",
+    "config",
+    "data",
+    "data ls",
+    "data convert",
+    "data check",
+]
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
 
 

@@ -52,7 +52,7 @@ def test_paper_presets_hold_section_3a(name: str, num_val: int) -> None:
         "shuffle_buffer": 10_000,
     }
     assert config.protection.model_dump() == {"name": "learned", "width": 64, "depth": 4, "skips": None}
-    assert config.classifier.model_dump() == {"name": "resnet20"}
+    assert config.classifier.model_dump() == {"name": "resnet20", "width": 16}
     assert config.features.model_dump() == {"name": "vgg16", "weights": "torchvision"}
     train = config.train
     assert (train.mode, train.epochs, train.batch_size) == ("joint", 200, 128)

@@ -215,10 +215,15 @@ def test_pixel_without_key_management_draws_a_key_for_every_image(colour_shuffle
 
 
 @pytest.mark.parametrize(
-    "options", [{"parity": 1, "colour_shuffle": True}, {"parity": 1, "keys": "per_image"}, {"keys": "per_image", "key_file": "k"}]
-)  # fmt: skip
+    "options",
+    [
+        {"parity": 1, "colour_shuffle": True},
+        {"parity": 1, "keys": "per_image"},
+        {"keys": "per_image", "key_file": "k"},
+    ],
+)
 def test_options_of_pixel_that_do_not_go_together_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="parity|key_file"):
+    with pytest.raises(ValueError, match=r"parity|key_file"):
         build("pixel", options)
 
 
