@@ -110,13 +110,13 @@ class ShuffledBlockAdaptation(Adaptation):
 
     def _normalised(self) -> Tensor:
         """Each block's weights over their largest singular value, which one power iteration per step follows."""
-        with torch.no_grad():
-            weight = self.weight.float()
-            right = F.normalize(torch.einsum("bi,biw->bw", self.left, weight), dim=1)
-            if self.training:
-                self.left.copy_(F.normalize(torch.einsum("biw,bw->bi", weight, right), dim=1))
-        sigma = torch.einsum("bi,biw,bw->b", self.left.clone(), self.weight, right)
-        return self.weight / sigma[:, None, None]
+        with torch.autocast(self.weight.device.type, enabled=False):
+            with torch.no_grad():
+                right = F.normalize(torch.einsum("bi,biw->bw", self.left, self.weight), dim=1)
+                if self.training:
+                    self.left.copy_(F.normalize(torch.einsum("biw,bw->bi", self.weight, right), dim=1))
+            sigma = torch.einsum("bi,biw,bw->b", self.left.clone(), self.weight, right)
+            return self.weight / sigma[:, None, None]
 
 
 class PixelAdaptation(Adaptation):
