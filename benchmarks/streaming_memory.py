@@ -1,8 +1,10 @@
 """Whether streaming's memory stays flat as the training set grows: peak memory of ``raypp train`` on N and 10 N images.
 
-Each set is written as Parquet (random 32 x 32 PNGs, in the layout of ``raypp data convert``) and trained on for one
-epoch by ``raypp train`` in a fresh process: plain mode, ResNet-20, one Ray Train worker; once streamed, once held in
-memory. Peaks include everything that Ray starts.
+Each set is written as Parquet (random 64 x 64 PNGs, in the layout of ``raypp data convert``, in files so small that
+even the smaller set has several) and trained on for one epoch by ``raypp train`` in a fresh process: plain mode, a
+ResNet-20 of width 2 so that reading is what takes the time, one Ray Train worker; once streamed, once held in memory.
+The smaller set has to be larger than all buffers (data.shuffle_buffer, 128 MiB of blocks in flight): what fills for the
+first time is not growth. Peaks include everything that Ray starts.
 
 The measure. Every ``--interval`` seconds, over all descendants of this process:
 
@@ -49,7 +51,9 @@ PR_SET_CHILD_SUBREAPER = 36
 NUM_CLASSES = 10
 NUM_VAL = 500
 NUM_TEST = 200
-ROWS_PER_FILE = 50_000
+ROWS_PER_FILE = 5_000
+SIDE = 64
+IMAGE_BYTES = SIDE * SIDE * 3
 REAP_SECONDS = 60
 MIB = 2**20
 
@@ -91,9 +95,9 @@ def write_set(folder: Path, num_train: int) -> None:
 
 
 def pictures(labels: np.ndarray, random: np.random.Generator) -> Iterator[bytes]:
-    """PNGs of random blocks with noise, brighter with the label: about 2.5 kB each, no two alike."""
-    blocks = random.integers(0, 150, (len(labels), 8, 8, 3)) + 8 * labels[:, None, None, None]
-    whole = blocks.repeat(4, axis=1).repeat(4, axis=2) + random.integers(0, 24, (len(labels), 32, 32, 3))
+    """PNGs of random blocks with noise, brighter with the label: about 10 kB each, no two alike."""
+    blocks = random.integers(0, 150, (len(labels), SIDE // 4, SIDE // 4, 3)) + 8 * labels[:, None, None, None]
+    whole = blocks.repeat(4, axis=1).repeat(4, axis=2) + random.integers(0, 24, (len(labels), SIDE, SIDE, 3))
     for pixels in whole.astype(np.uint8):
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, format="png", compress_level=1)
@@ -147,13 +151,13 @@ def train(folder: Path, dataset: Path, stream: bool, shuffle_buffer: int, interv
     tree = {
         "data": {
             "source": {"name": "parquet", "path": str(dataset)},
-            "image_size": [32, 32],
+            "image_size": [SIDE, SIDE],
             "num_val": NUM_VAL,
             "stream": stream,
             "shuffle_buffer": shuffle_buffer,
         },
         "protection": {"name": "plain"},
-        "classifier": {"name": "resnet20"},
+        "classifier": {"name": "resnet20", "width": 2},
         "features": {"name": "plain_classifier"},
         "train": {"mode": "plain", "epochs": 1},
         "cluster": {"num_workers": 1, "storage": str(folder)},
@@ -201,7 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num", type=int, default=20_000, help="training images of the small set")
     parser.add_argument("--factor", type=int, default=10, help="how many times larger the large set is")
-    parser.add_argument("--shuffle-buffer", type=int, default=10_000, help="data.shuffle_buffer, raypp's default")
+    parser.add_argument("--shuffle-buffer", type=int, default=2_000, help="data.shuffle_buffer")
     parser.add_argument("--interval", type=float, default=1.0, help="seconds between samples; one costs tens of ms")
     parser.add_argument("--modes", nargs="+", choices=["stream", "memory"], default=["stream", "memory"])
     parser.add_argument("--json", type=Path, help="write the results here")
@@ -224,7 +228,7 @@ def main() -> None:
         [
             f"{mode}, {num:,} images",
             f"{on_disk[num]:,.0f}",
-            f"{num * 32 * 32 * 3 / MIB:,.0f}",
+            f"{num * IMAGE_BYTES / MIB:,.0f}",
             f"{run['peak_mib']:,.0f}",
             f"{run['peak_object_store_mib']:,.0f}",
             f"{run['images_per_s']:,.0f}",
@@ -236,7 +240,7 @@ def main() -> None:
     ]
     columns = ["", "set MiB", "decoded MiB", "peak MiB", "object store MiB", "images/s", "command s", "samples"]
     show_table("peak memory of raypp train with all of Ray, one run each", columns, rows)
-    more_decoded = (sizes[1] - sizes[0]) * 32 * 32 * 3 / MIB
+    more_decoded = (sizes[1] - sizes[0]) * IMAGE_BYTES / MIB
     growth = {}
     for mode, runs in found.items():
         small, large = (runs[num]["peak_mib"] for num in sizes)

@@ -41,9 +41,10 @@ Tiny = Callable[..., Config]
 
 
 def tiny_flags(storage: Path, **changes: object) -> list[str]:
-    """Flags that make the preset quickstart tiny; ``train__epochs=1`` stands for ``--train.epochs 1``."""
+    """Flags that make the preset quickstart tiny; ``train__epochs=1`` stands for ``--train.epochs 1``; another
+    ``protection`` comes without the sizes of the U-Net."""
     settings = TINY | {key.replace("__", "."): str(value) for key, value in changes.items()}
-    if settings.get("protection") == "plain":
+    if "protection" in settings:
         settings = {key: value for key, value in settings.items() if not key.startswith("protection.")}
     pairs = [(f"--{key}", value) for key, value in settings.items()]
     return [word for pair in pairs for word in pair] + ["--cluster.storage", str(storage)]

@@ -11,16 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Trained
+from conftest import CPU, Trained, tiny_flags
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from raypp.bundle import MANIFEST, SCHEMA, load_private, load_public, verify, write_manifest
 from raypp.client import protect_images
+from raypp.config import load_config
 from raypp.errors import BundleError, RayppError
 from raypp.evaluation.evaluate import evaluate_bundle
 from raypp.images import round_8bit
+from raypp.keys import Key
+from raypp.progress import Display
+from raypp.runs import open_run, train_locally
 
 
 @pytest.fixture
@@ -308,3 +312,57 @@ def test_resealed_garbage_in_the_private_part_is_one_sentence(bundle: Path, file
             evaluate_bundle(bundle)
     else:
         refusal(load_private, bundle)
+
+
+# Keys
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of a run whose protection has a key."""
+    storage = tmp_path_factory.mktemp("keyed")
+    config = load_config("quickstart", flags=tiny_flags(storage, train__epochs=1, protection="tanaka"))
+    with open_run(config, "run") as run:
+        train_locally(run, Display(quiet=True), CPU)
+    return storage / "run" / "bundle"
+
+
+def test_the_key_stays_in_the_private_part(keyed: Path) -> None:
+    key = Key.read(keyed / "private" / "protection.key")
+    assert (keyed / "private" / "protection.key").stat().st_mode & 0o777 == 0o600
+    public = json.loads((keyed / "public" / "protection.json").read_text())
+    assert public["key"] == key.identifier
+    assert public["protection"] == {"name": "tanaka", "parity": None}
+    for path in keyed.rglob("*"):
+        if path.is_file() and path.name != "protection.key":
+            assert key.text().strip() not in path.read_text(errors="replace")
+    assert "whoever has the key" in (keyed / "MODEL_CARD.md").read_text()
+
+
+def test_a_keyed_client_brings_its_key_or_is_told_to(keyed: Path, tmp_path: Path) -> None:
+    public = shutil.copytree(keyed / "public", tmp_path / "public")
+    key = Key.read(keyed / "private" / "protection.key")
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    expected = load_public(keyed).protection.protect(images)
+    assert torch.equal(load_public(public, key).protection.protect(images), expected)
+    sentence = f"needs its key {key.identifier}: --key FILE; its owner has it as private/protection.key"
+    assert sentence in refusal(load_public, public)
+    other = Key.generate()
+    assert f"the key {other.identifier} is not that of" in refusal(load_public, public, other)
+    assert evaluate_bundle(keyed)["num_images"] == 30
+
+
+def test_a_key_file_is_taken_over(keyed: Path, tmp_path: Path) -> None:
+    key = Key.read(keyed / "private" / "protection.key")
+    options = f"{{name: tanaka, key_file: {keyed / 'private' / 'protection.key'}}}"
+    flags = ["--protection", options, "--cluster.storage", str(tmp_path)]
+    with open_run(load_config("quickstart", flags=flags), "again") as run:
+        assert run.key is not None
+        assert run.key.identifier == key.identifier
+    missing = ["--protection", "{name: ele, key_file: none}", "--cluster.storage", str(tmp_path)]
+    with (
+        pytest.raises(RayppError, match=r"key file .*none' cannot be read: No such file"),
+        open_run(load_config("quickstart", flags=missing), "refused"),
+    ):
+        pass
+    assert not (tmp_path / "refused").exists()
