@@ -30,8 +30,8 @@ class Table:
     """What one key does to images of one size.
 
     Attributes:
-        index: int64 (S,), or (N, S) for a key per image: where output symbol j comes from; None where nothing moves.
-        mask: uint8 (S,), or (N, S) for a key per image: XORed onto the output symbols.
+        index: int64 (S,), or (S, N) for a key per image: where output symbol j comes from; None where nothing moves.
+        mask: uint8 (S, 1), or (S, N) for a key per image: XORed onto the output symbols.
     """
 
     index: Tensor | None
@@ -54,7 +54,7 @@ class Cipher(Protection):
         self._tables: dict[tuple[int, int, torch.device], Table] = {}
 
     def expand(self, height: int, width: int) -> tuple[np.ndarray | None, np.ndarray]:
-        """Expand the key for padded images of this size into index and mask, see :class:`Table`."""
+        """Expand the key for padded images of this size into an index (S,), or None, and a mask (S,)."""
         raise NotImplementedError
 
     def num_blocks(self, height: int, width: int) -> int:
@@ -79,7 +79,7 @@ class Cipher(Protection):
         table = self.table(protected)
         symbols = self._symbols(protected) ^ table.mask
         if table.index is not None:
-            symbols = symbols[:, torch.argsort(table.index)]
+            symbols = symbols.index_select(0, torch.argsort(table.index))
         plain = self._images(symbols, protected.shape)
         return plain if size is None else plain[:, :, : size[0], : size[1]]
 
@@ -90,7 +90,7 @@ class Cipher(Protection):
         if at not in self._tables:
             index, mask = self.expand(height, width)
             moved = None if index is None else torch.from_numpy(index).to(images.device)
-            self._tables[at] = Table(moved, torch.from_numpy(mask).to(images.device))
+            self._tables[at] = Table(moved, torch.from_numpy(mask).to(images.device)[:, None])
         return self._tables[at]
 
     def training_table(self, images: Tensor) -> Table:
@@ -110,28 +110,30 @@ class Cipher(Protection):
         images = self.aligned(images)
         symbols = self._symbols(images)
         if table.index is not None:
-            symbols = symbols[:, table.index] if table.index.ndim == 1 else symbols.gather(1, table.index)
+            common = table.index.ndim == 1
+            symbols = symbols.index_select(0, table.index) if common else symbols.gather(0, table.index)
         return self._images(symbols ^ table.mask, images.shape)
 
     def _symbols(self, images: Tensor) -> Tensor:
-        """uint8 (N, C, H, W) to symbols (N, S): blocks in raster order, inside (row, column, channel), low half first.
+        """uint8 (N, C, H, W) to symbols (S, N): blocks in raster order, inside (row, column, channel), low half first.
 
-        Reading order as in the public code of Tanaka 2018.
+        Reading order as in the public code of Tanaka 2018. The batch comes last, so that a permutation copies rows of it
+        and not single bytes (on a CPU 3 to 4 times the images/s).
         """
         num, channels, height, width = images.shape
         b = self.block
-        blocks = images.view(num, channels, height // b, b, width // b, b).permute(0, 2, 4, 3, 5, 1)
-        blocks = blocks.reshape(num, -1, b * b * channels)
+        blocks = images.view(num, channels, height // b, b, width // b, b).permute(2, 4, 3, 5, 1, 0)
         if self.nibbles:
-            blocks = torch.cat((blocks & 15, blocks >> 4), dim=2)
-        return blocks.reshape(num, -1)
+            blocks = blocks.reshape(-1, b * b * channels, num)
+            blocks = torch.cat((blocks & 15, blocks >> 4), dim=1)
+        return blocks.reshape(-1, num)
 
     def _images(self, symbols: Tensor, shape: torch.Size) -> Tensor:
         """Invert :meth:`_symbols`."""
         num, channels, height, width = shape
         b = self.block
         if self.nibbles:
-            low, high = symbols.view(num, self.num_blocks(height, width), -1).chunk(2, dim=2)
+            low, high = symbols.view(self.num_blocks(height, width), -1, num).chunk(2, dim=1)
             symbols = (high << 4) | low
-        blocks = symbols.reshape(num, height // b, width // b, b, b, channels)
-        return blocks.permute(0, 5, 1, 3, 2, 4).reshape(shape)
+        blocks = symbols.reshape(height // b, width // b, b, b, channels, num)
+        return blocks.permute(5, 4, 0, 2, 1, 3).reshape(shape)

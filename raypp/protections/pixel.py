@@ -105,7 +105,7 @@ class Pixel(Cipher):
     def _fresh(self, images: Tensor, mask: Tensor, orders: Tensor | None) -> Table:
         index = None
         if orders is not None:
-            pixels = torch.arange(images[0].numel() // 3)[:, None] * 3
-            chosen = torch.from_numpy(ORDERS)[orders].view(len(images), -1, 3)
-            index = (pixels + chosen).flatten(1).to(images.device)
-        return Table(index, mask.view(len(images), -1))
+            pixels = torch.arange(images[0].numel() // 3)[:, None] * 3  # (H * W, 1), of each pixel the first value
+            chosen = torch.from_numpy(ORDERS)[orders].view(-1, len(images), 3)
+            index = (pixels[:, None] + chosen).permute(0, 2, 1).flatten(0, 1).to(images.device)
+        return Table(index, mask.view(-1, len(images)))
