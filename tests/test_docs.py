@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-GUIDES = ("docs/train.md", "docs/data.md", "docs/bundle.md")
+GUIDES = ("docs/train.md", "docs/data.md", "docs/bundle.md", "docs/protections.md")
 NOT_RUN = "# not run by the tests"
 
 

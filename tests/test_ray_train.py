@@ -49,10 +49,14 @@ class Cluster:
         self.client, self.head = client, head
 
     def training_workers(self) -> list[psutil.Process]:
+        return self.processes("RayTrainWorker")
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Processes of this cluster whose title, which Ray sets to what they run, holds ``title``."""
         found = []
         for process in psutil.Process(self.head.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if "RayTrainWorker" in " ".join(process.cmdline()):
+                if title in " ".join(process.cmdline()):
                     found.append(process)
         return found
 
@@ -265,6 +269,24 @@ def test_storage_that_becomes_unwritable_loses_nothing(cluster: Cluster, tmp_pat
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert epochs_of(folder) == expected(4)
     assert kept >= 2
+
+
+def test_table1_outlives_a_killed_cell(cluster: Cluster, tmp_path: Path) -> None:
+    table = tmp_path / "table"
+    flags = [*TINY, "--data.source.num_train", "2000", "--train.epochs", "4", "--cluster.max_failures", "1"]
+    grid = ["--datasets", "quickstart", "--methods", "plain", "tanaka", "--storage", str(tmp_path), "--name", "table"]
+    process = cluster.popen(["raypp", "table1", *grid, *flags])
+    victim_cell = table / "cells" / "quickstart-tanaka-seed0"
+    wait_until(lambda: len(history(victim_cell)) >= 1, process)
+    cluster.processes("ray::_train")[0].kill()
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    assert epochs_of(victim_cell) == [("joint", n + 1) for n in range(4)]
+    assert epochs_of(table / "cells" / "quickstart-plain-seed0") == [("plain", n + 1) for n in range(4)]
+    rows = (table / "table1.csv").read_text().splitlines()
+    assert [row.split(",")[1] for row in rows[1:]] == ["plain", "tanaka"]
+    assert all(row.split(",")[3] for row in rows[1:])
+    assert (table / "table1.png").stat().st_size > 1000
 
 
 def test_the_job_of_the_docstring_trains_on_a_cluster(cluster: Cluster, tmp_path: Path) -> None:
