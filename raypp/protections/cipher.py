@@ -117,8 +117,8 @@ class Cipher(Protection):
     def _symbols(self, images: Tensor) -> Tensor:
         """uint8 (N, C, H, W) to symbols (S, N): blocks in raster order, inside (row, column, channel), low half first.
 
-        Reading order as in the public code of Tanaka 2018. The batch comes last, so that a permutation copies rows of it
-        and not single bytes (on a CPU 3 to 4 times the images/s).
+        Reading order as in the public code of Tanaka 2018. The batch comes last, so that a permutation copies rows of
+        it and not single bytes (on a CPU 3 to 4 times the images/s).
         """
         num, channels, height, width = images.shape
         b = self.block
