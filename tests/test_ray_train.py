@@ -47,6 +47,7 @@ class Cluster:
 
     def __init__(self, client: dict[str, str], head: subprocess.Popen[bytes]) -> None:
         self.client, self.head = client, head
+        self.started: list[subprocess.Popen[str]] = []
 
     def training_workers(self) -> list[psutil.Process]:
         return self.processes("RayTrainWorker")
@@ -62,7 +63,9 @@ class Cluster:
 
     def popen(self, arguments: list[str]) -> subprocess.Popen[str]:
         pipe = subprocess.PIPE
-        return subprocess.Popen(arguments, env=self.client, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+        process = subprocess.Popen(arguments, env=self.client, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+        self.started.append(process)
+        return process
 
     def run(self, arguments: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(arguments, env=self.client, capture_output=True, text=True, timeout=400, cwd=ROOT)
@@ -90,8 +93,11 @@ def cluster() -> Iterator[Cluster]:
     family: list[psutil.Process] = []
     try:
         wait_until(lambda: listens(PORT) and listens(DASHBOARD), head, 120)
-        yield Cluster(client, head)
+        made = Cluster(client, head)
+        yield made
         family = psutil.Process(head.pid).children(recursive=True)
+        for process in made.started:  # what a failed test has left running
+            process.kill()
     finally:
         head.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
