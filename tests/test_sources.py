@@ -117,11 +117,11 @@ def test_registry() -> None:
 # CIFAR
 
 
-def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, dataset: Any) -> np.ndarray:
-    """Write three images a file in torchvision's own layout and have torchvision expect these files."""
+def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, dataset: Any, num: int = 3) -> np.ndarray:
+    """Write ``num`` images (a multiple of three) a file in torchvision's own layout, which it then expects."""
     folder = root / dataset.base_folder
     folder.mkdir(parents=True)
-    images = noise(3 * (len(dataset.train_list) + 1), 32)
+    images = noise(num * (len(dataset.train_list) + 1), 32)
     fine = dataset is datasets.CIFAR100
 
     def write(name: str, content: dict[str, Any]) -> str:
@@ -131,8 +131,9 @@ def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, dataset: Any) -> np
 
     lists = []
     for i, (name, _) in enumerate([*dataset.train_list, *dataset.test_list]):
-        flat = images[3 * i : 3 * i + 3].transpose(0, 3, 1, 2).reshape(3, -1)
-        labels = {"fine_labels": [2, 0, 1], "coarse_labels": [0, 0, 0]} if fine else {"labels": [2, 0, 1]}
+        flat = images[num * i : num * i + num].transpose(0, 3, 1, 2).reshape(3, -1)
+        drawn = [2, 0, 1] * (num // 3)
+        labels = {"fine_labels": drawn, "coarse_labels": [0] * num} if fine else {"labels": drawn}
         lists.append([name, write(name, {"data": flat, **labels})])
     meta = {**dataset.meta, "md5": write(dataset.meta["filename"], {dataset.meta["key"]: ["ant", "bee", "cow"]})}
     monkeypatch.setattr(dataset, "train_list", lists[:-1])

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from conftest import TINY
 from PIL import Image
+from test_sources import write_cifar
+from torchvision import datasets
 
 from raypp.config import load_config, merge, validate
 from raypp.errors import ConfigError, RayppError, StorageError
@@ -197,6 +199,23 @@ def test_a_cell_that_diverges_is_a_failure_not_a_crash(tmp_path: Path) -> None:
     )  # fmt: skip
     (sentence,) = results[0].failed
     assert "the loss is not a finite number at step" in sentence
+
+
+def test_the_cifar100_preset_trains_on_torchvisions_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar(tmp_path / "data", monkeypatch, datasets.CIFAR100, num=60)
+    flags = {
+        "data.source.root": str(tmp_path / "data"), "data.source.download": "false", "data.num_val": "12",
+        "protection.width": "2", "protection.depth": "2", "features": "plain_classifier",
+        "train.epochs": "1", "train.plain_epochs": "1", "train.batch_size": "16", "train.precision": "fp32",
+    }  # fmt: skip
+    words = [word for key, value in flags.items() for word in (f"--{key}", value)]
+    results = table1(
+        ["cifar100"], ["alpha-0.005", "ele"], [0], words, storage=tmp_path, name="t", quiet=True, run=run_locally
+    )
+    assert [len(r.accuracies) for r in results] == [1, 1], results
+    assert results[0].paper == 70.78
+    assert "70.78%" in (tmp_path / "t" / "table1.md").read_text()
+    assert (tmp_path / "t" / "cells" / "cifar100-ele-seed0" / "bundle" / "public").is_dir()
 
 
 def test_departures_name_what_differs_from_the_paper(tmp_path: Path) -> None:
