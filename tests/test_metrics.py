@@ -14,7 +14,15 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 
 from raypp.evaluation.evaluate import evaluate, wilson_interval
-from raypp.evaluation.metrics import psnr, ssim
+from raypp.evaluation.metrics import (
+    bootstrap_interval,
+    edge_correlation,
+    psnr,
+    reidentify,
+    ssim,
+    ssim_invariant,
+    ssim_lab,
+)
 from raypp.protections.learned import Learned, LearnedOptions
 from raypp.protections.plain import Plain, PlainOptions
 
@@ -72,6 +80,17 @@ def test_psnr_and_ssim_are_scikit_images(pair: tuple[Array, Array]) -> None:
     assert ssim(torch.from_numpy(a), torch.from_numpy(b)).tolist() == pytest.approx(similarity, abs=1e-4)
 
 
+@given(pair=pairs())
+@settings(max_examples=60, deadline=None)
+def test_the_labs_ssim_is_scikit_images_default(pair: tuple[Array, Array]) -> None:
+    a, b = pair
+    expected = [
+        structural_similarity(x, y, data_range=1, channel_axis=0)
+        for x, y in zip(a.astype(np.float64), b.astype(np.float64), strict=True)
+    ]
+    assert ssim_lab(torch.from_numpy(a), torch.from_numpy(b)).tolist() == pytest.approx(expected, abs=1e-4)
+
+
 def test_identical_and_negative_images() -> None:
     rng = np.random.default_rng(0)
     a = torch.from_numpy(rng.random((3, 3, 32, 32), dtype=np.float32))
@@ -85,7 +104,7 @@ def test_identical_and_negative_images() -> None:
 def test_each_image_has_its_own_number() -> None:
     rng = np.random.default_rng(0)
     a, b = (torch.from_numpy(rng.random((4, 1, 16, 16), dtype=np.float32)) for _ in range(2))
-    for metric in (psnr, ssim):
+    for metric in (psnr, ssim, ssim_lab, ssim_invariant, edge_correlation):
         assert metric(a, b).shape == (4,)
         one_by_one = [metric(a[i : i + 1], b[i : i + 1]).item() for i in range(4)]
         assert metric(a, b).tolist() == pytest.approx(one_by_one, rel=1e-5)
@@ -163,3 +182,69 @@ def test_evaluate_does_not_depend_on_the_batch_size_and_takes_small_images() -> 
     assert small == large
     assert small["ssim"] is None, "an 11 x 11 window does not fit"
     assert not protection.training
+
+
+def test_polarity_and_edges_are_seen_through_a_negative() -> None:
+    rng = np.random.default_rng(1)
+    blocks = (
+        torch.from_numpy(rng.random((5, 3, 8, 8), dtype=np.float32)).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    )
+    other = torch.from_numpy(rng.random((5, 3, 32, 32), dtype=np.float32))
+    assert ssim_invariant(blocks, 1 - blocks).tolist() == pytest.approx([1] * 5, abs=1e-6)
+    assert (edge_correlation(blocks, 1 - blocks) > 0.999).all()
+    assert (edge_correlation(blocks, 0.2 + 0.3 * blocks) > 0.999).all()
+    assert (edge_correlation(blocks, other) < 0.5).all()
+    assert edge_correlation(blocks, torch.full_like(blocks, 0.5)).tolist() == [0] * 5
+    assert (ssim_invariant(blocks, other) >= ssim(blocks, other)).all()
+
+
+def test_edges_are_correlated_as_numpy_says() -> None:
+    rng = np.random.default_rng(2)
+    a, b = rng.random((2, 1, 1, 12, 15))
+    edges = []
+    for image in (a[0, 0], b[0, 0]):
+        down, across = np.gradient(image)
+        edges.append(np.hypot(down, across)[1:-1, 1:-1].ravel())
+    expected = np.corrcoef(*edges)[0, 1]
+    assert edge_correlation(torch.from_numpy(a), torch.from_numpy(b)).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_too_small_images_are_refused() -> None:
+    with pytest.raises(ValueError, match="sides of at least 11 pixels, found 10"):
+        ssim(torch.zeros(1, 1, 10, 20), torch.zeros(1, 1, 10, 20))
+
+
+def test_ranks_are_those_of_a_loop() -> None:
+    rng = np.random.default_rng(3)
+    gallery = rng.random((50, 3, 4, 4)).astype(np.float32)
+    labels = rng.integers(0, 4, 50)
+    truth = rng.permutation(50)[:20]
+    estimates = gallery[truth] + rng.normal(0, 1, (20, 3, 4, 4)).astype(np.float32)
+    found = reidentify(*(torch.from_numpy(x) for x in (estimates, gallery, truth, labels)))
+    for i, (estimate, own) in enumerate(zip(estimates, truth, strict=True)):
+        distances = ((gallery - estimate) ** 2).sum((1, 2, 3))
+        nearer = distances < distances[own]
+        assert found.all[i] == nearer.sum()
+        assert found.same_class[i] == (nearer & (labels == labels[own])).sum()
+    assert 0 < found.top(1).mean() < 1
+    assert found.top(5).mean() >= found.top(1).mean()
+    perfect = reidentify(*(torch.from_numpy(x) for x in (gallery[truth], gallery, truth, labels)))
+    assert not perfect.all.any()
+
+
+def test_duplicates_in_a_gallery_do_not_count_against_the_attacker() -> None:
+    image = torch.rand(1, 3, 8, 8)
+    gallery = torch.cat((torch.rand(3, 3, 8, 8), image, image))
+    assert reidentify(image, gallery, torch.tensor([4]), torch.zeros(5, dtype=torch.int64)).all.item() == 0
+
+
+@given(num=st.integers(2, 400), seed=st.integers(0, 100))
+@settings(max_examples=20, deadline=None)
+def test_the_bootstrap_interval_is_near_the_normal_one(num: int, seed: int) -> None:
+    values = np.random.default_rng(seed).normal(3, 2, num)
+    low, high = bootstrap_interval(values)
+    assert low <= values.mean() <= high
+    if num > 100:
+        half = 1.96 * values.std() / num**0.5
+        assert high - low == pytest.approx(2 * half, rel=0.15)
+    assert bootstrap_interval(values) == (low, high)
