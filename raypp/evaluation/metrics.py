@@ -86,7 +86,8 @@ def _ssim_batch(a: Tensor, b: Tensor, window: tuple[float, ...], covariance_scal
     c1, c2 = 0.01**2, 0.03**2
     score = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     score = score / ((mean_a.square() + mean_b.square() + c1) * (variance_a + variance_b + c2))
-    return score.mean(dim=(1, 2, 3)).float()
+    averages: Tensor = score.mean(dim=(1, 2, 3)).float()
+    return averages
 
 
 @lru_cache(maxsize=16)

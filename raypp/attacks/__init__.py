@@ -1,0 +1,14 @@
+"""Attacks: each estimates plain images from protected ones, given what its threat level allows."""
+
+from raypp.registry import Registry
+
+ATTACKS = Registry(
+    "attack",
+    {
+        "feature_reconstruction": "raypp.attacks.ciphertext_only:FeatureReconstruction",
+        "minimum_difference": "raypp.attacks.ciphertext_only:MinimumDifference",
+        "known_plaintext": "raypp.attacks.known_plaintext:KnownPlaintext",
+        "chosen_plaintext": "raypp.attacks.chosen_plaintext:ChosenPlaintext",
+        "known_gallery": "raypp.attacks.known_gallery:KnownGallery",
+    },
+)

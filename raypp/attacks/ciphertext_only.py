@@ -1,0 +1,75 @@
+"""T0: attacks on protected images alone that need no training. Made for pixel-based encryption; they run on anything.
+
+Source: Chang, Li, "Attack on pixel-based image encryption" (2020), basic and advanced attack under different keys.
+"""
+
+from __future__ import annotations
+
+from itertools import permutations, product
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from raypp import registry
+from raypp.attacks.base import Attack, AttackError, Threat
+
+
+class FeatureReconstructionOptions(registry.Options):
+    name: Literal["feature_reconstruction"] = "feature_reconstruction"
+    bright: bool = False
+    """Invert the values of the lower half instead of those of the upper one."""
+
+
+class FeatureReconstruction(Attack):
+    """Fold every value to one half of the range: whatever the key inverted, ``v`` and ``255 - v`` become the same."""
+
+    Options: ClassVar[type[registry.Options]] = FeatureReconstructionOptions
+    threat: ClassVar[Threat] = Threat.T0
+
+    def prepare(self) -> None:
+        """Nothing to do."""
+
+    def reconstruct(self, protected: Tensor) -> Tensor:
+        _, height, width = self.access.shape
+        protected = protected[:, :, :height, :width]
+        both = torch.maximum if self.options.bright else torch.minimum
+        return both(protected, 255 - protected)
+
+
+class MinimumDifferenceOptions(registry.Options):
+    name: Literal["minimum_difference"] = "minimum_difference"
+
+
+class MinimumDifference(Attack):
+    """Decode pixel by pixel: of the 48 values that a pixel may have had, take the one most like its neighbour's.
+
+    The neighbour is the pixel above, in the first row the one to the left. The first pixel is taken as it is; a
+    wrong guess there gives a picture in other colours, just as readable.
+    """
+
+    Options: ClassVar[type[registry.Options]] = MinimumDifferenceOptions
+    threat: ClassVar[Threat] = Threat.T0
+
+    def prepare(self) -> None:
+        if self.access.shape[0] != 3:
+            raise AttackError("attack minimum_difference needs images of 3 channels")
+
+    def reconstruct(self, protected: Tensor) -> Tensor:
+        _, height, width = self.access.shape
+        values = protected[:, :, :height, :width].permute(2, 3, 0, 1).to(torch.int16)  # (H, W, N, 3)
+        orders = torch.tensor(list(permutations(range(3))), device=protected.device)
+        signs = torch.tensor(list(product((0, 255), repeat=3)), dtype=torch.int16, device=protected.device)
+        decoded = values.clone()
+
+        def nearest(pixels: Tensor, neighbours: Tensor) -> Tensor:
+            """Pixels and neighbours (K, 3)."""
+            candidates = (pixels[:, None, :] ^ signs)[:, :, orders].flatten(1, 2)  # (K, 48, 3)
+            best = (candidates - neighbours[:, None]).abs().sum(2).argmin(1)
+            return candidates[torch.arange(len(pixels), device=pixels.device), best]
+
+        for x in range(1, width):
+            decoded[0, x] = nearest(values[0, x], decoded[0, x - 1])
+        for y in range(1, height):  # a whole row at a time: its pixels depend on the row above alone
+            decoded[y] = nearest(values[y].flatten(0, 1), decoded[y - 1].flatten(0, 1)).view_as(decoded[y])
+        return decoded.permute(2, 3, 0, 1).to(torch.uint8)
