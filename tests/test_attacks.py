@@ -235,7 +235,7 @@ def test_a_gallery_betrays_every_deterministic_protection(name: str, photos: Ten
     protection = victim(name, **({"width": 4, "depth": 2} if name == "learned" else {}))
     if name == "learned":  # a few steps away from its initial grey
         optimizer = torch.optim.Adam(protection.parameters(), lr=1e-2)
-        for _ in range(10):
+        for _ in range(40):
             optimizer.zero_grad()
             (-protection(photos[:64].float() / 255).var(0).mean()).backward()
             optimizer.step()
