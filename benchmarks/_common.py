@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from raypp.nets.vgg import RELU2_2, VGG16_LAYERS, vgg_features
 from raypp.progress import Display
 from raypp.runs import environment
 from raypp.storage import Storage
-from raypp.training.loop import TrainingData, _Loop, set_up_torch
+from raypp.training.fit import ProtectionTask, TrainingData
+from raypp.training.loop import Loop, set_up_torch
 from raypp.training.sinks import LocalSink
 from raypp.training.system import phases
 
@@ -160,7 +161,7 @@ def random_images(num: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def device_batches(config: Config, steps: int, sink: LocalSink) -> DeviceLoader:
-    """raypp's own loader with ``steps`` batches of random images, built as ``raypp.training.loop.load_data`` does."""
+    """raypp's own loader with ``steps`` batches of random images, built as ``raypp.training.fit.load_data`` does."""
     images, labels = to_device(*random_images(steps * config.train.batch_size), sink.device)
     return DeviceLoader(
         images,
@@ -175,9 +176,9 @@ def device_batches(config: Config, steps: int, sink: LocalSink) -> DeviceLoader:
 
 @contextmanager
 def torch_settings(config: Config) -> Iterator[None]:
-    """The process-wide settings that ``raypp.training.loop.fit`` makes, taken back afterwards."""
+    """The process-wide settings that ``raypp.training.fit.fit`` makes, taken back afterwards."""
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    set_up_torch(config)
+    set_up_torch(config.train)
     try:
         yield
     finally:
@@ -200,13 +201,13 @@ class RayppLoop:
         classes = tuple(str(i) for i in range(NUM_CLASSES))
         data = TrainingData(device_batches(config, 1, sink), nothing, classes, config.train.batch_size, "")
         self._phase = phases(config)[-1]
-        self._loop = _Loop(config, sink, phi, None, data)
+        self._loop = Loop(ProtectionTask(config, data, phi, None), sink)
         with torch_settings(config):
             self._loop.enter(self._phase, None)
 
     def feed(self, batches: Batches) -> None:
         """Take the batches of every epoch from ``batches`` from now on."""
-        self._loop.data = replace(self._loop.data, train=batches)
+        self._loop.task.batches = batches
 
     def epoch(self) -> float:
         """Train one epoch and return images/s over all workers, as raypp reports it."""

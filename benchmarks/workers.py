@@ -3,7 +3,7 @@
 Three processes stay alive for the whole run: one trains alone (world 1), two train together by gloo (world 2); each is
 pinned to one core (``os.sched_setaffinity``), and the lone one shares its core with a member of the pair. Only one
 side works at a time, in interleaved rounds; the other waits on a queue and takes no CPU. Both sides run raypp's real
-loop (``_Loop.train_epoch``) over the same number of batches of 128 images in all, random images, cifar10-small's
+loop (``Loop.train_epoch``) over the same number of batches of 128 images in all, random images, cifar10-small's
 networks. Efficiency is (images/s with two) / (2 x images/s with one), round by round.
 
 ``--ray`` adds the same networks through ``raypp train`` on Ray Train with one and with two workers, one CPU and one

@@ -109,16 +109,11 @@ class OneCycle(Section):
     """Learning rate after the last step, as a share of ``lr``."""
 
 
-class Train(Section):
-    mode: Literal["joint", "frozen", "plain"] = "joint"
-    """``joint``: protection and classifier together (the paper's words). ``frozen``: the classifier is trained on plain
-    images first and then fixed (the authors' released code). ``plain``: the classifier alone, the baseline."""
-    alpha: float = Field(0.005, ge=0)
-    """Weight of the feature distance in Eq. 4."""
+class Optimisation(Section):
+    """How networks are trained: what every loop needs, the attacks' included."""
+
     epochs: int = Field(200, ge=1)
     """Epochs of the mode's own phase."""
-    plain_epochs: int | None = Field(None, ge=1)
-    """Epochs of the plain classifier where a phase needs one first; null means ``epochs``."""
     batch_size: int = Field(128, ge=2)
     """Images per step over all workers together."""
     eval_batch_size: int = Field(500, ge=1)
@@ -134,6 +129,16 @@ class Train(Section):
     """Batch statistics over all workers, so that the number of workers does not change the result."""
     deterministic: bool = True
     """Ask torch for deterministic algorithms."""
+
+
+class Train(Optimisation):
+    mode: Literal["joint", "frozen", "plain"] = "joint"
+    """``joint``: protection and classifier together (the paper's words). ``frozen``: the classifier is trained on plain
+    images first and then fixed (the authors' released code). ``plain``: the classifier alone, the baseline."""
+    alpha: float = Field(0.005, ge=0)
+    """Weight of the feature distance in Eq. 4."""
+    plain_epochs: int | None = Field(None, ge=1)
+    """Epochs of the plain classifier where a phase needs one first; null means ``epochs``."""
 
 
 class Cluster(Section):

@@ -75,7 +75,7 @@ class Display:
             self._live.update(self._task, description=message, status="")
 
     def step(self, info: Row) -> None:
-        """Show a step: needs phase, epoch, epochs, steps_done, steps_total, images_per_s, loss, accuracy."""
+        """Show a step: needs phase, epoch, epochs, steps_done, steps_total, images_per_s, loss."""
         if self._live is None:
             return
         if self._task is None:
@@ -85,7 +85,7 @@ class Display:
             description=f"{info['phase']} epoch {info['epoch']}/{info['epochs']}",
             total=info["steps_total"],
             completed=info["steps_done"],
-            status=f"{info['images_per_s']:,.0f} images/s  loss {info['loss']:.2f}  acc {info['accuracy']:.0%}",
+            status=_status(info),
         )
 
     def epoch(self, row: Row) -> None:
@@ -94,8 +94,8 @@ class Display:
             return
         self.console.print(
             f"{row['phase']:>6} epoch {row['epoch']:>3}/{row['epochs']}"
-            f"  loss {row['train_loss']:.4f}  accuracy {row['train_accuracy']:.1%}"
-            f"  val loss {row['val_loss']:.4f}  val accuracy {row['val_accuracy']:.1%}"
+            f"  loss {row['train_loss']:.4f}{_scores(row, 'train_')}"
+            f"  val loss {row['val_loss']:.4f}{_scores(row, 'val_')}"
             f"  {row['images_per_s']:,.0f} images/s  {row['seconds']:.0f} s" + ("  best" if row["best"] else ""),
             soft_wrap=True,
             highlight=False,
@@ -147,7 +147,7 @@ class GridDisplay:
         self._bars.update(
             self._lines[run],
             completed=info["steps_done"],
-            status=f"{info['images_per_s']:,.0f} images/s  loss {info['loss']:.2f}  acc {info['accuracy']:.0%}",
+            status=_status(info),
         )
 
     def done(self, run: str, result: str) -> None:
@@ -178,3 +178,15 @@ class _OneOfMany:
 
     def warn(self, message: str) -> None:
         self._grid.warn(self._run, message)
+
+
+def _status(info: Row) -> str:
+    accuracy = f"  acc {info['accuracy']:.0%}" if "accuracy" in info else ""
+    similarity = f"  ssim {info['ssim']:.3f}" if "ssim" in info else ""
+    return f"{info['images_per_s']:,.0f} images/s  loss {info['loss']:.2f}{accuracy}{similarity}"
+
+
+def _scores(row: Row, split: str) -> str:
+    kinds = (("accuracy", ".1%"), ("ssim", ".3f"), ("reidentified", ".1%"))
+    name = split.replace("train_", "").replace("_", " ")
+    return "".join(f"  {name}{kind} {row[split + kind]:{form}}" for kind, form in kinds if split + kind in row)

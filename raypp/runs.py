@@ -38,7 +38,7 @@ from raypp.progress import Shows
 from raypp.protections import PROTECTIONS
 from raypp.protections.plain import Plain, PlainOptions
 from raypp.storage import Storage
-from raypp.training.loop import Fit, fit, load_split, prepare
+from raypp.training.fit import Fit, fit, load_split, prepare
 from raypp.training.sinks import LocalSink, metrics_lines, newest_first
 from raypp.training.system import build_system, phases, uses_features
 

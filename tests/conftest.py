@@ -14,7 +14,7 @@ import torch
 from raypp.config import Config, load_config
 from raypp.progress import Display
 from raypp.runs import open_run, train_locally
-from raypp.training.loop import Fit, fit
+from raypp.training.fit import Fit, fit
 from raypp.training.sinks import LocalSink
 
 torch.set_num_threads(1)

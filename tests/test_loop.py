@@ -31,19 +31,11 @@ from raypp.protections.learned import Learned
 from raypp.storage import Storage
 from raypp.training import checkpoint
 from raypp.training.distributed import SyncBatchNorm2d, synchronise_batch_norms
-from raypp.training.loop import (
-    Fit,
-    TrainingData,
-    bf16_is_fast,
-    build_optimizer,
-    fit,
-    learning_rate,
-    load_data,
-    prepare,
-)
-from raypp.training.loop import validate as validate_system
+from raypp.training.fit import Fit, TrainingData, fit, load_data, prepare
+from raypp.training.fit import validate as validate_system
+from raypp.training.loop import Phase, bf16_is_fast, build_optimizer, learning_rate
 from raypp.training.sinks import KEEP, LocalSink, Row, newest_first
-from raypp.training.system import Phase, build_system, phases
+from raypp.training.system import build_system, phases
 
 EPOCHS = 3  # of the joint phase, after one plain epoch
 

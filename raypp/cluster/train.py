@@ -28,7 +28,7 @@ from raypp.progress import Display
 from raypp.runs import Run, conclude, stored_key
 from raypp.storage import Storage
 from raypp.training.distributed import first_error
-from raypp.training.loop import TrainingData, fit, protect_first
+from raypp.training.fit import TrainingData, fit, protect_first
 from raypp.training.sinks import CHECKPOINTS, Row, RunCheckpoints, metrics_lines, newest_first, prune
 
 POLL_SECONDS = 0.2

@@ -16,7 +16,7 @@ from raypp.errors import DataError
 from raypp.evaluation.metrics import psnr, ssim
 from raypp.images import to_uint8
 from raypp.protections.base import Protection
-from raypp.training.loop import load_split
+from raypp.training.fit import load_split
 
 Numbers = dict[str, Any]
 

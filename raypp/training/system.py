@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from raypp.config import Config
-from raypp.errors import TrainingError
 from raypp.images import round_8bit
 from raypp.keys import Key
 from raypp.nets import FEATURES
@@ -17,15 +16,8 @@ from raypp.nets.features import PlainClassifierFeatures, StateDict
 from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
 from raypp.protections.plain import Plain, PlainOptions
+from raypp.training.loop import Phase, Terms, Trainee
 from raypp.training.losses import classification_loss, feature_distance, transformation_loss
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One stretch of epochs with its own networks, optimiser and schedule."""
-
-    name: str  # "plain", "joint" or "frozen"
-    epochs: int
 
 
 def phases(config: Config) -> list[Phase]:
@@ -50,17 +42,14 @@ def adaptation_of(config: Config) -> str:
 
 
 @dataclass
-class Terms:
-    """Per-batch results; losses are means over the batch."""
+class SystemTerms(Terms):
+    """Per-batch results; metrics are ``classification_loss``, ``feature_distance`` and ``accuracy``."""
 
-    loss: Tensor
-    classification: Tensor
-    distance: Tensor
     logits: Tensor
     protected: Tensor
 
 
-class System(nn.Module):
+class System(Trainee):
     """Protection, classifier and feature network of one phase.
 
     Args:
@@ -70,7 +59,10 @@ class System(nn.Module):
         alpha: weight of the feature distance.
         frozen: keep the classifier as it is, in evaluation mode.
         companion: its loss takes the place of the feature distance, see ``Protection.companion``.
+        protected_already: training images come protected, which only a protection that is not trained allows.
     """
+
+    fixed = ("features.",)
 
     def __init__(
         self,
@@ -80,6 +72,7 @@ class System(nn.Module):
         alpha: float,
         frozen: bool,
         companion: nn.Module | None = None,
+        protected_already: bool = False,
     ) -> None:
         super().__init__()
         self.companion = companion
@@ -88,6 +81,7 @@ class System(nn.Module):
         self.features = features
         self.alpha = alpha
         self.frozen = frozen
+        self.protected_already = protected_already
         if frozen:
             classifier.requires_grad_(False)
 
@@ -97,16 +91,13 @@ class System(nn.Module):
             self.classifier.eval()
         return self
 
-    def forward(
-        self, images: Tensor, labels: Tensor, *, round_to_8bit: bool = False, protected_already: bool = False
-    ) -> Terms:
+    def forward(self, images: Tensor, labels: Tensor, *, round_to_8bit: bool = False) -> SystemTerms:
         """Return loss terms for plain images N x C x H x W in [0, 1].
 
         Args:
             round_to_8bit: round protected images as a client's upload is.
-            protected_already: the images come protected, which only a protection that is not trained allows.
         """
-        protected = images if protected_already else self.protection(images)
+        protected = images if self.training and self.protected_already else self.protection(images)
         if round_to_8bit:
             protected = round_8bit(protected)
         logits = self.classifier(protected).float()
@@ -123,20 +114,9 @@ class System(nn.Module):
             loss = transformation_loss(classification, distance, self.alpha)
         if isinstance(self.classifier, AdaptedClassifier) and (penalty := self.classifier.penalty()) is not None:
             loss = loss + penalty
-        return Terms(loss, classification, distance, logits, protected)
-
-    def own_state(self) -> StateDict:
-        """Weights of all that is trained; the feature network is fixed and comes from its own source."""
-        return {k: v for k, v in self.state_dict().items() if not k.startswith("features.")}
-
-    def load_own_state(self, state: StateDict) -> None:
-        other = TrainingError("checkpoint holds weights of other networks than the configuration describes")
-        try:
-            missing, unexpected = self.load_state_dict(state, strict=False)
-        except RuntimeError as error:  # a shape is another one
-            raise other from error
-        if unexpected or any(not key.startswith("features.") for key in missing):
-            raise other
+        accuracy = (logits.detach().argmax(1) == labels).float().mean()
+        metrics = {"classification_loss": classification, "feature_distance": distance, "accuracy": accuracy}
+        return SystemTerms(loss, metrics, logits, protected)
 
 
 def build_system(
@@ -178,4 +158,12 @@ def build_system(
     if uses_features(config):
         kind = FEATURES.get(config.features.name)
         features = kind(classifier(plain)) if kind is PlainClassifierFeatures else kind(phi)
-    return System(protection, psi, features, config.train.alpha, frozen, protection.companion())
+    return System(
+        protection,
+        psi,
+        features,
+        config.train.alpha,
+        frozen,
+        protection.companion(),
+        protected_already=protection.augment == "after",
+    )
