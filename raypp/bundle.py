@@ -6,6 +6,7 @@ Both parts carry a manifest with the SHA-256 of every file in them; ``public/`` 
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ from raypp.training.system import adaptation_of
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+NOT_ATTACKED = "No attack has been run on this bundle yet."
+LEAKAGE = "## What attacks recovered"
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,69 @@ def export(
         for part in ("public", "private", ""):  # the whole's manifest comes last and covers the parts' manifests
             write_manifest(root / part)
         target.upload(root, name, last=MANIFEST)
+
+
+def add_attacks(
+    location: str | Path, networks: dict[str, tuple[dict[str, Any], StateDict]], scorecard: dict[str, Any]
+) -> None:
+    """Put attack networks and what attacks recovered into a bundle's private part, and the verdict on its card.
+
+    Args:
+        networks: options and weights by the attacks' names; they take the place of earlier ones.
+
+    Raises:
+        BundleError: the bundle is missing or altered.
+        StorageError: it cannot be written.
+    """
+    storage = Storage(location)
+    with _folder(location, "private") as (_, whole):
+        if not whole:
+            raise BundleError(f"{str(location)!r} is only a part of a bundle")
+    with storage.download("") as folder, tempfile.TemporaryDirectory(prefix="raypp-bundle-") as scratch:
+        root = Path(scratch) / "bundle"
+        shutil.copytree(folder, root)
+        attacks = root / "private" / "attacks"
+        attacks.mkdir(exist_ok=True)
+        for name, (options, state) in networks.items():
+            (attacks / f"{name}.json").write_bytes(_json(options))
+            (attacks / f"{name}.safetensors").write_bytes(save(_contiguous(state)))
+        (root / "private" / "scorecard.json").write_bytes(_json(scorecard))
+        card = root / "MODEL_CARD.md"
+        kept = card.read_text().replace(NOT_ATTACKED, "What attacks recovered is below.").partition(LEAKAGE)[0]
+        card.write_text(kept.rstrip() + "\n\n" + leakage_card(scorecard))
+        for part in ("public", "private", ""):
+            write_manifest(root / part)
+        parent, _, name = storage.uri.rstrip("/").rpartition("/")
+        Storage(parent or "/").upload(root, name, last=MANIFEST)
+
+
+def leakage_card(scorecard: dict[str, Any]) -> str:
+    """What attacks recovered, as a section of the card."""
+    lines = [
+        LEAKAGE,
+        "",
+        f"{scorecard['num_queries']:,} test images attacked, looked for among {scorecard['num_gallery']:,}.",
+        "",
+        "| attack | threat | originals found | SSIM | verdict |",
+        "|---|---|---|---|---|",
+    ]
+    for name, attack in scorecard["attacks"].items():
+        if attack["status"] != "done":
+            lines.append(f"| {name} | {attack['threat']} | - | - | {attack['status']} |")
+            continue
+        scores, bound = attack["scores"], " (at least)" if attack["lower_bound"] else ""
+        lines.append(
+            f"| {name} | {attack['threat']} | {attack['found']:.1%}{bound} | {scores['ssim']['mean']:.3f} | "
+            f"{attack['verdict']} |"
+        )
+    null = scorecard["nulls"].get("class mean") or scorecard["nulls"]["mean image"]
+    lines += [
+        "",
+        f"Who never saw the protected image and knows at most the class gets SSIM {null['ssim']['mean']:.3f} and finds "
+        f"{null['reidentified']['mean']:.2%}.",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def write_manifest(folder: Path) -> None:
@@ -232,6 +298,30 @@ def load_private(location: str | Path) -> PrivateBundle:
     return PrivateBundle(net, classes, config, metrics)
 
 
+def load_plain_classifier(location: str | Path) -> nn.Module | None:
+    """The classifier that a bundle's run trained on plain images first, or None where it trained none."""
+    with _folder(location, "private") as (folder, _):
+        file = folder / "plain_classifier.safetensors"
+        if not file.is_file():
+            return None
+        verify(folder)
+        about = _read_json(folder / "classifier.json")
+        try:
+            options = CLASSIFIERS.options(about["classifier"]["name"]).model_validate(about["classifier"])
+            net = build_classifier(
+                options,
+                "none",
+                num_classes=len(about["classes"]),
+                channels=about["channels"],
+                image_size=tuple(about["image_size"]),
+            )
+            net.load_state_dict(load(file.read_bytes()))
+        except (ConfigError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            raise BundleError(f"the plain classifier in {str(location)!r} cannot be built: {_line(error)}") from error
+    net.eval().requires_grad_(False)
+    return net
+
+
 def model_card(
     config: Config,
     classes: tuple[str, ...],
@@ -269,7 +359,7 @@ def model_card(
     lines += [
         "A low SSIM between protected and plain images does not even say that a person sees nothing: look at the",
         "picture. It says **nothing** about an attacker who trains an inverse network on pairs of plain and protected",
-        f"images, which {who} can make. No attack has been run on this bundle yet.",
+        f"images, which {who} can make. {NOT_ATTACKED}",
     ]
     if not PROTECTIONS.get(config.protection.name).trained and config.protection.name != "plain":
         lines += ["", "This scheme is here to be compared with. Published attacks undo it; do not rely on it."]

@@ -36,6 +36,11 @@ SETTINGS_HELP = (
     "`raypp config PRESET` prints them all with their values."
 )
 
+ATTACK_HELP = (
+    "Any setting of the suite is a flag, as --num_queries 500, any of an attack by its name, as "
+    "--inverse.train.epochs 5, and any of the images, as --data.source.path FOLDER."
+)
+
 
 @app.command(help_epilogue=SETTINGS_HELP)
 def train(
@@ -181,6 +186,97 @@ def table1(
     if failed:
         raise RayppError(f"{len(failed)} of the runs failed; --resume tries them again")
     return results
+
+
+@app.command(help_epilogue=ATTACK_HELP)
+def attack(
+    bundle: str | None = None,
+    *settings: Settings,
+    function: str | None = None,
+    preset: str | None = None,
+    folders: tuple[str, str] | None = None,
+    attacks: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    suite: str = "small",
+    name: str | None = None,
+    storage: Path = Path("runs"),
+    resume: bool = False,
+    local: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Attack a protection with everything that its threat levels allow, and write scorecard and report.
+
+    Parameters
+    ----------
+    bundle
+        Path or URI of a bundle to attack.
+    function
+        Attack a protection of yours instead: MODULE:NAME or FILE.py:NAME of a function from and to NumPy uint8
+        (N, H, W, C).
+    preset
+        Preset whose images a function is attacked on; by default cifar10-small.
+    folders
+        Attack pairs of images instead: a folder of plain ones, and one of protected ones of the same names.
+    attacks
+        Only these attacks, by default all of the suite.
+    suite
+        How strong: quick, small, standard, or the path of a YAML file.
+    name
+        The attack run's name, a new folder under the storage path; by default attack, date and time.
+    storage
+        Folder or URI under which it gets its own.
+    resume
+        Go on with the attack run NAME: what is finished is not run again; attacks may be added.
+    local
+        Attack in this process, one attack after the other, without Ray.
+    quiet
+        Print nothing but warnings and errors.
+    """
+    from raypp import ladder
+    from raypp.evaluation.report import write_report
+
+    if resume and name is None:
+        raise RayppError("--resume needs --name, the attack run to continue")
+    plan = ladder.make_plan(
+        bundle=bundle,
+        function=function,
+        folders=folders,
+        preset=preset,
+        suite=suite,
+        attacks=attacks or (),
+        flags=settings,
+        storage=str(storage),
+        name=name or _new_name("attack"),
+    )
+    if not quiet:
+        _print_threats(ladder.overview(plan))
+    run = ladder.run_locally if local else _from_ray("raypp.cluster.attack", "run_on_ray")
+    card = ladder.attack(plan, resume=resume, quiet=quiet, run=run)
+    write_report([plan.storage.uri], plan.storage)
+    if not quiet:
+        _print_scorecard(card, plan.storage.uri)
+    failed = [name for name, found in card["attacks"].items() if found["status"] == "failed"]
+    if failed:
+        raise RayppError(f"{len(failed)} of the attacks failed ({', '.join(failed)}); --resume tries them again")
+    return card
+
+
+@app.command
+def report(*sources: str, out: Path = Path("report")) -> None:
+    """Put attack runs, bundles and tables into one HTML page with figures, CSV and JSON.
+
+    Parameters
+    ----------
+    sources
+        Attack runs (see `raypp attack`), or runs of `raypp train` and bundles that were attacked.
+    out
+        A new or empty folder, or one that holds an earlier report.
+    """
+    from raypp.evaluation.report import write_report
+    from raypp.storage import Storage
+
+    target = Storage(out)
+    write_report(sources, target)
+    Console().print(f"{target.uri}/report.html", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command(help_epilogue=SETTINGS_HELP)
@@ -396,6 +492,45 @@ def _print_table1(results: list[Result], where: Path) -> None:
     console.print(table)
     for file in ("table1.md", "table1.csv", "table1.png"):
         console.print(f"{where}/{file}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_threats(rows: list[tuple[str, str, str]]) -> None:
+    """The threat model of every attack, before it runs."""
+    from rich.table import Table
+
+    table = Table("attack", "threat", "the attacker has", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    Console(stderr=True).print(table)
+
+
+def _print_scorecard(card: dict[str, Any], where: str) -> None:
+    from rich.table import Table
+
+    colours = {"holds": "green", "weak": "yellow", "broken": "red"}
+    table = Table("attack", "threat", box=None, pad_edge=False)
+    for title in ("found", "SSIM", "PSNR dB", "edges"):
+        table.add_column(title, justify="right")
+    table.add_column("verdict")
+    for name, found in card["attacks"].items():
+        if found["status"] != "done":
+            table.add_row(name, found["threat"], "-", "-", "-", "-", f"[dim]{found['status']}[/]")
+            continue
+        scores = found["scores"]
+        numbers = (f"{scores['ssim']['mean']:.3f}", f"{scores['psnr']['mean']:.1f}", f"{scores['edges']['mean']:.3f}")
+        bound = " [dim](lower bound)[/]" if found["lower_bound"] else ""
+        words = f"[{colours[found['verdict']]}]{found['verdict']}[/]{bound}"
+        table.add_row(name, found["threat"], f"{found['found']:.1%}", *numbers, words)
+    for name, scores in card["nulls"].items():
+        numbers = (f"{scores['ssim']['mean']:.3f}", f"{scores['psnr']['mean']:.1f}", f"{scores['edges']['mean']:.3f}")
+        table.add_row(f"[dim]{name}[/]", "", f"{scores['reidentified']['mean']:.1%}", *numbers, "[dim]no attack[/]")
+    console = Console()
+    console.print(table)
+    if card["verdict"] is not None:
+        console.print(
+            f"\n[bold {colours[card['verdict']]}]{card['verdict']}[/] by its worst attack, {card['worst_attack']}"
+        )
+    console.print(f"{where}/report.html", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_numbers(console: Console, test: dict[str, Any], plain: dict[str, Any] | None, split: str = "test") -> None:

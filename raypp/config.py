@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -240,7 +241,7 @@ def validate(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_sentence(error, tree)) from None
+        raise ConfigError(sentence(error, tree)) from None
 
 
 def validate_data(tree: dict[str, Any]) -> Data:
@@ -248,7 +249,7 @@ def validate_data(tree: dict[str, Any]) -> Data:
     try:
         return Data.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_sentence(error, {"data": tree}, ("data",))) from None
+        raise ConfigError(sentence(error, {"data": tree}, ("data",))) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -291,8 +292,13 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def parse_flags(flags: tuple[str, ...] | list[str]) -> dict[str, Any]:
-    """Turn ``--a.b value`` and ``--a.b=value`` into a tree; dashes in keys are read as underscores."""
+def parse_flags(flags: Sequence[str], roots: Iterable[str] | None = None) -> dict[str, Any]:
+    """Turn ``--a.b value`` and ``--a.b=value`` into a tree; dashes in keys are read as underscores.
+
+    Args:
+        roots: what a key may begin with; by default a section of the configuration.
+    """
+    known = list(Config.model_fields if roots is None else roots)
     tree: dict[str, Any] = {}
     rest = list(flags)
     while rest:
@@ -305,10 +311,9 @@ def parse_flags(flags: tuple[str, ...] | list[str]) -> dict[str, Any]:
                 raise ConfigError(f"--{key} needs a value, as in --{key} VALUE")
             text = rest.pop(0)
         parts = key.replace("-", "_").split(".")
-        if parts[0] not in Config.model_fields:
+        if parts[0] not in known:
             raise ConfigError(
-                f"unknown option --{key}{did_you_mean(parts[0], Config.model_fields)}; "
-                f"settings begin with {', '.join(Config.model_fields)}"
+                f"unknown option --{key}{did_you_mean(parts[0], known)}; settings begin with {', '.join(known)}"
             )
         tree = merge(tree, _nest(parts, _value(text)))
     return tree
@@ -333,8 +338,15 @@ def _nest(parts: list[str], value: Any) -> dict[str, Any]:
     return nested
 
 
-def _sentence(error: ValidationError, tree: dict[str, Any], within: tuple[str, ...] = ()) -> str:
-    """The first error as one sentence; pydantic's own wording, with the key spelled as the user wrote it."""
+def sentence(
+    error: ValidationError, tree: dict[str, Any], within: tuple[str, ...] = (), root: type[BaseModel] | None = None
+) -> str:
+    """The first error as one sentence; pydantic's own wording, with the key spelled as the user wrote it.
+
+    Args:
+        within: the section that was validated by itself.
+        root: the model that was validated; by default a :class:`Config`.
+    """
     # An unknown key explains other errors (a missing required one, say), so it comes first.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     loc = [*within, *(str(part) for part in first["loc"])]
@@ -343,7 +355,7 @@ def _sentence(error: ValidationError, tree: dict[str, Any], within: tuple[str, .
         del loc[2]
     key = ".".join(loc)
     if first["type"] == "extra_forbidden":
-        siblings = _allowed_keys(loc[:-1], tree)
+        siblings = _allowed_keys(loc[:-1], tree, root or Config)
         close = difflib.get_close_matches(loc[-1], siblings, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         return f"unknown key {key!r}{hint}; allowed there: {', '.join(siblings)}"
@@ -357,9 +369,8 @@ def _sentence(error: ValidationError, tree: dict[str, Any], within: tuple[str, .
     return f"{key} is {shown}: {reason[0].lower()}{reason[1:]}"
 
 
-def _allowed_keys(loc: list[str], tree: dict[str, Any]) -> list[str]:
+def _allowed_keys(loc: list[str], tree: dict[str, Any], model: type[BaseModel]) -> list[str]:
     """Keys allowed in the section at ``loc``, given what the user's tree selects there."""
-    model: type[BaseModel] = Config
     node: Any = tree
     for part in loc:
         node = node.get(part, {}) if isinstance(node, dict) else {}

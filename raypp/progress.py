@@ -95,8 +95,9 @@ class Display:
         self.console.print(
             f"{row['phase']:>6} epoch {row['epoch']:>3}/{row['epochs']}"
             f"  loss {row['train_loss']:.4f}{_scores(row, 'train_')}"
-            f"  val loss {row['val_loss']:.4f}{_scores(row, 'val_')}"
-            f"  {row['images_per_s']:,.0f} images/s  {row['seconds']:.0f} s" + ("  best" if row["best"] else ""),
+            + (f"  val loss {row['val_loss']:.4f}{_scores(row, 'val_')}" if row["val_loss"] else "")
+            + f"  {row['images_per_s']:,.0f} images/s  {row['seconds']:.0f} s"
+            + ("  best" if row["best"] else ""),
             soft_wrap=True,
             highlight=False,
         )
@@ -111,9 +112,12 @@ class GridDisplay:
     Args:
         num: how many runs there are.
         done: how many of them were finished before.
+        what: what they are called.
     """
 
-    def __init__(self, num: int, done: int = 0, console: Console | None = None, quiet: bool = False) -> None:
+    def __init__(
+        self, num: int, done: int = 0, console: Console | None = None, quiet: bool = False, what: str = "runs"
+    ) -> None:
         self.console = console or Console(stderr=True)
         self.quiet = quiet
         self._bars = Progress(
@@ -128,7 +132,7 @@ class GridDisplay:
             disable=quiet or not self.console.is_terminal,
             transient=True,
         )
-        self._whole = self._bars.add_task("runs", total=num, completed=done, status="")
+        self._whole = self._bars.add_task(what, total=num, completed=done, status="")
         self._lines: dict[str, TaskID] = {}
 
     def __enter__(self) -> GridDisplay:

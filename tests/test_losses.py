@@ -116,11 +116,11 @@ def test_alpha_zero_and_no_features_leave_the_classification_loss() -> None:
     images, labels = torch.rand(3, 3, 8, 8), torch.tensor([3, 0, 1])
     classifier = ResNet20(ResNetOptions(), num_classes=4)
     zero = System(Learned(LearnedOptions(width=4, depth=2)), classifier, vgg(), 0.0, frozen=False)(images, labels)
-    assert torch.equal(zero.loss, zero.classification)
-    assert zero.distance > 0
+    assert torch.equal(zero.loss, zero.metrics["classification_loss"])
+    assert zero.metrics["feature_distance"] > 0
     plain = System(Plain(PlainOptions()), classifier, None, 0.5, frozen=False)(images, labels)
-    assert torch.equal(plain.loss, plain.classification)
-    assert plain.distance == 0
+    assert torch.equal(plain.loss, plain.metrics["classification_loss"])
+    assert plain.metrics["feature_distance"] == 0
     assert torch.equal(plain.protected, images)
 
 
@@ -160,5 +160,5 @@ def test_the_distance_moves_the_protection() -> None:
             after = system(images, labels)
         assert after.loss < before.loss
         if alpha:
-            assert after.distance > before.distance
+            assert after.metrics["feature_distance"] > before.metrics["feature_distance"]
     assert not any(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a.any())

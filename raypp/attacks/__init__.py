@@ -7,8 +7,13 @@ ATTACKS = Registry(
     {
         "feature_reconstruction": "raypp.attacks.ciphertext_only:FeatureReconstruction",
         "minimum_difference": "raypp.attacks.ciphertext_only:MinimumDifference",
+        "unpaired_gan": "raypp.attacks.unpaired_gan:UnpairedGAN",
+        "inverse_own_keys": "raypp.attacks.inverse:InverseOwnKeys",
         "known_plaintext": "raypp.attacks.known_plaintext:KnownPlaintext",
         "chosen_plaintext": "raypp.attacks.chosen_plaintext:ChosenPlaintext",
+        "itn": "raypp.attacks.inverse:ITN",
+        "inverse": "raypp.attacks.inverse:Inverse",
+        "white_box": "raypp.attacks.white_box:WhiteBox",
         "known_gallery": "raypp.attacks.known_gallery:KnownGallery",
     },
 )

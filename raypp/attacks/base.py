@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
+import torch
+from pydantic import model_validator
 from torch import Tensor
 
+from raypp.config import Optimisation, merge
 from raypp.errors import RayppError
+from raypp.nets.features import StateDict
 from raypp.registry import Options
+from raypp.training.loop import Task
 
 Map = Callable[[Tensor], Tensor]
 """uint8 (N, C, H, W) to uint8 (N, C, H', W')."""
@@ -51,15 +56,49 @@ class Access:
 
     Attributes:
         shape: (C, H, W) of the plain images.
-        protect: the victim's protection as an oracle (T4).
+        structure: how protected images are made up, which who knows the algorithm knows: "none", "pixel" (values stay
+            at their pixels), "block" or "shuffled_block", as the protection's adaptation network has it.
+        images: plain images like the victim's that are not his, uint8 (N, C, H, W) (T1).
+        labels: their classes, int64 (N,), and ``num_classes`` of them.
+        ciphertexts: gives plain images uint8 (N, C, H, W), their classes (N,), and protected images uint8
+            (M, C', H', W') of quite other originals (T1).
+        fresh: the algorithm under a key of the attacker's own, one for each number (T2).
         pairs: plain and protected images under the victim's key, uint8 (N, C, H, W) and (N, C, H', W') (T3).
+        protect: the victim's protection as an oracle (T4).
+        gradients: the protection itself, float (N, C, H, W) in [0, 1] to the same, differentiable (T5).
         gallery: plain images among which the originals may be, uint8 (M, C, H, W).
+        classify: the cloud's answer to protected images uint8, classes int64 (N,).
+        earlier: trained networks of other attacks by their names, for those that build on them.
+        device: where attacks compute.
     """
 
     shape: tuple[int, int, int]
-    protect: Map | None = None
+    structure: str = "none"
+    images: Tensor | None = None
+    labels: Tensor | None = None
+    num_classes: int = 0
+    ciphertexts: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None
+    fresh: Callable[[int], Map] | None = None
     pairs: tuple[Tensor, Tensor] | None = None
+    protect: Map | None = None
+    gradients: Map | None = None
     gallery: Tensor | None = None
+    classify: Map | None = None
+    earlier: dict[str, Map] | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+NEEDS = {
+    "images": "plain images of the same kind",
+    "ciphertexts": "protected images to learn from",
+    "fresh": "an algorithm with keys",
+    "pairs": "pairs of plain and protected images",
+    "protect": "the protection as an oracle",
+    "gradients": "a differentiable protection",
+    "gallery": "a gallery of plain images",
+    "classify": "the cloud's classifier",
+}
+"""Fields of :class:`Access` in words."""
 
 
 class Attack(ABC):
@@ -67,26 +106,38 @@ class Attack(ABC):
 
     Args:
         options: its validated options.
-        access: what it may touch; :meth:`missing` says what it lacks.
+        access: what it may touch.
         seed: sets everything random in it.
+
+    Raises:
+        AttackError: ``access`` lacks what it needs.
     """
 
     Options: ClassVar[type[Options]]
     threat: ClassVar[Threat]
     needs: ClassVar[tuple[str, ...]] = ()
     """Fields of :class:`Access` without which it cannot run."""
+    after: ClassVar[tuple[str, ...]] = ()
+    """Attacks whose trained networks it builds on where they have been run."""
+    max_queries: int | None = None
+    """Images that it takes on at most, where each one costs it much."""
     note: str = ""
     """What it found out about the victim, in words, once it has prepared."""
 
     def __init__(self, options: Any, access: Access, *, seed: int = 0) -> None:
         self.options, self.access, self.seed = options, access, seed
-        lacks = [need for need in self.needs if getattr(access, need) is None]
-        if lacks:
-            raise AttackError(f"attack {options.name} needs {' and '.join(lacks)}, which this victim does not give")
+        if lacks := self.lacking(access):
+            words = " and ".join(NEEDS[need] for need in lacks)
+            raise AttackError(f"attack {options.name} needs {words}, which this victim does not give")
+
+    @classmethod
+    def lacking(cls, access: Access) -> list[str]:
+        """Fields that it needs and ``access`` does not give."""
+        return [need for need in cls.needs if getattr(access, need) is None]
 
     @abstractmethod
     def prepare(self) -> None:
-        """Do once what does not depend on the images attacked: recover a key, train a network.
+        """Do once what does not depend on the images attacked, such as recovering a key.
 
         Raises:
             AttackError: it does not apply to this victim.
@@ -95,3 +146,58 @@ class Attack(ABC):
     @abstractmethod
     def reconstruct(self, protected: Tensor) -> Tensor:
         """Estimate plain images uint8 (N, C, H, W) from protected ones uint8 (N, C, H', W')."""
+
+
+class TrainedOptions(Options):
+    """Options of an attack that trains a network; what ``train`` leaves out keeps the attack's own default."""
+
+    train: Optimisation
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_defaults(cls, given: Any) -> Any:
+        train = given.get("train") if isinstance(given, dict) else None
+        if not isinstance(train, dict):
+            return given
+        default: Optimisation = cls.model_fields["train"].default
+        return given | {"train": merge(default.model_dump(mode="json"), train)}
+
+
+class AttackTask(Task, Protocol):
+    """A task whose batches workers can share."""
+
+    def share(self, rank: int, world: int) -> None:
+        """Take one worker's share of every batch."""
+
+
+class TrainedAttack(Attack):
+    """An attack that trains a network first; ``prepare`` is replaced by training and loading.
+
+    The network trains in the project's own loop, so that it can stop, resume and spread as protections do:
+    :meth:`task` gives what to train, and :meth:`load` takes what came of it.
+    """
+
+    @property
+    @abstractmethod
+    def num_images(self) -> int:
+        """Images that it has to learn from."""
+
+    @abstractmethod
+    def task(self, share_epochs: float = 1.0, num_images: int | None = None) -> AttackTask:
+        """What the loop trains.
+
+        Args:
+            share_epochs: take this share of the epochs only.
+            num_images: take only this many of the attacker's images, for as many steps.
+        """
+
+    @abstractmethod
+    def state(self, trainee: Any) -> StateDict:
+        """The weights of a trained task that reconstruct."""
+
+    @abstractmethod
+    def load(self, state: StateDict) -> None:
+        """Take up weights that :meth:`state` gave."""
+
+    def prepare(self) -> None:
+        """Nothing to do: it is ready once it has loaded its weights."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from raypp import registry
@@ -22,6 +23,8 @@ LEAST = 0.9
 
 class KnownPlaintextOptions(registry.Options):
     name: Literal["known_plaintext"] = "known_plaintext"
+    num_pairs: int = Field(1, ge=1)
+    """Known images that are used."""
 
 
 class KnownPlaintext(Attack):
@@ -33,7 +36,7 @@ class KnownPlaintext(Attack):
 
     def prepare(self) -> None:
         assert self.access.pairs is not None
-        plain, protected = (images.cpu() for images in self.access.pairs)
+        plain, protected = (images[: self.options.num_pairs].cpu() for images in self.access.pairs)
         channels, height, width = self.access.shape
         rows, columns = height // BLOCK * BLOCK, width // BLOCK * BLOCK
         if plain.shape[0] != protected.shape[0] or min(rows, columns) < BLOCK or protected.shape[2] < rows:

@@ -28,9 +28,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     Source: Wang, Bovik, Sheikh, Simoncelli 2004: 11 x 11 Gaussian window with sigma 1.5, K1 = 0.01, K2 = 0.03, mean
     over window positions that lie inside the image, then over channels.
     """
-    offsets = np.arange(-5, 6)
-    window = np.exp(-np.square(offsets) / (2 * 1.5**2))
-    return _ssim(a, b, tuple(window / window.sum()), covariance_scale=1.0)
+    return _ssim(a, b, _gaussian(), covariance_scale=1.0)
 
 
 def ssim_lab(a: Tensor, b: Tensor) -> Tensor:
@@ -39,6 +37,11 @@ def ssim_lab(a: Tensor, b: Tensor) -> Tensor:
     Source: scikit-image's ``structural_similarity`` with its defaults. Sides of at least 7 pixels.
     """
     return _ssim(a, b, (1 / 7,) * 7, covariance_scale=49 / 48)
+
+
+def ssim_for_loss(a: Tensor, b: Tensor) -> Tensor:
+    """As :func:`ssim`, in float32 and differentiable with finite gradients: close enough to learn by, not to report."""
+    return _ssim_batch(a.float(), b.float(), _gaussian(), covariance_scale=1.0)
 
 
 def ssim_invariant(a: Tensor, b: Tensor) -> Tensor:
@@ -51,10 +54,20 @@ def edge_correlation(a: Tensor, b: Tensor) -> Tensor:
 
     Central differences of the luma; blind to polarity and brightness, so that it sees contours that PSNR and SSIM miss.
     """
-    first, second = _edges(a), _edges(b)
-    first, second = (e - e.mean(dim=1, keepdim=True) for e in (first, second))
-    norm = first.norm(dim=1) * second.norm(dim=1)
-    return torch.where(norm > 1e-6, (first * second).sum(1) / norm.clamp_min(1e-6), torch.zeros_like(norm))
+    return (edge_maps(a) * edge_maps(b)).sum(1)
+
+
+def edge_maps(images: Tensor) -> Tensor:
+    """Gradient magnitudes float64 (N, D), centred and of length 1, whose products are correlations; 0 without edges."""
+    found = _edges(images)
+    found = found - found.mean(dim=1, keepdim=True)
+    norm = found.norm(dim=1, keepdim=True)
+    return torch.where(norm > 1e-6, found / norm.clamp_min(1e-6), torch.zeros_like(found))
+
+
+def _gaussian() -> tuple[float, ...]:
+    window = np.exp(-np.square(np.arange(-5, 6)) / (2 * 1.5**2))
+    return tuple(window / window.sum())
 
 
 def _edges(images: Tensor) -> Tensor:
@@ -67,17 +80,17 @@ def _edges(images: Tensor) -> Tensor:
 
 def _ssim(a: Tensor, b: Tensor, window: tuple[float, ...], covariance_scale: float) -> Tensor:
     scores = [
-        _ssim_batch(a[i : i + BATCH], b[i : i + BATCH], window, covariance_scale) for i in range(0, len(a), BATCH)
+        # float64: the variances are small differences of squares; float32 is wrong by 3e-4 on smooth bright images.
+        _ssim_batch(a[i : i + BATCH].double(), b[i : i + BATCH].double(), window, covariance_scale)
+        for i in range(0, len(a), BATCH)
     ]
     return torch.cat(scores) if scores else a.new_zeros(0, dtype=torch.float32)
 
 
 def _ssim_batch(a: Tensor, b: Tensor, window: tuple[float, ...], covariance_scale: float) -> Tensor:
     height, width = a.shape[-2:]
-    rows = _band(window, height).to(a.device)
-    columns = _band(window, width).to(a.device).t()
-    # float64: the variances are small differences of squares; float32 is wrong by 3e-4 on smooth bright images.
-    a, b = a.double(), b.double()
+    rows = _band(window, height).to(a)
+    columns = _band(window, width).to(a).t()
     # A window at every position, as two matrix products: many times faster than a float64 convolution on a CPU.
     mean_a, mean_b, square_a, square_b, product = rows @ torch.stack((a, b, a * a, b * b, a * b)) @ columns
     variance_a = covariance_scale * (square_a - mean_a.square())

@@ -16,19 +16,26 @@ def conv_bn_relu(channels_in: int, channels_out: int) -> list[nn.Module]:
 
 
 class UNet(nn.Module):
-    """U-Net from N x channels x H x W to logits of the same shape.
+    """U-Net from N x channels x H x W to logits of the same height and width.
 
     Any H and W: sides that are no multiple of ``2**depth`` are padded by replication and cropped again.
 
     Args:
-        channels: image channels, in and out.
+        channels: channels in, and out unless ``channels_out`` says otherwise.
         width: channels of the first level; each of the ``depth`` deeper levels doubles them.
         depth: number of 2x2 max-poolings.
         skips: how many skip connections to keep, counted from the deepest level; ``depth`` keeps all of them,
             ``depth - 1`` drops the one at full resolution, 0 makes a plain encoder-decoder.
     """
 
-    def __init__(self, channels: int = 3, width: int = 64, depth: int = 4, skips: int | None = None) -> None:
+    def __init__(
+        self,
+        channels: int = 3,
+        width: int = 64,
+        depth: int = 4,
+        skips: int | None = None,
+        channels_out: int | None = None,
+    ) -> None:
         super().__init__()
         skips = depth if skips is None else skips
         self.depth = depth
@@ -46,7 +53,7 @@ class UNet(nn.Module):
             self.merge[str(level)] = nn.Sequential(
                 *conv_bn_relu(merged, widths[level]), *conv_bn_relu(widths[level], widths[level])
             )
-        self.head = nn.Conv2d(width, channels, 1)
+        self.head = nn.Conv2d(width, channels_out or channels, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]

@@ -22,6 +22,8 @@ class Protection(nn.Module):
     Options: ClassVar[type[Options]]
     trained: ClassVar[bool] = False
     """Whether it has weights that are trained with the classifier's."""
+    differentiable: ClassVar[bool] = False
+    """Whether gradients of its output reach its input."""
     adaptation: ClassVar[str] = "none"
     """The adaptation network that goes in front of a classifier of its images."""
     least_side: ClassVar[int] = 1

@@ -56,6 +56,7 @@ class GAN(Protection):
     """
 
     Options: ClassVar[type[registry.Options]] = GANOptions
+    differentiable: ClassVar[bool] = True
     trained: ClassVar[bool] = True
     least_side: ClassVar[int] = 8
 

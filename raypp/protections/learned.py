@@ -37,6 +37,7 @@ class Learned(Protection):
     """U-Net with a sigmoid; any H and W, best in multiples of ``2**depth``."""
 
     Options: ClassVar[type[registry.Options]] = LearnedOptions
+    differentiable: ClassVar[bool] = True
     trained: ClassVar[bool] = True
 
     def __init__(self, options: LearnedOptions, *, channels: int = 3, key: Key | None = None) -> None:

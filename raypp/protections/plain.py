@@ -19,6 +19,7 @@ class Plain(Protection):
     """Returns the image as it is."""
 
     Options: ClassVar[type[registry.Options]] = PlainOptions
+    differentiable: ClassVar[bool] = True
 
     def __init__(self, options: PlainOptions, *, channels: int = 3, key: Key | None = None) -> None:
         super().__init__()

@@ -70,6 +70,10 @@ class Trainee(nn.Module):
         if unexpected or any(not key.startswith(self.fixed or ("\0",)) for key in missing):
             raise other
 
+    def groups(self) -> list[dict[str, Any]]:
+        """What is trained: ``params``, and by which ``factor`` of the learning rate."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "factor": 1.0}]
+
     def after_step(self) -> None:
         """Called after every step of the optimiser."""
 
@@ -124,7 +128,7 @@ def learning_rate(train: Optimisation, epochs: int, progress: float) -> float:
     return peak * (schedule.final + (1 - schedule.final) * (1 - done) / (1 - schedule.warmup))
 
 
-def build_optimizer(options: Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def build_optimizer(options: Optimizer, parameters: list[Any]) -> torch.optim.Optimizer:
     if options.name == "sgd":
         return torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
     return torch.optim.AdamW(
@@ -215,8 +219,7 @@ class Loop:
             synchronise_batch_norms(self.trainee)
         if self.task.train.channels_last:
             self.trainee.to(memory_format=torch.channels_last)
-        self.parameters = [p for p in self.trainee.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(self.task.train.optimizer, self.parameters)
+        self.optimizer = build_optimizer(self.task.train.optimizer, self.trainee.groups())
         self.best, self.best_state = {}, {}
         if resumed is not None:
             self.trainee.load_own_state(resumed["system"])
@@ -245,7 +248,7 @@ class Loop:
         for step, (images, labels) in enumerate(loader.epoch(self.epochs_before(phase) + epoch)):
             lr = learning_rate(train, phase.epochs, epoch + min((step + 0.5) / loader.num_batches, 1.0))
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["factor"]
             self.optimizer.zero_grad(set_to_none=True)
             with context():
                 terms = self.forward(images, labels)

@@ -1,0 +1,395 @@
+"""Inverse networks: a U-Net that learns plain images from protected ones.
+
+Three attacks share it. ``itn`` is the paper's ITN-Attack with the recipe of its authors' later code; ``inverse`` is as
+strong as we can make it; ``inverse_own_keys`` knows the algorithm only and learns from keys of its own. Source of the
+first: Ito, Kinoshita, Kiya 2020 (arXiv 2008.03143), section III-C, and the code of its journal version.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from raypp import registry
+from raypp.attacks.base import Access, AttackTask, Threat, TrainedAttack, TrainedOptions
+from raypp.config import MultiStep, OneCycle, Optimisation, Optimizer
+from raypp.data.loader import Augmentation, Batches, DeviceLoader
+from raypp.evaluation.metrics import psnr, reidentify, ssim, ssim_for_loss
+from raypp.images import to_uint8
+from raypp.nets.features import StateDict
+from raypp.nets.unet import UNet
+from raypp.training.distributed import total
+from raypp.training.loop import Phase, Terms, Trainee
+from raypp.training.sinks import Row
+
+MAX_VAL = 1000  # of the attacker's own images, those that he judges his network by
+LEAST_SIDE = 11  # of SSIM's window
+MAX_PSNR = 60.0  # dB: an exact estimate would make a mean infinite
+OWN_KEY = 2**31  # the attacker's own key that he judges his network by; others are drawn below it
+
+Source = Callable[[Tensor, Tensor], Tensor]
+"""Protected images float (n, C', H', W') of plain ones uint8 (n, C, H, W) and of their places (n,) in the set."""
+
+
+class InverseNetwork(nn.Module):
+    """U-Net from protected images N x C' x H' x W' to estimates of plain ones N x C x H x W, all in [0, 1].
+
+    Protected images that are larger by padding are cut, those of quite another size resized.
+
+    Args:
+        shape: (C, H, W) of plain images.
+        channels: C' of protected ones.
+        num_classes: with more than none, the network is told each image's class.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], channels: int, width: int, depth: int, num_classes: int = 0
+    ) -> None:
+        super().__init__()
+        self.size, self.num_classes = shape[1:], num_classes
+        self.unet = UNet(channels + num_classes, width, depth, channels_out=shape[0])
+
+    def forward(self, protected: Tensor, labels: Tensor | None = None) -> Tensor:
+        height, width = self.size
+        x = protected
+        extra = x.shape[2] - height, x.shape[3] - width
+        if min(extra) < 0 or max(extra) > LEAST_SIDE:
+            x = F.interpolate(x, size=self.size, mode="bilinear", antialias=True)
+        if self.num_classes:
+            assert labels is not None
+            planes = F.one_hot(labels, self.num_classes).to(x.dtype)[:, :, None, None]
+            x = torch.cat((x, planes.expand(-1, -1, *x.shape[2:])), dim=1)
+        estimate: Tensor = torch.sigmoid(self.unet(x).float())
+        return estimate[:, :, :height, :width]
+
+
+class InverseTrainee(Trainee):
+    """An inverse network and, where wanted, the running average of its weights that is used in the end."""
+
+    def __init__(self, net: InverseNetwork, source: Source, labels: Tensor | None, options: Any) -> None:
+        super().__init__()
+        self.net, self.source, self.labels, self.options = net, source, labels, options
+        self.average = copy.deepcopy(net).requires_grad_(False) if options.ema else None
+        self.steps = 0
+
+    @property
+    def final(self) -> InverseNetwork:
+        """The network that attacks."""
+        return self.net if self.average is None else self.average
+
+    def forward(self, images: Tensor, at: Tensor) -> Terms:
+        with torch.autocast(images.device.type, enabled=False):
+            protected = self.source(to_uint8(images), at)
+        if self.options.flip_pairs:  # plain and protected alike, as the released code does
+            flipped = (torch.rand(len(images)) < 0.5).to(images.device)[:, None, None, None]
+            images = torch.where(flipped, images.flip(3), images)
+            protected = torch.where(flipped, protected.flip(3), protected)
+        labels = self.labels[at] if self.labels is not None else None
+        return _terms(self.net(protected, labels), images, self.options.loss)
+
+    def after_step(self) -> None:
+        if self.average is None:
+            return
+        self.steps += 1
+        # At the start, when hardly anything has been averaged, the share of what is new is larger.
+        share = 1 - min(self.options.ema, (1 + self.steps) / (10 + self.steps))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.net.parameters()), share)
+            for kept, new in zip(self.average.buffers(), self.net.buffers(), strict=True):
+                kept.copy_(new)
+
+
+def _terms(estimates: Tensor, images: Tensor, kind: str) -> Terms:
+    error = F.mse_loss(estimates, images)
+    metrics = {"psnr": -10 * torch.log10(error.detach().clamp_min(1e-9))}
+    loss = error if kind == "mse" else F.l1_loss(estimates, images)
+    if kind == "l1_ssim" and min(images.shape[-2:]) >= LEAST_SIDE:
+        similarity = ssim_for_loss(estimates, images).mean()
+        loss = loss + 0.5 * (1 - similarity)
+        metrics["ssim"] = similarity.detach()
+    return Terms(loss, metrics)
+
+
+class InverseTask:
+    """An inverse network that trains on the attacker's images and is judged on some that he keeps back."""
+
+    remedy = "learning rate (optimizer.lr)"
+
+    def __init__(
+        self,
+        attack: InverseAttack,
+        train: Optimisation,
+        num_images: int | None,
+        source: Source,
+        images: Tensor,
+        at: tuple[Tensor, Tensor],
+        val: tuple[Tensor, Tensor],
+    ) -> None:
+        """``at`` gives the places of training and validation images among ``images``; ``val`` is plain, protected."""
+        options, access = attack.options, attack.access
+        self.attack, self.train, self.seed = attack, train, attack.seed
+        self.phases = [Phase(options.name, train.epochs)]
+        self.source, self.val, self.val_at = source, val, at[1]
+        chosen = at[0][:num_images]
+        self.images = images
+        self.labels = access.labels if options.conditional else None
+        afresh = not options.fixed_pairs and (access.protect is not None or access.fresh is not None)
+        self.augmentation = Augmentation(options.crop_padding if afresh else 0, options.flip and afresh)
+        self.chosen = chosen
+        digest = hashlib.sha256(images[chosen].cpu().contiguous().numpy().tobytes())
+        digest.update(val[1][:16].cpu().contiguous().numpy().tobytes())
+        self.fingerprint = digest.hexdigest()
+        self.batches: Batches = self._loader(0, 1)
+
+    def share(self, rank: int, world: int) -> None:
+        """Take a worker's share of every batch."""
+        self.batches = self._loader(rank, world)
+
+    def _loader(self, rank: int, world: int) -> DeviceLoader:
+        return DeviceLoader(
+            self.images[self.chosen].permute(0, 2, 3, 1),
+            self.chosen,
+            batch_size=self.train.batch_size,
+            seed=self.seed,
+            augmentation=self.augmentation,
+            rank=rank,
+            world=world,
+        )
+
+    def build(self, phase: Phase) -> InverseTrainee:
+        torch.manual_seed(self.seed)
+        return InverseTrainee(self.attack.network(self.val[1].shape[1]), self.source, self.labels, self.attack.options)
+
+    @torch.inference_mode()
+    def validate(self, trainee: Trainee, rank: int, world: int) -> Row:
+        assert isinstance(trainee, InverseTrainee)
+        plain, protected = (images[rank::world] for images in self.val)
+        at = self.val_at[rank::world]
+        net = trainee.final.eval()
+        labels = self.labels[at] if self.labels is not None else None
+        estimates = _batched(net, protected, labels, self.train.eval_batch_size)
+        estimates = to_uint8(estimates).float() / 255
+        target = plain.float() / 255
+        originals = torch.arange(len(self.val[0]), device=plain.device)[rank::world]
+        one_class = torch.zeros(len(self.val[0]), dtype=torch.int64, device=plain.device)
+        ranks = reidentify(estimates, self.val[0].float() / 255, originals, one_class)
+        found = {
+            "loss": _terms(estimates, target, self.attack.options.loss).loss.expand(len(plain)),
+            "psnr": psnr(estimates, target).clamp_max(MAX_PSNR),
+            "reidentified": ranks.top(1),
+        }
+        if min(target.shape[-2:]) >= LEAST_SIDE:
+            found["ssim"] = ssim(estimates, target)
+        sums = torch.stack(
+            [*(v.double().sum() for v in found.values()), plain.new_tensor(len(plain), dtype=torch.float64)]
+        )
+        *numbers, num = total(sums).tolist()
+        return {f"val_{name}": number / num for name, number in zip(found, numbers, strict=True)}
+
+    def end(self, phase: Phase, trainee: Trainee) -> None:
+        """One phase is all."""
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing is kept beside the networks."""
+
+
+def _batched(net: InverseNetwork, protected: Tensor, labels: Tensor | None, batch: int) -> Tensor:
+    """Estimates float (N, C, H, W) of protected images uint8."""
+    found = []
+    for start in range(0, len(protected), batch):
+        part = slice(start, start + batch)
+        found.append(net(protected[part].float() / 255, labels[part] if labels is not None else None))
+    return torch.cat(found)
+
+
+class BaseOptions(TrainedOptions):
+    """What inverse networks have in common; the defaults are the strong one's."""
+
+    width: int = Field(32, ge=1, le=1024)
+    """Channels of the U-Net's first level."""
+    depth: int = Field(3, ge=1, le=6)
+    """Number of 2x2 poolings of the U-Net."""
+    loss: Literal["l1_ssim", "mse"] = "l1_ssim"
+    """Absolute error plus half of 1 - SSIM, or squared error."""
+    fixed_pairs: bool = False
+    """Protect the attacker's images once and for all instead of afresh, cropped and mirrored, in every epoch."""
+    crop_padding: int = Field(2, ge=0)
+    """Random crops before protecting, after so many pixels of padding."""
+    flip: bool = True
+    """Mirror half of the images before they are protected."""
+    flip_pairs: bool = False
+    """Mirror plain and protected image alike, after protecting."""
+    ema: float = Field(0.998, ge=0, lt=1)
+    """Decay of the running average of weights that attacks in the end; 0 takes the weights themselves."""
+    conditional: bool = False
+    """Tell the network the class, which the cloud knows: at the attack, the classifier's answer."""
+    train: Optimisation = Optimisation(
+        epochs=20,
+        batch_size=64,
+        optimizer=Optimizer(name="adamw", lr=0.002, momentum=0.9, weight_decay=0.0),
+        schedule=OneCycle(warmup=0.2, final=0.0),
+    )
+
+
+class InverseOptions(BaseOptions):
+    name: Literal["inverse"] = "inverse"
+
+
+class InverseAttack(TrainedAttack):
+    """What the three have in common."""
+
+    _made: tuple[Tensor, Tensor] | None = None
+
+    def network(self, channels: int) -> InverseNetwork:
+        classes = self.access.num_classes if self.options.conditional else 0
+        return InverseNetwork(self.access.shape, channels, self.options.width, self.options.depth, classes)
+
+    @classmethod
+    def lacking(cls, access: Access) -> list[str]:
+        oracle = access.protect is not None and access.images is not None
+        return [] if oracle or access.pairs is not None else ["pairs"]
+
+    @property
+    def num_images(self) -> int:
+        """Images that the network learns from, without those that it is judged by."""
+        num = len(self._material()[0])
+        return num - _num_val(num)
+
+    def task(self, share_epochs: float = 1.0, num_images: int | None = None) -> AttackTask:
+        images, source, val_protected = self._material()
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed)).to(images.device)
+        num_val = _num_val(len(images))
+        at = order[num_val:], order[:num_val]
+        train: Optimisation = self.options.train
+        epochs = max(1, round(train.epochs * share_epochs))
+        if num_images is not None and num_images < len(at[0]):  # as many steps on fewer images
+            epochs = max(1, round(epochs * len(at[0]) / num_images))
+        train = train.model_copy(update={"epochs": epochs, "schedule": _scaled(train, epochs)})
+        val = images[at[1]], val_protected(at[1])
+        return InverseTask(self, train, num_images, source, images, at, val)
+
+    def _material(self) -> tuple[Tensor, Source, Callable[[Tensor], Tensor]]:
+        """The attacker's plain images, how he protects them, and protected ones for validation by their places."""
+        protect = self.access.protect
+        if protect is None or self.options.fixed_pairs:
+            plain, known = self._pairs()
+            return plain, lambda _, at: known[at].float() / 255, lambda at: known[at]
+        assert self.access.images is not None
+        images = self.access.images.to(self.access.device)
+        return images, lambda plain, _: protect(plain).float() / 255, lambda at: _in_parts(protect, images[at])
+
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        """Plain images and their protected ones, made once."""
+        if self._made is None:
+            images, protect, device = self.access.images, self.access.protect, self.access.device
+            if protect is None:
+                assert self.access.pairs is not None
+                self._made = self.access.pairs[0].to(device), self.access.pairs[1].to(device)
+            else:
+                assert images is not None
+                self._made = images.to(device), _in_parts(protect, images.to(device))
+        return self._made
+
+    def state(self, trainee: Trainee) -> StateDict:
+        assert isinstance(trainee, InverseTrainee)
+        return {k: v.detach().cpu() for k, v in trainee.final.state_dict().items()}
+
+    def load(self, state: StateDict) -> None:
+        first = state["unet.down.0.0.weight"].shape[1]
+        channels = first - (self.access.num_classes if self.options.conditional else 0)
+        self._net = self.network(channels)
+        self._net.load_state_dict(state)
+        self._net.to(self.access.device).eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def reconstruct(self, protected: Tensor) -> Tensor:
+        protected = protected.to(self.access.device)
+        labels = None
+        if self.options.conditional:
+            assert self.access.classify is not None
+            labels = self.access.classify(protected)
+        return to_uint8(_batched(self._net, protected, labels, self.options.train.eval_batch_size))
+
+
+def _num_val(num: int) -> int:
+    return min(MAX_VAL, max(1, num // 10))
+
+
+def _in_parts(protect: Callable[[Tensor], Tensor], images: Tensor, size: int = 500) -> Tensor:
+    return torch.cat([protect(part) for part in images.split(size)])
+
+
+def _scaled(train: Optimisation, epochs: int) -> Any:
+    """The schedule for another number of epochs: milestones keep their share of the whole."""
+    if not isinstance(train.schedule, MultiStep):
+        return train.schedule
+    milestones = tuple(round(m * epochs / train.epochs) for m in train.schedule.milestones)
+    return train.schedule.model_copy(update={"milestones": milestones})
+
+
+class Inverse(InverseAttack):
+    """As strong as we can make it: AdamW, one cycle, no weight decay, L1 + SSIM, flips and crops, averaged weights."""
+
+    Options: ClassVar[type[registry.Options]] = InverseOptions
+    threat: ClassVar[Threat] = Threat.T4
+
+
+class ITNOptions(BaseOptions):
+    """The recipe of the authors' later code."""
+
+    name: Literal["itn"] = "itn"
+    width: int = Field(64, ge=1, le=1024)
+    depth: int = Field(4, ge=1, le=6)
+    loss: Literal["l1_ssim", "mse"] = "mse"
+    fixed_pairs: bool = True
+    flip_pairs: bool = True
+    ema: float = Field(0.0, ge=0, lt=1)
+    train: Optimisation = Optimisation(
+        epochs=200,
+        batch_size=128,
+        optimizer=Optimizer(name="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4),
+        schedule=MultiStep(milestones=(60, 120, 160), gamma=0.2),
+    )
+
+
+class ITN(InverseAttack):
+    """As released: SGD, squared error, pairs made once and mirrored together, the lowest validation error kept."""
+
+    Options: ClassVar[type[registry.Options]] = ITNOptions
+    threat: ClassVar[Threat] = Threat.T4
+
+
+class InverseOwnKeysOptions(BaseOptions):
+    name: Literal["inverse_own_keys"] = "inverse_own_keys"
+
+
+class InverseOwnKeys(InverseAttack):
+    """Learns from images protected under the attacker's own keys, a new one for every batch."""
+
+    Options: ClassVar[type[registry.Options]] = InverseOwnKeysOptions
+    threat: ClassVar[Threat] = Threat.T2
+    needs: ClassVar[tuple[str, ...]] = ("images", "fresh")
+
+    @classmethod
+    def lacking(cls, access: Access) -> list[str]:
+        return [need for need in cls.needs if getattr(access, need) is None]
+
+    def _material(self) -> tuple[Tensor, Source, Callable[[Tensor], Tensor]]:
+        assert self.access.images is not None
+        assert self.access.fresh is not None
+        images, fresh = self.access.images.to(self.access.device), self.access.fresh
+
+        def protect(plain: Tensor, _: Tensor) -> Tensor:
+            return fresh(int(torch.randint(OWN_KEY, ())))(plain).float() / 255
+
+        return images, protect, lambda at: _in_parts(fresh(OWN_KEY), images[at])

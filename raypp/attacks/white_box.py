@@ -1,0 +1,105 @@
+"""T5: look for the plain image whose protected version is the one at hand, by gradients through the protection.
+
+Minimises ``|h(x) - y|^2 + tv * TV(x)`` over x by Adam (Mahendran, Vedaldi 2015, for networks' features), from grey,
+from noise, and from the inverse network's estimate where there is one; of all starts each image keeps the one that the
+objective likes best, which an attacker can tell.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from raypp import registry
+from raypp.attacks.base import Attack, Threat
+from raypp.images import to_uint8
+
+MARGIN = 0.01  # of the range at which values saturate: an exact 0 or 1 has no finite logit
+
+
+class WhiteBoxOptions(registry.Options):
+    name: Literal["white_box"] = "white_box"
+    steps: int = Field(400, ge=1)
+    """Adam's steps from each start."""
+    lr: float = Field(0.05, gt=0)
+    """Adam's learning rate on logits of pixels; falls linearly to a tenth."""
+    tv: float = Field(0.002, ge=0)
+    """Weight of the mean absolute difference of neighbouring pixels."""
+    restarts: int = Field(1, ge=0)
+    """Random starts, besides grey and the inverse network's estimate."""
+    num_images: int = Field(200, ge=1)
+    """How many images to attack at most: each costs steps times starts passes through the protection."""
+    batch_size: int = Field(100, ge=1)
+
+
+class WhiteBox(Attack):
+    """Gradient descent on the image itself."""
+
+    Options: ClassVar[type[registry.Options]] = WhiteBoxOptions
+    threat: ClassVar[Threat] = Threat.T5
+    needs: ClassVar[tuple[str, ...]] = ("gradients",)
+    after: ClassVar[tuple[str, ...]] = ("inverse",)
+
+    def __init__(self, options: Any, access: Any, *, seed: int = 0) -> None:
+        super().__init__(options, access, seed=seed)
+        self.max_queries = options.num_images
+
+    def prepare(self) -> None:
+        warm = "inverse" in (self.access.earlier or {})
+        starts = ["grey", *(["the inverse network's estimate"] if warm else []), *["noise"] * self.options.restarts]
+        self.note = f"{self.options.steps} steps from each of {', '.join(starts)}"
+
+    def reconstruct(self, protected: Tensor) -> Tensor:
+        found = torch.cat(
+            [self._attack(part) for part in protected.to(self.access.device).split(self.options.batch_size)]
+        )
+        return to_uint8(found)
+
+    def _attack(self, protected: Tensor) -> Tensor:
+        target = protected.float() / 255
+        num = len(protected)
+        best = torch.full((num,), float("inf"), device=target.device)
+        kept = torch.zeros(num, *self.access.shape, device=target.device)
+        for start in self._starts(protected):
+            estimate, cost = self._descend(start, target)
+            better = cost < best
+            best = torch.where(better, cost, best)
+            kept = torch.where(better[:, None, None, None], estimate, kept)
+        return kept
+
+    def _starts(self, protected: Tensor) -> list[Tensor]:
+        shape = (len(protected), *self.access.shape)
+        device = self.access.device
+        starts = [torch.full(shape, 0.5, device=device)]
+        if (warm := (self.access.earlier or {}).get("inverse")) is not None:
+            starts.append(warm(protected).float() / 255)
+        random = torch.Generator().manual_seed(self.seed)
+        starts += [torch.rand(shape, generator=random).to(device) for _ in range(self.options.restarts)]
+        return starts
+
+    def _descend(self, start: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Estimates (n, C, H, W) in [0, 1] and their objectives (n,)."""
+        assert self.access.gradients is not None
+        options = self.options
+        logits = torch.logit(start.clamp(MARGIN, 1 - MARGIN)).requires_grad_()
+        optimizer = torch.optim.Adam([logits], lr=options.lr)
+        for step in range(options.steps):
+            optimizer.param_groups[0]["lr"] = options.lr * (1 - 0.9 * step / options.steps)
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                self._objective(torch.sigmoid(logits), target).sum().backward()
+            optimizer.step()
+        with torch.no_grad():
+            estimate = torch.sigmoid(logits)
+            return estimate, self._objective(estimate, target)
+
+    def _objective(self, images: Tensor, target: Tensor) -> Tensor:
+        assert self.access.gradients is not None
+        error = (self.access.gradients(images) - target).square().mean(dim=(1, 2, 3))
+        across = (images[..., 1:] - images[..., :-1]).abs().mean(dim=(1, 2, 3))
+        down = (images[..., 1:, :] - images[..., :-1, :]).abs().mean(dim=(1, 2, 3))
+        objective: Tensor = error + self.options.tv * (across + down)
+        return objective

@@ -1,0 +1,145 @@
+"""What attacks recover, beside what an attacker gets who never saw the protected image.
+
+Every number is a mean over images with its 95% bootstrap interval, its quartiles and its worst 1%. What decides is
+re-identification: how often the original is the nearest of the gallery's images to the reconstruction. Thresholds of 5%
+and 20% are those of NeuraCrypt's authors (2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raypp.evaluation.metrics import (
+    bootstrap_interval,
+    edge_correlation,
+    edge_maps,
+    psnr,
+    reidentify,
+    ssim,
+    ssim_invariant,
+    ssim_lab,
+)
+from raypp.evaluation.victim import Victim
+
+MAX_PSNR = 60.0  # dB: an exact reconstruction would make a mean infinite
+AMBER, RED = 0.05, 0.20
+RISE = 0.01  # of SSIM, and of the share found: a curve that rises by less between its last two points is flat
+PART = 500
+SHARES = ("reidentified", "reidentified_edges", "reidentified_top5", "reidentified_same_class", "accuracy")
+"""Metrics that are 0 or 1 for each image."""
+
+Scores = dict[str, Tensor]
+"""Values (N,) of each metric, one per image."""
+Judge = Callable[[Tensor], Tensor]
+"""Classes int64 (N,) of plain images float in [0, 1]: a classifier that has nothing to do with the victim."""
+
+
+@torch.inference_mode()
+def measure(estimates: Tensor, victim: Victim, judge: nn.Module | None = None) -> Scores:
+    """Compare reconstructions with the originals.
+
+    Args:
+        estimates: uint8 (n, C, H, W) of the victim's first n queries.
+        judge: a classifier trained on plain images apart from the victim; None leaves ``accuracy`` out.
+    """
+    num = len(estimates)
+    made, originals = estimates.to(victim.plain.device).float() / 255, victim.plain[:num].float() / 255
+    truth, labels = victim.truth[:num], victim.gallery_labels
+    gallery = victim.gallery.float() / 255
+    ranks = reidentify(made, gallery, truth, labels)
+    edges = [edge_maps(part)[:, :, None, None].float() for part in (made, gallery)]
+    scores = {
+        "psnr": psnr(made, originals).clamp_max(MAX_PSNR),
+        "ssim": ssim(made, originals),
+        "ssim_lab": ssim_lab(made, originals),
+        "ssim_invariant": ssim_invariant(made, originals),
+        "edges": edge_correlation(made, originals).float(),
+        "reidentified": ranks.top(1),
+        "reidentified_top5": ranks.top(5),
+        "reidentified_edges": reidentify(edges[0], edges[1], truth, labels).top(1),
+    }
+    if victim.classes:
+        scores["reidentified_same_class"] = (ranks.same_class == 0).float()
+        if judge is not None:
+            found = torch.cat([judge(part).argmax(1) for part in made.split(PART)])
+            scores["accuracy"] = (found == victim.labels[:num]).float()
+    return {name: values.float().cpu() for name, values in scores.items()}
+
+
+def summarise(scores: Scores, seed: int = 0) -> dict[str, dict[str, float]]:
+    """Numbers of each metric: mean and 95% interval; of those that are no shares also quartiles and the worst 1%."""
+    found = {}
+    for name, values in scores.items():
+        low, high = bootstrap_interval(values.numpy(), seed=seed)
+        numbers = {"mean": float(values.double().mean()), "low": low, "high": high}
+        if name not in SHARES:
+            at = (("min", 0.0), ("q1", 0.25), ("median", 0.5), ("q3", 0.75), ("worst_1_percent", 0.99), ("max", 1.0))
+            numbers |= {key: float(np.quantile(values.numpy(), q)) for key, q in at}
+        found[name] = {key: round(number, 5) for key, number in numbers.items()}
+    return found
+
+
+@torch.inference_mode()
+def nulls(victim: Victim, seed: int = 0) -> dict[str, Tensor]:
+    """What an attacker can say who never saw the protected image, and the protected image itself: uint8 (N, C, H, W).
+
+    ``class mean`` knows the class, which the cloud does; ``nearest training image`` even knows the original and picks
+    the most similar of the attacker's own images: a bound on what prior knowledge can give.
+    """
+    plain = victim.plain
+    own = victim.access.images
+    assert own is not None
+    own = own.to(plain.device)
+    mean = own.double().mean(0)
+    random = torch.Generator().manual_seed(seed)
+    found = {
+        "mean image": mean.expand(len(plain), *mean.shape),
+        "random image": own[torch.randint(len(own), (len(plain),), generator=random).to(plain.device)].double(),
+    }
+    labels = victim.access.labels
+    if victim.classes and labels is not None:
+        labels = labels.to(plain.device)
+        means = torch.stack(
+            [own[labels == c].double().mean(0) if (labels == c).any() else mean for c in range(len(victim.classes))]
+        )
+        found["class mean"] = means[victim.labels]
+    nearest = []
+    flat = own.flatten(1).float()
+    lengths = flat.square().sum(1)
+    for part in plain.split(PART):
+        nearest.append((lengths - 2 * part.flatten(1).float() @ flat.t()).argmin(1))
+    found["nearest training image"] = own[torch.cat(nearest)].double()
+    height, width = plain.shape[2:]
+    protected = victim.protected[:, :, :height, :width]
+    if protected.shape == plain.shape:
+        found["protected image"] = protected.double()
+    return {name: images.round().clamp(0, 255).to(torch.uint8) for name, images in found.items()}
+
+
+def share_found(summary: dict[str, dict[str, float]]) -> float:
+    """The share of originals that are found, by pixels or by edges, whichever finds more."""
+    return max(summary["reidentified"]["mean"], summary["reidentified_edges"]["mean"])
+
+
+def verdict(share: float) -> str:
+    """ "holds", "weak" or "broken", by the share of originals that are found."""
+    return "holds" if share < AMBER else "weak" if share <= RED else "broken"
+
+
+def still_rising(curve: list[dict[str, float]]) -> bool:
+    """Whether leakage rose by more than a hundredth between a curve's last two points."""
+    last, before = curve[-1], curve[-2]
+    return any(last[name] - before[name] > RISE for name in ("ssim_invariant", "found"))
+
+
+def worst(attacks: dict[str, dict[str, Any]]) -> str | None:
+    """The attack that finds the most originals, of equal ones that with the largest SSIM; None where none has run."""
+    ran = {name: a for name, a in attacks.items() if a["status"] == "done"}
+    if not ran:
+        return None
+    return max(ran, key=lambda n: (ran[n]["found"], ran[n]["scores"]["ssim_invariant"]["mean"]))

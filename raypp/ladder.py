@@ -1,0 +1,630 @@
+"""The attack ladder: every attack of a suite against one victim, each resumable, and the scorecard that comes of them.
+
+NAME/suite.yaml           what was asked for: victim, suite, where images come from
+NAME/attacks/ATTACK/      of each attack: training checkpoints, network.safetensors, estimates.safetensors, result.json
+NAME/judge/               the plain classifier that reads reconstructions, where one is trained for it
+NAME/scorecard.json       everything measured; scores.csv has it image by image
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import yaml
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
+from torch import Tensor, nn
+
+from raypp import bundle as bundles
+from raypp.attacks import ATTACKS
+from raypp.attacks.base import Access, Attack, AttackError, Map, TrainedAttack
+from raypp.config import Cluster, Config, Section, load_config, merge, parse_flags, read_yaml, sentence
+from raypp.errors import ConfigError, RayppError, StorageError
+from raypp.evaluation.scorecard import (
+    RED,
+    Scores,
+    measure,
+    nulls,
+    share_found,
+    still_rising,
+    summarise,
+    verdict,
+    worst,
+)
+from raypp.evaluation.victim import Victim, VictimSpec, load_victim
+from raypp.nets.features import StateDict
+from raypp.progress import Display, GridDisplay, Shows
+from raypp.registry import Options, did_you_mean
+from raypp.runs import checked_name, environment, lock, open_run, train_locally
+from raypp.storage import Storage
+from raypp.training.loop import Loop, set_up_torch
+from raypp.training.sinks import LocalSink, Row, Sink
+
+FILES = {"suite": "suite.yaml", "scorecard": "scorecard.json"}
+CURVE = (("half the epochs", 0.5, 1.0), ("a quarter of the images", 1.0, 0.25))
+"""Of each trained attack's further trainings: name, share of the epochs, share of the images."""
+JUDGE = "judge"
+
+Outcome = dict[str, Any]
+
+
+def _attacks(value: Any) -> Any:
+    """Validate each attack's options against those of its class."""
+    if not isinstance(value, dict):
+        return value
+    found = []
+    for name, options in value.items():
+        given = {} if options is None else options
+        if not isinstance(given, dict):
+            raise ValueError(f"attacks.{name} is {given!r}; allowed is a mapping of its options")
+        try:
+            found.append(ATTACKS.options(name).model_validate({"name": name, **given}))
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join((name, *map(str, first["loc"])))
+            raise ValueError(f"{where} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
+    return tuple(found)
+
+
+class Suite(Section):
+    """Which attacks are run, how strong, and on how many images."""
+
+    seed: int = Field(0, ge=0, le=2**63 - 1)
+    num_queries: int = Field(2000, ge=10)
+    """Test images that are attacked, at most; all of the test split are the gallery."""
+    num_images: int | None = Field(None, ge=20)
+    """Images of his own that the attacker has; null gives him the whole training split."""
+    curve: bool = True
+    """Train again with half the epochs and with a quarter of the images, to see whether leakage still rises."""
+    judge_epochs: int = Field(3, ge=0)
+    """Epochs of a plain classifier that reads the reconstructions, where the bundle brings none; 0 does without."""
+    attacks: Annotated[tuple[SerializeAsAny[Options], ...], BeforeValidator(_attacks)]
+    cluster: Cluster = Field(default_factory=Cluster)
+
+    def options(self, name: str) -> Options:
+        return next(options for options in self.attacks if options.name == name)
+
+
+def suites() -> dict[str, Path]:
+    """Shipped suites by name."""
+    folder = Path(str(resources.files("raypp") / "presets" / "attacks"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A victim, a suite, and the folder of what comes of them."""
+
+    spec: VictimSpec
+    suite: Suite
+    storage: Storage
+
+    def folder(self, attack: str) -> Storage:
+        return self.storage.folder(f"attacks/{attack}")
+
+    def dump(self) -> dict[str, Any]:
+        """As plain data, from which :func:`restore` makes it again in another process."""
+        suite = self.suite.model_dump(mode="json")
+        suite["attacks"] = {o["name"]: {k: v for k, v in o.items() if k != "name"} for o in suite["attacks"]}
+        return {"victim": self.spec.model_dump(mode="json"), "suite": suite, "storage": self.storage.uri}
+
+
+def restore(dumped: dict[str, Any]) -> Plan:
+    """The plan that ``Plan.dump`` described."""
+    spec = VictimSpec.model_validate(dumped["victim"])
+    return Plan(spec, Suite.model_validate(dumped["suite"]), Storage(dumped["storage"]))
+
+
+def make_plan(
+    *,
+    bundle: str | None = None,
+    function: str | None = None,
+    folders: tuple[str, str] | None = None,
+    preset: str | None = None,
+    suite: str = "small",
+    attacks: Sequence[str] = (),
+    flags: Sequence[str] = (),
+    storage: str | Path = "runs",
+    name: str,
+) -> Plan:
+    """Put a plan together.
+
+    Args:
+        bundle, function, folders: the victim, one of the three; see :class:`VictimSpec`.
+        preset: of a function's images.
+        suite: name of a shipped suite, or the path of a YAML file.
+        attacks: only these of the suite, or others at their defaults; none takes all of the suite.
+        flags: settings of the suite (``--num_queries 500``), of an attack (``--inverse.train.epochs 5``), of the images
+            (``--data.source.path x``) and of the cluster.
+
+    Raises:
+        ConfigError: one sentence about the first thing that is not allowed.
+    """
+    if sum(given is not None for given in (bundle, function, folders)) != 1:
+        raise ConfigError("name one victim: a bundle, --function MODULE:NAME, or --folders PLAIN PROTECTED")
+    known = suites()
+    if suite in known:
+        tree = read_yaml(known[suite])
+    elif Path(suite).suffix in {".yaml", ".yml"}:
+        tree = read_yaml(Path(suite))
+    else:
+        raise ConfigError(
+            f"unknown suite {suite!r}{did_you_mean(suite, known)}; allowed: {', '.join(known)}, or the path of a .yaml "
+            "file"
+        )
+    chosen = dict(tree.get("attacks") or {})
+    if attacks:
+        for attack in attacks:
+            if attack not in ATTACKS:
+                raise ConfigError(
+                    f"unknown attack {attack!r}{did_you_mean(attack, ATTACKS)}; allowed: {', '.join(ATTACKS)}"
+                )
+        chosen = {attack: chosen.get(attack) for attack in ATTACKS if attack in attacks}
+    given = parse_flags(flags, (*Suite.model_fields, "data", *ATTACKS))
+    data = given.pop("data", None)
+    for attack in [key for key in given if key in ATTACKS]:
+        if attack not in chosen:
+            raise ConfigError(f"--{attack} sets an attack that is not run; the attacks are {', '.join(chosen)}")
+        chosen[attack] = merge(chosen[attack] or {}, given.pop(attack))
+    tree = merge(tree, given) | {"attacks": chosen}
+    try:
+        validated = Suite.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(sentence(error, tree, root=Suite)) from None
+    config: dict[str, Any] | None = {"data": data} if data else None
+    if function is not None:
+        config = load_config(preset or "cifar10-small", flags=_data_flags(flags)).model_dump(mode="json")
+    elif preset is not None:
+        raise ConfigError("a preset names the images of a --function; a bundle and folders bring their own")
+    where = absolute_folders(folders)
+    spec = VictimSpec(bundle=_settled(bundle), function=function, folders=where, config=config)
+    return Plan(spec, validated, Storage(storage).folder(checked_name(name)))
+
+
+def _data_flags(flags: Sequence[str]) -> list[str]:
+    """The flags about images alone."""
+    kept: list[str] = []
+    for i, flag in enumerate(flags):
+        if flag.startswith("--data"):
+            kept += [flag] if "=" in flag else [flag, *flags[i + 1 : i + 2]]
+    return kept
+
+
+def _settled(location: str | None) -> str | None:
+    return None if location is None else Storage(location).uri
+
+
+def absolute_folders(folders: tuple[str, str] | None) -> tuple[str, str] | None:
+    if folders is None:
+        return None
+    return str(Path(folders[0]).expanduser().absolute()), str(Path(folders[1]).expanduser().absolute())
+
+
+@contextmanager
+def open_plan(plan: Plan, *, resume: bool) -> Iterator[None]:
+    """Hold the plan's folder: a new one, or with ``resume`` one of the same victim, where attacks may be added.
+
+    Raises:
+        StorageError: it is in use, exists already, or was made for another victim or other images.
+    """
+    storage = plan.storage
+    if storage.local:
+        try:
+            storage.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot create {storage.uri}: {error.strerror}") from error
+    with lock(storage, f"the attack run {storage.uri}"):
+        now = plan.dump()
+        if storage.exists(FILES["suite"]):
+            if not resume:
+                raise StorageError(f"{storage.uri} exists already; --resume continues it, another --name starts anew")
+            before = yaml.safe_load(storage.read(FILES["suite"]))
+            for key, was, new in (
+                ("victim", before["victim"], now["victim"]),
+                *((k, before["suite"][k], now["suite"][k]) for k in ("seed", "num_queries", "num_images", "curve")),
+                *(
+                    (k, before["suite"]["attacks"][k], v)
+                    for k, v in now["suite"]["attacks"].items()
+                    if k in before["suite"]["attacks"]
+                ),
+            ):
+                if was != new:
+                    raise StorageError(
+                        f"{storage.uri} was started with another {key}; resume it with the same, or take another --name"
+                    )
+            now["suite"]["attacks"] = before["suite"]["attacks"] | now["suite"]["attacks"]
+        elif resume:
+            raise StorageError(f"{storage.uri} does not exist; leave out --resume to start it")
+        storage.write(FILES["suite"], yaml.safe_dump(now, sort_keys=False).encode())
+        yield
+
+
+# One attack
+
+
+def finished(plan: Plan, attack: str) -> Outcome | None:
+    """What an attack gave if it has been run to its end."""
+    folder = plan.folder(attack)
+    if not folder.exists("result.json"):
+        return None
+    found: Outcome = json.loads(folder.read("result.json"))
+    return found
+
+
+def run_attack(
+    plan: Plan, name: str, display: Shows, victim: Victim | None = None, sink: Callable[[Storage], Sink] | None = None
+) -> Outcome:
+    """Run one attack to its end, from where it was stopped; store and return its result.
+
+    Args:
+        victim: already loaded, or None.
+        sink: where training reports; by default to the attack's folder from this process.
+
+    Raises:
+        RayppError: the victim cannot be loaded or fails; an attack that does not apply to it is a result, not an error.
+    """
+    if (found := finished(plan, name)) is not None:
+        return found
+    suite, folder = plan.suite, plan.folder(name)
+    began = time.monotonic()
+    victim = victim or load_victim_of(plan)
+    kind, options = ATTACKS.get(name), suite.options(name)
+    about: Outcome = {
+        "attack": name,
+        "threat": kind.threat.name,
+        "threat_meaning": kind.threat.meaning,
+        "options": options.model_dump(mode="json"),
+        "victim": victim.fingerprint,
+    }
+    make = sink or (lambda storage: LocalSink(storage, display, victim.access.device))
+    try:
+        attack: Attack = kind(options, _with_earlier(plan, kind, victim.access), seed=suite.seed)
+        history: list[Row] = []
+        curve: list[dict[str, Any]] = []
+        if isinstance(attack, TrainedAttack):
+            history, curve = _train(attack, plan, name, victim, make)
+        attack.prepare()
+        num = min(len(victim.plain), attack.max_queries or len(victim.plain))
+        torch.manual_seed(suite.seed)
+        estimates = attack.reconstruct(victim.protected[:num]).cpu()
+    except AttackError as error:
+        result = about | {"status": "does not apply", "note": str(error)}
+        folder.write("result.json", _json(result))
+        return result
+    from safetensors.torch import save
+
+    folder.write("estimates.safetensors", save({"estimates": estimates.contiguous()}))
+    summary = summarise(measure(estimates, victim), suite.seed)
+    result = about | {
+        "status": "done",
+        "note": attack.note,
+        "num_queries": num,
+        "seconds": round(time.monotonic() - began, 1),
+        "scores": summary,
+        "history": history,
+        "curve": curve,
+    }
+    folder.write("result.json", _json(result))
+    return result
+
+
+def load_victim_of(plan: Plan, device: torch.device | None = None) -> Victim:
+    """The plan's victim."""
+    suite = plan.suite
+    return load_victim(
+        plan.spec, num_queries=suite.num_queries, num_images=suite.num_images, seed=suite.seed, device=device
+    )
+
+
+def _train(
+    attack: TrainedAttack, plan: Plan, name: str, victim: Victim, make: Callable[[Storage], Sink]
+) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Train the attack's network, and for its curve smaller ones; leaves the attack loaded with the full one."""
+    folder, total = plan.folder(name), attack.num_images
+    full, history = _fit(attack, make(folder), 1.0, None)
+    attack.load(full)
+    _save_network(folder, full)
+    curve = []
+    if plan.suite.curve:
+        for label, epochs, share in CURVE:
+            num = max(2, round(share * total)) if share < 1 else None
+            state, rows = _fit(attack, make(folder.folder(label.replace(" ", "_"))), epochs, num)
+            attack.load(state)
+            curve.append({"what": label, "epochs": len(rows), "num_images": num or total, **_leak(attack, victim)})
+        attack.load(full)
+        curve.append({"what": "everything", "epochs": len(history), "num_images": total, **_leak(attack, victim)})
+    return history, curve
+
+
+def _fit(attack: TrainedAttack, sink: Sink, epochs: float, num_images: int | None) -> tuple[StateDict, list[Row]]:
+    task = attack.task(epochs, num_images)
+    task.share(sink.rank, sink.world)
+    set_up_torch(task.train)
+    done = Loop(task, sink).run()
+    return attack.state(done.trainee), done.history
+
+
+def _leak(attack: TrainedAttack, victim: Victim) -> dict[str, float]:
+    scores = summarise(measure(attack.reconstruct(victim.protected), victim))
+    return {"found": share_found(scores)} | {
+        key: scores[key]["mean"] for key in ("ssim", "ssim_invariant", "psnr", "reidentified")
+    }
+
+
+def _save_network(folder: Storage, state: StateDict) -> None:
+    from safetensors.torch import save
+
+    folder.write("network.safetensors", save({k: v.contiguous() for k, v in state.items()}))
+
+
+def load_network(folder: Storage, options: Options, access: Access) -> Map:
+    """An attack's trained network as a map from protected to plain images."""
+    from safetensors.torch import load
+
+    attack: TrainedAttack = ATTACKS.build(options, access)
+    attack.load(load(folder.read("network.safetensors")))
+    return attack.reconstruct
+
+
+def _with_earlier(plan: Plan, kind: type[Attack], access: Access) -> Access:
+    from dataclasses import replace
+
+    networks = {}
+    for name in kind.after:
+        if any(o.name == name for o in plan.suite.attacks) and plan.folder(name).exists("network.safetensors"):
+            networks[name] = load_network(plan.folder(name), plan.suite.options(name), access)
+    return replace(access, earlier=networks) if networks else access
+
+
+# All of them
+
+
+def waits_for(plan: Plan, name: str) -> list[str]:
+    """Attacks of the suite that have to end before this one begins."""
+    return [earlier for earlier in ATTACKS.get(name).after if any(o.name == earlier for o in plan.suite.attacks)]
+
+
+def in_order(plan: Plan) -> list[str]:
+    """The suite's attacks, each after those that it builds on."""
+    names = [options.name for options in plan.suite.attacks]
+    return sorted(names, key=lambda name: bool(waits_for(plan, name)))
+
+
+def run_locally(
+    plan: Plan, missing: Sequence[str], display: GridDisplay, ended: Callable[[str, Outcome], None]
+) -> None:
+    """Run attacks in this process, one after the other; ``ended`` is told of each ``{"result"}`` or ``{"error"}``."""
+    victim = load_victim_of(plan)
+    for name in missing:
+        try:
+            if name == JUDGE:
+                train_judge(plan, victim, display.of(JUDGE))
+                outcome: Outcome = {"result": {}}
+            else:
+                outcome = {"result": run_attack(plan, name, display.of(name), victim)}
+        except RayppError as error:
+            outcome = {"error": str(error)}
+        ended(name, outcome)
+
+
+def attack(
+    plan: Plan,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    run: Callable[[Plan, Sequence[str], GridDisplay, Callable[[str, Outcome], None]], None] = run_locally,
+) -> dict[str, Any]:
+    """Run what is missing of a plan and write its scorecard; returns the scorecard.
+
+    Args:
+        run: runs attacks and tells of each how it ended: :func:`run_locally`, or Ray's.
+
+    Raises:
+        RayppError: the victim, the suite or the folder is not allowed; an attack that fails does not stop the others.
+    """
+    with open_plan(plan, resume=resume):
+        victim = load_victim_of(plan)
+        failures: dict[str, str] = {}
+        names = in_order(plan)
+        jobs = [name for name in names if finished(plan, name) is None]
+        if needs_judge(plan, victim):
+            jobs.append(JUDGE)
+        with GridDisplay(len(jobs), quiet=quiet, what="attacks") as display:
+
+            def ended(name: str, outcome: Outcome) -> None:
+                if "error" in outcome:
+                    failures[name] = outcome["error"]
+                    display.done(name, f"failed: {outcome['error']}")
+                else:
+                    display.done(name, _said(outcome["result"]))
+
+            if jobs:
+                run(plan, jobs, display, ended)
+        card = scorecard(plan, victim, failures)
+        if plan.spec.bundle is not None and not failures:
+            _into_bundle(plan, card, quiet)
+        return card
+
+
+def overview(plan: Plan) -> list[tuple[str, str, str]]:
+    """Each attack's name, threat level and what the attacker has, for printing before anything runs."""
+    return [(n, ATTACKS.get(n).threat.name, ATTACKS.get(n).threat.meaning) for n in in_order(plan)]
+
+
+def _said(result: Outcome) -> str:
+    if not result:
+        return "trained"
+    if result["status"] != "done":
+        return str(result["note"] or result["status"])
+    found = share_found(result["scores"])
+    return f"{verdict(found)}: {found:.1%} found, SSIM {result['scores']['ssim']['mean']:.3f}"
+
+
+def scorecard(plan: Plan, victim: Victim, failures: dict[str, str]) -> dict[str, Any]:
+    """Put together what has been measured, write ``scorecard.json`` and ``scores.csv``, and return the first."""
+    from safetensors.torch import load
+
+    judge = load_judge(plan, victim)
+    attacks: dict[str, Any] = {}
+    images: dict[str, Scores] = {}
+    for name in in_order(plan):
+        result = finished(plan, name)
+        if result is None:
+            kind = ATTACKS.get(name)
+            attacks[name] = {
+                "attack": name, "threat": kind.threat.name, "threat_meaning": kind.threat.meaning,
+                "status": "failed", "note": failures.get(name, "not run"),
+            }  # fmt: skip
+            continue
+        if result["status"] == "done":
+            estimates = load(plan.folder(name).read("estimates.safetensors"))["estimates"]
+            images[name] = measure(estimates, victim, judge)
+            result["scores"] = summarise(images[name], plan.suite.seed)
+            result["found"] = share_found(result["scores"])
+            result["verdict"] = verdict(result["found"])
+            result |= _flatness(result)
+        attacks[name] = result
+    beside = {name: measure(made, victim, judge) for name, made in nulls(victim, plan.suite.seed).items()}
+    null_scores = {name: summarise(scores, plan.suite.seed) for name, scores in beside.items()}
+    for result in attacks.values():
+        if result["status"] == "done":
+            result["above_null"] = _above(result["scores"], null_scores)
+    worst_name = worst(attacks)
+    card = {
+        "victim": victim.name,
+        "num_queries": len(victim.plain),
+        "num_gallery": len(victim.gallery),
+        "num_attacker_images": len(victim.access.images) if victim.access.images is not None else 0,
+        "chance": 1 / len(victim.gallery),
+        "accuracy": (victim.metrics or {}).get("test", {}).get("accuracy"),
+        "accuracy_interval": (victim.metrics or {}).get("test", {}).get("accuracy_interval"),
+        "judge_accuracy": _judge_accuracy(judge, victim),
+        "worst_attack": worst_name,
+        "found": attacks[worst_name]["found"] if worst_name else None,
+        "verdict": attacks[worst_name]["verdict"] if worst_name else None,
+        "lower_bound": any(a.get("lower_bound") for a in attacks.values()) and _not_red(attacks, worst_name),
+        "attacks": attacks,
+        "nulls": null_scores,
+        "suite": plan.dump()["suite"],
+        "environment": environment(),
+    }
+    plan.storage.write(FILES["scorecard"], _json(card))
+    plan.storage.write("scores.csv", _csv(victim, images | {f"null: {k}": v for k, v in beside.items()}))
+    return card
+
+
+def _not_red(attacks: dict[str, Any], worst_name: str | None) -> bool:
+    return worst_name is not None and attacks[worst_name]["found"] <= RED
+
+
+def _flatness(result: Outcome) -> Outcome:
+    """Whether a trained attack's score is its last word, by the points of its curve."""
+    if not result["history"]:
+        return {"lower_bound": False, "rises_with": []}
+    if not result["curve"]:
+        return {"lower_bound": True, "rises_with": None}
+    points = {point["what"]: point for point in result["curve"]}
+    rising = [
+        what
+        for what, before in (("epochs", "half the epochs"), ("images", "a quarter of the images"))
+        if still_rising([points[before], points["everything"]])
+    ]
+    return {"lower_bound": bool(rising), "rises_with": rising}
+
+
+def _above(scores: dict[str, dict[str, float]], null_scores: dict[str, Any]) -> bool:
+    """Whether the reconstructions resemble the originals more than what the class alone tells, beyond chance."""
+    null = null_scores.get("class mean") or null_scores["mean image"]
+    return any(scores[key]["low"] > null[key]["high"] for key in ("ssim_invariant", "edges", "reidentified"))
+
+
+def _judge_accuracy(judge: nn.Module | None, victim: Victim) -> float | None:
+    if judge is None:
+        return None
+    return float(measure(victim.plain, victim, judge)["accuracy"].mean())
+
+
+# The judge: a plain classifier that has nothing to do with the victim
+
+
+def needs_judge(plan: Plan, victim: Victim) -> bool:
+    """Whether a plain classifier has still to be trained."""
+    possible = victim.plain_classifier is None and victim.config is not None and bool(victim.classes)
+    return possible and plan.suite.judge_epochs > 0 and not plan.storage.exists(f"{JUDGE}/summary.json")
+
+
+def judge_config(plan: Plan, victim: Victim) -> Config:
+    """How the plain classifier is trained: on the victim's data, as its classifier was, for the suite's epochs."""
+    assert victim.config is not None
+    tree = victim.config.model_dump(mode="json")
+    tree |= {"protection": {"name": "plain"}, "adaptation": "auto", "seed": plan.suite.seed}
+    tree["train"] |= {"mode": "plain", "epochs": plan.suite.judge_epochs, "plain_epochs": None}
+    if tree["train"]["schedule"]["name"] == "multistep":
+        tree["train"]["schedule"] = {"name": "one_cycle"}
+    tree["data"] |= {"stream": False}
+    tree["cluster"] |= {"storage": plan.storage.uri}
+    return Config.model_validate(tree)
+
+
+def train_judge(plan: Plan, victim: Victim, display: Shows) -> None:
+    """Train the plain classifier as a run of its own, from where it was stopped."""
+    config = judge_config(plan, victim)
+    begun = plan.storage.exists(f"{JUDGE}/config.yaml")
+    with open_run(config, JUDGE, resume=begun) as run:
+        train_locally(run, display, victim.access.device)
+
+
+def load_judge(plan: Plan, victim: Victim) -> nn.Module | None:
+    """The plain classifier, or None where there is none."""
+    if victim.plain_classifier is not None:
+        return victim.plain_classifier
+    folder = plan.storage.folder(JUDGE)
+    if not folder.exists("summary.json"):
+        return None
+    return bundles.load_private(folder.folder("bundle").uri).classifier.to(victim.plain.device)
+
+
+def _into_bundle(plan: Plan, card: dict[str, Any], quiet: bool) -> None:
+    """Keep trained networks and scorecard in the bundle's private part, for serving."""
+    from safetensors.torch import load
+
+    assert plan.spec.bundle is not None
+    networks = {}
+    for options in plan.suite.attacks:
+        folder = plan.folder(options.name)
+        if folder.exists("network.safetensors"):
+            networks[options.name] = (options.model_dump(mode="json"), load(folder.read("network.safetensors")))
+    try:
+        bundles.add_attacks(plan.spec.bundle, networks, card)
+    except StorageError as error:
+        if not quiet:
+            Display().warn(f"the bundle keeps no scorecard: {error}")
+
+
+def _csv(victim: Victim, images: dict[str, Scores]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    names = list(dict.fromkeys(metric for scores in images.values() for metric in scores))
+    writer.writerow(["attack", "image", "label", *names])
+    places, labels = victim.truth.tolist(), victim.labels.tolist()
+    for attack_name, scores in images.items():
+        columns: list[Tensor | None] = [scores.get(name) for name in names]
+        for i in range(len(next(iter(scores.values())))):
+            numbers = ["" if column is None else f"{float(column[i]):.5g}" for column in columns]
+            writer.writerow([attack_name, places[i], labels[i], *numbers])
+    return text.getvalue().encode()
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=1) + "\n").encode()
