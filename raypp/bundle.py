@@ -122,12 +122,16 @@ def export(
 
 
 def add_attacks(
-    location: str | Path, networks: dict[str, tuple[dict[str, Any], StateDict]], scorecard: dict[str, Any]
+    location: str | Path,
+    networks: dict[str, tuple[dict[str, Any], StateDict]],
+    scorecard: dict[str, Any],
+    files: dict[str, bytes],
 ) -> None:
     """Put attack networks and what attacks recovered into a bundle's private part, and the verdict on its card.
 
     Args:
         networks: options and weights by the attacks' names; they take the place of earlier ones.
+        files: what else belongs to the scorecard, by name.
 
     Raises:
         BundleError: the bundle is missing or altered.
@@ -145,7 +149,8 @@ def add_attacks(
         for name, (options, state) in networks.items():
             (attacks / f"{name}.json").write_bytes(_json(options))
             (attacks / f"{name}.safetensors").write_bytes(save(_contiguous(state)))
-        (root / "private" / "scorecard.json").write_bytes(_json(scorecard))
+        for name, data in {"scorecard.json": _json(scorecard), **files}.items():
+            (root / "private" / name).write_bytes(data)
         card = root / "MODEL_CARD.md"
         kept = card.read_text().replace(NOT_ATTACKED, "What attacks recovered is below.").partition(LEAKAGE)[0]
         card.write_text(kept.rstrip() + "\n\n" + leakage_card(scorecard))

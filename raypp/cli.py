@@ -28,6 +28,7 @@ app.command(data_app)
 
 if TYPE_CHECKING:
     from raypp.config import Config
+    from raypp.ladder import Plan
     from raypp.table1 import Result
 
 Settings = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
@@ -103,7 +104,7 @@ def run_training(
 
 @app.command
 def quickstart(*, local: bool = False, name: str | None = None, storage: Path = Path("runs")) -> None:
-    """Train on embedded pictures of shapes, in minutes on two cores: a first look at everything.
+    """Train on embedded pictures of shapes and attack the result, in minutes on two cores: a first look at everything.
 
     Parameters
     ----------
@@ -116,6 +117,7 @@ def quickstart(*, local: bool = False, name: str | None = None, storage: Path = 
     """
     from rich.markup import escape
 
+    from raypp import ladder
     from raypp.config import load_config
 
     console = Console()
@@ -123,10 +125,14 @@ def quickstart(*, local: bool = False, name: str | None = None, storage: Path = 
     name = name or _new_name("quickstart")
     run_training(merged, name, local=local)
     where = storage / name
+    console.print("\n[bold]What an attacker gets out of it[/]")
+    plan = ladder.make_plan(bundle=str(where / "bundle"), suite="quick", name="attack", storage=str(where))
+    run_attacks(plan, local=True)  # a minute's work: starting Ray again would cost as much
     console.print("\n[bold]Next[/]")
     for command, why in (
         (f"raypp protect {where}/bundle/public IMAGE_OR_FOLDER OUT", "what a client does, offline"),
         (f"raypp evaluate {where}/bundle", "measure the bundle again, from its files alone"),
+        (f"raypp attack {where}/bundle", "every attack, larger"),
         ("raypp train cifar10-small", "real images: downloads CIFAR-10 (or --data.source parquet)"),
         ("raypp config cifar10", "the paper's experiment, every number of it"),
     ):
@@ -232,7 +238,6 @@ def attack(
         Print nothing but warnings and errors.
     """
     from raypp import ladder
-    from raypp.evaluation.report import write_report
 
     if resume and name is None:
         raise RayppError("--resume needs --name, the attack run to continue")
@@ -247,6 +252,14 @@ def attack(
         storage=str(storage),
         name=name or _new_name("attack"),
     )
+    return run_attacks(plan, resume=resume, local=local, quiet=quiet)
+
+
+def run_attacks(plan: Plan, *, resume: bool = False, local: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Run a plan's attacks, write report and scorecard, print and return the latter."""
+    from raypp import ladder
+    from raypp.evaluation.report import write_report
+
     if not quiet:
         _print_threats(ladder.overview(plan))
     run = ladder.run_locally if local else _from_ray("raypp.cluster.attack", "run_on_ray")

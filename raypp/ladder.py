@@ -4,6 +4,7 @@ NAME/suite.yaml           what was asked for: victim, suite, where images come f
 NAME/attacks/ATTACK/      of each attack: training checkpoints, network.safetensors, estimates.safetensors, result.json
 NAME/judge/               the plain classifier that reads reconstructions, where one is trained for it
 NAME/scorecard.json       everything measured; scores.csv has it image by image
+NAME/examples.safetensors pictures for reports
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ from raypp.storage import Storage
 from raypp.training.loop import Loop, set_up_torch
 from raypp.training.sinks import LocalSink, Row, Sink
 
-FILES = {"suite": "suite.yaml", "scorecard": "scorecard.json"}
+SUITE, SCORECARD, SCORES, EXAMPLES = "suite.yaml", "scorecard.json", "scores.csv", "examples.safetensors"
+NUM_SHOWN = 10
 CURVE = (("half the epochs", 0.5, 1.0), ("a quarter of the images", 1.0, 0.25))
 """Of each trained attack's further trainings: name, share of the epochs, share of the images."""
 JUDGE = "judge"
@@ -226,10 +228,10 @@ def open_plan(plan: Plan, *, resume: bool) -> Iterator[None]:
             raise StorageError(f"cannot create {storage.uri}: {error.strerror}") from error
     with lock(storage, f"the attack run {storage.uri}"):
         now = plan.dump()
-        if storage.exists(FILES["suite"]):
+        if storage.exists(SUITE):
             if not resume:
                 raise StorageError(f"{storage.uri} exists already; --resume continues it, another --name starts anew")
-            before = yaml.safe_load(storage.read(FILES["suite"]))
+            before = yaml.safe_load(storage.read(SUITE))
             for key, was, new in (
                 ("victim", before["victim"], now["victim"]),
                 *((k, before["suite"][k], now["suite"][k]) for k in ("seed", "num_queries", "num_images", "curve")),
@@ -246,7 +248,7 @@ def open_plan(plan: Plan, *, resume: bool) -> Iterator[None]:
             now["suite"]["attacks"] = before["suite"]["attacks"] | now["suite"]["attacks"]
         elif resume:
             raise StorageError(f"{storage.uri} does not exist; leave out --resume to start it")
-        storage.write(FILES["suite"], yaml.safe_dump(now, sort_keys=False).encode())
+        storage.write(SUITE, yaml.safe_dump(now, sort_keys=False).encode())
         yield
 
 
@@ -501,8 +503,10 @@ def scorecard(plan: Plan, victim: Victim, failures: dict[str, str]) -> dict[str,
         if result["status"] == "done":
             result["above_null"] = _above(result["scores"], null_scores)
     worst_name = worst(attacks)
+    drawing = worst({name: a for name, a in attacks.items() if ATTACKS.get(name).draws})
     card = {
         "victim": victim.name,
+        "label": victim.label,
         "num_queries": len(victim.plain),
         "num_gallery": len(victim.gallery),
         "num_attacker_images": len(victim.access.images) if victim.access.images is not None else 0,
@@ -511,6 +515,8 @@ def scorecard(plan: Plan, victim: Victim, failures: dict[str, str]) -> dict[str,
         "accuracy_interval": (victim.metrics or {}).get("test", {}).get("accuracy_interval"),
         "judge_accuracy": _judge_accuracy(judge, victim),
         "worst_attack": worst_name,
+        "worst_drawing": drawing,
+        "found_by_drawing": attacks[drawing]["found"] if drawing else None,
         "found": attacks[worst_name]["found"] if worst_name else None,
         "verdict": attacks[worst_name]["verdict"] if worst_name else None,
         "lower_bound": any(a.get("lower_bound") for a in attacks.values()) and _not_red(attacks, worst_name),
@@ -519,9 +525,29 @@ def scorecard(plan: Plan, victim: Victim, failures: dict[str, str]) -> dict[str,
         "suite": plan.dump()["suite"],
         "environment": environment(),
     }
-    plan.storage.write(FILES["scorecard"], _json(card))
-    plan.storage.write("scores.csv", _csv(victim, images | {f"null: {k}": v for k, v in beside.items()}))
+    plan.storage.write(SCORECARD, _json(card))
+    plan.storage.write(SCORES, _csv(victim, images | {f"null: {k}": v for k, v in beside.items()}))
+    plan.storage.write(EXAMPLES, _examples(plan, victim, images))
     return card
+
+
+def _examples(plan: Plan, victim: Victim, images: dict[str, Scores]) -> bytes:
+    """Pictures for reports: the first queries, and of each attack those that it recovered best."""
+    from safetensors.torch import load, save
+
+    found: dict[str, Tensor] = {}
+    for name, scores in images.items():
+        estimates = load(plan.folder(name).read("estimates.safetensors"))["estimates"]
+        best = scores["ssim_invariant"].argsort(descending=True)[:NUM_SHOWN]
+        for what, chosen in (("first", torch.arange(min(NUM_SHOWN, len(estimates)))), ("worst", best)):
+            at = chosen.to(victim.plain.device)
+            found[f"{name}/{what}/plain"] = victim.plain[at].cpu()
+            found[f"{name}/{what}/protected"] = victim.protected[at].cpu()
+            found[f"{name}/{what}/estimate"] = estimates[chosen]
+            found[f"{name}/{what}/psnr"] = scores["psnr"][chosen]
+            found[f"{name}/{what}/ssim"] = scores["ssim"][chosen]
+    found["plain"], found["protected"] = victim.plain[:NUM_SHOWN].cpu(), victim.protected[:NUM_SHOWN].cpu()
+    return save({key: tensor.contiguous() for key, tensor in found.items()})
 
 
 def _not_red(attacks: dict[str, Any], worst_name: str | None) -> bool:
@@ -606,7 +632,8 @@ def _into_bundle(plan: Plan, card: dict[str, Any], quiet: bool) -> None:
         if folder.exists("network.safetensors"):
             networks[options.name] = (options.model_dump(mode="json"), load(folder.read("network.safetensors")))
     try:
-        bundles.add_attacks(plan.spec.bundle, networks, card)
+        files = {name: plan.storage.read(name) for name in (SCORES, EXAMPLES)}
+        bundles.add_attacks(plan.spec.bundle, networks, card, files)
     except StorageError as error:
         if not quiet:
             Display().warn(f"the bundle keeps no scorecard: {error}")

@@ -410,7 +410,7 @@ def run_locally(grid: Sequence[Cell], display: GridDisplay, ended: Callable[[Cel
     """Train every cell in this process, one after the other; ``ended`` as for ``raypp.cluster.table1.run_on_ray``."""
     for cell in grid:
         try:
-            outcome: dict[str, Any] = {"summary": train_cell(cell.config, cell.name, display.of(cell.name))}
+            outcome: dict[str, Any] = {"result": train_cell(cell.config, cell.name, display.of(cell.name))}
         except RayppError as error:
             outcome = {"error": str(error)}
         ended(cell, outcome)
@@ -455,9 +455,9 @@ def table1(
         with GridDisplay(len(grid), len(grid) - len(missing), quiet=quiet) as display:
 
             def ended(cell: Cell, outcome: dict[str, Any]) -> None:
-                if "summary" in outcome:
-                    summaries[cell.name] = outcome["summary"]
-                    display.done(cell.name, f"{outcome['summary']['test']['accuracy']:.2%}")
+                if "result" in outcome:
+                    summaries[cell.name] = outcome["result"]
+                    display.done(cell.name, f"{outcome['result']['test']['accuracy']:.2%}")
                 else:
                     failures[cell.name] = outcome["error"]
                     display.done(cell.name, f"failed: {outcome['error']}")

@@ -119,6 +119,8 @@ class Attack(ABC):
     """Fields of :class:`Access` without which it cannot run."""
     after: ClassVar[tuple[str, ...]] = ()
     """Attacks whose trained networks it builds on where they have been run."""
+    draws: ClassVar[bool] = True
+    """Whether it draws images that it has not seen; else it only picks one of those that it is given."""
     max_queries: int | None = None
     """Images that it takes on at most, where each one costs it much."""
     note: str = ""

@@ -34,6 +34,7 @@ class KnownGallery(Attack):
     Options: ClassVar[type[registry.Options]] = KnownGalleryOptions
     threat: ClassVar[Threat] = Threat.T4
     needs: ClassVar[tuple[str, ...]] = ("protect", "gallery")
+    draws: ClassVar[bool] = False
 
     def prepare(self) -> None:
         assert self.access.protect is not None

@@ -62,6 +62,7 @@ class Victim:
     """Whom attacks are run against, and what they are measured on.
 
     Attributes:
+        label: what it is, in a few words.
         access: everything that any attacker may touch.
         plain: the queries' originals, uint8 (N, C, H, W).
         protected: what attackers get of them, uint8 (N, C, H', W').
@@ -73,6 +74,7 @@ class Victim:
     """
 
     name: str
+    label: str
     access: Access
     plain: Tensor
     protected: Tensor
@@ -161,9 +163,16 @@ def _bundle(spec: VictimSpec, num_queries: int, num_images: int | None, seed: in
     found = _measured_on(spec.bundle, access, config, private.classes, num_queries, num_images, seed)
     return replace(
         found,
+        label=_label(config),
         metrics=private.metrics,
         plain_classifier=plain_classifier.to(device) if plain_classifier is not None else None,
     )
+
+
+def _label(config: Config) -> str:
+    kind = PROTECTIONS.get(config.protection.name)
+    alpha = f", alpha = {config.train.alpha:g}" if kind.uses_features(config.protection, 1.0) else ""
+    return f"{config.protection.name}{alpha}"
 
 
 def _options(public: bundles.PublicBundle) -> Any:
@@ -264,7 +273,7 @@ def _measured_on(
         gallery=gallery,
     )
     labels = gallery_labels[truth]
-    return Victim(name, access, plain, protected, labels, gallery, gallery_labels, truth, test.classes, config)
+    return Victim(name, name, access, plain, protected, labels, gallery, gallery_labels, truth, test.classes, config)
 
 
 def _folders(
@@ -300,7 +309,9 @@ def _folders(
         gallery=first,
         device=device,
     )
-    return Victim(folders[1], access, first[truth], second[truth], none[truth], first, none, truth, ())
+    return Victim(
+        folders[1], Path(folders[1]).name, access, first[truth], second[truth], none[truth], first, none, truth, ()
+    )
 
 
 def _read_folder(folder: Path) -> dict[str, np.ndarray]:

@@ -1,0 +1,115 @@
+"""Independent pieces of work side by side on a cluster: Table I's cells, the ladder's attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from raypp.cluster.session import session  # first: it makes the settings that Ray reads when it is imported
+
+import ray  # isort: skip
+import torch
+
+from raypp.cluster.board import Board
+from raypp.config import Cluster
+from raypp.errors import ConfigError, RayppError
+from raypp.progress import GridDisplay, Row
+
+POLL_SECONDS = 0.5
+
+Outcome = dict[str, Any]
+
+
+class Pinned:
+    """Shows the progress of one piece of work on the driver's board."""
+
+    def __init__(self, board: Any, work: str) -> None:
+        self._board, self._work = board, work
+
+    def step(self, info: Row) -> None:
+        self._board.pin.remote("step", info, self._work)
+
+    def epoch(self, row: Row) -> None:
+        """One among many shows no epochs."""
+
+    def warn(self, message: str) -> None:
+        self._board.pin.remote("warning", message, self._work)
+
+
+def spread(
+    function: Callable[..., Any],
+    work: Mapping[str, tuple[Any, ...]],
+    cluster: Cluster,
+    display: GridDisplay,
+    ended: Callable[[str, Outcome], None],
+    *,
+    what: str,
+    after: Mapping[str, Collection[str]] | None = None,
+) -> None:
+    """Call ``function(*arguments, display)`` for every piece of work, as many at a time as there is room for.
+
+    A task whose worker dies is started again: the function has to go on from where it was.
+
+    Args:
+        work: arguments by name.
+        cluster: what one piece takes.
+        ended: told of each how it ended: ``{"result": ...}`` or ``{"error": sentence}``.
+        what: what a piece of work is called in a message.
+        after: pieces that have to end before another begins.
+
+    Raises:
+        ConfigError: none fits into the cluster.
+    """
+    after = after or {}
+    with session() as have:
+        task = ray.remote(**_resources(cluster, have, what))(_call)
+        board = ray.remote(num_cpus=0)(Board).remote()
+        waiting, open_ = dict(work), set(work)
+        running: dict[Any, str] = {}
+        while open_:
+            for name in [n for n in waiting if not open_ & set(after.get(n, ()))]:
+                arguments = waiting.pop(name)
+                running[task.remote(function, arguments, name, board, cluster.cpus_per_worker)] = name
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
+            steps, events = ray.get(board.take.remote())
+            for name, step in steps.items():
+                display.step(name, step)
+            for name, _, message in events:
+                display.warn(name, message)
+            for reference in ready:
+                name = running.pop(reference)
+                open_.remove(name)
+                ended(name, _outcome(reference))
+
+
+def _outcome(reference: Any) -> Outcome:
+    try:
+        found: Outcome = ray.get(reference)
+    except ray.exceptions.RayError as error:
+        return {"error": f"its worker died too often: {str(error).strip().splitlines()[0]}"}
+    return found
+
+
+def _resources(cluster: Cluster, have: dict[str, float], what: str) -> dict[str, Any]:
+    """What one piece takes; refused where the cluster can never give it."""
+    use_gpu = have.get("GPU", 0) > 0 if cluster.gpu is None else cluster.gpu
+    for kind, num in {"CPU": cluster.cpus_per_worker, "GPU": float(use_gpu)}.items():
+        if num > have.get(kind, 0):
+            raise ConfigError(
+                f"{what} needs {num:g} {kind}s, the cluster has {have.get(kind, 0):g}; see cluster.cpus_per_worker and "
+                "cluster.gpu"
+            )
+    return {
+        "num_cpus": cluster.cpus_per_worker,
+        "num_gpus": int(use_gpu),
+        "max_retries": cluster.max_failures,
+        "max_calls": 1,  # a process each: one's memory and settings are not the next one's
+    }
+
+
+def _call(function: Callable[..., Any], arguments: tuple[Any, ...], name: str, board: Any, cpus: float) -> Outcome:
+    torch.set_num_threads(max(1, int(cpus)))
+    try:
+        return {"result": function(*arguments, Pinned(board, name))}
+    except RayppError as error:
+        return {"error": str(error)}

@@ -1,0 +1,397 @@
+"""What attacks recovered, as one HTML page that needs no network, with its figures as PNG and its numbers as CSV and
+JSON beside it."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+import raypp
+from raypp import images as image_files
+from raypp.errors import BundleError, ConfigError
+from raypp.images import Pixels
+from raypp.storage import Storage
+
+COLOURS = {"holds": "#1f8a4c", "weak": "#b8860b", "broken": "#c0392b"}
+SCALE = 2  # each pixel of a small image becomes a square of this side
+TILE = 64  # that an image is at least wide
+
+
+@dataclass
+class Source:
+    """One scorecard with its pictures and scores."""
+
+    card: dict[str, Any]
+    scores: dict[str, dict[str, np.ndarray]]
+    """Values of each metric, one per image, by attack (nulls are named ``null: ...``)."""
+    pictures: dict[str, np.ndarray]
+    figures: dict[str, str] = field(default_factory=dict)
+    title: str = ""
+
+
+def write_report(sources: Sequence[str], target: Storage) -> dict[str, Any]:
+    """Write ``report.html``, ``report.json``, ``report.csv`` and the figures; returns what ``report.json`` holds.
+
+    Args:
+        sources: attack runs, or bundles (also runs with one) that were attacked; paths or URIs.
+
+    Raises:
+        ConfigError: no source is given, or one of them holds no scorecard.
+        StorageError: the target cannot be written.
+    """
+    from jinja2 import Environment, PackageLoader
+
+    if not sources:
+        raise ConfigError("no source is given; name attack runs, or bundles that were attacked")
+    found = [read_source(source) for source in sources]
+    titles = [s.card["label"] for s in found]
+    for source in found:
+        twice = titles.count(source.card["label"]) > 1
+        source.title = f"{source.card['label']} ({source.card['victim']})" if twice else source.card["label"]
+    pngs: dict[str, bytes] = {"protected": _protected(found)}
+    if any(s.card["accuracy"] is not None for s in found):
+        pngs["front"] = _front(found)
+    for i, source in enumerate(found, 1):
+        made = {"estimates": _estimates(source), "boxes": _boxes(source), "worst": _worst(source)}
+        if any(a.get("curve") or a.get("history") for a in source.card["attacks"].values()):
+            made["curves"] = _curves(source)
+        for name, png in made.items():
+            pngs[f"{name}_{i}"] = png
+            source.figures[name] = _embedded(png)
+    page = Environment(loader=PackageLoader("raypp.evaluation", "."), autoescape=True).get_template("report.html.j2")
+    html = page.render(
+        version=raypp.__version__,
+        date=datetime.now(UTC).date(),
+        figures={name: _embedded(pngs[name]) for name in ("protected", "front") if name in pngs},
+        victims=[
+            {
+                "card": s.card, "title": s.title, "words": words(s.card), "rows": _rows(s.card),
+                "figures": s.figures, "effort": _effort(s.card),
+            }
+            for s in found
+        ],
+    )  # fmt: skip
+    for name, png in pngs.items():
+        target.write(f"figures/{name}.png", png)
+    summary = {"victims": [s.card for s in found]}
+    target.write("report.csv", _csv(found))
+    target.write("report.json", (json.dumps(summary, indent=1) + "\n").encode())
+    target.write("report.html", html.encode())
+    return summary
+
+
+def read_source(location: str) -> Source:
+    """Read a scorecard and what belongs to it; raises ConfigError where there is none."""
+    from safetensors.numpy import load
+
+    storage = Storage(location)
+    for folder in ("", "private", "bundle/private"):
+        at = storage.folder(folder) if folder else storage
+        if at.exists("scorecard.json"):
+            try:
+                card = json.loads(at.read("scorecard.json"))
+                pictures = dict(load(at.read("examples.safetensors")))
+                scores = _read_scores(at.read("scores.csv").decode())
+            except (ValueError, KeyError) as error:
+                raise BundleError(f"the scorecard in {at.uri} cannot be read: {error}") from error
+            return Source(card, scores, pictures)
+    raise ConfigError(f"{location!r} holds no scorecard; `raypp attack` makes one")
+
+
+def words(card: dict[str, Any]) -> str:
+    """The summary for people who did not run it."""
+    if card["worst_attack"] is None:
+        return "No attack has run."
+    attack = card["attacks"][card["worst_attack"]]
+    num = sum(a["status"] == "done" for a in card["attacks"].values())
+    ways = "one way" if num == 1 else f"{num} ways"
+    says = {
+        "broken": "Do not rely on it to keep pictures private.",
+        "weak": "It hides some pictures and loses others.",
+        "holds": "Against these attacks it held"
+        + (
+            ", but some of them were still getting better: stronger ones may do better." if card["lower_bound"] else "."
+        ),
+    }[card["verdict"]]
+    drawing = ""
+    if card["worst_drawing"] not in (None, card["worst_attack"]):
+        drawn = card["attacks"][card["worst_drawing"]]
+        drawing = (
+            f"Of those that draw a picture without having it among candidates, {card['worst_drawing']} did best: "
+            f"{card['found_by_drawing']:.1%} found, SSIM {drawn['scores']['ssim']['mean']:.2f}. "
+        )
+    accuracy = f"The cloud reads {card['accuracy']:.1%} of protected images correctly. " if card["accuracy"] else ""
+    return (
+        f"{accuracy}We tried {ways} to get the originals back. The best, {card['worst_attack']}, with "
+        f"{attack['threat_meaning']}, found {card['found']:.1%} of {attack['num_queries']:,} originals among "
+        f"{card['num_gallery']:,} pictures; blind guessing finds {card['chance']:.2%}. {drawing}{says}"
+    )
+
+
+def _effort(card: dict[str, Any]) -> str:
+    rising = {n: a["rises_with"] for n, a in card["attacks"].items() if a.get("rises_with")}
+    unknown = [n for n, a in card["attacks"].items() if a.get("history") and a.get("rises_with") is None]
+    said = [f"{name} still rises with more {' and more '.join(what)}: a lower bound." for name, what in rising.items()]
+    if unknown:
+        said.append(f"Not measured for {', '.join(unknown)}, whose scores are therefore lower bounds.")
+    flat = [n for n, a in card["attacks"].items() if a.get("curve") and a.get("rises_with") == []]
+    if flat:
+        said.append(f"Flat for {', '.join(flat)}: twice the epochs and four times the images gave less than 0.01 more.")
+    return " ".join(said)
+
+
+def _rows(card: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for name, a in card["attacks"].items():
+        row = {"name": name, "threat": a["threat"], "meaning": a["threat_meaning"], "note": a.get("note", ""),
+               "status": a["status"], "null": False, "verdict": a.get("verdict"), "lower_bound": a.get("lower_bound"),
+               "num": f"{a['num_queries']:,}" if "num_queries" in a else ""}  # fmt: skip
+        rising = a.get("rises_with")
+        row["why"] = (
+            f"still rises with more {' and more '.join(rising)}" if rising else "not known whether it still rises"
+        )
+        rows.append(row | _numbers(a.get("scores")))
+    for name, scores in card["nulls"].items():
+        row = {"name": f"null: {name}", "threat": "", "meaning": "", "note": "", "null": True, "verdict": None}
+        rows.append(row | {"num": f"{card['num_queries']:,}"} | _numbers(scores))
+    return rows
+
+
+def _numbers(scores: dict[str, dict[str, float]] | None) -> dict[str, Any]:
+    if scores is None:
+        return {"scores": False}
+    best = max("reidentified", "reidentified_edges", key=lambda name: scores[name]["mean"])
+
+    def share(name: str) -> str:
+        return f"{scores[name]['mean']:.1%}" if name in scores else "-"
+
+    return {
+        "scores": True,
+        "found": share(best),
+        "interval": f"{scores[best]['low']:.1%} to {scores[best]['high']:.1%}",
+        "top5": share("reidentified_top5"),
+        "same_class": share("reidentified_same_class"),
+        "ssim": f"{scores['ssim']['mean']:.3f}",
+        "worst": f"{scores['ssim']['worst_1_percent']:.3f}",
+        "psnr": f"{scores['psnr']['mean']:.2f}",
+        "edges": f"{scores['edges']['mean']:.3f}",
+        "accuracy": share("accuracy"),
+    }
+
+
+def _csv(found: Sequence[Source]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["victim", "attack", "threat", "status", "num_queries", "found", "verdict", "lower_bound", "metric",
+                     "mean", "low", "high", "median", "worst_1_percent", "max"])  # fmt: skip
+    for s in found:
+        for name, a in s.card["attacks"].items():
+            head = [s.card["victim"], name, a["threat"], a["status"], a.get("num_queries", ""), a.get("found", ""),
+                    a.get("verdict", ""), a.get("lower_bound", "")]  # fmt: skip
+            keys = ("mean", "low", "high", "median", "worst_1_percent", "max")
+            for metric, numbers in a.get("scores", {}).items():
+                writer.writerow([*head, metric, *(numbers.get(key, "") for key in keys)])
+        for name, scores in s.card["nulls"].items():
+            for metric, numbers in scores.items():
+                head = [s.card["victim"], f"null: {name}", "", "", s.card["num_queries"], "", "", ""]
+                writer.writerow([*head, metric, *(numbers.get(key, "") for key in keys)])
+    return text.getvalue().encode()
+
+
+def _read_scores(text: str) -> dict[str, dict[str, np.ndarray]]:
+    rows = list(csv.DictReader(io.StringIO(text)))
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        of = found.setdefault(row["attack"], {})
+        for name, value in row.items():
+            if name not in {"attack", "image", "label"} and value:
+                of.setdefault(name, []).append(float(value))
+    return {name: {key: np.array(values) for key, values in of.items()} for name, of in found.items()}
+
+
+# Pictures
+
+
+def _tiles(images: np.ndarray) -> Pixels:
+    """(N, C, H, W) as RGB (N, H, W, 3), small ones enlarged."""
+    pixels = np.repeat(images, 3, axis=1) if images.shape[1] == 1 else images
+    pixels = pixels.transpose(0, 2, 3, 1)
+    times = max(1, -(-TILE // pixels.shape[2]))
+    return pixels.repeat(times, axis=1).repeat(times, axis=2)
+
+
+def _sheet(rows: Sequence[tuple[str, np.ndarray, Sequence[str] | None]]) -> bytes:
+    """Rows of images, each with its name at the left and, where there is one, a caption under each image."""
+    gap, line = 5, 15
+    font, small = ImageFont.load_default(size=15), ImageFont.load_default(size=11)
+    made = [(name, _tiles(images), captions) for name, images, captions in rows]
+    left = int(max(font.getlength(name) for name, _, _ in made)) + 2 * gap
+    width = left + max(sum(t.shape[1] + gap for t in tiles) for _, tiles, _ in made)
+    height = sum(tiles.shape[1] + gap + (line if captions else 0) for _, tiles, captions in made) + gap
+    canvas = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    top = gap
+    for name, tiles, captions in made:
+        draw.text((left - gap, top + tiles.shape[1] // 2), name, fill="#1d2530", font=font, anchor="rm")
+        for i, tile in enumerate(tiles):
+            x = left + i * (tile.shape[1] + gap)
+            canvas.paste(Image.fromarray(tile), (x, top))
+            if captions:
+                middle = (x + tile.shape[1] // 2, top + tile.shape[0] + 1)
+                draw.text(middle, captions[i], fill="#66707c", font=small, anchor="mt")
+        top += tiles.shape[1] + gap + (line if captions else 0)
+    return image_files.encode_png(np.array(canvas))
+
+
+def _protected(found: Sequence[Source]) -> bytes:
+    """Fig. 3: plain images over what each protection makes of them."""
+    rows: list[tuple[str, np.ndarray, Sequence[str] | None]] = []
+    shown: bytes | None = None
+    for s in found:
+        if s.pictures["plain"].tobytes() != shown:
+            rows.append(("plain", s.pictures["plain"], None))
+            shown = s.pictures["plain"].tobytes()
+        rows.append((s.card["label"], s.pictures["protected"], None))
+    return _sheet(rows)
+
+
+def _done(source: Source) -> list[str]:
+    return [name for name, a in source.card["attacks"].items() if a["status"] == "done"]
+
+
+def _captions(source: Source, key: str) -> list[str]:
+    return [f"{psnr:.1f} dB" for psnr in source.pictures[f"{key}/psnr"]]
+
+
+def _estimates(source: Source) -> bytes:
+    """Fig. 4: plain, protected and what each attack makes of it, PSNR under each."""
+    rows: list[tuple[str, np.ndarray, Sequence[str] | None]] = [
+        ("plain", source.pictures["plain"], None),
+        ("protected", source.pictures["protected"], None),
+    ]
+    for name in _done(source):
+        key = f"{name}/first"
+        rows.append((name, source.pictures[f"{key}/estimate"], _captions(source, key)))
+    return _sheet(rows)
+
+
+def _worst(source: Source) -> bytes:
+    """What the worst attack recovered best."""
+    name = source.card["worst_attack"] or next(iter(source.card["attacks"]))
+    key = f"{name}/worst"
+    if f"{key}/plain" not in source.pictures:
+        return _sheet([("plain", source.pictures["plain"], None)])
+    captions = [f"SSIM {s:.2f}" for s in source.pictures[f"{key}/ssim"]]
+    return _sheet(
+        [
+            ("plain", source.pictures[f"{key}/plain"], None),
+            ("protected", source.pictures[f"{key}/protected"], None),
+            (name, source.pictures[f"{key}/estimate"], captions),
+        ]
+    )
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    return file.getvalue()
+
+
+def _boxes(source: Source) -> bytes:
+    """Fig. 5: PSNR and SSIM of every image under every attack, with outliers; nulls below."""
+    names = [*_done(source), *(f"null: {name}" for name in source.card["nulls"])]
+    figure = _figure(11, 1.2 + 0.34 * len(names))
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, metric, title in zip(panels, ("psnr", "ssim"), ("PSNR, dB (60 is exact)", "SSIM"), strict=True):
+        drawn = panel.boxplot(
+            [source.scores[name][metric] for name in names],
+            orientation="horizontal",
+            patch_artist=True,
+            flierprops={"marker": ".", "markersize": 3, "alpha": 0.35},
+            medianprops={"color": "#1d2530"},
+        )
+        for name, box in zip(names, drawn["boxes"], strict=True):
+            attack = source.card["attacks"].get(name)
+            box.set_facecolor(COLOURS[attack["verdict"]] if attack else "#c9d0d8")
+            box.set_alpha(0.75)
+        panel.set_yticks(range(1, len(names) + 1), names)
+        panel.set_xlabel(title)
+        panel.grid(axis="x", alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_yaxis()
+    return _png(figure)
+
+
+def _curves(source: Source) -> bytes:
+    """Leakage against epochs within the training, and against effort from one training to the next."""
+    figure = _figure(11, 3.6)
+    epochs, effort = figure.subplots(1, 2)
+    for name in _done(source):
+        attack = source.card["attacks"][name]
+        rows = [(row["epoch"], row["val_ssim"]) for row in attack["history"] if "val_ssim" in row]
+        if rows:
+            epochs.plot(*zip(*rows, strict=True), marker="o", ms=3, label=name)
+        points = {point["what"]: point for point in attack["curve"]}
+        for before, style in (("a quarter of the images", "-"), ("half the epochs", ":")):
+            if before in points:
+                pair = [points[before], points["everything"]]
+                x = [p["num_images"] * p["epochs"] if style == ":" else p["num_images"] for p in pair]
+                x = [p / x[-1] for p in x]
+                label = f"{name}: {'images' if style == '-' else 'epochs'}"
+                effort.plot(x, [p["ssim_invariant"] for p in pair], style, marker="o", ms=4, label=label)
+    epochs.set(xlabel="epoch of the training", ylabel="SSIM on the attacker's own images", title="within one training")
+    effort.set(xlabel="share of the images, or of the epochs", ylabel="SSIM on the queries", title="with less effort")
+    for panel in (epochs, effort):
+        panel.set_ylim(0, 1)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(frameon=False, fontsize=8)
+    return _png(figure)
+
+
+def _front(found: Sequence[Source]) -> bytes:
+    """Share found by the worst attack, and by the worst of those that learn, against accuracy."""
+    figure = _figure(8, 4.6)
+    panel = figure.subplots()
+    for s in found:
+        if s.card["accuracy"] is None or s.card["found"] is None:
+            continue
+        x = 100 * s.card["accuracy"]
+        for name, filled in ((s.card["worst_attack"], True), (s.card["worst_drawing"], False)):
+            if name is None or (not filled and name == s.card["worst_attack"]):
+                continue
+            attack = s.card["attacks"][name]
+            y, colour = 100 * attack["found"], COLOURS[attack["verdict"]]
+            panel.plot(x, y, "o", ms=9, color=colour, mfc=colour if filled else "white")
+            panel.annotate(f"{s.card['label']}\n{name}", (x, y), (8, -4), textcoords="offset points", fontsize=8)
+    panel.axhspan(0, 5, color=COLOURS["holds"], alpha=0.08)
+    panel.axhspan(5, 20, color=COLOURS["weak"], alpha=0.08)
+    panel.axhspan(20, 104, color=COLOURS["broken"], alpha=0.05)
+    panel.set(
+        ylim=(0, 104), xlabel="test accuracy on protected images, %", ylabel="originals found by the worst attack, %"
+    )
+    panel.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def _embedded(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
