@@ -20,6 +20,7 @@ from raypp.errors import RayppError  # noqa: E402
 
 app = App(
     name="raypp",
+    suppress_keyboard_interrupt=False,  # main says how to go on
     version=raypp.__version__,
     help="Train image protections with their classifiers on Ray, measure what they leak, and use them.",
 )
@@ -75,7 +76,7 @@ def train(
     merged = load_config(preset, config, settings)
     if resume and name is None:
         raise RayppError("--resume needs --name, the run to continue")
-    return run_training(merged, name or _new_name(preset), resume=resume, local=local, quiet=quiet)
+    return run_training(merged, _new_name(preset) if name is None else name, resume=resume, local=local, quiet=quiet)
 
 
 def run_training(
@@ -122,7 +123,7 @@ def quickstart(*, local: bool = False, name: str | None = None, storage: Path = 
 
     console = Console()
     merged = load_config("quickstart", flags=["--cluster.storage", str(storage)])
-    name = name or _new_name("quickstart")
+    name = _new_name("quickstart") if name is None else name
     run_training(merged, name, local=local)
     where = storage / name
     console.print("\n[bold]What an attacker gets out of it[/]")
@@ -146,7 +147,7 @@ def table1(
     methods: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
     seeds: Annotated[list[int] | None, Parameter(consume_multiple=True)] = None,
     name: str = "table1",
-    storage: Path = Path("runs"),
+    storage: str = "runs",
     resume: bool = False,
     local: bool = False,
     quiet: bool = False,
@@ -180,14 +181,14 @@ def table1(
         methods or list(table.methods()),
         seeds or [0],
         settings,
-        storage=str(storage),
+        storage=storage,
         name=name,
         resume=resume,
         quiet=quiet,
         run=run,
     )
     if not quiet:
-        _print_table1(results, storage / name)
+        _print_table1(results, f"{storage}/{name}")
     failed = [sentence for result in results for sentence in result.failed]
     if failed:
         raise RayppError(f"{len(failed)} of the runs failed; --resume tries them again")
@@ -204,7 +205,7 @@ def attack(
     attacks: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
     suite: str = "small",
     name: str | None = None,
-    storage: Path = Path("runs"),
+    storage: str = "runs",
     resume: bool = False,
     local: bool = False,
     quiet: bool = False,
@@ -249,8 +250,8 @@ def attack(
         suite=suite,
         attacks=attacks or (),
         flags=settings,
-        storage=str(storage),
-        name=name or _new_name("attack"),
+        storage=storage,
+        name=_new_name("attack") if name is None else name,
     )
     return run_attacks(plan, resume=resume, local=local, quiet=quiet)
 
@@ -487,7 +488,7 @@ def _print_results(found: dict[str, Any], where: str) -> None:
         console.print(f"{label:<8} {where}/{file}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _print_table1(results: list[Result], where: Path) -> None:
+def _print_table1(results: list[Result], where: str) -> None:
     from rich.table import Table
 
     console = Console()

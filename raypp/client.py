@@ -101,7 +101,11 @@ def _read(path: Path, bundle: PublicBundle, keep_size: bool) -> Pixels:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    return decode(data, name=str(path), size=None if keep_size else bundle.image_size, channels=bundle.channels)
+    image = decode(data, name=str(path), size=None if keep_size else bundle.image_size, channels=bundle.channels)
+    least = bundle.protection.least_side
+    if min(image.shape[:2]) < least:
+        raise DataError(f"{path} is {image.shape[0]} x {image.shape[1]}; the protection needs sides of {least} or more")
+    return image
 
 
 def _make_folder(folder: Path) -> None:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 
 from raypp.data import SOURCES
 from raypp.errors import ConfigError
-from raypp.nets import ADAPTATIONS, CLASSIFIERS, FEATURES
+from raypp.nets import ADAPTATIONS, BLOCK, CLASSIFIERS, FEATURES
 from raypp.protections import PROTECTIONS
 from raypp.registry import Location, Options, Registry, did_you_mean
 
@@ -57,7 +57,7 @@ class Section(BaseModel):
 
 
 class Augment(Section):
-    crop_padding: int = Field(4, ge=0)
+    crop_padding: int = Field(4, ge=0, le=1024)
     """Pixels of zero padding before a random crop of the original size; 0 switches the crop off."""
     flip: bool = True
     """Mirror half of the images left to right."""
@@ -97,7 +97,7 @@ class Constant(Section):
 
 class MultiStep(Section):
     name: Literal["multistep"] = "multistep"
-    milestones: tuple[int, ...] = (60, 120, 160)
+    milestones: tuple[Annotated[int, Field(ge=0)], ...] = (60, 120, 160)
     """Epochs, counted from 0, at whose start the learning rate is multiplied by ``gamma``."""
     gamma: float = Field(0.2, gt=0, le=1)
 
@@ -184,6 +184,14 @@ class Config(Section):
         if self.train.mode == "frozen" and not kind.trained:
             raise ValueError(
                 f"train.mode 'frozen' trains the protection alone, and {self.protection.name!r} has nothing to train"
+            )
+        if (problem := kind.problem(self.protection, self.data.channels)) is not None:
+            raise ValueError(problem)
+        chosen = kind.adaptation if self.adaptation == "auto" else self.adaptation
+        if "block" in chosen and getattr(self.protection, "block", BLOCK) != BLOCK:
+            raise ValueError(
+                f"protection.block is not {BLOCK}, the side of the blocks that adaptation {chosen!r} reads; allowed is "
+                f"{BLOCK}, or adaptation 'none'"
             )
         allowed = ("auto", "none", *ADAPTATIONS)
         if self.adaptation not in allowed:

@@ -31,7 +31,9 @@ Location = Annotated[str, BeforeValidator(lambda v: absolute(v) if isinstance(v,
 class Options(BaseModel):
     """Frozen options of one method; ``name`` selects the method, unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, ser_json_inf_nan="constants"
+    )
 
     name: str
 

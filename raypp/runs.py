@@ -30,7 +30,7 @@ import raypp
 from raypp import bundle, env, images, keys
 from raypp.config import Config, flatten
 from raypp.data.loader import to_device
-from raypp.errors import StorageError
+from raypp.errors import ConfigError, StorageError
 from raypp.evaluation.evaluate import evaluate
 from raypp.keys import Key
 from raypp.nets.features import StateDict
@@ -43,7 +43,7 @@ from raypp.training.sinks import LocalSink, metrics_lines, newest_first
 from raypp.training.system import build_system, phases, uses_features
 
 # What may differ when a run is resumed: how long, and on what; everything else would make it another run.
-RESUMABLE = ("train.epochs", "train.eval_batch_size", "cluster")
+RESUMABLE = ("train.epochs", "train.eval_batch_size", "data.num_test", "cluster")
 NUM_PICTURED = 10
 # Files that a run has before its configuration is written.
 OURS = {".lock", "run.json", "features.safetensors", "private"}
@@ -52,7 +52,7 @@ KEY = f"private/{keys.FILE}"
 
 @dataclass(frozen=True)
 class Run:
-    """An opened run; ``config`` and ``phi`` are settled, as :func:`raypp.training.loop.prepare` returns them."""
+    """An opened run; ``config`` and ``phi`` are settled, as :func:`raypp.training.fit.prepare` returns them."""
 
     storage: Storage
     config: Config
@@ -77,8 +77,8 @@ def open_run(config: Config, name: str, *, resume: bool = False) -> Iterator[Run
         _create(storage)
     with lock(storage, f"run {name!r}"):
         if resume:
-            before = _stored(storage, "config.yaml")
-            _same_configuration(config, before, name)
+            before = stored(storage, "config.yaml", "train", "data")
+            same_configuration(config, before, name)
             run = _reopen(storage, config)
             longer = config.train.epochs != before["train"]["epochs"]
             if longer and config.train.plain_epochs is None and len(phases(run.config)) > 1:
@@ -101,6 +101,7 @@ def open_run(config: Config, name: str, *, resume: bool = False) -> Iterator[Run
                 storage.write("features.safetensors", save(phi))
             about = {
                 "features": settled.features.model_dump(mode="json"),
+                "key": key.identifier if key is not None else None,
                 "warnings": list(warnings),
                 "environment": environment(),
             }
@@ -113,7 +114,7 @@ def summary(run: Run) -> dict[str, Any] | None:
     """The results of a finished run, or None while it has to go on (another number of epochs included)."""
     if not run.storage.exists("summary.json"):
         return None
-    found: dict[str, Any] = json.loads(run.storage.read("summary.json"))
+    found = stored(run.storage, "summary.json", "epochs", "test", "seconds", "classes", "warnings")
     return found if found["epochs"] == {p.name: p.epochs for p in phases(run.config)} else None
 
 
@@ -145,6 +146,7 @@ def conclude(run: Run, result: Fit, device: torch.device) -> dict[str, Any]:
         "epochs": {p.name: p.epochs for p in phases(config)},
         "seconds": sum(row["seconds"] for row in result.history),
         "classes": list(result.data.classes),
+        "image_size": list(image_size),
         "num_train": result.data.num_train,
         "num_val": len(result.data.val[1]),
         "data_fingerprint": result.data.fingerprint,
@@ -247,7 +249,9 @@ def _refuse_taken(storage: Storage, name: str) -> None:
     """Refuse a folder that holds work, or anything that is not a run's; one that stopped before its first checkpoint
     is free. Whoever asks holds the lock, so of two runs that start at once the second finds it taken or in use."""
     begun = storage.exists("config.yaml") and (storage.exists("summary.json") or newest_first(storage))
-    foreign = storage.local and not storage.exists("config.yaml") and {p.name for p in storage.path.iterdir()} - OURS
+    # A run has run.json before anything else that bears a common name.
+    ours = storage.exists("run.json")
+    foreign = storage.local and not ours and {p.name for p in storage.path.iterdir()} - (OURS - {"run.json"})
     if begun or foreign:
         raise StorageError(
             f"run {name!r} exists already in {storage.uri}; --resume continues it, another --name starts a new one"
@@ -283,9 +287,9 @@ def checked_name(name: str) -> str:
     return name
 
 
-def _same_configuration(config: Config, stored: dict[str, Any], name: str) -> None:
+def same_configuration(config: Config, stored: dict[str, Any], name: str) -> None:
     given, kept = flatten(config.model_dump(mode="json")), flatten(stored)
-    if given["train.epochs"] < kept["train.epochs"]:
+    if given["train.epochs"] < kept.get("train.epochs", 0):
         raise StorageError(
             f"run {name!r} was started with train.epochs = {kept['train.epochs']}, now it is {given['train.epochs']}; "
             "a run can be made longer, not shorter"
@@ -301,25 +305,37 @@ def _same_configuration(config: Config, stored: dict[str, Any], name: str) -> No
 
 
 def _reopen(storage: Storage, config: Config) -> Run:
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     from raypp.nets import FEATURES
 
-    about = _stored(storage, "run.json")
-    features = FEATURES.options(about["features"]["name"]).model_validate(about["features"])
-    phi = load(storage.read("features.safetensors")) if storage.exists("features.safetensors") else None
+    about = stored(storage, "run.json", "features", "warnings")
+    try:
+        features = FEATURES.options(about["features"]["name"]).model_validate(about["features"])
+        phi = load(storage.read("features.safetensors")) if storage.exists("features.safetensors") else None
+    except (ConfigError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise StorageError(f"{storage.uri}: run.json or features.safetensors is damaged: {error}") from error
     settled = config.model_copy(update={"features": features})
-    return Run(storage, settled, phi, stored_key(storage), tuple(about["warnings"]))
+    key = stored_key(storage)
+    if (key.identifier if key is not None else None) != about.get("key"):
+        raise StorageError(
+            f"{storage.uri}/{KEY} is missing or not the key {about.get('key')} that the run was started with; put the "
+            "run's own key file back"
+        )
+    return Run(storage, settled, phi, key, tuple(about["warnings"]))
 
 
-def _stored(storage: Storage, file: str) -> dict[str, Any]:
-    """Read a run's own YAML or JSON (which is YAML too); raises StorageError if it is damaged."""
+def stored(storage: Storage, file: str, *keys: str) -> dict[str, Any]:
+    """Read a run's own YAML or JSON (which is YAML too); raises StorageError if it is damaged or lacks a key."""
     try:
         tree = yaml.safe_load(storage.read(file))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise StorageError(f"{storage.uri}/{file} is damaged: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise StorageError(f"{storage.uri}/{file} is damaged: it holds no mapping")
+    if lacking := [key for key in keys if key not in tree]:
+        raise StorageError(f"{storage.uri}/{file} is damaged: it lacks {lacking[0]!r}")
     return tree
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,18 +18,26 @@ from typing import Any
 
 import yaml
 
-from raypp.config import Config, flatten, load_tree, merge, presets, validate
+from raypp.config import Config, flatten, load_tree, merge, parse_flags, presets, validate
 from raypp.errors import ConfigError, RayppError, StorageError
 from raypp.progress import GridDisplay, Shows
 from raypp.registry import did_you_mean
-from raypp.runs import checked_name, lock, open_run, summary, train_locally
+from raypp.runs import checked_name, lock, open_run, same_configuration, stored, summary, train_locally
 from raypp.storage import Storage
+from raypp.training.sinks import newest_first
 
 CELLS = "cells"
 FILES = ("table1.csv", "table1.md", "table1.png")
 # What a departure from the paper may lie in; alpha is what rows differ in.
 COMPARED = ("data.", "protection.", "classifier.", "features.", "train.")
-NOT_COMPARED = ("data.source.root", "train.alpha", "train.mode", "train.eval_batch_size", "train.precision")
+NOT_COMPARED = ("data.source.root", "train.alpha", "train.eval_batch_size")
+DECIDED = {
+    "protection.name": "--methods",
+    "train.alpha": "--methods",
+    "seed": "--seeds",
+    "cluster.storage": "--storage",
+}
+"""Settings that the grid itself makes, and the options that say how."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,10 @@ def cells(
             raise ConfigError(f"{what} {', '.join(sorted(twice))} is given twice")
         if not given:
             raise ConfigError(f"no {what} is given; allowed is one or more")
+    decided = flatten(parse_flags(flags))
+    for key, option in DECIDED.items():
+        if key in decided or (key == "protection.name" and isinstance(decided.get("protection"), str)):
+            raise ConfigError(f"--{key} is what the table's grid decides; choose by {option}")
     grid = []
     for dataset in datasets:
         base = load_tree(dataset, flags=tuple(flags))
@@ -214,12 +225,19 @@ def open_table(storage: Storage, name: str, *, resume: bool) -> Iterator[Storage
 
 
 def stored_summary(cell: Cell) -> dict[str, Any] | None:
-    """The results of a finished cell, or None."""
+    """The results of a finished cell, or None.
+
+    Raises:
+        StorageError: it was trained with other settings, or its files are damaged.
+    """
     run = Storage(cell.config.cluster.storage).folder(cell.name)
     if not run.exists("summary.json"):
         return None
-    found: dict[str, Any] = json.loads(run.read("summary.json"))
-    return found
+    kept = stored(run, "config.yaml", "train", "data")
+    same_configuration(cell.config, kept, cell.name)
+    if kept["train"]["epochs"] != cell.config.train.epochs:
+        return None
+    return stored(run, "summary.json", "test", "seconds", "classes", "image_size")
 
 
 def collect(
@@ -248,12 +266,17 @@ def collect(
                 interval=tuple(tests[0]["accuracy_interval"]) if tests else (0.0, 1.0),
                 num_test=tests[0]["num_images"] if tests else 0,
                 seconds=sum(summary["seconds"] for summary in found),
-                num_parameters=num_parameters(group[0].config, len(found[0]["classes"])) if found else 0,
+                num_parameters=_parameters(group[0].config, found[0]) if found else 0,
                 ssim=similarity,
                 failed=tuple(failed),
             )
         )
     return results
+
+
+def _parameters(config: Config, found: dict[str, Any]) -> int:
+    height, width = found["image_size"]
+    return num_parameters(config, len(found["classes"]), (height, width))
 
 
 def departures(grid: Sequence[Cell], summaries: dict[str, dict[str, Any]]) -> list[str]:
@@ -399,7 +422,8 @@ def _shown(value: Any) -> str:
 
 def train_cell(config: Config, name: str, display: Shows) -> dict[str, Any]:
     """Train one cell in this process, from its newest checkpoint if it has begun; returns its summary."""
-    begun = Storage(config.cluster.storage).folder(name).exists("config.yaml")
+    run_folder = Storage(config.cluster.storage).folder(name)
+    begun = run_folder.exists("summary.json") or bool(newest_first(run_folder))
     with open_run(config, name, resume=begun) as run:
         for warning in run.warnings:
             display.warn(warning)

@@ -136,6 +136,8 @@ class Source(ABC):
         """Read a whole split into memory; raises DataError for the first image that cannot be used."""
         num = self.num_images(split)
         images: Pixels | None = None
+        if self.size is not None:
+            check_memory(num, (*self.size, self.channels))
         labels = np.empty(num, dtype=np.int64)
         for i, record in enumerate(self.records(split)):
             if isinstance(record.image, DataError):

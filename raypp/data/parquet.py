@@ -135,6 +135,8 @@ class Parquet(Source):
         if self.options.classes:
             return self.options.classes
         columns = [self._label_column(path) for path in self.files("train")]
+        if len({_is_text(values.type) for values in columns}) > 1:
+            raise DataError(f"{self.options.path}: column {column!r} holds integers in one file and strings in another")
         if _is_text(columns[0].type):
             return tuple(sorted({name for values in columns for name in values.unique().to_pylist()}))
         largest = max((pc.max(values).as_py() for values in columns if len(values)), default=None)
@@ -167,6 +169,7 @@ class Parquet(Source):
         """Return the label column of one file: integers or strings, none of them null."""
         column = self.columns()[1]
         with self._open(path) as file, _naming(path):
+            _has(file, column, path)
             values = file.read([column]).column(column)
         if pa.types.is_dictionary(values.type):
             values = values.cast(values.type.value_type)
@@ -193,6 +196,7 @@ class Parquet(Source):
             labels = self.labels(path)
             row = 0
             with self._open(path) as file:
+                _has(file, column, path)
                 for group in range(file.num_row_groups):
                     with _naming(path):
                         images = file.read_row_group(group, [column]).column(column)
@@ -230,3 +234,8 @@ def _image_bytes(chunk: Any, path: str, column: str) -> Any:
     if not (pa.types.is_binary(chunk.type) or pa.types.is_large_binary(chunk.type)):
         raise DataError(f"{path}: image column {column!r} is {chunk.type}, allowed is binary or a struct with bytes")
     return chunk
+
+
+def _has(file: pq.ParquetFile, column: str, path: str) -> None:
+    if column not in file.schema_arrow.names:
+        raise DataError(f"{path} has no column {column!r}; it has {', '.join(file.schema_arrow.names)}")

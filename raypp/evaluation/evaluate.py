@@ -17,6 +17,7 @@ from raypp.evaluation.metrics import psnr, ssim
 from raypp.images import to_uint8
 from raypp.protections.base import Protection
 from raypp.training.fit import load_split
+from raypp.training.system import adaptation_of
 
 Numbers = dict[str, Any]
 
@@ -105,6 +106,14 @@ def evaluate_bundle(location: str | Path, settings: tuple[str, ...] = (), split:
     if images.classes != private.classes:
         raise DataError(
             f"data.source has the classes {', '.join(images.classes)}; the bundle reads {', '.join(private.classes)}"
+        )
+    size = (images.images.shape[1], images.images.shape[2])
+    if config.data.channels != public.channels:
+        raise DataError(f"data.channels is {config.data.channels}; the bundle reads {public.channels}")
+    if adaptation_of(validate(private.config)) != "none" and size != public.image_size:
+        raise DataError(
+            f"the images are {size[0]} x {size[1]}; the bundle's classifier reads {public.image_size[0]} x "
+            f"{public.image_size[1]} only; see data.image_size"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return evaluate(

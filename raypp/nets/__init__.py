@@ -26,3 +26,5 @@ ADAPTATIONS = Registry(
         "pixel": "raypp.nets.adaptation:PixelAdaptation",
     },
 )
+BLOCK = 4
+"""Side in pixels of the blocks that adaptation networks of block-wise schemes read."""

@@ -11,11 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raypp.nets import ADAPTATIONS, CLASSIFIERS
+from raypp.nets import ADAPTATIONS, BLOCK, CLASSIFIERS
 from raypp.nets.normalise import Normalise
 from raypp.registry import Options
-
-BLOCK = 4
 
 
 class Adaptation(nn.Module):

@@ -37,6 +37,11 @@ class Protection(nn.Module):
         return False
 
     @classmethod
+    def problem(cls, options: Any, channels: int) -> str | None:
+        """Why images of so many channels cannot be protected with these options; None if they can."""
+        return None
+
+    @classmethod
     def uses_features(cls, options: Any, alpha: float) -> bool:
         """Whether its training compares images in a feature network."""
         return False

@@ -56,9 +56,13 @@ class Pixel(Cipher):
 
     def __init__(self, options: PixelOptions, *, channels: int = 3, key: Key | None = None) -> None:
         super().__init__(options, channels=channels)
-        if options.colour_shuffle and channels != 3:
-            raise ValueError("colour_shuffle needs images of 3 channels")
         self._key = required(key, options.name) if self.needs_key(options) else None
+
+    @classmethod
+    def problem(cls, options: Any, channels: int) -> str | None:
+        if options.colour_shuffle and channels != 3:
+            return f"protection.colour_shuffle needs data.channels 3, found {channels}"
+        return None
 
     @classmethod
     def needs_key(cls, options: Any) -> bool:

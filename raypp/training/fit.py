@@ -17,14 +17,14 @@ from raypp.data.loader import Augmentation, Batches, DeviceLoader, as_input, to_
 from raypp.errors import ConfigError, DataError
 from raypp.images import to_uint8
 from raypp.keys import Key
-from raypp.nets import CLASSIFIERS, FEATURES
+from raypp.nets import BLOCK, CLASSIFIERS, FEATURES
 from raypp.nets.features import StateDict, VGG16FeatureOptions, load_vgg_slice
 from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
 from raypp.training.distributed import total
 from raypp.training.loop import Loop, Phase, Trainee, autocast, set_up_torch, together
 from raypp.training.sinks import Row, Sink
-from raypp.training.system import System, build_system, phases, uses_features
+from raypp.training.system import System, adaptation_of, build_system, phases, uses_features
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,12 @@ def load_data(
                 f"{kind} {name} needs sides of at least {least} pixels, the images are {height} x {width}; "
                 "see data.image_size"
             )
+    kind = PROTECTIONS.get(config.protection.name)
+    if "block" in adaptation_of(config) and kind.adaptation == "none" and (height % BLOCK or width % BLOCK):
+        raise ConfigError(
+            f"adaptation {config.adaptation!r} needs sides in multiples of {BLOCK} pixels, the images are {height} x "
+            f"{width}; see data.image_size"
+        )
     train_at, val_at = stratified_split(full.labels, config.data.num_val, config.seed)
     train = limit(full.subset(train_at), config.data.num_train, config.seed, "data.num_train")
     val = full.subset(val_at)
@@ -215,6 +221,8 @@ def fit(
     set_up_torch(config.train)
     load = load or (lambda: load_data(config, sink.device, sink.rank, sink.world, key))
     data = together(load)
+    # Read once before hours are spent on what could not be measured in the end.
+    together(lambda: load_split(config, "test") if sink.rank == 0 else None)
     task = ProtectionTask(config, data, phi, key)
     done = Loop(task, sink).run()
     assert isinstance(done.trainee, System)
