@@ -188,10 +188,12 @@ class Config(Section):
         if (problem := kind.problem(self.protection, self.data.channels)) is not None:
             raise ValueError(problem)
         chosen = kind.adaptation if self.adaptation == "auto" else self.adaptation
-        if "block" in chosen and getattr(self.protection, "block", BLOCK) != BLOCK:
+        together = ADAPTATIONS.get(chosen).side if chosen in ADAPTATIONS else None
+        block = getattr(self.protection, "block", BLOCK)
+        if together == BLOCK and block != BLOCK:
             raise ValueError(
-                f"protection.block is not {BLOCK}, the side of the blocks that adaptation {chosen!r} reads; allowed is "
-                f"{BLOCK}, or adaptation 'none'"
+                f"protection.block {block} is not {BLOCK}, the side of the blocks that adaptation {chosen!r} "
+                f"reads; allowed is {BLOCK}, or adaptation 'none'"
             )
         allowed = ("auto", "none", *ADAPTATIONS)
         if self.adaptation not in allowed:

@@ -27,6 +27,8 @@ COMMANDS = [
     "train",
     "quickstart",
     "table1",
+    "attack",
+    "report",
     "evaluate",
     "protect",
     "config",
@@ -88,8 +90,9 @@ def test_help_explains_every_parameter(capsys: Captured, command: str) -> None:
         assert all(name in out for name in parser if not name.startswith("-"))
         return
     explained = dict(re.findall(r"^(\w+)\n    (.+)$", inspect.getdoc(function) or "", re.MULTILINE))
-    taken = {p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_POSITIONAL}
-    assert taken == explained.keys()
+    taken = inspect.signature(function).parameters
+    required = {name for name, parameter in taken.items() if parameter.kind is not parameter.VAR_POSITIONAL}
+    assert required <= explained.keys() <= taken.keys()
     for name, text in explained.items():
         assert name.replace("_", "-") in out.lower()
         assert " ".join(text.split()[:3]) in out
@@ -304,9 +307,10 @@ def test_quickstart_says_what_to_do_next(capsys: Captured, tmp_path: Path, monke
     out, _ = run(capsys, "quickstart", "--local", "--name", "first", "--storage", "runs")
     assert "protected, 8 bit" in out
     next_steps = [line.split() for line in out.splitlines() if line.startswith("  raypp ")]
-    assert [words[1] for words in next_steps] == ["protect", "evaluate", "train", "config"]
+    assert [words[1] for words in next_steps] == ["protect", "evaluate", "attack", "train", "config"]
     write_png(tmp_path / "in.png", np.zeros((16, 16, 3), dtype=np.uint8))
     run(capsys, "protect", next_steps[0][2], "in.png", "out.png")
     run(capsys, "evaluate", next_steps[1][2])
-    run(capsys, "config", next_steps[3][2])
-    assert next_steps[2][2] in presets()
+    assert next_steps[2][2] + "/public" == next_steps[0][2]
+    assert next_steps[3][2] in presets()
+    run(capsys, "config", next_steps[4][2])

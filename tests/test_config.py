@@ -165,7 +165,10 @@ def test_no_command_line_breaks_the_parser(words: list[str]) -> None:
 # Mistakes
 
 MISTAKES = {
-    "unknown key": (["--train.alhpa", "1"], "unknown key 'train.alhpa' (did you mean 'alpha'?); allowed there: mode, "),
+    "unknown key": (
+        ["--train.alhpa", "1"],
+        "unknown key 'train.alhpa' (did you mean 'alpha'?); allowed there: epochs, ",
+    ),
     "unknown key of a method": (["--protection.widht", "3"], "unknown key 'protection.widht' (did you mean 'width'?)"),
     "unknown key of a schedule": (
         ["--train.schedule.warm_up", "0"],

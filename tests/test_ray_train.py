@@ -284,7 +284,7 @@ def test_table1_outlives_a_killed_cell(cluster: Cluster, tmp_path: Path) -> None
     process = cluster.popen(["raypp", "table1", *grid, *flags])
     victim_cell = table / "cells" / "quickstart-tanaka-seed0"
     wait_until(lambda: len(history(victim_cell)) >= 1, process)
-    cluster.processes("ray::_train")[0].kill()
+    cluster.processes("ray::_call")[0].kill()
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
     assert epochs_of(victim_cell) == [("joint", n + 1) for n in range(4)]

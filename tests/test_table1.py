@@ -33,7 +33,7 @@ from raypp.table1 import (
     table1,
 )
 
-FLAGS = tuple(word for key, value in TINY.items() for word in (f"--{key}", value))
+FLAGS = tuple(word for key, value in TINY.items() if key != "train.alpha" for word in (f"--{key}", value))
 
 
 def grid(tmp_path: Path, chosen: Sequence[str], datasets: Sequence[str] = ("quickstart",), seeds: Any = (0,)) -> Any:
@@ -153,8 +153,9 @@ def test_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, ["plain", "tanaka"], run=one_then_die)
-    assert "| Tanaka (LE) | 85.18" not in (tmp_path / "table" / "table1.md").read_text()  # no paper value: not CIFAR
-    assert "not run" in (tmp_path / "table" / "table1.md").read_text()
+    text = (tmp_path / "table" / "table1.md").read_text()
+    assert "not run" in text
+    assert "85.18" not in text  # the paper's value is for CIFAR
     with pytest.raises(StorageError, match="table 'table' exists already"):
         run(tmp_path, ["plain", "tanaka"])
 
@@ -178,7 +179,7 @@ def test_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 
 def test_a_cell_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
-    """A rate at which one classifier diverges; the other cell has failed for a reason of its own."""
+    """One cell's worker dies for good, as far as the table can see; the other trains."""
 
     def with_failure(todo: Sequence[Cell], display: GridDisplay, ended: Any) -> None:
         ended(todo[0], {"error": "its worker died too often"})
@@ -233,7 +234,8 @@ def test_departures_name_what_differs_from_the_paper(tmp_path: Path) -> None:
 def test_the_table_says_what_its_numbers_are(tmp_path: Path) -> None:
     grid = cells(["cifar10-small"], ["plain", "tanaka"], [0, 1], (), Storage(tmp_path))
     test = {"accuracy": 0.8, "accuracy_interval": [0.79, 0.81], "num_images": 10_000, "ssim": None}
-    summary = {"test": test, "seconds": 90.0, "classes": list("0123456789"), "warnings": []}
+    summary = {"test": test, "seconds": 90.0, "classes": list("0123456789")}
+    summary |= {"image_size": [32, 32], "warnings": []}
     other = merge(summary, {"test": {"accuracy": 0.9}})
     results = collect(grid, {grid[0].name: summary, grid[1].name: other, grid[2].name: summary})
     assert results[0].mean == pytest.approx(0.85)

@@ -23,21 +23,20 @@ from raypp.attacks.base import AttackError, Threat, TrainedAttack, TrainedOption
 from raypp.config import Constant, Optimisation, Optimizer
 from raypp.data.loader import Augmentation, Batches, DeviceLoader
 from raypp.images import to_uint8
-from raypp.nets import ADAPTATIONS
+from raypp.nets import ADAPTATIONS, BLOCK
 from raypp.nets.features import StateDict
 from raypp.nets.resnet import ResNet20, ResNetOptions
 from raypp.nets.unet import UNet
 from raypp.training.loop import Phase, Terms, Trainee
 from raypp.training.sinks import Row
 
-BLOCK = 4
 LEAST_SIDE = 16  # of the discriminators
 
 
 class UnpairedGANOptions(TrainedOptions):
     name: Literal["unpaired_gan"] = "unpaired_gan"
     style: Literal["dcgan", "sia"] = "dcgan"
-    generator: Literal["auto", "unet", "pixel", "block"] = "auto"
+    generator: Literal["auto", "unet", "pixelwise", "blockwise"] = "auto"
     """``auto`` follows the structure of the protected images, which is public."""
     width: int = Field(32, ge=1, le=512)
     """Channels of a U-Net generator's first level."""
@@ -61,23 +60,34 @@ def _conv(before: int, after: int, size: int, stride: int = 1, padding: int = 0)
 class Generator(nn.Module):
     """Protected images N x C' x H' x W' in [0, 1] to N x C x H x W in [0, 1]."""
 
-    def __init__(self, shape: tuple[int, int, int], protected: tuple[int, int, int], kind: str, options: Any) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], protected: tuple[int, int, int], structure: str, options: Any
+    ) -> None:
         super().__init__()
         self.size, channels, channels_in = shape[1:], shape[0], protected[0]
         norm = nn.utils.parametrizations.spectral_norm
+        kind = options.generator
+        if kind == "auto":
+            side = ADAPTATIONS.get(structure).side if structure in ADAPTATIONS else None
+            kind = "unet" if side is None else "pixelwise" if side == 1 else "blockwise"
+        if kind == "blockwise" and any(side % BLOCK for side in protected[1:]):
+            raise AttackError(
+                f"attack unpaired_gan with a blockwise generator needs protected images with sides in multiples of "
+                f"{BLOCK}, found {protected[1]} x {protected[2]}"
+            )
         self.body: nn.Module
         if options.style == "sia":
             # What undoes the scheme's structure is the network that the classifiers of such images have in front.
             front: Any = nn.Identity()
             inside = channels_in
-            if kind in ADAPTATIONS:
-                front = ADAPTATIONS.get(kind)(channels_in, protected[1:])
+            if structure in ADAPTATIONS:
+                front = ADAPTATIONS.get(structure)(channels_in, protected[1:])
                 inside = front.channels_out
             self.body = nn.Sequential(
                 front, norm(nn.Conv2d(inside, 64, 3, 1, 1)), *(SpectralBlock(64) for _ in range(3)),
                 norm(nn.Conv2d(64, 64, 3, 1, 1)), nn.LeakyReLU(0.1), norm(nn.Conv2d(64, channels, 3, 1, 1)),
             )  # fmt: skip
-        elif kind == "pixel":
+        elif kind == "pixelwise":
             widths = (channels_in, 64, 128, 256)
             layers = [
                 layer
@@ -85,7 +95,7 @@ class Generator(nn.Module):
                 for layer in (_conv(before, after, 1), nn.BatchNorm2d(after), nn.ReLU(inplace=True))
             ]
             self.body = nn.Sequential(*layers, _conv(256, channels, 1))
-        elif kind in {"block", "shuffled_block"}:
+        elif kind == "blockwise":
             self.body = nn.Sequential(
                 _conv(channels_in, 48, BLOCK, BLOCK), nn.BatchNorm2d(48), nn.ReLU(inplace=True),
                 _conv(48, 48, 1), nn.BatchNorm2d(48), nn.ReLU(inplace=True), _conv(48, 512, 1),
@@ -248,13 +258,7 @@ class UnpairedGAN(TrainedAttack):
         return plain.to(self.access.device), labels.to(self.access.device), protected.to(self.access.device)
 
     def generator(self, protected: tuple[int, int, int]) -> Generator:
-        kind = self.access.structure if self.options.generator == "auto" else self.options.generator
-        if kind in {"block", "shuffled_block"} and any(side % BLOCK for side in protected[1:]):
-            raise AttackError(
-                f"attack unpaired_gan with a block generator needs protected images with sides in multiples of {BLOCK}"
-                f", found {protected[1]} x {protected[2]}"
-            )
-        return Generator(self.access.shape, protected, kind, self.options)
+        return Generator(self.access.shape, protected, self.access.structure, self.options)
 
     def task(self, share_epochs: float = 1.0, num_images: int | None = None) -> GANTask:
         if min(self.access.shape[1:]) < LEAST_SIDE:

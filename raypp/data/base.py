@@ -143,7 +143,8 @@ class Source(ABC):
             if isinstance(record.image, DataError):
                 raise record.image
             if images is None:
-                check_memory(num, record.image.shape)
+                if self.size is None:
+                    check_memory(num, record.image.shape)
                 images = np.empty((num, *record.image.shape), dtype=np.uint8)
             images[i] = record.image
             labels[i] = record.label

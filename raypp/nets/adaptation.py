@@ -20,6 +20,8 @@ class Adaptation(nn.Module):
     """Base; a subclass is built for images of one number of channels and one size."""
 
     channels_out: ClassVar[int]
+    side: ClassVar[int] = BLOCK
+    """Side in pixels of what it reads together."""
 
     def __init__(self, channels: int, image_size: tuple[int, int]) -> None:
         super().__init__()
@@ -125,6 +127,7 @@ class PixelAdaptation(Adaptation):
     """
 
     channels_out: ClassVar[int] = 16
+    side: ClassVar[int] = 1
 
     def __init__(self, channels: int, image_size: tuple[int, int]) -> None:
         super().__init__(channels, image_size)

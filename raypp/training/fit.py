@@ -17,7 +17,7 @@ from raypp.data.loader import Augmentation, Batches, DeviceLoader, as_input, to_
 from raypp.errors import ConfigError, DataError
 from raypp.images import to_uint8
 from raypp.keys import Key
-from raypp.nets import BLOCK, CLASSIFIERS, FEATURES
+from raypp.nets import ADAPTATIONS, CLASSIFIERS, FEATURES
 from raypp.nets.features import StateDict, VGG16FeatureOptions, load_vgg_slice
 from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
@@ -90,10 +90,11 @@ def load_data(
                 f"{kind} {name} needs sides of at least {least} pixels, the images are {height} x {width}; "
                 "see data.image_size"
             )
-    kind = PROTECTIONS.get(config.protection.name)
-    if "block" in adaptation_of(config) and kind.adaptation == "none" and (height % BLOCK or width % BLOCK):
+    adaptation, own = adaptation_of(config), PROTECTIONS.get(config.protection.name).adaptation
+    side, padded_to = (ADAPTATIONS.get(name).side if name in ADAPTATIONS else 1 for name in (adaptation, own))
+    if padded_to % side and (height % side or width % side):
         raise ConfigError(
-            f"adaptation {config.adaptation!r} needs sides in multiples of {BLOCK} pixels, the images are {height} x "
+            f"adaptation {adaptation!r} needs sides in multiples of {side} pixels, the images are {height} x "
             f"{width}; see data.image_size"
         )
     train_at, val_at = stratified_split(full.labels, config.data.num_val, config.seed)
