@@ -111,7 +111,7 @@ def export(
         root.mkdir()
         for part, files in parts.items():
             folder = root / part
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(mode=0o700 if part == "private" else 0o755, exist_ok=True)
             for file, data in files.items():
                 (folder / file).write_bytes(data)
         if key is not None:
@@ -249,10 +249,11 @@ def load_public(location: str | Path, key: Key | None = None) -> PublicBundle:
         key: the key of a keyed protection; not needed beside the private part, which holds it.
 
     Raises:
-        BundleError: the bundle is missing, altered or incomplete, or ``key`` is missing or another one.
+        BundleError: the bundle is missing, altered or incomplete, or ``key`` is missing, another one or not needed.
         ConfigError: the private part's key file is damaged.
     """
     with _folder(location, "public") as (folder, whole):
+        given = key is not None
         beside = folder.parent / "private" / FILE
         if key is None and whole and beside.is_file():
             key = Key.read(beside)
@@ -263,6 +264,8 @@ def load_public(location: str | Path, key: Key | None = None) -> PublicBundle:
             options = PROTECTIONS.options(about["protection"]["name"]).model_validate(about["protection"])
             if PROTECTIONS.get(options.name).needs_key(options):
                 _same_key(key, about["key"], location)
+            elif given:
+                raise BundleError(f"the protection {options.name!r} in {str(location)!r} has no key; leave it out")
             protection: Protection = PROTECTIONS.build(options, channels=about["channels"], key=key)
             protection.load_state_dict(load((folder / "protection.safetensors").read_bytes()))
             height, width = (int(side) for side in about["image_size"])

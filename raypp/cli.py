@@ -177,9 +177,9 @@ def table1(
 
     run = table.run_locally if local else _from_ray("raypp.cluster.table1", "run_on_ray")
     results = table.table1(
-        datasets or ["cifar10", "cifar100"],
-        methods or list(table.methods()),
-        seeds or [0],
+        ["cifar10", "cifar100"] if datasets is None else datasets,
+        list(table.methods()) if methods is None else methods,
+        [0] if seeds is None else seeds,
         settings,
         storage=storage,
         name=name,

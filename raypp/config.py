@@ -113,7 +113,7 @@ class OneCycle(Section):
 class Optimisation(Section):
     """How networks are trained: what every loop needs, the attacks' included."""
 
-    epochs: int = Field(200, ge=1)
+    epochs: int = Field(200, ge=1, le=1_000_000)
     """Epochs of the mode's own phase."""
     batch_size: int = Field(128, ge=2)
     """Images per step over all workers together."""
@@ -138,7 +138,7 @@ class Train(Optimisation):
     images first and then fixed (the authors' released code). ``plain``: the classifier alone, the baseline."""
     alpha: float = Field(0.005, ge=0)
     """Weight of the feature distance in Eq. 4."""
-    plain_epochs: int | None = Field(None, ge=1)
+    plain_epochs: int | None = Field(None, ge=1, le=1_000_000)
     """Epochs of the plain classifier where a phase needs one first; null means ``epochs``."""
 
 

@@ -19,8 +19,10 @@ from raypp.errors import ConfigError
 
 
 def absolute(location: str | Path) -> str:
-    """Make a local path absolute; leave a URI as it is."""
+    """Make a local path absolute; leave a URI as it is; raises ValueError where there is none."""
     text = str(location)
+    if not text.strip():
+        raise ValueError(f"{text!r} is empty; allowed is a path or a URI")
     return text if "://" in text else str(Path(text).expanduser().absolute())
 
 

@@ -7,8 +7,10 @@ object visible only when it is complete, which gives the same promise.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,7 +56,10 @@ class Storage:
     def __init__(self, location: str | Path) -> None:
         from pyarrow import fs
 
-        self.uri = absolute(location)
+        try:
+            self.uri = absolute(location)
+        except ValueError as error:
+            raise StorageError(f"storage is not understood: {error}") from error
         self.local = "://" not in self.uri or self.uri.startswith("file://")
         self._root: str
         try:
@@ -126,7 +131,11 @@ class Storage:
             if self.local:
                 target = Path(self._at(name))
                 target.parent.mkdir(parents=True, exist_ok=True)
-                aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+                for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # by a process that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+                # Closed to other users: until a file's mode is copied it has that of a new file, keys too.
+                closed = Path(tempfile.mkdtemp(".tmp", f".{target.name}.", target.parent))
+                aside = closed / target.name
                 old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
                 try:
                     shutil.copytree(folder, aside)
@@ -139,7 +148,7 @@ class Storage:
                             old.rename(target)
                         raise
                 finally:
-                    shutil.rmtree(aside, ignore_errors=True)
+                    shutil.rmtree(closed, ignore_errors=True)
                 shutil.rmtree(old, ignore_errors=True)
                 return
             files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
@@ -149,8 +158,6 @@ class Storage:
     @contextmanager
     def download(self, name: str) -> Iterator[Path]:
         """Give a folder as a local path: itself when local, else a temporary copy."""
-        import tempfile
-
         from pyarrow import fs
 
         if self.local:

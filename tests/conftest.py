@@ -1,16 +1,26 @@
-"""What the fast tests share: a configuration that trains in a second, and a run trained with it once."""
+"""What tests share: a configuration that trains in a second, a run trained with it once, and one Ray cluster."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
-from collections.abc import Callable
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 
+from raypp import env
 from raypp.config import Config, load_config
 from raypp.progress import Display
 from raypp.runs import open_run, train_locally
@@ -20,6 +30,8 @@ from raypp.training.sinks import LocalSink
 torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+PORT, DASHBOARD = 26379, 28265
 TINY = {
     "data.source.num_train": "60",
     "data.source.num_test": "30",
@@ -88,3 +100,86 @@ def processes() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "raypp.runs"])
     return context
+
+
+class Cluster:
+    """A head node of two CPUs on this machine, and the environment of its clients.
+
+    It listens on loopback only and asks every client for its token.
+    """
+
+    def __init__(self, client: dict[str, str], head: subprocess.Popen[bytes]) -> None:
+        self.client, self.head = client, head
+        self.started: list[subprocess.Popen[str]] = []
+
+    def training_workers(self) -> list[psutil.Process]:
+        return self.processes("RayTrainWorker")
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Processes of this cluster whose title, which Ray sets to what they run, holds ``title``."""
+        found = []
+        for process in psutil.Process(self.head.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if title in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    def popen(self, arguments: list[str]) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(arguments, env=self.client, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+        self.started.append(process)
+        return process
+
+    def run(self, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(arguments, env=self.client, capture_output=True, text=True, timeout=400, cwd=ROOT)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    env.apply()
+    client = os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_ADDRESS": f"127.0.0.1:{PORT}",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{DASHBOARD}",
+    }
+    scripts = Path(sys.executable).parent
+    client["PATH"] = f"{scripts}{os.pathsep}{client['PATH']}"
+    start = [
+        "ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={PORT}",
+        "--dashboard-host=127.0.0.1", f"--dashboard-port={DASHBOARD}", f"--dashboard-agent-listen-port={DASHBOARD + 1}",
+        "--disable-usage-stats",
+    ]  # fmt: skip
+    surroundings = {key: value for key, value in client.items() if key != "RAY_ADDRESS"}
+    # --block keeps the whole node below one process of ours: "ray stop" would end other clusters on this machine too.
+    head = subprocess.Popen(start, env=surroundings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    family: list[psutil.Process] = []
+    try:
+        wait_until(lambda: listens(PORT) and listens(DASHBOARD), head, 120)
+        made = Cluster(client, head)
+        yield made
+        family = psutil.Process(head.pid).children(recursive=True)
+        for process in made.started:  # what a failed test has left running
+            process.kill()
+    finally:
+        head.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            head.wait(timeout=10)
+        for process in [*family, psutil.Process(head.pid)] if head.poll() is None else family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[Any], seconds: float = 240) -> None:
+    """Wait for a condition while a process runs; fail with its output if it ends first."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None:
+            pytest.fail(f"the run ended early with {process.returncode}: {process.communicate()}")
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)

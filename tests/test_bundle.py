@@ -73,6 +73,12 @@ def test_evaluate_gives_the_numbers_of_the_run(trained: Trained) -> None:
     assert on_train["num_images"] == 60
 
 
+def test_evaluate_refuses_settings_that_change_nothing(trained: Trained) -> None:
+    with pytest.raises(RayppError, match=r"--train.alpha changes nothing here; allowed are data\.\* and train"):
+        evaluate_bundle(trained.bundle, ("--train.alpha", "1"))
+    assert evaluate_bundle(trained.bundle, ("--train.eval_batch_size", "7"))["num_images"] == 30
+
+
 def test_evaluate_refuses_images_of_other_classes(trained: Trained, tmp_path: Path) -> None:
     from raypp.images import write_png
 
@@ -350,6 +356,17 @@ def test_a_keyed_client_brings_its_key_or_is_told_to(keyed: Path, tmp_path: Path
     other = Key.generate()
     assert f"the key {other.identifier} is not that of" in refusal(load_public, public, other)
     assert evaluate_bundle(keyed)["num_images"] == 30
+
+
+def test_a_key_that_is_not_needed_is_refused(trained: Trained) -> None:
+    sentence = refusal(load_public, trained.bundle, Key.generate())
+    assert "the protection 'learned'" in sentence
+    assert "has no key; leave it out" in sentence
+
+
+def test_only_the_owner_looks_into_the_private_part(trained: Trained) -> None:
+    assert (trained.bundle / "private").stat().st_mode & 0o777 == 0o700
+    assert (trained.bundle / "public").stat().st_mode & 0o777 == 0o755
 
 
 def test_a_key_file_is_taken_over(keyed: Path, tmp_path: Path) -> None:

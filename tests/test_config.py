@@ -132,7 +132,7 @@ def test_any_value_survives_a_flag(data: st.DataObject, equals: bool) -> None:
         st.sampled_from(
             [
                 ("train.alpha", st.floats(0, 1e300)),
-                ("train.epochs", st.integers(1, 10**9)),
+                ("train.epochs", st.integers(1, 10**6)),
                 ("data.augment.flip", st.booleans()),
                 ("data.num_test", st.none() | st.integers(1, 10**9)),
                 ("data.image_size", st.none() | st.tuples(st.integers(1, 999), st.integers(1, 999))),
@@ -232,6 +232,12 @@ MISTAKES = {
     "batch and workers": (
         ["--train.batch_size", "10", "--cluster.num_workers", "4"],
         "train.batch_size 10 cannot be divided among cluster.num_workers 4; allowed is a multiple of it",
+    ),
+    "no storage": (["--cluster.storage", ""], "cluster.storage: '' is empty; allowed is a path or a URI"),
+    "epochs without end": (["--train.epochs", "99999999999"], "train.epochs is 99999999999: input should be less"),
+    "blocks of two sides": (
+        ["--protection", "{name: etc, block: 8}"],
+        "protection.block 8 is not 4, the side of the blocks that adaptation 'shuffled_block' reads",
     ),
     "plain mode with a protection": (
         ["--train.mode", "plain"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
@@ -11,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import Cluster
 
 ROOT = Path(__file__).parents[1]
 GUIDES = ("docs/train.md", "docs/data.md", "docs/bundle.md", "docs/protections.md")
@@ -29,15 +29,13 @@ def test_guides_are_readable_by_this_test() -> None:
 
 
 @pytest.mark.ray
-def test_the_commands_of_the_guides(tmp_path: Path) -> None:
+def test_the_commands_of_the_guides(cluster: Cluster, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "docs" / "images", tmp_path / "docs" / "images")
-    surroundings = os.environ | {"OMP_NUM_THREADS": "1"}
-    surroundings["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{surroundings['PATH']}"
     for page in GUIDES:
         for line in commands(page):
             arguments = shlex.split(line, comments=True)
             result = subprocess.run(
-                arguments, cwd=tmp_path, env=surroundings, capture_output=True, text=True, timeout=400
+                arguments, cwd=tmp_path, env=cluster.client, capture_output=True, text=True, timeout=400
             )
             assert result.returncode == 0, f"{page}: {line}\n{result.stdout}\n{result.stderr}"
 

@@ -30,7 +30,7 @@ from raypp.progress import Display
 from raypp.protections.learned import Learned
 from raypp.storage import Storage
 from raypp.training import checkpoint
-from raypp.training.distributed import SyncBatchNorm2d, synchronise_batch_norms
+from raypp.training.distributed import SyncBatchNorm1d, SyncBatchNorm2d, synchronise_batch_norms
 from raypp.training.fit import Fit, TrainingData, fit, load_data, prepare
 from raypp.training.fit import validate as validate_system
 from raypp.training.loop import Phase, bf16_is_fast, build_optimizer, learning_rate
@@ -522,15 +522,19 @@ def test_adamw(tiny: Tiny, tmp_path: Path) -> None:
 WORLD = 2
 
 
-def batch_norm_case() -> tuple[nn.BatchNorm2d, Tensor, Tensor]:
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
+BATCH_NORMS = {"images": (4, 5), "features": (), "sequences": (7,)}
+
+
+def batch_norm_case(sides: tuple[int, ...]) -> tuple[BatchNorm, Tensor, Tensor]:
     torch.manual_seed(0)
-    layer = nn.BatchNorm2d(3)
+    layer = nn.BatchNorm2d(3) if len(sides) == 2 else nn.BatchNorm1d(3)
     nn.init.normal_(layer.weight)
     nn.init.normal_(layer.bias)
-    return layer.double(), torch.randn(8, 3, 4, 5).double() + 100, torch.randn(8, 3, 4, 5).double()
+    return layer.double(), torch.randn(8, 3, *sides).double() + 100, torch.randn(8, 3, *sides).double()
 
 
-def batch_norm_results(layer: nn.BatchNorm2d, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
+def batch_norm_results(layer: BatchNorm, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
     x = x.clone().requires_grad_()
     y = layer(x)
     (y * weights).sum().backward()
@@ -564,11 +568,12 @@ def work(rank: int, folder: Path, trees: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
-    layer, x, weights = batch_norm_case()
-    synchronise_batch_norms(layer)
-    assert type(layer) is SyncBatchNorm2d
-    mine = slice(4 * rank, 4 * rank + 4)
-    torch.save(batch_norm_results(layer, x[mine], weights[mine]), folder / f"bn_{rank}.pt")
+    for name, sides in BATCH_NORMS.items():
+        layer, x, weights = batch_norm_case(sides)
+        synchronise_batch_norms(layer)
+        assert type(layer) is (SyncBatchNorm2d if len(sides) == 2 else SyncBatchNorm1d)
+        mine = slice(4 * rank, 4 * rank + 4)
+        torch.save(batch_norm_results(layer, x[mine], weights[mine]), folder / f"bn_{name}_{rank}.pt")
     flat = SyncBatchNorm2d(1)(torch.full((4, 1, 3, 3), 12345.678))  # its variance is nothing but rounding
     assert flat.isfinite().all()
     config = validate(trees["sync"])
@@ -610,9 +615,10 @@ def two_workers(processes: ForkServerContext, tmp_path_factory: pytest.TempPathF
     return folder
 
 
-def test_synchronised_batch_norm_is_that_of_the_whole_batch(two_workers: Path) -> None:
-    whole = batch_norm_results(*batch_norm_case())
-    parts = [torch.load(two_workers / f"bn_{rank}.pt", weights_only=True) for rank in range(WORLD)]
+@pytest.mark.parametrize("name", BATCH_NORMS)
+def test_synchronised_batch_norm_is_that_of_the_whole_batch(two_workers: Path, name: str) -> None:
+    whole = batch_norm_results(*batch_norm_case(BATCH_NORMS[name]))
+    parts = [torch.load(two_workers / f"bn_{name}_{rank}.pt", weights_only=True) for rank in range(WORLD)]
     close = {"rtol": 1e-9, "atol": 1e-9}
     for key in ("y", "x_grad"):
         torch.testing.assert_close(torch.cat([part[key] for part in parts]), whole[key], **close)

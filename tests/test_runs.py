@@ -18,6 +18,7 @@ from PIL import Image
 from raypp.bundle import verify
 from raypp.config import Config, load_config, validate
 from raypp.errors import ConfigError, RayppError, StorageError
+from raypp.keys import Key
 from raypp.progress import Display
 from raypp.runs import first_of_each_class, open_run, summary, train_locally
 from raypp.storage import Storage
@@ -291,3 +292,38 @@ def test_first_of_each_class_takes_turns() -> None:
     labels = np.array([2, 2, 0, 1, 0, 1, 2])
     assert first_of_each_class(labels, 5).tolist() == [2, 3, 0, 4, 5]
     assert first_of_each_class(labels, 100).tolist() == [2, 3, 0, 4, 5, 1, 6]
+
+
+@pytest.mark.parametrize("damage", ["another key", "no key"])
+def test_a_run_is_not_resumed_with_another_key(tiny: Tiny, tmp_path: Path, damage: str) -> None:
+    config = tiny(protection="tanaka", train__epochs=1)
+    train(config, "keyed")
+    path = tmp_path / "keyed" / "private" / "protection.key"
+    before = Key.read(path).identifier
+    path.unlink()
+    if damage == "another key":
+        Key.generate().write(path)
+    sentence = refusal(config, "keyed", resume=True)
+    assert f"is missing or not the key {before} that the run was started with; put the run's own key file" in sentence
+
+
+def test_a_damaged_record_is_named(finished: tuple[Callable[..., Config], Path]) -> None:
+    config, folder = finished
+    for file, data in (("config.yaml", "[1"), ("config.yaml", "data: {}"), ("run.json", "{}")):
+        kept = (folder / file).read_bytes()
+        (folder / file).write_text(data)
+        assert f"{file} is damaged" in refusal(config(), "tiny", resume=True)
+        (folder / file).write_bytes(kept)
+
+
+def test_the_test_split_is_read_before_hours_of_training(tiny: Tiny, tmp_path: Path) -> None:
+    sentence = refusal(tiny(data__num_test=31), "run")
+    assert "data.num_test" in sentence
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    for number in (2, 9999, 10000):
+        storage.write(f"checkpoints/epoch_{number:04d}/checkpoint.json", b"{}")
+    assert newest_first(storage) == ["epoch_10000", "epoch_9999", "epoch_0002"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,27 @@ def test_another_filesystem_uploads_and_downloads_copies(tmp_path: Path) -> None
         assert folder != store / "bucket" / "one"
     assert not folder.exists()
     assert storage.folders() == ["one"]
+
+
+def test_an_upload_is_closed_to_others_until_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a").write_bytes(b"1")
+    left = tmp_path / "run" / ".one.dead.tmp"  # by a process that was killed
+    left.mkdir(parents=True)
+    seen: list[int] = []
+    copytree = shutil.copytree
+
+    def look(source: Path, target: Path) -> Path:
+        seen.append(target.parent.stat().st_mode & 0o777)
+        return copytree(source, target)
+
+    monkeypatch.setattr("shutil.copytree", look)
+    Storage(tmp_path / "run").upload(source, "one")
+    assert seen == [0o700]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["one"]
+
+
+def test_no_place_is_refused() -> None:
+    with pytest.raises(StorageError, match="storage is not understood: '' is empty; allowed is a path or a URI"):
+        Storage("")

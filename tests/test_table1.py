@@ -16,6 +16,7 @@ from PIL import Image
 from test_sources import write_cifar
 from torchvision import datasets
 
+from raypp.cli import app
 from raypp.config import load_config, merge, validate
 from raypp.errors import ConfigError, RayppError, StorageError
 from raypp.progress import GridDisplay
@@ -100,6 +101,12 @@ def test_gan_takes_the_width_of_the_proposed(tmp_path: Path) -> None:
 def test_a_grid_that_makes_no_sense_is_refused(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         grid(tmp_path, **({"chosen": ["plain"]} | change))
+
+
+def test_an_empty_choice_is_not_everything(tmp_path: Path) -> None:
+    for option in ("--methods", "--seeds", "--datasets"):
+        with pytest.raises(RayppError, match=f"no {option[2:-1]} is given"):
+            app(["table1", option, "--storage", str(tmp_path), "--local"], exit_on_error=False)
 
 
 def test_settings_that_no_cell_can_have_are_refused(tmp_path: Path) -> None:

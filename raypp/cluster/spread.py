@@ -85,6 +85,9 @@ def spread(
 def _outcome(reference: Any) -> Outcome:
     try:
         found: Outcome = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:  # what it raised is none of ours
+        cause = error.cause or error
+        return {"error": f"it failed: {type(cause).__name__}: {' '.join(str(cause).split())}"}
     except ray.exceptions.RayError as error:
         return {"error": f"its worker died too often: {str(error).strip().splitlines()[0]}"}
     return found

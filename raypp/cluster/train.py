@@ -28,7 +28,7 @@ from raypp.progress import Display
 from raypp.runs import Run, conclude, stored_key
 from raypp.storage import Storage
 from raypp.training.distributed import first_error
-from raypp.training.fit import TrainingData, fit, protect_first
+from raypp.training.fit import TrainingData, check_sides, fit, protect_first
 from raypp.training.sinks import CHECKPOINTS, Row, RunCheckpoints, metrics_lines, newest_first, prune
 
 POLL_SECONDS = 0.2
@@ -69,6 +69,8 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
     """
     config = run.config
     cluster = config.cluster
+    if config.data.stream and config.data.image_size is not None:
+        check_sides(config, *config.data.image_size)
     with session() as have:
         num_workers, use_gpu = _scale(config, have)
         _check_resources(config, have, num_workers, use_gpu, display)

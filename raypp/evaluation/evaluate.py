@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from raypp.bundle import load_private, load_public
-from raypp.config import merge, parse_flags, validate
+from raypp.config import flatten, merge, parse_flags, validate
 from raypp.data.loader import as_input, to_device
-from raypp.errors import DataError
+from raypp.errors import ConfigError, DataError
 from raypp.evaluation.metrics import psnr, ssim
 from raypp.images import to_uint8
 from raypp.protections.base import Protection
@@ -100,7 +100,11 @@ def evaluate_bundle(location: str | Path, settings: tuple[str, ...] = (), split:
         DataError: the images cannot be read, or have other classes than the bundle.
     """
     public, private = load_public(location), load_private(location)
-    config = validate(merge(private.config, parse_flags(settings)))
+    given = parse_flags(settings)
+    for name in flatten(given):
+        if not name.startswith("data.") and name != "train.eval_batch_size":
+            raise ConfigError(f"--{name} changes nothing here; allowed are data.* and train.eval_batch_size")
+    config = validate(merge(private.config, given))
     config = config.model_copy(update={"data": config.data.model_copy(update={"stream": False})})
     images = load_split(config, split)
     if images.classes != private.classes:

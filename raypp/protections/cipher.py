@@ -17,6 +17,8 @@ from raypp import registry
 from raypp.images import to_uint8
 from raypp.protections.base import Protection
 
+MAX_TABLES = 16
+
 
 class KeyedOptions(registry.Options):
     """Options of every keyed protection."""
@@ -88,6 +90,8 @@ class Cipher(Protection):
         height, width = (-(-side // self.block) * self.block for side in images.shape[-2:])
         at = (height, width, images.device)
         if at not in self._tables:
+            while len(self._tables) >= MAX_TABLES:  # a client may bring images of any number of sizes
+                self._tables.pop(next(iter(self._tables)))
             index, mask = self.expand(height, width)
             moved = None if index is None else torch.from_numpy(index).to(images.device)
             self._tables[at] = Table(moved, torch.from_numpy(mask).to(images.device)[:, None])

@@ -42,7 +42,7 @@ def average_batch_statistics(module: nn.Module) -> None:
         buffer.copy_(mean.view_as(buffer))
 
 
-class SyncBatchNorm2d(nn.BatchNorm2d):
+class _Synchronised(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation over the batch of all workers, on any device (torch's own needs a GPU).
 
     Expects equal shares on every worker.
@@ -53,7 +53,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         count = x.numel() / x.shape[1] * dist.get_world_size()
         wide = x if x.dtype == torch.float64 else x.float()
-        sums = torch.stack((wide.sum(dim=(0, 2, 3)), wide.square().sum(dim=(0, 2, 3))))
+        others = [dim for dim in range(x.ndim) if dim != 1]
+        sums = torch.stack((wide.sum(dim=others), wide.square().sum(dim=others)))
         moments: Tensor = all_reduce(sums)
         mean = moments[0] / count
         variance = (moments[1] / count - mean.square()).clamp_min(0)  # rounding can carry it below
@@ -65,12 +66,24 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
         shift = self.bias - mean * scale
-        normalised: Tensor = wide * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+        along = (1, -1, *(1,) * (x.ndim - 2))
+        normalised: Tensor = wide * scale.view(along) + shift.view(along)
         return normalised.to(x.dtype)
 
 
+class SyncBatchNorm1d(_Synchronised, nn.BatchNorm1d):
+    """For features N x C or N x C x L."""
+
+
+class SyncBatchNorm2d(_Synchronised, nn.BatchNorm2d):
+    """For images N x C x H x W."""
+
+
+SYNCHRONISED = {nn.BatchNorm1d: SyncBatchNorm1d, nn.BatchNorm2d: SyncBatchNorm2d}
+
+
 def synchronise_batch_norms(module: nn.Module) -> None:
-    """Turn every BatchNorm2d below ``module`` into its synchronised form, in place: same parameters, same buffers."""
+    """Turn every batch norm below ``module`` into its synchronised form, in place: same parameters, same buffers."""
     for child in module.modules():
-        if type(child) is nn.BatchNorm2d:
-            child.__class__ = SyncBatchNorm2d
+        if (synchronised := SYNCHRONISED.get(type(child))) is not None:  # type: ignore[arg-type]
+            child.__class__ = synchronised

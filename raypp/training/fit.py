@@ -79,7 +79,27 @@ def load_data(
     if config.data.stream:
         raise ConfigError("data.stream needs Ray Train; leave out --local, or set data.stream to false")
     full = load_split(config, "train")
-    height, width = full.images.shape[1:3]
+    check_sides(config, full.images.shape[1], full.images.shape[2])
+    train_at, val_at = stratified_split(full.labels, config.data.num_val, config.seed)
+    train = limit(full.subset(train_at), config.data.num_train, config.seed, "data.num_train")
+    val = full.subset(val_at)
+    images, labels = to_device(train.images, train.labels, device)
+    loader = DeviceLoader(
+        images,
+        labels,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        augmentation=Augmentation(config.data.augment.crop_padding, config.data.augment.flip),
+        rank=rank,
+        world=world,
+        first=protect_first(config, key),
+    )
+    digest = hashlib.sha256((train.fingerprint() + val.fingerprint()).encode()).hexdigest()
+    return TrainingData(loader, to_device(val.images, val.labels, device), full.classes, len(train), digest)
+
+
+def check_sides(config: Config, height: int, width: int) -> None:
+    """Refuse images that a network of the configuration cannot read; raises ConfigError."""
     for kind, name, registry in (
         ("classifier", config.classifier.name, CLASSIFIERS),
         ("protection", config.protection.name, PROTECTIONS),
@@ -97,22 +117,6 @@ def load_data(
             f"adaptation {adaptation!r} needs sides in multiples of {side} pixels, the images are {height} x "
             f"{width}; see data.image_size"
         )
-    train_at, val_at = stratified_split(full.labels, config.data.num_val, config.seed)
-    train = limit(full.subset(train_at), config.data.num_train, config.seed, "data.num_train")
-    val = full.subset(val_at)
-    images, labels = to_device(train.images, train.labels, device)
-    loader = DeviceLoader(
-        images,
-        labels,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        augmentation=Augmentation(config.data.augment.crop_padding, config.data.augment.flip),
-        rank=rank,
-        world=world,
-        first=protect_first(config, key),
-    )
-    digest = hashlib.sha256((train.fingerprint() + val.fingerprint()).encode()).hexdigest()
-    return TrainingData(loader, to_device(val.images, val.labels, device), full.classes, len(train), digest)
 
 
 def protect_first(config: Config, key: Key | None) -> Callable[[Tensor], Tensor] | None:

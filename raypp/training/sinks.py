@@ -48,7 +48,8 @@ def metrics_lines(history: list[Row]) -> bytes:
 
 def newest_first(run: Storage) -> list[str]:
     """Names of the checkpoints under a run's folder, newest first."""
-    return [name for name in reversed(run.folder(CHECKPOINTS).folders()) if name.startswith("epoch_")]
+    names = [name for name in run.folder(CHECKPOINTS).folders() if name.startswith("epoch_")]
+    return sorted(names, key=lambda name: (len(name), name), reverse=True)  # epoch_10000 comes after epoch_9999
 
 
 def prune(run: Storage) -> None:
