@@ -214,8 +214,10 @@ def absolute_folders(folders: tuple[str, str] | None) -> tuple[str, str] | None:
 
 
 @contextmanager
-def open_plan(plan: Plan, *, resume: bool) -> Iterator[None]:
+def open_plan(plan: Plan, *, resume: bool) -> Iterator[Victim]:
     """Hold the plan's folder: a new one, or with ``resume`` one of the same victim, where attacks may be added.
+
+    Gives the victim. A mistake found on the way there does not use up the name.
 
     Raises:
         StorageError: it is in use, exists already, or was made for another victim or other images.
@@ -248,8 +250,9 @@ def open_plan(plan: Plan, *, resume: bool) -> Iterator[None]:
             now["suite"]["attacks"] = before["suite"]["attacks"] | now["suite"]["attacks"]
         elif resume:
             raise StorageError(f"{storage.uri} does not exist; leave out --resume to start it")
+        victim = load_victim_of(plan)
         storage.write(SUITE, yaml.safe_dump(now, sort_keys=False).encode())
-        yield
+        yield victim
 
 
 # One attack
@@ -435,8 +438,7 @@ def attack(
     Raises:
         RayppError: the victim, the suite or the folder is not allowed; an attack that fails does not stop the others.
     """
-    with open_plan(plan, resume=resume):
-        victim = load_victim_of(plan)
+    with open_plan(plan, resume=resume) as victim:
         failures: dict[str, str] = {}
         names = in_order(plan)
         jobs = [name for name in names if finished(plan, name) is None]
@@ -514,6 +516,7 @@ def scorecard(plan: Plan, victim: Victim, failures: dict[str, str]) -> dict[str,
         "accuracy": (victim.metrics or {}).get("test", {}).get("accuracy"),
         "accuracy_interval": (victim.metrics or {}).get("test", {}).get("accuracy_interval"),
         "judge_accuracy": _judge_accuracy(judge, victim),
+        "judge_note": failures.get(JUDGE, ""),
         "worst_attack": worst_name,
         "worst_drawing": drawing,
         "found_by_drawing": attacks[drawing]["found"] if drawing else None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from raypp.storage import Storage
 from raypp.training.sinks import newest_first
 
 CELLS = "cells"
+MAX_WIDTH = 1024  # of a classifier that is to have as many parameters as the proposed
 FILES = ("table1.csv", "table1.md", "table1.png")
 # What a departure from the paper may lie in; alpha is what rows differ in.
 COMPARED = ("data.", "protection.", "classifier.", "features.", "train.")
@@ -190,14 +192,13 @@ def _matching_width(config: Config) -> int:
     wanted = num_parameters(config)
     plain = validate(merge(config.model_dump(mode="json"), {"protection": "plain", "train": {"mode": "plain"}}))
 
-    def miss(width: int) -> int:
+    def num_parameters_of(width: int) -> int:
         options = plain.classifier.model_copy(update={"width": width})
-        return abs(num_parameters(plain.model_copy(update={"classifier": options})) - wanted)
+        return num_parameters(plain.model_copy(update={"classifier": options}))
 
-    width = 1
-    while miss(width + 1) < miss(width):
-        width += 1
-    return width
+    widths = range(1, MAX_WIDTH)  # the more channels the more parameters: halve the range
+    at = bisect_left(widths, 0, key=lambda width: num_parameters_of(width) - wanted)
+    return min(widths[max(at - 1, 0) : at + 1], key=lambda width: abs(num_parameters_of(width) - wanted))
 
 
 @contextmanager

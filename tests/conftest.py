@@ -32,6 +32,8 @@ torch.set_num_threads(1)
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
 PORT, DASHBOARD = 26379, 28265
+LONG = pytest.mark.ray
+"""Left out of the fast tests, with those that need a cluster."""
 TINY = {
     "data.source.num_train": "60",
     "data.source.num_test": "30",

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CPU, Tiny, tiny_flags
+from conftest import CPU, LONG, Tiny, tiny_flags
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -615,6 +615,7 @@ def two_workers(processes: ForkServerContext, tmp_path_factory: pytest.TempPathF
     return folder
 
 
+@LONG
 @pytest.mark.parametrize("name", BATCH_NORMS)
 def test_synchronised_batch_norm_is_that_of_the_whole_batch(two_workers: Path, name: str) -> None:
     whole = batch_norm_results(*batch_norm_case(BATCH_NORMS[name]))
@@ -629,6 +630,7 @@ def test_synchronised_batch_norm_is_that_of_the_whole_batch(two_workers: Path, n
         assert torch.equal(parts[0][key], parts[1][key])
 
 
+@LONG
 def test_two_workers_have_the_gradient_of_one(two_workers: Path, tmp_path: Path) -> None:
     config = cases(tmp_path)["sync"]
     whole = gradients(config, load_data(config, CPU), slice(0, 20), synchronise=False)
@@ -644,6 +646,7 @@ def losses(history: list[Row]) -> dict[str, list[float]]:
     return {key: [row[key] for row in history] for key in history[0] if key.endswith(("loss", "distance"))}
 
 
+@LONG
 @pytest.mark.parametrize(("name", "tolerance"), [("sync", 1e-3), ("local", 0.2)])
 def test_two_workers_train_as_one(two_workers: Path, tmp_path: Path, name: str, tolerance: float) -> None:
     """Synchronised, rounding is all that differs; otherwise each worker normalises by its own half of a batch."""
@@ -660,6 +663,7 @@ def test_two_workers_train_as_one(two_workers: Path, tmp_path: Path, name: str, 
     assert (together["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-3)) == (name == "sync")
 
 
+@LONG
 def test_a_loss_that_is_no_number_on_one_worker_stops_all(two_workers: Path) -> None:
     messages = {(two_workers / f"poisoned_{rank}.txt").read_text() for rank in range(WORLD)}
     assert len(messages) == 1

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from raypp.evaluation.metrics import ssim, ssim_for_loss
 from raypp.images import round_8bit
 from raypp.nets.features import PlainClassifierFeatures, VGG16Features
 from raypp.nets.resnet import ResNet20, ResNetOptions
@@ -162,3 +163,13 @@ def test_the_distance_moves_the_protection() -> None:
         if alpha:
             assert after.metrics["feature_distance"] > before.metrics["feature_distance"]
     assert not any(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a.any())
+
+
+def test_ssim_as_a_loss_is_not_rounded_away_by_autocast() -> None:
+    """In bf16 the variances, small differences of squares, would be nothing but rounding."""
+    torch.manual_seed(0)
+    images = 0.5 + 0.1 * torch.rand(4, 3, 16, 16)
+    near = (images + 0.01 * torch.randn(images.shape)).clamp(0, 1)
+    exact = ssim(near, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(ssim_for_loss(near, images), exact, atol=1e-4)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, Tiny, Trained, tiny_flags
+from conftest import CPU, LONG, Tiny, Trained, tiny_flags
 from PIL import Image
 
 from raypp.bundle import verify
@@ -125,6 +125,7 @@ def try_to_create(tree: dict[str, Any], name: str, start: Any, outcome: Any, end
         outcome.put(str(error))
 
 
+@LONG
 def test_of_two_processes_that_create_one_name_one_wins(processes: ForkServerContext, tiny: Tiny) -> None:
     tree = tiny().model_dump(mode="json")
     start, outcome, end = processes.Barrier(2), processes.Queue(), processes.Event()

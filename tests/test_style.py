@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import LONG
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
-    "arguments", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=["lint", "format", "types"]
+    "arguments",
+    [["ruff", "check", "."], ["ruff", "format", "--check", "."], pytest.param(["mypy"], marks=LONG)],
+    ids=["lint", "format", "types"],
 )
 def test_tool_is_content(arguments: list[str]) -> None:
     result = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True)

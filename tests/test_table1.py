@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import LONG, TINY
 from PIL import Image
 from test_sources import write_cifar
 from torchvision import datasets
@@ -118,6 +118,7 @@ def test_settings_that_no_cell_can_have_are_refused(tmp_path: Path) -> None:
         cells(["quickstart"], ["plain"], [-1], (), Storage(tmp_path))
 
 
+@LONG
 def test_every_method_trains_and_stands_in_the_table(tmp_path: Path) -> None:
     chosen = ["alpha-0", "alpha-0.01", "plain", "tanaka", "pixel", "pixel-per-image", "ele", "etc", "gan"]
     results = run(tmp_path, chosen)

@@ -92,7 +92,7 @@ class InverseTrainee(Trainee):
             images = torch.where(flipped, images.flip(3), images)
             protected = torch.where(flipped, protected.flip(3), protected)
         labels = self.labels[at] if self.labels is not None else None
-        return _terms(self.net(protected, labels), images, self.options.loss)
+        return _terms(self.net(protected, labels), images, self.options)
 
     def after_step(self) -> None:
         if self.average is None:
@@ -106,13 +106,13 @@ class InverseTrainee(Trainee):
                 kept.copy_(new)
 
 
-def _terms(estimates: Tensor, images: Tensor, kind: str) -> Terms:
+def _terms(estimates: Tensor, images: Tensor, options: Any) -> Terms:
     error = F.mse_loss(estimates, images)
     metrics = {"psnr": -10 * torch.log10(error.detach().clamp_min(1e-9))}
-    loss = error if kind == "mse" else F.l1_loss(estimates, images)
-    if kind == "l1_ssim" and min(images.shape[-2:]) >= LEAST_SIDE:
+    loss = error if options.loss == "mse" else F.l1_loss(estimates, images)
+    if options.ssim_weight and min(images.shape[-2:]) >= LEAST_SIDE:
         similarity = ssim_for_loss(estimates, images).mean()
-        loss = loss + 0.5 * (1 - similarity)
+        loss = loss + options.ssim_weight * (1 - similarity)
         metrics["ssim"] = similarity.detach()
     return Terms(loss, metrics)
 
@@ -181,7 +181,7 @@ class InverseTask:
         one_class = torch.zeros(len(self.val[0]), dtype=torch.int64, device=plain.device)
         ranks = reidentify(estimates, self.val[0].float() / 255, originals, one_class)
         found = {
-            "loss": _terms(estimates, target, self.attack.options.loss).loss.expand(len(plain)),
+            "loss": _terms(estimates, target, self.attack.options).loss.expand(len(plain)),
             "psnr": psnr(estimates, target).clamp_max(MAX_PSNR),
             "reidentified": ranks.top(1),
         }
@@ -219,8 +219,10 @@ class BaseOptions(TrainedOptions):
     """Channels of the U-Net's first level."""
     depth: int = Field(3, ge=1, le=6)
     """Number of 2x2 poolings of the U-Net."""
-    loss: Literal["l1_ssim", "mse"] = "l1_ssim"
-    """Absolute error plus half of 1 - SSIM, or squared error."""
+    loss: Literal["l1", "mse"] = "l1"
+    """Absolute or squared error."""
+    ssim_weight: float = Field(0.1, ge=0)
+    """What is added: so many times 1 - SSIM. A large weight learns structure first and brightness last."""
     fixed_pairs: bool = False
     """Protect the attacker's images once and for all instead of afresh, cropped and mirrored, in every epoch."""
     crop_padding: int = Field(2, ge=0)
@@ -350,7 +352,8 @@ class ITNOptions(BaseOptions):
     name: Literal["itn"] = "itn"
     width: int = Field(64, ge=1, le=1024)
     depth: int = Field(4, ge=1, le=6)
-    loss: Literal["l1_ssim", "mse"] = "mse"
+    loss: Literal["l1", "mse"] = "mse"
+    ssim_weight: float = Field(0.0, ge=0)
     fixed_pairs: bool = True
     flip_pairs: bool = True
     ema: float = Field(0.0, ge=0, lt=1)

@@ -41,7 +41,8 @@ def ssim_lab(a: Tensor, b: Tensor) -> Tensor:
 
 def ssim_for_loss(a: Tensor, b: Tensor) -> Tensor:
     """As :func:`ssim`, in float32 and differentiable with finite gradients: close enough to learn by, not to report."""
-    return _ssim_batch(a.float(), b.float(), _gaussian(), covariance_scale=1.0)
+    with torch.autocast(a.device.type, enabled=False):  # in bf16 the variances would be nothing but rounding
+        return _ssim_batch(a.float(), b.float(), _gaussian(), covariance_scale=1.0)
 
 
 def ssim_invariant(a: Tensor, b: Tensor) -> Tensor:

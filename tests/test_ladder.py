@@ -1,0 +1,418 @@
+"""The attack ladder from the command's plan to scorecard, bundle and report; every kind of victim, and bad ones."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import LONG, Trained
+from PIL import Image
+
+from raypp import ladder
+from raypp.bundle import load_plain_classifier, verify
+from raypp.cli import run_attacks
+from raypp.errors import RayppError, StorageError
+from raypp.evaluation.report import write_report
+from raypp.evaluation.scorecard import share_found, still_rising, summarise, verdict, worst
+from raypp.images import write_png
+from raypp.storage import Storage
+
+SUITE: dict[str, Any] = {
+    "num_queries": 20,
+    "judge_epochs": 0,
+    "attacks": {
+        "feature_reconstruction": {},
+        "inverse": {"width": 4, "depth": 2, "train": {"epochs": 2, "batch_size": 10}},
+        "white_box": {"steps": 3, "num_images": 10, "restarts": 0},
+        "known_gallery": {},
+        "chosen_plaintext": {},
+    },
+}
+
+
+def plan(tmp_path: Path, name: str = "attack", suite: dict[str, Any] | None = None, **victim: Any) -> ladder.Plan:
+    file = tmp_path / "suite.yaml"
+    file.write_text(yaml.safe_dump(SUITE if suite is None else suite))
+    return ladder.make_plan(**({"suite": str(file), "storage": tmp_path / "runs", "name": name} | victim))
+
+
+def attack(of: ladder.Plan, *, resume: bool = False) -> dict[str, Any]:
+    return run_attacks(of, local=True, quiet=True, resume=resume)
+
+
+def refusal(tmp_path: Path, **victim: Any) -> str:
+    with pytest.raises(RayppError) as raised:
+        attack(plan(tmp_path, **victim))
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.fixture(scope="module")
+def attacked(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, Any]]:
+    """A bundle after an attack run: bundle, the run's folder, the scorecard."""
+    folder = tmp_path_factory.mktemp("attacked")
+    bundle = shutil.copytree(trained.bundle, folder / "bundle")
+    card = attack(plan(folder, bundle=str(bundle)))
+    return bundle, folder / "runs" / "attack", card
+
+
+def test_the_scorecard_holds_every_attack_beside_its_nulls(attacked: tuple[Path, Path, dict[str, Any]]) -> None:
+    _, folder, card = attacked
+    assert card == json.loads((folder / "scorecard.json").read_text())
+    assert card["num_queries"] == 20
+    assert card["num_gallery"] == 30
+    assert card["num_attacker_images"] == 60
+    status = {name: found["status"] for name, found in card["attacks"].items()}
+    assert status == {
+        "feature_reconstruction": "done",
+        "inverse": "done",
+        "white_box": "done",
+        "known_gallery": "done",
+        "chosen_plaintext": "does not apply",
+    }
+    assert "found no permutation" in card["attacks"]["chosen_plaintext"]["note"]
+    assert set(card["nulls"]) == {
+        "mean image", "class mean", "random image", "nearest training image", "protected image",
+    }  # fmt: skip
+    for found in (card["attacks"]["inverse"]["scores"], card["nulls"]["mean image"]):
+        assert {"psnr", "ssim", "ssim_lab", "ssim_invariant", "edges", "reidentified", "reidentified_top5",
+                "reidentified_same_class", "accuracy"} <= set(found)  # fmt: skip
+        assert found["ssim"]["low"] <= found["ssim"]["mean"] <= found["ssim"]["high"]
+        assert found["ssim"]["min"] <= found["ssim"]["median"] <= found["ssim"]["worst_1_percent"]
+    inverse = card["attacks"]["inverse"]
+    assert [row["epoch"] for row in inverse["history"]] == [1, 2]
+    assert {"val_ssim", "val_psnr", "val_reidentified"} <= set(inverse["history"][0])
+    assert [(point["what"], point["num_images"]) for point in inverse["curve"]] == [
+        ("half the epochs", 54),
+        ("a quarter of the images", 14),
+        ("everything", 54),
+    ]
+    assert card["attacks"]["white_box"]["num_queries"] == 10
+    assert "the inverse network's estimate" in card["attacks"]["white_box"]["note"]
+    assert card["worst_attack"] in status
+    assert card["attacks"][card["worst_attack"]]["found"] == max(
+        found["found"] for found in card["attacks"].values() if found["status"] == "done"
+    )
+
+
+def test_scores_are_there_image_by_image(attacked: tuple[Path, Path, dict[str, Any]]) -> None:
+    _, folder, card = attacked
+    rows = list(csv.DictReader(io.StringIO((folder / "scores.csv").read_text())))
+    of_gallery = [row for row in rows if row["attack"] == "known_gallery"]
+    assert len(of_gallery) == 20
+    mean = np.mean([float(row["ssim"]) for row in of_gallery])
+    assert mean == pytest.approx(card["attacks"]["known_gallery"]["scores"]["ssim"]["mean"], abs=1e-4)
+    assert len({row["image"] for row in of_gallery}) == 20
+    assert {row["attack"] for row in rows if row["attack"].startswith("null")} == {f"null: {n}" for n in card["nulls"]}
+
+
+def test_the_bundle_keeps_networks_and_verdict(attacked: tuple[Path, Path, dict[str, Any]]) -> None:
+    bundle, _, card = attacked
+    for part in ("", "public", "private"):
+        verify(bundle / part)
+    assert sorted(path.name for path in (bundle / "private" / "attacks").iterdir()) == [
+        "inverse.json", "inverse.safetensors",
+    ]  # fmt: skip
+    assert json.loads((bundle / "private" / "scorecard.json").read_text()) == card
+    text = (bundle / "MODEL_CARD.md").read_text()
+    assert "No attack has been run" not in text
+    assert f"| inverse | T4 | {card['attacks']['inverse']['found']:.1%}" in text
+    assert load_plain_classifier(bundle) is not None
+    assert not any("attack" in path.name for path in (bundle / "public").rglob("*"))
+
+
+def test_a_stored_network_reconstructs_as_it_did(attacked: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
+    from safetensors.torch import load
+
+    bundle, folder, _ = attacked
+    of = plan(tmp_path, bundle=str(bundle))
+    victim = ladder.load_victim_of(of)
+    network = ladder.load_network(Storage(folder / "attacks" / "inverse"), of.suite.options("inverse"), victim.access)
+    estimates = load((folder / "attacks" / "inverse" / "estimates.safetensors").read_bytes())["estimates"]
+    assert torch.equal(network(victim.protected), estimates)
+
+
+def test_resuming_runs_what_is_missing_and_nothing_else(
+    attacked: tuple[Path, Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    bundle, folder, card = attacked
+    shutil.copytree(folder, tmp_path / "runs" / "attack")
+    results = tmp_path / "runs" / "attack" / "attacks"
+    before = {path: path.stat().st_mtime_ns for path in results.rglob("result.json")}
+    with pytest.raises(StorageError, match="exists already; --resume continues it"):
+        attack(plan(tmp_path, bundle=str(bundle)))
+    more = SUITE | {"attacks": SUITE["attacks"] | {"minimum_difference": {}}}
+    again = attack(plan(tmp_path, suite=more, bundle=str(bundle)), resume=True)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert again["attacks"]["minimum_difference"]["status"] == "done"
+    assert again["attacks"]["inverse"]["scores"] == card["attacks"]["inverse"]["scores"]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"num_queries": 10}, "num_queries"),
+        ({"seed": 3}, "seed"),
+        ({"attacks": {"inverse": {"width": 5}}}, "inverse"),
+    ],
+)
+def test_a_resumed_run_stays_what_it_was(
+    attacked: tuple[Path, Path, dict[str, Any]], tmp_path: Path, change: dict[str, Any], what: str
+) -> None:
+    bundle, folder, _ = attacked
+    shutil.copytree(folder, tmp_path / "runs" / "attack")
+    with pytest.raises(StorageError, match=f"was started with another {what}; resume it with the same"):
+        attack(plan(tmp_path, suite=SUITE | change, bundle=str(bundle)), resume=True)
+
+
+@LONG
+def test_an_attack_that_is_killed_goes_on_from_its_checkpoint(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a killed process leaves it: an epoch trained, no result."""
+    whole = attack(plan(tmp_path, "whole", bundle=str(shutil.copytree(trained.bundle, tmp_path / "bundle"))))
+    from raypp.training.sinks import LocalSink
+
+    report = LocalSink.report
+
+    def killed(self: Any, history: Sequence[Any], name: str, checkpoint: Path | None) -> None:
+        report(self, list(history), name, checkpoint)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalSink, "report", killed)
+    of = plan(tmp_path, "cut", bundle=str(tmp_path / "bundle"))
+    with pytest.raises(KeyboardInterrupt):
+        attack(of)
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "runs" / "cut" / "attacks" / "inverse" / "checkpoints").iterdir()] == [
+        "epoch_0001"
+    ]
+    again = attack(of, resume=True)
+    assert again["attacks"]["inverse"]["scores"] == whole["attacks"]["inverse"]["scores"]
+
+
+# Other victims
+
+INVERT = """
+import numpy as np
+
+def protect(images):
+    return 255 - images
+"""
+
+
+def function(tmp_path: Path, body: str = INVERT) -> str:
+    (tmp_path / "mine.py").write_text(body)
+    return f"{tmp_path / 'mine.py'}:protect"
+
+
+IMAGES = [
+    "--data.num_val", "10", "--data.image_size", "[16, 16]",
+    "--data.source", "{name: shapes, num_train: 60, num_test: 30}",
+]  # fmt: skip
+
+
+def of_function(tmp_path: Path, name: str = "attack", **more: Any) -> ladder.Plan:
+    where = more.pop("function", None) or function(tmp_path)
+    return plan(tmp_path, name, preset="quickstart", function=where, **({"flags": IMAGES} | more))
+
+
+def test_any_function_can_be_attacked(tmp_path: Path) -> None:
+    attacks = {"feature_reconstruction": {}, "known_gallery": {}, "chosen_plaintext": {}, "white_box": {}}
+    card = attack(of_function(tmp_path, suite=SUITE | {"attacks": attacks, "judge_epochs": 1}))
+    assert card["attacks"]["chosen_plaintext"]["found"] == 1
+    assert card["attacks"]["known_gallery"]["verdict"] == "broken"
+    assert "needs a differentiable protection, which this victim" in card["attacks"]["white_box"]["note"]
+    assert card["accuracy"] is None
+    assert card["judge_accuracy"] is not None
+    assert (tmp_path / "runs" / "attack" / "report.html").exists()
+
+
+def test_a_judge_that_cannot_be_trained_is_said_so(tmp_path: Path) -> None:
+    settings = [*IMAGES, "--data.num_val", "60"]
+    suite = SUITE | {"attacks": {"feature_reconstruction": {}}, "judge_epochs": 1}
+    card = attack(of_function(tmp_path, suite=suite, flags=settings))
+    assert "cannot set 60 of 60 images aside" in card["judge_note"]
+    assert "cannot set 60 of 60 images aside" in (tmp_path / "runs" / "attack" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (
+            "def protect(images):\n    return images[0]",
+            r"gave uint8 \(16, 16, 3\) for uint8 \(30, 16, 16, 3\)",
+        ),
+        ("def protect(images):\n    return images / 2", "gave float64"),
+        ("def protect(images):\n    return None", "gave NoneType"),
+        ("def protect(images):\n    raise KeyError('no')", "failed: KeyError: 'no'"),
+        ("def protetc(images):\n    return images", "cannot be loaded: AttributeError"),
+        ("import nothing_like_it", "cannot be loaded: ModuleNotFoundError: No module named 'nothing_like_it'"),
+        ("def protect(images", "cannot be loaded: SyntaxError"),
+    ],
+)
+def test_a_broken_function_is_named(tmp_path: Path, body: str, sentence: str) -> None:
+    where = function(tmp_path, body)
+    with pytest.raises(RayppError, match=sentence) as raised:
+        attack(of_function(tmp_path, function=where, suite=SUITE | {"num_queries": 30}))
+    assert where in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def write_folders(tmp_path: Path, num: int = 60) -> tuple[str, str]:
+    random = np.random.default_rng(0)
+    for i in range(num):
+        image = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        for folder, pixels in (("plain", image), ("protected", 255 - image)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            write_png(tmp_path / folder / f"{i:03d}.png", pixels)
+    return str(tmp_path / "plain"), str(tmp_path / "protected")
+
+
+def test_two_folders_can_be_attacked(tmp_path: Path) -> None:
+    folders = write_folders(tmp_path)
+    settings = {"width": 8, "depth": 1, "loss": "mse", "ssim_weight": 0, "ema": 0}
+    attacks = {
+        "inverse": settings | {"train": {"epochs": 40, "batch_size": 11, "optimizer": {"lr": 0.02}}},
+        "known_gallery": {},
+    }
+    card = attack(plan(tmp_path, suite=SUITE | {"attacks": attacks, "curve": False}, folders=folders))
+    assert card["num_queries"] == 12
+    assert card["attacks"]["inverse"]["verdict"] == "broken"
+    assert card["attacks"]["known_gallery"]["status"] == "does not apply"
+    assert "class mean" not in card["nulls"]
+
+
+def test_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    folders = write_folders(tmp_path, 20)
+    plain, protected = (Path(folder) for folder in folders)
+    (protected / "007.png").rename(tmp_path / "away.png")
+    assert f"folder '{protected}' has no image '007'; plain and protected images need the same" in refusal(
+        tmp_path, folders=folders
+    )
+    (protected / "007.png").write_bytes((tmp_path / "away.png").read_bytes()[:50])
+    assert f"{protected / '007.png'} " in refusal(tmp_path, folders=folders)
+    write_png(protected / "007.png", np.zeros((20, 16, 3), dtype=np.uint8))
+    assert "/007 is 20 x 16, 000 is 16 x 16; images of a folder must have one size" in refusal(
+        tmp_path, folders=folders
+    )
+    for folder in (plain, protected):
+        (folder / "007.png").unlink()
+    assert "holds 19 images; allowed are 20 or more" in refusal(tmp_path, folders=folders)
+    assert "none' is no folder" in refusal(tmp_path, folders=(str(plain), str(tmp_path / "none")))
+    (tmp_path / "empty").mkdir()
+    empty = str(tmp_path / "empty")
+    assert "empty" in refusal(tmp_path, folders=(empty, empty))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"attacks": {"invers": {}}}, "unknown attack 'invers'"),
+        ({"attacks": {"inverse": {"widht": 3}}}, "inverse.widht is 3: extra inputs are not permitted"),
+        ({"attacks": {"inverse": {"train": {"epochs": 0}}}}, "inverse.train.epochs is 0"),
+        ({"attacks": {"inverse": 3}}, "attacks.inverse is 3; allowed is a mapping of its options"),
+        ({"num_queries": 3}, "num_queries is 3"),
+        ({"epochs": 3}, "unknown key 'epochs'"),
+    ],
+)
+def test_a_suite_that_makes_no_sense_is_refused(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
+    assert sentence in refusal(tmp_path, suite=SUITE | change, bundle="none")
+
+
+def test_a_plan_that_makes_no_sense_is_refused(trained: Trained, tmp_path: Path) -> None:
+    bundle = str(trained.bundle)
+    assert "name one victim" in refusal(tmp_path)
+    assert "name one victim" in refusal(tmp_path, bundle=bundle, function="a:b")
+    with pytest.raises(RayppError, match=r"unknown suite 'smal' \(did you mean 'small'\?\)"):
+        ladder.make_plan(bundle=bundle, suite="smal", name="a")
+    with pytest.raises(RayppError, match=r"unknown attack 'invers' \(did you mean 'inverse'\?\)"):
+        ladder.make_plan(bundle=bundle, attacks=["invers"], name="a")
+    with pytest.raises(RayppError, match="--itn sets an attack that is not run"):
+        ladder.make_plan(bundle=bundle, attacks=["inverse"], flags=["--itn.width", "3"], name="a")
+    assert "bundle" in refusal(tmp_path, bundle=str(tmp_path / "none"))
+    assert "function 'nothing' is not understood" in refusal(tmp_path, function="nothing")
+
+
+# Numbers
+
+
+def test_verdicts() -> None:
+    assert [verdict(share) for share in (0, 0.0499, 0.05, 0.2, 0.2001, 1)] == [
+        "holds", "holds", "weak", "weak", "broken", "broken",
+    ]  # fmt: skip
+    flat = [{"ssim_invariant": 0.3, "found": 0.1}, {"ssim_invariant": 0.305, "found": 0.105}]
+    assert not still_rising(flat)
+    assert still_rising([flat[0], {"ssim_invariant": 0.3, "found": 0.12}])
+    assert still_rising([flat[0], {"ssim_invariant": 0.32, "found": 0.1}])
+
+
+def test_the_worst_attack_counts_not_the_average() -> None:
+    def of(found: float, likeness: float = 0.1, status: str = "done") -> dict[str, Any]:
+        return {"status": status, "found": found, "scores": {"ssim_invariant": {"mean": likeness}}}
+
+    assert worst({}) is None
+    assert worst({"a": of(0.1), "b": of(0.3), "c": of(0.9, status="failed")}) == "b"
+    assert worst({"a": of(0.1, 0.2), "b": of(0.1, 0.4)}) == "b"
+
+
+def test_a_summary_of_known_values() -> None:
+    found = summarise({"ssim": torch.linspace(0, 1, 101), "reidentified": torch.tensor([0.0, 1.0, 1.0, 1.0])})
+    assert found["ssim"]["mean"] == pytest.approx(0.5)
+    assert found["ssim"]["median"] == pytest.approx(0.5)
+    assert found["ssim"]["worst_1_percent"] == pytest.approx(0.99)
+    assert found["ssim"]["low"] < 0.45 < 0.5 < 0.55 < found["ssim"]["high"]
+    assert set(found["reidentified"]) == {"mean", "low", "high"}
+    assert share_found({"reidentified": {"mean": 0.1}, "reidentified_edges": {"mean": 0.4}}) == 0.4
+
+
+# The report
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(
+    attacked: tuple[Path, Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    bundle, folder, card = attacked
+    write_report([str(folder), str(bundle)], Storage(tmp_path / "report"))
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', page), "it loads something"
+    assert "<script" not in page
+    for name, found in card["attacks"].items():
+        assert f"<td>{name}</td>" in page
+        if found["status"] == "done":
+            assert f'<span class="mark {found["verdict"]}">{found["verdict"]}</span>' in page
+    assert "null: class mean" in page
+    assert f"{card['found']:.1%}" in page
+    pictures = sorted((tmp_path / "report" / "figures").glob("*.png"))
+    assert {p.stem.rstrip("_12") for p in pictures} == {
+        "protected", "front", "estimates", "boxes", "worst", "curves",
+    }  # fmt: skip
+    for path in pictures:
+        with Image.open(path) as picture:
+            assert np.asarray(picture.convert("RGB")).std() > 5, path
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "report" / "report.csv").read_text())))
+    assert {row["attack"] for row in rows} >= {"inverse", "null: mean image"}
+    assert len(json.loads((tmp_path / "report" / "report.json").read_text())["victims"]) == 2
+
+
+def test_a_report_of_nothing_is_refused(trained: Trained, tmp_path: Path) -> None:
+    with pytest.raises(RayppError, match="holds no scorecard; `raypp attack` makes one"):
+        write_report([str(trained.bundle)], Storage(tmp_path / "report"))
+    with pytest.raises(RayppError, match="no source is given"):
+        write_report([], Storage(tmp_path / "report"))
+    (tmp_path / "damaged").mkdir()
+    for file in ("scorecard.json", "examples.safetensors", "scores.csv"):
+        (tmp_path / "damaged" / file).write_text("{")
+    with pytest.raises(RayppError, match="cannot be read"):
+        write_report([str(tmp_path / "damaged")], Storage(tmp_path / "report"))
+    assert not (tmp_path / "report").exists()

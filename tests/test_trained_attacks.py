@@ -1,0 +1,289 @@
+"""Attacks that train, and the white box: they break what must break, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, LONG, tiny_flags
+from torch import Tensor
+
+from raypp.attacks import ATTACKS
+from raypp.attacks.base import Access, Attack, AttackError, Map, TrainedAttack
+from raypp.config import MultiStep, load_config
+from raypp.data import SOURCES
+from raypp.evaluation.metrics import reidentify
+from raypp.evaluation.scorecard import verdict
+from raypp.keys import Key
+from raypp.progress import Display
+from raypp.protections import PROTECTIONS
+from raypp.runs import open_run
+from raypp.storage import Storage
+from raypp.training.fit import fit
+from raypp.training.loop import Loop
+from raypp.training.sinks import LocalSink, Row
+
+Pictures = tuple[Tensor, Tensor]
+KNOWN = 600
+SMALL = {"width": 8, "depth": 2}
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Pictures:
+    """Shapes of 16 x 16 and their classes: 600 of the attacker's, 200 of others."""
+    options = SOURCES.options("shapes").model_validate({"name": "shapes", "num_train": KNOWN + 200, "num_test": 10})
+    found = SOURCES.build(options, size=(16, 16), channels=3).load("train")
+    return torch.from_numpy(found.images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(found.labels)
+
+
+def knows(pictures: Pictures, protect: Map, structure: str = "none") -> Access:
+    images, labels = pictures
+    half = KNOWN // 2
+    return Access(
+        shape=(3, 16, 16),
+        structure=structure,
+        images=images[:KNOWN],
+        labels=labels[:KNOWN],
+        num_classes=10,
+        ciphertexts=lambda: (images[:half], labels[:half], protect(images[half:KNOWN])),
+        protect=protect,
+        fresh=lambda number: lambda plain: protect(plain),
+        classify=lambda protected: torch.zeros(len(protected), dtype=torch.int64),
+    )
+
+
+def build(name: str, access: Access, **options: Any) -> Any:
+    return ATTACKS.build(ATTACKS.options(name).model_validate({"name": name, **options}), access)
+
+
+def train(attack: TrainedAttack, folder: Path, share: float = 1.0, num: int | None = None) -> list[Row]:
+    done = Loop(attack.task(share, num), LocalSink(Storage(folder), Display(quiet=True), CPU)).run()
+    attack.load(attack.state(done.trainee))
+    attack.prepare()
+    return done.history
+
+
+def share_found(attack: Attack, pictures: Pictures, protect: Map) -> float:
+    """Of 200 originals that the attacker has never seen, among these 200."""
+    others = pictures[0][KNOWN:]
+    estimates = attack.reconstruct(protect(others))
+    assert estimates.shape == others.shape
+    assert estimates.dtype == torch.uint8
+    none = torch.zeros(len(others), dtype=torch.int64)
+    return float(
+        reidentify(estimates.float() / 255, others.float() / 255, torch.arange(len(others)), none).top(1).mean()
+    )
+
+
+def identity(images: Tensor) -> Tensor:
+    return images
+
+
+def hashed(images: Tensor) -> Tensor:
+    """Noise that a key and the image determine: the least that a protection can say."""
+    rows = [
+        np.frombuffer(hashlib.shake_256(b"key" + image.numpy().tobytes()).digest(image.numel()), dtype=np.uint8)
+        for image in images
+    ]
+    return torch.from_numpy(np.stack(rows)).view(images.shape)
+
+
+INVERSES: dict[str, dict[str, Any]] = {
+    "inverse": SMALL | {"train": {"epochs": 12, "optimizer": {"lr": 0.01}}},
+    "itn": SMALL | {"train": {"epochs": 20, "batch_size": 32, "schedule": {"milestones": [15]}}},
+    "inverse_own_keys": SMALL | {"train": {"epochs": 12, "optimizer": {"lr": 0.01}}},
+}
+
+
+@LONG
+@pytest.mark.parametrize("name", INVERSES)
+def test_an_inverse_network_breaks_the_identity_and_not_a_hash(name: str, pictures: Pictures, tmp_path: Path) -> None:
+    attack = build(name, knows(pictures, identity), **INVERSES[name])
+    history = train(attack, tmp_path / "identity")
+    assert history[-1]["val_loss"] < history[0]["val_loss"]
+    assert share_found(attack, pictures, identity) > 0.9
+    short = INVERSES[name] | {"train": INVERSES[name]["train"] | {"epochs": 3}}
+    attack = build(name, knows(pictures, hashed), **short)
+    train(attack, tmp_path / "hash")
+    assert share_found(attack, pictures, hashed) < 0.05
+
+
+@LONG
+def test_alpha_zero_breaks(pictures: Pictures, tmp_path: Path) -> None:
+    """Images protected without a feature distance stay invertible."""
+    flags = tiny_flags(
+        tmp_path, train__alpha=0, train__epochs=4, train__optimizer__lr=0.02, data__source__num_train=600
+    )
+    with open_run(load_config("quickstart", flags=flags), "visible") as run:
+        protection = fit(run.config, LocalSink(run.storage, Display(quiet=True), CPU)).system.protection
+    attack = build("inverse", knows(pictures, protection.protect), **INVERSES["inverse"])
+    train(attack, tmp_path / "attack")
+    assert verdict(share_found(attack, pictures, protection.protect)) == "broken"
+
+
+@pytest.mark.parametrize("name", ["tanaka", "pixel"])
+def test_own_keys_teach_nothing_about_anothers(name: str, pictures: Pictures, tmp_path: Path) -> None:
+    """Under a key of the victim's, an attacker who knows the algorithm is near the null."""
+    options = PROTECTIONS.options(name).model_validate({"name": name})
+
+    def under(key: Key) -> Map:
+        made: Map = PROTECTIONS.build(options, channels=3, key=key).protect
+        return made
+
+    access = knows(pictures, under(Key(bytes(32))))
+    own = {"fresh": lambda number: under(Key(hashlib.sha256(str(number).encode()).digest()))}
+    attack = build("inverse_own_keys", Access(**{**vars(access), **own}), **SMALL, train={"epochs": 3})
+    train(attack, tmp_path)
+    assert share_found(attack, pictures, under(Key(bytes(32)))) < 0.3
+
+
+@LONG
+@pytest.mark.parametrize(("style", "structure"), [("dcgan", "none"), ("dcgan", "pixel"), ("dcgan", "block"),
+                                                  ("sia", "none"), ("sia", "shuffled_block")])  # fmt: skip
+def test_every_form_of_the_unpaired_gan_trains(style: str, structure: str, pictures: Pictures, tmp_path: Path) -> None:
+    few = pictures[0][:64], pictures[1][:64]
+    access = Access(
+        shape=(3, 16, 16), structure=structure, num_classes=10,
+        ciphertexts=lambda: (few[0][:32], few[1][:32], 255 - few[0][32:]),
+    )  # fmt: skip
+    attack = build("unpaired_gan", access, style=style, width=4, train={"epochs": 1, "batch_size": 16})
+    (row,) = train(attack, tmp_path)
+    assert np.isfinite([row["train_loss"], row["train_critic"]]).all()
+    assert attack.reconstruct(few[0]).shape == few[0].shape
+
+
+@LONG
+def test_the_unpaired_gan_learns_what_natural_images_look_like(pictures: Pictures, tmp_path: Path) -> None:
+    """Darkened images become as bright as the attacker's own; from a hash it draws nothing that finds an original."""
+    plain = pictures[0][:KNOWN].float().mean()
+
+    def dark(images: Tensor) -> Tensor:
+        return images // 4
+
+    settings = {"generator": "pixelwise", "train": {"epochs": 12, "batch_size": 20, "optimizer": {"lr": 0.001}}}
+    attack = build("unpaired_gan", knows(pictures, dark), **settings)
+    train(attack, tmp_path / "dark")
+    made = attack.reconstruct(dark(pictures[0][KNOWN:])).float().mean()
+    assert abs(made - plain) < 0.5 * abs(plain / 4 - plain)
+    attack = build("unpaired_gan", knows(pictures, hashed), width=4, train={"epochs": 1})
+    train(attack, tmp_path / "hash")
+    assert share_found(attack, pictures, hashed) < 0.05
+
+
+def test_small_images_are_too_small_for_a_gan() -> None:
+    images = torch.zeros(4, 3, 12, 12, dtype=torch.uint8)
+    none = torch.zeros(4, dtype=torch.int64)
+    attack = build("unpaired_gan", Access((3, 12, 12), ciphertexts=lambda: (images, none, images)))
+    with pytest.raises(AttackError, match="needs images with sides of at least 16 pixels"):
+        attack.task()
+
+
+# The white box
+
+
+def differentiable(strength: float) -> Callable[[Tensor], Tensor]:
+    """A negative with more contrast, smooth in every pixel."""
+    return lambda images: torch.sigmoid(strength * (0.5 - images))
+
+
+def test_the_white_box_inverts_what_is_differentiable(pictures: Pictures) -> None:
+    forward = differentiable(4)
+
+    def protect(images: Tensor) -> Tensor:
+        return (forward(images.float() / 255) * 255).round().to(torch.uint8)
+
+    access = Access((3, 16, 16), gradients=forward)
+    attack = build("white_box", access, steps=200, tv=0.0, restarts=1)
+    attack.prepare()
+    assert attack.note == "200 steps from each of grey, noise"
+    assert attack.max_queries == 200
+    assert share_found(attack, pictures, protect) > 0.95
+
+
+def test_the_white_box_begins_where_the_inverse_network_ended(pictures: Pictures) -> None:
+    """With one step it can do little but keep the start that the objective likes best."""
+    others = pictures[0][KNOWN:]
+    access = Access((3, 16, 16), gradients=differentiable(4), earlier={"inverse": lambda protected: others})
+    attack = build("white_box", access, steps=1, tv=0.0, lr=0.001, restarts=0, batch_size=200)
+    attack.prepare()
+    assert "the inverse network's estimate" in attack.note
+
+    def protect(images: Tensor) -> Tensor:
+        return (differentiable(4)(images.float() / 255) * 255).round().to(torch.uint8)
+
+    assert share_found(attack, pictures, protect) > 0.95
+
+
+def test_the_white_box_finds_nothing_where_gradients_say_nothing(pictures: Pictures) -> None:
+    def flat(images: Tensor) -> Tensor:
+        return 0 * images
+
+    attack = build("white_box", Access((3, 16, 16), gradients=flat), steps=5, restarts=1)
+    attack.prepare()
+    assert share_found(attack, pictures, hashed) < 0.05
+
+
+# What trained attacks have in common
+
+
+def test_without_an_oracle_the_pairs_are_all_there_is(pictures: Pictures, tmp_path: Path) -> None:
+    images, labels = pictures
+    access = Access((3, 16, 16), images=images[:100], labels=labels[:100], pairs=(images[:100], 255 - images[:100]))
+    attack = build("inverse", access, **SMALL, train={"epochs": 1})
+    assert attack.num_images == 90
+    train(attack, tmp_path)
+    with pytest.raises(AttackError, match="attack inverse needs pairs of plain and protected images, which this vic"):
+        build("inverse", Access((3, 16, 16), images=images))
+
+
+def test_the_class_can_be_told(pictures: Pictures, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def classify(protected: Tensor) -> Tensor:
+        asked.append(len(protected))
+        return torch.zeros(len(protected), dtype=torch.int64)
+
+    access = Access(**{**vars(knows(pictures, hashed)), "classify": classify})
+    attack = build("inverse", access, **SMALL, conditional=True, train={"epochs": 1})
+    train(attack, tmp_path)
+    assert share_found(attack, pictures, hashed) < 0.05
+    assert asked == [200]
+
+
+def test_part_of_the_images_takes_as_many_steps(pictures: Pictures) -> None:
+    attack = build("inverse", knows(pictures, identity), **SMALL, train={"epochs": 4, "batch_size": 45})
+    full, quarter, half = attack.task(), attack.task(1.0, 135), attack.task(0.5)
+    assert (full.train.epochs, full.batches.num_batches) == (4, 12)
+    assert (quarter.train.epochs, quarter.batches.num_batches) == (16, 3)
+    assert half.train.epochs == 2
+    itn = build("itn", knows(pictures, identity), **SMALL, train={"epochs": 40, "schedule": {"milestones": [20, 30]}})
+    schedule = itn.task(0.5).train.schedule
+    assert isinstance(schedule, MultiStep)
+    assert schedule.milestones == (10, 15), "milestones keep their share of the whole"
+
+
+def test_workers_share_every_batch(pictures: Pictures) -> None:
+    attack = build("inverse", knows(pictures, identity), **SMALL, train={"epochs": 1, "batch_size": 60})
+    whole = attack.task()
+    seen = []
+    for rank in range(2):
+        task = attack.task()
+        task.share(rank, 2)
+        seen.append([at for _, at in task.batches.epoch(0)])
+    for one, first, second in zip((at for _, at in whole.batches.epoch(0)), *seen, strict=True):
+        assert torch.equal(one, torch.cat((first, second)))
+
+
+def test_the_papers_recipe_is_that_of_its_authors() -> None:
+    options = ATTACKS.options("itn")(name="itn")
+    assert (options.width, options.depth, options.loss, options.ssim_weight, options.ema) == (64, 4, "mse", 0, 0)
+    assert options.fixed_pairs
+    train = options.train
+    assert (train.epochs, train.batch_size, train.optimizer.name, train.optimizer.lr) == (200, 128, "sgd", 0.1)
+    assert (train.optimizer.momentum, train.optimizer.weight_decay) == (0.9, 5e-4)
+    assert (train.schedule.milestones, train.schedule.gamma) == ((60, 120, 160), 0.2)
