@@ -47,6 +47,7 @@ from raypp.progress import Display, GridDisplay, Shows
 from raypp.registry import Options, did_you_mean
 from raypp.runs import checked_name, environment, lock, open_run, train_locally
 from raypp.storage import Storage
+from raypp.training.distributed import first
 from raypp.training.loop import Loop, set_up_torch
 from raypp.training.sinks import LocalSink, Row, Sink
 
@@ -267,14 +268,13 @@ def finished(plan: Plan, attack: str) -> Outcome | None:
     return found
 
 
-def run_attack(
-    plan: Plan, name: str, display: Shows, victim: Victim | None = None, sink: Callable[[Storage], Sink] | None = None
-) -> Outcome:
+def run_attack(plan: Plan, name: str, display: Shows, victim: Victim | None = None) -> Outcome:
     """Run one attack to its end, from where it was stopped; store and return its result.
+
+    In an initialised process group all processes call it: they train together, and the first does the rest.
 
     Args:
         victim: already loaded, or None.
-        sink: where training reports; by default to the attack's folder from this process.
 
     Raises:
         RayppError: the victim cannot be loaded or fails; an attack that does not apply to it is a result, not an error.
@@ -292,20 +292,22 @@ def run_attack(
         "options": options.model_dump(mode="json"),
         "victim": victim.fingerprint,
     }
-    make = sink or (lambda storage: LocalSink(storage, display, victim.access.device))
     try:
         attack: Attack = kind(options, _with_earlier(plan, kind, victim.access), seed=suite.seed)
         history: list[Row] = []
         curve: list[dict[str, Any]] = []
         if isinstance(attack, TrainedAttack):
-            history, curve = _train(attack, plan, name, victim, make)
+            history, curve = _train(attack, plan, name, victim, display)
+        if not first():
+            return about
         attack.prepare()
         num = min(len(victim.plain), attack.max_queries or len(victim.plain))
         torch.manual_seed(suite.seed)
         estimates = attack.reconstruct(victim.protected[:num]).cpu()
     except AttackError as error:
         result = about | {"status": "does not apply", "note": str(error)}
-        folder.write("result.json", _json(result))
+        if first():
+            folder.write("result.json", _json(result))
         return result
     from safetensors.torch import save
 
@@ -333,22 +335,30 @@ def load_victim_of(plan: Plan, device: torch.device | None = None) -> Victim:
 
 
 def _train(
-    attack: TrainedAttack, plan: Plan, name: str, victim: Victim, make: Callable[[Storage], Sink]
+    attack: TrainedAttack, plan: Plan, name: str, victim: Victim, display: Shows
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """Train the attack's network, and for its curve smaller ones; leaves the attack loaded with the full one."""
     folder, total = plan.folder(name), attack.num_images
+
+    def make(storage: Storage) -> Sink:
+        return LocalSink(storage, display, victim.access.device)
+
     full, history = _fit(attack, make(folder), 1.0, None)
     attack.load(full)
-    _save_network(folder, full)
+    if first():
+        _save_network(folder, full)
     curve = []
     if plan.suite.curve:
         for label, epochs, share in CURVE:
             num = max(2, round(share * total)) if share < 1 else None
             state, rows = _fit(attack, make(folder.folder(label.replace(" ", "_"))), epochs, num)
-            attack.load(state)
-            curve.append({"what": label, "epochs": len(rows), "num_images": num or total, **_leak(attack, victim)})
-        attack.load(full)
-        curve.append({"what": "everything", "epochs": len(history), "num_images": total, **_leak(attack, victim)})
+            if first():
+                attack.load(state)
+                point = {"what": label, "epochs": len(rows), "num_images": num or total}
+                curve.append(point | _leak(attack, victim))
+        if first():
+            attack.load(full)
+            curve.append({"what": "everything", "epochs": len(history), "num_images": total, **_leak(attack, victim)})
     return history, curve
 
 

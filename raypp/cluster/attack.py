@@ -1,11 +1,27 @@
-"""The attack ladder on a cluster: a task per attack, as many at a time as there are CPUs or GPUs for."""
+"""The attack ladder on a cluster: a task per attack, as many at a time as there are CPUs or GPUs for.
+
+Where ``cluster.num_workers`` asks for more than one, attacks that train networks do so on that many workers together,
+one attack after the other, before the rest.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from raypp.cluster.spread import Outcome, spread
+from raypp.cluster.session import session  # first: it makes the settings that Ray reads when it is imported
+
+import ray  # isort: skip
+import torch
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from raypp.attacks import ATTACKS
+from raypp.attacks.base import TrainedAttack
+from raypp.cluster.board import Board, Events, Steps, following
+from raypp.cluster.spread import Outcome, Pinned, resources, spread
+from raypp.cluster.train import run_trainer
+from raypp.errors import RayppError, StoppedError
 from raypp.ladder import JUDGE, Plan, load_victim_of, restore, run_attack, train_judge, waits_for
 from raypp.progress import GridDisplay, Shows
 
@@ -19,9 +35,19 @@ def run_on_ray(plan: Plan, missing: Sequence[str], display: GridDisplay, ended: 
         ConfigError: no attack fits into the cluster.
     """
     dumped = plan.dump()
-    after = {name: waits_for(plan, name) for name in missing if name != JUDGE}
-    work = {name: (dumped, name) for name in missing}
-    spread(_run, work, plan.suite.cluster, display, ended, what="an attack", after=after)
+    together = [name for name in missing if (plan.suite.cluster.num_workers or 1) > 1 and _trains(name)]
+    alone = [name for name in missing if name not in together]
+    with session() as have:
+        for name in together:
+            ended(name, _run_together(plan, name, have, display))
+        if alone:
+            after = {name: waits_for(plan, name) for name in alone if name != JUDGE}
+            work = {name: (dumped, name) for name in alone}
+            spread(_run, work, plan.suite.cluster, display, ended, what="an attack", after=after)
+
+
+def _trains(name: str) -> bool:
+    return name != JUDGE and issubclass(ATTACKS.get(name), TrainedAttack)
 
 
 def _run(dumped: dict[str, Any], name: str, display: Shows) -> dict[str, Any]:
@@ -30,3 +56,49 @@ def _run(dumped: dict[str, Any], name: str, display: Shows) -> dict[str, Any]:
         train_judge(plan, load_victim_of(plan), display)
         return {}
     return run_attack(plan, name, display)
+
+
+def _run_together(plan: Plan, name: str, have: dict[str, float], display: GridDisplay) -> Outcome:
+    """Run one attack whose network trains on ``cluster.num_workers`` workers."""
+    cluster, folder = plan.suite.cluster, plan.folder(name)
+    num = cluster.num_workers or 1
+    use_gpu = resources(cluster, have, f"attack {name}", num)["num_gpus"] > 0
+    board = ray.remote(num_cpus=0)(Board).remote()
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "plan": plan.dump(), "name": name, "board": board, "threads": max(1, int(cluster.cpus_per_worker)),
+        },
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=num, use_gpu=use_gpu, resources_per_worker={"CPU": cluster.cpus_per_worker}
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=folder.uri,
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            logging_config=LoggingConfig(log_level="CRITICAL"),
+        ),
+    )  # fmt: skip
+
+    def show(steps: Steps, events: Events) -> None:
+        for step in steps.values():
+            display.step(name, step)
+        for _, _, message in events:
+            display.warn(name, message)
+
+    try:
+        with following(board, show):
+            return run_trainer(trainer, cluster.max_failures, folder)
+    except RayppError as error:
+        return {"error": str(error)}
+
+
+def _worker(arguments: dict[str, Any]) -> Outcome:
+    """What runs on each worker. What stops all of them alike is returned, not raised: a restart would meet it again."""
+    torch.set_num_threads(arguments["threads"])
+    display = Pinned(arguments["board"], arguments["name"])
+    try:
+        return {"result": run_attack(restore(arguments["plan"]), arguments["name"], display)}
+    except StoppedError as error:
+        return {"error": str(error)}

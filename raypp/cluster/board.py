@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from raypp.cluster.session import session  # noqa: F401  (it makes the settings that Ray reads when it is imported)
+
+import ray  # isort: skip
+
+POLL_SECONDS = 0.2
+
+Steps = dict[str, dict[str, Any]]
+Events = list[tuple[str, str, Any]]
 
 
 class Board:
     """Where workers pin what the driver shows: of each piece of work the newest step, and every event once."""
 
     def __init__(self) -> None:
-        self._steps: dict[str, dict[str, Any]] = {}
-        self._events: list[tuple[str, str, Any]] = []
+        self._steps: Steps = {}
+        self._events: Events = []
 
     def pin(self, kind: str, what: Any, work: str = "") -> None:
         if kind == "step":
@@ -18,7 +30,33 @@ class Board:
         else:
             self._events.append((work, kind, what))
 
-    def take(self) -> tuple[dict[str, dict[str, Any]], list[tuple[str, str, Any]]]:
+    def take(self) -> tuple[Steps, Events]:
         events, self._events = self._events, []
         steps, self._steps = self._steps, {}
         return steps, events
+
+
+@contextmanager
+def following(board: Any, show: Callable[[Steps, Events], None]) -> Iterator[None]:
+    """Call ``show`` with what is new on the board, from a thread, while the driver waits for something else."""
+    finished = threading.Event()
+
+    def look() -> None:
+        try:
+            steps, events = ray.get(board.take.remote(), timeout=5)
+        except ray.exceptions.RayError:  # the display is not worth a run
+            return
+        show(steps, events)
+
+    def follow() -> None:
+        while not finished.wait(POLL_SECONDS):
+            look()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
+        look()

@@ -62,7 +62,11 @@ def spread(
     """
     after = after or {}
     with session() as have:
-        task = ray.remote(**_resources(cluster, have, what))(_call)
+        task = ray.remote(
+            **resources(cluster, have, what),
+            max_retries=cluster.max_failures,
+            max_calls=1,  # a process each: one's memory and settings are not the next one's
+        )(_call)
         board = ray.remote(num_cpus=0)(Board).remote()
         waiting, open_ = dict(work), set(work)
         running: dict[Any, str] = {}
@@ -93,21 +97,16 @@ def _outcome(reference: Any) -> Outcome:
     return found
 
 
-def _resources(cluster: Cluster, have: dict[str, float], what: str) -> dict[str, Any]:
-    """What one piece takes; refused where the cluster can never give it."""
+def resources(cluster: Cluster, have: dict[str, float], what: str, num: int = 1) -> dict[str, float]:
+    """What one of ``num`` pieces takes that run at once; raises ConfigError where the cluster cannot give it."""
     use_gpu = have.get("GPU", 0) > 0 if cluster.gpu is None else cluster.gpu
-    for kind, num in {"CPU": cluster.cpus_per_worker, "GPU": float(use_gpu)}.items():
-        if num > have.get(kind, 0):
+    for kind, each in {"CPU": cluster.cpus_per_worker, "GPU": float(use_gpu)}.items():
+        if num * each > have.get(kind, 0):
             raise ConfigError(
-                f"{what} needs {num:g} {kind}s, the cluster has {have.get(kind, 0):g}; see cluster.cpus_per_worker and "
-                "cluster.gpu"
+                f"{what} needs {num * each:g} {kind}s, the cluster has {have.get(kind, 0):g}; see cluster.num_workers, "
+                "cluster.cpus_per_worker and cluster.gpu"
             )
-    return {
-        "num_cpus": cluster.cpus_per_worker,
-        "num_gpus": int(use_gpu),
-        "max_retries": cluster.max_failures,
-        "max_calls": 1,  # a process each: one's memory and settings are not the next one's
-    }
+    return {"num_cpus": cluster.cpus_per_worker, "num_gpus": int(use_gpu)}
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...], name: str, board: Any, cpus: float) -> Outcome:

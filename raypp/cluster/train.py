@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import torch
 from ray.train import Checkpoint, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from raypp.cluster.board import Board
+from raypp.cluster.board import Board, Events, Steps, following
 from raypp.config import Config, validate
 from raypp.data.streaming import StreamLoader, bounded, datasets
 from raypp.errors import ConfigError, RayppError, StoppedError, TrainingError
@@ -31,7 +29,6 @@ from raypp.training.distributed import first_error
 from raypp.training.fit import TrainingData, check_sides, fit, protect_first
 from raypp.training.sinks import CHECKPOINTS, Row, RunCheckpoints, metrics_lines, newest_first, prune
 
-POLL_SECONDS = 0.2
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 MAX_WORKERS = 8  # of a run that does not say how many: a batch of 128 is not worth spreading further
 
@@ -101,8 +98,9 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
                 logging_config=LoggingConfig(log_level="CRITICAL"),
             ),
         )
-        with _showing(board, display):
-            outcome = _fit(trainer, run)
+        display.note("starting workers")
+        with following(board, _shown_by(display)):
+            outcome = run_trainer(trainer, cluster.max_failures, run.storage)
     if "error" in outcome:
         raise TrainingError(outcome["error"])
     found: dict[str, Any] = outcome["summary"]
@@ -136,7 +134,12 @@ def _streamed(config: Config, sink: TrainSink, key: Key | None) -> TrainingData:
     return TrainingData(loader, loader.val, loader.classes, loader.num_train, loader.fingerprint)
 
 
-def _fit(trainer: TorchTrainer, run: Run) -> dict[str, Any]:
+def run_trainer(trainer: TorchTrainer, max_failures: int, run: Storage) -> dict[str, Any]:
+    """Run a trainer and return what its first worker returned.
+
+    Raises:
+        TrainingError: why it could not go on, and the newest checkpoint in the folder ``run``.
+    """
     try:
         result = trainer.fit()
     except ray.train.WorkerGroupError as error:
@@ -144,8 +147,8 @@ def _fit(trainer: TorchTrainer, run: Run) -> dict[str, Any]:
         # What a user can mend may lie deep: a damaged image is met in a task that feeds the worker.
         reasons = re.findall(r"raypp\.errors\.\w+: (.+)", text) or text.strip().splitlines()
         raise TrainingError(
-            f"training stopped after {run.config.cluster.max_failures} restarts: {reasons[-1]}; "
-            f"newest checkpoint: {(newest_first(run.storage) or ['none yet'])[0]}; --resume goes on from it"
+            f"training stopped after {max_failures} restarts: {reasons[-1]}; newest checkpoint: "
+            f"{(newest_first(run) or ['none yet'])[0]}; --resume goes on from it"
         ) from error
     except ray.train.TrainingFailedError as error:
         raise TrainingError(f"Ray Train gave up: {str(error).strip().splitlines()[-1]}") from error
@@ -180,32 +183,11 @@ def _scale(config: Config, have: dict[str, float]) -> tuple[int, bool]:
     return max(n for n in range(1, MAX_WORKERS + 1) if n <= max(slots, 1) and config.train.batch_size % n == 0), use_gpu
 
 
-@contextmanager
-def _showing(board: Any, display: Display) -> Iterator[None]:
-    """Keep the display up to date from a thread while the driver waits in fit()."""
-    finished = threading.Event()
+def _shown_by(display: Display) -> Callable[[Steps, Events], None]:
+    def show(steps: Steps, events: Events) -> None:
+        for _, kind, what in events:
+            display.epoch(what) if kind == "epoch" else display.warn(what)
+        for step in steps.values():
+            display.step(step)
 
-    def follow() -> None:
-        display.note("starting workers")
-        while not finished.wait(POLL_SECONDS):
-            _show(board, display)
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        finished.set()
-        thread.join()
-        _show(board, display)
-
-
-def _show(board: Any, display: Display) -> None:
-    try:
-        steps, events = ray.get(board.take.remote(), timeout=5)
-    except ray.exceptions.RayError:  # the display is not worth a run
-        return
-    for _, kind, what in events:
-        display.epoch(what) if kind == "epoch" else display.warn(what)
-    for step in steps.values():
-        display.step(step)
+    return show

@@ -12,6 +12,11 @@ def distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def first() -> bool:
+    """Whether this process is the one that writes and shows what all of them did."""
+    return not distributed() or dist.get_rank() == 0
+
+
 def total(values: Tensor) -> Tensor:
     """Sum a tensor over all workers, in place."""
     if distributed():

@@ -1,8 +1,9 @@
-"""Training on a real Ray: workers and drivers that die, damaged checkpoints, streams, jobs."""
+"""Training and attacks on a real Ray: workers and drivers that die, damaged checkpoints, streams, jobs."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, Cluster, wait_until
+from conftest import ROOT, Cluster, Trained, wait_until
 
 from raypp.bundle import load_public
 from raypp.images import encode_png
@@ -221,3 +222,40 @@ def test_what_may_differ_on_resume_is_in_the_configuration() -> None:
         node: Any = tree
         for part in key.split("."):
             node = node[part]
+
+
+EPOCHS = 150
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    file = tmp_path / "suite.yaml"
+    inverse = {"width": 4, "depth": 2, "train": {"epochs": EPOCHS, "batch_size": 10}}
+    attacks = {"feature_reconstruction": {}, "inverse": inverse, "white_box": {"steps": 2, "num_images": 10}}
+    file.write_text(json.dumps({"num_queries": 20, "curve": False, "judge_epochs": 0, "attacks": attacks}))
+    return file
+
+
+@pytest.mark.parametrize(("flags", "title"), [([], "ray::_call"), (["--cluster.num_workers", "2"], "RayTrainWorker")],
+                         ids=["a worker each", "two workers together"])  # fmt: skip
+def test_attacks_outlive_killed_workers(
+    cluster: Cluster, trained: Trained, tmp_path: Path, suite: Path, flags: list[str], title: str
+) -> None:
+    bundle = shutil.copytree(trained.bundle, tmp_path / "bundle")
+    where = ["--suite", str(suite), "--name", "a", "--storage", str(tmp_path)]
+    process = cluster.popen(["raypp", "attack", str(bundle), *where, *flags])
+    inverse = tmp_path / "a" / "attacks" / "inverse"
+    wait_until(lambda: len(history(inverse)) >= 2, process)
+    for victim in cluster.processes(title)[-1 if flags else 0 :]:
+        victim.kill()
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    rows = history(inverse)
+    assert [row["epoch"] for row in rows] == [n + 1 for n in range(EPOCHS)]
+    assert {row["world"] for row in rows} == {2 if flags else 1}
+    card = json.loads((tmp_path / "a" / "scorecard.json").read_text())
+    assert [found["status"] for found in card["attacks"].values()] == ["done"] * 3
+    assert "the inverse network's estimate" in card["attacks"]["white_box"]["note"]
+    assert (bundle / "private" / "attacks" / "inverse.safetensors").exists()
+    assert "T4" in out
+    assert (tmp_path / "a" / "report.html").stat().st_size > 10_000
