@@ -1,6 +1,7 @@
-"""Settings with a measured effect, made before torch or Ray is imported; a value the user has set wins.
+"""Settings made before torch or Ray is imported; a value that the user has set wins.
 
-Import this module first in every entry point. What each setting does, and by how much, is in ARCHITECTURE.md.
+Import this module first in every entry point. Why a setting is made stands beside it; what was measured of them is in
+ARCHITECTURE.md.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import pytest
 from conftest import Cluster
 
 ROOT = Path(__file__).parents[1]
-GUIDES = ("docs/train.md", "docs/data.md", "docs/bundle.md", "docs/protections.md")
+GUIDES = ("docs/train.md", "docs/data.md", "docs/bundle.md", "docs/protections.md", "docs/attack.md")
 NOT_RUN = "# not run by the tests"
 
 
@@ -30,7 +30,8 @@ def test_guides_are_readable_by_this_test() -> None:
 
 @pytest.mark.ray
 def test_the_commands_of_the_guides(cluster: Cluster, tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "docs" / "images", tmp_path / "docs" / "images")
+    for folder in ("images", "examples"):
+        shutil.copytree(ROOT / "docs" / folder, tmp_path / "docs" / folder)
     for page in GUIDES:
         for line in commands(page):
             arguments = shlex.split(line, comments=True)
