@@ -512,7 +512,9 @@ def _print_threats(rows: list[tuple[str, str, str]]) -> None:
     """The threat model of every attack, before it runs."""
     from rich.table import Table
 
-    table = Table("attack", "threat", "the attacker has", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for title in ("attack", "threat", "the attacker has"):
+        table.add_column(title, no_wrap=title != "the attacker has")
     for row in rows:
         table.add_row(*row)
     Console(stderr=True).print(table)
@@ -522,19 +524,21 @@ def _print_scorecard(card: dict[str, Any], where: str) -> None:
     from rich.table import Table
 
     colours = {"holds": "green", "weak": "yellow", "broken": "red"}
-    table = Table("attack", "threat", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for title in ("attack", "threat"):
+        table.add_column(title, no_wrap=True)
     for title in ("found", "SSIM", "PSNR dB", "edges"):
         table.add_column(title, justify="right")
-    table.add_column("verdict")
+    table.add_column("verdict", no_wrap=True)
     for name, found in card["attacks"].items():
         if found["status"] != "done":
             table.add_row(name, found["threat"], "-", "-", "-", "-", f"[dim]{found['status']}[/]")
             continue
         scores = found["scores"]
         numbers = (f"{scores['ssim']['mean']:.3f}", f"{scores['psnr']['mean']:.1f}", f"{scores['edges']['mean']:.3f}")
-        bound = " [dim](lower bound)[/]" if found["lower_bound"] else ""
-        words = f"[{colours[found['verdict']]}]{found['verdict']}[/]{bound}"
-        table.add_row(name, found["threat"], f"{found['found']:.1%}", *numbers, words)
+        words = f"[{colours[found['verdict']]}]{found['verdict']}[/]"
+        least = "≥ " if found["lower_bound"] else ""  # more effort would find more
+        table.add_row(name, found["threat"], f"{least}{found['found']:.1%}", *numbers, words)
     for name, scores in card["nulls"].items():
         numbers = (f"{scores['ssim']['mean']:.3f}", f"{scores['psnr']['mean']:.1f}", f"{scores['edges']['mean']:.3f}")
         table.add_row(f"[dim]{name}[/]", "", f"{scores['reidentified']['mean']:.1%}", *numbers, "[dim]no attack[/]")

@@ -134,7 +134,7 @@ def conclude(run: Run, result: Fit, device: torch.device) -> dict[str, Any]:
     batch = config.train.eval_batch_size
     numbers = evaluate(system.protection, system.classifier, test_images, test_labels, batch)
     plain_numbers = None
-    if result.plain is not None:
+    if result.plain is not None and len(phases(config)) > 1:  # else it is the classifier measured above
         phase = phases(config)[0]
         plain = build_system(config, phase, len(test.classes), image_size).classifier.to(device)
         plain.load_state_dict(result.plain)

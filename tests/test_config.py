@@ -233,6 +233,10 @@ MISTAKES = {
         ["--train.batch_size", "10", "--cluster.num_workers", "4"],
         "train.batch_size 10 cannot be divided among cluster.num_workers 4; allowed is a multiple of it",
     ),
+    "a class twice": (
+        ["--data.source", "{name: parquet, path: x, classes: [cat, dog, cat]}"],
+        "classes: 'cat' is given twice; allowed are names that differ",
+    ),
     "no storage": (["--cluster.storage", ""], "cluster.storage: '' is empty; allowed is a path or a URI"),
     "epochs without end": (["--train.epochs", "99999999999"], "train.epochs is 99999999999: input should be less"),
     "blocks of two sides": (

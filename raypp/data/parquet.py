@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from pydantic import field_validator
 
 from raypp import registry
 from raypp.data.base import Labels, Record, Source, Split, decode_all
@@ -55,6 +56,13 @@ class Parquet(Source):
         """None takes ``label``, ``fine_label`` or ``labels``."""
         classes: tuple[str, ...] | None = None
         """Class names in label order, for files that do not carry them."""
+
+        @field_validator("classes")
+        @classmethod
+        def _different(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+            if twice := sorted({name for name in names or () if (names or ()).count(name) > 1}):
+                raise ValueError(f"{twice[0]!r} is given twice; allowed are names that differ")
+            return names
 
     options: Options
 
