@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import LONG
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
+from torchvision.models import alexnet
 
 from raypp.evaluation.evaluate import evaluate, wilson_interval
 from raypp.evaluation.metrics import (
+    ALEXNET,
     bootstrap_interval,
     edge_correlation,
+    load_lpips,
+    lpips,
     psnr,
     reidentify,
     ssim,
@@ -248,3 +254,24 @@ def test_the_bootstrap_interval_is_near_the_normal_one(num: int, seed: int) -> N
         half = 1.96 * values.std() / num**0.5
         assert high - low == pytest.approx(2 * half, rel=0.15)
     assert bootstrap_interval(values) == (low, high)
+
+
+@LONG
+def test_lpips_where_its_weights_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AlexNet's published weights cannot be had everywhere; LPIPS's own heads come with its package."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    load_lpips.cache_clear()
+    a = torch.rand(3, 3, 32, 32)
+    assert lpips(a, a) is None, "nothing is downloaded"
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(alexnet(weights=None).state_dict(), tmp_path / "hub" / "checkpoints" / ALEXNET)
+    load_lpips.cache_clear()
+    near, far = lpips(a, (a + 0.02 * torch.randn(a.shape)).clamp(0, 1)), lpips(a, 1 - a)
+    assert near is not None
+    assert far is not None
+    assert near.shape == (3,)
+    assert (near < far).all()
+    assert torch.equal(lpips(a, a), torch.zeros(3))
+    assert lpips(a[..., :16, :16], a[..., :16, :16]) is None, "too small for AlexNet"
+    load_lpips.cache_clear()

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's name for the weights that LPIPS builds on
+LPIPS_SIDE = 32
 BATCH = 1000  # images compared at a time, which bounds memory: SSIM of a batch takes some 40 times its size
 
 
@@ -48,6 +51,39 @@ def ssim_for_loss(a: Tensor, b: Tensor) -> Tensor:
 def ssim_invariant(a: Tensor, b: Tensor) -> Tensor:
     """The larger SSIM of ``a`` with ``b`` and with the negative of ``b``: a person reads a negative as well."""
     return torch.maximum(ssim(a, b), ssim(a, 1 - b))
+
+
+@lru_cache(maxsize=1)
+def load_lpips() -> nn.Module | None:
+    """LPIPS (Zhang, Isola, Efros, Shechtman, Wang 2018) with AlexNet, as the package ``lpips`` has it.
+
+    None where that package is not installed or torch's hub folder does not hold AlexNet's weights: nothing is
+    downloaded behind the user's back.
+    """
+    try:
+        from lpips import LPIPS
+    except ImportError:
+        return None
+    if not (Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET).exists():
+        return None
+    net: nn.Module = LPIPS(net="alex", version="0.1", verbose=False)
+    return net.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def lpips(a: Tensor, b: Tensor) -> Tensor | None:
+    """Perceptual distance of each pair of images, 0 for identical ones; None where LPIPS cannot be had.
+
+    Sides of at least 32 pixels; grey images are taken as RGB.
+    """
+    net = load_lpips()
+    if net is None or min(a.shape[-2:]) < LPIPS_SIDE:
+        return None
+    net.to(a.device)
+    pairs = zip(a.split(BATCH), b.split(BATCH), strict=True)
+    return torch.cat(
+        [net(x.expand(-1, 3, -1, -1), y.expand(-1, 3, -1, -1), normalize=True).flatten() for x, y in pairs]
+    )
 
 
 def edge_correlation(a: Tensor, b: Tensor) -> Tensor:

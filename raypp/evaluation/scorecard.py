@@ -18,6 +18,7 @@ from raypp.evaluation.metrics import (
     bootstrap_interval,
     edge_correlation,
     edge_maps,
+    lpips,
     psnr,
     reidentify,
     ssim,
@@ -63,6 +64,8 @@ def measure(estimates: Tensor, victim: Victim, judge: nn.Module | None = None) -
         "reidentified_top5": ranks.top(5),
         "reidentified_edges": reidentify(edges[0], edges[1], truth, labels).top(1),
     }
+    if (distances := lpips(made, originals)) is not None:
+        scores["lpips"] = distances
     if victim.classes:
         scores["reidentified_same_class"] = (ranks.same_class == 0).float()
         if judge is not None:
