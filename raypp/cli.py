@@ -374,7 +374,7 @@ def config(
     console = Console()
     if preset is None:
         for name, path in presets().items():
-            console.print(f"{name:<16} {path.read_text().splitlines()[0].lstrip('# ')}", highlight=False)
+            console.print(f"{name:<16} {path.read_text().splitlines()[0].lstrip('# ')}", highlight=False, soft_wrap=True)
         return
     sys.stdout.write(load_config(preset, file, settings).to_yaml())
 

@@ -418,6 +418,8 @@ def _ours(result: Result) -> str:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, str) and value.startswith("/"):
+        return Path(value).name  # where it lies on this machine says nothing to a reader
     return "absent" if value is None else str(value)
 
 
