@@ -261,10 +261,12 @@ def run_attacks(plan: Plan, *, resume: bool = False, local: bool = False, quiet:
     from raypp import ladder
     from raypp.evaluation.report import write_report
 
-    if not quiet:
-        _print_threats(ladder.overview(plan))
+    def announce() -> None:
+        if not quiet:
+            _print_threats(ladder.overview(plan))
+
     run = ladder.run_locally if local else _from_ray("raypp.cluster.attack", "run_on_ray")
-    card = ladder.attack(plan, resume=resume, quiet=quiet, run=run)
+    card = ladder.attack(plan, resume=resume, quiet=quiet, announce=announce, run=run)
     write_report([plan.storage.uri], plan.storage)
     if not quiet:
         _print_scorecard(card, plan.storage.uri)
@@ -374,7 +376,8 @@ def config(
     console = Console()
     if preset is None:
         for name, path in presets().items():
-            console.print(f"{name:<16} {path.read_text().splitlines()[0].lstrip('# ')}", highlight=False, soft_wrap=True)
+            first = path.read_text().splitlines()[0].lstrip("# ")
+            console.print(f"{name:<16} {first}", highlight=False, soft_wrap=True)
         return
     sys.stdout.write(load_config(preset, file, settings).to_yaml())
 

@@ -438,17 +438,20 @@ def attack(
     *,
     resume: bool = False,
     quiet: bool = False,
+    announce: Callable[[], None] = lambda: None,
     run: Callable[[Plan, Sequence[str], GridDisplay, Callable[[str, Outcome], None]], None] = run_locally,
 ) -> dict[str, Any]:
     """Run what is missing of a plan and write its scorecard; returns the scorecard.
 
     Args:
+        announce: called when victim and folder have turned out to be right, before the first attack.
         run: runs attacks and tells of each how it ended: :func:`run_locally`, or Ray's.
 
     Raises:
         RayppError: the victim, the suite or the folder is not allowed; an attack that fails does not stop the others.
     """
     with open_plan(plan, resume=resume) as victim:
+        announce()
         failures: dict[str, str] = {}
         names = in_order(plan)
         jobs = [name for name in names if finished(plan, name) is None]

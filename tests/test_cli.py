@@ -162,6 +162,15 @@ MISTAKES = {
     "no parquet": ("data check parquet --path none", "none"),
     "target taken": ("data convert shapes taken", "taken exists and is not an empty folder"),
     "target is here": ("data convert shapes .", "exists and is not an empty folder"),
+    "no victim": ("attack --local --name a", "name one victim: a bundle, --function MODULE:NAME, or --folders PLAIN"),
+    "no such victim": ("attack none --local --name a", "bundle 'none' does not exist"),
+    "unknown attack": ("attack none --attacks invrese", "unknown attack 'invrese' (did you mean 'inverse'?); allowed"),
+    "unknown suite": ("attack none --suite smal", "unknown suite 'smal' (did you mean 'small'?); allowed: quick"),
+    "an attack's option": ("attack none --inverse.widht 3", "inverse.widht is"),
+    "a suite's setting": ("attack none --num_querys 3", "unknown option --num_querys (did you mean 'num_queries'?)"),
+    "resume no attack": ("attack none --resume --local", "--resume needs --name, the attack run to continue"),
+    "report of nothing": ("report", "no source is given; name attack runs, or bundles that were attacked"),
+    "report of none": ("report none", "'none' holds no scorecard; `raypp attack` makes one"),
     "size": ("data check shapes --image-size 8 8", "data.image_size 8 x 8 is too small"),
 }  # fmt: skip
 
