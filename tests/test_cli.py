@@ -163,7 +163,7 @@ MISTAKES = {
     "target taken": ("data convert shapes taken", "taken exists and is not an empty folder"),
     "target is here": ("data convert shapes .", "exists and is not an empty folder"),
     "no victim": ("attack --local --name a", "name one victim: a bundle, --function MODULE:NAME, or --folders PLAIN"),
-    "no such victim": ("attack none --local --name a", "bundle 'none' does not exist"),
+    "no such victim": ("attack none --local --name a", "none' does not exist"),
     "unknown attack": ("attack none --attacks invrese", "unknown attack 'invrese' (did you mean 'inverse'?); allowed"),
     "unknown suite": ("attack none --suite smal", "unknown suite 'smal' (did you mean 'small'?); allowed: quick"),
     "an attack's option": ("attack none --inverse.widht 3", "inverse.widht is"),
