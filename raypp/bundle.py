@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import raypp
 from raypp.config import Config, read_yaml
 from raypp.errors import BundleError, ConfigError, StorageError
+from raypp.guard import Guard, restore
 from raypp.keys import FILE, Key
 from raypp.nets import CLASSIFIERS
 from raypp.nets.adaptation import build_classifier
@@ -36,6 +37,9 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 NOT_ATTACKED = "No attack has been run on this bundle yet."
 LEAKAGE = "## What attacks recovered"
+PRIVATE = ("classifier.json", "classifier.safetensors", "sample.safetensors", "metrics.json", "config.yaml")
+"""Files that every private part has."""
+SAME_ANSWERS = 0.9  # of a sample: another processor rounds otherwise, and some images lie between two classes
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,27 @@ class PrivateBundle:
     classes: tuple[str, ...]
     config: dict[str, Any]
     metrics: dict[str, Any]
+    guard: Guard | None
+    sample: Tensor
+    """Protected test images uint8 (n, C, H, W), and ``sample_classes`` int64 (n,), what the classifier made of them."""
+    sample_classes: Tensor
+
+    @torch.inference_mode()
+    def problem(self, num: int | None = None) -> str | None:
+        """Why the classifier does not do what it did when the bundle was made, or None.
+
+        Args:
+            num: look at so many images of the sample only.
+        """
+        device = next(self.classifier.parameters()).device
+        images, classes = self.sample[:num].to(device), self.sample_classes[:num].to(device)
+        logits = self.classifier(images.float() / 255)
+        if not bool(torch.isfinite(logits).all()):
+            return "its answers are not finite numbers"
+        agree = int((logits.argmax(1) == classes).sum())
+        if agree < SAME_ANSWERS * len(classes):
+            return f"it gives the recorded answer for {agree} of {len(classes)} images of its sample"
+        return None
 
 
 def export(
@@ -70,10 +95,17 @@ def export(
     classes: tuple[str, ...],
     image_size: tuple[int, int],
     key: Key | None,
+    guard: Guard | None,
+    sample: tuple[Tensor, Tensor],
     metrics: dict[str, Any],
     environment: dict[str, Any],
 ) -> None:
     """Write a bundle to the folder ``name`` in ``target``, complete or not at all.
+
+    Args:
+        guard: refuses what does not look protected, where it could be calibrated.
+        sample: protected images uint8 (n, C, H, W) and the classes int64 (n,) that the classifier gives them: by them
+            whoever loads the bundle checks that it works.
 
     Raises:
         StorageError: the target cannot be written.
@@ -95,16 +127,19 @@ def export(
     private = {
         "classifier.json": _json(private_about),
         "classifier.safetensors": save(_contiguous(classifier)),
+        "sample.safetensors": save(_contiguous({"images": sample[0], "classes": sample[1]})),
         "config.yaml": config.to_yaml().encode(),
         "metrics.json": _json(metrics),
         "environment.json": _json(environment),
     }
+    if guard is not None:
+        private["guard.json"] = _json(guard.dump())
     if plain_classifier is not None:
         private["plain_classifier.safetensors"] = save(_contiguous(plain_classifier))
     parts = {
         "public": {"protection.json": _json(about), "protection.safetensors": save(_contiguous(protection))},
         "private": private,
-        "": {"MODEL_CARD.md": model_card(config, classes, image_size, metrics, environment).encode()},
+        "": {"MODEL_CARD.md": model_card(config, classes, image_size, guard, metrics, environment).encode()},
     }
     with tempfile.TemporaryDirectory(prefix="raypp-bundle-") as scratch:
         root = Path(scratch) / "bundle"  # the scratch folder itself is closed to other users
@@ -281,7 +316,7 @@ def load_private(location: str | Path) -> PrivateBundle:
     """Load and verify the private part of a bundle, given the bundle or its ``private`` folder (path or URI)."""
     with _folder(location, "private") as (folder, _):
         manifest = verify(folder)
-        _listed(manifest, folder, "classifier.json", "classifier.safetensors", "metrics.json", "config.yaml")
+        _listed(manifest, folder, *PRIVATE)
         about = _read_json(folder / "classifier.json")
         try:
             classes = tuple(about["classes"])
@@ -295,6 +330,10 @@ def load_private(location: str | Path) -> PrivateBundle:
                 image_size=(height, width),
             )
             net.load_state_dict(load((folder / "classifier.safetensors").read_bytes()))
+            sample = load((folder / "sample.safetensors").read_bytes())
+            images, made = sample["images"], sample["classes"]
+            found = folder / "guard.json"
+            guard = restore(_read_json(found)) if found.is_file() else None
         except (ConfigError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise BundleError(f"the classifier in {str(location)!r} cannot be built: {_line(error)}") from error
         try:
@@ -303,7 +342,7 @@ def load_private(location: str | Path) -> PrivateBundle:
             raise BundleError(str(error)) from error
         metrics = _read_json(folder / "metrics.json")
     net.eval().requires_grad_(False)
-    return PrivateBundle(net, classes, config, metrics)
+    return PrivateBundle(net, classes, config, metrics, guard, images, made)
 
 
 def load_plain_classifier(location: str | Path) -> nn.Module | None:
@@ -334,6 +373,7 @@ def model_card(
     config: Config,
     classes: tuple[str, ...],
     image_size: tuple[int, int],
+    guard: Guard | None,
     metrics: dict[str, Any],
     environment: dict[str, Any],
 ) -> str:
@@ -361,6 +401,9 @@ def model_card(
         lines.append(f"| plain classifier, same data | {metrics['plain_test']['accuracy']:.2%} |")
     if similarity is not None:
         lines.append(f"| SSIM of protected to plain images | {similarity:.3f} on average |")
+    if guard is not None:
+        lines.append(f"| plain images that the service refuses | {_share(guard.plain_refused)} |")
+        lines.append(f"| protected images that it refuses by mistake | {_share(guard.protected_refused)} |")
     lines += [f"| hardware | {environment['hardware']} |", "", "## What this does not promise", ""]
     keyed = PROTECTIONS.get(config.protection.name).needs_key(config.protection)
     who = "whoever has the key, which every client has," if keyed else "whoever has the public part of this bundle"
@@ -375,6 +418,11 @@ def model_card(
     if metrics.get("warnings"):
         lines += ["## Departures", "", *(f"- {w}" for w in metrics["warnings"]), ""]
     return "\n".join(lines)
+
+
+def _share(rate: dict[str, Any]) -> str:
+    low, high = rate["interval"]
+    return f"{rate['share']:.2%} (95% interval {low:.2%} to {high:.2%}, n = {rate['num']:,})"
 
 
 def _same_key(key: Key | None, identifier: str, location: str | Path) -> None:

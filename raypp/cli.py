@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import sys
@@ -12,7 +13,7 @@ from raypp import env
 
 env.apply()
 
-from cyclopts import App, CycloptsError, Parameter  # noqa: E402
+from cyclopts import App, CycloptsError, Parameter, validators  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 import raypp  # noqa: E402
@@ -353,6 +354,181 @@ def protect(
 
     console = None if quiet else Console(stderr=True)
     return protect_files(bundle, source, target, key=key, keep_size=keep_size, console=console)
+
+
+@app.command
+def serve(
+    bundle: str,
+    /,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    tokens: str | None = None,
+    attack: bool = True,
+    write: Path | None = None,
+) -> None:
+    """Serve a bundle's classifier, and the attacks on it, over HTTP until interrupted.
+
+    Parameters
+    ----------
+    bundle
+        Path or URI of a bundle, or of a shelf that `raypp publish` fills: what becomes live there is taken over.
+    host
+        Address to listen on; one that others can reach needs tokens.
+    port
+        Port to listen on.
+    tokens
+        Token file (see `raypp token`): every request then needs one.
+    attack
+        Whether the attacks are served too.
+    write
+        Start nothing; write the configuration for `serve deploy` to this file.
+    """
+    from raypp.serve.run import configured
+
+    config = configured(bundle, host=host, port=port, tokens=tokens, attack=attack)
+    console = Console(stderr=True)
+    if write is not None:
+        import yaml
+
+        from raypp.storage import Storage
+
+        text = yaml.safe_dump(config, sort_keys=False)
+        Storage(write.absolute().parent).write(write.name, text.encode())
+        console.print(f"wrote {write}; serve deploy {write}", markup=False, highlight=False, soft_wrap=True)
+        return
+    serving, wait = (_from_ray("raypp.serve.run", name) for name in ("serving", "until_interrupted"))
+    with console.status("starting Ray and the services"), contextlib.ExitStack() as stack:
+        url = stack.enter_context(serving(config))
+        running = stack.pop_all()
+    with running:
+        for application in config["applications"]:
+            where = f"{url}{application['route_prefix']}"
+            console.print(f"{application['name']:<11} {where}/docs", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"raypp classify {url} IMAGE_OR_FOLDER", markup=False, highlight=False, soft_wrap=True)
+        wait()
+        console.print("stopping", highlight=False)
+
+
+@app.command
+def publish(bundle: str, shelf: str, /, *, url: str | None = None, token_file: Path | None = None) -> None:
+    """Check a bundle, put it on a shelf and make it the live one; services that serve the shelf take it over.
+
+    Parameters
+    ----------
+    bundle
+        Path or URI of a bundle.
+    shelf
+        Folder or URI of published bundles; made anew where there is none.
+    url
+        Of a service that serves the shelf: wait until it has taken over; if it refuses, the old bundle is live again.
+    token_file
+        File that holds a bearer token for that service.
+    """
+    from raypp.serve.run import publish as put
+
+    published = put(bundle, shelf, url=url, token=_token(token_file))
+    before = f", before it {published.previous}" if published.previous else ""
+    Console().print(f"{published.version} is live{before}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command
+def token(
+    name: str, /, *, file: Path, scopes: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None
+) -> None:
+    """Make a bearer token for the services; it is printed once, the file keeps its hash.
+
+    Parameters
+    ----------
+    name
+        Whose token it is.
+    file
+        Token file; made anew where there is none.
+    scopes
+        What it allows: classify (the default), attack.
+    """
+    from raypp.serve.auth import add_token
+
+    sys.stdout.write(add_token(file, name, scopes or ["classify"]) + "\n")
+
+
+@app.command
+def classify(
+    url: str,
+    paths: Annotated[list[Path], Parameter(allow_leading_hyphen=False)],
+    /,
+    *,
+    key: Path | None = None,
+    pin: str | None = None,
+    token_file: Path | None = None,
+    top: Annotated[int, Parameter(validator=validators.Number(gte=1, lte=5))] = 1,
+) -> int:
+    """Protect images here, send them to a service and print their classes.
+
+    Parameters
+    ----------
+    url
+        Of the service, as http://127.0.0.1:8000.
+    paths
+        Images and folders of images.
+    key
+        Key file of a keyed protection.
+    pin
+        SHA-256 that the service's protection must have; another one is refused.
+    token_file
+        File that holds a bearer token for the service.
+    top
+        Classes to print of each image, up to 5.
+    """
+    from rich.progress import track
+
+    from raypp.images import find_images
+    from raypp.remote import Client
+
+    files = [file for path in paths for file in find_images(path)]
+    console = Console(stderr=True)
+    with Client(url, token=_token(token_file), key=key, pin=pin) as client:
+        hidden = not console.is_terminal
+        bars = track(client.stream(files), "classifying", len(files), console=console, disable=hidden, transient=True)
+        for file, found in bars:
+            words = "  ".join(f"{label} {probability:.1%}" for label, probability in found.top[:top])
+            sys.stdout.write(f"{file}  {words}\n")
+    return len(files)
+
+
+@app.command
+def demo(url: str, /, *, port: int = 7860, key: Path | None = None, token_file: Path | None = None) -> None:
+    """Open a page on this machine: drop a picture, see it protected, classified, and what attacks make of it.
+
+    Parameters
+    ----------
+    url
+        Of the services, as http://127.0.0.1:8000.
+    port
+        Port of the page, on 127.0.0.1.
+    key
+        Key file of a keyed protection.
+    token_file
+        File that holds a bearer token for the services.
+    """
+    try:
+        from raypp.demo import page
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "gradio":
+            raise
+        raise RayppError("the page needs the extra raypp[demo], which is not installed here") from None
+    page(url, token=_token(token_file), key=key).launch(
+        server_name="127.0.0.1", server_port=port, quiet=True, share=False, show_error=True
+    )
+
+
+def _token(file: Path | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        return file.expanduser().read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RayppError(f"token file {str(file)!r} cannot be read: {error}") from error
 
 
 @app.command

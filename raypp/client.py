@@ -96,12 +96,17 @@ def protect_files(
     return len(paths)
 
 
-def _read(path: Path, bundle: PublicBundle, keep_size: bool) -> Pixels:
+def read_image(path: Path, size: tuple[int, int] | None = None, channels: int = 3) -> Pixels:
+    """Read an image file as uint8 (H, W, channels), fitted to ``size``; raises DataError as images.decode does."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    image = decode(data, name=str(path), size=None if keep_size else bundle.image_size, channels=bundle.channels)
+    return decode(data, name=str(path), size=size, channels=channels)
+
+
+def _read(path: Path, bundle: PublicBundle, keep_size: bool) -> Pixels:
+    image = read_image(path, None if keep_size else bundle.image_size, bundle.channels)
     least = bundle.protection.least_side
     if min(image.shape[:2]) < least:
         raise DataError(f"{path} is {image.shape[0]} x {image.shape[1]}; the protection needs sides of {least} or more")

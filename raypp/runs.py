@@ -25,6 +25,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 import yaml
+from torch import Tensor
 
 import raypp
 from raypp import bundle, env, images, keys
@@ -32,6 +33,7 @@ from raypp.config import Config, flatten
 from raypp.data.loader import to_device
 from raypp.errors import ConfigError, StorageError
 from raypp.evaluation.evaluate import evaluate
+from raypp.guard import Guard, calibrate
 from raypp.keys import Key
 from raypp.nets.features import StateDict
 from raypp.progress import Shows
@@ -40,11 +42,12 @@ from raypp.protections.plain import Plain, PlainOptions
 from raypp.storage import Storage
 from raypp.training.fit import Fit, fit, load_split, prepare
 from raypp.training.sinks import LocalSink, metrics_lines, newest_first
-from raypp.training.system import build_system, phases, uses_features
+from raypp.training.system import System, build_system, phases, uses_features
 
 # What may differ when a run is resumed: how long, and on what; everything else would make it another run.
 RESUMABLE = ("train.epochs", "train.eval_batch_size", "data.num_test", "cluster")
 NUM_PICTURED = 10
+NUM_GUARDED, NUM_SAMPLE, PART = 10_000, 32, 500  # images for the guard, for the sample, and at a time
 # Files that a run has before its configuration is written.
 OURS = {".lock", "run.json", "features.safetensors", "private"}
 KEY = f"private/{keys.FILE}"
@@ -160,6 +163,7 @@ def conclude(run: Run, result: Fit, device: torch.device) -> dict[str, Any]:
     rows = [test.images[shown], protected.permute(0, 2, 3, 1).cpu().numpy()]
     picture = images.grid(rows, labels=["plain", "protected"])
     run.storage.write("protected.png", images.encode_png(picture))
+    guard, sample = _for_serving(system, result.data.val[0], test_images)
     bundle.export(
         run.storage,
         "bundle",
@@ -170,12 +174,30 @@ def conclude(run: Run, result: Fit, device: torch.device) -> dict[str, Any]:
         classes=result.data.classes,
         image_size=image_size,
         key=run.key,
+        guard=guard,
+        sample=sample,
         metrics=found,
         environment=environment(),
     )
     run.storage.write("metrics.jsonl", metrics_lines(result.history))
     run.storage.write("summary.json", _json(found))
     return found
+
+
+@torch.inference_mode()
+def _for_serving(system: System, val: Tensor, test: Tensor) -> tuple[Guard | None, tuple[Tensor, Tensor]]:
+    """What a service needs besides: a guard against plain images, and a sample by which it checks itself.
+
+    Args:
+        val, test: plain images uint8 (N, H, W, C).
+    """
+    plain = [images[:NUM_GUARDED].permute(0, 3, 1, 2) for images in (val, test)]
+    protected = [torch.cat([system.protection.protect(part) for part in p.split(PART)]) for p in plain]
+    guard = None
+    if system.protection.hides:
+        guard = calibrate(plain[0], protected[0], plain[1], protected[1])
+    sample = protected[1][:NUM_SAMPLE]
+    return guard, (sample.cpu(), system.classifier(sample.float() / 255).argmax(1).cpu())
 
 
 def new_key(config: Config) -> Key | None:

@@ -22,7 +22,7 @@ ROOT = Path(raypp.__file__).parent
 FLOORS = [
     {"raypp"},
     {"raypp.errors", "raypp.registry", "raypp.env", "raypp.images", "raypp.storage", "raypp.progress", "raypp.keys"},
-    {"raypp.nets"},
+    {"raypp.nets", "raypp.guard"},
     {"raypp.protections", "raypp.data"},
     {"raypp.config"},
     {"raypp.training", "raypp.attacks"},

@@ -16,7 +16,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 from torchvision.models import alexnet
 
-from raypp.evaluation.evaluate import evaluate, wilson_interval
+from raypp.evaluation.evaluate import evaluate
 from raypp.evaluation.metrics import (
     ALEXNET,
     bootstrap_interval,
@@ -28,6 +28,7 @@ from raypp.evaluation.metrics import (
     ssim,
     ssim_invariant,
     ssim_lab,
+    wilson_interval,
 )
 from raypp.protections.learned import Learned, LearnedOptions
 from raypp.protections.plain import Plain, PlainOptions

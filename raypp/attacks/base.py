@@ -108,6 +108,7 @@ class Attack(ABC):
         options: its validated options.
         access: what it may touch.
         seed: sets everything random in it.
+        learned: its network is trained already and will be loaded: it needs nothing to learn from.
 
     Raises:
         AttackError: ``access`` lacks what it needs.
@@ -126,9 +127,9 @@ class Attack(ABC):
     note: str = ""
     """What it found out about the victim, in words, once it has prepared."""
 
-    def __init__(self, options: Any, access: Access, *, seed: int = 0) -> None:
+    def __init__(self, options: Any, access: Access, *, seed: int = 0, learned: bool = False) -> None:
         self.options, self.access, self.seed = options, access, seed
-        if lacks := self.lacking(access):
+        if not learned and (lacks := self.lacking(access)):
             words = " and ".join(NEEDS[need] for need in lacks)
             raise AttackError(f"attack {options.name} needs {words}, which this victim does not give")
 

@@ -43,8 +43,8 @@ class WhiteBox(Attack):
     needs: ClassVar[tuple[str, ...]] = ("gradients",)
     after: ClassVar[tuple[str, ...]] = ("inverse",)
 
-    def __init__(self, options: Any, access: Any, *, seed: int = 0) -> None:
-        super().__init__(options, access, seed=seed)
+    def __init__(self, options: Any, access: Any, *, seed: int = 0, learned: bool = False) -> None:
+        super().__init__(options, access, seed=seed, learned=learned)
         self.max_queries = options.num_images
 
     def prepare(self) -> None:

@@ -13,7 +13,7 @@ from raypp.bundle import load_private, load_public
 from raypp.config import flatten, merge, parse_flags, validate
 from raypp.data.loader import as_input, to_device
 from raypp.errors import ConfigError, DataError
-from raypp.evaluation.metrics import psnr, ssim
+from raypp.evaluation.metrics import psnr, ssim, wilson_interval
 from raypp.images import to_uint8
 from raypp.protections.base import Protection
 from raypp.training.fit import load_split
@@ -67,14 +67,6 @@ def evaluate(
         "psnr": _summary(torch.cat(distances)),
         "saturated": saturated / num_values,
     }
-
-
-def wilson_interval(successes: int, num: int, z: float = 1.96) -> tuple[float, float]:
-    """95% confidence interval of a proportion (Wilson 1927)."""
-    share = successes / num
-    centre = (share + z * z / (2 * num)) / (1 + z * z / num)
-    half = z / (1 + z * z / num) * math.sqrt(share * (1 - share) / num + z * z / (4 * num * num))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _summary(values: Tensor) -> dict[str, float | None]:

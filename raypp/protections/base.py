@@ -24,6 +24,8 @@ class Protection(nn.Module):
     """Whether it has weights that are trained with the classifier's."""
     differentiable: ClassVar[bool] = False
     """Whether gradients of its output reach its input."""
+    hides: ClassVar[bool] = True
+    """Whether its images are meant to look otherwise than plain ones."""
     adaptation: ClassVar[str] = "none"
     """The adaptation network that goes in front of a classifier of its images."""
     least_side: ClassVar[int] = 1

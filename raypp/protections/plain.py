@@ -20,6 +20,7 @@ class Plain(Protection):
 
     Options: ClassVar[type[registry.Options]] = PlainOptions
     differentiable: ClassVar[bool] = True
+    hides: ClassVar[bool] = False
 
     def __init__(self, options: PlainOptions, *, channels: int = 3, key: Key | None = None) -> None:
         super().__init__()

@@ -1,0 +1,441 @@
+"""The client of a served classifier: it protects every image on this machine before anything leaves it.
+
+No method takes a protected image, and none sends another one than its own protection has just made: so there is no way
+to send a plain image by mistake. What a client protects with it fetches once, checks against the manifest's hashes and
+keeps on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import ipaddress
+import json
+import os
+import random
+import time
+import zipfile
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+
+import raypp
+from raypp.bundle import MANIFEST, PublicBundle, load_public
+from raypp.client import protect_images, read_image
+from raypp.errors import BundleError, ConfigError, DataError, RayppError
+from raypp.images import Pixels, decode, fit, grey
+from raypp.keys import Key
+from raypp.storage import new_folder
+
+BATCH = 64  # images of a request: enough that the classifier works on full batches
+MAX_ARCHIVE = 2**30  # bytes of a public part, before and after unpacking
+LONGEST_WAIT = 30.0  # seconds between two tries
+RETRIED = frozenset({408, 429, 500, 502, 503, 504})
+"""Answers after which the same request may be sent again: classifying changes nothing on the server."""
+
+Image = str | Path | bytes | Pixels
+"""A file, the bytes of one, or uint8 (H, W, C)."""
+
+
+class RemoteError(RayppError):
+    """The service refuses a request, or cannot be reached.
+
+    Attributes:
+        status: HTTP status, or None where there was no answer.
+        code: the problem's stable name, such as ``not-protected``, or None.
+    """
+
+    def __init__(self, message: str, status: int | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the cloud makes of one image: its class, the classes ``top`` with their probabilities, and by which model."""
+
+    label: str
+    probability: float
+    top: tuple[tuple[str, float], ...]
+    model: str
+
+
+Step = Generator["Call | float", "httpx.Response | Exception | None", Any]
+"""What a client does, without doing it: gives requests to send and seconds to wait, takes answers."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One HTTP request."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes | None = None
+
+
+class _Session:
+    """Everything that the two clients have in common: what to send, and what an answer means.
+
+    Args and errors: see :class:`Client`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        key: str | Path | None = None,
+        pin: str | None = None,
+        cache: str | Path | None = None,
+        timeout: float = 30.0,
+        patience: float = 60.0,
+    ) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"url is {url!r}; allowed is http:// or https:// with a host")
+        if token is not None and parts.scheme == "http" and not is_loopback(parts.hostname):
+            raise ConfigError(f"url is {url!r}: a token is sent over https only, or to this machine")
+        if timeout <= 0 or patience < 0:
+            raise ConfigError(f"timeout is {timeout} and patience {patience}; allowed are times above zero")
+        self.url = url.rstrip("/").removesuffix("/classifier")
+        self.pin, self.timeout, self.patience = pin, timeout, patience
+        self._key = Key.read(key) if key is not None else None
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        self._cache = Path(cache) if cache is not None else Path(home) / "raypp" / "protections"
+        self._headers = {"User-Agent": f"raypp/{raypp.__version__}"}
+        if token is not None:
+            self._headers["Authorization"] = f"Bearer {token}"
+        self._bundle: tuple[str, PublicBundle] | None = None
+
+    # Requests with retries
+
+    def ask(self, call: Call) -> Step:
+        """Send until there is an answer that is worth something, or patience ends."""
+        end, tries = time.monotonic() + self.patience, 0
+        while True:
+            answer = yield call
+            if isinstance(answer, httpx.Response) and answer.status_code not in RETRIED:
+                return answer
+            wait = _wait(answer, tries)
+            if time.monotonic() + wait > end:
+                if isinstance(answer, httpx.Response):
+                    return answer
+                raise RemoteError(f"{self.url} does not answer: {_reason(answer)}") from answer
+            tries += 1
+            yield wait
+
+    def get(self, path: str, headers: dict[str, str] | None = None) -> Step:
+        answer = yield from self.ask(Call("GET", path, self._headers | (headers or {})))
+        if answer.status_code not in (200, 304):
+            raise _problem(answer)
+        return answer
+
+    def model(self) -> Step:
+        answer = yield from self.get("/classifier/v1/model")
+        return _json(answer)
+
+    def protection(self, *, anew: bool = False) -> Step:
+        """The protection that the service asks for: fetched once, or again where it says that it serves another one."""
+        if self._bundle is not None and not anew:
+            return self._bundle
+        answer = yield from self.get("/classifier/v1/protection")
+        identifier = answer.headers.get("etag", "").strip('"')
+        self._bundle = identifier, self._take(identifier, answer.content)
+        return self._bundle
+
+    def _take(self, identifier: str, archive: bytes) -> PublicBundle:
+        """Check a public part, keep it on disk and load it."""
+        if self.pin is not None and identifier != self.pin:
+            raise RemoteError(
+                f"{self.url} serves the protection {identifier}, not {self.pin}, which this client is pinned to"
+            )
+        if len(identifier) != 64 or not set(identifier) <= set("0123456789abcdef"):
+            raise RemoteError(f"{self.url} names no protection; is it a raypp classifier?")
+        folder = self._cache / identifier
+        if not (folder / MANIFEST).is_file():
+            files = _unpack(archive, self.url)
+            if hashlib.sha256(files.get(MANIFEST, b"")).hexdigest() != identifier:
+                raise BundleError(f"the protection from {self.url} is not the one that it names; nothing was sent")
+            self._cache.mkdir(parents=True, exist_ok=True)
+            try:
+                with new_folder(folder) as aside:
+                    for name, data in files.items():
+                        (aside / name).write_bytes(data)
+            except RayppError:
+                if not (folder / MANIFEST).is_file():  # else another client was quicker
+                    raise
+        if hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() != identifier:
+            raise BundleError(f"{str(folder)!r} was altered; remove it and it is fetched anew")
+        needed = json.loads((folder / "protection.json").read_text()).get("key") is not None
+        bundle = load_public(folder, self._key if needed else None)
+        if not bundle.protection.hides:
+            raise BundleError(f"{self.url} asks for images without any protection; nothing was sent")
+        return bundle
+
+    def classify(self, images: Sequence[Pixels]) -> Step:
+        """Protect and send the images of one request."""
+        for last in (False, False, True):
+            identifier, bundle = yield from self.protection()
+            size, channels = bundle.image_size, bundle.channels
+            plain = np.stack([fit(_channels(image, channels), size) for image in images])
+            body = _npy(protect_images(bundle, plain))
+            headers = self._headers | {"Content-Type": "application/x-npy", "Raypp-Protection": identifier}
+            answer = yield from self.ask(Call("POST", "/classifier/v1/classify", headers, body))
+            if answer.status_code == 200:
+                live = answer.headers.get("Raypp-Protection")
+                if live is not None and live != identifier:
+                    self._bundle = None  # a newer one is live: the next request protects with it
+                found = _json(answer)
+                return [_prediction(image, found["model"]) for image in found["images"]]
+            if answer.status_code == 409 and not last:
+                yield from self.protection(anew=True)
+                continue
+            raise _problem(answer)
+        raise AssertionError("unreachable")
+
+
+class Client:
+    """Classifies images by a service that never sees a plain one.
+
+    Args:
+        url: of the service, without a path: ``http://127.0.0.1:8000``.
+        token: a bearer token with the scope ``classify``.
+        key: key file of a keyed protection.
+        pin: the SHA-256 that the protection must have, as ``Client.protection`` gives it: a cloud that serves another
+            one is refused, so that it cannot talk its clients into a weaker protection.
+        cache: folder where protections are kept; by default below the user's cache folder.
+        timeout: seconds for one request.
+        patience: seconds for which a request is tried again where trying again is safe.
+
+    Raises:
+        ConfigError: an argument is not allowed.
+        RemoteError: the service does not answer, or refuses.
+        BundleError: its protection is damaged, is none at all, or needs a key that was not given.
+        DataError: an image cannot be read.
+    """
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self._session = _Session(url, **options)
+        self._http = httpx.Client(timeout=self._session.timeout)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def model(self) -> dict[str, Any]:
+        """What the service says of its model: classes, accuracy, scorecard, card."""
+        found: dict[str, Any] = self._do(self._session.model())
+        return found
+
+    def protection(self) -> tuple[str, PublicBundle]:
+        """The protection in use and its SHA-256."""
+        found: tuple[str, PublicBundle] = self._do(self._session.protection())
+        return found
+
+    def classify(self, images: Sequence[Image]) -> list[Prediction]:
+        """Protect images here and classify them there; returns a prediction for each, in order."""
+        return [prediction for _, prediction in self.stream(images)]
+
+    def stream(self, images: Iterable[Image], batch: int = BATCH) -> Iterator[tuple[Image, Prediction]]:
+        """As :meth:`classify`, batch by batch: a folder of any size takes the memory of one batch."""
+        for part in _batches(images, batch):
+            yield from zip(part, self._do(self._session.classify(_read(part))), strict=True)
+
+    def _do(self, steps: Step) -> Any:
+        answer: httpx.Response | Exception | None = None
+        while True:
+            try:
+                wanted = steps.send(answer)
+            except StopIteration as done:
+                return done.value
+            answer = None
+            if isinstance(wanted, Call):
+                try:
+                    answer = self._http.request(
+                        wanted.method, self._session.url + wanted.path, headers=wanted.headers, content=wanted.body
+                    )
+                except httpx.HTTPError as error:
+                    answer = error
+            else:
+                time.sleep(wanted)
+
+
+class AsyncClient:
+    """:class:`Client` for asyncio; images are read and protected in a thread."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self._session = _Session(url, **options)
+        self._http = httpx.AsyncClient(timeout=self._session.timeout)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def model(self) -> dict[str, Any]:
+        """See :meth:`Client.model`."""
+        found: dict[str, Any] = await self._do(self._session.model())
+        return found
+
+    async def protection(self) -> tuple[str, PublicBundle]:
+        """See :meth:`Client.protection`."""
+        found: tuple[str, PublicBundle] = await self._do(self._session.protection())
+        return found
+
+    async def classify(self, images: Sequence[Image]) -> list[Prediction]:
+        """See :meth:`Client.classify`."""
+        return [prediction async for _, prediction in self.stream(images)]
+
+    async def stream(self, images: Iterable[Image], batch: int = BATCH) -> AsyncIterator[tuple[Image, Prediction]]:
+        """See :meth:`Client.stream`."""
+        for part in _batches(images, batch):
+            pixels = await asyncio.to_thread(_read, part)
+            for found in zip(part, await self._do(self._session.classify(pixels)), strict=True):
+                yield found
+
+    async def _do(self, steps: Step) -> Any:
+        answer: httpx.Response | Exception | None = None
+        while True:
+            wanted = await asyncio.to_thread(_next, steps, answer)
+            if isinstance(wanted, _Done):
+                return wanted.value
+            answer = None
+            if isinstance(wanted, Call):
+                try:
+                    answer = await self._http.request(
+                        wanted.method, self._session.url + wanted.path, headers=wanted.headers, content=wanted.body
+                    )
+                except httpx.HTTPError as error:
+                    answer = error
+            else:
+                await asyncio.sleep(wanted)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from this machine only; a name other than localhost cannot be known."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@dataclass(frozen=True)
+class _Done:
+    value: Any
+
+
+def _next(steps: Step, answer: httpx.Response | Exception | None) -> Call | float | _Done:
+    """One step in a thread, where StopIteration could not be told from the thread's own."""
+    try:
+        return steps.send(answer)
+    except StopIteration as done:
+        return _Done(done.value)
+
+
+def _wait(answer: httpx.Response | Exception | None, tries: int) -> float:
+    """Seconds until the next try: what the service asks for, else twice as long each time, with chance in it."""
+    asked = answer.headers.get("retry-after", "") if isinstance(answer, httpx.Response) else ""
+    least = min(float(asked), LONGEST_WAIT) if asked.isdigit() else 0.0
+    return least + random.uniform(0.5, 1.0) * min(0.1 * 2**tries, 5.0)
+
+
+def _reason(error: Exception | None) -> str:
+    return str(error).strip() or type(error).__name__
+
+
+def _problem(answer: httpx.Response) -> RemoteError:
+    """An answer that is no success, as an error in the service's own words."""
+    try:
+        document = answer.json()
+        detail, code = str(document["detail"]), str(document.get("type", "")).rpartition(":")[2] or None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        detail, code = answer.text.strip().splitlines()[0][:200] if answer.text.strip() else "no reason given", None
+    return RemoteError(f"{answer.request.url.host} answers {answer.status_code}: {detail}", answer.status_code, code)
+
+
+def _json(answer: httpx.Response) -> Any:
+    try:
+        return answer.json()
+    except ValueError as error:
+        raise RemoteError(f"{answer.request.url} gives no JSON; is it a raypp service?", answer.status_code) from error
+
+
+def _prediction(found: dict[str, Any], model: str) -> Prediction:
+    top = tuple((str(c["class"]), float(c["probability"])) for c in found["top"])
+    return Prediction(str(found["class"]), float(found["probability"]), top, model)
+
+
+def _unpack(archive: bytes, url: str) -> dict[str, bytes]:
+    """Files of a public part by name: flat, listed once, and no larger than allowed."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(archive)) as opened:
+            infos = opened.infolist()
+            names = [info.filename for info in infos]
+            plain = all(name == Path(name).name and name not in ("", ".", "..") for name in names)
+            if not plain or len(set(names)) != len(names) or sum(info.file_size for info in infos) > MAX_ARCHIVE:
+                raise BundleError(f"the protection from {url} holds files that no protection has; nothing was sent")
+            return {info.filename: opened.read(info) for info in infos}
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OSError) as error:
+        raise BundleError(f"the protection from {url} is damaged: {error}; nothing was sent") from error
+
+
+def _npy(images: Pixels) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, images, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _batches(images: Iterable[Image], size: int) -> Iterator[list[Image]]:
+    if size < 1:
+        raise ConfigError(f"batch is {size}; allowed is 1 or more")
+    part: list[Image] = []
+    for image in images:
+        part.append(image)
+        if len(part) == size:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def _read(images: Sequence[Image]) -> list[Pixels]:
+    """Plain images as uint8 (H, W, 3) or as they were given."""
+    pixels = []
+    for number, image in enumerate(images, 1):
+        name = str(image) if isinstance(image, str | Path) else f"image {number}"
+        if isinstance(image, str | Path):
+            pixels.append(read_image(Path(image)))
+        elif isinstance(image, bytes):
+            pixels.append(decode(image, name=name))
+        elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] in (1, 3):
+            pixels.append(image)
+        else:
+            raise DataError(f"{name} is no file, bytes or uint8 array (H, W, C) with 1 or 3 channels")
+    return pixels
+
+
+def _channels(image: Pixels, channels: int) -> Pixels:
+    if image.shape[2] == channels:
+        return image
+    return grey(image) if channels == 1 else np.repeat(image, 3, axis=2)

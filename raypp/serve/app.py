@@ -1,0 +1,263 @@
+"""The two services on Ray Serve: what ``serve_config.yaml`` and ``raypp serve`` deploy."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from raypp import env
+
+env.apply()
+
+import torch  # noqa: E402
+from fastapi import FastAPI  # noqa: E402
+from pydantic import BaseModel, ConfigDict, Field  # noqa: E402
+from ray import serve  # noqa: E402
+from ray.serve import Application  # noqa: E402
+from ray.serve.config import AutoscalingConfig, BackpressureConfig  # noqa: E402
+from ray.serve.metrics import Counter, Histogram  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from raypp.attacks import ATTACKS  # noqa: E402
+from raypp.errors import ConfigError  # noqa: E402
+from raypp.remote import is_loopback  # noqa: E402
+from raypp.serve.auth import Tokens  # noqa: E402
+from raypp.serve.http import ServedAttack, attack_api, classifier_api, measured, null_scores  # noqa: E402
+from raypp.serve.ladder import online  # noqa: E402
+from raypp.serve.model import Live, Served  # noqa: E402
+from raypp.serve.wire import Limits  # noqa: E402
+
+logger = logging.getLogger("raypp.serve")
+BATCH_SECONDS = 0.002  # that a request waits for others: less than a forward pass of one image
+HEALTH_IMAGES = 4
+STATUS_BOUNDARIES = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000]
+
+
+class Arguments(BaseModel):
+    """What both services are built from: the ``args`` of an application in ``serve_config.yaml``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    bundle: str
+    """A bundle, or a shelf of published ones (see ``raypp publish``), on any storage path."""
+    tokens: str | None = None
+    """Path of a token file (see ``raypp token``); needed where the service can be reached from elsewhere."""
+    max_body: int = Field(Limits.body, ge=1024)
+    """Bytes of one request."""
+    max_images: int = Field(Limits.images, ge=1)
+    """Images of one request, and of one pass through the classifier."""
+    look_every_s: float = Field(2.0, gt=0)
+    """How often to look whether another bundle has become live."""
+    threads: int = Field(1, ge=1)
+    """Of torch, in each replica."""
+
+    def limits(self) -> Limits:
+        return Limits(self.max_body, self.max_images)
+
+
+class _Replica:
+    """What a replica of either service is: a live bundle, one thread that computes, and a look for newer bundles."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        torch.set_num_threads(arguments.threads)
+        self.arguments, self.limits = arguments, arguments.limits()
+        host = _listens_on()
+        if arguments.tokens is None and not is_loopback(host):
+            raise ConfigError(
+                f"the service listens on {host!r}, where others can reach it, and has no token file: set args.tokens "
+                "(see raypp token), or http_options.host to 127.0.0.1"
+            )
+        self.tokens = Tokens.read(arguments.tokens) if arguments.tokens is not None else None
+        self.live = Live(arguments.bundle)
+        self._computer = ThreadPoolExecutor(1, "raypp-compute")
+        self._looker: asyncio.Task[None] | None = None
+        tags = ("route", "status")
+        self._requests = Counter("raypp_requests_total", "Requests answered.", tags)
+        self._images = Counter("raypp_images_total", "Images of answered requests.", tags)
+        self._seconds = Histogram("raypp_request_ms", "Time to answer.", STATUS_BOUNDARIES, ("route",))
+
+    def now(self) -> Served:
+        return self.live.now
+
+    def rejected(self) -> dict[str, str] | None:
+        return self.live.rejected
+
+    def observe(self, route: str, status: int, num_images: int, seconds: float) -> None:
+        self._requests.inc(1, {"route": route, "status": str(status)})
+        if num_images:
+            self._images.inc(num_images, {"route": route, "status": str(status)})
+        self._seconds.observe(1000 * seconds, {"route": route})
+
+    async def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function in the thread that computes; requests are read and answered meanwhile."""
+        return await asyncio.get_running_loop().run_in_executor(self._computer, function, *arguments)
+
+    def look(self) -> None:
+        """Look for newer bundles from now on; called once there is an event loop."""
+        if self._looker is None:
+            self._looker = asyncio.get_running_loop().create_task(self._look())
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(self.arguments.look_every_s)
+            before = self.live.rejected
+            # Not in the thread that computes: loading takes long, and requests go on meanwhile.
+            if await asyncio.to_thread(self.live.refresh):
+                self.taken_over()
+                logger.warning("bundle %s is live", self.live.now.version)
+            elif self.live.rejected is not None and self.live.rejected != before:
+                logger.error("bundle %(version)s is not taken over: %(reason)s", self.live.rejected)
+
+    def taken_over(self) -> None:
+        """Another bundle is live."""
+
+    async def check_health(self) -> None:
+        self.look()
+        problem = await self.compute(self.live.now.private.problem, HEALTH_IMAGES)
+        if problem is not None:
+            raise RuntimeError(f"the classifier fails its self-check: {problem}")
+
+
+def _listens_on() -> str:
+    """The address that Serve's HTTP proxy listens on; Serve tells it nowhere in public, so its own record is asked."""
+    from ray.serve.context import _get_global_client
+
+    return str(_get_global_client().http_config.host)
+
+
+def _servable() -> Any:
+    return serve.get_replica_context().servable_object
+
+
+def _classifier_app() -> FastAPI:
+    return classifier_api(_servable, lambda *what: _servable().observe(*what))
+
+
+def _attack_app() -> FastAPI:
+    return attack_api(_servable, lambda *what: _servable().observe(*what))
+
+
+Job = tuple[Served, Tensor]
+
+
+@serve.deployment(
+    name="Classifier",
+    max_ongoing_requests=128,
+    max_queued_requests=256,
+    backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
+    autoscaling_config=AutoscalingConfig(min_replicas=1, max_replicas=8, target_ongoing_requests=48),
+    ray_actor_options={"num_cpus": 1},
+    health_check_period_s=5,
+    health_check_timeout_s=30,
+    graceful_shutdown_timeout_s=20,
+)
+@serve.ingress(_classifier_app)
+class ClassifierDeployment(_Replica):
+    """Classifies protected images in batches that requests share."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        super().__init__(arguments)
+        self.batched.set_max_batch_size(arguments.max_images)  # type: ignore[attr-defined]
+
+    async def served(self, protection: str | None) -> Served | None:
+        found = self.live.of(protection)
+        if found is None:  # perhaps it has just been published
+            await asyncio.to_thread(self.live.refresh)
+            found = self.live.of(protection)
+        return found
+
+    async def predict(self, served: Served, images: Tensor) -> tuple[Tensor, Tensor]:
+        self.look()
+        found: tuple[Tensor, Tensor] = await self.batched((served, images))
+        return found
+
+    @serve.batch(
+        max_batch_size=Limits.images,
+        batch_wait_timeout_s=BATCH_SECONDS,
+        batch_size_fn=lambda jobs: sum(len(images) for _, images in jobs),
+    )
+    async def batched(self, jobs: list[Job]) -> list[tuple[Tensor, Tensor]]:
+        found: list[tuple[Tensor, Tensor]] = await self.compute(_classify, jobs)
+        return found
+
+
+def _classify(jobs: list[Job]) -> list[tuple[Tensor, Tensor]]:
+    """Classes and what looks protected, of the images of several requests at once."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i, (served, _) in enumerate(jobs):
+        groups[id(served)].append(i)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for places in groups.values():
+        served = jobs[places[0]][0]
+        images = torch.cat([jobs[i][1] for i in places]) if len(places) > 1 else jobs[places[0]][1]
+        guard = served.guard
+        protected = guard.looks_protected(images) if guard is not None else torch.ones(len(images), dtype=torch.bool)
+        probabilities = served.probabilities(images)
+        sizes = [len(jobs[i][1]) for i in places]
+        parts = zip(probabilities.split(sizes), protected.split(sizes), strict=True)
+        found |= dict(zip(places, parts, strict=True))
+    return [found[i] for i in range(len(jobs))]
+
+
+@serve.deployment(
+    name="Attack",
+    max_ongoing_requests=8,
+    max_queued_requests=16,
+    backpressure_config=BackpressureConfig(status_code=503, retry_after_s=2),
+    autoscaling_config=AutoscalingConfig(min_replicas=1, max_replicas=2, target_ongoing_requests=2),
+    ray_actor_options={"num_cpus": 0.5},
+    health_check_period_s=10,
+    health_check_timeout_s=60,
+    graceful_shutdown_timeout_s=20,
+)
+@serve.ingress(_attack_app)
+class AttackDeployment(_Replica):
+    """Reconstructs plain images with the attacks that a bundle keeps of its attack run."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        super().__init__(arguments)
+        self.taken_over()
+
+    def taken_over(self) -> None:
+        served = self.live.now
+        runnable = online(served)
+        listed = (served.scorecard or {}).get("attacks", {})
+        self._attacks = {
+            name: (ServedAttack(name, ATTACKS.get(name).threat, most, measured(listed[name])), run)
+            for name, (run, most) in runnable.items()
+        }
+        self._nulls = null_scores(served.scorecard)
+
+    def attacks(self) -> dict[str, ServedAttack]:
+        return {name: offered for name, (offered, _) in self._attacks.items()}
+
+    def nulls(self) -> dict[str, Any]:
+        return self._nulls
+
+    async def reconstruct(self, name: str, images: Tensor) -> Tensor:
+        self.look()
+        _, run = self._attacks[name]
+        found: Tensor = await self.compute(run, images)
+        return found
+
+
+def build_classifier(arguments: Arguments) -> Application:
+    """The application ``classifier``."""
+    return _bound(ClassifierDeployment, arguments)
+
+
+def build_attack(arguments: Arguments) -> Application:
+    """The application ``attack``."""
+    return _bound(AttackDeployment, arguments)
+
+
+def _bound(deployment: Any, arguments: Arguments) -> Application:
+    if arguments.tokens is not None:
+        Tokens.read(arguments.tokens)  # a mistake is met here, not in every replica
+    application: Application = deployment.bind(arguments)
+    return application
+

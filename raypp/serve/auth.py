@@ -1,0 +1,96 @@
+"""Bearer tokens: who may classify, who may attack. The file holds hashes only; a token is shown once, when it is made."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import hmac
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from raypp.errors import ConfigError
+from raypp.serve.wire import Refused
+from raypp.storage import Storage
+
+SCOPES = ("classify", "attack")
+PREFIX = "raypp_"
+NUM_BYTES = 32  # of a token: 256 bits need no slow hash, nobody guesses them
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Hashes of tokens, with their names and scopes."""
+
+    entries: tuple[tuple[str, bytes, frozenset[str]], ...]
+
+    @classmethod
+    def read(cls, path: str) -> Tokens:
+        """Read a token file; raises ConfigError if it is missing or damaged."""
+        try:
+            listed = json.loads(Path(path).read_text())["tokens"]
+            entries = tuple((str(e["name"]), bytes.fromhex(e["sha256"]), frozenset(e["scopes"])) for e in listed)
+        except OSError as error:
+            raise ConfigError(f"token file {path!r} cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"token file {path!r} is damaged; make tokens with raypp token") from error
+        if not entries:
+            raise ConfigError(f"token file {path!r} holds no token; make one with raypp token")
+        return cls(entries)
+
+    def check(self, authorization: str | None, scope: str) -> str:
+        """The name of the token in an Authorization header, if it has the scope; raises Refused (401 or 403)."""
+        kind, _, token = (authorization or "").partition(" ")
+        digest = hashlib.sha256(token.strip().encode()).digest()
+        found = None
+        for entry in self.entries:  # all of them, so that the time taken says nothing
+            if hmac.compare_digest(entry[1], digest):
+                found = entry
+        if kind.lower() != "bearer" or found is None:
+            raise Refused(
+                401, "no-token", "a valid bearer token is required", {"WWW-Authenticate": 'Bearer realm="raypp"'}
+            )
+        if scope not in found[2]:
+            raise Refused(
+                403, "wrong-scope", f"this token does not have the scope {scope!r}",
+                {"WWW-Authenticate": f'Bearer realm="raypp", error="insufficient_scope", scope="{scope}"'},
+            )  # fmt: skip
+        return found[0]
+
+
+def add_token(path: Path, name: str, scopes: Sequence[str]) -> str:
+    """Make a token, keep its hash in the file (0600) and return it: nobody can read it from there again.
+
+    Raises:
+        ConfigError: a scope is unknown, the name is taken, or the file is damaged.
+    """
+    for scope in scopes:
+        if scope not in SCOPES:
+            raise ConfigError(f"unknown scope {scope!r}; allowed: {', '.join(SCOPES)}")
+    if not name or not name.isprintable():
+        raise ConfigError(f"token name {name!r} is not allowed; use printable characters")
+    storage = Storage(path.expanduser().absolute().parent)
+    storage.path.mkdir(parents=True, exist_ok=True)
+    with (storage.path / f".{path.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        listed: list[dict[str, Any]] = []
+        if storage.exists(path.name):
+            names = [entry[0] for entry in Tokens.read(str(storage.path / path.name)).entries]
+            if name in names:
+                raise ConfigError(f"token name {name!r} is taken in {str(path)!r}; allowed is another one")
+            listed = json.loads(storage.read(path.name))["tokens"]
+        token = PREFIX + secrets.token_urlsafe(NUM_BYTES)
+        listed.append(
+            {
+                "name": name,
+                "sha256": hashlib.sha256(token.encode()).hexdigest(),
+                "scopes": sorted(set(scopes)),
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+        )
+        storage.write(path.name, (json.dumps({"tokens": listed}, indent=1) + "\n").encode(), secret=True)
+    return token

@@ -1,0 +1,221 @@
+"""What is served: a bundle, loaded and checked, and how a newer one takes its place while requests are answered.
+
+A *shelf* is a folder with bundles under ``versions/`` and a file ``live.json`` that names one of them. A service looks
+at that file every few seconds. What it names next is loaded and checked beside the bundle that is being served, and takes
+over only if it does what it did when it was made; else the old one stays and the reason is shown.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import threading
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raypp import bundle as bundles
+from raypp.errors import BundleError, RayppError, StorageError
+from raypp.guard import Guard
+from raypp.storage import Storage
+
+LIVE = "live.json"
+NUM_KEPT = 3  # bundles in memory: clients that protected with an earlier one are still answered
+EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file in an archive, so that equal parts are equal bytes
+
+
+@dataclass(frozen=True)
+class Served:
+    """A bundle that has been loaded and checked.
+
+    Attributes:
+        location: where its files lie.
+        version: of the whole bundle, 16 hexadecimal digits of its manifest's SHA-256.
+        protection: of its public part, the SHA-256 of that part's manifest: what a client protected with.
+        archive: the public part as a zip file.
+        shape: (H, W, C) of protected images.
+    """
+
+    location: str
+    version: str
+    protection: str
+    archive: bytes
+    shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+    classifier: nn.Module
+    guard: Guard | None
+    private: bundles.PrivateBundle
+    card: str
+    scorecard: dict[str, Any] | None
+
+    @torch.inference_mode()
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Of each class, float (N, K), for protected images uint8 (N, C, H, W)."""
+        device = next(self.classifier.parameters()).device
+        logits = self.classifier(images.to(device).float() / 255)
+        return torch.softmax(logits.float(), dim=1).cpu()
+
+
+def load_served(location: str | Path, device: torch.device | None = None) -> Served:
+    """Load a bundle and check that it does what it did when it was made.
+
+    Raises:
+        BundleError: it is missing, altered or incomplete, or its classifier gives other answers.
+    """
+    with Storage(location).download("") as folder:
+        private = bundles.load_private(folder)
+        bundles.verify(folder)
+        whole = (folder / bundles.MANIFEST).read_bytes()
+        public = (folder / "public" / bundles.MANIFEST).read_bytes()
+        archive = _archive(folder / "public")
+        card = (folder / "MODEL_CARD.md").read_text()
+        found = folder / "private" / "scorecard.json"
+        scorecard = json.loads(found.read_text()) if found.is_file() else None
+    private.classifier.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    problem = private.problem()
+    if problem is not None:
+        raise BundleError(f"bundle {str(location)!r} fails its self-check: {problem}")
+    channels, height, width = private.sample.shape[1:]
+    return Served(
+        Storage(location).uri,
+        hashlib.sha256(whole).hexdigest()[:16],
+        hashlib.sha256(public).hexdigest(),
+        archive,
+        (height, width, channels),
+        private.classes,
+        private.classifier.to(memory_format=torch.channels_last),
+        private.guard,
+        private,
+        card,
+        scorecard,
+    )
+
+
+def _archive(folder: Path) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # weights do not compress
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                archive.writestr(zipfile.ZipInfo(path.relative_to(folder).as_posix(), EPOCH), path.read_bytes())
+    return buffer.getvalue()
+
+
+# What is live
+
+
+def is_shelf(location: str | Path) -> bool:
+    """Whether a folder is a shelf, not a bundle."""
+    return Storage(location).exists(LIVE)
+
+
+def current(location: str | Path) -> tuple[str, str]:
+    """Where the bundle lies that a location names, and a mark that changes whenever it is another one.
+
+    Args:
+        location: a bundle, or a shelf.
+
+    Raises:
+        StorageError: neither is there, or it cannot be read.
+    """
+    storage = Storage(location)
+    if storage.exists(LIVE):
+        try:
+            version = str(json.loads(storage.read(LIVE))["version"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"{storage.uri}/{LIVE} is damaged; raypp publish writes it anew") from error
+        return storage.folder(f"versions/{version}").uri, version
+    if not storage.exists(bundles.MANIFEST):
+        raise StorageError(f"{storage.uri} is neither a bundle nor a shelf of published ones")
+    return storage.uri, hashlib.sha256(storage.read(bundles.MANIFEST)).hexdigest()[:16]
+
+
+class Live:
+    """The bundle that is live at a location, and those before it.
+
+    Args:
+        location: a bundle or a shelf.
+
+    Raises:
+        RayppError: there is none that works; later ones that do not are refused and the old one stays.
+    """
+
+    def __init__(self, location: str | Path, device: torch.device | None = None) -> None:
+        self.location, self.device = location, device
+        self.rejected: dict[str, str] | None = None
+        self._lock = threading.Lock()
+        where, self._mark = current(location)
+        self._kept: list[Served] = [load_served(where, device)]
+
+    @property
+    def now(self) -> Served:
+        return self._kept[-1]
+
+    def refresh(self) -> bool:
+        """Look whether another bundle has become live and take it over; blocks while that is loaded. Whether it was."""
+        with self._lock:
+            try:
+                where, mark = current(self.location)
+            except RayppError as error:  # a store that is away for a moment takes nothing down
+                self.rejected = {"version": "unknown", "reason": str(error)}
+                return False
+            if mark == self._mark:
+                return False
+            self._mark = mark  # also of one that does not work: it is looked at once
+            try:
+                served = next((s for s in self._kept if s.version == mark), None) or load_served(where, self.device)
+            except RayppError as error:
+                self.rejected = {"version": mark, "reason": str(error)}
+                return False
+            self.rejected = None
+            # One list takes the other's place: who looks at the same time sees the old or the new one, whole.
+            self._kept = ([s for s in self._kept if s is not served] + [served])[-NUM_KEPT:]
+            return True
+
+    def of(self, protection: str | None) -> Served | None:
+        """The newest bundle with this protection, the live one for None; on a shelf also one not loaded yet."""
+        if protection is None:
+            return self.now
+        return next((s for s in reversed(self._kept) if s.protection == protection), None)
+
+
+@dataclass(frozen=True)
+class Published:
+    version: str
+    location: str
+    previous: str | None
+
+
+@contextmanager
+def publishing(bundle: str | Path, shelf: str | Path) -> Iterator[Published]:
+    """Check a bundle, put it on a shelf and make it live; if the body raises, what was live before is so again.
+
+    Raises:
+        RayppError: the bundle does not work, and nothing has changed; or the shelf cannot be written.
+    """
+    served = load_served(bundle)
+    storage = Storage(shelf)
+    version = served.version
+    place = storage.folder(f"versions/{version}")
+    if not place.exists(bundles.MANIFEST):
+        with Storage(bundle).download("") as folder:
+            storage.upload(folder, f"versions/{version}", last=bundles.MANIFEST)
+    if load_served(place.uri).version != version:  # what was uploaded, not what was meant to be
+        raise BundleError(f"{place.uri} is not the bundle that was published; remove that folder")
+    before = storage.read(LIVE) if storage.exists(LIVE) else None
+    previous = json.loads(before)["version"] if before else None
+    now = {"version": version, "previous": previous, "published": datetime.now(UTC).isoformat(timespec="seconds")}
+    storage.write(LIVE, (json.dumps(now) + "\n").encode())
+    try:
+        yield Published(version, place.uri, previous)
+    except BaseException:
+        if before is not None:
+            storage.write(LIVE, before)
+        raise

@@ -1,0 +1,169 @@
+"""Running the services: here until interrupted, and what makes a bundle live on a running one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from raypp.errors import BundleError, ConfigError, RayppError
+from raypp.remote import Client, is_loopback
+from raypp.serve.auth import Tokens
+from raypp.serve.model import Published, publishing
+from raypp.storage import Storage
+
+CONFIG = "serve_config.yaml"
+LOOK_SECONDS = 0.5
+
+
+def template() -> dict[str, Any]:
+    """The shipped ``serve_config.yaml``, from which both a cluster and ``raypp serve`` take what they deploy."""
+    found: dict[str, Any] = yaml.safe_load((resources.files("raypp.serve") / CONFIG).read_text())
+    return found
+
+
+def configured(bundle: str, *, host: str, port: int, tokens: str | None, attack: bool = True) -> dict[str, Any]:
+    """``serve_config.yaml`` for one bundle or shelf.
+
+    Raises:
+        ConfigError: the host can be reached from elsewhere and there are no tokens.
+        RayppError: bundle or token file cannot be used.
+    """
+    if tokens is None and not is_loopback(host):
+        raise ConfigError(
+            f"--host {host} can be reached from elsewhere, so --tokens FILE is needed; raypp token makes one"
+        )
+    if not 0 < port < 2**16:
+        raise ConfigError(f"--port is {port}; allowed is 1 to 65535")
+    where = Storage(bundle).uri
+    if tokens is not None:
+        tokens = str(Path(tokens).expanduser().absolute())
+        Tokens.read(tokens)
+    config = template()
+    config["http_options"] |= {"host": host, "port": port}
+    config["applications"] = [a for a in config["applications"] if attack or a["name"] != "attack"]
+    for application in config["applications"]:
+        application["args"] |= {"bundle": where, "tokens": tokens}
+    return config
+
+
+@contextmanager
+def serving(config: dict[str, Any]) -> Iterator[str]:
+    """Run a configuration on this machine's own Ray, or on the cluster in RAY_ADDRESS; gives the services' URL.
+
+    Raises:
+        ConfigError: the port is taken, or Ray does not start.
+        RayppError: a service does not start; why.
+    """
+    from raypp.cluster.session import session
+
+    with session():
+        from ray import serve
+        from ray.serve.schema import LoggingConfig
+
+        from raypp.serve import app
+
+        options = dict(config["http_options"])
+        host, port = options["host"], options["port"]
+        _refuse_taken(host, port)
+        builders: dict[str, Callable[[app.Arguments], Any]] = {
+            "classifier": app.build_classifier, "attack": app.build_attack,
+        }  # fmt: skip
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        serve.start(
+            proxy_location=config["proxy_location"],
+            http_options=options,
+            logging_config=LoggingConfig(**config["logging_config"]),
+        )
+        try:
+            for application in config["applications"]:
+                built = builders[application["name"]](app.Arguments(**application["args"]))
+                try:
+                    serve.run(
+                        built,
+                        name=application["name"],
+                        route_prefix=application["route_prefix"],
+                        logging_config=LoggingConfig(**config["logging_config"]),
+                    )
+                except RuntimeError as error:
+                    said = str(serve.status().applications[application["name"]])
+                    raise RayppError(f"the service {application['name']} does not start: {_why(said, error)}") from error
+            yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+        finally:
+            serve.shutdown()
+
+
+def _why(status: str, error: Exception) -> str:
+    reasons = re.findall(r"raypp\.errors\.\w+: ([^\\\n]+)", status)
+    return reasons[-1] if reasons else str(error).splitlines()[0]
+
+
+def _refuse_taken(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"--host {host} --port {port} cannot be listened on: {error.strerror}") from error
+
+
+def until_interrupted() -> None:
+    """Wait for an interrupt or SIGTERM."""
+    stop = threading.Event()
+    before = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while not stop.wait(1):
+            pass
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def publish(
+    bundle: str | Path, shelf: str | Path, *, url: str | None = None, token: str | None = None, patience: float = 120.0
+) -> Published:
+    """Make a bundle the live one of a shelf; with the URL of a service that serves it, wait until it has taken over.
+
+    Raises:
+        BundleError: it does not work, or the service refused it; what was live is live again.
+        RayppError: the shelf cannot be written, or the service does not answer.
+    """
+    if url is None:
+        with publishing(bundle, shelf) as published:
+            return published
+    with Client(url, token=token, patience=patience) as client:
+        client.model()  # a service that cannot be asked is no place to publish to
+        with publishing(bundle, shelf) as published:
+            _taken_over(client, published.version, patience)
+            return published
+
+
+def _taken_over(client: Client, version: str, patience: float) -> None:
+    """Wait until a service serves a version."""
+    end = time.monotonic() + patience
+    while True:
+        with contextlib.suppress(httpx.HTTPError):
+            about = client.model()
+            if about["version"] == version:
+                return
+            rejected = about.get("rejected") or {}
+            if rejected.get("version") == version:
+                raise BundleError(f"the service refused {version}: {rejected['reason']}; the old one stays live")
+        if time.monotonic() > end:
+            raise BundleError(
+                f"the service has not taken over {version} within {patience:g} s; the old one stays live (does it "
+                "serve this shelf?)"
+            )
+        time.sleep(LOOK_SECONDS)
