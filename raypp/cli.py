@@ -492,18 +492,25 @@ def classify(
         bars = track(client.stream(files), "classifying", len(files), console=console, disable=hidden, transient=True)
         for file, found in bars:
             words = "  ".join(f"{label} {probability:.1%}" for label, probability in found.top[:top])
-            sys.stdout.write(f"{file}  {words}\n")
+            sys.stdout.write(f"{file!s}  {words}\n")
     return len(files)
 
 
 @app.command
-def demo(url: str, /, *, port: int = 7860, key: Path | None = None, token_file: Path | None = None) -> None:
+def demo(
+    urls: Annotated[list[str], Parameter(allow_leading_hyphen=False)],
+    /,
+    *,
+    port: int = 7860,
+    key: Path | None = None,
+    token_file: Path | None = None,
+) -> None:
     """Open a page on this machine: drop a picture, see it protected, classified, and what attacks make of it.
 
     Parameters
     ----------
-    url
-        Of the services, as http://127.0.0.1:8000.
+    urls
+        Of services, as http://127.0.0.1:8000; of several, as NAME=URL, the page lets you choose.
     port
         Port of the page, on 127.0.0.1.
     key
@@ -517,7 +524,11 @@ def demo(url: str, /, *, port: int = 7860, key: Path | None = None, token_file: 
         if (error.name or "").partition(".")[0] != "gradio":
             raise
         raise RayppError("the page needs the extra raypp[demo], which is not installed here") from None
-    page(url, token=_token(token_file), key=key).launch(
+    named = {}
+    for given in urls:
+        name, _, url = given.partition("=") if "=" in given.partition("://")[0] else (given, "", given)
+        named[name] = url
+    page(named, token=_token(token_file), key=key).launch(
         server_name="127.0.0.1", server_port=port, quiet=True, share=False, show_error=True
     )
 

@@ -125,7 +125,7 @@ class Optimisation(Section):
     """``auto`` takes bf16 autocast where the hardware has bf16 instructions."""
     channels_last: bool = True
     compile: bool = False
-    """torch.compile; measure before you switch it on (slower on the CPUs we tried)."""
+    """torch.compile; measure before you switch it on."""
     sync_batchnorm: bool = False
     """Batch statistics over all workers, so that the number of workers does not change the result."""
     deterministic: bool = True
@@ -302,6 +302,10 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+COMMAND_OPTIONS = ("name", "config", "resume", "local", "quiet", "storage")
+"""Options of commands that take settings as well: a misspelt one arrives here."""
+
+
 def parse_flags(flags: Sequence[str], roots: Iterable[str] | None = None) -> dict[str, Any]:
     """Turn ``--a.b value`` and ``--a.b=value`` into a tree; dashes in keys are read as underscores.
 
@@ -316,15 +320,16 @@ def parse_flags(flags: Sequence[str], roots: Iterable[str] | None = None) -> dic
         if not flag.startswith("--") or len(flag) == 2:
             raise ConfigError(f"unexpected argument {flag!r}; a setting is written --section.key VALUE")
         key, equals, text = flag[2:].partition("=")
+        parts = key.replace("-", "_").split(".")
+        if parts[0] not in known:
+            raise ConfigError(
+                f"unknown option --{key}{did_you_mean(parts[0], [*known, *COMMAND_OPTIONS])}; settings begin with "
+                f"{', '.join(known)}"
+            )
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"--{key} needs a value, as in --{key} VALUE")
             text = rest.pop(0)
-        parts = key.replace("-", "_").split(".")
-        if parts[0] not in known:
-            raise ConfigError(
-                f"unknown option --{key}{did_you_mean(parts[0], known)}; settings begin with {', '.join(known)}"
-            )
         tree = merge(tree, _nest(parts, _value(text)))
     return tree
 

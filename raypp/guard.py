@@ -59,12 +59,12 @@ class Guard:
 
 def restore(data: dict[str, Any]) -> Guard:
     """The guard that ``Guard.dump`` described; raises KeyError, TypeError or ValueError if it describes none."""
-    vectors = {name: torch.tensor(data[name], dtype=torch.float64) for name in ("mean", "scale", "weights")}
-    numbers = {name: float(data[name]) for name in ("bias", "threshold")}
-    if len({v.shape for v in vectors.values()}) != 1 or not all(map(math.isfinite, numbers.values())):
+    mean, scale, weights = (torch.tensor(data[name], dtype=torch.float64) for name in ("mean", "scale", "weights"))
+    bias, threshold = float(data["bias"]), float(data["threshold"])
+    if not mean.shape == scale.shape == weights.shape or not math.isfinite(bias + threshold):
         raise ValueError("the numbers of a guard do not fit together")
-    rates = {name: dict(data[name]) for name in ("plain_refused", "protected_refused")}
-    return Guard(**vectors, **numbers, **rates)  # type: ignore[arg-type]
+    plain, protected = dict(data["plain_refused"]), dict(data["protected_refused"])
+    return Guard(mean, scale, weights, bias, threshold, plain, protected)
 
 
 @torch.inference_mode()
@@ -141,7 +141,7 @@ def _logistic(x: Tensor, num_protected: int) -> tuple[Tensor, float]:
             logits = x @ theta[:-1] + theta[-1]
             losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
             loss: Tensor = (losses * weight).sum() + RIDGE * theta[:-1].square().sum()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             return loss
 
         optimizer.step(closure)

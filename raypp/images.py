@@ -29,6 +29,9 @@ SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"},
 )
 
+UNREAD = frozenset({".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".dng", ".cr2", ".nef"})
+"""Suffixes of images that Pillow does not read everywhere: passing them over in silence would lose data."""
+
 
 def decode(
     data: bytes,
@@ -183,7 +186,8 @@ def find_images(path: Path) -> list[Path]:
     """Return the image files below ``path``, sorted; a file gives itself, hidden files and folders are passed over.
 
     Raises:
-        DataError: ``path`` does not exist, or no file below it has the suffix of an image.
+        DataError: ``path`` does not exist, no file below it has the suffix of an image, one is of a format that is not
+            read here, or one is a link that leads nowhere.
     """
     if path.is_file():
         return [path]
@@ -196,6 +200,11 @@ def find_images(path: Path) -> list[Path]:
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
         and file.is_file()
     )
+    for file in path.rglob("*"):
+        if file.suffix.lower() in UNREAD and not file.name.startswith("."):
+            raise DataError(f"{file} is an image in a format that is not read here; convert it, or move it away")
+        if file.suffix.lower() in SUFFIXES and file.is_symlink() and not file.exists():
+            raise DataError(f"{file} is a link to a file that does not exist")
     if not found:
         raise DataError(f"{path} holds no image, that is no file ending in {', '.join(sorted(SUFFIXES))}")
     return found

@@ -522,6 +522,7 @@ def scorecard(plan: Plan, victim: Victim, failures: dict[str, str]) -> dict[str,
     card = {
         "victim": victim.name,
         "label": victim.label,
+        "keyed": victim.access.fresh is not None,
         "num_queries": len(victim.plain),
         "num_gallery": len(victim.gallery),
         "num_attacker_images": len(victim.access.images) if victim.access.images is not None else 0,

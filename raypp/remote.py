@@ -59,7 +59,7 @@ class RemoteError(RayppError):
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the cloud makes of one image: its class, the classes ``top`` with their probabilities, and by which model."""
+    """What the cloud makes of one image: its class, the likeliest ones with their probabilities, and by which model."""
 
     label: str
     probability: float
@@ -357,7 +357,7 @@ def _wait(answer: httpx.Response | Exception | None, tries: int) -> float:
     """Seconds until the next try: what the service asks for, else twice as long each time, with chance in it."""
     asked = answer.headers.get("retry-after", "") if isinstance(answer, httpx.Response) else ""
     least = min(float(asked), LONGEST_WAIT) if asked.isdigit() else 0.0
-    return least + random.uniform(0.5, 1.0) * min(0.1 * 2**tries, 5.0)
+    return float(least + random.uniform(0.5, 1.0) * min(0.1 * 2**tries, 5.0))
 
 
 def _reason(error: Exception | None) -> str:

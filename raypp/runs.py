@@ -38,6 +38,7 @@ from raypp.keys import Key
 from raypp.nets.features import StateDict
 from raypp.progress import Shows
 from raypp.protections import PROTECTIONS
+from raypp.protections.base import Protection
 from raypp.protections.plain import Plain, PlainOptions
 from raypp.storage import Storage
 from raypp.training.fit import Fit, fit, load_split, prepare
@@ -98,6 +99,8 @@ def open_run(config: Config, name: str, *, resume: bool = False) -> Iterator[Run
             storage.remove(KEY)
             if key is not None:
                 storage.write(KEY, key.text().encode(), secret=True)
+                if storage.local:
+                    (storage.path / KEY).parent.chmod(0o700)
             if phi is not None:
                 from safetensors.torch import save
 
@@ -158,10 +161,12 @@ def conclude(run: Run, result: Fit, device: torch.device) -> dict[str, Any]:
         "warnings": list(run.warnings),
     }
     shown = first_of_each_class(test.labels, NUM_PICTURED)
-    with torch.inference_mode():
-        protected = system.protection.protect(test_images[torch.from_numpy(shown).to(device)].permute(0, 3, 1, 2))
+    # A plain image beside its protected one gives a key away: the picture has a key of its own, which is forgotten.
+    pictured = build_protection(config, Key.generate()).to(device) if run.key is not None else system.protection
+    protected = pictured.protect(test_images[torch.from_numpy(shown).to(device)].permute(0, 3, 1, 2))
     rows = [test.images[shown], protected.permute(0, 2, 3, 1).cpu().numpy()]
-    picture = images.grid(rows, labels=["plain", "protected"])
+    label = "protected" if run.key is None else "protected (another key)"
+    picture = images.grid(rows, labels=["plain", label])
     run.storage.write("protected.png", images.encode_png(picture))
     guard, sample = _for_serving(system, result.data.val[0], test_images)
     bundle.export(
@@ -198,6 +203,12 @@ def _for_serving(system: System, val: Tensor, test: Tensor) -> tuple[Guard | Non
         guard = calibrate(plain[0], protected[0], plain[1], protected[1])
     sample = protected[1][:NUM_SAMPLE]
     return guard, (sample.cpu(), system.classifier(sample.float() / 255).argmax(1).cpu())
+
+
+def build_protection(config: Config, key: Key | None) -> Protection:
+    """The configured protection, untrained."""
+    built: Protection = PROTECTIONS.build(config.protection, channels=config.data.channels, key=key)
+    return built
 
 
 def new_key(config: Config) -> Key | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import statistics
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -282,6 +283,8 @@ def _parameters(config: Config, found: dict[str, Any]) -> int:
 
 def departures(grid: Sequence[Cell], summaries: dict[str, dict[str, Any]]) -> list[str]:
     """What differs from the paper's experiment, as sentences: every setting, and every warning of a run."""
+    from raypp.protections import PROTECTIONS
+
     sentences = []
     for dataset in dict.fromkeys(cell.dataset for cell in grid):
         mine = [cell for cell in grid if cell.dataset == dataset]
@@ -297,6 +300,8 @@ def departures(grid: Sequence[Cell], summaries: dict[str, dict[str, Any]]) -> li
         for cell in mine:
             for warning in summaries.get(cell.name, {}).get("warnings", []):
                 sentences.append(f"{dataset}: {warning}")
+    if any(PROTECTIONS.get(c.config.protection.name).needs_key(c.config.protection) for c in grid):
+        sentences.append("every run of a keyed scheme draws a key of its own: a seed does not repeat it bit by bit")
     sentences += [
         "the paper leaves the feature network and its layer open: VGG-16 relu2_2 is that of its authors' later code",
         "recipes of Tanaka's and the pixel-based rows are not stated in the paper: adaptation networks are those of "
@@ -355,7 +360,7 @@ def markdown(results: Sequence[Result], notes: Sequence[str]) -> str:
         lines.append("")
     lines += [
         "In brackets the 95% interval over test images of a single seed; after ± the standard deviation over seeds. "
-        "Minutes are those of training and validation, one worker per run.",
+        "Minutes are those of training and validation, summed over seeds, one worker per run.",
         "",
     ]
     failed = [sentence for r in results for sentence in r.failed]
@@ -443,6 +448,26 @@ def run_locally(grid: Sequence[Cell], display: GridDisplay, ended: Callable[[Cel
         ended(cell, outcome)
 
 
+def _finished_before(
+    datasets: Sequence[str], chosen: Sequence[str], seeds: Sequence[int], flags: Sequence[str], folder: Storage
+) -> list[tuple[Cell, dict[str, Any]]]:
+    """Finished cells of a table, trained with the same settings, that the command does not ask for."""
+    stems = {Path(dataset).stem: dataset for dataset in datasets}
+    found = []
+    for name in folder.folder(CELLS).folders():
+        match = re.fullmatch(r"(.+)-seed(\d+)", name)
+        row = match[1] if match else ""
+        for stem, dataset in stems.items():
+            method, seed = row.removeprefix(f"{stem}-"), int(match[2]) if match else 0
+            asked = method in chosen and seed in seeds
+            if row == f"{stem}-{method}" and method in methods() and not asked:
+                (cell,) = cells([dataset], [method], [seed], flags, folder)
+                summary_before = stored_summary(cell)
+                if summary_before is not None:
+                    found.append((cell, summary_before))
+    return found
+
+
 def table1(
     datasets: Sequence[str],
     chosen: Sequence[str],
@@ -474,9 +499,16 @@ def table1(
                 summaries[cell.name] = found
         missing = [cell for cell in grid if cell.name not in summaries]
 
+        # Finished rows that this command does not name stay in the table.
+        earlier = _finished_before(datasets, chosen, seeds, flags, root.folder(name)) if resume else []
+        for cell, found in earlier:
+            summaries[cell.name] = found
+        order = list(methods())
+        whole = sorted([*grid, *(cell for cell, _ in earlier)], key=lambda c: (c.dataset, order.index(c.method.name)))
+
         def write() -> list[Result]:
-            results = collect(grid, summaries, failures)
-            write_table(folder, results, departures(grid, summaries))
+            results = collect(whole, summaries, failures)
+            write_table(folder, results, departures(whole, summaries))
             return results
 
         with GridDisplay(len(grid), len(grid) - len(missing), quiet=quiet) as display:

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import CPU, Trained, tiny_flags
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file
 
 from raypp.bundle import MANIFEST, SCHEMA, load_private, load_public, verify, write_manifest
@@ -24,7 +26,8 @@ from raypp.evaluation.evaluate import evaluate_bundle
 from raypp.images import round_8bit
 from raypp.keys import Key
 from raypp.progress import Display
-from raypp.runs import open_run, train_locally
+from raypp.runs import first_of_each_class, open_run, train_locally
+from raypp.training.fit import load_split
 
 
 @pytest.fixture
@@ -343,6 +346,20 @@ def test_the_key_stays_in_the_private_part(keyed: Path) -> None:
         if path.is_file() and path.name != "protection.key":
             assert key.text().strip() not in path.read_text(errors="replace")
     assert "whoever has the key" in (keyed / "MODEL_CARD.md").read_text()
+
+
+def test_the_picture_of_a_keyed_run_does_not_show_pairs_under_its_key(keyed: Path) -> None:
+    config = load_config("quickstart", flags=tiny_flags(keyed, train__epochs=1, protection="tanaka"))
+    test = load_split(config, "test")
+    shown = first_of_each_class(test.labels, 10)
+    protect = load_public(keyed).protection.protect
+    mine = protect(torch.from_numpy(test.images[shown]).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
+    picture = np.asarray(Image.open(keyed.parent / "protected.png"))
+    for row, images in ((0, test.images[shown]), (1, mine)):
+        top, left = 4 + 68 * row, picture.shape[1] - 680
+        tiles = [picture[top : top + 64 : 4, left + 68 * i : left + 68 * i + 64 : 4] for i in range(10)]
+        same = [np.array_equal(tile, image) for tile, image in zip(tiles, images, strict=True)]
+        assert all(same) if row == 0 else not any(same)
 
 
 def test_a_keyed_client_brings_its_key_or_is_told_to(keyed: Path, tmp_path: Path) -> None:

@@ -331,6 +331,47 @@ def write_folder(root: Path, layout: dict[str, int], seed: int = 0) -> None:
             write_png(root / name / f"{j}.png", image)
 
 
+@pytest.mark.parametrize(("train", "test"), [("Train", "Test"), ("training", "testing"), ("TRAIN", "valid")])
+def test_folder_splits_are_no_classes_however_they_are_spelt(tmp_path: Path, train: str, test: str) -> None:
+    write_folder(tmp_path, {f"{train}/a": 2, f"{train}/b": 2, f"{test}/a": 1})
+    source = build("folder", path=tmp_path)
+    assert source.classes == ("a", "b")
+    assert (source.num_images("train"), source.num_images("test")) == (4, 1)
+
+
+def test_folder_with_a_test_split_alone_is_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"Test/a": 2, "data/a": 2})
+    with pytest.raises(DataError, match="has a folder Test and none for training, allowed is train"):
+        build("folder", path=tmp_path).load("train")
+
+
+def test_folder_with_a_class_called_test_is_read(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"test": 10, "control": 10})
+    assert build("folder", path=tmp_path).classes == ("control", "test")
+
+
+def test_images_that_cannot_be_read_here_are_named(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"train/a": 2, "test/a": 1})
+    (tmp_path / "train" / "a" / "photo.HEIC").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"photo\.HEIC is an image in a format that is not read here"):
+        build("folder", path=tmp_path).load("train")
+    (tmp_path / "train" / "a" / "photo.HEIC").unlink()
+    (tmp_path / "train" / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(DataError, match=r"gone\.png is a link to a file that does not exist"):
+        build("folder", path=tmp_path).load("train")
+
+
+def test_parquet_files_that_name_classes_otherwise_are_refused(tmp_path: Path) -> None:
+    images = structs(noise(4))
+    named = [{"label": {"_type": "ClassLabel", "names": names}} for names in (["cat", "dog"], ["dog", "cat"])]
+    write_parquet(tmp_path / "train-0.parquet", images, [0, 1, 0, 1], named[0])
+    write_parquet(tmp_path / "test-0.parquet", images, [0, 1, 0, 1], named[1])
+    with pytest.raises(DataError, match=r"test-0\.parquet names its classes dog, cat, the training files cat, dog"):
+        build("parquet", path=tmp_path).load("test")
+    with pytest.raises(DataError, match=r"data\.source\.classes is a, b, but .* names its classes cat, dog"):
+        build("parquet", path=tmp_path, classes=("a", "b")).load("train")
+
+
 @pytest.mark.parametrize("test_name", ["test", "val", "validation"])
 def test_folder_with_splits(tmp_path: Path, test_name: str) -> None:
     write_folder(tmp_path, {"train/dog": 2, "train/cat": 3, f"{test_name}/dog": 1})
@@ -367,7 +408,7 @@ def test_folder_refusals(tmp_path: Path) -> None:
         build("folder", path=tmp_path).load("train")
     write_folder(tmp_path, {"train/a": 2, "train/b": 2})
     source = build("folder", path=tmp_path)
-    with pytest.raises(DataError, match="has a train folder and no test folder, allowed is test, val, validation"):
+    with pytest.raises(DataError, match="has a train folder and no test folder, allowed is test, testing, val, valid"):
         source.load("test")
     write_folder(tmp_path, {"test/a": 1, "test/c": 1})
     with pytest.raises(DataError, match=r"test/c is a class that .*train does not have"):

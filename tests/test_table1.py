@@ -180,6 +180,11 @@ def test_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
     ]
     assert [len(r.accuracies) for r in results] == [2, 2]
     assert all(r.spread is not None for r in results)
+    trained.clear()
+    fewer = run(tmp_path, ["plain"], resume=True, run=note)  # what it does not name stays in the table
+    assert trained == []
+    assert [(r.method.name, len(r.accuracies)) for r in fewer] == [("plain", 2), ("tanaka", 2)]
+    assert "Tanaka" in (tmp_path / "table" / "table1.md").read_text()
     with pytest.raises(StorageError, match="no table 'other' to resume"):
         run(tmp_path, ["plain"], name="other", resume=True)
     with pytest.raises(StorageError, match=r"run name '\.\./x' is not allowed"):

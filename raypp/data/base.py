@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -28,6 +29,12 @@ Item = tuple[str, int, bytes | Path | None]
 # Threads pay for images of this many encoded bytes or more; below, handing the interpreter's lock around costs more
 # than decoding (32 x 32 JPEG: 59 us an image in one thread, 133 us in two; 224 x 224: 447 us and 261 us; 2 cores).
 THREADS_FROM = 4096
+
+CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""Where Linux says what a container may take and has taken, version 2 and 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,17 +201,28 @@ def _decode_one(
 def check_memory(num: int, shape: tuple[int, ...]) -> None:
     """Raise DataError if ``num`` uint8 images of ``shape`` (H, W, C), kept twice while they are split and moved, need
     over 60 % of the available memory."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
+    available = available_memory()
+    if available is None:
         return
-    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
     needed = 2 * num * int(np.prod(shape))
     if needed > 0.6 * available:
         raise DataError(
             f"{num} images of {' x '.join(map(str, shape))} need {needed / 1e9:.1f} GB and 60 % of the available "
             f"memory is {0.6 * available / 1e9:.1f} GB; set data.stream=true or a smaller data.image_size"
         )
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take, within a container's limit too; None where that cannot be told."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    free = [int(fields["MemAvailable"].split()[0]) * 1024]
+    for limit, used in CGROUPS:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: "max", which is no limit
+            free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return max(0, min(free))
 
 
 def stratified_split(labels: npt.ArrayLike, num_val: int, seed: int) -> tuple[Labels, Labels]:
@@ -224,7 +242,10 @@ def stratified_split(labels: npt.ArrayLike, num_val: int, seed: int) -> tuple[La
     values = np.asarray(labels)
     total = len(values)
     if not 0 <= num_val < total:
-        raise DataError(f"cannot set {num_val} of {total} images aside; allowed is 0 to {total - 1}")
+        raise DataError(
+            f"cannot set {num_val} of {total} images aside; allowed is 0 to {total - 1} (see data.num_val and "
+            "data.num_test)"
+        )
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     share, remainder = np.divmod(counts * num_val, total)
     share[np.argsort(-remainder, kind="stable")[: num_val - share.sum()]] += 1

@@ -14,14 +14,16 @@ from raypp.data.base import Record, Source, Split, decode_all, stratified_split
 from raypp.errors import DataError
 from raypp.images import find_images
 
-TEST_NAMES = ("test", "val", "validation")
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "testing", "val", "valid", "validation")
 
 
 class Folder(Source):
     """Images in ``train/<class>/`` and ``test/<class>/``, or in ``<class>/`` alone; any image format.
 
-    The test folder may also be called ``val`` or ``validation``. Class folders without a train folder above them are
-    split into train and test by ``test_fraction``. Hidden files and files of other types are ignored.
+    They may also be called ``training``, and ``testing``, ``val``, ``valid`` or ``validation``, in any case. Class
+    folders without a train folder above them are split into train and test by ``test_fraction``. Hidden files and files
+    that are no images are passed over.
     """
 
     class Options(registry.Options):
@@ -46,8 +48,24 @@ class Folder(Source):
 
     @cached_property
     def _train_root(self) -> Path:
-        train = self._root / "train"
-        return train if train.is_dir() else self._root
+        found = self._split_folder(TRAIN_NAMES)
+        if found is not None:
+            return found
+        test = self._split_folder(TEST_NAMES)
+        if test is not None and any(entry.is_dir() for entry in test.iterdir()):  # else it is a class of that name
+            raise DataError(f"{self._root} has a folder {test.name} and none for training, allowed is {TRAIN_NAMES[0]}")
+        return self._root
+
+    def _split_folder(self, names: tuple[str, ...]) -> Path | None:
+        """The folder inside that is called so, in whatever case; raises DataError if there are two of one name."""
+        folders = [entry for entry in sorted(self._root.iterdir()) if entry.is_dir()]
+        for name in names:
+            found = [folder for folder in folders if folder.name.lower() == name]
+            if len(found) > 1:
+                raise DataError(f"{self._root} has both {found[0].name} and {found[1].name}; rename one of them")
+            if found:
+                return found[0]
+        return None
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
@@ -66,9 +84,8 @@ class Folder(Source):
 
     @property
     def _test_root(self) -> Path:
-        for name in TEST_NAMES:
-            if (self._root / name).is_dir():
-                return self._root / name
+        if (found := self._split_folder(TEST_NAMES)) is not None:
+            return found
         raise DataError(f"{self._root} has a train folder and no test folder, allowed is {', '.join(TEST_NAMES)}")
 
     @cached_property

@@ -135,13 +135,15 @@ class Parquet(Source):
     def classes(self) -> tuple[str, ...]:
         """Class names: those in the file's Hugging Face metadata, else the option, else the labels themselves."""
         column = self.columns()[1]
-        try:
-            metadata = json.loads((self._schema.metadata or {})[b"huggingface"])
-            return tuple(map(str, metadata["info"]["features"][column]["names"]))
-        except (KeyError, TypeError, ValueError):  # not from the hub, or its labels have no names
-            pass
-        if self.options.classes:
-            return self.options.classes
+        names = _names(self._schema, column)
+        given = self.options.classes
+        if names and given and names != given:
+            raise DataError(
+                f"data.source.classes is {', '.join(given)}, but {self.files('train')[0]} names its classes "
+                f"{', '.join(names)}; leave the setting out"
+            )
+        if names or given:
+            return names or given or ()
         columns = [self._label_column(path) for path in self.files("train")]
         if len({_is_text(values.type) for values in columns}) > 1:
             raise DataError(f"{self.options.path}: column {column!r} holds integers in one file and strings in another")
@@ -162,6 +164,13 @@ class Parquet(Source):
             DataError: a label is null, out of range, an unknown name, or not an integer.
         """
         values = self._label_column(path)
+        with self._open(path) as file:
+            names = _names(file.schema_arrow, self.columns()[1])
+        if names is not None and names != self.classes:
+            raise DataError(
+                f"{path} names its classes {', '.join(names)}, the training files {', '.join(self.classes)}; the same "
+                "number would mean another class"
+            )
         if _is_text(values.type):
             indices = pc.index_in(values, pa.array(self.classes, values.type)).fill_null(-1)
         else:
@@ -229,6 +238,15 @@ def _naming(path: str) -> Iterator[None]:
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path} cannot be read as Parquet ({reason})") from error
+
+
+def _names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
+    """Class names in a file's Hugging Face metadata, or None: it is not from the hub, or its labels have no names."""
+    try:
+        metadata = json.loads((schema.metadata or {})[b"huggingface"])
+        return tuple(map(str, metadata["info"]["features"][column]["names"]))
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raypp.bundle import load_private, load_public
+from raypp.bundle import MANIFEST, load_private, load_public
 from raypp.config import flatten, merge, parse_flags, validate
 from raypp.data.loader import as_input, to_device
-from raypp.errors import ConfigError, DataError
+from raypp.errors import BundleError, ConfigError, DataError
 from raypp.evaluation.metrics import psnr, ssim, wilson_interval
 from raypp.images import to_uint8
 from raypp.protections.base import Protection
+from raypp.storage import Storage
 from raypp.training.fit import load_split
 from raypp.training.system import adaptation_of
 
@@ -91,6 +92,8 @@ def evaluate_bundle(location: str | Path, settings: tuple[str, ...] = (), split:
         BundleError: the bundle is missing, altered or incomplete.
         DataError: the images cannot be read, or have other classes than the bundle.
     """
+    if not all(Storage(location).exists(f"{part}/{MANIFEST}") for part in ("public", "private")):
+        raise BundleError(f"{str(location)!r} is no whole bundle; measuring needs its public and its private part")
     public, private = load_public(location), load_private(location)
     given = parse_flags(settings)
     for name in flatten(given):

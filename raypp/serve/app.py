@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -28,7 +27,7 @@ from raypp.remote import is_loopback  # noqa: E402
 from raypp.serve.auth import Tokens  # noqa: E402
 from raypp.serve.http import ServedAttack, attack_api, classifier_api, measured, null_scores  # noqa: E402
 from raypp.serve.ladder import online  # noqa: E402
-from raypp.serve.model import Live, Served  # noqa: E402
+from raypp.serve.model import Job, Live, Served, classify  # noqa: E402
 from raypp.serve.wire import Limits  # noqa: E402
 
 logger = logging.getLogger("raypp.serve")
@@ -141,9 +140,6 @@ def _attack_app() -> FastAPI:
     return attack_api(_servable, lambda *what: _servable().observe(*what))
 
 
-Job = tuple[Served, Tensor]
-
-
 @serve.deployment(
     name="Classifier",
     max_ongoing_requests=128,
@@ -161,7 +157,7 @@ class ClassifierDeployment(_Replica):
 
     def __init__(self, arguments: Arguments) -> None:
         super().__init__(arguments)
-        self.batched.set_max_batch_size(arguments.max_images)  # type: ignore[attr-defined]
+        self.batched.set_max_batch_size(arguments.max_images)
 
     async def served(self, protection: str | None) -> Served | None:
         found = self.live.of(protection)
@@ -175,32 +171,14 @@ class ClassifierDeployment(_Replica):
         found: tuple[Tensor, Tensor] = await self.batched((served, images))
         return found
 
-    @serve.batch(
+    @serve.batch(  # type: ignore[untyped-decorator]
         max_batch_size=Limits.images,
         batch_wait_timeout_s=BATCH_SECONDS,
         batch_size_fn=lambda jobs: sum(len(images) for _, images in jobs),
     )
     async def batched(self, jobs: list[Job]) -> list[tuple[Tensor, Tensor]]:
-        found: list[tuple[Tensor, Tensor]] = await self.compute(_classify, jobs)
+        found: list[tuple[Tensor, Tensor]] = await self.compute(classify, jobs)
         return found
-
-
-def _classify(jobs: list[Job]) -> list[tuple[Tensor, Tensor]]:
-    """Classes and what looks protected, of the images of several requests at once."""
-    groups: dict[int, list[int]] = defaultdict(list)
-    for i, (served, _) in enumerate(jobs):
-        groups[id(served)].append(i)
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    for places in groups.values():
-        served = jobs[places[0]][0]
-        images = torch.cat([jobs[i][1] for i in places]) if len(places) > 1 else jobs[places[0]][1]
-        guard = served.guard
-        protected = guard.looks_protected(images) if guard is not None else torch.ones(len(images), dtype=torch.bool)
-        probabilities = served.probabilities(images)
-        sizes = [len(jobs[i][1]) for i in places]
-        parts = zip(probabilities.split(sizes), protected.split(sizes), strict=True)
-        found |= dict(zip(places, parts, strict=True))
-    return [found[i] for i in range(len(jobs))]
 
 
 @serve.deployment(
@@ -260,4 +238,3 @@ def _bound(deployment: Any, arguments: Arguments) -> Application:
         Tokens.read(arguments.tokens)  # a mistake is met here, not in every replica
     application: Application = deployment.bind(arguments)
     return application
-

@@ -1,4 +1,4 @@
-"""Bearer tokens: who may classify, who may attack. The file holds hashes only; a token is shown once, when it is made."""
+"""Bearer tokens: who may classify, who may attack. The file holds hashes only; a token is shown once, when made."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from raypp.errors import ConfigError
-from raypp.serve.wire import Refused
+from raypp.serve.wire import RefusedError
 from raypp.storage import Storage
 
 SCOPES = ("classify", "attack")
@@ -43,7 +43,7 @@ class Tokens:
         return cls(entries)
 
     def check(self, authorization: str | None, scope: str) -> str:
-        """The name of the token in an Authorization header, if it has the scope; raises Refused (401 or 403)."""
+        """The name of the token in an Authorization header, if it has the scope; raises RefusedError (401 or 403)."""
         kind, _, token = (authorization or "").partition(" ")
         digest = hashlib.sha256(token.strip().encode()).digest()
         found = None
@@ -51,11 +51,11 @@ class Tokens:
             if hmac.compare_digest(entry[1], digest):
                 found = entry
         if kind.lower() != "bearer" or found is None:
-            raise Refused(
+            raise RefusedError(
                 401, "no-token", "a valid bearer token is required", {"WWW-Authenticate": 'Bearer realm="raypp"'}
             )
         if scope not in found[2]:
-            raise Refused(
+            raise RefusedError(
                 403, "wrong-scope", f"this token does not have the scope {scope!r}",
                 {"WWW-Authenticate": f'Bearer realm="raypp", error="insufficient_scope", scope="{scope}"'},
             )  # fmt: skip

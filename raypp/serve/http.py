@@ -30,7 +30,7 @@ from raypp.evaluation.metrics import psnr, ssim
 from raypp.images import Pixels, encode_png
 from raypp.serve.auth import Tokens
 from raypp.serve.model import Served
-from raypp.serve.wire import MULTIPART, NPY, PNG, Limits, Refused, Shape, read_body, read_images
+from raypp.serve.wire import MULTIPART, NPY, PNG, Limits, RefusedError, Shape, read_body, read_images
 
 PROBLEM = "application/problem+json"
 PROTECTION_HEADER, MODEL_HEADER, REQUEST_ID = "Raypp-Protection", "Raypp-Model", "X-Request-ID"
@@ -107,7 +107,7 @@ def classifier_api(service: Callable[[], Classifying], observe: Observe | None =
         _allowed(request, asked.tokens, "classify")
         served = await asked.served(_wanted(request))
         if served is None:
-            raise Refused(
+            raise RefusedError(
                 409, "other-protection",
                 "the images were protected with a protection that is not served (any more); fetch "
                 "/v1/protection and protect them anew",
@@ -118,7 +118,7 @@ def classifier_api(service: Callable[[], Classifying], observe: Observe | None =
         probabilities, protected = await asked.predict(served, values)
         if not bool(protected.all()):
             first = int((~protected).int().argmax())
-            raise Refused(
+            raise RefusedError(
                 422, "not-protected",
                 f"image {first + 1} of {len(images)} does not look protected; nothing of it was kept. Protect it "
                 "first: raypp protect, or raypp.Client",
@@ -144,10 +144,9 @@ def classifier_api(service: Callable[[], Classifying], observe: Observe | None =
 
     @api.get(
         "/v1/protection",
-        responses={200: {"content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}}},
-                   304: {"description": "The client has it already."}} | _PROBLEMS,
+        responses=_given("application/zip", {"type": "string", "format": "binary"}),
         response_class=Response,
-    )  # fmt: skip
+    )
     async def protection(request: Request) -> Response:
         """The public part of the live bundle: what a client protects with. A key is never in it."""
         asked = service()
@@ -159,7 +158,7 @@ def classifier_api(service: Callable[[], Classifying], observe: Observe | None =
             return Response(status_code=304, headers=headers)
         return Response(served.archive, media_type="application/zip", headers=headers)
 
-    @api.get("/v1/model", responses={200: {"content": {"application/json": {}}}} | _PROBLEMS)
+    @api.get("/v1/model", responses=_given("application/json", {"type": "object"}))
     async def model(request: Request) -> Response:
         """What is served: card, classes, shape of an upload, what attacks recovered, how the guard was calibrated."""
         asked = service()
@@ -192,7 +191,7 @@ def attack_api(service: Callable[[], Attacking], observe: Observe | None = None)
     """The attack service's API; see :func:`classifier_api`."""
     api = _api("raypp attacks", "What an attacker makes of protected images, and how much he recovers.", observe)
 
-    @api.get("/v1", responses={200: {"content": {"application/json": {}}}} | _PROBLEMS)
+    @api.get("/v1", responses=_given("application/json", {"type": "object"}))
     async def listing(request: Request) -> Response:
         """Which attacks are served, who carries them out, and what they recovered when the bundle was attacked."""
         asked = service()
@@ -223,7 +222,7 @@ def attack_api(service: Callable[[], Attacking], observe: Observe | None = None)
         offered = asked.attacks().get(attack)
         if offered is None:
             known = ", ".join(asked.attacks()) or "none: the bundle has not been attacked"
-            raise Refused(404, "unknown-attack", f"there is no attack {attack[:50]!r} here; served are {known}")
+            raise RefusedError(404, "unknown-attack", f"there is no attack {attack[:50]!r} here; served are {known}")
         served = asked.now()
         most = Limits(asked.limits.body, min(asked.limits.images, offered.max_images))
         images, plain = await _images(request, served.shape, most)
@@ -231,7 +230,7 @@ def attack_api(service: Callable[[], Attacking], observe: Observe | None = None)
         try:
             made = await asked.reconstruct(attack, values)
         except RayppError as error:
-            raise Refused(422, "attack-does-not-apply", str(error)) from error
+            raise RefusedError(422, "attack-does-not-apply", str(error)) from error
         pixels = made.permute(0, 2, 3, 1).numpy()
         if request.headers.get("accept", "").split(",")[0].strip() == PNG:
             return Response(encode_png(pixels[0]), media_type=PNG, headers={MODEL_HEADER: served.version})
@@ -281,7 +280,7 @@ def _compare(made: Pixels, plain: Pixels | None) -> list[dict[str, float]]:
     if plain is None:
         return [{} for _ in made]
     if plain.shape != made.shape:
-        raise Refused(
+        raise RefusedError(
             422, "wrong-shape",
             f"field 'plain' holds {len(plain)} images of {plain.shape[1]} x {plain.shape[2]}; there are {len(made)} "
             f"reconstructions of {made.shape[1]} x {made.shape[2]}",
@@ -326,8 +325,8 @@ def _api(title: str, what: str, observe: Observe | None) -> FastAPI:
         )  # fmt: skip
         return response
 
-    @api.exception_handler(Refused)
-    async def refused(request: Request, error: Refused) -> Response:
+    @api.exception_handler(RefusedError)
+    async def refused(request: Request, error: RefusedError) -> Response:
         return problem(request, error.status, error.code, str(error), error.headers)
 
     @api.exception_handler(RequestValidationError)
@@ -343,9 +342,7 @@ def _api(title: str, what: str, observe: Observe | None) -> FastAPI:
     return api
 
 
-def problem(
-    request: Request, status: int, code: str, detail: str, headers: dict[str, str] | None = None
-) -> Response:
+def problem(request: Request, status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> Response:
     """A problem document."""
     document = {
         "type": TYPES + code,
@@ -419,12 +416,14 @@ CLASSIFIED = {
     "protection": "sha256 of the protection's manifest",
     "images": [
         {
-            "class": "ship", "index": 8, "probability": 0.93,
-            "top": [{"class": "ship", "index": 8, "probability": 0.93}, {"class": "car", "index": 1, "probability": 0.04}],
+            "class": "ship",
+            "index": 8,
+            "probability": 0.93,
+            "top": [{"class": "ship", "index": 8, "probability": 0.93}],
         }
     ],
     "timing_ms": {"read": 0.4, "model": 6.1, "total": 6.5},
-}  # fmt: skip
+}
 RECONSTRUCTED = {
     "attack": "inverse",
     "threat": "T4",
@@ -432,6 +431,14 @@ RECONSTRUCTED = {
     "reconstructions": [{"png": "iVBORw0KGgo=", "psnr": 18.4, "ssim": 0.74}],
     "timing_ms": {"total": 12.3},
 }
+
+
+def _given(kind: str, schema: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    found: dict[int | str, dict[str, Any]] = {
+        200: {"description": "Done.", "content": {kind: {"schema": schema}}},
+        304: {"description": "The client has it already."},
+    }
+    return found | _PROBLEMS
 
 
 def _answers(example: dict[str, Any], *others: str) -> dict[int | str, dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+
 import torch
 from safetensors.torch import load
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from raypp import bundle as bundles
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import Access, Attack, AttackError, Map, TrainedAttack
+from raypp.attacks.white_box import WhiteBoxOptions
 from raypp.serve.model import Served
 from raypp.storage import Storage
 
@@ -27,7 +29,7 @@ def online(served: Served) -> dict[str, tuple[Run, int]]:
     Those that look images up in a gallery, or need pairs, are not among them.
 
     Returns:
-        by name, a map from protected uint8 (N, C, H', W') to estimates uint8 (N, C, H, W), and how many images it takes.
+        by name, a map from protected uint8 (N, C, H', W') to estimates uint8 (N, C, H, W), and its largest batch.
     """
     listed = (served.scorecard or {}).get("attacks", {})
     done = {name: found for name, found in listed.items() if found["status"] == "done"}
@@ -38,7 +40,7 @@ def online(served: Served) -> dict[str, tuple[Run, int]]:
         for name in sorted(done, key=lambda n: bool(ATTACKS.get(n).after)):
             kind: type[Attack] = ATTACKS.get(name)
             options = ATTACKS.options(name).model_validate(done[name]["options"])
-            if "steps" in type(options).model_fields:
+            if isinstance(options, WhiteBoxOptions):
                 options = options.model_copy(update={"steps": min(options.steps, STEPS), "restarts": 0})
             earlier = {n: networks[n] for n in kind.after if n in networks}
             try:
@@ -76,4 +78,3 @@ def _access(served: Served) -> Access:
         classify=classify,
         device=device,
     )
-

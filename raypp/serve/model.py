@@ -1,8 +1,8 @@
 """What is served: a bundle, loaded and checked, and how a newer one takes its place while requests are answered.
 
 A *shelf* is a folder with bundles under ``versions/`` and a file ``live.json`` that names one of them. A service looks
-at that file every few seconds. What it names next is loaded and checked beside the bundle that is being served, and takes
-over only if it does what it did when it was made; else the old one stays and the reason is shown.
+at that file every few seconds. What it names next is loaded and checked beside the bundle that is being served, and
+takes over only if it does what it did when it was made; else the old one stays and the reason is shown.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import io
 import json
 import threading
 import zipfile
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,6 +107,29 @@ def _archive(folder: Path) -> bytes:
             if path.is_file():
                 archive.writestr(zipfile.ZipInfo(path.relative_to(folder).as_posix(), EPOCH), path.read_bytes())
     return buffer.getvalue()
+
+
+Job = tuple[Served, Tensor]
+"""A request: the bundle that answers it, and protected images uint8 (N, C, H, W)."""
+
+
+@torch.inference_mode()
+def classify(jobs: list[Job]) -> list[tuple[Tensor, Tensor]]:
+    """Classes and what looks protected, of the images of several requests at once."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i, (served, _) in enumerate(jobs):
+        groups[id(served)].append(i)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for places in groups.values():
+        served = jobs[places[0]][0]
+        images = torch.cat([jobs[i][1] for i in places]) if len(places) > 1 else jobs[places[0]][1]
+        guard = served.guard
+        protected = guard.looks_protected(images) if guard is not None else torch.ones(len(images), dtype=torch.bool)
+        probabilities = served.probabilities(images)
+        sizes = [len(jobs[i][1]) for i in places]
+        parts = zip(probabilities.split(sizes), protected.split(sizes), strict=True)
+        found |= dict(zip(places, parts, strict=True))
+    return [found[i] for i in range(len(jobs))]
 
 
 # What is live

@@ -99,7 +99,9 @@ def serving(config: dict[str, Any]) -> Iterator[str]:
                     )
                 except RuntimeError as error:
                     said = str(serve.status().applications[application["name"]])
-                    raise RayppError(f"the service {application['name']} does not start: {_why(said, error)}") from error
+                    raise RayppError(
+                        f"the service {application['name']} does not start: {_why(said, error)}"
+                    ) from error
             yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
         finally:
             serve.shutdown()

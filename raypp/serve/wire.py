@@ -1,7 +1,7 @@
 """What a request's body may be: one image or a batch, as PNG or NumPy file, of exactly the shape that is served.
 
-Everything is decided from headers and lengths before a pixel is decoded, and only what is needed of a file is decoded at
-all: of a PNG the image data, of a NumPy file raw bytes, never pickles.
+Everything is decided from headers and lengths before a pixel is decoded, and only what is needed of a file is decoded
+at all: of a PNG the image data, of a NumPy file raw bytes, never pickles.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import math
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,7 @@ GREY, RGB = 0, 2  # PNG's colour types
 MAX_NPY_HEADER = 1024
 
 
-class Refused(RayppError):
+class RefusedError(RayppError):
     """A request that is answered by an error of the client's making.
 
     Args:
@@ -66,8 +66,8 @@ async def read_body(chunks: AsyncIterator[bytes], length: str | None, limits: Li
     return b"".join(parts)
 
 
-def _too_large(limits: Limits) -> Refused:
-    return Refused(413, "body-too-large", f"the body is larger than the {limits.body:,} bytes allowed")
+def _too_large(limits: Limits) -> RefusedError:
+    return RefusedError(413, "body-too-large", f"the body is larger than the {limits.body:,} bytes allowed")
 
 
 async def read_images(body: bytes, content_type: str, shape: Shape, limits: Limits) -> tuple[Pixels, Pixels | None]:
@@ -80,7 +80,7 @@ async def read_images(body: bytes, content_type: str, shape: Shape, limits: Limi
         uint8 (N, H, W, C), and likewise the images of the form's field ``plain``, if it has one.
 
     Raises:
-        Refused: 400, 413, 415 or 422, with a sentence.
+        RefusedError: 400, 413, 415 or 422, with a sentence.
     """
     kind = content_type.partition(";")[0].strip().lower()
     if kind == PNG:
@@ -89,7 +89,7 @@ async def read_images(body: bytes, content_type: str, shape: Shape, limits: Limi
         return _npy(body, "the body", shape, limits), None
     if kind == MULTIPART:
         return await _multipart(body, content_type, shape, limits)
-    raise Refused(
+    raise RefusedError(
         415,
         "unsupported-type",
         f"Content-Type {kind or 'nothing'!r} is not read here; allowed are {PNG}, {NPY} and {MULTIPART} (lossy "
@@ -97,10 +97,8 @@ async def read_images(body: bytes, content_type: str, shape: Shape, limits: Limi
     )
 
 
-async def _multipart(
-    body: bytes, content_type: str, shape: Shape, limits: Limits
-) -> tuple[Pixels, Pixels | None]:
-    async def stream() -> AsyncIterator[bytes]:
+async def _multipart(body: bytes, content_type: str, shape: Shape, limits: Limits) -> tuple[Pixels, Pixels | None]:
+    async def stream() -> AsyncGenerator[bytes, None]:
         yield body
 
     parser = MultiPartParser(
@@ -111,12 +109,14 @@ async def _multipart(
         form = await parser.parse()
     except (MultiPartException, MultipartParseError, KeyError, ValueError, UnicodeError) as error:
         reason = getattr(error, "message", "") or str(error) or type(error).__name__
-        raise Refused(400, "bad-form", f"the form cannot be read: {reason}") from error
+        raise RefusedError(400, "bad-form", f"the form cannot be read: {reason}") from error
     found: dict[str, list[Pixels]] = {"image": [], "plain": []}
     try:
         for name, value in form.multi_items():
             if name not in found or not isinstance(value, UploadFile):
-                raise Refused(422, "unknown-field", f"the form has a field {name[:50]!r}; allowed are files in 'image'")
+                raise RefusedError(
+                    422, "unknown-field", f"the form has a field {name[:50]!r}; allowed are files in 'image'"
+                )
             data = await value.read()
             where = f"file {len(found[name]) + 1} of field {name!r}"
             left = Limits(limits.body, limits.images - sum(map(len, found[name])))
@@ -128,13 +128,13 @@ async def _multipart(
     finally:
         await form.close()
     if not found["image"]:
-        raise Refused(422, "no-image", "the form holds no file in field 'image'")
+        raise RefusedError(422, "no-image", "the form holds no file in field 'image'")
     plain = np.concatenate(found["plain"]) if found["plain"] else None
     return np.concatenate(found["image"]), plain
 
 
-def _too_many(limits: Limits) -> Refused:
-    return Refused(413, "too-many-images", f"the request holds more than the {limits.images} images allowed")
+def _too_many(limits: Limits) -> RefusedError:
+    return RefusedError(413, "too-many-images", f"the request holds more than the {limits.images} images allowed")
 
 
 def _one(image: Pixels) -> Pixels:
@@ -144,8 +144,9 @@ def _one(image: Pixels) -> Pixels:
 def _png(data: bytes, where: str, shape: Shape) -> Pixels:
     """An 8-bit PNG of the given shape; everything in it but the image itself is passed over undecoded."""
     if not data.startswith(PNG_SIGNATURE):
-        raise Refused(422, "not-png", f"{where} is no PNG image")
-    kept, at, kinds = [PNG_SIGNATURE], len(PNG_SIGNATURE), []
+        raise RefusedError(422, "not-png", f"{where} is no PNG image")
+    kept, at = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    kinds: list[bytes] = []
     while at + 12 <= len(data) and (not kinds or kinds[-1] != b"IEND"):
         (length,) = struct.unpack_from(">I", data, at)
         kind = data[at + 4 : at + 8]
@@ -158,47 +159,49 @@ def _png(data: bytes, where: str, shape: Shape) -> Pixels:
         if kind in {b"IHDR", b"IDAT", b"IEND"}:
             kept.append(data[at:end])
         elif kind[:1].isupper():  # a critical chunk, as a palette, which these colour types do not have
-            raise Refused(422, "not-png", f"{where} has a PNG chunk that an 8-bit image of this kind does not have")
+            raise RefusedError(
+                422, "not-png", f"{where} has a PNG chunk that an 8-bit image of this kind does not have"
+            )
         at = end
     if not kinds or kinds[-1] != b"IEND":
-        raise Refused(422, "damaged-image", f"{where} is a truncated PNG image")
+        raise RefusedError(422, "damaged-image", f"{where} is a truncated PNG image")
     if at != len(data):
-        raise Refused(422, "trailing-bytes", f"{where} goes on for {len(data) - at} bytes after the image's end")
+        raise RefusedError(422, "trailing-bytes", f"{where} goes on for {len(data) - at} bytes after the image's end")
     try:
         return decode(b"".join(kept), name=where, channels=shape[2], max_pixels=shape[0] * shape[1])
     except DataError as error:
-        raise Refused(422, "damaged-image", str(error)) from error
+        raise RefusedError(422, "damaged-image", str(error)) from error
 
 
 def _check_header(kind: bytes, header: bytes, where: str, shape: Shape) -> None:
     if kind != b"IHDR" or len(header) != 13:
-        raise Refused(422, "damaged-image", f"{where} is a damaged PNG image")
+        raise RefusedError(422, "damaged-image", f"{where} is a damaged PNG image")
     width, height, depth, colour = struct.unpack(">IIBB", header[:10])
     wanted = RGB if shape[2] == 3 else GREY
     if (height, width) != shape[:2]:
-        raise Refused(422, "wrong-shape", f"{where} is {height} x {width}; this classifier reads {_said(shape)}")
+        raise RefusedError(422, "wrong-shape", f"{where} is {height} x {width}; this classifier reads {_said(shape)}")
     if depth != 8 or colour != wanted:
-        raise Refused(422, "wrong-shape", f"{where} is no 8-bit {'RGB' if wanted == RGB else 'grey'} image")
+        raise RefusedError(422, "wrong-shape", f"{where} is no 8-bit {'RGB' if wanted == RGB else 'grey'} image")
 
 
 def _npy(data: bytes, where: str, shape: Shape, limits: Limits) -> Pixels:
     """A NumPy file of uint8 (H, W, C) or (N, H, W, C), in C order."""
     if not data.startswith(NPY_SIGNATURE) or len(data) < 12:
-        raise Refused(422, "not-npy", f"{where} is no NumPy file")
+        raise RefusedError(422, "not-npy", f"{where} is no NumPy file")
     major, wide = data[6], data[6] >= 2
     length = struct.unpack_from("<I" if wide else "<H", data, 8)[0]
     begin = 12 if wide else 10
     if major not in (1, 2, 3) or length > MAX_NPY_HEADER or begin + length > len(data):
-        raise Refused(422, "not-npy", f"{where} is no NumPy file of a known version")
+        raise RefusedError(422, "not-npy", f"{where} is no NumPy file of a known version")
     try:
         header = ast.literal_eval(data[begin : begin + length].decode("ascii").strip())
         kind, order, dims = header["descr"], header["fortran_order"], tuple(int(n) for n in header["shape"])
     except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError, UnicodeDecodeError) as error:
-        raise Refused(422, "not-npy", f"{where} has a damaged NumPy header") from error
+        raise RefusedError(422, "not-npy", f"{where} has a damaged NumPy header") from error
     if kind not in ("|u1", "u1", "uint8") or order is not False:
-        raise Refused(422, "wrong-type", f"{where} holds no uint8 values in C order: an upload is an 8-bit image")
+        raise RefusedError(422, "wrong-type", f"{where} holds no uint8 values in C order: an upload is an 8-bit image")
     if len(dims) not in (3, 4) or dims[-3:] != shape or (len(dims) == 4 and dims[0] < 1):
-        raise Refused(
+        raise RefusedError(
             422, "wrong-shape", f"{where} has shape {dims[:6]}; this classifier reads {_said(shape)}, one or a batch"
         )
     num = dims[0] if len(dims) == 4 else 1
@@ -206,17 +209,11 @@ def _npy(data: bytes, where: str, shape: Shape, limits: Limits) -> Pixels:
         raise _too_many(limits)
     values = memoryview(data)[begin + length :]
     if len(values) != num * math.prod(shape):
-        raise Refused(422, "damaged-image", f"{where} holds {len(values)} bytes for {num * math.prod(shape)} values")
+        raise RefusedError(
+            422, "damaged-image", f"{where} holds {len(values)} bytes for {num * math.prod(shape)} values"
+        )
     return np.frombuffer(values, np.uint8).reshape(num, *shape)
 
 
 def _said(shape: Shape) -> str:
     return f"{shape[0]} x {shape[1]} with {shape[2]} channel{'s' * (shape[2] > 1)}"
-
-
-def encode_npy(images: Pixels) -> bytes:
-    """uint8 (N, H, W, C) as a NumPy file."""
-    header = str({"descr": "|u1", "fortran_order": False, "shape": tuple(images.shape)}).encode()
-    padding = -(len(header) + 11) % 64
-    header += b" " * padding + b"\n"
-    return NPY_SIGNATURE + b"\x01\x00" + struct.pack("<H", len(header)) + header + np.ascontiguousarray(images).tobytes()

@@ -1,0 +1,94 @@
+"""The guard tells protected images from plain ones, and says how well."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import Trained
+from torch import Tensor
+
+from raypp import bundle, guard
+from raypp.bundle import load_private, load_public
+from raypp.data import SOURCES
+from raypp.keys import Key
+from raypp.protections import PROTECTIONS
+
+
+@pytest.fixture(scope="module")
+def pictures() -> tuple[Tensor, Tensor]:
+    """Plain images to fit to, and others, uint8 (N, 3, 32, 32)."""
+    source = SOURCES.build(SOURCES.options("shapes")(name="shapes", num_train=200, num_test=100), size=None, channels=3)
+    train, test = (torch.from_numpy(source.load(split).images).permute(0, 3, 1, 2) for split in ("train", "test"))
+    return train, test
+
+
+def calibrated(name: str, pictures: tuple[Tensor, Tensor]) -> guard.Guard:
+    options = PROTECTIONS.options(name)(name=name)
+    key = Key(bytes(range(32))) if PROTECTIONS.get(name).needs_key(options) else None
+    protect = PROTECTIONS.build(options, channels=3, key=key).protect
+    found = guard.calibrate(pictures[0], protect(pictures[0]), pictures[1], protect(pictures[1]))
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("name", ["tanaka", "ele", "pixel", "etc"])
+def test_plain_images_are_refused_and_protected_ones_are_not(name: str, pictures: tuple[Tensor, Tensor]) -> None:
+    found = calibrated(name, pictures)
+    assert found.plain_refused["share"] >= 0.97
+    assert found.protected_refused["share"] <= 0.02
+    assert found.plain_refused["num"] == 100
+    low, high = found.plain_refused["interval"]
+    assert low - 1e-9 <= found.plain_refused["share"] <= high + 1e-9
+
+
+def test_rates_are_honest_where_there_is_nothing_to_tell_apart(pictures: tuple[Tensor, Tensor]) -> None:
+    """What protects nothing cannot be told from plain images: few are refused, and the rates say so."""
+    found = guard.calibrate(pictures[0], pictures[0], pictures[1], pictures[1])
+    assert found is not None
+    assert found.plain_refused["share"] == found.protected_refused["share"] <= 0.05
+
+
+def test_a_guard_survives_json(pictures: tuple[Tensor, Tensor]) -> None:
+    found = calibrated("tanaka", pictures)
+    again = guard.restore(json.loads(json.dumps(found.dump())))
+    assert torch.equal(again.scores(pictures[1]), found.scores(pictures[1]))
+    damaged = found.dump() | {"weights": [1.0]}
+    with pytest.raises(ValueError, match="do not fit together"):
+        guard.restore(damaged)
+
+
+def test_too_few_images_give_no_guard(pictures: tuple[Tensor, Tensor]) -> None:
+    few = pictures[0][:6]
+    assert guard.calibrate(few, few, few, few) is None
+
+
+def test_statistics_do_not_depend_on_the_size(pictures: tuple[Tensor, Tensor]) -> None:
+    small = pictures[0][:3]
+    large = small.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert guard.statistics(small).shape == guard.statistics(large).shape
+    histogram = slice(0, 3 * guard.BINS)
+    assert torch.allclose(guard.statistics(small)[:, histogram], guard.statistics(large)[:, histogram])
+
+
+def test_a_bundle_checks_itself_by_its_sample(trained: Trained) -> None:
+    private, public = load_private(trained.bundle), load_public(trained.bundle)
+    assert private.problem() is None
+    assert private.sample.dtype == torch.uint8
+    assert public.protection.hides
+    with torch.no_grad():
+        for parameter in private.classifier.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    assert "gives the recorded answer for" in str(private.problem())
+    with torch.no_grad():
+        next(private.classifier.parameters()).fill_(float("nan"))
+    assert private.problem() == "its answers are not finite numbers"
+
+
+def test_the_card_states_the_guards_rates(trained: Trained) -> None:
+    card = (trained.bundle / "MODEL_CARD.md").read_text()
+    private = load_private(trained.bundle)
+    assert private.guard is not None
+    assert f"| plain images that the service refuses | {private.guard.plain_refused['share']:.2%}" in card
+    assert "sample.safetensors" in bundle.PRIVATE
