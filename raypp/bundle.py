@@ -218,7 +218,7 @@ def leakage_card(scorecard: dict[str, Any]) -> str:
     lines += [
         "",
         f"Who never saw the protected image and knows at most the class gets SSIM {null['ssim']['mean']:.3f} and finds "
-        f"{null['reidentified']['mean']:.2%}.",
+        f"{max(null[key]['mean'] for key in ('reidentified', 'reidentified_edges')):.2%}.",
         "",
     ]
     return "\n".join(lines)

@@ -198,8 +198,7 @@ def table1(
 
 @app.command(help_epilogue=ATTACK_HELP)
 def attack(
-    bundle: str | None = None,
-    *settings: Settings,
+    *bundle: Annotated[str, Parameter(allow_leading_hyphen=True)],
     function: str | None = None,
     preset: str | None = None,
     folders: tuple[str, str] | None = None,
@@ -216,7 +215,7 @@ def attack(
     Parameters
     ----------
     bundle
-        Path or URI of a bundle to attack.
+        Path or URI of a bundle to attack, where neither --function nor --folders names a victim; settings may follow.
     function
         Attack a protection of yours instead: MODULE:NAME or FILE.py:NAME of a function from and to NumPy uint8
         (N, H, W, C).
@@ -243,8 +242,13 @@ def attack(
 
     if resume and name is None:
         raise RayppError("--resume needs --name, the attack run to continue")
+    # Settings may stand alone, after --function or --folders, so the bundle is what comes first and is no flag.
+    settings = bundle
+    victim = None
+    if settings and not settings[0].startswith("--"):
+        victim, settings = settings[0], settings[1:]
     plan = ladder.make_plan(
-        bundle=bundle,
+        bundle=victim,
         function=function,
         folders=folders,
         preset=preset,
@@ -262,9 +266,9 @@ def run_attacks(plan: Plan, *, resume: bool = False, local: bool = False, quiet:
     from raypp import ladder
     from raypp.evaluation.report import write_report
 
-    def announce() -> None:
+    def announce(opened: Plan) -> None:
         if not quiet:
-            _print_threats(ladder.overview(plan))
+            _print_threats(ladder.overview(opened))
 
     run = ladder.run_locally if local else _from_ray("raypp.cluster.attack", "run_on_ray")
     card = ladder.attack(plan, resume=resume, quiet=quiet, announce=announce, run=run)
@@ -279,7 +283,7 @@ def run_attacks(plan: Plan, *, resume: bool = False, local: bool = False, quiet:
 
 @app.command
 def report(*sources: str, out: Path = Path("report")) -> None:
-    """Put attack runs, bundles and tables into one HTML page with figures, CSV and JSON.
+    """Put attack runs and attacked bundles into one HTML page with figures, CSV and JSON.
 
     Parameters
     ----------
@@ -713,6 +717,8 @@ def _print_threats(rows: list[tuple[str, str, str]]) -> None:
 def _print_scorecard(card: dict[str, Any], where: str) -> None:
     from rich.table import Table
 
+    from raypp.evaluation.scorecard import share_found
+
     colours = {"holds": "green", "weak": "yellow", "broken": "red"}
     table = Table(box=None, pad_edge=False)
     for title in ("attack", "threat"):
@@ -731,12 +737,17 @@ def _print_scorecard(card: dict[str, Any], where: str) -> None:
         table.add_row(name, found["threat"], f"{least}{found['found']:.1%}", *numbers, words)
     for name, scores in card["nulls"].items():
         numbers = (f"{scores['ssim']['mean']:.3f}", f"{scores['psnr']['mean']:.1f}", f"{scores['edges']['mean']:.3f}")
-        table.add_row(f"[dim]{name}[/]", "", f"{scores['reidentified']['mean']:.1%}", *numbers, "[dim]no attack[/]")
+        table.add_row(f"[dim]{name}[/]", "", f"{share_found(scores):.1%}", *numbers, "[dim]no attack[/]")
     console = Console()
     console.print(table)
     if card["verdict"] is not None:
         console.print(
             f"\n[bold {colours[card['verdict']]}]{card['verdict']}[/] by its worst attack, {card['worst_attack']}"
+        )
+    if card["worst_drawing"] not in (None, card["worst_attack"]):
+        words = card["verdict_by_drawing"]
+        console.print(
+            f"[bold {colours[words]}]{words}[/] by the worst that draws without candidates, {card['worst_drawing']}"
         )
     console.print(f"{where}/report.html", markup=False, highlight=False, soft_wrap=True)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from raypp.evaluation.metrics import wilson_interval
 
 BINS = 16
-LEAST = 8  # images of each kind to fit to
+LEAST = 100  # images of each kind, both to fit to and to set the threshold by
 REFUSED = 0.001  # of protected images, at most, on those that the threshold is set by
 RIDGE = 1e-3
 
@@ -76,7 +76,7 @@ def calibrate(plain: Tensor, protected: Tensor, test_plain: Tensor, test_protect
         test_plain, test_protected: others, by which its rates are measured.
     """
     half = len(plain) // 2
-    if half < LEAST or len(test_plain) < LEAST:
+    if half < LEAST or not len(test_plain):
         return None
     fit_plain, fit_protected = _variants(plain[:half]), protected[:half]
     x = torch.cat((statistics(fit_protected), statistics(fit_plain)))

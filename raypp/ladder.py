@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from raypp import bundle as bundles
 from raypp.attacks import ATTACKS
-from raypp.attacks.base import Access, Attack, AttackError, Map, TrainedAttack
+from raypp.attacks.base import Access, Attack, AttackError, Map, TrainedAttack, fitted
 from raypp.config import Cluster, Config, Section, load_config, merge, parse_flags, read_yaml, sentence
 from raypp.errors import ConfigError, RayppError, StorageError
 from raypp.evaluation.scorecard import (
@@ -53,8 +53,11 @@ from raypp.training.sinks import LocalSink, Row, Sink
 
 SUITE, SCORECARD, SCORES, EXAMPLES = "suite.yaml", "scorecard.json", "scores.csv", "examples.safetensors"
 NUM_SHOWN = 10
-CURVE = (("half the epochs", 0.5, 1.0), ("a quarter of the images", 1.0, 0.25))
+HALF_EPOCHS, QUARTER, SIXTEENTH = "half the epochs", "a quarter of the images", "a sixteenth of the images"
+CURVE = ((HALF_EPOCHS, 0.5, 1.0), (SIXTEENTH, 1.0, 1 / 16), (QUARTER, 1.0, 0.25))
 """Of each trained attack's further trainings: name, share of the epochs, share of the images."""
+HALF_EFFORT = "half the steps"
+LEAST_QUERIES = 200  # by which a curve can be called flat: of fewer, chance alone moves shares by more than it may rise
 JUDGE = "judge"
 
 Outcome = dict[str, Any]
@@ -215,10 +218,11 @@ def absolute_folders(folders: tuple[str, str] | None) -> tuple[str, str] | None:
 
 
 @contextmanager
-def open_plan(plan: Plan, *, resume: bool) -> Iterator[Victim]:
+def open_plan(plan: Plan, *, resume: bool) -> Iterator[tuple[Plan, Victim]]:
     """Hold the plan's folder: a new one, or with ``resume`` one of the same victim, where attacks may be added.
 
-    Gives the victim. A mistake found on the way there does not use up the name.
+    Gives the plan, with the attacks that were there before, and the victim. A mistake found on the way there does not
+    use up the name.
 
     Raises:
         StorageError: it is in use, exists already, or was made for another victim or other images.
@@ -231,6 +235,7 @@ def open_plan(plan: Plan, *, resume: bool) -> Iterator[Victim]:
             raise StorageError(f"cannot create {storage.uri}: {error.strerror}") from error
     with lock(storage, f"the attack run {storage.uri}"):
         now = plan.dump()
+        before: dict[str, Any] | None = None
         if storage.exists(SUITE):
             if not resume:
                 raise StorageError(f"{storage.uri} exists already; --resume continues it, another --name starts anew")
@@ -251,9 +256,15 @@ def open_plan(plan: Plan, *, resume: bool) -> Iterator[Victim]:
             now["suite"]["attacks"] = before["suite"]["attacks"] | now["suite"]["attacks"]
         elif resume:
             raise StorageError(f"{storage.uri} does not exist; leave out --resume to start it")
+        plan = restore(now)
         victim = load_victim_of(plan)
-        storage.write(SUITE, yaml.safe_dump(now, sort_keys=False).encode())
-        yield victim
+        if before is not None and before.get("identity", victim.identity) != victim.identity:
+            raise StorageError(
+                f"{storage.uri} was started against another version of {plan.spec.name}; its results would not go "
+                "together with new ones: take another --name"
+            )
+        storage.write(SUITE, yaml.safe_dump(now | {"identity": victim.identity}, sort_keys=False).encode())
+        yield plan, victim
 
 
 # One attack
@@ -303,7 +314,9 @@ def run_attack(plan: Plan, name: str, display: Shows, victim: Victim | None = No
         attack.prepare()
         num = min(len(victim.plain), attack.max_queries or len(victim.plain))
         torch.manual_seed(suite.seed)
-        estimates = attack.reconstruct(victim.protected[:num]).cpu()
+        estimates = fitted(attack.reconstruct(victim.protected[:num]), victim.access.shape).cpu()
+        if attack.effort is not None and suite.curve:
+            curve = _half_effort(attack, estimates, plan, victim)
     except AttackError as error:
         result = about | {"status": "does not apply", "note": str(error)}
         if first():
@@ -324,6 +337,18 @@ def run_attack(plan: Plan, name: str, display: Shows, victim: Victim | None = No
     }
     folder.write("result.json", _json(result))
     return result
+
+
+def _half_effort(attack: Attack, estimates: Tensor, plan: Plan, victim: Victim) -> list[dict[str, Any]]:
+    """The curve of an attack that is no training: what it finds with half its effort, and with all of it."""
+    assert attack.effort is not None
+    full = attack.options
+    attack.options = full.model_copy(update={attack.effort: max(1, getattr(full, attack.effort) // 2)})
+    torch.manual_seed(plan.suite.seed)
+    half = fitted(attack.reconstruct(victim.protected[: len(estimates)]), victim.access.shape)
+    attack.options = full
+    points = ((HALF_EFFORT, half), ("everything", estimates))
+    return [{"what": what} | _leak(images, victim) for what, images in points]
 
 
 def load_victim_of(plan: Plan, device: torch.device | None = None) -> Victim:
@@ -351,14 +376,19 @@ def _train(
     if plan.suite.curve:
         for label, epochs, share in CURVE:
             num = max(2, round(share * total)) if share < 1 else None
+            if epochs < 1 and round(epochs * attack.epochs) in (0, attack.epochs):
+                continue  # one epoch has no half: whether more of them would help stays unknown
             state, rows = _fit(attack, make(folder.folder(label.replace(" ", "_"))), epochs, num)
             if first():
                 attack.load(state)
                 point = {"what": label, "epochs": len(rows), "num_images": num or total}
-                curve.append(point | _leak(attack, victim))
+                curve.append(point | _leak(attack.reconstruct(victim.protected), victim))
         if first():
             attack.load(full)
-            curve.append({"what": "everything", "epochs": len(history), "num_images": total, **_leak(attack, victim)})
+            curve.append(
+                {"what": "everything", "epochs": len(history), "num_images": total}
+                | _leak(attack.reconstruct(victim.protected), victim)
+            )
     return history, curve
 
 
@@ -370,8 +400,8 @@ def _fit(attack: TrainedAttack, sink: Sink, epochs: float, num_images: int | Non
     return attack.state(done.trainee), done.history
 
 
-def _leak(attack: TrainedAttack, victim: Victim) -> dict[str, float]:
-    scores = summarise(measure(attack.reconstruct(victim.protected), victim))
+def _leak(estimates: Tensor, victim: Victim) -> dict[str, float]:
+    scores = summarise(measure(fitted(estimates, victim.access.shape), victim))
     return {"found": share_found(scores)} | {
         key: scores[key]["mean"] for key in ("ssim", "ssim_invariant", "psnr", "reidentified")
     }
@@ -430,6 +460,8 @@ def run_locally(
                 outcome = {"result": run_attack(plan, name, display.of(name), victim)}
         except RayppError as error:
             outcome = {"error": str(error)}
+        except Exception as error:  # one attack's defect is not the others'; Ray's tasks do likewise
+            outcome = {"error": f"it failed: {type(error).__name__}: {' '.join(str(error).split())}"}
         ended(name, outcome)
 
 
@@ -438,7 +470,7 @@ def attack(
     *,
     resume: bool = False,
     quiet: bool = False,
-    announce: Callable[[], None] = lambda: None,
+    announce: Callable[[Plan], None] = lambda _: None,
     run: Callable[[Plan, Sequence[str], GridDisplay, Callable[[str, Outcome], None]], None] = run_locally,
 ) -> dict[str, Any]:
     """Run what is missing of a plan and write its scorecard; returns the scorecard.
@@ -450,8 +482,8 @@ def attack(
     Raises:
         RayppError: the victim, the suite or the folder is not allowed; an attack that fails does not stop the others.
     """
-    with open_plan(plan, resume=resume) as victim:
-        announce()
+    with open_plan(plan, resume=resume) as (plan, victim):
+        announce(plan)
         failures: dict[str, str] = {}
         names = in_order(plan)
         jobs = [name for name in names if finished(plan, name) is None]
@@ -517,8 +549,6 @@ def scorecard(plan: Plan, victim: Victim, failures: dict[str, str]) -> dict[str,
     for result in attacks.values():
         if result["status"] == "done":
             result["above_null"] = _above(result["scores"], null_scores)
-    worst_name = worst(attacks)
-    drawing = worst({name: a for name, a in attacks.items() if ATTACKS.get(name).draws})
     card = {
         "victim": victim.name,
         "label": victim.label,
@@ -531,12 +561,7 @@ def scorecard(plan: Plan, victim: Victim, failures: dict[str, str]) -> dict[str,
         "accuracy_interval": (victim.metrics or {}).get("test", {}).get("accuracy_interval"),
         "judge_accuracy": _judge_accuracy(judge, victim),
         "judge_note": failures.get(JUDGE, ""),
-        "worst_attack": worst_name,
-        "worst_drawing": drawing,
-        "found_by_drawing": attacks[drawing]["found"] if drawing else None,
-        "found": attacks[worst_name]["found"] if worst_name else None,
-        "verdict": attacks[worst_name]["verdict"] if worst_name else None,
-        "lower_bound": any(a.get("lower_bound") for a in attacks.values()) and _not_red(attacks, worst_name),
+        **headline(attacks),
         "attacks": attacks,
         "nulls": null_scores,
         "suite": plan.dump()["suite"],
@@ -567,23 +592,36 @@ def _examples(plan: Plan, victim: Victim, images: dict[str, Scores]) -> bytes:
     return save({key: tensor.contiguous() for key, tensor in found.items()})
 
 
-def _not_red(attacks: dict[str, Any], worst_name: str | None) -> bool:
-    return worst_name is not None and attacks[worst_name]["found"] <= RED
+def headline(attacks: dict[str, Any]) -> dict[str, Any]:
+    """What a scorecard says first: the worst attack, the worst of those that draw, and the verdicts by them."""
+    worst_name = worst(attacks)
+    drawing = worst({name: a for name, a in attacks.items() if ATTACKS.get(name).draws})
+    red = worst_name is not None and attacks[worst_name]["found"] > RED
+    return {
+        "worst_attack": worst_name,
+        "worst_drawing": drawing,
+        "found_by_drawing": attacks[drawing]["found"] if drawing else None,
+        "verdict_by_drawing": attacks[drawing]["verdict"] if drawing else None,
+        "found": attacks[worst_name]["found"] if worst_name else None,
+        "verdict": attacks[worst_name]["verdict"] if worst_name else None,
+        "lower_bound": any(a.get("lower_bound") for a in attacks.values()) and not red,
+    }
 
 
 def _flatness(result: Outcome) -> Outcome:
     """Whether a trained attack's score is its last word, by the points of its curve."""
-    if not result["history"]:
-        return {"lower_bound": False, "rises_with": []}
-    if not result["curve"]:
-        return {"lower_bound": True, "rises_with": None}
+    trained, tried = bool(result["history"]), ATTACKS.get(result["attack"]).effort is not None
+    if not trained and not tried:
+        return {"lower_bound": False, "rises_with": [], "unknown": []}
     points = {point["what"]: point for point in result["curve"]}
-    rising = [
-        what
-        for what, before in (("epochs", "half the epochs"), ("images", "a quarter of the images"))
-        if still_rising([points[before], points["everything"]])
-    ]
-    return {"lower_bound": bool(rising), "rises_with": rising}
+    wanted = (("epochs", HALF_EPOCHS), ("images", QUARTER)) if trained else (("steps", HALF_EFFORT),)
+    rising, unknown = [], []
+    for what, before in wanted:
+        if before not in points or result["num_queries"] < LEAST_QUERIES:
+            unknown.append(what)
+        elif still_rising([points[before], points["everything"]]):
+            rising.append(what)
+    return {"lower_bound": bool(rising or unknown), "rises_with": rising, "unknown": unknown}
 
 
 def _above(scores: dict[str, dict[str, float]], null_scores: dict[str, Any]) -> bool:
@@ -643,17 +681,60 @@ def _into_bundle(plan: Plan, card: dict[str, Any], quiet: bool) -> None:
     from safetensors.torch import load
 
     assert plan.spec.bundle is not None
+    files = {name: plan.storage.read(name) for name in (SCORES, EXAMPLES)}
+    card, files, kept = _with_stored(plan.spec.bundle, card, files)
     networks = {}
     for options in plan.suite.attacks:
+        if options.name in kept:
+            continue
         folder = plan.folder(options.name)
         if folder.exists("network.safetensors"):
             networks[options.name] = (options.model_dump(mode="json"), load(folder.read("network.safetensors")))
     try:
-        files = {name: plan.storage.read(name) for name in (SCORES, EXAMPLES)}
         bundles.add_attacks(plan.spec.bundle, networks, card, files)
     except StorageError as error:
         if not quiet:
             Display().warn(f"the bundle keeps no scorecard: {error}")
+
+
+def _with_stored(
+    bundle: str, card: dict[str, Any], files: dict[str, bytes]
+) -> tuple[dict[str, Any], dict[str, bytes], set[str]]:
+    """A scorecard together with what the bundle keeps already: of each attack the run that found more.
+
+    A weaker attack afterwards must not make a bundle look better. Gives the names of attacks whose earlier run is kept.
+    """
+    from safetensors.torch import load, save
+
+    private = Storage(bundle).folder("private")
+    if not private.exists(SCORECARD):
+        return card, files, set()
+    before = json.loads(private.read(SCORECARD))
+    attacks = dict(card["attacks"])
+    kept: set[str] = set()
+    for name, was in before["attacks"].items():
+        now = attacks.get(name)
+        if was["status"] == "done" and (now is None or now["status"] != "done" or was["found"] > now["found"]):
+            attacks[name], kept = was, kept | {name}
+        elif now is None:
+            attacks[name] = was
+    base, other = (card, before) if card["num_queries"] >= before["num_queries"] else (before, card)
+    # What a card measured on fewer images says of its own attacks stays true; nulls are those of more images.
+    merged = other | base | {"attacks": attacks} | headline(attacks)
+    rows: list[list[str]] = []
+    tables = [list(csv.reader(io.StringIO(text.decode()))) for text in (files[SCORES], private.read(SCORES))]
+    names = list(dict.fromkeys(name for table in tables for name in table[0]))
+    for table, stored in zip(tables, (False, True), strict=True):
+        for row in table[1:]:
+            cells = dict(zip(table[0], row, strict=True))
+            of_stored = base is before if row[0].startswith("null: ") else row[0] in kept
+            if of_stored == stored:
+                rows.append([cells.get(name, "") for name in names])
+    text = io.StringIO()
+    csv.writer(text).writerows([names, *rows])
+    pictures = load(files[EXAMPLES])
+    pictures |= {k: v for k, v in load(private.read(EXAMPLES)).items() if k.partition("/")[0] in kept}
+    return merged, {SCORES: text.getvalue().encode(), EXAMPLES: save(pictures)}, kept
 
 
 def _csv(victim: Victim, images: dict[str, Scores]) -> bytes:

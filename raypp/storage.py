@@ -96,6 +96,14 @@ class Storage:
             infos = self._fs.get_file_info(fs.FileSelector(self._root, allow_not_found=True))
         return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
 
+    def names(self) -> list[str]:
+        """Names of everything directly inside, sorted; empty when this folder does not exist."""
+        from pyarrow import fs
+
+        with self._refused("list", ""):
+            infos = self._fs.get_file_info(fs.FileSelector(self._root, allow_not_found=True))
+        return sorted(info.base_name for info in infos)
+
     def read(self, name: str) -> bytes:
         with self._refused("read", name), self._fs.open_input_stream(self._at(name)) as stream:
             data: bytes = stream.read()

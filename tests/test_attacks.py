@@ -158,6 +158,11 @@ def test_known_plaintexts_do_not_explain_shuffled_blocks(name: str, photos: Tens
         build("known_plaintext", Access((3, 32, 32), pairs=(photos[:1], protection.protect(photos[:1])))).prepare()
 
 
+def test_known_plaintexts_do_not_explain_a_keyed_hash(photos: Tensor) -> None:
+    with pytest.raises(AttackError, match="found no permutation of half bytes"):
+        build("known_plaintext", Access((3, 32, 32), pairs=(photos[:1], hashed(photos[:1])))).prepare()
+
+
 # Ciphertext only
 
 

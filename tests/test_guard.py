@@ -19,7 +19,7 @@ from raypp.protections import PROTECTIONS
 @pytest.fixture(scope="module")
 def pictures() -> tuple[Tensor, Tensor]:
     """Plain images to fit to, and others, uint8 (N, 3, 32, 32)."""
-    source = SOURCES.build(SOURCES.options("shapes")(name="shapes", num_train=200, num_test=100), size=None, channels=3)
+    source = SOURCES.build(SOURCES.options("shapes")(name="shapes", num_train=400, num_test=100), size=None, channels=3)
     train, test = (torch.from_numpy(source.load(split).images).permute(0, 3, 1, 2) for split in ("train", "test"))
     return train, test
 
@@ -60,7 +60,7 @@ def test_a_guard_survives_json(pictures: tuple[Tensor, Tensor]) -> None:
 
 
 def test_too_few_images_give_no_guard(pictures: tuple[Tensor, Tensor]) -> None:
-    few = pictures[0][:6]
+    few = pictures[0][:199]
     assert guard.calibrate(few, few, few, few) is None
 
 
@@ -86,9 +86,15 @@ def test_a_bundle_checks_itself_by_its_sample(trained: Trained) -> None:
     assert private.problem() == "its answers are not finite numbers"
 
 
-def test_the_card_states_the_guards_rates(trained: Trained) -> None:
-    card = (trained.bundle / "MODEL_CARD.md").read_text()
-    private = load_private(trained.bundle)
-    assert private.guard is not None
-    assert f"| plain images that the service refuses | {private.guard.plain_refused['share']:.2%}" in card
-    assert "sample.safetensors" in bundle.PRIVATE
+def test_the_card_states_the_guards_rates(trained: Trained, pictures: tuple[Tensor, Tensor]) -> None:
+    found = calibrated("tanaka", pictures)
+    summary = json.loads((trained.run / "summary.json").read_text())
+    said = {"versions": {}, "hardware": "this machine"}
+    card = bundle.model_card(trained.config, ("a", "b"), (16, 16), found, summary, said)
+    assert f"| plain images that the service refuses | {found.plain_refused['share']:.2%} (95% interval" in card
+    assert "| protected images that it refuses by mistake | " in card
+    assert "service refuses" not in bundle.model_card(trained.config, ("a", "b"), (16, 16), None, summary, said)
+
+
+def test_few_validation_images_give_a_bundle_without_a_guard(trained: Trained) -> None:
+    assert load_private(trained.bundle).guard is None

@@ -20,7 +20,7 @@ from PIL import Image
 
 from raypp import ladder
 from raypp.bundle import load_plain_classifier, verify
-from raypp.cli import run_attacks
+from raypp.cli import main, run_attacks
 from raypp.errors import RayppError, StorageError
 from raypp.evaluation.report import write_report
 from raypp.evaluation.scorecard import share_found, still_rising, summarise, verdict, worst
@@ -94,6 +94,7 @@ def test_the_scorecard_holds_every_attack_beside_its_nulls(attacked: tuple[Path,
     assert {"val_ssim", "val_psnr", "val_reidentified"} <= set(inverse["history"][0])
     assert [(point["what"], point["num_images"]) for point in inverse["curve"]] == [
         ("half the epochs", 54),
+        ("a sixteenth of the images", 3),
         ("a quarter of the images", 14),
         ("everything", 54),
     ]
@@ -416,3 +417,128 @@ def test_a_report_of_nothing_is_refused(trained: Trained, tmp_path: Path) -> Non
     with pytest.raises(RayppError, match="cannot be read"):
         write_report([str(tmp_path / "damaged")], Storage(tmp_path / "report"))
     assert not (tmp_path / "report").exists()
+
+
+# What must not happen to a bundle's reputation
+
+
+def test_a_weaker_attack_afterwards_does_not_make_a_bundle_look_better(
+    attacked: tuple[Path, Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    original, _, before = attacked
+    bundle = shutil.copytree(original, tmp_path / "bundle")
+    weak = {"feature_reconstruction": {}, "inverse": SUITE["attacks"]["inverse"] | {"train": {"epochs": 1}}}
+    attack(plan(tmp_path, suite=SUITE | {"num_queries": 10, "attacks": weak, "curve": False}, bundle=str(bundle)))
+    verify(bundle)
+    kept = json.loads((bundle / "private" / "scorecard.json").read_text())
+    assert (kept["verdict"], kept["worst_attack"]) == (before["verdict"], before["worst_attack"])
+    assert set(kept["attacks"]) >= set(before["attacks"])
+    for name, was in before["attacks"].items():
+        if was["status"] == "done":
+            assert kept["attacks"][name]["found"] >= was["found"]
+    assert kept["num_queries"] == 20  # of the nulls: those of more images
+    rows = list(csv.DictReader(io.StringIO((bundle / "private" / "scores.csv").read_text())))
+    assert {row["attack"] for row in rows} >= {"known_gallery", "null: mean image"}
+    assert sum(row["attack"] == "null: mean image" for row in rows) == 20
+    write_report([str(bundle)], Storage(tmp_path / "report"))
+    assert "known_gallery" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_a_resumed_run_keeps_the_attacks_that_it_does_not_name(tmp_path: Path) -> None:
+    first = {"feature_reconstruction": {}, "known_gallery": {}}
+    attack(of_function(tmp_path, suite=SUITE | {"attacks": first}))
+    card = attack(of_function(tmp_path, suite=SUITE | {"attacks": {"minimum_difference": {}}}), resume=True)
+    assert set(card["attacks"]) == {"feature_reconstruction", "known_gallery", "minimum_difference"}
+
+
+def test_a_resumed_run_refuses_another_version_of_its_victim(tmp_path: Path) -> None:
+    first = {"feature_reconstruction": {}}
+    attack(of_function(tmp_path, suite=SUITE | {"attacks": first}))
+    where = function(tmp_path, "def protect(images):\n    return images // 2")
+    with pytest.raises(StorageError, match="was started against another version of"):
+        attack(
+            of_function(tmp_path, function=where, suite=SUITE | {"attacks": first | {"minimum_difference": {}}}),
+            resume=True,
+        )
+
+
+# What must not be called flat, or found
+
+
+def test_one_epoch_has_no_half_so_its_curve_is_not_flat(tmp_path: Path) -> None:
+    folders = write_folders(tmp_path)
+    inverse = {"width": 4, "depth": 1, "train": {"epochs": 1, "batch_size": 10}}
+    card = attack(plan(tmp_path, suite=SUITE | {"attacks": {"inverse": inverse}}, folders=folders))
+    found = card["attacks"]["inverse"]
+    assert "half the epochs" not in [point["what"] for point in found["curve"]]
+    assert found["lower_bound"]
+    assert "epochs" in found["unknown"]
+    assert "not known for inverse" in (tmp_path / "runs" / "attack" / "report.html").read_text()
+
+
+def test_an_optimisation_has_a_curve_too(attacked: tuple[Path, Path, dict[str, Any]]) -> None:
+    found = attacked[2]["attacks"]["white_box"]
+    assert [point["what"] for point in found["curve"]] == ["half the steps", "everything"]
+    assert found["lower_bound"]  # ten queries say nothing about a hundredth
+
+
+@pytest.mark.parametrize("value", [0, 77])
+def test_a_protection_that_says_nothing_is_not_broken(tmp_path: Path, value: int) -> None:
+    """Equal answers for all images: whoever cannot tell images apart has found none."""
+    where = function(tmp_path, f"import numpy as np\ndef protect(images):\n    return np.full_like(images, {value})")
+    names = ("feature_reconstruction", "minimum_difference", "known_gallery")
+    card = attack(of_function(tmp_path, function=where, suite=SUITE | {"attacks": {name: {} for name in names}}))
+    assert [found["status"] for found in card["attacks"].values()] == ["done"] * 3
+    for found in (card["attacks"][name] for name in names[:2]):
+        assert found["found"] <= 0.05
+        assert found["verdict"] != "broken"
+    assert card["attacks"]["known_gallery"]["found"] <= 0.1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "def protect(images):\n    return images.repeat(2, axis=1).repeat(2, axis=2)",
+        "def protect(images):\n    return images[:, ::2, ::2]",
+        "def protect(images):\n    return images[..., :1]",
+    ],
+    ids=["larger", "smaller", "grey"],
+)
+def test_protected_images_of_another_shape_are_attacked(tmp_path: Path, body: str) -> None:
+    inverse = {"width": 4, "depth": 1, "train": {"epochs": 1, "batch_size": 10}}
+    attacks = {"feature_reconstruction": {}, "minimum_difference": {}, "inverse": inverse}
+    suite = SUITE | {"attacks": attacks, "curve": False}
+    card = attack(of_function(tmp_path, function=function(tmp_path, body), suite=suite))
+    assert [found["status"] for found in card["attacks"].values()] == ["done"] * 3
+    assert card["attacks"]["feature_reconstruction"]["found"] > 0.5
+
+
+def test_an_attack_that_needs_the_cloud_says_so_before_it_trains(tmp_path: Path) -> None:
+    inverse = {"width": 4, "depth": 1, "conditional": True, "train": {"epochs": 1, "batch_size": 10}}
+    card = attack(of_function(tmp_path, suite=SUITE | {"attacks": {"inverse": inverse}}))
+    assert card["attacks"]["inverse"]["status"] == "does not apply"
+    assert "conditional = true needs the cloud's classifier" in card["attacks"]["inverse"]["note"]
+
+
+def test_a_report_leaves_other_files_alone(attacked: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
+    (tmp_path / "holiday.png").write_text("mine")
+    with pytest.raises(StorageError, match="holds other files; give a new or empty folder"):
+        write_report([str(attacked[0])], Storage(tmp_path))
+    write_report([str(attacked[0])], Storage(tmp_path / "new"))
+    write_report([str(attacked[0])], Storage(tmp_path / "new"))  # over an earlier one
+
+
+def test_settings_follow_whichever_victim_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the guide writes it: flags of images and attacks after --function and --folders, and after a bundle."""
+    seen: list[ladder.Plan] = []
+    monkeypatch.setattr("raypp.cli.run_attacks", lambda plan, **_: seen.append(plan))
+    where = function(tmp_path)
+    main(["attack", "--function", where, "--preset", "quickstart", "--data.source.num_train", "70", "--suite", "quick"])
+    main(["attack", "--folders", "a", "b", "--suite", "quick", "--num_queries", "30", "--inverse.width", "4"])
+    main(["attack", "runs/x/bundle", "--suite", "quick", "--num_queries", "40"])
+    assert [p.spec.name for p in seen] == [where, str(Path("b").absolute()), str(Path("runs/x/bundle").absolute())]
+    assert [p.suite.num_queries for p in seen] == [500, 30, 40]
+    assert seen[0].spec.config is not None
+    assert seen[0].spec.config["data"]["source"]["num_train"] == 70
+    with pytest.raises(SystemExit):
+        main(["attack", "bundle", "another"])

@@ -21,6 +21,7 @@ from raypp.evaluation.metrics import (
     ALEXNET,
     bootstrap_interval,
     edge_correlation,
+    edge_maps,
     load_lpips,
     lpips,
     psnr,
@@ -276,3 +277,14 @@ def test_lpips_where_its_weights_exist(tmp_path: Path, monkeypatch: pytest.Monke
     assert torch.equal(lpips(a, a), torch.zeros(3))
     assert lpips(a[..., :16, :16], a[..., :16, :16]) is None, "too small for AlexNet"
     load_lpips.cache_clear()
+
+
+def test_who_cannot_tell_images_apart_has_found_none() -> None:
+    """Ties count against an estimate, but not those with copies of the original."""
+    gallery = torch.rand(20, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    gallery[7] = gallery[3]
+    labels, truth = torch.zeros(20, dtype=torch.int64), torch.tensor([3, 7, 5])
+    assert reidentify(gallery[truth], gallery, truth, labels).all.tolist() == [0, 0, 0]
+    edges = edge_maps(torch.full((3, 3, 12, 12), 0.5))[:, :, None, None]
+    ranks = reidentify(edges, edge_maps(gallery)[:, :, None, None], truth, labels)
+    assert ranks.all.tolist() == [18, 18, 19]

@@ -50,7 +50,7 @@ def knows(pictures: Pictures, protect: Map, structure: str = "none") -> Access:
         images=images[:KNOWN],
         labels=labels[:KNOWN],
         num_classes=10,
-        ciphertexts=lambda: (images[:half], labels[:half], protect(images[half:KNOWN])),
+        ciphertexts=lambda: (images[:half], labels[:half], protect(images[half:KNOWN]), labels[half:KNOWN]),
         protect=protect,
         fresh=lambda number: lambda plain: protect(plain),
         classify=lambda protected: torch.zeros(len(protected), dtype=torch.int64),
@@ -149,7 +149,7 @@ def test_every_form_of_the_unpaired_gan_trains(style: str, structure: str, pictu
     few = pictures[0][:64], pictures[1][:64]
     access = Access(
         shape=(3, 16, 16), structure=structure, num_classes=10,
-        ciphertexts=lambda: (few[0][:32], few[1][:32], 255 - few[0][32:]),
+        ciphertexts=lambda: (few[0][:32], few[1][:32], 255 - few[0][32:], few[1][32:]),
     )  # fmt: skip
     attack = build("unpaired_gan", access, style=style, width=4, train={"epochs": 1, "batch_size": 16})
     (row,) = train(attack, tmp_path)
@@ -178,7 +178,7 @@ def test_the_unpaired_gan_learns_what_natural_images_look_like(pictures: Picture
 def test_small_images_are_too_small_for_a_gan() -> None:
     images = torch.zeros(4, 3, 12, 12, dtype=torch.uint8)
     none = torch.zeros(4, dtype=torch.int64)
-    attack = build("unpaired_gan", Access((3, 12, 12), ciphertexts=lambda: (images, none, images)))
+    attack = build("unpaired_gan", Access((3, 12, 12), ciphertexts=lambda: (images, none, images, none)))
     with pytest.raises(AttackError, match="needs images with sides of at least 16 pixels"):
         attack.task()
 

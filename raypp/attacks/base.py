@@ -9,6 +9,7 @@ from enum import IntEnum
 from typing import Any, ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor
 
@@ -20,6 +21,9 @@ from raypp.training.loop import Task
 
 Map = Callable[[Tensor], Tensor]
 """uint8 (N, C, H, W) to uint8 (N, C, H', W')."""
+
+
+MOST_PADDING = 11  # pixels that blocks may fill a side up by; more is another size
 
 
 class Threat(IntEnum):
@@ -60,8 +64,8 @@ class Access:
             at their pixels), "block" or "shuffled_block", as the protection's adaptation network has it.
         images: plain images like the victim's that are not his, uint8 (N, C, H, W) (T1).
         labels: their classes, int64 (N,), and ``num_classes`` of them.
-        ciphertexts: gives plain images uint8 (N, C, H, W), their classes (N,), and protected images uint8
-            (M, C', H', W') of quite other originals (T1).
+        ciphertexts: gives plain images uint8 (N, C, H, W) and their classes (N,), protected images uint8
+            (M, C', H', W') of quite other originals and theirs (M,) (T1).
         fresh: the algorithm under a key of the attacker's own, one for each number (T2).
         pairs: plain and protected images under the victim's key, uint8 (N, C, H, W) and (N, C, H', W') (T3).
         protect: the victim's protection as an oracle (T4).
@@ -77,7 +81,7 @@ class Access:
     images: Tensor | None = None
     labels: Tensor | None = None
     num_classes: int = 0
-    ciphertexts: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None
+    ciphertexts: Callable[[], tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
     fresh: Callable[[int], Map] | None = None
     pairs: tuple[Tensor, Tensor] | None = None
     protect: Map | None = None
@@ -99,6 +103,21 @@ NEEDS = {
     "classify": "the cloud's classifier",
 }
 """Fields of :class:`Access` in words."""
+
+
+def fitted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Images uint8 (N, C', H', W') in the shape (C, H, W) of plain ones: padding is cut, another size resized, grey
+    repeated and colour averaged where the channels differ."""
+    channels, height, width = shape
+    extra = images.shape[2] - height, images.shape[3] - width
+    if min(extra) < 0 or max(extra) > MOST_PADDING:
+        resized = F.interpolate(images.float(), size=(height, width), mode="bilinear", antialias=True)
+        images = resized.round().clamp(0, 255).to(torch.uint8)
+    images = images[:, :, :height, :width]
+    if images.shape[1] == channels:
+        return images
+    grey = images.float().mean(1, keepdim=True).round().to(torch.uint8)
+    return grey.expand(-1, channels, -1, -1)
 
 
 class Attack(ABC):
@@ -124,6 +143,8 @@ class Attack(ABC):
     """Whether it draws images that it has not seen; else it only picks one of those that it is given."""
     max_queries: int | None = None
     """Images that it takes on at most, where each one costs it much."""
+    effort: str | None = None
+    """An option that says how long it tries, where that is not a training; half of it is measured too."""
     note: str = ""
     """What it found out about the victim, in words, once it has prepared."""
 
@@ -179,6 +200,12 @@ class TrainedAttack(Attack):
     The network trains in the project's own loop, so that it can stop, resume and spread as protections do:
     :meth:`task` gives what to train, and :meth:`load` takes what came of it.
     """
+
+    @property
+    def epochs(self) -> int:
+        """Of its training at full effort."""
+        found: int = self.options.train.epochs
+        return found
 
     @property
     @abstractmethod

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from raypp import registry
-from raypp.attacks.base import Attack, AttackError, Threat
+from raypp.attacks.base import Attack, AttackError, Threat, fitted
 
 
 class FeatureReconstructionOptions(registry.Options):
@@ -31,8 +31,7 @@ class FeatureReconstruction(Attack):
         """Nothing to do."""
 
     def reconstruct(self, protected: Tensor) -> Tensor:
-        _, height, width = self.access.shape
-        protected = protected[:, :, :height, :width]
+        protected = fitted(protected, self.access.shape)
         both = torch.maximum if self.options.bright else torch.minimum
         return both(protected, 255 - protected)
 
@@ -57,7 +56,7 @@ class MinimumDifference(Attack):
 
     def reconstruct(self, protected: Tensor) -> Tensor:
         _, height, width = self.access.shape
-        values = protected[:, :, :height, :width].permute(2, 3, 0, 1).to(torch.int16)  # (H, W, N, 3)
+        values = fitted(protected, self.access.shape).permute(2, 3, 0, 1).to(torch.int16)  # (H, W, N, 3)
         orders = torch.tensor(list(permutations(range(3))), device=protected.device)
         signs = torch.tensor(list(product((0, 255), repeat=3)), dtype=torch.int16, device=protected.device)
         decoded = values.clone()

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from raypp import registry
-from raypp.attacks.base import Access, AttackTask, Threat, TrainedAttack, TrainedOptions
+from raypp.attacks.base import MOST_PADDING, Access, AttackError, AttackTask, Threat, TrainedAttack, TrainedOptions
 from raypp.config import MultiStep, OneCycle, Optimisation, Optimizer
 from raypp.data.loader import Augmentation, Batches, DeviceLoader
 from raypp.evaluation.metrics import psnr, reidentify, ssim, ssim_for_loss
@@ -60,7 +60,7 @@ class InverseNetwork(nn.Module):
         height, width = self.size
         x = protected
         extra = x.shape[2] - height, x.shape[3] - width
-        if min(extra) < 0 or max(extra) > LEAST_SIDE:
+        if min(extra) < 0 or max(extra) > MOST_PADDING:
             x = F.interpolate(x, size=self.size, mode="bilinear", antialias=True)
         if self.num_classes:
             assert labels is not None
@@ -268,6 +268,11 @@ class InverseAttack(TrainedAttack):
         return num - _num_val(num)
 
     def task(self, share_epochs: float = 1.0, num_images: int | None = None) -> AttackTask:
+        if self.options.conditional and (self.access.classify is None or not self.access.num_classes):
+            raise AttackError(
+                f"attack {self.options.name} with conditional = true needs the cloud's classifier, which this victim "
+                "does not give"
+            )
         images, source, val_protected = self._material()
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed)).to(images.device)
         num_val = _num_val(len(images))

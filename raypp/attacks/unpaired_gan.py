@@ -15,12 +15,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from raypp import registry
 from raypp.attacks.base import AttackError, Threat, TrainedAttack, TrainedOptions
-from raypp.config import Constant, Optimisation, Optimizer
+from raypp.config import Constant, Optimisation, Optimizer, merge
 from raypp.data.loader import Augmentation, Batches, DeviceLoader
 from raypp.images import to_uint8
 from raypp.nets import ADAPTATIONS, BLOCK
@@ -31,6 +31,9 @@ from raypp.training.loop import Phase, Terms, Trainee
 from raypp.training.sinks import Row
 
 LEAST_SIDE = 16  # of the discriminators
+
+
+SIA: dict[str, Any] = {"critic_rate": 4.0, "train": {"epochs": 100, "optimizer": {"lr": 0.0001, "momentum": 0.0}}}
 
 
 class UnpairedGANOptions(TrainedOptions):
@@ -48,6 +51,17 @@ class UnpairedGANOptions(TrainedOptions):
         optimizer=Optimizer(name="adamw", lr=0.0002, momentum=0.5, weight_decay=0.0),
         schedule=Constant(),
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_style(cls, given: Any) -> Any:
+        """What is left open of ``sia`` is as in SIA-GAN."""
+        if not isinstance(given, dict) or given.get("style") != "sia":
+            return given
+        train = given.get("train") or {}
+        if not isinstance(train, dict):
+            return given
+        return SIA | given | {"train": merge(SIA["train"], train)}
 
 
 def _conv(before: int, after: int, size: int, stride: int = 1, padding: int = 0) -> nn.Conv2d:
@@ -162,10 +176,10 @@ def _discriminator(channels: int, style: str) -> nn.Sequential:
 class GANTrainee(Trainee):
     """Generator, discriminator and, in SIA-GAN's form, a classifier of plain images."""
 
-    def __init__(self, attack: UnpairedGAN, labels: Tensor, ciphertexts: Tensor) -> None:
+    def __init__(self, attack: UnpairedGAN, labels: Tensor, ciphertexts: Tensor, classes: Tensor) -> None:
         super().__init__()
         options, access = attack.options, attack.access
-        self.options, self.labels, self.ciphertexts = options, labels, ciphertexts
+        self.options, self.labels, self.ciphertexts, self.classes = options, labels, ciphertexts, classes
         _, *size = ciphertexts.shape
         self.generator = attack.generator((size[0], size[1], size[2]))
         self.discriminator = _discriminator(access.shape[0], options.style)
@@ -194,10 +208,9 @@ class GANTrainee(Trainee):
             critic = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
             loss = -judged.mean()
         if self.classifier is not None:
-            # Its own guess stands for the classes of what was drawn.
-            learned = F.cross_entropy(self.classifier(images).float(), self.labels[at])
-            guess = self.classifier(made).float()
-            loss = loss + learned + F.cross_entropy(guess, guess.detach().argmax(1))
+            # SIA-GAN's attacker knows the classes of his protected images.
+            loss = loss + F.cross_entropy(self.classifier(images).float(), self.labels[at])
+            loss = loss + F.cross_entropy(self.classifier(made).float(), self.classes[drawn])
         return Terms(loss + critic, {"critic": critic.detach()})
 
 
@@ -209,7 +222,7 @@ class GANTask:
     def __init__(self, attack: UnpairedGAN, train: Optimisation, num_images: int | None) -> None:
         self.attack, self.train, self.seed = attack, train, attack.seed
         self.phases = [Phase("unpaired_gan", train.epochs)]
-        self.images, self.labels, self.ciphertexts = (part[:num_images] for part in attack.material)
+        self.images, self.labels, self.ciphertexts, self.classes = (part[:num_images] for part in attack.material)
         digest = hashlib.sha256(self.images.cpu().contiguous().numpy().tobytes())
         digest.update(self.ciphertexts.cpu().contiguous().numpy().tobytes())
         self.fingerprint = digest.hexdigest()
@@ -228,7 +241,7 @@ class GANTask:
 
     def build(self, phase: Phase) -> GANTrainee:
         torch.manual_seed(self.seed)
-        return GANTrainee(self.attack, self.labels, self.ciphertexts)
+        return GANTrainee(self.attack, self.labels, self.ciphertexts, self.classes)
 
     def validate(self, trainee: Trainee, rank: int, world: int) -> Row:
         return {"val_loss": 0.0}
@@ -251,11 +264,11 @@ class UnpairedGAN(TrainedAttack):
     needs: ClassVar[tuple[str, ...]] = ("ciphertexts",)
 
     @cached_property
-    def material(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Plain images, their classes, and protected images of other originals, on the device."""
+    def material(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Plain images, their classes, protected images of other originals, and theirs, on the device."""
         assert self.access.ciphertexts is not None
-        plain, labels, protected = self.access.ciphertexts()
-        return plain.to(self.access.device), labels.to(self.access.device), protected.to(self.access.device)
+        plain, labels, protected, classes = (part.to(self.access.device) for part in self.access.ciphertexts())
+        return plain, labels, protected, classes
 
     def generator(self, protected: tuple[int, int, int]) -> Generator:
         return Generator(self.access.shape, protected, self.access.structure, self.options)

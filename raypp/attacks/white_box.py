@@ -42,6 +42,7 @@ class WhiteBox(Attack):
     threat: ClassVar[Threat] = Threat.T5
     needs: ClassVar[tuple[str, ...]] = ("gradients",)
     after: ClassVar[tuple[str, ...]] = ("inverse",)
+    effort = "steps"
 
     def __init__(self, options: Any, access: Any, *, seed: int = 0, learned: bool = False) -> None:
         super().__init__(options, access, seed=seed, learned=learned)

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's name for the weights that LPIPS builds on
 LPIPS_SIDE = 32
-BATCH = 1000  # images compared at a time, which bounds memory: SSIM of a batch takes some 40 times its size
+TIE, SAME = 1e-5, 1e-9  # float32's rounding of a distance, float64's of a product
+BATCH = 1000  # images compared at a time, which bounds memory
+SSIM_VALUES = 2**18  # values of a batch of SSIM, which takes some 40 times their size: more of them leave the cache
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
@@ -117,10 +119,10 @@ def _edges(images: Tensor) -> Tensor:
 
 
 def _ssim(a: Tensor, b: Tensor, window: tuple[float, ...], covariance_scale: float) -> Tensor:
+    num = max(1, SSIM_VALUES // max(1, a[:1].numel()))
     scores = [
-        # float64: the variances are small differences of squares; float32 is wrong by 3e-4 on smooth bright images.
-        _ssim_batch(a[i : i + BATCH].double(), b[i : i + BATCH].double(), window, covariance_scale)
-        for i in range(0, len(a), BATCH)
+        _ssim_batch(a[i : i + num].float(), b[i : i + num].float(), window, covariance_scale)
+        for i in range(0, len(a), num)
     ]
     return torch.cat(scores) if scores else a.new_zeros(0, dtype=torch.float32)
 
@@ -129,11 +131,16 @@ def _ssim_batch(a: Tensor, b: Tensor, window: tuple[float, ...], covariance_scal
     height, width = a.shape[-2:]
     rows = _band(window, height).to(a)
     columns = _band(window, width).to(a).t()
-    # A window at every position, as two matrix products: many times faster than a float64 convolution on a CPU.
+    # Variances are small differences of squares, in float32 wrong by 3e-4 on smooth bright images, so each image is
+    # centred first: that changes no variance, and squares of small numbers are exact enough.
+    centre_a, centre_b = a.mean(dim=(2, 3), keepdim=True), b.mean(dim=(2, 3), keepdim=True)
+    a, b = a - centre_a, b - centre_b
+    # A window at every position, as two matrix products: many times faster than a convolution on a CPU.
     mean_a, mean_b, square_a, square_b, product = rows @ torch.stack((a, b, a * a, b * b, a * b)) @ columns
     variance_a = covariance_scale * (square_a - mean_a.square())
     variance_b = covariance_scale * (square_b - mean_b.square())
     covariance = covariance_scale * (product - mean_a * mean_b)
+    mean_a, mean_b = mean_a + centre_a, mean_b + centre_b
     c1, c2 = 0.01**2, 0.03**2
     score = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     score = score / ((mean_a.square() + mean_b.square() + c1) * (variance_a + variance_b + c2))
@@ -180,17 +187,21 @@ def reidentify(estimates: Tensor, gallery: Tensor, truth: Tensor, labels: Tensor
         labels: int64 (M,), the gallery's classes.
 
     Returns:
-        ranks; gallery images equally near as the original do not count against it.
+        ranks; images equally near as the original count against it, unless they are the same image: who cannot tell two
+        images apart has found neither.
     """
     flat = gallery.flatten(1).float()
     lengths = flat.square().sum(1)
+    # The same image is told by its product with one random direction.
+    direction = torch.randn(flat.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    marks = flat.double() @ direction.to(flat.device)
     ranks, ranks_same = [], []
     for start in range(0, len(estimates), BATCH):
         chosen = truth[start : start + BATCH]
         # |e - g|^2 without |e|^2, which is the same for the whole gallery.
         distance = lengths - 2 * estimates[start : start + BATCH].flatten(1).float() @ flat.t()
-        nearer = distance < distance.gather(1, chosen[:, None]) - 1e-3  # float32's rounding of the product
-        nearer.scatter_(1, chosen[:, None], False)
+        nearer = distance <= distance.gather(1, chosen[:, None]) + TIE
+        nearer &= (marks[None] - marks[chosen][:, None]).abs() > SAME
         ranks.append(nearer.sum(1))
         ranks_same.append((nearer & (labels[None] == labels[chosen][:, None])).sum(1))
     return Ranks(torch.cat(ranks), torch.cat(ranks_same))

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import raypp
 from raypp import images as image_files
-from raypp.errors import BundleError, ConfigError
+from raypp.errors import BundleError, ConfigError, StorageError
 from raypp.images import Pixels
 from raypp.storage import Storage
 
@@ -53,6 +53,8 @@ def write_report(sources: Sequence[str], target: Storage) -> dict[str, Any]:
     if not sources:
         raise ConfigError("no source is given; name attack runs, or bundles that were attacked")
     found = [read_source(source) for source in sources]
+    if not target.exists("report.json") and not target.exists("scorecard.json") and target.names():
+        raise StorageError(f"{target.uri} holds other files; give a new or empty folder, or one of an earlier report")
     titles = [s.card["label"] for s in found]
     for source in found:
         twice = titles.count(source.card["label"]) > 1
@@ -139,13 +141,17 @@ def words(card: dict[str, Any]) -> str:
 
 def _effort(card: dict[str, Any]) -> str:
     rising = {n: a["rises_with"] for n, a in card["attacks"].items() if a.get("rises_with")}
-    unknown = [n for n, a in card["attacks"].items() if a.get("history") and a.get("rises_with") is None]
+    unknown = {n: a["unknown"] for n, a in card["attacks"].items() if a.get("unknown")}
     said = [f"{name} still rises with more {' and more '.join(what)}: a lower bound." for name, what in rising.items()]
     if unknown:
-        said.append(f"Not measured for {', '.join(unknown)}, whose scores are therefore lower bounds.")
-    flat = [n for n, a in card["attacks"].items() if a.get("curve") and a.get("rises_with") == []]
+        parts = ", ".join(f"{name} ({' and '.join(what)})" for name, what in unknown.items())
+        said.append(f"Whether more would find more is not known for {parts}: their scores are lower bounds.")
+    flat = [n for n, a in card["attacks"].items() if a.get("curve") and not a.get("lower_bound")]
     if flat:
-        said.append(f"Flat for {', '.join(flat)}: twice the epochs and four times the images gave less than 0.01 more.")
+        said.append(
+            f"Flat for {', '.join(flat)}: twice the effort, and of what learns from images four times as many, gave "
+            "less than 0.01 more."
+        )
     return " ".join(said)
 
 
@@ -155,9 +161,9 @@ def _rows(card: dict[str, Any]) -> list[dict[str, Any]]:
         row = {"name": name, "threat": a["threat"], "meaning": a["threat_meaning"], "note": a.get("note", ""),
                "status": a["status"], "null": False, "verdict": a.get("verdict"), "lower_bound": a.get("lower_bound"),
                "num": f"{a['num_queries']:,}" if "num_queries" in a else ""}  # fmt: skip
-        rising = a.get("rises_with")
-        row["why"] = (
-            f"still rises with more {' and more '.join(rising)}" if rising else "not known whether it still rises"
+        rising, unknown = a.get("rises_with") or [], a.get("unknown") or []
+        row["why"] = "; ".join(
+            [f"still rises with more {what}" for what in rising] + [f"not known whether more {w} help" for w in unknown]
         )
         rows.append(row | _numbers(a.get("scores")))
     for name, scores in card["nulls"].items():
@@ -170,6 +176,7 @@ def _numbers(scores: dict[str, dict[str, float]] | None) -> dict[str, Any]:
     if scores is None:
         return {"scores": False}
     best = max("reidentified", "reidentified_edges", key=lambda name: scores[name]["mean"])
+    extra = {"lpips": f"{scores['lpips']['mean']:.3f}" if "lpips" in scores else "-"}
 
     def share(name: str) -> str:
         return f"{scores[name]['mean']:.1%}" if name in scores else "-"
@@ -181,6 +188,9 @@ def _numbers(scores: dict[str, dict[str, float]] | None) -> dict[str, Any]:
         "top5": share("reidentified_top5"),
         "same_class": share("reidentified_same_class"),
         "ssim": f"{scores['ssim']['mean']:.3f}",
+        "invariant": f"{scores['ssim_invariant']['mean']:.3f}",
+        "lab": f"{scores['ssim_lab']['mean']:.3f}",
+        **extra,
         "worst": f"{scores['ssim']['worst_1_percent']:.3f}",
         "psnr": f"{scores['psnr']['mean']:.2f}",
         "edges": f"{scores['edges']['mean']:.3f}",
@@ -285,8 +295,8 @@ def _estimates(source: Source) -> bytes:
 
 
 def _worst(source: Source) -> bytes:
-    """What the worst attack recovered best."""
-    name = source.card["worst_attack"] or next(iter(source.card["attacks"]))
+    """What the worst of the attacks that draw recovered best; one that picks from candidates shows the originals."""
+    name = source.card["worst_drawing"] or source.card["worst_attack"] or next(iter(source.card["attacks"]))
     key = f"{name}/worst"
     if f"{key}/plain" not in source.pictures:
         return _sheet([("plain", source.pictures["plain"], None)])
@@ -342,24 +352,27 @@ def _boxes(source: Source) -> bytes:
 
 def _curves(source: Source) -> bytes:
     """Leakage against epochs within the training, and against effort from one training to the next."""
-    figure = _figure(11, 3.6)
-    epochs, effort = figure.subplots(1, 2)
+    figure = _figure(13, 3.6)
+    epochs, effort, longer = figure.subplots(1, 3)
     for name in _done(source):
         attack = source.card["attacks"][name]
         rows = [(row["epoch"], row["val_ssim"]) for row in attack["history"] if "val_ssim" in row]
         if rows:
             epochs.plot(*zip(*rows, strict=True), marker="o", ms=3, label=name)
         points = {point["what"]: point for point in attack["curve"]}
-        for before, style in (("a quarter of the images", "-"), ("half the epochs", ":")):
-            if before in points:
-                pair = [points[before], points["everything"]]
-                x = [p["num_images"] * p["epochs"] if style == ":" else p["num_images"] for p in pair]
-                x = [p / x[-1] for p in x]
-                label = f"{name}: {'images' if style == '-' else 'epochs'}"
-                effort.plot(x, [p["ssim_invariant"] for p in pair], style, marker="o", ms=4, label=label)
+        for panel, key, wanted in (
+            (effort, "num_images", ("a sixteenth of the images", "a quarter of the images", "everything")),
+            (longer, "epochs", ("half the epochs", "everything")),
+        ):
+            found = [points[what] for what in wanted if what in points and key in points[what]]
+            if len(found) > 1:
+                panel.plot([p[key] for p in found], [p["ssim_invariant"] for p in found], marker="o", ms=4, label=name)
     epochs.set(xlabel="epoch of the training", ylabel="SSIM on the attacker's own images", title="within one training")
-    effort.set(xlabel="share of the images, or of the epochs", ylabel="SSIM on the queries", title="with less effort")
-    for panel in (epochs, effort):
+    effort.set(
+        xlabel="images that the attacker has", ylabel="SSIM on the queries", title="with fewer pairs", xscale="log"
+    )
+    longer.set(xlabel="epochs of the training", ylabel="SSIM on the queries", title="with half the epochs")
+    for panel in (epochs, effort, longer):
         panel.set_ylim(0, 1)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)

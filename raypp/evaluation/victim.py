@@ -71,6 +71,7 @@ class Victim:
         truth: int64 (N,), the originals' places in the gallery.
         classes: names of labels; none where they are not known.
         plain_classifier: one that was trained on plain images for its own sake, where the bundle has it.
+        source: of a function, the SHA-256 of its file.
     """
 
     name: str
@@ -86,6 +87,13 @@ class Victim:
     config: Config | None = None
     metrics: dict[str, Any] | None = None
     plain_classifier: nn.Module | None = None
+    source: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """Of what is attacked: two victims of one identity may share a scorecard. A function may be random, so it is
+        told by its file."""
+        return self.source or self.fingerprint
 
     @property
     def fingerprint(self) -> str:
@@ -185,7 +193,14 @@ def _function(spec: VictimSpec, num_queries: int, num_images: int | None, seed: 
     config = validate(spec.config or {})
     protect = user_function(spec.function, device)
     access = Access(shape=(0, 0, 0), protect=protect, device=device)
-    return _measured_on(spec.function, access, config, None, num_queries, num_images, seed)
+    found = _measured_on(spec.function, access, config, None, num_queries, num_images, seed)
+    return replace(found, source=_source_of(spec.function))
+
+
+def _source_of(name: str) -> str | None:
+    module = name.rpartition(":")[0]
+    file = module if module.endswith(".py") else getattr(sys.modules.get(module), "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
 
 
 def user_function(name: str, device: torch.device) -> Map:
@@ -268,7 +283,7 @@ def _measured_on(
         images=known[0],
         labels=known[1],
         num_classes=len(test.classes),
-        ciphertexts=lambda: (known[0][:half], known[1][:half], _in_parts(protect, known[0][half:])),
+        ciphertexts=lambda: (known[0][:half], known[1][:half], _in_parts(protect, known[0][half:]), known[1][half:]),
         pairs=(known[0][:KNOWN_PAIRS], protect(known[0][:KNOWN_PAIRS])),
         gallery=gallery,
     )
@@ -304,7 +319,7 @@ def _folders(
         shape=(first.shape[1], first.shape[2], first.shape[3]),
         images=first[known],
         labels=none[known],
-        ciphertexts=lambda: (first[known[:half]], none[known[:half]], second[known[half:]]),
+        ciphertexts=lambda: (first[known[:half]], none[known[:half]], second[known[half:]], none[known[half:]]),
         pairs=(first[known], second[known]),
         gallery=first,
         device=device,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import math
 import struct
+import zlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 
@@ -155,6 +156,8 @@ def _png(data: bytes, where: str, shape: Shape) -> Pixels:
             break
         if not kinds:
             _check_header(kind, data[at + 8 : end - 4], where, shape)
+        if zlib.crc32(data[at + 4 : end - 4]) != struct.unpack_from(">I", data, end - 4)[0]:
+            raise RefusedError(422, "damaged-image", f"{where} is a damaged PNG image")
         kinds.append(kind)
         if kind in {b"IHDR", b"IDAT", b"IEND"}:
             kept.append(data[at:end])

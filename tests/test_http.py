@@ -1,0 +1,454 @@
+"""The services' HTTP, without Ray: answers, refusals as problem documents, tokens, bundles that replace each other."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import logging
+import shutil
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Trained, tiny_flags
+from PIL import Image
+from starlette.testclient import TestClient
+from torch import Tensor
+
+from raypp import guard, ladder
+from raypp.attacks import ATTACKS
+from raypp.bundle import load_private, load_public, write_manifest
+from raypp.cli import main
+from raypp.config import load_config
+from raypp.errors import BundleError, ConfigError, StorageError
+from raypp.images import encode_png
+from raypp.progress import Display
+from raypp.runs import open_run, train_locally
+from raypp.serve.auth import Tokens, add_token
+from raypp.serve.http import ServedAttack, attack_api, classifier_api, measured, null_scores
+from raypp.serve.ladder import online
+from raypp.serve.model import Live, Served, classify, current, publishing
+from raypp.serve.wire import Limits
+from raypp.training.fit import load_split
+
+
+class Here:
+    """Both services in this process: what Ray's replicas do, without Ray."""
+
+    def __init__(self, location: Path, tokens: Tokens | None = None) -> None:
+        self.live, self.tokens, self.limits = Live(location), tokens, Limits(body=200_000, images=16)
+        self.seen: list[tuple[str, int, int]] = []
+
+    def now(self) -> Served:
+        return self.live.now
+
+    def rejected(self) -> dict[str, str] | None:
+        return self.live.rejected
+
+    async def served(self, protection: str | None) -> Served | None:
+        return self.live.of(protection)
+
+    async def predict(self, served: Served, images: Tensor) -> tuple[Tensor, Tensor]:
+        return classify([(served, images)])[0]
+
+    def attacks(self) -> dict[str, ServedAttack]:
+        listed = (self.now().scorecard or {}).get("attacks", {})
+        return {
+            name: ServedAttack(name, ATTACKS.get(name).threat, most, measured(listed[name]))
+            for name, (_, most) in online(self.now()).items()
+        }
+
+    def nulls(self) -> dict[str, Any]:
+        return null_scores(self.now().scorecard)
+
+    async def reconstruct(self, name: str, images: Tensor) -> Tensor:
+        return online(self.now())[name][0](images)
+
+    def observe(self, route: str, status: int, num_images: int, seconds: float) -> None:
+        self.seen.append((route, status, num_images))
+
+
+@pytest.fixture(scope="module")
+def attacked(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that a quick suite has attacked."""
+    root = tmp_path_factory.mktemp("attacked")
+    bundle = shutil.copytree(trained.bundle, root / "bundle")
+    suite = root / "suite.yaml"
+    inverse = {"width": 4, "depth": 2, "train": {"epochs": 1, "batch_size": 10}}
+    attacks = {"feature_reconstruction": {}, "inverse": inverse, "white_box": {"steps": 2}, "known_gallery": {}}
+    suite.write_text(json.dumps({"num_queries": 10, "curve": False, "judge_epochs": 0, "attacks": attacks}))
+    ladder.attack(ladder.make_plan(bundle=str(bundle), suite=str(suite), name="a", storage=root), quiet=True)
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another bundle of the same shape."""
+    storage = tmp_path_factory.mktemp("other")
+    with open_run(load_config("quickstart", flags=tiny_flags(storage, seed=1, train__epochs=1)), "run") as run:
+        train_locally(run, Display(quiet=True), torch.device("cpu"))
+    return storage / "run" / "bundle"
+
+
+@pytest.fixture
+def here(trained: Trained) -> Here:
+    return Here(trained.bundle)
+
+
+@pytest.fixture
+def client(here: Here) -> TestClient:
+    return TestClient(classifier_api(lambda: here, here.observe))
+
+
+def protected(bundle: Path, num: int = 4) -> np.ndarray:
+    """Protected images of the bundle's own sample, uint8 (N, H, W, C)."""
+    return load_private(bundle).sample[:num].permute(0, 2, 3, 1).numpy()
+
+
+def npy(images: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, images)
+    return file.getvalue()
+
+
+NPY, PNG = {"Content-Type": "application/x-npy"}, {"Content-Type": "image/png"}
+
+
+def test_classes_are_those_of_the_classifier(client: TestClient, trained: Trained, here: Here) -> None:
+    images = protected(trained.bundle)
+    answer = client.post("/v1/classify?top=2", content=npy(images), headers=NPY)
+    assert answer.status_code == 200
+    found = answer.json()
+    private = load_private(trained.bundle)
+    logits = private.classifier(private.sample[:4].float() / 255)
+    shares = torch.softmax(logits, 1)
+    for i, image in enumerate(found["images"]):
+        assert image["index"] == int(logits[i].argmax())
+        assert image["class"] == private.classes[image["index"]]
+        assert image["probability"] == pytest.approx(float(shares[i].max()), abs=1e-4)
+        assert [entry["index"] for entry in image["top"]] == logits[i].topk(2).indices.tolist()
+    assert set(found["timing_ms"]) == {"read", "model", "total"}
+    assert found["model"] == here.now().version == answer.headers["Raypp-Model"]
+    single = client.post("/v1/classify", content=encode_png(images[1]), headers=PNG).json()["images"]
+    assert single[0]["index"] == found["images"][1]["index"]
+    files = [("image", encode_png(images[0])), ("image", npy(images[1:]))]
+    form = client.post("/v1/classify", files=files).json()["images"]
+    assert [image["index"] for image in form] == [image["index"] for image in found["images"]]
+    assert ("/v1/classify", 200, 4) in here.seen
+
+
+def test_an_image_that_does_not_look_protected_is_refused(trained: Trained) -> None:
+    """The tiny run has too few images for a guard, so one is fitted here."""
+    config = load_config("quickstart", flags=tiny_flags(trained.run, data__source__num_train=500))
+    shapes = torch.from_numpy(load_split(config, "train").images).permute(0, 3, 1, 2)
+    hidden = load_public(trained.bundle).protection.protect(shapes)
+    fitted = guard.calibrate(shapes[:400], hidden[:400], shapes[400:], hidden[400:])
+    assert fitted is not None
+    here = Here(trained.bundle)
+    here.live._kept = [replace(here.now(), guard=fitted)]
+    client = TestClient(classifier_api(lambda: here))
+    good = fitted.looks_protected(hidden).nonzero().flatten()
+    bad = (~fitted.looks_protected(shapes)).nonzero().flatten()
+    assert len(good) >= 495
+    assert len(bad) > 0
+    sent = client.post("/v1/classify", content=npy(hidden[good[:3]].permute(0, 2, 3, 1).numpy()), headers=NPY)
+    assert sent.status_code == 200
+    images = torch.cat((hidden[good[:1]], shapes[bad[:1]])).permute(0, 2, 3, 1).numpy()
+    answer = client.post("/v1/classify", content=npy(images), headers=NPY)
+    assert answer.status_code == 422
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem = answer.json()
+    assert problem["type"] == "urn:raypp:problem:not-protected"
+    assert "image 2 of 2 does not look protected" in problem["detail"]
+    assert "raypp protect" in problem["detail"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "headers", "status", "code"),
+    [
+        ("POST", "/v1/classify", b"x", PNG, 422, "not-png"),
+        ("POST", "/v1/classify", b"x", {}, 415, "unsupported-type"),
+        ("POST", "/v1/classify?top=0", b"x", PNG, 422, "bad-parameter"),
+        ("POST", "/v1/classify", b"x" * 300_000, NPY, 413, "body-too-large"),
+        ("POST", "/v1/classify", b"x", NPY | {"Raypp-Protection": "0" * 64}, 409, "other-protection"),
+        ("GET", "/v1/classify", None, {}, 405, "http"),
+        ("GET", "/v1/nothing", None, {}, 404, "http"),
+    ],
+)
+def test_problems(
+    client: TestClient, method: str, path: str, content: bytes | None, headers: dict[str, str], status: int, code: str
+) -> None:
+    answer = client.request(method, path, content=content, headers=headers | {"X-Request-ID": "abc"})
+    assert (answer.status_code, answer.json()["type"]) == (status, f"urn:raypp:problem:{code}")
+    assert answer.json()["instance"] == "urn:raypp:request:abc"
+    assert answer.headers["X-Request-ID"] == "abc"
+
+
+def test_a_defect_says_nothing_but_its_number(here: Here, caplog: pytest.LogCaptureFixture) -> None:
+    async def fail(served: Served, images: Tensor) -> tuple[Tensor, Tensor]:
+        raise RuntimeError("a secret")
+
+    here.predict = fail  # type: ignore[method-assign]
+    client = TestClient(classifier_api(lambda: here))
+    body = npy(protected(Path(here.live.location)))
+    answer = client.post("/v1/classify", content=body, headers=NPY | {"X-Request-ID": "a\nb"})
+    assert answer.status_code == 500
+    assert "a secret" not in answer.text
+    assert answer.headers["X-Request-ID"] != "a\nb"
+    assert answer.headers["X-Request-ID"] in caplog.text
+
+
+def test_logs_have_a_line_per_request_and_nothing_of_the_image(
+    client: TestClient, trained: Trained, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "raypp.serve")
+    images = protected(trained.bundle)
+    client.post("/v1/classify", content=npy(images), headers=NPY | {"X-Request-ID": "r1"})
+    (line,) = [json.loads(r.getMessage()) for r in caplog.records if r.name == "raypp.serve"]
+    assert line | {"ms": 0} == {
+        "request": "r1", "method": "POST", "route": "/v1/classify", "status": 200, "images": 4, "ms": 0,
+    }  # fmt: skip
+
+
+def test_the_protection_is_the_public_part_and_nothing_else(
+    client: TestClient, trained: Trained, tmp_path: Path
+) -> None:
+    answer = client.get("/v1/protection")
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        archive.extractall(tmp_path / "public")
+    names = sorted(path.name for path in (tmp_path / "public").iterdir())
+    assert names == sorted(path.name for path in (trained.bundle / "public").iterdir())
+    image = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    ours, theirs = (load_public(part).protection.protect(image) for part in (trained.bundle, tmp_path / "public"))
+    assert torch.equal(ours, theirs)
+    again = client.get("/v1/protection", headers={"If-None-Match": answer.headers["ETag"]})
+    assert (again.status_code, again.content) == (304, b"")
+
+
+def test_the_model_says_what_it_is(attacked: Path) -> None:
+    here = Here(attacked)
+    about = TestClient(classifier_api(lambda: here)).get("/v1/model").json()
+    assert about["upload"] == {"height": 16, "width": 16, "channels": 3, "bits": 8}
+    assert len(about["classes"]) == 10
+    assert about["card"].startswith("# Model card")
+    assert set(about["scorecard"]["attacks"]) == {"feature_reconstruction", "inverse", "white_box", "known_gallery"}
+    assert 0 <= about["scorecard"]["attacks"]["inverse"]["ssim"] <= 1
+    assert about["rejected"] is None
+
+
+def test_attacks_are_listed_and_carried_out(attacked: Path) -> None:
+    here = Here(attacked)
+    client = TestClient(attack_api(lambda: here, here.observe))
+    listed = {entry["attack"]: entry for entry in client.get("/v1").json()["attacks"]}
+    assert set(listed) == {"feature_reconstruction", "inverse", "white_box"}  # a gallery is not the service's to search
+    assert listed["inverse"]["threat"] == "T4"
+    assert listed["inverse"]["measured"]["verdict"] in {"holds", "weak", "broken"}
+    images = protected(attacked)
+    for name in listed:
+        answer = client.post(f"/v1/{name}", content=npy(images[:2]), headers=NPY)
+        assert answer.status_code == 200, answer.text
+        found = answer.json()["reconstructions"]
+        assert len(found) == 2
+        assert Image.open(io.BytesIO(base64.b64decode(found[0]["png"]))).size == (16, 16)
+        assert "psnr" not in found[0]
+    kept = ladder.load_network(
+        ladder.Storage(attacked.parent / "a" / "attacks" / "inverse"),
+        ATTACKS.options("inverse").model_validate(here.now().scorecard["attacks"]["inverse"]["options"]),  # type: ignore[index]
+        ladder.load_victim(ladder.VictimSpec(bundle=str(attacked)), num_queries=10).access,
+    )
+    expected = kept(torch.from_numpy(images[:1]).permute(0, 3, 1, 2))[0].permute(1, 2, 0).numpy()
+    picture = client.post("/v1/inverse", content=encode_png(images[0]), headers=PNG | {"Accept": "image/png"})
+    assert picture.headers["content-type"] == "image/png"
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(picture.content))), expected)
+    files = [("image", encode_png(images[0])), ("plain", encode_png(expected))]
+    scores = client.post("/v1/inverse", files=files).json()["reconstructions"][0]
+    assert (scores["psnr"], scores["ssim"]) == (60.0, 1.0)
+
+
+def test_attacks_that_are_not_there_or_ask_too_much_are_refused(attacked: Path, trained: Trained) -> None:
+    client = TestClient(attack_api(lambda: Here(attacked)))
+    images = protected(attacked, 8)
+    unknown = client.post("/v1/known_gallery", content=npy(images), headers=NPY)
+    assert unknown.status_code == 404
+    assert "served are feature_reconstruction, inverse, white_box" in unknown.json()["detail"]
+    assert client.post("/v1/white_box", content=npy(images), headers=NPY).status_code == 413
+    other_shape = [("image", encode_png(images[0])), ("plain", npy(images[:2]))]
+    answer = client.post("/v1/inverse", files=other_shape)
+    assert answer.status_code == 422
+    assert "holds 2 images" in answer.json()["detail"]
+    none = TestClient(attack_api(lambda: Here(trained.bundle)))
+    assert none.get("/v1").json()["attacks"] == []
+
+
+# Tokens
+
+
+def test_tokens_open_what_they_are_for(trained: Trained, tmp_path: Path) -> None:
+    file = tmp_path / "tokens.json"
+    reader, attacker = add_token(file, "reader", ["classify"]), add_token(file, "attacker", ["attack", "classify"])
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert reader not in file.read_text()
+    here = Here(trained.bundle, Tokens.read(str(file)))
+    classifier, attacks = TestClient(classifier_api(lambda: here)), TestClient(attack_api(lambda: here))
+    for path in ("/v1/model", "/v1/protection"):
+        assert classifier.get(path).status_code == 401
+        assert classifier.get(path, headers={"Authorization": f"Bearer {reader}x"}).status_code == 401
+        assert classifier.get(path, headers={"Authorization": f"Basic {reader}"}).status_code == 401
+        assert classifier.get(path, headers={"Authorization": f"Bearer {reader}"}).status_code == 200
+    refused = classifier.post("/v1/classify", content=b"x", headers=PNG)
+    assert (refused.status_code, refused.headers["WWW-Authenticate"]) == (401, 'Bearer realm="raypp"')
+    assert attacks.get("/v1", headers={"Authorization": f"Bearer {reader}"}).status_code == 403
+    assert attacks.get("/v1", headers={"Authorization": f"Bearer {attacker}"}).status_code == 200
+
+
+def test_token_files_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "tokens.json"
+    add_token(file, "a", ["classify"])
+    with pytest.raises(ConfigError, match="token name 'a' is taken"):
+        add_token(file, "a", ["classify"])
+    with pytest.raises(ConfigError, match="unknown scope 'all'; allowed: classify, attack"):
+        add_token(file, "b", ["all"])
+    file.write_text("{}")
+    with pytest.raises(ConfigError, match="is damaged"):
+        Tokens.read(str(file))
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        Tokens.read(str(tmp_path / "none"))
+    main(["token", "me", "--file", str(tmp_path / "new.json"), "--scopes", "classify", "attack"])
+    printed = capsys.readouterr().out.strip()
+    assert Tokens.read(str(tmp_path / "new.json")).check(f"Bearer {printed}", "attack") == "me"
+
+
+def test_a_service_that_others_can_reach_needs_tokens(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", str(trained.bundle), "--host", "0.0.0.0"])
+    assert "--host 0.0.0.0 can be reached from elsewhere, so --tokens FILE is needed" in capsys.readouterr().err
+
+
+# What is live
+
+
+def test_a_published_bundle_takes_over_and_the_one_before_still_answers(
+    trained: Trained, other: Path, tmp_path: Path
+) -> None:
+    shelf = tmp_path / "shelf"
+    with publishing(trained.bundle, shelf) as first:
+        assert first.previous is None
+    here = Here(shelf)
+    client = TestClient(classifier_api(lambda: here))
+    before = here.now()
+    with publishing(other, shelf) as second:
+        assert second.previous == before.version == first.version
+    assert here.live.refresh()
+    assert not here.live.refresh()
+    after = here.now()
+    assert after.version == second.version != before.version
+    images = protected(trained.bundle)
+    old = client.post("/v1/classify", content=npy(images), headers=NPY | {"Raypp-Protection": before.protection})
+    assert old.status_code == 200
+    assert old.json()["model"] == before.version
+    assert old.headers["Raypp-Protection"] == after.protection  # so that the client fetches it
+    images = protected(other)
+    new = client.post("/v1/classify", content=npy(images), headers=NPY | {"Raypp-Protection": after.protection})
+    assert new.json()["model"] == after.version
+    with publishing(trained.bundle, shelf) as back:  # an older one can be made live again
+        assert back.version == first.version
+    assert here.live.refresh()
+    assert here.now() is before
+
+
+def break_classifier(bundle: Path) -> None:
+    """Give the bundle the weights of nobody, with hashes that fit."""
+    from safetensors.torch import load_file, save_file
+
+    path = bundle / "private" / "classifier.safetensors"
+    save_file({k: torch.zeros_like(v) for k, v in load_file(path).items()}, path)
+    for part in ("private", ""):
+        write_manifest(bundle / part)
+
+
+def test_a_bundle_that_does_not_work_is_not_published(trained: Trained, other: Path, tmp_path: Path) -> None:
+    shelf = tmp_path / "shelf"
+    with publishing(trained.bundle, shelf):
+        pass
+    live = (shelf / "live.json").read_bytes()
+    broken = shutil.copytree(other, tmp_path / "broken")
+    break_classifier(broken)
+    with (
+        pytest.raises(BundleError, match="fails its self-check: it gives the recorded answer for"),
+        publishing(broken, shelf),
+    ):
+        pass
+    altered = shutil.copytree(other, tmp_path / "altered")
+    (altered / "private" / "classifier.json").write_text("{}")
+    with pytest.raises(BundleError, match="was altered"), publishing(altered, shelf):
+        pass
+    with pytest.raises(RuntimeError), publishing(other, shelf):
+        raise RuntimeError("the service refuses")
+    assert (shelf / "live.json").read_bytes() == live
+
+
+def test_what_becomes_live_and_does_not_work_is_not_taken_over(trained: Trained, other: Path, tmp_path: Path) -> None:
+    shelf = tmp_path / "shelf"
+    with publishing(trained.bundle, shelf):
+        pass
+    here = Here(shelf)
+    before = here.now()
+    broken = shutil.copytree(other, shelf / "versions" / "0123")
+    break_classifier(broken)
+    (shelf / "live.json").write_text('{"version": "0123"}')
+    assert not here.live.refresh()
+    assert here.now() is before
+    about = TestClient(classifier_api(lambda: here)).get("/v1/model").json()
+    assert about["rejected"]["version"] == "0123"
+    assert "fails its self-check" in about["rejected"]["reason"]
+    shutil.rmtree(shelf)  # storage that is away takes nothing down
+    assert not here.live.refresh()
+    assert here.now() is before
+
+
+def test_locations_that_are_neither_bundle_nor_shelf_are_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="is neither a bundle nor a shelf"):
+        current(tmp_path)
+    (tmp_path / "live.json").write_text("x")
+    with pytest.raises(StorageError, match=r"live\.json is damaged"):
+        current(tmp_path)
+
+
+def test_requests_of_several_bundles_share_a_batch(trained: Trained, other: Path) -> None:
+    one, two = Live(trained.bundle).now, Live(other).now
+    jobs = [(s, s.private.sample[i : i + n]) for s, i, n in ((one, 0, 1), (two, 1, 3), (one, 2, 2))]
+    for (served, images), (shares, protected_) in zip(jobs, classify(jobs), strict=True):
+        assert torch.allclose(shares, served.probabilities(images), atol=1e-5)
+        assert protected_.shape == (len(images),)
+
+
+def test_openapi_describes_bodies_and_answers(here: Here) -> None:
+    for api in (classifier_api(lambda: here), attack_api(lambda: here)):
+        document = TestClient(api).get("/openapi.json").json()
+        posts = [path["post"] for path in document["paths"].values() if "post" in path]
+        for post in posts:
+            assert set(post["requestBody"]["content"]) == {"image/png", "application/x-npy", "multipart/form-data"}
+            assert "example" in post["responses"]["200"]["content"]["application/json"]
+            assert {"401", "413", "415", "422", "503"} <= set(post["responses"])
+
+
+def test_async_services_do_not_mix_answers(here: Here, trained: Trained) -> None:
+    """Many requests at once, each answered for its own image."""
+    import httpx
+
+    api = classifier_api(lambda: here)
+    sample = load_private(trained.bundle)
+
+    async def ask() -> list[int]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://x") as client:
+            bodies = [npy(image[None].permute(0, 2, 3, 1).numpy()) for image in sample.sample]
+            answers = await asyncio.gather(*(client.post("/v1/classify", content=b, headers=NPY) for b in bodies))
+            return [answer.json()["images"][0]["index"] for answer in answers]
+
+    assert asyncio.run(ask()) == sample.sample_classes.tolist()

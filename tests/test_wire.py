@@ -1,0 +1,165 @@
+"""What a request's body may be; everything else is refused before it is decoded."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import struct
+import zlib
+from collections.abc import AsyncIterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
+
+from raypp.images import Pixels, encode_png
+from raypp.serve.wire import MULTIPART, NPY, PNG, Limits, RefusedError, read_body, read_images
+
+SHAPE = (16, 12, 3)
+LIMITS = Limits(body=100_000, images=4)
+
+
+def batch(num: int, seed: int = 0, shape: tuple[int, int, int] = SHAPE) -> Pixels:
+    return np.random.default_rng(seed).integers(0, 256, (num, *shape), dtype=np.uint8)
+
+
+def npy(values: np.ndarray, **options: bool) -> bytes:
+    file = io.BytesIO()
+    np.save(file, values, **options)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def read(body: bytes, kind: str, shape: tuple[int, int, int] = SHAPE) -> tuple[Pixels, Pixels | None]:
+    return asyncio.run(read_images(body, kind, shape, LIMITS))
+
+
+def refused(body: bytes, kind: str, shape: tuple[int, int, int] = SHAPE) -> tuple[int, str]:
+    with pytest.raises(RefusedError) as raised:
+        read(body, kind, shape)
+    assert "\n" not in str(raised.value)
+    return raised.value.status, raised.value.code
+
+
+def form(*files: tuple[str, bytes]) -> tuple[bytes, str]:
+    parts = [
+        f'--edge\r\nContent-Disposition: form-data; name="{name}"; filename="x"\r\n\r\n'.encode() + data + b"\r\n"
+        for name, data in files
+    ]
+    return b"".join(parts) + b"--edge--\r\n", f"{MULTIPART}; boundary=edge"
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_every_allowed_form_gives_the_same_images() -> None:
+    images = batch(3)
+    assert np.array_equal(read(npy(images), NPY)[0], images)
+    assert np.array_equal(read(npy(images[0]), NPY)[0], images[:1])
+    assert np.array_equal(read(encode_png(images[0]), "image/PNG; charset=x")[0], images[:1])
+    body, kind = form(("image", encode_png(images[0])), ("image", npy(images[1:])), ("plain", npy(images)))
+    found, plain = read(body, kind)
+    assert np.array_equal(found, images)
+    assert plain is not None
+    assert np.array_equal(plain, images)
+    grey = batch(1, shape=(16, 12, 1))
+    assert np.array_equal(read(encode_png(grey[0]), PNG, (16, 12, 1))[0], grey)
+
+
+def test_what_a_png_says_beside_its_image_is_passed_over() -> None:
+    image = batch(1)[0]
+    about = PngImagePlugin.PngInfo()
+    about.add_text("secret", "x" * 50_000, zip=True)
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG", pnginfo=about)
+    assert np.array_equal(read(file.getvalue(), PNG)[0][0], image)
+
+
+IMAGE = encode_png(batch(1)[0])
+BOMB = (
+    b"\x89PNG\r\n\x1a\n"
+    + chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    + chunk(b"IDAT", zlib.compress(b"\0" * 10_000_000))
+    + chunk(b"IEND", b"")
+)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status", "code"),
+    [
+        (IMAGE, "image/jpeg", 415, "unsupported-type"),
+        (IMAGE, "", 415, "unsupported-type"),
+        (b"", PNG, 422, "not-png"),
+        (IMAGE[:-20], PNG, 422, "damaged-image"),
+        (IMAGE[:40] + b"\xff" + IMAGE[41:], PNG, 422, "damaged-image"),
+        (IMAGE + b"PK\x03\x04 and a zip", PNG, 422, "trailing-bytes"),
+        (BOMB, PNG, 422, "wrong-shape"),
+        (encode_png(batch(1, shape=(12, 16, 3))[0]), PNG, 422, "wrong-shape"),
+        (encode_png(batch(1, shape=(16, 12, 1))[0]), PNG, 422, "wrong-shape"),
+        (b"GIF89a" + IMAGE, PNG, 422, "not-png"),
+        (b"", NPY, 422, "not-npy"),
+        (npy(batch(2))[:-1], NPY, 422, "damaged-image"),
+        (npy(batch(2)) + b"x", NPY, 422, "damaged-image"),
+        (npy(batch(5)), NPY, 413, "too-many-images"),
+        (npy(batch(2)[:0]), NPY, 422, "wrong-shape"),
+        (npy(np.full((1, *SHAPE), np.nan)), NPY, 422, "wrong-type"),
+        (npy(np.asfortranarray(batch(2))), NPY, 422, "wrong-type"),
+        (npy(np.array([{"a": 1}], dtype=object), allow_pickle=True), NPY, 422, "wrong-type"),
+        (npy(batch(2)).replace(b"(2, 16", b"(-2,16"), NPY, 422, "wrong-shape"),
+        (npy(batch(2)).replace(b"'descr'", b"__imp__"), NPY, 422, "not-npy"),
+        (b"\x93NUMPY\x01\x00\xff\xff" + b"[" * 2000, NPY, 422, "not-npy"),
+        (b"nonsense", f"{MULTIPART}; boundary=edge", 400, "bad-form"),
+        (b"nonsense", MULTIPART, 400, "bad-form"),
+        (*form(("other", IMAGE)), 422, "unknown-field"),
+        (*form(("plain", IMAGE)), 422, "no-image"),
+        (*form(*[("image", IMAGE)] * 5), 413, "too-many-images"),
+        (*form(("image", npy(batch(3))), ("image", npy(batch(3)))), 413, "too-many-images"),
+        (*form(("image", b"\xff\xd8\xff\xe0 jpeg")), 422, "not-png"),
+    ],
+)  # fmt: skip
+def test_refusals(body: bytes, kind: str, status: int, code: str) -> None:
+    assert refused(body, kind) == (status, code)
+
+
+def test_a_body_is_refused_when_it_is_known_to_be_too_large() -> None:
+    taken: list[int] = []
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(100):
+            taken.append(1)
+            yield b"x" * 10_000
+
+    for length, most in (("200000", 0), (None, 11), ("nonsense", 11), ("5", 11)):
+        taken.clear()
+        with pytest.raises(RefusedError) as raised:
+            asyncio.run(read_body(chunks(), length, LIMITS))
+        assert raised.value.status == 413
+        assert len(taken) <= most
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_mutated_bodies_are_read_or_refused(data: st.DataObject) -> None:
+    """Nothing but a refusal ever comes of a damaged body."""
+    good = data.draw(st.sampled_from([(IMAGE, PNG), (npy(batch(2)), NPY), form(("image", IMAGE), ("plain", IMAGE))]))
+    body = bytearray(good[0])
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(body) - 1))
+        match data.draw(st.sampled_from("xic")):
+            case "x":
+                body[at] = data.draw(st.integers(0, 255))
+            case "i":
+                body[at:at] = data.draw(st.binary(max_size=20))
+            case "c":
+                del body[at : at + data.draw(st.integers(1, 50))]
+        if not body:
+            return
+    try:
+        found, _ = read(bytes(body), good[1])
+    except RefusedError:
+        return
+    else:
+        assert found.shape[1:] == SHAPE
+        assert found.dtype == np.uint8
