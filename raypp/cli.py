@@ -500,43 +500,6 @@ def classify(
     return len(files)
 
 
-@app.command
-def demo(
-    urls: Annotated[list[str], Parameter(allow_leading_hyphen=False)],
-    /,
-    *,
-    port: int = 7860,
-    key: Path | None = None,
-    token_file: Path | None = None,
-) -> None:
-    """Open a page on this machine: drop a picture, see it protected, classified, and what attacks make of it.
-
-    Parameters
-    ----------
-    urls
-        Of services, as http://127.0.0.1:8000; of several, as NAME=URL, the page lets you choose.
-    port
-        Port of the page, on 127.0.0.1.
-    key
-        Key file of a keyed protection.
-    token_file
-        File that holds a bearer token for the services.
-    """
-    try:
-        from raypp.demo import page
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "gradio":
-            raise
-        raise RayppError("the page needs the extra raypp[demo], which is not installed here") from None
-    named = {}
-    for given in urls:
-        name, _, url = given.partition("=") if "=" in given.partition("://")[0] else (given, "", given)
-        named[name] = url
-    page(named, token=_token(token_file), key=key).launch(
-        server_name="127.0.0.1", server_port=port, quiet=True, share=False, show_error=True
-    )
-
-
 def _token(file: Path | None) -> str | None:
     if file is None:
         return None

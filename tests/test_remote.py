@@ -1,0 +1,240 @@
+"""The client over real HTTP, against the service in a thread: what it sends, checks, retries and refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import shutil
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import uvicorn
+from conftest import Trained
+from fastapi import FastAPI, Request, Response
+from test_http import Here
+
+import raypp
+from raypp.bundle import MANIFEST, load_private, load_public, write_manifest
+from raypp.cli import main
+from raypp.client import protect_images
+from raypp.errors import BundleError, ConfigError, DataError
+from raypp.images import write_png
+from raypp.remote import AsyncClient, Client, RemoteError, is_loopback
+from raypp.serve.http import classifier_api
+from raypp.serve.model import publishing
+
+
+@contextmanager
+def running(app: FastAPI) -> Iterator[str]:
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+class Faulty:
+    """The classifier below /classifier, whose next answers can be made faults; keeps what was uploaded."""
+
+    def __init__(self, here: Here) -> None:
+        self.faults: list[Response] = []
+        self.bodies: list[bytes] = []
+        self.app = FastAPI()
+
+        @self.app.middleware("http")
+        async def around(request: Request, call):  # type: ignore[no-untyped-def]
+            self.bodies.append(await request.body())
+            return self.faults.pop(0) if self.faults else await call(request)
+
+        self.app.mount("/classifier", classifier_api(lambda: here))
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def images() -> list[np.ndarray]:
+    return list(np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8))
+
+
+def expected(bundle: Path, images: list[np.ndarray]) -> list[str]:
+    private = load_private(bundle)
+    protected = protect_images(load_public(bundle), np.stack(images))
+    logits = private.classifier(torch.from_numpy(protected).permute(0, 3, 1, 2).float() / 255)
+    return [private.classes[i] for i in logits.argmax(1).tolist()]
+
+
+def test_every_form_of_image_is_protected_and_classified(
+    trained: Trained, tmp_path: Path, cache: Path, images: list[np.ndarray]
+) -> None:
+    faulty = Faulty(Here(trained.bundle))
+    files = [tmp_path / f"{i}.png" for i in range(len(images))]
+    for file, image in zip(files, images, strict=True):
+        write_png(file, image)
+    given = [images[0], str(files[1]), files[2], files[3].read_bytes(), images[4]]
+    with running(faulty.app) as url, raypp.Client(url, cache=cache) as client:
+        found = client.classify(given)
+        assert [p.label for p in found] == expected(trained.bundle, images)
+        assert found[0].top[0] == (found[0].label, found[0].probability)
+        assert [i for i, _ in client.stream(given, batch=2)] == given
+        uploads = [np.load(io.BytesIO(body)) for body in faulty.bodies if body]
+    plain = {image.tobytes() for image in images}
+    assert sum(map(len, uploads)) == 10
+    assert not any(sent.tobytes() in plain for upload in uploads for sent in upload)
+    with running(faulty.app) as url, pytest.raises(SystemExit):
+        main(["classify", url, str(tmp_path / "none.png")])
+
+
+def test_the_asynchronous_client_does_the_same(trained: Trained, cache: Path, images: list[np.ndarray]) -> None:
+    async def ask(url: str) -> list[list[str]]:
+        async with AsyncClient(url, cache=cache) as client:
+            both = await asyncio.gather(client.classify(images), client.classify(images[::-1]))
+            return [[p.label for p in found] for found in both]
+
+    with running(Faulty(Here(trained.bundle)).app) as url:
+        first, second = asyncio.run(ask(url))
+    assert first == second[::-1] == expected(trained.bundle, images)
+
+
+def test_the_protection_is_fetched_once_and_kept(trained: Trained, cache: Path, images: list[np.ndarray]) -> None:
+    faulty = Faulty(Here(trained.bundle))
+    with running(faulty.app) as url:
+        for _ in range(2):
+            with Client(url, cache=cache) as client:
+                client.classify(images)
+        (folder,) = cache.iterdir()
+        assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in (trained.bundle / "public").iterdir())
+        (folder / "protection.safetensors").write_bytes(b"altered")
+        with Client(url, cache=cache) as client, pytest.raises(BundleError, match="was altered"):
+            client.classify(images)
+
+
+def test_faults_are_retried_and_patience_ends(trained: Trained, cache: Path, images: list[np.ndarray]) -> None:
+    faulty = Faulty(Here(trained.bundle))
+    with running(faulty.app) as url:
+        with Client(url, cache=cache) as client:
+            client.protection()
+            faulty.faults = [Response(status_code=503, headers={"Retry-After": "0"}), Response(status_code=500)]
+            assert [p.label for p in client.classify(images)] == expected(trained.bundle, images)
+        with Client(url, cache=cache, patience=0.2) as client:
+            client.protection()
+            faulty.faults = [Response("busy", status_code=503, headers={"Retry-After": "7"})]
+            with pytest.raises(RemoteError, match="answers 503: busy") as raised:
+                client.classify(images)
+            assert raised.value.status == 503
+    with Client(url, cache=cache, patience=0.2) as client, pytest.raises(RemoteError, match="does not answer"):
+        client.classify(images)
+
+
+def test_a_bundle_that_takes_over_costs_no_request(trained: Trained, tmp_path: Path, images: list[np.ndarray]) -> None:
+    other = shutil.copytree(trained.bundle, tmp_path / "other")
+    about = other / "public" / "protection.json"
+    about.write_text(about.read_text() + "\n")  # another public part, of the same answers
+    for part in ("public", ""):
+        write_manifest(other / part)
+    with publishing(trained.bundle, tmp_path / "shelf"):
+        pass
+    here = Here(tmp_path / "shelf")
+    with running(Faulty(here).app) as url, Client(url, cache=tmp_path / "cache") as client:
+        first, _ = client.protection()
+        with publishing(other, tmp_path / "shelf"):
+            pass
+        assert here.live.refresh()
+        assert len(client.classify(images)) == 5  # protected with the one before, and told of the new one
+        assert client.classify(images)[0].model == here.now().version
+        second, _ = client.protection()
+        assert second != first
+        here.live._kept = here.live._kept[:1]  # a replica that has forgotten the newest: 409, fetched anew
+        assert client.classify(images)[0].model == here.now().version
+
+
+def test_a_pinned_client_takes_no_other_protection(trained: Trained, cache: Path, images: list[np.ndarray]) -> None:
+    faulty = Faulty(Here(trained.bundle))
+    with running(faulty.app) as url:
+        with Client(url, cache=cache) as client:
+            identifier, _ = client.protection()
+        with Client(url, cache=cache, pin=identifier) as client:
+            client.classify(images)
+        with Client(url, cache=cache, pin="0" * 64) as client, pytest.raises(RemoteError, match="is pinned to"):
+            client.classify(images)
+
+
+def archive(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as opened:
+        for name, data in files.items():
+            opened.writestr(name, data)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda files: archive(files)[:-30], "is damaged"),
+        (lambda files: archive({"../evil": b"x"}), "holds files that no protection has"),
+        (lambda files: archive({"a/b": b"x"}), "holds files that no protection has"),
+        (lambda files: archive(files | {MANIFEST: b"{}"}), "is not the one that it names"),
+        (lambda files: archive(files | {"protection.safetensors": b"x"}), "was altered"),
+    ],
+)
+def test_a_protection_that_is_not_what_it_says_is_refused(
+    trained: Trained, cache: Path, images: list[np.ndarray], change, sentence: str
+) -> None:  # type: ignore[no-untyped-def]
+    files = {p.name: p.read_bytes() for p in (trained.bundle / "public").iterdir()}
+    here = Here(trained.bundle)
+    tag = {"ETag": f'"{here.now().protection}"'}
+    faulty = Faulty(here)
+    with running(faulty.app) as url, Client(url, cache=cache) as client:
+        faulty.faults = [Response(change(files), headers=tag)]
+        with pytest.raises(BundleError, match=sentence):
+            client.classify(images)
+    assert len(faulty.bodies) == 1  # nothing was sent
+
+
+def test_a_service_that_asks_for_plain_images_gets_none(cache: Path, images: list[np.ndarray], tmp_path: Path) -> None:
+    """A cloud cannot talk its clients out of protecting."""
+    from conftest import tiny_flags
+
+    from raypp.config import load_config
+    from raypp.progress import Display
+    from raypp.runs import open_run, train_locally
+
+    flags = tiny_flags(tmp_path, protection="plain", train__mode="plain", train__epochs=1)
+    with open_run(load_config("quickstart", flags=flags), "plain") as run:
+        train_locally(run, Display(quiet=True), torch.device("cpu"))
+    faulty = Faulty(Here(tmp_path / "plain" / "bundle"))
+    with (
+        running(faulty.app) as url,
+        Client(url, cache=cache) as client,
+        pytest.raises(BundleError, match="asks for images without any protection; nothing was sent"),
+    ):
+        client.classify(images)
+    assert faulty.bodies == [b""]
+
+
+def test_arguments_are_checked(cache: Path) -> None:
+    for url in ("ftp://x", "127.0.0.1:8000", "http://"):
+        with pytest.raises(ConfigError, match="url is"):
+            Client(url)
+    with pytest.raises(ConfigError, match="a token is sent over https only"):
+        Client("http://example.org", token="x")
+    with pytest.raises(ConfigError, match="timeout is 0"):
+        Client("http://127.0.0.1:1", timeout=0)
+    with pytest.raises(DataError, match="image 2 is no file, bytes or uint8 array"):
+        Client("http://127.0.0.1:1", cache=cache).classify([np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4, 3))])
+    loopback = {"127.0.0.1": True, "::1": True, "[::1]": True, "localhost": True, "0.0.0.0": False, "x.org": False}
+    assert {host: is_loopback(host) for host in loopback} == loopback

@@ -1,0 +1,256 @@
+"""The services on a real Ray Serve, over HTTP: they start, answer, take bundles over, and outlive a killed replica."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import yaml
+from conftest import Cluster, Trained, wait_until
+
+from raypp import ladder
+from raypp.bundle import load_private, write_manifest
+from raypp.cli import main
+from raypp.remote import Client, RemoteError
+from raypp.serve.auth import add_token
+from raypp.serve.model import load_served, publishing
+
+pytestmark = pytest.mark.ray
+
+PORT = 28000
+
+
+@dataclass
+class Service:
+    url: str
+    shelf: Path
+    bundle: Path
+    token: str
+    cluster: Cluster
+    cache: Path
+
+    def client(self, **options: float) -> Client:
+        return Client(self.url, token=self.token, cache=self.cache, **options)
+
+
+@pytest.fixture(scope="module")
+def service(cluster: Cluster, trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """``raypp serve`` of a shelf with an attacked bundle, on the test cluster, with tokens."""
+    root = tmp_path_factory.mktemp("serve")
+    bundle = shutil.copytree(trained.bundle, root / "bundle")
+    suite = root / "suite.yaml"
+    inverse = {"width": 4, "depth": 2, "train": {"epochs": 1, "batch_size": 10}}
+    attacks = {"feature_reconstruction": {}, "inverse": inverse}
+    suite.write_text(json.dumps({"num_queries": 10, "curve": False, "judge_epochs": 0, "attacks": attacks}))
+    ladder.attack(ladder.make_plan(bundle=str(bundle), suite=str(suite), name="a", storage=root), quiet=True)
+    with publishing(bundle, root / "shelf"):
+        pass
+    token = add_token(root / "tokens.json", "test", ["classify", "attack"])
+    arguments = ["raypp", "serve", str(root / "shelf"), "--port", str(PORT), "--tokens", str(root / "tokens.json")]
+    process = cluster.popen(arguments)
+    url = f"http://127.0.0.1:{PORT}"
+    wait_until(lambda: answers(f"{url}/classifier/v1/model") and answers(f"{url}/attack/v1"), process)
+    yield Service(url, root / "shelf", bundle, token, cluster, root / "cache")
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 0, out + err
+    assert "Traceback" not in err
+    assert not answers(f"{url}/classifier/v1/model")
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code == 401
+    except httpx.HTTPError:
+        return False
+
+
+def images(num: int, seed: int = 0) -> list[np.ndarray]:
+    return list(np.random.default_rng(seed).integers(0, 256, (num, 16, 16, 3), dtype=np.uint8))
+
+
+def test_images_are_classified_as_in_this_process(service: Service) -> None:
+    private = load_private(service.bundle)
+    sample = private.sample.permute(0, 2, 3, 1).numpy()
+    buffer = io.BytesIO()
+    np.save(buffer, sample)
+    headers = {"Authorization": f"Bearer {service.token}", "Content-Type": "application/x-npy"}
+    answer = httpx.post(f"{service.url}/classifier/v1/classify", content=buffer.getvalue(), headers=headers)
+    assert answer.status_code == 200, answer.text
+    assert [image["index"] for image in answer.json()["images"]] == private.sample_classes.tolist()
+    assert answer.json()["model"] == load_served(service.bundle).version
+    assert httpx.get(f"{service.url}/classifier/docs").status_code == 200
+    attack = httpx.post(f"{service.url}/attack/v1/inverse", content=buffer.getvalue(), headers=headers, timeout=60)
+    assert attack.status_code == 200, attack.text
+    assert len(attack.json()["reconstructions"]) == len(sample)
+    refused = httpx.post(f"{service.url}/classifier/v1/classify", content=b"x", headers=headers | {"Content-Type": ""})
+    assert refused.headers["content-type"] == "application/problem+json"
+
+
+def test_the_command_line_classifies(service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from raypp.images import write_png
+
+    for i, image in enumerate(images(3)):
+        write_png(tmp_path / f"{i}.png", image)
+    file = tmp_path / "token"
+    file.write_text(service.token)
+    main(["classify", service.url, str(tmp_path), "--token-file", str(file), "--top", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [str(tmp_path / f"{i}.png") for i in range(3)]
+    with service.client() as client:
+        assert [line.split()[1] for line in lines] == [found.label for found in client.classify(images(3))]
+
+
+class Load(threading.Thread):
+    """A client that asks all the time and checks every answer against its own image."""
+
+    def __init__(self, service: Service, seed: int, expected: dict[int, list[str]]) -> None:
+        super().__init__(daemon=True)
+        self.service, self.seed, self.expected = service, seed, expected
+        self.stop = threading.Event()
+        self.outcomes: Counter[str] = Counter()
+        self.models: set[str] = set()
+
+    def run(self) -> None:
+        with self.service.client(patience=90) as client:
+            while not self.stop.is_set():
+                try:
+                    found = client.classify(images(4, self.seed))
+                except RemoteError as error:
+                    self.outcomes[str(error)] += 1
+                    continue
+                self.models |= {prediction.model for prediction in found}
+                right = [prediction.label for prediction in found] == self.expected[self.seed]
+                self.outcomes["right" if right else "wrong"] += 1
+
+
+def another(service: Service, root: Path) -> Path:
+    """A bundle with another public part that gives the same answers."""
+    made = shutil.copytree(service.bundle, root)
+    about = made / "public" / "protection.json"
+    about.write_text(about.read_text() + "\n")
+    for part in ("public", ""):
+        write_manifest(made / part)
+    return made
+
+
+def test_nothing_is_lost_while_bundles_change_and_a_replica_dies(service: Service, tmp_path: Path) -> None:
+    with service.client() as client:
+        expected = {seed: [p.label for p in client.classify(images(4, seed))] for seed in range(4)}
+        before = client.model()["version"]
+    loads = [Load(service, seed, expected) for seed in range(4)]
+    for load in loads:
+        load.start()
+    token = tmp_path / "token"
+    token.write_text(service.token)
+    newer = another(service, tmp_path / "newer")
+    main(["publish", str(newer), str(service.shelf), "--url", service.url, "--token-file", str(token)])
+    after = load_served(newer).version
+    time.sleep(2)
+    done = sum(load.outcomes["right"] for load in loads)
+    (replica,) = service.cluster.processes("ServeReplica:classifier:")
+    replica.kill()
+    end = time.monotonic() + 120
+    while sum(load.outcomes["right"] for load in loads) < done + 40:
+        assert time.monotonic() < end, [load.outcomes for load in loads]
+        time.sleep(0.2)
+    for load in loads:
+        load.stop.set()
+    for load in loads:
+        load.join(timeout=120)
+        assert set(load.outcomes) == {"right"}, load.outcomes
+        assert load.models == {before, after}
+
+
+def test_a_bundle_that_does_not_work_never_becomes_live(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = shutil.copytree(service.bundle, tmp_path / "broken")
+    from test_http import break_classifier
+
+    break_classifier(broken)
+    live = (service.shelf / "live.json").read_bytes()
+    with pytest.raises(SystemExit):
+        main(["publish", str(broken), str(service.shelf)])
+    assert "fails its self-check" in capsys.readouterr().err
+    assert (service.shelf / "live.json").read_bytes() == live
+    # Put there by hand, it is seen, refused by the service itself, and said so.
+    shutil.copytree(broken, service.shelf / "versions" / "bad")
+    (service.shelf / "live.json").write_text('{"version": "bad"}')
+    with service.client() as client:
+        end = time.monotonic() + 30
+        while (client.model()["rejected"] or {}).get("version") != "bad":
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        assert "fails its self-check" in client.model()["rejected"]["reason"]
+        assert len(client.classify(images(2))) == 2
+    (service.shelf / "live.json").write_bytes(live)
+
+
+def test_too_many_requests_are_told_to_come_back(service: Service) -> None:
+    """More than the queue holds: every answer is 200 or 503 with Retry-After, and the service goes on."""
+    sample = load_private(service.bundle).sample.permute(0, 2, 3, 1).numpy()
+    buffer = io.BytesIO()
+    np.save(buffer, np.concatenate([sample] * 8)[:256])
+    headers = {"Authorization": f"Bearer {service.token}", "Content-Type": "application/x-npy"}
+    statuses: Counter[int] = Counter()
+    lock = threading.Lock()
+
+    def ask() -> None:
+        with httpx.Client(timeout=60) as client:
+            for _ in range(3):
+                answer = client.post(f"{service.url}/attack/v1/inverse", content=body, headers=headers)
+                with lock:
+                    statuses[answer.status_code] += 1
+                if answer.status_code == 503:
+                    assert int(answer.headers["Retry-After"]) >= 1
+
+    body = buffer.getvalue()[: len(buffer.getvalue())]
+    small = io.BytesIO()
+    np.save(small, sample[:32])
+    body = small.getvalue()
+    threads = [threading.Thread(target=ask) for _ in range(60)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(statuses.values()) == 180
+    assert set(statuses) <= {200, 503}
+    assert statuses[503] > 0
+    assert statuses[200] > 0
+    with service.client() as client:
+        assert len(client.classify(images(2))) == 2
+
+
+def test_nothing_listens_beyond_this_machine(service: Service) -> None:
+    family = psutil.Process(service.cluster.head.pid).children(recursive=True)
+    listening = {
+        (c.laddr.ip, c.laddr.port)
+        for process in family
+        for c in process.net_connections("inet")
+        if c.status == psutil.CONN_LISTEN and c.laddr.port == PORT
+    }
+    assert listening == {("127.0.0.1", PORT)}
+
+
+def test_the_written_configuration_is_what_serve_deploys(trained: Trained, tmp_path: Path) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    main(["serve", str(trained.bundle), "--write", str(tmp_path / "serve.yaml"), "--port", "9000"])
+    config = yaml.safe_load((tmp_path / "serve.yaml").read_text())
+    schema = ServeDeploySchema.model_validate(config)
+    assert [application.name for application in schema.applications] == ["classifier", "attack"]
+    assert {application.args["bundle"] for application in schema.applications} == {str(trained.bundle)}
+    assert (config["http_options"]["host"], config["http_options"]["port"]) == ("127.0.0.1", 9000)
