@@ -401,9 +401,10 @@ def _fit(attack: TrainedAttack, sink: Sink, epochs: float, num_images: int | Non
 
 
 def _leak(estimates: Tensor, victim: Victim) -> dict[str, float]:
-    scores = summarise(measure(fitted(estimates, victim.access.shape), victim))
-    return {"found": share_found(scores)} | {
-        key: scores[key]["mean"] for key in ("ssim", "ssim_invariant", "psnr", "reidentified")
+    scores = measure(fitted(estimates, victim.access.shape), victim)
+    means = {key: {"mean": round(float(values.double().mean()), 5)} for key, values in scores.items()}
+    return {"found": share_found(means)} | {
+        key: means[key]["mean"] for key in ("ssim", "ssim_invariant", "psnr", "reidentified")
     }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import Trained, tiny_flags
+from conftest import LONG, Trained, tiny_flags
 from PIL import Image
 
 import raypp
@@ -31,6 +31,10 @@ COMMANDS = [
     "report",
     "evaluate",
     "protect",
+    "serve",
+    "publish",
+    "token",
+    "classify",
     "config",
     "data",
     "data ls",
@@ -306,6 +310,7 @@ def test_quiet_training_prints_nothing_and_its_settings_may_stand_anywhere(capsy
     assert (stored["seed"], stored["data"]["source"]["num_train"]) == (3, 60)
 
 
+@LONG
 def test_quickstart_says_what_to_do_next(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own sizes take minutes, so the preset of that name is made tiny."""
     main(["config", "quickstart", *tiny_flags(tmp_path / "unused")])

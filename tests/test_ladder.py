@@ -280,6 +280,7 @@ def write_folders(tmp_path: Path, num: int = 60) -> tuple[str, str]:
     return str(tmp_path / "plain"), str(tmp_path / "protected")
 
 
+@LONG
 def test_two_folders_can_be_attacked(tmp_path: Path) -> None:
     folders = write_folders(tmp_path)
     settings = {"width": 8, "depth": 1, "loss": "mse", "ssim_weight": 0, "ema": 0}
@@ -422,6 +423,7 @@ def test_a_report_of_nothing_is_refused(trained: Trained, tmp_path: Path) -> Non
 # What must not happen to a bundle's reputation
 
 
+@LONG
 def test_a_weaker_attack_afterwards_does_not_make_a_bundle_look_better(
     attacked: tuple[Path, Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -465,6 +467,7 @@ def test_a_resumed_run_refuses_another_version_of_its_victim(tmp_path: Path) -> 
 # What must not be called flat, or found
 
 
+@LONG
 def test_one_epoch_has_no_half_so_its_curve_is_not_flat(tmp_path: Path) -> None:
     folders = write_folders(tmp_path)
     inverse = {"width": 4, "depth": 1, "train": {"epochs": 1, "batch_size": 10}}
@@ -482,6 +485,7 @@ def test_an_optimisation_has_a_curve_too(attacked: tuple[Path, Path, dict[str, A
     assert found["lower_bound"]  # ten queries say nothing about a hundredth
 
 
+@LONG
 @pytest.mark.parametrize("value", [0, 77])
 def test_a_protection_that_says_nothing_is_not_broken(tmp_path: Path, value: int) -> None:
     """Equal answers for all images: whoever cannot tell images apart has found none."""
@@ -495,6 +499,7 @@ def test_a_protection_that_says_nothing_is_not_broken(tmp_path: Path, value: int
     assert card["attacks"]["known_gallery"]["found"] <= 0.1
 
 
+@LONG
 @pytest.mark.parametrize(
     "body",
     [

@@ -92,7 +92,8 @@ def evaluate_bundle(location: str | Path, settings: tuple[str, ...] = (), split:
         BundleError: the bundle is missing, altered or incomplete.
         DataError: the images cannot be read, or have other classes than the bundle.
     """
-    if not all(Storage(location).exists(f"{part}/{MANIFEST}") for part in ("public", "private")):
+    storage = Storage(location)
+    if storage.exists() and not all(storage.exists(f"{part}/{MANIFEST}") for part in ("public", "private")):
         raise BundleError(f"{str(location)!r} is no whole bundle; measuring needs its public and its private part")
     public, private = load_public(location), load_private(location)
     given = parse_flags(settings)

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's name for the weights that LPIPS builds on
 LPIPS_SIDE = 32
+BOOTSTRAP_VALUES = 2**20  # drawn at a time
 TIE, SAME = 1e-5, 1e-9  # float32's rounding of a distance, float64's of a product
 BATCH = 1000  # images compared at a time, which bounds memory
-SSIM_VALUES = 2**18  # values of a batch of SSIM, which takes some 40 times their size: more of them leave the cache
+SSIM_VALUES = 2**16  # values of a batch of SSIM, which takes some 40 times their size: more of them leave the cache
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
@@ -213,7 +214,9 @@ def bootstrap_interval(
     """Percentile bootstrap interval of the mean (Efron 1979) of values (N,), from ``num`` resamples."""
     data = np.asarray(values, dtype=np.float64)
     drawn = np.random.default_rng(seed)
-    means = np.array([data[drawn.integers(0, len(data), len(data))].mean() for _ in range(num)])
+    together = max(1, BOOTSTRAP_VALUES // max(1, len(data)))
+    parts = [min(together, num - i) for i in range(0, num, together)]
+    means = np.concatenate([data[drawn.integers(0, len(data), (part, len(data)))].mean(1) for part in parts])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
