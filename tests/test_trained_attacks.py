@@ -94,9 +94,9 @@ def hashed(images: Tensor) -> Tensor:
 
 
 INVERSES: dict[str, dict[str, Any]] = {
-    "inverse": SMALL | {"train": {"epochs": 12, "optimizer": {"lr": 0.01}}},
+    "inverse": SMALL | {"width": 16, "train": {"epochs": 10, "batch_size": 20, "optimizer": {"lr": 0.01}}},
     "itn": SMALL | {"train": {"epochs": 20, "batch_size": 32, "schedule": {"milestones": [15]}}},
-    "inverse_own_keys": SMALL | {"train": {"epochs": 12, "optimizer": {"lr": 0.01}}},
+    "inverse_own_keys": SMALL | {"width": 16, "train": {"epochs": 10, "batch_size": 20, "optimizer": {"lr": 0.01}}},
 }
 
 
@@ -253,6 +253,45 @@ def test_the_class_can_be_told(pictures: Pictures, tmp_path: Path) -> None:
     train(attack, tmp_path)
     assert share_found(attack, pictures, hashed) < 0.05
     assert asked == [200]
+
+
+@pytest.mark.parametrize("protected", [(3, 16, 16), (6, 16, 16), (1, 20, 20), (3, 8, 9), (3, 64, 64)])
+@pytest.mark.parametrize(
+    "options", [{}, {"patch": 1, "places": 0}, {"patch": 3}, {"standardise": False}, {"conditional": True}]
+)
+def test_an_inverse_network_comes_back_from_its_weights(
+    protected: tuple[int, int, int], options: dict[str, Any]
+) -> None:
+    """Whatever it sees and whatever the protected images' size, its weights alone say how it is built."""
+    access = Access(
+        (3, 16, 17), pairs=(torch.zeros(0), torch.zeros(0)), num_classes=10,
+        classify=lambda images: torch.arange(len(images)),
+    )  # fmt: skip
+    attack = build("inverse", access, width=2, **options)
+    net = attack.network(protected).eval()
+    images = torch.randint(0, 256, (5, *protected), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    net.look_at(images)
+    with torch.no_grad():
+        expected = net(images.float() / 255, torch.arange(5) if options.get("conditional") else None)
+    assert expected.shape == (5, 3, 16, 17)
+    other = build("inverse", access, width=2, **options)
+    other.load(net.state_dict())
+    assert torch.equal(other.reconstruct(images), (expected * 255).round().to(torch.uint8))
+
+
+def test_saturated_values_are_spread_out(pictures: Pictures) -> None:
+    """254 and 255 are worlds apart as a sigmoid's outputs; a place that never changes stays at nought."""
+    attack = build("inverse", Access((1, 16, 16), pairs=(torch.zeros(0), torch.zeros(0))), width=2)
+    images = torch.full((100, 1, 16, 16), 255, dtype=torch.uint8)
+    images[:50, :, :8] = 254
+    net = attack.network((1, 16, 16))
+    net.look_at(images)
+    value, logit = ((net._seen(images.float() / 255) - net.mean) / net.std).split(1, dim=1)
+    assert torch.allclose(logit[:50, :, :8], torch.tensor(-1.0), atol=1e-4)
+    assert torch.allclose(logit[50:, :, :8], torch.tensor(1.0), atol=1e-4)
+    assert value[:, :, :8].abs().max() < 0.2
+    assert value[:, :, 8:].abs().max() < 1e-4
+    assert logit[:, :, 8:].abs().max() < 1e-4
 
 
 def test_part_of_the_images_takes_as_many_steps(pictures: Pictures) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -31,6 +31,9 @@ from raypp.training.sinks import Row
 
 MAX_VAL = 1000  # of the attacker's own images, those that he judges his network by
 LEAST_SIDE = 11  # of SSIM's window
+HALF_STEP = 0.5 / 255  # how near to 0 and 1 a value of 8 bits may lie: their logits are infinite
+LEAST_STD = (0.02, 0.2)  # of a value and of its logit: a place that hardly ever changes is not blown up to unit scale
+MOST = 8.0  # standard deviations that a standardised value may be away from its mean
 MAX_PSNR = 60.0  # dB: an exact estimate would make a mean infinite
 OWN_KEY = 2**31  # the attacker's own key that he judges his network by; others are drawn below it
 
@@ -41,32 +44,75 @@ Source = Callable[[Tensor, Tensor], Tensor]
 class InverseNetwork(nn.Module):
     """U-Net from protected images N x C' x H' x W' to estimates of plain ones N x C x H x W, all in [0, 1].
 
-    Protected images that are larger by padding are cut, those of quite another size resized.
+    Protected images that are larger by padding are cut, those of quite another size resized. What the U-Net sees
+    besides their values is up to the options: see :class:`BaseOptions`.
 
     Args:
         shape: (C, H, W) of plain images.
-        channels: C' of protected ones.
+        protected: (C', H', W') of protected ones.
+        options: ``width``, ``depth``, ``standardise``, ``places``, ``patch`` and ``smooth``.
         num_classes: with more than none, the network is told each image's class.
     """
 
+    mean: Tensor
+    std: Tensor
+    protected: Tensor
+
     def __init__(
-        self, shape: tuple[int, int, int], channels: int, width: int, depth: int, num_classes: int = 0
+        self, shape: tuple[int, int, int], protected: tuple[int, int, int], options: BaseOptions, num_classes: int = 0
     ) -> None:
         super().__init__()
-        self.size, self.num_classes = shape[1:], num_classes
-        self.unet = UNet(channels + num_classes, width, depth, channels_out=shape[0])
+        self.size, self.num_classes, self.patch = shape[1:], num_classes, options.patch
+        channels, *size = protected
+        extra = [theirs - ours for theirs, ours in zip(size, self.size, strict=True)]
+        self.resized = min(extra) < 0 or max(extra) > MOST_PADDING
+        size = list(self.size) if self.resized else size
+        self.register_buffer("protected", torch.tensor(protected))  # so that its weights alone say how it is built
+        seen = channels * 2 if options.standardise else channels
+        self.standardise = options.standardise
+        if self.standardise:
+            self.register_buffer("mean", torch.zeros(1, seen, *size))
+            self.register_buffer("std", torch.ones(1, seen, *size))
+        self.places = nn.Parameter(torch.randn(1, options.places, *size) * 0.1) if options.places else None
+        inputs = (seen + options.places + num_classes) * self.patch**2
+        outputs = shape[0] * self.patch**2
+        self.unet = UNet(inputs, options.width, options.depth, channels_out=outputs, smooth=options.smooth)
+
+    @torch.no_grad()
+    def look_at(self, protected: Tensor) -> None:
+        """Take mean and spread of every place from protected images uint8 (N, C', H', W')."""
+        if self.standardise:
+            seen = self._seen(self._fitted(protected.float() / 255))
+            least = seen.new_tensor(LEAST_STD).repeat_interleave(seen.shape[1] // 2)[None, :, None, None]
+            self.mean.copy_(seen.mean(0, keepdim=True))
+            self.std.copy_(seen.std(0, correction=0, keepdim=True).maximum(least))
+
+    def _fitted(self, protected: Tensor) -> Tensor:
+        if self.resized:
+            return F.interpolate(protected, size=self.size, mode="bilinear", antialias=True)
+        return protected
+
+    @staticmethod
+    def _seen(values: Tensor) -> Tensor:
+        """Values in [0, 1] and their logits: a sigmoid's output near 0 or 1 says most by its last bits."""
+        return torch.cat((values, torch.logit(values.clamp(HALF_STEP, 1 - HALF_STEP))), dim=1)
 
     def forward(self, protected: Tensor, labels: Tensor | None = None) -> Tensor:
-        height, width = self.size
-        x = protected
-        extra = x.shape[2] - height, x.shape[3] - width
-        if min(extra) < 0 or max(extra) > MOST_PADDING:
-            x = F.interpolate(x, size=self.size, mode="bilinear", antialias=True)
+        x = self._fitted(protected)
+        if self.standardise:
+            x = ((self._seen(x) - self.mean) / self.std).clamp(-MOST, MOST)
+        parts = [x]
+        if self.places is not None:
+            parts.append(self.places.expand(len(x), -1, -1, -1))
         if self.num_classes:
             assert labels is not None
             planes = F.one_hot(labels, self.num_classes).to(x.dtype)[:, :, None, None]
-            x = torch.cat((x, planes.expand(-1, -1, *x.shape[2:])), dim=1)
-        estimate: Tensor = torch.sigmoid(self.unet(x).float())
+            parts.append(planes.expand(-1, -1, *x.shape[2:]))
+        x = torch.cat(parts, dim=1)
+        pad = (0, -x.shape[3] % self.patch, 0, -x.shape[2] % self.patch)
+        x = F.pixel_unshuffle(F.pad(x, pad, mode="replicate") if any(pad) else x, self.patch)
+        estimate = torch.sigmoid(F.pixel_shuffle(self.unet(x).float(), self.patch))
+        height, width = self.size
         return estimate[:, :, :height, :width]
 
 
@@ -165,7 +211,9 @@ class InverseTask:
 
     def build(self, phase: Phase) -> InverseTrainee:
         torch.manual_seed(self.seed)
-        return InverseTrainee(self.attack.network(self.val[1].shape[1]), self.source, self.labels, self.attack.options)
+        net = self.attack.network(self.val[1].shape[1:])
+        net.look_at(self.val[1].cpu())
+        return InverseTrainee(net, self.source, self.labels, self.attack.options)
 
     @torch.inference_mode()
     def validate(self, trainee: Trainee, rank: int, world: int) -> Row:
@@ -215,10 +263,20 @@ def _batched(net: InverseNetwork, protected: Tensor, labels: Tensor | None, batc
 class BaseOptions(TrainedOptions):
     """What inverse networks have in common; the defaults are the strong one's."""
 
-    width: int = Field(32, ge=1, le=1024)
+    width: int = Field(64, ge=1, le=1024)
     """Channels of the U-Net's first level."""
-    depth: int = Field(3, ge=1, le=6)
+    depth: int = Field(2, ge=1, le=6)
     """Number of 2x2 poolings of the U-Net."""
+    patch: int = Field(2, ge=1, le=16)
+    """The U-Net works on patches of so many pixels a side, each a pixel with as many more channels: the same time buys
+    a wider network."""
+    standardise: bool = True
+    """Show the U-Net each protected value and its logit, both with the mean and the spread that they have at their
+    place taken off: a protection that draws much the same picture for all images says what differs in small changes."""
+    places: int = Field(8, ge=0, le=256)
+    """Learned channels that tell the U-Net where it is: a protection need not treat all places alike."""
+    smooth: bool = True
+    """GELU instead of ReLU."""
     loss: Literal["l1", "mse"] = "l1"
     """Absolute or squared error."""
     ssim_weight: float = Field(0.1, ge=0)
@@ -252,9 +310,11 @@ class InverseAttack(TrainedAttack):
 
     _made: tuple[Tensor, Tensor] | None = None
 
-    def network(self, channels: int) -> InverseNetwork:
+    def network(self, protected: Sequence[int]) -> InverseNetwork:
+        """For protected images of the shape (C', H', W')."""
+        channels, height, width = protected
         classes = self.access.num_classes if self.options.conditional else 0
-        return InverseNetwork(self.access.shape, channels, self.options.width, self.options.depth, classes)
+        return InverseNetwork(self.access.shape, (channels, height, width), self.options, classes)
 
     @classmethod
     def lacking(cls, access: Access) -> list[str]:
@@ -312,9 +372,7 @@ class InverseAttack(TrainedAttack):
         return {k: v.detach().cpu() for k, v in trainee.final.state_dict().items()}
 
     def load(self, state: StateDict) -> None:
-        first = state["unet.down.0.0.weight"].shape[1]
-        channels = first - (self.access.num_classes if self.options.conditional else 0)
-        self._net = self.network(channels)
+        self._net = self.network(state["protected"].tolist())
         self._net.load_state_dict(state)
         self._net.to(self.access.device).eval().requires_grad_(False)
 
@@ -355,8 +413,11 @@ class ITNOptions(BaseOptions):
     """The recipe of the authors' later code."""
 
     name: Literal["itn"] = "itn"
-    width: int = Field(64, ge=1, le=1024)
     depth: int = Field(4, ge=1, le=6)
+    patch: int = Field(1, ge=1, le=16)
+    standardise: bool = False
+    places: int = Field(0, ge=0, le=256)
+    smooth: bool = False
     loss: Literal["l1", "mse"] = "mse"
     ssim_weight: float = Field(0.0, ge=0)
     fixed_pairs: bool = True
@@ -379,6 +440,7 @@ class ITN(InverseAttack):
 
 class InverseOwnKeysOptions(BaseOptions):
     name: Literal["inverse_own_keys"] = "inverse_own_keys"
+    standardise: bool = False  # a place's mean under one key says nothing about another
 
 
 class InverseOwnKeys(InverseAttack):

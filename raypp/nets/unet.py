@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def conv_bn_relu(channels_in: int, channels_out: int) -> list[nn.Module]:
-    return [nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True)]
+def conv_bn(channels_in: int, channels_out: int, smooth: bool) -> list[nn.Module]:
+    activation = nn.GELU() if smooth else nn.ReLU(inplace=True)
+    return [nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.BatchNorm2d(channels_out), activation]
 
 
 class UNet(nn.Module):
@@ -26,6 +27,7 @@ class UNet(nn.Module):
         depth: number of 2x2 max-poolings.
         skips: how many skip connections to keep, counted from the deepest level; ``depth`` keeps all of them,
             ``depth - 1`` drops the one at full resolution, 0 makes a plain encoder-decoder.
+        smooth: GELU (Hendrycks, Gimpel 2016) in place of the authors' ReLU.
     """
 
     def __init__(
@@ -35,23 +37,24 @@ class UNet(nn.Module):
         depth: int = 4,
         skips: int | None = None,
         channels_out: int | None = None,
+        smooth: bool = False,
     ) -> None:
         super().__init__()
         skips = depth if skips is None else skips
         self.depth = depth
         widths = [width * 2**level for level in range(depth + 1)]
         self.down = nn.ModuleList(
-            nn.Sequential(*conv_bn_relu(channels_in, channels_out), *conv_bn_relu(channels_out, channels_out))
-            for channels_in, channels_out in zip([channels, *widths[:-1]], widths, strict=True)
+            nn.Sequential(*conv_bn(before, after, smooth), *conv_bn(after, after, smooth))
+            for before, after in zip([channels, *widths[:-1]], widths, strict=True)
         )
         self.up = nn.ModuleDict()
         self.merge = nn.ModuleDict()
         self.skip_levels = frozenset(range(depth - skips, depth))
         for level in reversed(range(depth)):
             merged = widths[level] * (2 if level in self.skip_levels else 1)
-            self.up[str(level)] = nn.Sequential(*conv_bn_relu(widths[level + 1], widths[level]))
+            self.up[str(level)] = nn.Sequential(*conv_bn(widths[level + 1], widths[level], smooth))
             self.merge[str(level)] = nn.Sequential(
-                *conv_bn_relu(merged, widths[level]), *conv_bn_relu(widths[level], widths[level])
+                *conv_bn(merged, widths[level], smooth), *conv_bn(widths[level], widths[level], smooth)
             )
         self.head = nn.Conv2d(width, channels_out or channels, 1)
 
