@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -401,7 +403,7 @@ def serve(
         Storage(write.absolute().parent).write(write.name, text.encode())
         console.print(f"wrote {write}; serve deploy {write}", markup=False, highlight=False, soft_wrap=True)
         return
-    serving, wait = (_from_ray("raypp.serve.run", name) for name in ("serving", "until_interrupted"))
+    serving = _from_ray("raypp.serve.run", "serving")
     with console.status("starting Ray and the services"), contextlib.ExitStack() as stack:
         url = stack.enter_context(serving(config))
         running = stack.pop_all()
@@ -410,7 +412,7 @@ def serve(
             where = f"{url}{application['route_prefix']}"
             console.print(f"{application['name']:<11} {where}/docs", markup=False, highlight=False, soft_wrap=True)
         console.print(f"raypp classify {url} IMAGE_OR_FOLDER", markup=False, highlight=False, soft_wrap=True)
-        wait()
+        _until_interrupted()
         console.print("stopping", highlight=False)
 
 
@@ -498,6 +500,50 @@ def classify(
             words = "  ".join(f"{label} {probability:.1%}" for label, probability in found.top[:top])
             sys.stdout.write(f"{file!s}  {words}\n")
     return len(files)
+
+
+@app.command
+def demo(
+    urls: Annotated[list[str], Parameter(allow_leading_hyphen=False)],
+    /,
+    *,
+    port: Annotated[int, Parameter(validator=validators.Number(gte=1, lte=65535))] = 7860,
+    key: Path | None = None,
+    token_file: Path | None = None,
+) -> None:
+    """Show on a page of this machine what is sent of an image, what the cloud answers and what attackers recover.
+
+    Parameters
+    ----------
+    urls
+        Of services, as http://127.0.0.1:8000 or NAME=http://127.0.0.1:8000; of several, one is chosen on the page.
+    port
+        Port of the page, on this machine only.
+    key
+        Key file of a keyed protection.
+    token_file
+        File that holds a bearer token for the services, with the scopes classify and attack.
+    """
+    from raypp.demo import running, services
+
+    console = Console(stderr=True)
+    offered = services(urls, token=_token(token_file), key=key)
+    with running(offered, port=port) as address:
+        console.print(address, markup=False, highlight=False, soft_wrap=True)
+        _until_interrupted()
+        console.print("stopping", highlight=False)
+
+
+def _until_interrupted() -> None:
+    """Wait for an interrupt or SIGTERM."""
+    stop = threading.Event()
+    before = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while not stop.wait(1):
+            pass
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _token(file: Path | None) -> str | None:

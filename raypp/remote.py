@@ -8,6 +8,7 @@ keeps on disk.
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import io
 import ipaddress
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx
 import numpy as np
@@ -35,6 +36,7 @@ from raypp.keys import Key
 from raypp.storage import new_folder
 
 BATCH = 64  # images of a request: enough that the classifier works on full batches
+NPY = "application/x-npy"
 MAX_ARCHIVE = 2**30  # bytes of a public part, before and after unpacking
 LONGEST_WAIT = 30.0  # seconds between two tries
 RETRIED = frozenset({408, 429, 500, 502, 503, 504})
@@ -180,15 +182,19 @@ class _Session:
             raise BundleError(f"{self.url} asks for images without any protection; nothing was sent")
         return bundle
 
+    def protected(self, images: Sequence[Pixels]) -> Step:
+        """The protection's SHA-256, images as it takes them, and what it makes of them, both uint8 (N, H, W, C)."""
+        identifier, bundle = yield from self.protection()
+        size, channels = bundle.image_size, bundle.channels
+        plain = np.stack([fit(_channels(image, channels), size) for image in images])
+        return identifier, plain, protect_images(bundle, plain)
+
     def classify(self, images: Sequence[Pixels]) -> Step:
         """Protect and send the images of one request."""
         for last in (False, False, True):
-            identifier, bundle = yield from self.protection()
-            size, channels = bundle.image_size, bundle.channels
-            plain = np.stack([fit(_channels(image, channels), size) for image in images])
-            body = _npy(protect_images(bundle, plain))
-            headers = self._headers | {"Content-Type": "application/x-npy", "Raypp-Protection": identifier}
-            answer = yield from self.ask(Call("POST", "/classifier/v1/classify", headers, body))
+            identifier, _, hidden = yield from self.protected(images)
+            headers = self._headers | {"Content-Type": NPY, "Raypp-Protection": identifier}
+            answer = yield from self.ask(Call("POST", "/classifier/v1/classify", headers, _npy(hidden)))
             if answer.status_code == 200:
                 live = answer.headers.get("Raypp-Protection")
                 if live is not None and live != identifier:
@@ -200,6 +206,22 @@ class _Session:
                 continue
             raise _problem(answer)
         raise AssertionError("unreachable")
+
+    def attacks(self) -> Step:
+        answer = yield from self.get("/attack/v1")
+        return _json(answer)
+
+    def reconstruct(self, attack: str, images: Sequence[Pixels]) -> Step:
+        """Protect images and have them attacked."""
+        _, plain, hidden = yield from self.protected(images)
+        headers = self._headers | {"Content-Type": NPY, "Accept": "application/json"}
+        answer = yield from self.ask(Call("POST", f"/attack/v1/{quote(attack, safe='')}", headers, _npy(hidden)))
+        if answer.status_code != 200:
+            raise _problem(answer)
+        return [
+            decode(base64.b64decode(found["png"]), name=f"reconstruction {number}", channels=plain.shape[3])
+            for number, found in enumerate(_json(answer)["reconstructions"], 1)
+        ]
 
 
 class Client:
@@ -245,6 +267,24 @@ class Client:
     def protection(self) -> tuple[str, PublicBundle]:
         """The protection in use and its SHA-256."""
         found: tuple[str, PublicBundle] = self._do(self._session.protection())
+        return found
+
+    def protect(self, images: Sequence[Image]) -> tuple[Pixels, Pixels]:
+        """Images as the protection takes them, and the protected ones that would be sent, uint8 (N, H, W, C)."""
+        _, plain, hidden = self._do(self._session.protected(_read(images)))
+        return plain, hidden
+
+    def attacks(self) -> dict[str, Any]:
+        """Which attacks are served beside the classifier, their threat levels and measured leakage."""
+        found: dict[str, Any] = self._do(self._session.attacks())
+        return found
+
+    def reconstruct(self, attack: str, images: Sequence[Image]) -> list[Pixels]:
+        """What a served attack makes of images that are protected here: estimates uint8 (H, W, C), in order.
+
+        One request, so no more images than the service's ``max_images`` of that attack.
+        """
+        found: list[Pixels] = self._do(self._session.reconstruct(attack, _read(images)))
         return found
 
     def classify(self, images: Sequence[Image]) -> list[Prediction]:

@@ -151,7 +151,6 @@ def cluster() -> Iterator[Cluster]:
         "ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={PORT}",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={DASHBOARD}", f"--dashboard-agent-listen-port={DASHBOARD + 1}",
         "--disable-usage-stats",
-        "--ray-client-server-port=0",  # nobody uses Ray's client server, and it takes the head down when it starts late
     ]  # fmt: skip
     surroundings = {key: value for key, value in client.items() if key != "RAY_ADDRESS"}
     # --block keeps the whole node below one process of ours: "ray stop" would end other clusters on this machine too.

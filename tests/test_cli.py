@@ -35,6 +35,7 @@ COMMANDS = [
     "publish",
     "token",
     "classify",
+    "demo",
     "config",
     "data",
     "data ls",

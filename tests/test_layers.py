@@ -29,7 +29,7 @@ FLOORS = [
     {"raypp.bundle"},
     {"raypp.evaluation"},
     {"raypp.runs", "raypp.client", "raypp.remote", "raypp.table1", "raypp.ladder"},
-    {"raypp.cluster", "raypp.serve"},
+    {"raypp.cluster", "raypp.serve", "raypp.demo"},
     {"raypp.cli"},
 ]
 # The one door between data and Ray belongs to training on Ray, above the configuration that it reads.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import shutil
@@ -18,11 +19,14 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+from browser import chromium
 from conftest import Cluster, Trained, wait_until
+from playwright.sync_api import Locator
 
 from raypp import ladder
 from raypp.bundle import load_private, write_manifest
 from raypp.cli import main
+from raypp.images import decode
 from raypp.remote import Client, RemoteError
 from raypp.serve.auth import add_token
 from raypp.serve.model import load_served, publishing
@@ -232,6 +236,75 @@ def test_too_many_requests_are_told_to_come_back(service: Service) -> None:
     assert statuses[200] > 0
     with service.client() as client:
         assert len(client.classify(images(2))) == 2
+
+
+def test_the_demo_shows_what_is_sent_and_what_attackers_see(service: Service, tmp_path: Path) -> None:
+    """Clicked through in a browser; the page asks nobody but this machine."""
+    from raypp.images import write_png
+
+    write_png(tmp_path / "picture.png", images(1)[0])
+    (tmp_path / "token").write_text(service.token)
+    address = f"http://127.0.0.1:{PORT + 1}"
+    arguments = ["raypp", "demo", f"one={service.url}", f"two={service.url}", "--port", str(PORT + 1)]
+    process = service.cluster.popen([*arguments, "--token-file", str(tmp_path / "token")])
+    try:
+        wait_until(lambda: shows(address), process)
+        with service.client() as client, chromium() as browser:
+            plain, hidden = client.protect(images(1))
+            (expected,) = client.classify(images(1))
+            (made,) = client.reconstruct("inverse", images(1))
+            page = browser.new_page()
+            asked: list[str] = []
+            page.on("request", lambda request: asked.append(request.url))
+            page.goto(address)
+            page.locator("#image input[type=file]").set_input_files(tmp_path / "picture.png")
+            page.locator(".raypp-class").first.wait_for(timeout=60_000)
+            assert page.locator(".raypp-class span").first.inner_text() == expected.label
+            assert len(page.locator(".raypp-attack[data-attack]").all()) == 2
+            pictures = page.locator(".raypp-row .raypp-picture").all()
+            assert [np.array_equal(shown(picture), image) for picture, image in
+                    zip(pictures, (plain[0], hidden[0]), strict=True)] == [True, True]  # fmt: skip
+            inverse = page.locator("[data-attack=inverse]")
+            assert np.array_equal(shown(inverse.locator("img")), made)
+            assert "originals found" in inverse.inner_text()
+            assert "mean image" in page.locator(".raypp-attacks").inner_text()
+            assert "one, right on" in page.locator(".raypp-classes").inner_text()
+            page.locator("#service input").click()
+            page.get_by_role("option", name="two").click()
+            page.get_by_text("two, right on").wait_for(timeout=60_000)
+            page.screenshot(path=tmp_path / "demo.png", full_page=True)
+            local = (address, "data:", "blob:")
+            assert [url for url in asked if not url.startswith(local)] == []
+    finally:
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, out + err
+    assert "Traceback" not in err
+
+
+def test_a_demo_of_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for urls, said in (
+        (["ftp://x"], "url is 'ftp://x'; allowed is http:// or https:// with a host"),
+        (["http://127.0.0.1:9"], "http://127.0.0.1:9 does not answer"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["demo", *urls])
+        assert stopped.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+def shows(address: str) -> bool:
+    try:
+        return httpx.get(address, timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def shown(picture: Locator) -> np.ndarray:
+    """The pixels of a picture on a page."""
+    source = picture.get_attribute("src")
+    assert source is not None
+    return decode(base64.b64decode(source.partition(",")[2]), name="picture")
 
 
 def test_nothing_listens_beyond_this_machine(service: Service) -> None:

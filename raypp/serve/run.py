@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -119,18 +117,6 @@ def _refuse_taken(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(f"--host {host} --port {port} cannot be listened on: {error.strerror}") from error
-
-
-def until_interrupted() -> None:
-    """Wait for an interrupt or SIGTERM."""
-    stop = threading.Event()
-    before = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        while not stop.wait(1):
-            pass
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def publish(
