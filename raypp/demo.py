@@ -26,6 +26,7 @@ from raypp.remote import Client, RemoteError
 
 LEAST_SIDE = 11  # of SSIM's window
 NOT_SERVED = 404
+SEEN = "protected image"  # listed with the nulls of a scorecard, but its owner has seen it
 KEPT_SECONDS = 60  # that a dropped image may lie in this machine's temporary folder
 CSS = """
 .raypp { font-family: system-ui, sans-serif; }
@@ -46,6 +47,9 @@ CSS = """
 .raypp-null { border-style: dashed; }
 .raypp-attack dl { display: grid; grid-template-columns: 1fr auto; margin: 0; font-size: .85rem; }
 .raypp-attack dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; }
+.raypp-null table { width: 100%; font-size: .85rem; border: 0; margin: 0; }
+.raypp-null td, .raypp-null th { padding: .1rem 0; border: 0; font-weight: 400; text-align: right; }
+.raypp-null td:first-child { text-align: left; } .raypp-null th { opacity: .7; }
 .raypp-mark { color: #fff; border-radius: .6rem; padding: .05rem .5rem; font-size: .75rem; font-weight: 600; }
 .raypp-mark.holds { background: #1f8a4c; } .raypp-mark.weak { background: #96690a; }
 .raypp-mark.broken { background: #c0392b; } .raypp-mark.none { background: #69737d; }
@@ -111,6 +115,7 @@ def page(service: Service, image: Pixels) -> str:
     nulls = [
         {"name": name, "ssim": scores.get("ssim"), "reidentified": scores.get("reidentified")}
         for name, scores in (service.offered.get("nulls") or {}).items()
+        if name != SEEN
     ]
     template = (resources.files("raypp") / "demo.html.j2").read_text()
     return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template).render(

@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
-PORT, DASHBOARD = 26379, 28265
+PORT, DASHBOARD, METRICS = 26379, 28265, 28270
 LONG = pytest.mark.ray
 """Left out of the fast tests, with those that need a cluster."""
 TINY = {
@@ -150,7 +150,7 @@ def cluster() -> Iterator[Cluster]:
     start = [
         "ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={PORT}",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={DASHBOARD}", f"--dashboard-agent-listen-port={DASHBOARD + 1}",
-        "--disable-usage-stats",
+        f"--metrics-export-port={METRICS}", "--disable-usage-stats",
     ]  # fmt: skip
     surroundings = {key: value for key, value in client.items() if key != "RAY_ADDRESS"}
     # --block keeps the whole node below one process of ours: "ray stop" would end other clusters on this machine too.

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -20,7 +24,7 @@ import psutil
 import pytest
 import yaml
 from browser import chromium
-from conftest import Cluster, Trained, wait_until
+from conftest import METRICS, Cluster, Trained, wait_until
 from playwright.sync_api import Locator
 
 from raypp import ladder
@@ -41,8 +45,7 @@ class Service:
     url: str
     shelf: Path
     bundle: Path
-    token: str
-    cluster: Cluster
+    token: str | None
     cache: Path
 
     def client(self, **options: float) -> Client:
@@ -66,7 +69,7 @@ def service(cluster: Cluster, trained: Trained, tmp_path_factory: pytest.TempPat
     process = cluster.popen(arguments)
     url = f"http://127.0.0.1:{PORT}"
     wait_until(lambda: answers(f"{url}/classifier/v1/model") and answers(f"{url}/attack/v1"), process)
-    yield Service(url, root / "shelf", bundle, token, cluster, root / "cache")
+    yield Service(url, root / "shelf", bundle, token, root / "cache")
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=90)
     assert process.returncode == 0, out + err
@@ -74,9 +77,9 @@ def service(cluster: Cluster, trained: Trained, tmp_path_factory: pytest.TempPat
     assert not answers(f"{url}/classifier/v1/model")
 
 
-def answers(url: str) -> bool:
+def answers(url: str, status: int = 401) -> bool:
     try:
-        return httpx.get(url, timeout=5).status_code == 401
+        return httpx.get(url, timeout=5).status_code == status
     except httpx.HTTPError:
         return False
 
@@ -123,12 +126,12 @@ class Load(threading.Thread):
     def __init__(self, service: Service, seed: int, expected: dict[int, list[str]]) -> None:
         super().__init__(daemon=True)
         self.service, self.seed, self.expected = service, seed, expected
-        self.stop = threading.Event()
+        self.stop, self.patience = threading.Event(), 90.0
         self.outcomes: Counter[str] = Counter()
         self.models: set[str] = set()
 
     def run(self) -> None:
-        with self.service.client(patience=90) as client:
+        with self.service.client(patience=self.patience) as client:
             while not self.stop.is_set():
                 try:
                     found = client.classify(images(4, self.seed))
@@ -150,7 +153,9 @@ def another(service: Service, root: Path) -> Path:
     return made
 
 
-def test_nothing_is_lost_while_bundles_change_and_a_replica_dies(service: Service, tmp_path: Path) -> None:
+def test_nothing_is_lost_while_bundles_change_and_a_replica_dies(
+    service: Service, cluster: Cluster, tmp_path: Path
+) -> None:
     with service.client() as client:
         expected = {seed: [p.label for p in client.classify(images(4, seed))] for seed in range(4)}
         before = client.model()["version"]
@@ -164,7 +169,7 @@ def test_nothing_is_lost_while_bundles_change_and_a_replica_dies(service: Servic
     after = load_served(newer).version
     time.sleep(2)
     done = sum(load.outcomes["right"] for load in loads)
-    (replica,) = service.cluster.processes("ServeReplica:classifier:")
+    (replica,) = cluster.processes("ServeReplica:classifier:")
     replica.kill()
     end = time.monotonic() + 120
     while sum(load.outcomes["right"] for load in loads) < done + 40:
@@ -203,6 +208,65 @@ def test_a_bundle_that_does_not_work_never_becomes_live(
     (service.shelf / "live.json").write_bytes(live)
 
 
+def test_clients_outlast_a_restart_of_the_whole_service(trained: Trained, tmp_path: Path) -> None:
+    """A service on a Ray of its own, killed with its head under load and started again: no request fails."""
+    rest = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    port = PORT + 2
+    url = f"http://127.0.0.1:{port}"
+    service = Service(url, trained.bundle, trained.bundle, None, tmp_path / "cache")
+    running: list[subprocess.Popen[str]] = []
+
+    def start() -> None:
+        arguments = [
+            sys.executable,
+            "-m",
+            "raypp.cli",
+            "serve",
+            str(trained.bundle),
+            "--port",
+            str(port),
+            "--no-attack",
+        ]
+        pipe = subprocess.PIPE
+        running.append(subprocess.Popen(arguments, env=rest, stdout=pipe, stderr=pipe, text=True))
+        wait_until(lambda: answers(f"{url}/classifier/v1/model", 200), running[-1])
+
+    def kill() -> None:
+        family = [*psutil.Process(running[-1].pid).children(recursive=True), psutil.Process(running[-1].pid)]
+        for process in reversed(family):  # the driver first: it would tidy up
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        running[-1].communicate(timeout=60)
+
+    start()
+    try:
+        with service.client() as client:
+            expected = {seed: [p.label for p in client.classify(images(4, seed))] for seed in range(2)}
+        loads = [Load(service, seed, expected) for seed in range(2)]
+        for load in loads:
+            load.patience = 240
+            load.start()
+        time.sleep(3)
+        done = [load.outcomes["right"] for load in loads]
+        assert min(done) > 0
+        kill()
+        assert not answers(f"{url}/classifier/v1/model", 200)
+        start()
+        wait_until(
+            lambda: all(load.outcomes["right"] > n + 5 for load, n in zip(loads, done, strict=True)), running[-1]
+        )
+        for load in loads:
+            load.stop.set()
+        for load in loads:
+            load.join(timeout=300)
+            assert set(load.outcomes) == {"right"}, load.outcomes
+    finally:
+        if running[-1].poll() is None:
+            running[-1].send_signal(signal.SIGTERM)
+            out, err = running[-1].communicate(timeout=90)
+            assert running[-1].returncode == 0, out + err
+
+
 def test_too_many_requests_are_told_to_come_back(service: Service) -> None:
     """More than the queue holds: every answer is 200 or 503 with Retry-After, and the service goes on."""
     sample = load_private(service.bundle).sample.permute(0, 2, 3, 1).numpy()
@@ -238,17 +302,17 @@ def test_too_many_requests_are_told_to_come_back(service: Service) -> None:
         assert len(client.classify(images(2))) == 2
 
 
-def test_the_demo_shows_what_is_sent_and_what_attackers_see(service: Service, tmp_path: Path) -> None:
+def test_the_demo_shows_what_is_sent_and_what_attackers_see(service: Service, cluster: Cluster, tmp_path: Path) -> None:
     """Clicked through in a browser; the page asks nobody but this machine."""
     from raypp.images import write_png
 
     write_png(tmp_path / "picture.png", images(1)[0])
-    (tmp_path / "token").write_text(service.token)
+    (tmp_path / "token").write_text(str(service.token))
     address = f"http://127.0.0.1:{PORT + 1}"
     arguments = ["raypp", "demo", f"one={service.url}", f"two={service.url}", "--port", str(PORT + 1)]
-    process = service.cluster.popen([*arguments, "--token-file", str(tmp_path / "token")])
+    process = cluster.popen([*arguments, "--token-file", str(tmp_path / "token")])
     try:
-        wait_until(lambda: shows(address), process)
+        wait_until(lambda: answers(address, 200), process)
         with service.client() as client, chromium() as browser:
             plain, hidden = client.protect(images(1))
             (expected,) = client.classify(images(1))
@@ -293,13 +357,6 @@ def test_a_demo_of_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture
         assert said in capsys.readouterr().err
 
 
-def shows(address: str) -> bool:
-    try:
-        return httpx.get(address, timeout=5).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
 def shown(picture: Locator) -> np.ndarray:
     """The pixels of a picture on a page."""
     source = picture.get_attribute("src")
@@ -307,8 +364,29 @@ def shown(picture: Locator) -> np.ndarray:
     return decode(base64.b64decode(source.partition(",")[2]), name="picture")
 
 
-def test_nothing_listens_beyond_this_machine(service: Service) -> None:
-    family = psutil.Process(service.cluster.head.pid).children(recursive=True)
+def test_monitoring_counts_requests_and_images(service: Service) -> None:
+    """On Ray's metrics endpoint, by route and status."""
+
+    def counted(name: str, **labels: str) -> float:
+        text = httpx.get(f"http://127.0.0.1:{METRICS}/metrics", timeout=30).text
+        found = [line for line in text.splitlines() if line.startswith(f"ray_{name}{{")]
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
+        return sum(float(line.rpartition(" ")[2]) for line in found if all(label in line for label in wanted))
+
+    here = {"route": "/v1/classify", "status": "200"}
+    before = counted("raypp_images_total", **here)
+    with service.client() as client:
+        client.classify(images(3))
+    end = time.monotonic() + 60
+    while counted("raypp_images_total", **here) < before + 3:
+        assert time.monotonic() < end, "the images of a request are not counted"
+        time.sleep(1)
+    assert counted("raypp_requests_total", **here) > 0
+    assert counted("raypp_request_ms_count", route="/v1/classify") > 0
+
+
+def test_nothing_listens_beyond_this_machine(service: Service, cluster: Cluster) -> None:
+    family = psutil.Process(cluster.head.pid).children(recursive=True)
     listening = {
         (c.laddr.ip, c.laddr.port)
         for process in family

@@ -137,14 +137,14 @@ def _ssim_batch(a: Tensor, b: Tensor, window: tuple[float, ...], covariance_scal
     centre_a, centre_b = a.mean(dim=(2, 3), keepdim=True), b.mean(dim=(2, 3), keepdim=True)
     a, b = a - centre_a, b - centre_b
     # A window at every position, as two matrix products: many times faster than a convolution on a CPU.
-    mean_a, mean_b, square_a, square_b, product = rows @ torch.stack((a, b, a * a, b * b, a * b)) @ columns
-    variance_a = covariance_scale * (square_a - mean_a.square())
-    variance_b = covariance_scale * (square_b - mean_b.square())
+    # Of the two variances only the sum is asked for.
+    mean_a, mean_b, squares, product = rows @ torch.stack((a, b, a * a + b * b, a * b)) @ columns
+    variances = covariance_scale * (squares - mean_a.square() - mean_b.square())
     covariance = covariance_scale * (product - mean_a * mean_b)
     mean_a, mean_b = mean_a + centre_a, mean_b + centre_b
     c1, c2 = 0.01**2, 0.03**2
     score = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-    score = score / ((mean_a.square() + mean_b.square() + c1) * (variance_a + variance_b + c2))
+    score = score / ((mean_a.square() + mean_b.square() + c1) * (variances + c2))
     averages: Tensor = score.mean(dim=(1, 2, 3)).float()
     return averages
 

@@ -7,6 +7,7 @@ at all: of a PNG the image data, of a NumPy file raw bytes, never pickles.
 from __future__ import annotations
 
 import ast
+import logging
 import math
 import struct
 import zlib
@@ -25,6 +26,8 @@ PNG, NPY, MULTIPART = "image/png", "application/x-npy", "multipart/form-data"
 PNG_SIGNATURE, NPY_SIGNATURE = b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
 GREY, RGB = 0, 2  # PNG's colour types
 MAX_NPY_HEADER = 1024
+
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # its warnings quote bytes of the body
 
 
 class RefusedError(RayppError):
