@@ -1,8 +1,8 @@
 """T5: look for the plain image whose protected version is the one at hand, by gradients through the protection.
 
-Minimises ``|h(x) - y|^2 + tv * TV(x)`` over x by Adam (Mahendran, Vedaldi 2015, for networks' features), from grey,
-from noise, and from the inverse network's estimate where there is one; of all starts each image keeps the one that the
-objective likes best, which an attacker can tell.
+Minimises ``|h(x) - y|^2 + tv * TV(x) + prior * |x - x'|^2`` over x by Adam (Mahendran, Vedaldi 2015, for networks'
+features), from grey, from noise, and from the inverse network's estimate x' where there is one (else without the last
+term); of all starts each image keeps the one that the objective likes best, which an attacker can tell.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ class WhiteBoxOptions(registry.Options):
     """Adam's learning rate on logits of pixels; falls linearly to a tenth."""
     tv: float = Field(0.002, ge=0)
     """Weight of the mean absolute difference of neighbouring pixels."""
+    prior: float = Field(0.1, ge=0)
+    """Weight of the mean squared distance from the inverse network's estimate, where there is one: what saturates in
+    the protection has no gradient, and there the network knows better."""
     restarts: int = Field(1, ge=0)
     """Random starts, besides grey and the inverse network's estimate."""
     num_images: int = Field(200, ge=1)
@@ -62,26 +65,28 @@ class WhiteBox(Attack):
     def _attack(self, protected: Tensor) -> Tensor:
         target = protected.float() / 255
         num = len(protected)
+        warm = (self.access.earlier or {}).get("inverse")
+        likely = warm(protected).float() / 255 if warm is not None else None
         best = torch.full((num,), float("inf"), device=target.device)
         kept = torch.zeros(num, *self.access.shape, device=target.device)
-        for start in self._starts(protected):
-            estimate, cost = self._descend(start, target)
+        for start in self._starts(num, likely):
+            estimate, cost = self._descend(start, target, likely)
             better = cost < best
             best = torch.where(better, cost, best)
             kept = torch.where(better[:, None, None, None], estimate, kept)
         return kept
 
-    def _starts(self, protected: Tensor) -> list[Tensor]:
-        shape = (len(protected), *self.access.shape)
+    def _starts(self, num: int, likely: Tensor | None) -> list[Tensor]:
+        shape = (num, *self.access.shape)
         device = self.access.device
         starts = [torch.full(shape, 0.5, device=device)]
-        if (warm := (self.access.earlier or {}).get("inverse")) is not None:
-            starts.append(warm(protected).float() / 255)
+        if likely is not None:
+            starts.append(likely)
         random = torch.Generator().manual_seed(self.seed)
         starts += [torch.rand(shape, generator=random).to(device) for _ in range(self.options.restarts)]
         return starts
 
-    def _descend(self, start: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def _descend(self, start: Tensor, target: Tensor, likely: Tensor | None) -> tuple[Tensor, Tensor]:
         """Estimates (n, C, H, W) in [0, 1] and their objectives (n,)."""
         assert self.access.gradients is not None
         options = self.options
@@ -91,16 +96,18 @@ class WhiteBox(Attack):
             optimizer.param_groups[0]["lr"] = options.lr * (1 - 0.9 * step / options.steps)
             optimizer.zero_grad()
             with torch.enable_grad():
-                self._objective(torch.sigmoid(logits), target).sum().backward()
+                self._objective(torch.sigmoid(logits), target, likely).sum().backward()
             optimizer.step()
         with torch.no_grad():
             estimate = torch.sigmoid(logits)
-            return estimate, self._objective(estimate, target)
+            return estimate, self._objective(estimate, target, likely)
 
-    def _objective(self, images: Tensor, target: Tensor) -> Tensor:
+    def _objective(self, images: Tensor, target: Tensor, likely: Tensor | None) -> Tensor:
         assert self.access.gradients is not None
         error = (self.access.gradients(images) - target).square().mean(dim=(1, 2, 3))
         across = (images[..., 1:] - images[..., :-1]).abs().mean(dim=(1, 2, 3))
         down = (images[..., 1:, :] - images[..., :-1, :]).abs().mean(dim=(1, 2, 3))
         objective: Tensor = error + self.options.tv * (across + down)
+        if likely is not None:
+            objective = objective + self.options.prior * (images - likely).square().mean(dim=(1, 2, 3))
         return objective
