@@ -67,14 +67,10 @@ class PrivateBundle:
     sample_classes: Tensor
 
     @torch.inference_mode()
-    def problem(self, num: int | None = None) -> str | None:
-        """Why the classifier does not do what it did when the bundle was made, or None.
-
-        Args:
-            num: look at so many images of the sample only.
-        """
+    def problem(self) -> str | None:
+        """Why the classifier does not do what it did when the bundle was made, or None."""
         device = next(self.classifier.parameters()).device
-        images, classes = self.sample[:num].to(device), self.sample_classes[:num].to(device)
+        images, classes = self.sample.to(device), self.sample_classes.to(device)
         logits = self.classifier(images.float() / 255)
         if not bool(torch.isfinite(logits).all()):
             return "its answers are not finite numbers"

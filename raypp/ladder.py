@@ -92,7 +92,7 @@ class Suite(Section):
     num_images: int | None = Field(None, ge=20)
     """Images of his own that the attacker has; null gives him the whole training split."""
     curve: bool = True
-    """Train again with half the epochs and with a quarter of the images, to see whether leakage still rises."""
+    """Train again with half the epochs, a quarter and a sixteenth of the images, to see whether leakage still rises."""
     judge_epochs: int = Field(3, ge=0)
     """Epochs of a plain classifier that reads the reconstructions, where the bundle brings none; 0 does without."""
     attacks: Annotated[tuple[SerializeAsAny[Options], ...], BeforeValidator(_attacks)]
@@ -169,7 +169,10 @@ def make_plan(
             f"unknown suite {suite!r}{did_you_mean(suite, known)}; allowed: {', '.join(known)}, or the path of a .yaml "
             "file"
         )
-    chosen = dict(tree.get("attacks") or {})
+    listed = tree.get("attacks") or {}
+    if not isinstance(listed, dict):
+        raise ConfigError(f"attacks is {listed!r}; allowed is a mapping of attacks to their options")
+    chosen = dict(listed)
     if attacks:
         for attack in attacks:
             if attack not in ATTACKS:
@@ -177,24 +180,38 @@ def make_plan(
                     f"unknown attack {attack!r}{did_you_mean(attack, ATTACKS)}; allowed: {', '.join(ATTACKS)}"
                 )
         chosen = {attack: chosen.get(attack) for attack in ATTACKS if attack in attacks}
-    given = parse_flags(flags, (*Suite.model_fields, "data", *ATTACKS))
+    given = parse_flags(flags, (*(name for name in Suite.model_fields if name != "attacks"), "data", *ATTACKS))
     data = given.pop("data", None)
     for attack in [key for key in given if key in ATTACKS]:
         if attack not in chosen:
             raise ConfigError(f"--{attack} sets an attack that is not run; the attacks are {', '.join(chosen)}")
-        chosen[attack] = merge(chosen[attack] or {}, given.pop(attack))
+        options, changes = chosen[attack] or {}, given.pop(attack)
+        for what, value in ((f"attacks.{attack}", options), (f"--{attack}", changes)):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{what} is {value!r}; allowed are options of the attack, each by its name")
+        chosen[attack] = merge(options, changes)
     tree = merge(tree, given) | {"attacks": chosen}
     try:
         validated = Suite.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(sentence(error, tree, root=Suite)) from None
+    if not validated.attacks:
+        raise ConfigError(f"the suite has no attacks; allowed: {', '.join(ATTACKS)}")
     config: dict[str, Any] | None = {"data": data} if data else None
+    search = None
+    if folders is not None and data:
+        raise ConfigError("--data chooses the images of a bundle or a --function; --folders brings its own")
     if function is not None:
+        module, _, attribute = function.rpartition(":")
+        if module.endswith(".py"):
+            function = f"{Path(module).expanduser().absolute()}:{attribute}"
+        else:
+            search = str(Path.cwd())
         config = load_config(preset or "cifar10-small", flags=_data_flags(flags)).model_dump(mode="json")
     elif preset is not None:
         raise ConfigError("a preset names the images of a --function; a bundle and folders bring their own")
     where = absolute_folders(folders)
-    spec = VictimSpec(bundle=_settled(bundle), function=function, folders=where, config=config)
+    spec = VictimSpec(bundle=_settled(bundle), function=function, search=search, folders=where, config=config)
     return Plan(spec, validated, Storage(storage).folder(checked_name(name)))
 
 
@@ -502,7 +519,7 @@ def attack(
             if jobs:
                 run(plan, jobs, display, ended)
         card = scorecard(plan, victim, failures)
-        if plan.spec.bundle is not None and not failures:
+        if plan.spec.bundle is not None and not failures.keys() - {JUDGE}:
             _into_bundle(plan, card, quiet)
         return card
 

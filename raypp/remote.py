@@ -18,6 +18,7 @@ import random
 import time
 import zipfile
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +38,7 @@ from raypp.storage import new_folder
 
 BATCH = 64  # images of a request: enough that the classifier works on full batches
 NPY = "application/x-npy"
+NPY_HEADER = 1024  # bytes, and more than one takes
 MAX_ARCHIVE = 2**30  # bytes of a public part, before and after unpacking
 LONGEST_WAIT = 30.0  # seconds between two tries
 RETRIED = frozenset({408, 429, 500, 502, 503, 504})
@@ -100,12 +102,17 @@ class _Session:
         timeout: float = 30.0,
         patience: float = 60.0,
     ) -> None:
-        parts = urlsplit(url)
+        try:
+            parts, _ = urlsplit(url), httpx.URL(url)
+        except (ValueError, httpx.InvalidURL):
+            parts = urlsplit("")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"url is {url!r}; allowed is http:// or https:// with a host")
+        if token is not None and not (token.isascii() and token.isprintable()):
+            raise ConfigError("token holds characters that no token has; is it the right file?")
         if token is not None and parts.scheme == "http" and not is_loopback(parts.hostname):
             raise ConfigError(f"url is {url!r}: a token is sent over https only, or to this machine")
-        if timeout <= 0 or patience < 0:
+        if not (timeout > 0 and patience >= 0):
             raise ConfigError(f"timeout is {timeout} and patience {patience}; allowed are times above zero")
         self.url = url.rstrip("/").removesuffix("/classifier")
         self.pin, self.timeout, self.patience = pin, timeout, patience
@@ -116,8 +123,14 @@ class _Session:
         if token is not None:
             self._headers["Authorization"] = f"Bearer {token}"
         self._bundle: tuple[str, PublicBundle] | None = None
+        self._limits: tuple[int, int] | None = None
+        # A proxy of the environment must not see what is meant for this machine.
+        self.trust_env = not is_loopback(parts.hostname)
 
     # Requests with retries
+
+    def request(self, call: Call) -> tuple[str, str]:
+        return call.method, self.url + call.path
 
     def ask(self, call: Call) -> Step:
         """Send until there is an answer that is worth something, or patience ends."""
@@ -146,12 +159,32 @@ class _Session:
 
     def protection(self, *, anew: bool = False) -> Step:
         """The protection that the service asks for: fetched once, or again where it says that it serves another one."""
-        if self._bundle is not None and not anew:
-            return self._bundle
+        known = self._bundle
+        if known is not None and not anew:
+            return known
         answer = yield from self.get("/classifier/v1/protection")
         identifier = answer.headers.get("etag", "").strip('"')
-        self._bundle = identifier, self._take(identifier, answer.content)
-        return self._bundle
+        self._bundle = known = identifier, self._take(identifier, answer.content)
+        return known
+
+    def batch(self, wanted: int) -> Step:
+        """How many images a request may hold, by what the service says of its limits, and not more than wanted.
+
+        Raises:
+            ConfigError: fewer than one are wanted.
+        """
+        if wanted < 1:
+            raise ConfigError(f"batch is {wanted}; allowed is 1 or more")
+        if self._limits is None:
+            yield from self.protection()  # what is wrong with it is worth more to know than what is wrong with limits
+            about = yield from self.model()
+            try:
+                upload, limits = about["upload"], about["limits"]
+                size = upload["height"] * upload["width"] * upload["channels"]
+                self._limits = int(limits["images"]), (int(limits["body_bytes"]) - NPY_HEADER) // int(size)
+            except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+                raise RemoteError(f"{self.url} does not say what it takes; is it a raypp classifier?") from error
+        return max(1, min(wanted, *self._limits))
 
     def _take(self, identifier: str, archive: bytes) -> PublicBundle:
         """Check a public part, keep it on disk and load it."""
@@ -176,20 +209,24 @@ class _Session:
                     raise
         if hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() != identifier:
             raise BundleError(f"{str(folder)!r} was altered; remove it and it is fetched anew")
-        needed = json.loads((folder / "protection.json").read_text()).get("key") is not None
+        try:
+            needed = json.loads((folder / "protection.json").read_text()).get("key") is not None
+        except (OSError, ValueError, AttributeError) as error:
+            raise BundleError(f"{str(folder)!r} was altered; remove it and it is fetched anew") from error
         bundle = load_public(folder, self._key if needed else None)
         if not bundle.protection.hides:
             raise BundleError(f"{self.url} asks for images without any protection; nothing was sent")
         return bundle
 
-    def protected(self, images: Sequence[Pixels]) -> Step:
+    def protected(self, images: Sequence[Image]) -> Step:
         """The protection's SHA-256, images as it takes them, and what it makes of them, both uint8 (N, H, W, C)."""
         identifier, bundle = yield from self.protection()
         size, channels = bundle.image_size, bundle.channels
-        plain = np.stack([fit(_channels(image, channels), size) for image in images])
+        # Each is made small as soon as it has been read: 64 photographs would take gigabytes.
+        plain = np.stack([fit(_channels(_read(image, i), channels), size) for i, image in enumerate(images, 1)])
         return identifier, plain, protect_images(bundle, plain)
 
-    def classify(self, images: Sequence[Pixels]) -> Step:
+    def classify(self, images: Sequence[Image]) -> Step:
         """Protect and send the images of one request."""
         for last in (False, False, True):
             identifier, _, hidden = yield from self.protected(images)
@@ -199,8 +236,12 @@ class _Session:
                 live = answer.headers.get("Raypp-Protection")
                 if live is not None and live != identifier:
                     self._bundle = None  # a newer one is live: the next request protects with it
-                found = _json(answer)
-                return [_prediction(image, found["model"]) for image in found["images"]]
+                with _understood(answer):
+                    found = answer.json()
+                    predictions = [_prediction(image, found["model"]) for image in found["images"]]
+                    if len(predictions) != len(images):
+                        raise ValueError("another number of images")
+                    return predictions
             if answer.status_code == 409 and not last:
                 yield from self.protection(anew=True)
                 continue
@@ -211,17 +252,23 @@ class _Session:
         answer = yield from self.get("/attack/v1")
         return _json(answer)
 
-    def reconstruct(self, attack: str, images: Sequence[Pixels]) -> Step:
+    def reconstruct(self, attack: str, images: Sequence[Image]) -> Step:
         """Protect images and have them attacked."""
-        _, plain, hidden = yield from self.protected(images)
-        headers = self._headers | {"Content-Type": NPY, "Accept": "application/json"}
-        answer = yield from self.ask(Call("POST", f"/attack/v1/{quote(attack, safe='')}", headers, _npy(hidden)))
-        if answer.status_code != 200:
-            raise _problem(answer)
-        return [
-            decode(base64.b64decode(found["png"]), name=f"reconstruction {number}", channels=plain.shape[3])
-            for number, found in enumerate(_json(answer)["reconstructions"], 1)
-        ]
+        for last in (False, True):
+            identifier, plain, hidden = yield from self.protected(images)
+            headers = self._headers | {"Content-Type": NPY, "Raypp-Protection": identifier}
+            answer = yield from self.ask(Call("POST", f"/attack/v1/{quote(attack, safe='')}", headers, _npy(hidden)))
+            if answer.status_code == 409 and not last:
+                yield from self.protection(anew=True)
+                continue
+            if answer.status_code != 200:
+                raise _problem(answer)
+            with _understood(answer):
+                return [
+                    decode(base64.b64decode(found["png"]), name=f"reconstruction {number}", channels=plain.shape[3])
+                    for number, found in enumerate(answer.json()["reconstructions"], 1)
+                ]
+        raise AssertionError("unreachable")
 
 
 class Client:
@@ -246,7 +293,7 @@ class Client:
 
     def __init__(self, url: str, **options: Any) -> None:
         self._session = _Session(url, **options)
-        self._http = httpx.Client(timeout=self._session.timeout)
+        self._http = httpx.Client(timeout=self._session.timeout, trust_env=self._session.trust_env)
 
     def __enter__(self) -> Client:
         return self
@@ -271,7 +318,7 @@ class Client:
 
     def protect(self, images: Sequence[Image]) -> tuple[Pixels, Pixels]:
         """Images as the protection takes them, and the protected ones that would be sent, uint8 (N, H, W, C)."""
-        _, plain, hidden = self._do(self._session.protected(_read(images)))
+        _, plain, hidden = self._do(self._session.protected(images))
         return plain, hidden
 
     def attacks(self) -> dict[str, Any]:
@@ -284,7 +331,7 @@ class Client:
 
         One request, so no more images than the service's ``max_images`` of that attack.
         """
-        found: list[Pixels] = self._do(self._session.reconstruct(attack, _read(images)))
+        found: list[Pixels] = self._do(self._session.reconstruct(attack, images))
         return found
 
     def classify(self, images: Sequence[Image]) -> list[Prediction]:
@@ -293,8 +340,8 @@ class Client:
 
     def stream(self, images: Iterable[Image], batch: int = BATCH) -> Iterator[tuple[Image, Prediction]]:
         """As :meth:`classify`, batch by batch: a folder of any size takes the memory of one batch."""
-        for part in _batches(images, batch):
-            yield from zip(part, self._do(self._session.classify(_read(part))), strict=True)
+        for part in _batches(images, self._do(self._session.batch(batch))):
+            yield from zip(part, self._do(self._session.classify(part)), strict=True)
 
     def _do(self, steps: Step) -> Any:
         answer: httpx.Response | Exception | None = None
@@ -306,9 +353,8 @@ class Client:
             answer = None
             if isinstance(wanted, Call):
                 try:
-                    answer = self._http.request(
-                        wanted.method, self._session.url + wanted.path, headers=wanted.headers, content=wanted.body
-                    )
+                    with self._http.stream(*self._session.request(wanted), **_content(wanted)) as opened:
+                        answer = _whole(opened, _within(opened.iter_bytes()))
                 except httpx.HTTPError as error:
                     answer = error
             else:
@@ -320,7 +366,7 @@ class AsyncClient:
 
     def __init__(self, url: str, **options: Any) -> None:
         self._session = _Session(url, **options)
-        self._http = httpx.AsyncClient(timeout=self._session.timeout)
+        self._http = httpx.AsyncClient(timeout=self._session.timeout, trust_env=self._session.trust_env)
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -349,9 +395,8 @@ class AsyncClient:
 
     async def stream(self, images: Iterable[Image], batch: int = BATCH) -> AsyncIterator[tuple[Image, Prediction]]:
         """See :meth:`Client.stream`."""
-        for part in _batches(images, batch):
-            pixels = await asyncio.to_thread(_read, part)
-            for found in zip(part, await self._do(self._session.classify(pixels)), strict=True):
+        for part in _batches(images, await self._do(self._session.batch(batch))):
+            for found in zip(part, await self._do(self._session.classify(part)), strict=True):
                 yield found
 
     async def _do(self, steps: Step) -> Any:
@@ -363,9 +408,9 @@ class AsyncClient:
             answer = None
             if isinstance(wanted, Call):
                 try:
-                    answer = await self._http.request(
-                        wanted.method, self._session.url + wanted.path, headers=wanted.headers, content=wanted.body
-                    )
+                    async with self._http.stream(*self._session.request(wanted), **_content(wanted)) as opened:
+                        chunks = [chunk async for chunk in _within_async(opened.aiter_bytes())]
+                        answer = _whole(opened, chunks)
                 except httpx.HTTPError as error:
                     answer = error
             else:
@@ -421,6 +466,48 @@ def _json(answer: httpx.Response) -> Any:
         raise RemoteError(f"{answer.request.url} gives no JSON; is it a raypp service?", answer.status_code) from error
 
 
+@contextmanager
+def _understood(answer: httpx.Response) -> Iterator[None]:
+    """An answer that is not what a raypp service gives is said to be so."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, DataError) as error:
+        raise RemoteError(
+            f"{answer.request.url} answers with something else than a raypp service does", answer.status_code
+        ) from error
+
+
+def _content(call: Call) -> dict[str, Any]:
+    return {"headers": call.headers, "content": call.body}
+
+
+def _within(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    size = 0
+    for chunk in chunks:
+        size += len(chunk)
+        _refuse_endless(size)
+        yield chunk
+
+
+async def _within_async(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    size = 0
+    async for chunk in chunks:
+        size += len(chunk)
+        _refuse_endless(size)
+        yield chunk
+
+
+def _refuse_endless(size: int) -> None:
+    if size > MAX_ARCHIVE:
+        raise RemoteError(f"the service's answer is larger than the {MAX_ARCHIVE:,} bytes that a client takes")
+
+
+def _whole(opened: httpx.Response, chunks: Iterable[bytes]) -> httpx.Response:
+    """An answer that was read piece by piece, in one piece and no longer compressed."""
+    kept = [(k, v) for k, v in opened.headers.multi_items() if k not in ("content-encoding", "content-length")]
+    return httpx.Response(opened.status_code, headers=kept, content=b"".join(chunks), request=opened.request)
+
+
 def _prediction(found: dict[str, Any], model: str) -> Prediction:
     top = tuple((str(c["class"]), float(c["probability"])) for c in found["top"])
     return Prediction(str(found["class"]), float(found["probability"]), top, model)
@@ -447,8 +534,6 @@ def _npy(images: Pixels) -> bytes:
 
 
 def _batches(images: Iterable[Image], size: int) -> Iterator[list[Image]]:
-    if size < 1:
-        raise ConfigError(f"batch is {size}; allowed is 1 or more")
     part: list[Image] = []
     for image in images:
         part.append(image)
@@ -459,20 +544,15 @@ def _batches(images: Iterable[Image], size: int) -> Iterator[list[Image]]:
         yield part
 
 
-def _read(images: Sequence[Image]) -> list[Pixels]:
-    """Plain images as uint8 (H, W, 3) or as they were given."""
-    pixels = []
-    for number, image in enumerate(images, 1):
-        name = str(image) if isinstance(image, str | Path) else f"image {number}"
-        if isinstance(image, str | Path):
-            pixels.append(read_image(Path(image)))
-        elif isinstance(image, bytes):
-            pixels.append(decode(image, name=name))
-        elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] in (1, 3):
-            pixels.append(image)
-        else:
-            raise DataError(f"{name} is no file, bytes or uint8 array (H, W, C) with 1 or 3 channels")
-    return pixels
+def _read(image: Image, number: int) -> Pixels:
+    """A plain image as uint8 (H, W, 3), or as it was given."""
+    if isinstance(image, str | Path):
+        return read_image(Path(image))
+    if isinstance(image, bytes):
+        return decode(image, name=f"image {number}")
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] in (1, 3):
+        return image
+    raise DataError(f"image {number} is no file, bytes or uint8 array (H, W, C) with 1 or 3 channels")
 
 
 def _channels(image: Pixels, channels: int) -> Pixels:

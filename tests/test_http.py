@@ -11,7 +11,6 @@ import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +30,7 @@ from raypp.images import encode_png
 from raypp.progress import Display
 from raypp.runs import open_run, train_locally
 from raypp.serve.auth import Tokens, add_token
-from raypp.serve.http import ServedAttack, attack_api, classifier_api, measured, null_scores
+from raypp.serve.http import Offered, ServedAttack, attack_api, classifier_api, offer
 from raypp.serve.ladder import online
 from raypp.serve.model import Live, Served, classify, current, publishing
 from raypp.serve.wire import Limits
@@ -57,18 +56,11 @@ class Here:
     async def predict(self, served: Served, images: Tensor) -> tuple[Tensor, Tensor]:
         return classify([(served, images)])[0]
 
-    def attacks(self) -> dict[str, ServedAttack]:
-        listed = (self.now().scorecard or {}).get("attacks", {})
-        return {
-            name: ServedAttack(name, ATTACKS.get(name).threat, most, measured(listed[name]))
-            for name, (_, most) in online(self.now()).items()
-        }
+    def offered(self) -> Offered:
+        return offer(self.now(), online(self.now()))
 
-    def nulls(self) -> dict[str, Any]:
-        return null_scores(self.now().scorecard)
-
-    async def reconstruct(self, name: str, images: Tensor) -> Tensor:
-        return online(self.now())[name][0](images)
+    async def reconstruct(self, attack: ServedAttack, images: Tensor) -> Tensor:
+        return attack.run(images)
 
     def observe(self, route: str, status: int, num_images: int, seconds: float) -> None:
         self.seen.append((route, status, num_images))
@@ -286,6 +278,35 @@ def test_attacks_that_are_not_there_or_ask_too_much_are_refused(attacked: Path, 
     assert none.get("/v1").json()["attacks"] == []
 
 
+def test_attacks_refuse_plain_images_and_other_protections(attacked: Path) -> None:
+    here = Here(attacked)
+
+    class Nothing:
+        """A guard to whom nothing looks protected."""
+
+        def looks_protected(self, images: Tensor) -> Tensor:
+            return torch.zeros(len(images), dtype=torch.bool)
+
+    client = TestClient(attack_api(lambda: here))
+    images = npy(protected(attacked, 2))
+    other = client.post("/v1/inverse", content=images, headers=NPY | {"Raypp-Protection": "0" * 64})
+    assert (other.status_code, other.json()["type"]) == (409, "urn:raypp:problem:other-protection")
+    here.live._kept = [replace(here.now(), guard=Nothing())]
+    plain = client.post("/v1/inverse", content=images, headers=NPY)
+    assert (plain.status_code, plain.json()["type"]) == (422, "urn:raypp:problem:not-protected")
+
+
+def test_a_request_that_takes_too_long_is_given_up(here: Here) -> None:
+    async def slow(served: Served, images: Tensor) -> tuple[Tensor, Tensor]:
+        await asyncio.sleep(60)
+        raise AssertionError("nobody waits for this")
+
+    here.predict, here.limits = slow, replace(here.limits, seconds=0.05)  # type: ignore[method-assign]
+    client = TestClient(classifier_api(lambda: here))
+    answer = client.post("/v1/classify", content=npy(protected(Path(here.live.location))), headers=NPY)
+    assert (answer.status_code, answer.json()["type"]) == (408, "urn:raypp:problem:too-slow")
+
+
 # Tokens
 
 
@@ -410,6 +431,52 @@ def test_what_becomes_live_and_does_not_work_is_not_taken_over(trained: Trained,
     shutil.rmtree(shelf)  # storage that is away takes nothing down
     assert not here.live.refresh()
     assert here.now() is before
+
+
+def test_a_replica_that_starts_beside_a_bad_bundle_serves_the_one_before(
+    trained: Trained, other: Path, tmp_path: Path
+) -> None:
+    shelf = tmp_path / "shelf"
+    for bundle in (trained.bundle, other):
+        with publishing(bundle, shelf) as published:
+            pass
+    break_classifier(shelf / "versions" / published.version)
+    here = Here(shelf)
+    assert here.now().version == published.previous
+    assert here.rejected()["version"] == published.version  # type: ignore[index]
+
+
+def test_a_bundle_that_breaks_its_loader_is_not_taken_over(trained: Trained, other: Path, tmp_path: Path) -> None:
+    """Whatever a service makes of a bundle fails before the bundle takes over, not after."""
+    shelf = tmp_path / "shelf"
+    with publishing(trained.bundle, shelf):
+        pass
+    names: list[str] = []
+
+    def prepare(served: Served) -> int:
+        names.append(served.version)
+        if len(names) > 1:
+            raise RuntimeError("of no kind that anybody expects")
+        return 7
+
+    live = Live(shelf, prepare=prepare)
+    before = live.now
+    with publishing(other, shelf):
+        pass
+    assert not live.refresh()
+    assert live.now is before
+    assert live.prepared(before) == 7
+    assert live.rejected == {"version": names[1], "reason": "RuntimeError while it was loaded"}
+
+
+def test_nothing_is_published_into_a_bundle(trained: Trained, other: Path, tmp_path: Path) -> None:
+    target = shutil.copytree(other, tmp_path / "bundle")
+    with pytest.raises(BundleError, match="is a bundle itself"), publishing(trained.bundle, target):
+        pass
+    load_private(target)
+    with pytest.raises(RuntimeError), publishing(trained.bundle, tmp_path / "new"):
+        raise RuntimeError("the service refuses")
+    assert not (tmp_path / "new" / "live.json").exists()
 
 
 def test_locations_that_are_neither_bundle_nor_shelf_are_named(tmp_path: Path) -> None:

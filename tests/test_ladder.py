@@ -324,6 +324,8 @@ def test_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
         ({"attacks": {"inverse": {"widht": 3}}}, "inverse.widht is 3: extra inputs are not permitted"),
         ({"attacks": {"inverse": {"train": {"epochs": 0}}}}, "inverse.train.epochs is 0"),
         ({"attacks": {"inverse": 3}}, "attacks.inverse is 3; allowed is a mapping of its options"),
+        ({"attacks": ["inverse"]}, "attacks is ['inverse']; allowed is a mapping of attacks to their options"),
+        ({"attacks": {}}, "the suite has no attacks; allowed: "),
         ({"num_queries": 3}, "num_queries is 3"),
         ({"epochs": 3}, "unknown key 'epochs'"),
     ],
@@ -342,6 +344,14 @@ def test_a_plan_that_makes_no_sense_is_refused(trained: Trained, tmp_path: Path)
         ladder.make_plan(bundle=bundle, attacks=["invers"], name="a")
     with pytest.raises(RayppError, match="--itn sets an attack that is not run"):
         ladder.make_plan(bundle=bundle, attacks=["inverse"], flags=["--itn.width", "3"], name="a")
+    for flags, said in (
+        (["--inverse", "5"], "--inverse is '5'; allowed are options of the attack"),
+        (["--attacks.inverse.width", "4"], "unknown option --attacks.inverse.width"),
+    ):
+        with pytest.raises(RayppError, match=re.escape(said)):
+            ladder.make_plan(bundle=bundle, attacks=["inverse"], flags=flags, name="a")
+    with pytest.raises(RayppError, match="--data chooses the images of a bundle or a --function"):
+        ladder.make_plan(folders=("a", "b"), flags=["--data.source.num_train", "100"], name="a")
     assert "bundle" in refusal(tmp_path, bundle=str(tmp_path / "none"))
     assert "function 'nothing' is not understood" in refusal(tmp_path, function="nothing")
 

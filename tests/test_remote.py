@@ -10,6 +10,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,31 @@ def test_the_protection_is_fetched_once_and_kept(trained: Trained, cache: Path, 
             client.classify(images)
 
 
+def test_requests_keep_to_what_the_service_takes(trained: Trained, cache: Path) -> None:
+    """Its limits are asked for, and each image is fitted as soon as it has been read."""
+    here = Here(trained.bundle)
+    here.limits = replace(here.limits, images=3)
+    faulty = Faulty(here)
+    many = list(np.random.default_rng(0).integers(0, 256, (7, 40, 30, 3), dtype=np.uint8))
+    with running(faulty.app) as url, Client(url, cache=cache) as client:
+        assert len(client.classify(many)) == 7
+        assert [len(np.load(io.BytesIO(body))) for body in faulty.bodies if body] == [3, 3, 1]
+        with pytest.raises(DataError, match="image 2 is no file, bytes or uint8 array"):
+            client.classify([many[0], np.zeros((4, 4, 3))])
+        with pytest.raises(ConfigError, match="batch is 0"):
+            list(client.stream(many, batch=0))
+
+
+def test_a_service_that_is_none_is_said_to_be_so(trained: Trained, cache: Path, images: list[np.ndarray]) -> None:
+    faulty = Faulty(Here(trained.bundle))
+    with running(faulty.app) as url, Client(url, cache=cache) as client:
+        client.classify(images)
+        for body in ("x", "[]", '{"images": 3}', '{"images": [], "model": "m"}'):
+            faulty.faults = [Response(body)]
+            with pytest.raises(RemoteError, match="answers with something else than a raypp service does"):
+                client.classify(images)
+
+
 def test_faults_are_retried_and_patience_ends(trained: Trained, cache: Path, images: list[np.ndarray]) -> None:
     faulty = Faulty(Here(trained.bundle))
     with running(faulty.app) as url:
@@ -227,14 +253,15 @@ def test_a_service_that_asks_for_plain_images_gets_none(cache: Path, images: lis
 
 
 def test_arguments_are_checked(cache: Path) -> None:
-    for url in ("ftp://x", "127.0.0.1:8000", "http://"):
+    for url in ("ftp://x", "127.0.0.1:8000", "http://", "http://[::1", "http://host:abc"):
         with pytest.raises(ConfigError, match="url is"):
             Client(url)
     with pytest.raises(ConfigError, match="a token is sent over https only"):
         Client("http://example.org", token="x")
-    with pytest.raises(ConfigError, match="timeout is 0"):
-        Client("http://127.0.0.1:1", timeout=0)
-    with pytest.raises(DataError, match="image 2 is no file, bytes or uint8 array"):
-        Client("http://127.0.0.1:1", cache=cache).classify([np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4, 3))])
+    for timeout in (0, float("nan")):
+        with pytest.raises(ConfigError, match="timeout is"):
+            Client("http://127.0.0.1:1", timeout=timeout)
+    with pytest.raises(ConfigError, match="token holds characters that no token has"):
+        Client("https://example.org", token="é")
     loopback = {"127.0.0.1": True, "::1": True, "[::1]": True, "localhost": True, "0.0.0.0": False, "x.org": False}
     assert {host: is_loopback(host) for host in loopback} == loopback

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import httpx
@@ -102,7 +104,16 @@ def test_images_are_classified_as_in_this_process(service: Service) -> None:
     attack = httpx.post(f"{service.url}/attack/v1/inverse", content=buffer.getvalue(), headers=headers, timeout=60)
     assert attack.status_code == 200, attack.text
     assert len(attack.json()["reconstructions"]) == len(sample)
-    refused = httpx.post(f"{service.url}/classifier/v1/classify", content=b"x", headers=headers | {"Content-Type": ""})
+    number = secrets.token_hex(8)
+    refused = httpx.post(
+        f"{service.url}/classifier/v1/classify",
+        content=b"x",
+        headers=headers | {"Content-Type": "", "X-Request-ID": number},
+    )
+    end = time.monotonic() + 30  # each request has its line in the replica's log
+    while not any(number in log.read_text() for log in Path("/tmp/ray").glob("session_*/logs/serve/replica_*")):
+        assert time.monotonic() < end
+        time.sleep(0.5)
     assert refused.headers["content-type"] == "application/problem+json"
 
 
@@ -397,11 +408,17 @@ def test_nothing_listens_beyond_this_machine(service: Service, cluster: Cluster)
 
 
 def test_the_written_configuration_is_what_serve_deploys(trained: Trained, tmp_path: Path) -> None:
+    from ray.serve import Application
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
     from ray.serve.schema import ServeDeploySchema
 
     main(["serve", str(trained.bundle), "--write", str(tmp_path / "serve.yaml"), "--port", "9000"])
     config = yaml.safe_load((tmp_path / "serve.yaml").read_text())
     schema = ServeDeploySchema.model_validate(config)
+    for application in schema.applications:  # as Ray builds them from the file
+        module, _, name = application.import_path.partition(":")
+        built = call_user_app_builder_with_args_if_necessary(getattr(import_module(module), name), application.args)
+        assert isinstance(built, Application)
     assert [application.name for application in schema.applications] == ["classifier", "attack"]
     assert {application.args["bundle"] for application in schema.applications} == {str(trained.bundle)}
     assert (config["http_options"]["host"], config["http_options"]["port"]) == ("127.0.0.1", 9000)

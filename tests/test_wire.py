@@ -54,6 +54,18 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
+def test_a_file_is_what_its_first_header_says() -> None:
+    """Decoders go by a PNG file's last header and by what a number can be turned into: neither gets past the check."""
+    whole, inside = encode_png(batch(1)[0]), encode_png(batch(1, shape=(12, 16, 3))[0])
+    assert refused(whole[:33] + inside[8:], PNG) == (422, "damaged-image")
+    many = whole[:33] + chunk(b"tEXt", b"a\0b") * 1000 + whole[33:]
+    assert refused(many, PNG) == (422, "damaged-image")
+    for dims in ("(1e999, 16, 12, 3)", "(1.9, 16, 12, 3)", "(True, 16, 12, 3)"):
+        header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {dims}}}".encode()
+        body = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(16 * 12 * 3)
+        assert refused(body, NPY) == (422, "not-npy")
+
+
 def test_every_allowed_form_gives_the_same_images() -> None:
     images = batch(3)
     assert np.array_equal(read(npy(images), NPY)[0], images)

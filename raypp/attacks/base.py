@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, ClassVar, Protocol
@@ -105,12 +105,17 @@ NEEDS = {
 """Fields of :class:`Access` in words."""
 
 
+def other_size(protected: Sequence[int], plain: Sequence[int]) -> bool:
+    """Whether protected images (H', W') have quite another size than plain ones (H, W), not only padding."""
+    extra = [theirs - ours for theirs, ours in zip(protected, plain, strict=True)]
+    return min(extra) < 0 or max(extra) > MOST_PADDING
+
+
 def fitted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Images uint8 (N, C', H', W') in the shape (C, H, W) of plain ones: padding is cut, another size resized, grey
     repeated and colour averaged where the channels differ."""
     channels, height, width = shape
-    extra = images.shape[2] - height, images.shape[3] - width
-    if min(extra) < 0 or max(extra) > MOST_PADDING:
+    if other_size(images.shape[2:], (height, width)):
         resized = F.interpolate(images.float(), size=(height, width), mode="bilinear", antialias=True)
         images = resized.round().clamp(0, 255).to(torch.uint8)
     images = images[:, :, :height, :width]

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from raypp import registry
-from raypp.attacks.base import MOST_PADDING, Access, AttackError, AttackTask, Threat, TrainedAttack, TrainedOptions
+from raypp.attacks.base import Access, AttackError, AttackTask, Threat, TrainedAttack, TrainedOptions, other_size
 from raypp.config import MultiStep, OneCycle, Optimisation, Optimizer
 from raypp.data.loader import Augmentation, Batches, DeviceLoader
 from raypp.evaluation.metrics import psnr, reidentify, ssim, ssim_for_loss
@@ -33,6 +33,7 @@ MAX_VAL = 1000  # of the attacker's own images, those that he judges his network
 LEAST_SIDE = 11  # of SSIM's window
 HALF_STEP = 0.5 / 255  # how near to 0 and 1 a value of 8 bits may lie: their logits are infinite
 LEAST_STD = (0.02, 0.2)  # of a value and of its logit: a place that hardly ever changes is not blown up to unit scale
+STEPS = "steps"  # how many the average has seen, among a checkpoint's tensors
 MOST = 8.0  # standard deviations that a standardised value may be away from its mean
 MAX_PSNR = 60.0  # dB: an exact estimate would make a mean infinite
 OWN_KEY = 2**31  # the attacker's own key that he judges his network by; others are drawn below it
@@ -64,8 +65,7 @@ class InverseNetwork(nn.Module):
         super().__init__()
         self.size, self.num_classes, self.patch = shape[1:], num_classes, options.patch
         channels, *size = protected
-        extra = [theirs - ours for theirs, ours in zip(size, self.size, strict=True)]
-        self.resized = min(extra) < 0 or max(extra) > MOST_PADDING
+        self.resized = other_size(size, self.size)
         size = list(self.size) if self.resized else size
         self.register_buffer("protected", torch.tensor(protected))  # so that its weights alone say how it is built
         seen = channels * 2 if options.standardise else channels
@@ -130,6 +130,13 @@ class InverseTrainee(Trainee):
         """The network that attacks."""
         return self.net if self.average is None else self.average
 
+    def own_state(self) -> StateDict:
+        return super().own_state() | {STEPS: torch.tensor(self.steps)}
+
+    def load_own_state(self, state: StateDict) -> None:
+        super().load_own_state({key: tensor for key, tensor in state.items() if key != STEPS})
+        self.steps = int(state[STEPS])
+
     def forward(self, images: Tensor, at: Tensor) -> Terms:
         with torch.autocast(images.device.type, enabled=False):
             protected = self.source(to_uint8(images), at)
@@ -190,7 +197,8 @@ class InverseTask:
         self.augmentation = Augmentation(options.crop_padding if afresh else 0, options.flip and afresh)
         self.chosen = chosen
         digest = hashlib.sha256(images[chosen].cpu().contiguous().numpy().tobytes())
-        digest.update(val[1][:16].cpu().contiguous().numpy().tobytes())
+        if access.protect is None and access.fresh is None:  # else it may draw a key for each image
+            digest.update(val[1].cpu().contiguous().numpy().tobytes())
         self.fingerprint = digest.hexdigest()
         self.batches: Batches = self._loader(0, 1)
 

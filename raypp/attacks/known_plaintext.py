@@ -39,7 +39,14 @@ class KnownPlaintext(Attack):
         plain, protected = (images[: self.options.num_pairs].cpu() for images in self.access.pairs)
         channels, height, width = self.access.shape
         rows, columns = height // BLOCK * BLOCK, width // BLOCK * BLOCK
-        if plain.shape[0] != protected.shape[0] or min(rows, columns) < BLOCK or protected.shape[2] < rows:
+        sides = protected.shape[2:]
+        if (
+            protected.shape[:2] != plain.shape[:2]
+            or min(rows, columns) < BLOCK
+            or sides[0] < rows
+            or sides[1] < columns
+            or any(side % BLOCK for side in sides)
+        ):
             raise AttackError("attack known_plaintext needs pairs of images with whole 4 x 4 blocks")
         size = 2 * BLOCK * BLOCK * channels
 

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from raypp import registry
-from raypp.attacks.base import AttackError, Threat, TrainedAttack, TrainedOptions
+from raypp.attacks.base import AttackError, Threat, TrainedAttack, TrainedOptions, other_size
 from raypp.config import Constant, Optimisation, Optimizer, merge
 from raypp.data.loader import Augmentation, Batches, DeviceLoader
 from raypp.images import to_uint8
@@ -79,6 +79,7 @@ class Generator(nn.Module):
     ) -> None:
         super().__init__()
         self.size, channels, channels_in = shape[1:], shape[0], protected[0]
+        self.resized = other_size(protected[1:], self.size)
         norm = nn.utils.parametrizations.spectral_norm
         kind = options.generator
         if kind == "auto":
@@ -121,6 +122,8 @@ class Generator(nn.Module):
     def forward(self, protected: Tensor) -> Tensor:
         height, width = self.size
         made: Tensor = (torch.tanh(self.body(2 * protected - 1).float()) + 1) / 2
+        if self.resized:
+            made = F.interpolate(made, size=self.size, mode="bilinear", antialias=True)
         return made[:, :, :height, :width]
 
 
@@ -224,7 +227,8 @@ class GANTask:
         self.phases = [Phase("unpaired_gan", train.epochs)]
         self.images, self.labels, self.ciphertexts, self.classes = (part[:num_images] for part in attack.material)
         digest = hashlib.sha256(self.images.cpu().contiguous().numpy().tobytes())
-        digest.update(self.ciphertexts.cpu().contiguous().numpy().tobytes())
+        if attack.access.protect is None:  # else it may draw a key for each image
+            digest.update(self.ciphertexts.cpu().contiguous().numpy().tobytes())
         self.fingerprint = digest.hexdigest()
         self.share(0, 1)
 

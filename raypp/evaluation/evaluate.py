@@ -42,7 +42,6 @@ def evaluate(
     protection.eval()
     classifier.eval()
     correct = correct_float = saturated = num_values = 0
-    torch.manual_seed(0)  # for protections that draw a key per image
     similarities: list[Tensor] = []
     distances: list[Tensor] = []
     for start in range(0, len(images), batch_size):

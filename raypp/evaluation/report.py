@@ -93,6 +93,7 @@ def write_report(sources: Sequence[str], target: Storage) -> dict[str, Any]:
 
 def read_source(location: str) -> Source:
     """Read a scorecard and what belongs to it; raises ConfigError where there is none."""
+    from safetensors import SafetensorError
     from safetensors.numpy import load
 
     storage = Storage(location)
@@ -103,7 +104,9 @@ def read_source(location: str) -> Source:
                 card = json.loads(at.read("scorecard.json"))
                 pictures = dict(load(at.read("examples.safetensors")))
                 scores = _read_scores(at.read("scores.csv").decode())
-            except (ValueError, KeyError) as error:
+                if lacking := {"attacks", "nulls", "worst_attack", "worst_drawing", "label"} - set(card):
+                    raise ValueError(f"scorecard.json lacks {', '.join(sorted(lacking))}")
+            except (ValueError, KeyError, TypeError, SafetensorError) as error:
                 raise BundleError(f"the scorecard in {at.uri} cannot be read: {error}") from error
             return Source(card, scores, pictures)
     raise ConfigError(f"{location!r} holds no scorecard; `raypp attack` makes one")
@@ -290,6 +293,8 @@ def _estimates(source: Source) -> bytes:
     ]
     for name in _done(source):
         key = f"{name}/first"
+        if not np.array_equal(source.pictures[f"{key}/plain"], rows[0][1]):  # kept of a run on other images
+            rows.append((f"plain of {name}", source.pictures[f"{key}/plain"], None))
         rows.append((name, source.pictures[f"{key}/estimate"], _captions(source, key)))
     return _sheet(rows)
 

@@ -24,6 +24,7 @@ from raypp.data.base import ImageSet
 from raypp.errors import ConfigError, DataError, RayppError
 from raypp.keys import Key
 from raypp.protections import PROTECTIONS
+from raypp.storage import Storage
 from raypp.training.fit import load_split
 
 LEAST_SIDE = 11  # of SSIM's window, without which nothing is measured
@@ -38,6 +39,7 @@ class VictimSpec(BaseModel):
     Attributes:
         bundle: path or URI of a bundle.
         function: ``module:name`` or ``file.py:name`` of a function from and to NumPy uint8 (N, H, W, C).
+        search: where a function's module is looked for first, since workers run in folders of their own.
         folders: plain images and protected ones of the same names.
         config: where a bundle's or a function's images come from.
     """
@@ -46,6 +48,7 @@ class VictimSpec(BaseModel):
 
     bundle: str | None = None
     function: str | None = None
+    search: str | None = None
     folders: tuple[str, str] | None = None
     config: dict[str, Any] | None = None
 
@@ -71,7 +74,7 @@ class Victim:
         truth: int64 (N,), the originals' places in the gallery.
         classes: names of labels; none where they are not known.
         plain_classifier: one that was trained on plain images for its own sake, where the bundle has it.
-        source: of a function, the SHA-256 of its file.
+        source: the SHA-256 of a function's file, or of a bundle's public manifest.
     """
 
     name: str
@@ -91,9 +94,12 @@ class Victim:
 
     @property
     def identity(self) -> str:
-        """Of what is attacked: two victims of one identity may share a scorecard. A function may be random, so it is
-        told by its file."""
-        return self.source or self.fingerprint
+        """Of what is attacked: two victims of one identity may share a scorecard. Functions and protections with a key
+        per image are random, so they are told by their files and not by what they give."""
+        if self.source is None:
+            return self.fingerprint
+        plain = hashlib.sha256(self.plain.cpu().contiguous().numpy().tobytes()).hexdigest()
+        return hashlib.sha256(f"{self.source} {plain}".encode()).hexdigest()
 
     @property
     def fingerprint(self) -> str:
@@ -172,6 +178,7 @@ def _bundle(spec: VictimSpec, num_queries: int, num_images: int | None, seed: in
     return replace(
         found,
         label=_label(config),
+        source=hashlib.sha256(Storage(spec.bundle).folder("public").read(bundles.MANIFEST)).hexdigest(),
         metrics=private.metrics,
         plain_classifier=plain_classifier.to(device) if plain_classifier is not None else None,
     )
@@ -191,7 +198,7 @@ def _options(public: bundles.PublicBundle) -> Any:
 def _function(spec: VictimSpec, num_queries: int, num_images: int | None, seed: int, device: torch.device) -> Victim:
     assert spec.function is not None
     config = validate(spec.config or {})
-    protect = user_function(spec.function, device)
+    protect = user_function(spec.function, device, spec.search)
     access = Access(shape=(0, 0, 0), protect=protect, device=device)
     found = _measured_on(spec.function, access, config, None, num_queries, num_images, seed)
     return replace(found, source=_source_of(spec.function))
@@ -203,8 +210,11 @@ def _source_of(name: str) -> str | None:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
 
 
-def user_function(name: str, device: torch.device) -> Map:
+def user_function(name: str, device: torch.device, search: str | None = None) -> Map:
     """Load ``module:name`` or ``file.py:name`` as a map of uint8 tensors (N, C, H, W).
+
+    Args:
+        search: folder in which a module is looked for first.
 
     Raises:
         RayppError: it cannot be imported; later, it fails or gives something else than uint8 (N, H', W', C').
@@ -220,18 +230,19 @@ def user_function(name: str, device: torch.device) -> Map:
             loaded = importlib.util.module_from_spec(found)
             found.loader.exec_module(loaded)
         else:
-            sys.path.insert(0, str(Path.cwd()))
+            if search is not None and search not in sys.path:
+                sys.path.insert(0, search)
             loaded = importlib.import_module(module)
         call: Callable[[Any], Any] = getattr(loaded, attribute)
-    except Exception as error:  # whatever a user's module may raise
-        raise ConfigError(f"function {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever a user's module may raise
+        raise ConfigError(f"function {name!r} cannot be loaded: {_said(error)}") from error
 
     def protect(images: Tensor) -> Tensor:
         given = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         try:
             made = call(given)
         except Exception as error:  # whatever a user's function may raise
-            raise RayppError(f"function {name!r} failed: {type(error).__name__}: {error}") from error
+            raise RayppError(f"function {name!r} failed: {_said(error)}") from error
         if not (
             isinstance(made, np.ndarray)
             and made.dtype == np.uint8
@@ -247,6 +258,11 @@ def user_function(name: str, device: torch.device) -> Map:
         return torch.from_numpy(np.ascontiguousarray(made)).permute(0, 3, 1, 2).to(device)
 
     return protect
+
+
+def _said(error: BaseException) -> str:
+    """A user's error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _measured_on(
@@ -274,7 +290,6 @@ def _measured_on(
     plain = gallery[truth]
     protect = access.protect
     assert protect is not None
-    torch.manual_seed(seed)  # for protections that draw a key per image
     protected = _in_parts(protect, plain)
     half = len(known[0]) // 2  # a GAN's protected images are of other originals than its plain ones
     access = replace(

@@ -21,18 +21,16 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig  # noqa: E402
 from ray.serve.metrics import Counter, Histogram  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from raypp.attacks import ATTACKS  # noqa: E402
 from raypp.errors import ConfigError  # noqa: E402
 from raypp.remote import is_loopback  # noqa: E402
 from raypp.serve.auth import Tokens  # noqa: E402
-from raypp.serve.http import ServedAttack, attack_api, classifier_api, measured, null_scores  # noqa: E402
+from raypp.serve.http import Offered, ServedAttack, attack_api, classifier_api, offer  # noqa: E402
 from raypp.serve.ladder import online  # noqa: E402
 from raypp.serve.model import Job, Live, Served, classify  # noqa: E402
 from raypp.serve.wire import Limits  # noqa: E402
 
 logger = logging.getLogger("raypp.serve")
 BATCH_SECONDS = 0.002  # that a request waits for others: less than a forward pass of one image
-HEALTH_IMAGES = 4
 STATUS_BOUNDARIES = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000]
 
 
@@ -51,17 +49,20 @@ class Arguments(BaseModel):
     """Images of one request, and of one pass through the classifier."""
     look_every_s: float = Field(2.0, gt=0)
     """How often to look whether another bundle has become live."""
+    timeout_s: float = Field(Limits.seconds, gt=0)
+    """Until a request is given up."""
     threads: int = Field(1, ge=1)
     """Of torch, in each replica."""
 
     def limits(self) -> Limits:
-        return Limits(self.max_body, self.max_images)
+        return Limits(self.max_body, self.max_images, self.timeout_s)
 
 
 class _Replica:
     """What a replica of either service is: a live bundle, one thread that computes, and a look for newer bundles."""
 
     def __init__(self, arguments: Arguments) -> None:
+        _log_as_serve()
         torch.set_num_threads(arguments.threads)
         self.arguments, self.limits = arguments, arguments.limits()
         host = _listens_on()
@@ -71,13 +72,18 @@ class _Replica:
                 "(see raypp token), or http_options.host to 127.0.0.1"
             )
         self.tokens = Tokens.read(arguments.tokens) if arguments.tokens is not None else None
-        self.live = Live(arguments.bundle)
+        self.live = Live(arguments.bundle, prepare=self.prepare)
+        if self.live.now.guard is None:
+            logger.warning("bundle %s has no guard: plain images are not refused", self.live.now.version)
         self._computer = ThreadPoolExecutor(1, "raypp-compute")
         self._looker: asyncio.Task[None] | None = None
         tags = ("route", "status")
         self._requests = Counter("raypp_requests_total", "Requests answered.", tags)
         self._images = Counter("raypp_images_total", "Images of answered requests.", tags)
         self._seconds = Histogram("raypp_request_ms", "Time to answer.", STATUS_BOUNDARIES, ("route",))
+
+    def prepare(self, served: Served) -> Any:
+        """What this service needs of a bundle before it takes over."""
 
     def now(self) -> Served:
         return self.live.now
@@ -106,19 +112,22 @@ class _Replica:
             before = self.live.rejected
             # Not in the thread that computes: loading takes long, and requests go on meanwhile.
             if await asyncio.to_thread(self.live.refresh):
-                self.taken_over()
                 logger.warning("bundle %s is live", self.live.now.version)
             elif self.live.rejected is not None and self.live.rejected != before:
                 logger.error("bundle %(version)s is not taken over: %(reason)s", self.live.rejected)
 
-    def taken_over(self) -> None:
-        """Another bundle is live."""
-
     async def check_health(self) -> None:
         self.look()
-        problem = await self.compute(self.live.now.private.problem, HEALTH_IMAGES)
+        problem = await self.compute(self.live.now.private.problem)
         if problem is not None:
             raise RuntimeError(f"the classifier fails its self-check: {problem}")
+
+
+def _log_as_serve() -> None:
+    """Write our lines where Serve writes a replica's, in its format."""
+    serving = logging.getLogger("ray.serve")
+    logger.handlers, logger.propagate = serving.handlers, False
+    logger.setLevel(serving.getEffectiveLevel())
 
 
 def _listens_on() -> str:
@@ -149,7 +158,7 @@ def _attack_app() -> FastAPI:
     ray_actor_options={"num_cpus": 1},
     health_check_period_s=5,
     health_check_timeout_s=30,
-    graceful_shutdown_timeout_s=20,
+    graceful_shutdown_timeout_s=40,
 )
 @serve.ingress(_classifier_app)
 class ClassifierDeployment(_Replica):
@@ -190,36 +199,22 @@ class ClassifierDeployment(_Replica):
     ray_actor_options={"num_cpus": 0.5},
     health_check_period_s=10,
     health_check_timeout_s=60,
-    graceful_shutdown_timeout_s=20,
+    graceful_shutdown_timeout_s=40,
 )
 @serve.ingress(_attack_app)
 class AttackDeployment(_Replica):
     """Reconstructs plain images with the attacks that a bundle keeps of its attack run."""
 
-    def __init__(self, arguments: Arguments) -> None:
-        super().__init__(arguments)
-        self.taken_over()
+    def prepare(self, served: Served) -> Offered:
+        return offer(served, online(served))
 
-    def taken_over(self) -> None:
-        served = self.live.now
-        runnable = online(served)
-        listed = (served.scorecard or {}).get("attacks", {})
-        self._attacks = {
-            name: (ServedAttack(name, ATTACKS.get(name).threat, most, measured(listed[name])), run)
-            for name, (run, most) in runnable.items()
-        }
-        self._nulls = null_scores(served.scorecard)
+    def offered(self) -> Offered:
+        found: Offered = self.live.prepared(self.live.now)
+        return found
 
-    def attacks(self) -> dict[str, ServedAttack]:
-        return {name: offered for name, (offered, _) in self._attacks.items()}
-
-    def nulls(self) -> dict[str, Any]:
-        return self._nulls
-
-    async def reconstruct(self, name: str, images: Tensor) -> Tensor:
+    async def reconstruct(self, attack: ServedAttack, images: Tensor) -> Tensor:
         self.look()
-        _, run = self._attacks[name]
-        found: Tensor = await self.compute(run, images)
+        found: Tensor = await self.compute(attack.run, images)
         return found
 
 
@@ -233,7 +228,8 @@ def build_attack(arguments: Arguments) -> Application:
     return _bound(AttackDeployment, arguments)
 
 
-def _bound(deployment: Any, arguments: Arguments) -> Application:
+def _bound(deployment: Any, given: Arguments | dict[str, Any]) -> Application:
+    arguments = Arguments.model_validate(given)  # ``serve deploy`` gives what stands in the file
     if arguments.tokens is not None:
         Tokens.read(arguments.tokens)  # a mistake is met here, not in every replica
     application: Application = deployment.bind(arguments)

@@ -6,24 +6,28 @@ Nothing of an image is ever logged.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from torch import Tensor
 
 import raypp
+from raypp.attacks import ATTACKS
 from raypp.attacks.base import Threat
 from raypp.errors import RayppError
 from raypp.evaluation.metrics import psnr, ssim
@@ -71,6 +75,27 @@ class ServedAttack:
     threat: Threat
     max_images: int
     measured: dict[str, Any]
+    run: Callable[[Tensor], Tensor]
+    """Estimates uint8 (N, C, H, W) of plain images from protected ones uint8 (N, C, H', W')."""
+
+
+@dataclass(frozen=True)
+class Offered:
+    """The attacks on one bundle."""
+
+    served: Served
+    attacks: dict[str, ServedAttack]
+    nulls: dict[str, Any]
+
+
+def offer(served: Served, runnable: dict[str, tuple[Callable[[Tensor], Tensor], int]]) -> Offered:
+    """Attacks as they are offered: each with the largest batch that it takes and what it recovered when measured."""
+    listed = (served.scorecard or {}).get("attacks", {})
+    attacks = {
+        name: ServedAttack(name, ATTACKS.get(name).threat, most, measured(listed[name]), run)
+        for name, (run, most) in runnable.items()
+    }
+    return Offered(served, attacks, null_scores(served.scorecard))
 
 
 class Attacking(Protocol):
@@ -79,14 +104,10 @@ class Attacking(Protocol):
     limits: Limits
     tokens: Tokens | None
 
-    def now(self) -> Served: ...
+    def offered(self) -> Offered: ...
 
-    def attacks(self) -> dict[str, ServedAttack]: ...
-
-    def nulls(self) -> dict[str, Any]: ...
-
-    async def reconstruct(self, name: str, images: Tensor) -> Tensor:
-        """Estimates uint8 (N, C, H, W) of plain images from protected ones uint8 (N, C, H', W')."""
+    async def reconstruct(self, attack: ServedAttack, images: Tensor) -> Tensor:
+        """Run the attack where it does not hold up other requests."""
 
 
 def classifier_api(service: Callable[[], Classifying], observe: Observe | None = None) -> FastAPI:
@@ -105,24 +126,14 @@ def classifier_api(service: Callable[[], Classifying], observe: Observe | None =
         began = time.perf_counter()
         asked = service()
         _allowed(request, asked.tokens, "classify")
-        served = await asked.served(_wanted(request))
-        if served is None:
-            raise RefusedError(
-                409, "other-protection",
-                "the images were protected with a protection that is not served (any more); fetch "
-                "/v1/protection and protect them anew",
-            )  # fmt: skip
-        images, _ = await _images(request, served.shape, asked.limits)
-        read = time.perf_counter()
-        values = torch.from_numpy(np.array(images, copy=True)).permute(0, 3, 1, 2)
-        probabilities, protected = await asked.predict(served, values)
-        if not bool(protected.all()):
-            first = int((~protected).int().argmax())
-            raise RefusedError(
-                422, "not-protected",
-                f"image {first + 1} of {len(images)} does not look protected; nothing of it was kept. Protect it "
-                "first: raypp protect, or raypp.Client",
-            )  # fmt: skip
+        async with _in_time(asked.limits):
+            served = await asked.served(_wanted(request))
+            if served is None:
+                raise _other_protection()
+            images, _ = await _images(request, served.shape, asked.limits)
+            read = time.perf_counter()
+            probabilities, protected = await asked.predict(served, _values(images))
+        _refuse_plain(protected)
         best = probabilities.topk(min(top, probabilities.shape[1]), dim=1)
         found = [
             {
@@ -144,7 +155,8 @@ def classifier_api(service: Callable[[], Classifying], observe: Observe | None =
 
     @api.get(
         "/v1/protection",
-        responses=_given("application/zip", {"type": "string", "format": "binary"}),
+        responses=_given("application/zip", {"type": "string", "format": "binary"})
+        | {304: {"description": "The client has it already."}},
         response_class=Response,
     )
     async def protection(request: Request) -> Response:
@@ -158,7 +170,7 @@ def classifier_api(service: Callable[[], Classifying], observe: Observe | None =
             return Response(status_code=304, headers=headers)
         return Response(served.archive, media_type="application/zip", headers=headers)
 
-    @api.get("/v1/model", responses=_given("application/json", {"type": "object"}))
+    @api.get("/v1/model", responses=_given("application/json", {"type": "object"}, MODEL))
     async def model(request: Request) -> Response:
         """What is served: card, classes, shape of an upload, what attacks recovered, how the guard was calibrated."""
         asked = service()
@@ -191,11 +203,12 @@ def attack_api(service: Callable[[], Attacking], observe: Observe | None = None)
     """The attack service's API; see :func:`classifier_api`."""
     api = _api("raypp attacks", "What an attacker makes of protected images, and how much he recovers.", observe)
 
-    @api.get("/v1", responses=_given("application/json", {"type": "object"}))
+    @api.get("/v1", responses=_given("application/json", {"type": "object"}, ATTACKS_OFFERED))
     async def listing(request: Request) -> Response:
         """Which attacks are served, who carries them out, and what they recovered when the bundle was attacked."""
         asked = service()
         _allowed(request, asked.tokens, "attack")
+        offered = asked.offered()
         found = [
             {
                 "attack": attack.name,
@@ -204,9 +217,9 @@ def attack_api(service: Callable[[], Attacking], observe: Observe | None = None)
                 "max_images": min(attack.max_images, asked.limits.images),
                 "measured": attack.measured,
             }
-            for attack in asked.attacks().values()
+            for attack in offered.attacks.values()
         ]
-        about = {"model": asked.now().version, "attacks": found, "nulls": asked.nulls()}
+        about = {"model": offered.served.version, "attacks": found, "nulls": offered.nulls}
         return Response(json.dumps(about), media_type="application/json")
 
     @api.post("/v1/{attack}", openapi_extra=_body("image", plain=True), responses=_answers(RECONSTRUCTED, PNG))
@@ -219,29 +232,32 @@ def attack_api(service: Callable[[], Attacking], observe: Observe | None = None)
         began = time.perf_counter()
         asked = service()
         _allowed(request, asked.tokens, "attack")
-        offered = asked.attacks().get(attack)
-        if offered is None:
-            known = ", ".join(asked.attacks()) or "none: the bundle has not been attacked"
+        offered = asked.offered()
+        served, chosen = offered.served, offered.attacks.get(attack)
+        if chosen is None:
+            known = ", ".join(offered.attacks) or "none: the bundle has not been attacked"
             raise RefusedError(404, "unknown-attack", f"there is no attack {attack[:50]!r} here; served are {known}")
-        served = asked.now()
-        most = Limits(asked.limits.body, min(asked.limits.images, offered.max_images))
-        images, plain = await _images(request, served.shape, most)
-        values = torch.from_numpy(np.array(images, copy=True)).permute(0, 3, 1, 2)
-        try:
-            made = await asked.reconstruct(attack, values)
-        except RayppError as error:
-            raise RefusedError(422, "attack-does-not-apply", str(error)) from error
-        pixels = made.permute(0, 2, 3, 1).numpy()
+        if _wanted(request) not in (None, served.protection):
+            raise _other_protection()
+        most = replace(asked.limits, images=min(asked.limits.images, chosen.max_images))
+        async with _in_time(asked.limits):
+            images, plain = await _images(request, served.shape, most)
+            values = _values(images)
+            if served.guard is not None:
+                _refuse_plain(served.guard.looks_protected(values))
+            try:
+                made = await asked.reconstruct(chosen, values)
+            except RayppError as error:
+                raise RefusedError(422, "attack-does-not-apply", str(error)) from error
+        pixels = made.cpu().permute(0, 2, 3, 1).numpy()
         if request.headers.get("accept", "").split(",")[0].strip() == PNG:
             return Response(encode_png(pixels[0]), media_type=PNG, headers={MODEL_HEADER: served.version})
-        scores = _compare(pixels, plain)
-        found = [
-            {"png": base64.b64encode(encode_png(image)).decode()} | score
-            for image, score in zip(pixels, scores, strict=True)
-        ]
+        scores = await asyncio.to_thread(_compare, pixels, plain)
+        pngs = await asyncio.to_thread(lambda: [base64.b64encode(encode_png(image)).decode() for image in pixels])
+        found = [{"png": png} | score for png, score in zip(pngs, scores, strict=True)]
         answer = {
             "attack": attack,
-            "threat": offered.threat.name,
+            "threat": chosen.threat.name,
             "model": served.version,
             "reconstructions": found,
             "timing_ms": {"total": _ms(began, time.perf_counter())},
@@ -296,7 +312,11 @@ def _compare(made: Pixels, plain: Pixels | None) -> list[dict[str, float]]:
 
 
 def _api(title: str, what: str, observe: Observe | None) -> FastAPI:
-    api = FastAPI(title=title, version=raypp.__version__, description=what, docs_url="/docs", redoc_url=None)
+    bearer = HTTPBearer(auto_error=False, description="Where the service was started with a token file.")
+    api = FastAPI(
+        title=title, version=raypp.__version__, description=what, docs_url="/docs", redoc_url=None,
+        dependencies=[Depends(bearer)],  # so that OpenAPI names it; :func:`_allowed` checks
+    )  # fmt: skip
 
     @api.middleware("http")
     async def around(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -359,6 +379,39 @@ def _allowed(request: Request, tokens: Tokens | None, scope: str) -> None:
         tokens.check(request.headers.get("authorization"), scope)
 
 
+@asynccontextmanager
+async def _in_time(limits: Limits) -> AsyncIterator[None]:
+    """Give a request up after so long: Serve's own limit is one that a client may switch off by a header."""
+    try:
+        async with asyncio.timeout(limits.seconds):
+            yield
+    except TimeoutError as error:
+        raise RefusedError(408, "too-slow", f"the request was given up after {limits.seconds:g} s") from error
+
+
+def _values(images: Pixels) -> Tensor:
+    return torch.from_numpy(np.array(images, copy=True)).permute(0, 3, 1, 2)
+
+
+def _other_protection() -> RefusedError:
+    return RefusedError(
+        409, "other-protection",
+        "the images were protected with a protection that is not served (any more); fetch "
+        "/classifier/v1/protection and protect them anew",
+    )  # fmt: skip
+
+
+def _refuse_plain(protected: Tensor) -> None:
+    """Refuse a request if one of its images does not look protected, bool (N,)."""
+    if not bool(protected.all()):
+        first = int((~protected).int().argmax())
+        raise RefusedError(
+            422, "not-protected",
+            f"image {first + 1} of {len(protected)} does not look protected; nothing of it was kept. Protect it first: "
+            "raypp protect, or raypp.Client",
+        )  # fmt: skip
+
+
 def _wanted(request: Request) -> str | None:
     return request.headers.get(PROTECTION_HEADER.lower())
 
@@ -382,13 +435,22 @@ def _body(field: str, *, plain: bool) -> dict[str, Any]:
     files = {"type": "array", "items": binary, "minItems": 1}
     fields = {field: files} | ({"plain": files} if plain else {})
     form = {"type": "object", "properties": fields, "required": [field], "additionalProperties": False}
+    header = {
+        "name": PROTECTION_HEADER, "in": "header", "required": False, "schema": {"type": "string"},
+        "description": "What the images were protected with: the ETag of /v1/protection without its quotes.",
+    }  # fmt: skip
     return {
+        "parameters": [header],
         "requestBody": {
             "required": True,
             "description": f"One protected image as PNG, or one or a batch as a NumPy file of uint8 (H, W, C) or "
             f"(N, H, W, C), or a form with files of either kind in '{field}'.",
-            "content": {PNG: {"schema": binary}, NPY: {"schema": binary}, MULTIPART: {"schema": form}},
-        }
+            "content": {
+                PNG: {"schema": binary, "example": "the bytes of a PNG file, as curl --data-binary @protected.png"},
+                NPY: {"schema": binary, "example": "the bytes that numpy.save writes of uint8 (N, H, W, C)"},
+                MULTIPART: {"schema": form, "example": {field: ["the bytes of protected.png"]}},
+            },
+        },
     }
 
 
@@ -424,6 +486,30 @@ CLASSIFIED = {
     ],
     "timing_ms": {"read": 0.4, "model": 6.1, "total": 6.5},
 }
+MODEL = {
+    "version": "0123456789abcdef",
+    "protection": "sha256 of the protection's manifest",
+    "classes": ["airplane", "ship"],
+    "upload": {"height": 32, "width": 32, "channels": 3, "bits": 8},
+    "limits": {"body_bytes": 16777216, "images": 256},
+    "accuracy": 0.75,
+    "guard": {"plain_refused": {"share": 1.0}, "protected_refused": {"share": 0.0}},
+    "scorecard": {"verdict": "broken", "worst_attack": "inverse", "found": 0.8},
+    "rejected": None,
+}
+ATTACKS_OFFERED = {
+    "model": "0123456789abcdef",
+    "attacks": [
+        {
+            "attack": "inverse",
+            "threat": "T4",
+            "attacker_has": "protected versions of any images he chooses",
+            "max_images": 32,
+            "measured": {"verdict": "broken", "found": 0.8, "ssim": 0.6},
+        }
+    ],
+    "nulls": {"mean image": {"ssim": 0.13, "reidentified": 0.0}},
+}
 RECONSTRUCTED = {
     "attack": "inverse",
     "threat": "T4",
@@ -433,11 +519,9 @@ RECONSTRUCTED = {
 }
 
 
-def _given(kind: str, schema: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
-    found: dict[int | str, dict[str, Any]] = {
-        200: {"description": "Done.", "content": {kind: {"schema": schema}}},
-        304: {"description": "The client has it already."},
-    }
+def _given(kind: str, schema: dict[str, Any], example: dict[str, Any] | None = None) -> dict[int | str, dict[str, Any]]:
+    content = {"schema": schema} | ({"example": example} if example is not None else {})
+    found: dict[int | str, dict[str, Any]] = {200: {"description": "Done.", "content": {kind: content}}}
     return found | _PROBLEMS
 
 

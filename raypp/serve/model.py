@@ -13,7 +13,7 @@ import json
 import threading
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -161,22 +161,56 @@ def current(location: str | Path) -> tuple[str, str]:
     return storage.uri, hashlib.sha256(storage.read(bundles.MANIFEST)).hexdigest()[:16]
 
 
+def _previous(location: str | Path) -> str | None:
+    """Where the bundle lies that was live on a shelf before the one that is named now."""
+    storage = Storage(location)
+    try:
+        version = json.loads(storage.read(LIVE))["previous"] if storage.exists(LIVE) else None
+    except (ValueError, KeyError, TypeError, RayppError):
+        return None
+    return storage.folder(f"versions/{version}").uri if version else None
+
+
 class Live:
     """The bundle that is live at a location, and those before it.
 
     Args:
         location: a bundle or a shelf.
+        prepare: what else a service makes of a bundle before it takes over; see :meth:`prepared`.
 
     Raises:
         RayppError: there is none that works; later ones that do not are refused and the old one stays.
     """
 
-    def __init__(self, location: str | Path, device: torch.device | None = None) -> None:
-        self.location, self.device = location, device
+    def __init__(
+        self,
+        location: str | Path,
+        device: torch.device | None = None,
+        prepare: Callable[[Served], Any] | None = None,
+    ) -> None:
+        self.location, self.device, self.prepare = location, device, prepare
         self.rejected: dict[str, str] | None = None
         self._lock = threading.Lock()
+        self._prepared: dict[str, Any] = {}
         where, self._mark = current(location)
-        self._kept: list[Served] = [load_served(where, device)]
+        try:
+            self._kept: list[Served] = [self._load(where)]
+        except RayppError as error:
+            before = _previous(location)
+            if before is None:
+                raise
+            self._kept = [self._load(before)]  # a replica that starts while a bad bundle is named serves the one before
+            self.rejected = {"version": self._mark, "reason": str(error)}
+
+    def _load(self, where: str) -> Served:
+        served = load_served(where, self.device)
+        if self.prepare is not None:
+            self._prepared[served.version] = self.prepare(served)
+        return served
+
+    def prepared(self, served: Served) -> Any:
+        """What ``prepare`` made of a bundle that is kept."""
+        return self._prepared[served.version]
 
     @property
     def now(self) -> Served:
@@ -191,16 +225,25 @@ class Live:
                 self.rejected = {"version": "unknown", "reason": str(error)}
                 return False
             if mark == self._mark:
+                if self.rejected is not None and self.rejected["version"] == "unknown":
+                    self.rejected = None
                 return False
-            self._mark = mark  # also of one that does not work: it is looked at once
             try:
-                served = next((s for s in self._kept if s.version == mark), None) or load_served(where, self.device)
-            except RayppError as error:
+                served = next((s for s in self._kept if s.version == mark), None) or self._load(where)
+            except StorageError as error:  # looked at again: the store may be away for a moment
                 self.rejected = {"version": mark, "reason": str(error)}
                 return False
+            except Exception as error:  # whatever a damaged bundle makes its loader raise: the old one stays
+                self._mark = mark
+                reason = str(error) if isinstance(error, RayppError) else f"{type(error).__name__} while it was loaded"
+                self.rejected = {"version": mark, "reason": reason}
+                return False
+            self._mark = mark
             self.rejected = None
             # One list takes the other's place: who looks at the same time sees the old or the new one, whole.
             self._kept = ([s for s in self._kept if s is not served] + [served])[-NUM_KEPT:]
+            kept = {s.version for s in self._kept}
+            self._prepared = {version: made for version, made in self._prepared.items() if version in kept}
             return True
 
     def of(self, protection: str | None) -> Served | None:
@@ -226,6 +269,8 @@ def publishing(bundle: str | Path, shelf: str | Path) -> Iterator[Published]:
     """
     served = load_served(bundle)
     storage = Storage(shelf)
+    if storage.exists(bundles.MANIFEST):
+        raise BundleError(f"{storage.uri} is a bundle itself; allowed is a new or empty folder, or a shelf")
     version = served.version
     place = storage.folder(f"versions/{version}")
     if not place.exists(bundles.MANIFEST):
@@ -242,4 +287,6 @@ def publishing(bundle: str | Path, shelf: str | Path) -> Iterator[Published]:
     except BaseException:
         if before is not None:
             storage.write(LIVE, before)
+        else:
+            storage.remove(LIVE)
         raise

@@ -100,9 +100,13 @@ def serving(config: dict[str, Any]) -> Iterator[str]:
                     raise RayppError(
                         f"the service {application['name']} does not start: {_why(said, error)}"
                     ) from error
-            yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+            reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(str(host), str(host))
+            yield f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
         finally:
-            serve.shutdown()
+            for application in config["applications"]:
+                serve.delete(application["name"])
+            if not serve.status().applications:  # a cluster may serve other things too
+                serve.shutdown()
 
 
 def _why(status: str, error: Exception) -> str:

@@ -26,6 +26,7 @@ PNG, NPY, MULTIPART = "image/png", "application/x-npy", "multipart/form-data"
 PNG_SIGNATURE, NPY_SIGNATURE = b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
 GREY, RGB = 0, 2  # PNG's colour types
 MAX_NPY_HEADER = 1024
+MAX_PNG_CHUNKS = 1000
 
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # its warnings quote bytes of the body
 
@@ -50,6 +51,8 @@ class Limits:
     body: int = 16 * 2**20
     """Bytes."""
     images: int = 256
+    seconds: float = 30.0
+    """Until a request is given up."""
 
 
 Shape = tuple[int, int, int]
@@ -109,6 +112,7 @@ async def _multipart(body: bytes, content_type: str, shape: Shape, limits: Limit
         Headers({"content-type": content_type}), stream(), max_files=2 * limits.images, max_fields=0,
         max_part_size=limits.body,
     )  # fmt: skip
+    parser.spool_max_size = limits.body + 1  # in memory: no image is ever written to disk
     try:
         form = await parser.parse()
     except (MultiPartException, MultipartParseError, KeyError, ValueError, UnicodeError) as error:
@@ -157,6 +161,8 @@ def _png(data: bytes, where: str, shape: Shape) -> Pixels:
         end = at + 12 + length
         if end > len(data):
             break
+        if len(kinds) == MAX_PNG_CHUNKS or (kinds and kind == b"IHDR"):
+            raise RefusedError(422, "damaged-image", f"{where} has chunks that no PNG image of this size has")
         if not kinds:
             _check_header(kind, data[at + 8 : end - 4], where, shape)
         if zlib.crc32(data[at + 4 : end - 4]) != struct.unpack_from(">I", data, end - 4)[0]:
@@ -174,9 +180,12 @@ def _png(data: bytes, where: str, shape: Shape) -> Pixels:
     if at != len(data):
         raise RefusedError(422, "trailing-bytes", f"{where} goes on for {len(data) - at} bytes after the image's end")
     try:
-        return decode(b"".join(kept), name=where, channels=shape[2], max_pixels=shape[0] * shape[1])
+        image = decode(b"".join(kept), name=where, channels=shape[2], max_pixels=shape[0] * shape[1])
     except DataError as error:
         raise RefusedError(422, "damaged-image", str(error)) from error
+    if image.shape != shape:
+        raise RefusedError(422, "wrong-shape", f"{where} has not the shape that its header says")
+    return image
 
 
 def _check_header(kind: bytes, header: bytes, where: str, shape: Shape) -> None:
@@ -201,11 +210,13 @@ def _npy(data: bytes, where: str, shape: Shape, limits: Limits) -> Pixels:
         raise RefusedError(422, "not-npy", f"{where} is no NumPy file of a known version")
     try:
         header = ast.literal_eval(data[begin : begin + length].decode("ascii").strip())
-        kind, order, dims = header["descr"], header["fortran_order"], tuple(int(n) for n in header["shape"])
+        kind, order, dims = header["descr"], header["fortran_order"], tuple(header["shape"])
     except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError, UnicodeDecodeError) as error:
         raise RefusedError(422, "not-npy", f"{where} has a damaged NumPy header") from error
     if kind not in ("|u1", "u1", "uint8") or order is not False:
         raise RefusedError(422, "wrong-type", f"{where} holds no uint8 values in C order: an upload is an 8-bit image")
+    if any(type(n) is not int for n in dims):
+        raise RefusedError(422, "not-npy", f"{where} has a damaged NumPy header")
     if len(dims) not in (3, 4) or dims[-3:] != shape or (len(dims) == 4 and dims[0] < 1):
         raise RefusedError(
             422, "wrong-shape", f"{where} has shape {dims[:6]}; this classifier reads {_said(shape)}, one or a batch"
