@@ -1,8 +1,9 @@
 """How fast each protection is: images/s of ``protect`` on batches against a loop over images, in one run, interleaved.
 
 The loop of a keyed scheme is NumPy, written the straightforward way: image by image, block by block, as the schemes are
-described. It uses the same key, and its images are checked to be the same, byte by byte. For the trained networks the
-loop calls the same network with one image at a time. Key expansion happens once, before the measurement, on both sides.
+described. It uses the same key, and eight of its images are checked to be the same, byte by byte. For the trained
+networks the loop calls the same network with one image at a time. A common key is expanded once, before the
+measurement, on both sides; with a key per image expanding it is part of the work on both.
 """
 
 from __future__ import annotations

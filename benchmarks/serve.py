@@ -72,7 +72,10 @@ def naive(bundle: str, port: int) -> None:
 
 def load(url: str, body: bytes, clients: int, seconds: float, answers: Any) -> None:
     """Ask with so many clients for so long; puts the milliseconds of every answer and the time it all took."""
-    answers.put(asyncio.run(_load(url, body, clients, seconds)))
+    try:
+        answers.put(asyncio.run(_load(url, body, clients, seconds)))
+    except Exception as error:  # whatever it is, the other process waits for it
+        answers.put(f"{type(error).__name__}: {error}")
 
 
 async def _load(url: str, body: bytes, clients: int, seconds: float) -> tuple[list[float], float]:
@@ -170,10 +173,13 @@ class Measured:
         answers = context.SimpleQueue()
         process = context.Process(target=load, args=(self.url, self.body, self.clients, self.seconds, answers))
         process.start()
+        answer = answers.get()
+        process.join()
+        if isinstance(answer, str):
+            raise SystemExit(f"{self.url} with {self.clients} clients: {answer}")
         found: list[float]
         took: float
-        found, took = answers.get()
-        process.join()
+        found, took = answer
         self.latencies.append(found)
         return len(found) / took
 
