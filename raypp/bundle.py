@@ -185,7 +185,7 @@ def add_attacks(
         card = root / "MODEL_CARD.md"
         kept = card.read_text().replace(NOT_ATTACKED, "What attacks recovered is below.").partition(LEAKAGE)[0]
         card.write_text(kept.rstrip() + "\n\n" + leakage_card(scorecard))
-        for part in ("public", "private", ""):
+        for part in ("private", ""):  # the public part is told by its manifest, which clients pin
             write_manifest(root / part)
         parent, _, name = storage.uri.rstrip("/").rpartition("/")
         Storage(parent or "/").upload(root, name, last=MANIFEST)

@@ -117,8 +117,10 @@ def test_scores_are_there_image_by_image(attacked: tuple[Path, Path, dict[str, A
     assert {row["attack"] for row in rows if row["attack"].startswith("null")} == {f"null: {n}" for n in card["nulls"]}
 
 
-def test_the_bundle_keeps_networks_and_verdict(attacked: tuple[Path, Path, dict[str, Any]]) -> None:
+def test_the_bundle_keeps_networks_and_verdict(attacked: tuple[Path, Path, dict[str, Any]], trained: Trained) -> None:
     bundle, _, card = attacked
+    public = [(part / "public" / "manifest.json").read_bytes() for part in (bundle, trained.bundle)]
+    assert public[0] == public[1], "clients know a protection by this file"
     for part in ("", "public", "private"):
         verify(bundle / part)
     assert sorted(path.name for path in (bundle / "private" / "attacks").iterdir()) == [

@@ -294,6 +294,26 @@ def test_saturated_values_are_spread_out(pictures: Pictures) -> None:
     assert logit[:, :, 8:].abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("name", ["inverse", "unpaired_gan"])
+def test_a_protection_that_is_random_is_resumed(name: str, pictures: Pictures) -> None:
+    """With a key per image no two runs see the same protected images; it is the same training all the same."""
+    random = torch.Generator().manual_seed(0)
+
+    def protect(images: Tensor) -> Tensor:
+        return images ^ torch.randint(0, 256, images.shape, generator=random, dtype=torch.uint8)
+
+    first, second = (build(name, knows(pictures, protect), width=4).task().fingerprint for _ in range(2))
+    assert first == second
+
+
+def test_an_average_keeps_its_count(pictures: Pictures) -> None:
+    task = build("inverse", knows(pictures, identity), **SMALL, train={"epochs": 1}).task()
+    trainee, resumed = (task.build(task.phases[0]) for _ in range(2))
+    trainee.steps = 5000
+    resumed.load_own_state(trainee.own_state())
+    assert resumed.steps == 5000
+
+
 def test_part_of_the_images_takes_as_many_steps(pictures: Pictures) -> None:
     attack = build("inverse", knows(pictures, identity), **SMALL, train={"epochs": 4, "batch_size": 45})
     full, quarter, half = attack.task(), attack.task(1.0, 135), attack.task(0.5)
