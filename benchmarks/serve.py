@@ -27,7 +27,9 @@ from typing import Any
 import httpx
 import numpy as np
 import torch
+import uvicorn
 from _common import Spread, describe, finish, interleave, machine, own_ray, ratio, show_table
+from fastapi import FastAPI, Request
 
 from raypp.bundle import load_private
 
@@ -42,9 +44,6 @@ LARGE_IMAGES, LARGE_CLIENTS = (32, 128), 4
 
 def naive(bundle: str, port: int) -> None:
     """Serve a bundle as one writes it first."""
-    import uvicorn
-    from fastapi import FastAPI, Request
-
     torch.set_num_threads(1)
     private = load_private(bundle)
     classifier = private.classifier.eval()
@@ -169,7 +168,7 @@ class Measured:
         self.latencies: list[list[float]] = []
 
     def __call__(self) -> float:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("fork")  # the child touches no torch, and importing it takes seconds
         answers = context.SimpleQueue()
         process = context.Process(target=load, args=(self.url, self.body, self.clients, self.seconds, answers))
         process.start()
