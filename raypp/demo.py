@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from raypp.errors import ConfigError, RayppError
-from raypp.evaluation.metrics import ssim
+from raypp.evaluation.metrics import LEAST_SIDE, ssim
 from raypp.images import Pixels, encode_png
 from raypp.remote import Client, RemoteError
 
-LEAST_SIDE = 11  # of SSIM's window
 NOT_SERVED = 404
 SEEN = "protected image"  # listed with the nulls of a scorecard, but its owner has seen it
 KEPT_SECONDS = 60  # that a dropped image may lie in this machine's temporary folder

@@ -129,8 +129,9 @@ class _Session:
 
     # Requests with retries
 
-    def request(self, call: Call) -> tuple[str, str]:
-        return call.method, self.url + call.path
+    def request(self, call: Call) -> dict[str, Any]:
+        """A call as httpx takes it."""
+        return {"method": call.method, "url": self.url + call.path, "headers": call.headers, "content": call.body}
 
     def ask(self, call: Call) -> Step:
         """Send until there is an answer that is worth something, or patience ends."""
@@ -353,7 +354,7 @@ class Client:
             answer = None
             if isinstance(wanted, Call):
                 try:
-                    with self._http.stream(*self._session.request(wanted), **_content(wanted)) as opened:
+                    with self._http.stream(**self._session.request(wanted)) as opened:
                         answer = _whole(opened, _within(opened.iter_bytes()))
                 except httpx.HTTPError as error:
                     answer = error
@@ -408,7 +409,7 @@ class AsyncClient:
             answer = None
             if isinstance(wanted, Call):
                 try:
-                    async with self._http.stream(*self._session.request(wanted), **_content(wanted)) as opened:
+                    async with self._http.stream(**self._session.request(wanted)) as opened:
                         chunks = [chunk async for chunk in _within_async(opened.aiter_bytes())]
                         answer = _whole(opened, chunks)
                 except httpx.HTTPError as error:
@@ -475,10 +476,6 @@ def _understood(answer: httpx.Response) -> Iterator[None]:
         raise RemoteError(
             f"{answer.request.url} answers with something else than a raypp service does", answer.status_code
         ) from error
-
-
-def _content(call: Call) -> dict[str, Any]:
-    return {"headers": call.headers, "content": call.body}
 
 
 def _within(chunks: Iterator[bytes]) -> Iterator[bytes]:

@@ -21,7 +21,7 @@ from raypp import registry
 from raypp.attacks.base import Access, AttackError, AttackTask, Threat, TrainedAttack, TrainedOptions, other_size
 from raypp.config import MultiStep, OneCycle, Optimisation, Optimizer
 from raypp.data.loader import Augmentation, Batches, DeviceLoader
-from raypp.evaluation.metrics import psnr, reidentify, ssim, ssim_for_loss
+from raypp.evaluation.metrics import LEAST_SIDE, psnr, reidentify, ssim, ssim_for_loss
 from raypp.images import to_uint8
 from raypp.nets.features import StateDict
 from raypp.nets.unet import UNet
@@ -30,7 +30,6 @@ from raypp.training.loop import Phase, Terms, Trainee
 from raypp.training.sinks import Row
 
 MAX_VAL = 1000  # of the attacker's own images, those that he judges his network by
-LEAST_SIDE = 11  # of SSIM's window
 HALF_STEP = 0.5 / 255  # how near to 0 and 1 a value of 8 bits may lie: their logits are infinite
 LEAST_STD = (0.02, 0.2)  # of a value and of its logit: a place that hardly ever changes is not blown up to unit scale
 STEPS = "steps"  # how many the average has seen, among a checkpoint's tensors

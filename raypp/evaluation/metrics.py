@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's name for the weights that LPIPS builds on
+LEAST_SIDE = 11  # of SSIM's window
 LPIPS_SIDE = 32
 BOOTSTRAP_VALUES = 2**20  # drawn at a time
 TIE, SAME = 1e-5, 1e-9  # float32's rounding of a distance, float64's of a product

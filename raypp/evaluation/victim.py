@@ -22,12 +22,12 @@ from raypp.attacks.base import Access, Map
 from raypp.config import Config, merge, validate
 from raypp.data.base import ImageSet
 from raypp.errors import ConfigError, DataError, RayppError
+from raypp.evaluation.metrics import LEAST_SIDE
 from raypp.keys import Key
 from raypp.protections import PROTECTIONS
 from raypp.storage import Storage
 from raypp.training.fit import load_split
 
-LEAST_SIDE = 11  # of SSIM's window, without which nothing is measured
 KNOWN_PAIRS = 8  # that a bundle's attacker at T3 has
 LEAST_PAIRS = 20  # that two folders must hold
 PART = 500

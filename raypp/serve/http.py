@@ -30,7 +30,7 @@ import raypp
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import Threat
 from raypp.errors import RayppError
-from raypp.evaluation.metrics import psnr, ssim
+from raypp.evaluation.metrics import LEAST_SIDE, psnr, ssim
 from raypp.images import Pixels, encode_png
 from raypp.serve.auth import Tokens
 from raypp.serve.model import Served
@@ -39,7 +39,7 @@ from raypp.serve.wire import MULTIPART, NPY, PNG, Limits, RefusedError, Shape, r
 PROBLEM = "application/problem+json"
 PROTECTION_HEADER, MODEL_HEADER, REQUEST_ID = "Raypp-Protection", "Raypp-Model", "X-Request-ID"
 TYPES = "urn:raypp:problem:"
-LEAST_SIDE, MAX_PSNR = 11, 60.0  # of SSIM's window; dB, JSON has no infinity
+MAX_PSNR = 60.0  # dB: JSON has no infinity
 REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 logger = logging.getLogger("raypp.serve")
