@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import signal
 import sys
 import threading
@@ -125,7 +126,10 @@ def quickstart(*, local: bool = False, name: str | None = None, storage: Path = 
     from raypp.config import load_config
 
     console = Console()
-    merged = load_config("quickstart", flags=["--cluster.storage", str(storage)])
+    # One worker with all of this machine: where cores are few, every further process costs ten seconds to start.
+    alone = not os.environ.get("RAY_ADDRESS")
+    cores = ["--cluster.num_workers", "1", "--cluster.cpus_per_worker", str(env.num_cores())] if alone else []
+    merged = load_config("quickstart", flags=["--cluster.storage", str(storage), *cores])
     name = _new_name("quickstart") if name is None else name
     run_training(merged, name, local=local)
     where = storage / name

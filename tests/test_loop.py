@@ -124,6 +124,7 @@ def test_training_lowers_the_loss(mode: str, tiny: Tiny, tmp_path: Path) -> None
         train__plain_epochs=2,
         train__batch_size=10,
         train__optimizer__lr=0.02,
+        classifier__width=16,
         **changes,
     )
     sink = Sink(tmp_path)
