@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("bundle", help="the bundle to serve")
     parser.add_argument("--factor", type=float, default=4.0, help="times the capacity")
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--haproxy", action="store_true", help="behind Ray's HAProxy, as in production")
     parser.add_argument("--json", type=Path, help="write the results here")
     given = parser.parse_args()
     start = machine()
@@ -142,7 +143,7 @@ def main() -> None:
     if least < 2 * TOLERANCE:
         print(f"some images have answers that differ by {least:.1g} only: a mix-up between them would go unseen\n")
     bodies = [npy(image.permute(1, 2, 0).numpy()) for image in images]
-    with served(given.bundle, free_port(), haproxy=False) as url:
+    with served(given.bundle, free_port(), haproxy=given.haproxy) as url:
         results = asyncio.run(_run(url, bodies, expected, given.factor, given.seconds))
     asked, memory = results.pop("asked"), results["memory_mib"]
     show_table(

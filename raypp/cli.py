@@ -202,6 +202,50 @@ def table1(
     return results
 
 
+@app.command(help_epilogue=SETTINGS_HELP)
+def tune(
+    preset: str,
+    /,
+    *settings: Settings,
+    name: str | None = None,
+    config: Path | None = None,
+    storage: str = "runs",
+    resume: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Search a preset's settings for accuracy and privacy at once, and hand over the best bundles, attacked.
+
+    Parameters
+    ----------
+    preset
+        Name of a preset with a section `search` (see `raypp config`), or the path of a YAML file; settings of the
+        search are flags too, such as --search.num_trials 8.
+    name
+        The search's name, a new folder under the storage path; by default tune, preset, date and time.
+    config
+        YAML file laid over the preset.
+    storage
+        Folder or URI under which it gets its own.
+    resume
+        Go on with the search NAME: no finished trial runs again.
+    quiet
+        Print nothing but warnings and errors.
+    """
+    from raypp.search import make_plan
+
+    if resume and name is None:
+        raise RayppError("--resume needs --name, the search to continue")
+    name = f"tune-{_new_name(preset)}" if name is None else name
+    file = None if config is None else str(config)
+    plan = make_plan(preset, file, settings, storage=storage, name=name)
+    found: dict[str, Any] = _from_ray("raypp.cluster.tune", "run_search", "a search needs it")(
+        plan, resume=resume, quiet=quiet
+    )
+    if not quiet:
+        _print_search(found, plan.storage.uri)
+    return found
+
+
 @app.command(help_epilogue=ATTACK_HELP)
 def attack(
     *bundle: Annotated[str, Parameter(allow_leading_hyphen=True)],
@@ -575,7 +619,9 @@ def config(
     file
         YAML file laid over the preset.
     """
-    from raypp.config import load_config, presets
+    import yaml
+
+    from raypp.config import load_config, load_tree, presets
 
     console = Console()
     if preset is None:
@@ -584,6 +630,8 @@ def config(
             console.print(f"{name:<16} {first}", highlight=False, soft_wrap=True)
         return
     sys.stdout.write(load_config(preset, file, settings).to_yaml())
+    if (search := load_tree(preset, file, settings, more=("search",)).get("search")) is not None:
+        sys.stdout.write(yaml.safe_dump({"search": search}, sort_keys=False))
 
 
 @data_app.command
@@ -671,14 +719,14 @@ def _source(name: str, flags: tuple[str, ...], image_size: tuple[int, int] | Non
     return SOURCES.build(data.source, size=data.image_size, channels=data.channels)
 
 
-def _from_ray(module: str, function: str) -> Any:
+def _from_ray(module: str, function: str, instead: str = "--local trains in this process without it") -> Any:
     """A function that needs Ray, or one sentence where Ray is not installed."""
     try:
         return getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "ray":
             raise
-        raise RayppError("Ray is not installed here; --local trains in this process without it") from None
+        raise RayppError(f"Ray is not installed here; {instead}") from None
 
 
 def _new_name(preset: str) -> str:
@@ -693,6 +741,34 @@ def _print_results(found: dict[str, Any], where: str) -> None:
     _print_numbers(console, found["test"], found["plain_test"])
     for label, file in (("picture", "protected.png"), ("bundle", "bundle"), ("metrics", "metrics.jsonl")):
         console.print(f"{label:<8} {where}/{file}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_search(found: dict[str, Any], where: str) -> None:
+    """The front of a search, and where its best bundles lie."""
+    from rich.table import Table
+
+    console = Console()
+    keys = sorted({key for point in found["front"] for key in point["settings"]})
+    table = Table("trial", box=None, pad_edge=False)
+    for title in ("accuracy", "leakage", "found", *(key.rpartition(".")[2] for key in keys)):
+        table.add_column(title, justify="right")
+    for point in found["front"]:
+        shown = [_setting(point["settings"].get(key)) for key in keys]
+        table.add_row(
+            point["trial"], f"{point['accuracy']:.1%}", f"{point['leakage']:.3f}", f"{point['found']:.1%}", *shown
+        )
+    console.print("\n[bold]Pareto front[/] (validation accuracy after rounding, SSIM of the quick attack)")
+    console.print(table)
+    for name, trial in found["best"].items():
+        card = found["scorecards"].get(trial)
+        said = f", {card['verdict']} by {card['worst_attack']}" if card and card["verdict"] else ""
+        console.print(f"best {name:<9} {where}/best/{name}  ({trial}{said})", highlight=False, soft_wrap=True)
+    for file in ("trials.csv", "front.png", *(["report/report.html"] if found["scorecards"] else [])):
+        console.print(f"{where}/{file}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _setting(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _print_table1(results: list[Result], where: str) -> None:

@@ -212,6 +212,10 @@ class Config(Section):
         return text
 
 
+BESIDE = ("search",)
+"""Sections of a preset that other commands read (``raypp tune``): no part of a run's configuration."""
+
+
 def presets() -> dict[str, Path]:
     """Shipped presets by name."""
     folder = Path(str(resources.files("raypp") / "presets"))
@@ -228,9 +232,13 @@ def load_config(preset: str | Path, file: str | Path | None = None, flags: tuple
 
 
 def load_tree(
-    preset: str | Path, file: str | Path | None = None, flags: tuple[str, ...] | list[str] = ()
+    preset: str | Path, file: str | Path | None = None, flags: Sequence[str] = (), more: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Merge as :func:`load_config` does, but do not validate; raises ConfigError for what cannot be read."""
+    """Merge as :func:`load_config` does, but do not validate; raises ConfigError for what cannot be read.
+
+    Args:
+        more: sections to keep, and to allow in flags, that are no part of a run's configuration.
+    """
     known = presets()
     if str(preset) in known:
         tree = read_yaml(known[str(preset)])
@@ -243,7 +251,8 @@ def load_tree(
         )
     if file is not None:
         tree = merge(tree, read_yaml(Path(file)))
-    return merge(tree, parse_flags(flags))
+    tree = {key: value for key, value in tree.items() if key not in BESIDE or key in more}
+    return merge(tree, parse_flags(flags, (*Config.model_fields, *more)))
 
 
 def validate(tree: dict[str, Any]) -> Config:
@@ -330,7 +339,7 @@ def parse_flags(flags: Sequence[str], roots: Iterable[str] | None = None) -> dic
             if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"--{key} needs a value, as in --{key} VALUE")
             text = rest.pop(0)
-        tree = merge(tree, _nest(parts, _value(text)))
+        tree = merge(tree, nest(parts, _value(text)))
     return tree
 
 
@@ -346,7 +355,8 @@ def _value(text: str) -> Any:
     return text
 
 
-def _nest(parts: list[str], value: Any) -> dict[str, Any]:
+def nest(parts: Sequence[str], value: Any) -> dict[str, Any]:
+    """Return ``{"a": {"b": value}}`` for the parts a and b."""
     for part in reversed(parts):
         value = {part: value}
     nested: dict[str, Any] = value

@@ -28,7 +28,7 @@ FLOORS = [
     {"raypp.training", "raypp.attacks"},
     {"raypp.bundle"},
     {"raypp.evaluation"},
-    {"raypp.runs", "raypp.client", "raypp.remote", "raypp.table1", "raypp.ladder"},
+    {"raypp.runs", "raypp.client", "raypp.remote", "raypp.table1", "raypp.ladder", "raypp.search"},
     {"raypp.cluster", "raypp.serve", "raypp.demo"},
     {"raypp.cli"},
 ]

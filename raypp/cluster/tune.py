@@ -1,0 +1,488 @@
+"""Searches on Ray Tune: trials side by side, each a run of its own, by Optuna's samplers and Tune's schedulers.
+
+A trial of one worker trains inside its Tune actor. One of several workers is a Ray Train run that the trial's function
+waits for: it then takes no CPU itself, and only as many run as their workers have room for, so that none of them waits
+for what another waiting one holds.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from raypp.cluster.session import session  # first: it makes the settings that Ray reads when it is imported
+
+import ray  # isort: skip
+import torch
+from ray import tune
+from ray.tune import Callback, FailureConfig, RunConfig, Stopper, TuneConfig, Tuner
+from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, PopulationBasedTraining
+from ray.tune.search.optuna import OptunaSearch
+
+from raypp import ladder, search
+from raypp.cluster import attack as attacks
+from raypp.cluster.spread import spread
+from raypp.cluster.train import train_on_ray
+from raypp.config import Cluster
+from raypp.errors import ConfigError, RayppError
+from raypp.progress import GridDisplay
+from raypp.runs import Run, conclude
+from raypp.search import Plan, Range, Record, Search
+from raypp.storage import Storage
+from raypp.training.fit import fit
+from raypp.training.sinks import LocalSink, Row
+
+EXPERIMENT = "tune"  # Tune's own folder below the search's
+OF_TUNE = "of-tune"  # a checkpoint that Tune hands to a trial, among its run's own
+HEAD = "node:__internal_head__"
+
+
+class TuneSink(LocalSink):
+    """Reports to a run's folder and to Tune; with ``carry`` Tune gets every checkpoint, to hand it to other trials."""
+
+    def __init__(self, run: Storage, display: _Reports, carry: bool) -> None:
+        super().__init__(run, display)
+        self._reports, self._carry = display, carry
+        self._given = tune.get_checkpoint() if carry else None
+
+    def checkpoints(self) -> list[str]:
+        return [OF_TUNE, *super().checkpoints()] if self._given is not None else super().checkpoints()
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[Path]:
+        if name == OF_TUNE:
+            assert self._given is not None
+            with self._given.as_directory() as folder:
+                yield Path(folder)
+            return
+        with super().open(name) as folder:
+            yield folder
+
+    def report(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
+        if self._carry and checkpoint is not None:
+            self._reports.checkpoint = tune.Checkpoint.from_directory(checkpoint)
+        super().report(history, name, checkpoint)
+
+
+class _Reports:
+    """Shows a trial's training to Tune: a report per epoch of its own, none of the quick attack's."""
+
+    def __init__(self, plan: Plan, least: float | None) -> None:
+        self.plan, self.least = plan, least
+        self.checkpoint: Any = None
+        self.training = True
+        self.epochs = 0
+        self._said = time.monotonic()
+
+    def step(self, info: Row) -> None:
+        """Tune takes reports after epochs only."""
+
+    def note(self, message: str) -> None:
+        """Nothing is shown inside a trial."""
+
+    def warn(self, message: str) -> None:
+        """A run's warnings are in its record."""
+
+    def epoch(self, row: Row) -> None:
+        if not self.training:
+            return
+        self.epochs += 1
+        found = {"epoch": self.epochs, "accuracy": row["val_accuracy"], "val_loss": row["val_loss"], "finished": False}
+        told = search.objectives(row["val_accuracy"], search.WORST_LEAKAGE, self.plan.search, self.least)
+        tune.report(found | told | {"images_per_s": row["images_per_s"]}, checkpoint=self.checkpoint)
+
+    def end(self, record: Record) -> None:
+        done = record["status"] == "done"
+        accuracy = record["accuracy"] if done else 0.0
+        leakage = record["leakage"] if done else search.WORST_LEAKAGE
+        found = {"accuracy": accuracy, "leakage": leakage, "found": record.get("found", 1.0), "finished": True}
+        told = search.objectives(accuracy, leakage, self.plan.search, self.least)
+        tune.report({"epoch": self.epochs + 1} | found | told, checkpoint=self.checkpoint)
+
+
+def _trial(point: dict[str, Any], *, dumped: dict[str, Any], least: float | None) -> None:
+    """What runs in a trial."""
+    plan = search.restore(dumped)
+    name = tune.get_context().get_trial_id()
+    config = plan.config
+    workers = config.cluster.num_workers or 1
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    reports = _Reports(plan, least)
+    carry = plan.search.scheduler == "pbt"
+    if carry and tune.get_checkpoint() is not None:
+        # Redirected: other settings and another trial's networks. What it did before is no longer its own.
+        plan.storage.folder(search.TRIALS).delete(name)
+
+    def train(run: Run, display: Any) -> dict[str, Any]:
+        if workers > 1:
+            found = train_on_ray(run, display)
+        else:
+            sink = TuneSink(run.storage, reports, carry)
+            found = conclude(run, fit(run.config, sink, run.phi, run.key), sink.device)
+        reports.training = False
+        return found
+
+    decoded = {key: _decoded(plan.search.space[key], value) for key, value in point.items()}
+    reports.end(search.run_trial(plan, name, decoded, reports, train))
+
+
+def _decoded(values: Range | tuple[Any, ...], value: Any) -> Any:
+    """The setting that a label of the space stands for."""
+    if isinstance(values, Range):
+        return int(value) if values.whole else float(value)
+    return next(choice for choice in values if search.label(choice) == value)
+
+
+def run_search(plan: Plan, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Run a search to its end, from where it was stopped, and hand over its best bundles; returns its summary.
+
+    Raises:
+        RayppError: the search or its folder is not allowed, no trial fits into the cluster, or none was finished.
+    """
+    with search.open_search(plan, resume=resume) as begun, session() as have:
+        room = _room(plan, have)
+        plain = _baseline(plan, quiet) if plan.search.margin is not None else None
+        least = search.least_accuracy(plan.search, plain)
+        if not plan.storage.exists(search.SUMMARY):
+            with GridDisplay(plan.search.num_trials, quiet=quiet, what="trials") as display:
+                _tune(plan, have, room, least, _Watch(plan, least, display), begun)
+        records = _all_records(plan)
+        if not any(record["status"] == "done" for record in records):
+            reasons = {record["explanation"] for record in records if record["explanation"]}
+            raise RayppError(f"no trial reached its end; {'; '.join(sorted(reasons)[:3]) or 'see trials.csv'}")
+        if not search.pareto(records, least):
+            best = max(r["accuracy"] for r in records if r["status"] == "done")
+            raise RayppError(
+                f"no trial reached the accuracy {least:.1%} that search.min_accuracy asks for; the best has {best:.1%}"
+            )
+
+        def attacked(bundle: str, suite: str, trial: str) -> dict[str, Any]:
+            folder = plan.storage.folder("attacks")
+            made = ladder.make_plan(bundle=bundle, suite=suite, storage=folder.uri, name=trial)
+            return ladder.attack(made, resume=made.storage.exists(ladder.SUITE), quiet=quiet, run=attacks.run_on_ray)
+
+        return search.hand_over(plan, records, least, attacked)
+
+
+def _room(plan: Plan, have: dict[str, float]) -> int:
+    """How many trials fit into the cluster at once; raises ConfigError for none."""
+    cluster, workers = plan.config.cluster, plan.config.cluster.num_workers or 1
+    needs = {"CPU": cluster.cpus_per_worker * workers}
+    if _use_gpu(cluster, have):
+        needs["GPU"] = workers if workers > 1 else plan.search.gpus_per_trial
+    room = min(int(have.get(kind, 0) / each) for kind, each in needs.items())
+    if room < 1:
+        asked = " and ".join(f"{each:g} {kind}s" for kind, each in needs.items())
+        there = " and ".join(f"{have.get(kind, 0):g}" for kind in needs)
+        raise ConfigError(
+            f"a trial needs {asked}, the cluster has {there}; see cluster.num_workers, cluster.cpus_per_worker and "
+            "search.gpus_per_trial"
+        )
+    return room
+
+
+def _use_gpu(cluster: Cluster, have: dict[str, float]) -> bool:
+    return have.get("GPU", 0) > 0 if cluster.gpu is None else cluster.gpu
+
+
+def _baseline(plan: Plan, quiet: bool) -> float:
+    """Validation accuracy of a classifier of plain images."""
+    found: dict[str, Any] = {}
+    with GridDisplay(1, quiet=quiet, what="baseline") as display:
+
+        def ended(name: str, outcome: dict[str, Any]) -> None:
+            found.update(outcome)
+            display.done(name, f"{outcome['result']:.1%}" if "result" in outcome else f"failed: {outcome['error']}")
+
+        work = {search.BASELINE: (plan.dump(),)}
+        spread(search.train_baseline, work, plan.config.cluster, display, ended, what="the baseline")
+    if "error" in found:
+        raise RayppError(f"the baseline of search.min_accuracy failed: {found['error']}")
+    accuracy: float = found["result"]
+    return accuracy
+
+
+def _tune(plan: Plan, have: dict[str, float], room: int, least: float | None, watch: _Watch, begun: bool) -> None:
+    asked, cluster = plan.search, plan.config.cluster
+    workers = cluster.num_workers or 1
+    if workers > 1:
+        needs: dict[str, float] = {HEAD: 0.01}  # Tune refuses 0 CPUs; the run inside asks for its own
+    else:
+        needs = {"CPU": cluster.cpus_per_worker}
+        if _use_gpu(cluster, have):
+            needs["GPU"] = asked.gpus_per_trial
+    trial = tune.with_resources(tune.with_parameters(_trial, dumped=plan.dump(), least=least), needs)
+    follow = _Follow(watch)
+    folder = plan.storage.folder(EXPERIMENT)
+    with _silent():
+        # A driver that died before Tune's first snapshot left nothing to restore, and nothing that was finished.
+        if begun and Tuner.can_restore(folder.uri):
+            tuner = Tuner.restore(folder.uri, trainable=trial, resume_unfinished=True, resume_errored=True)
+        else:
+            limits: list[Stopper] = [NoImprovement(plan.dump(), least)] if asked.patience is not None else []
+            tuner = Tuner(
+                trial,
+                param_space=_param_space(asked) if asked.scheduler == "pbt" else {},
+                tune_config=TuneConfig(
+                    num_samples=asked.num_trials,
+                    max_concurrent_trials=room,
+                    reuse_actors=workers == 1 and asked.scheduler != "pbt",
+                    search_alg=_sampler(asked, plan.config.seed),
+                    scheduler=_scheduler(plan),
+                    time_budget_s=60 * asked.max_minutes if asked.max_minutes is not None else None,
+                ),
+                run_config=RunConfig(
+                    name=EXPERIMENT,
+                    storage_path=plan.storage.uri,
+                    verbose=0,
+                    stop=limits[0] if limits else None,
+                    callbacks=[follow, *_loggers(plan)],
+                    failure_config=FailureConfig(max_failures=cluster.max_failures),
+                ),
+            )
+        tuner.fit()
+    _keep(plan, watch.rows)
+
+
+def _sampler(asked: Search, seed: int) -> Any:
+    """Optuna behind Tune's interface; population based training draws its own points."""
+    import optuna
+
+    if asked.scheduler == "pbt":
+        return None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    samplers = optuna.samplers
+    kinds: dict[str, Callable[[], Any]] = {
+        # Half of the trials at random first: with Optuna's own ten, a short search would hardly be one.
+        "tpe": lambda: samplers.TPESampler(
+            seed=seed, n_startup_trials=max(4, min(10, asked.num_trials // 3)), multivariate=True, constant_liar=True
+        ),
+        "nsga2": lambda: samplers.NSGAIISampler(seed=seed, population_size=max(4, min(50, asked.num_trials // 4))),
+        "random": lambda: samplers.RandomSampler(seed=seed),
+    }
+    space = {key: search.distribution(values) for key, values in asked.space.items()}
+    if asked.objective == "both":
+        metric: Any = ["told_accuracy", "told_leakage"]
+        mode: Any = ["max", "min"]
+    else:
+        metric, mode = "told_score", "max"
+    return OptunaSearch(space, metric=metric, mode=mode, sampler=kinds[asked.sampler]())
+
+
+def _param_space(asked: Search) -> dict[str, Any]:
+    def domain(values: Range | tuple[Any, ...]) -> Any:
+        if isinstance(values, tuple):
+            return tune.choice([search.label(value) for value in values])
+        return (tune.loguniform if values.log else tune.uniform)(values.low, values.high)
+
+    return {key: domain(values) for key, values in asked.space.items()}
+
+
+def _scheduler(plan: Plan) -> Any:
+    asked = plan.search
+    common: dict[str, Any] = {"time_attr": "epoch", "metric": "accuracy", "mode": "max"}
+    if asked.scheduler == "asha":
+        most = _most_epochs(plan)
+        return AsyncHyperBandScheduler(
+            **common, max_t=most + 1, grace_period=min(asked.grace_epochs, most), reduction_factor=2
+        )
+    if asked.scheduler == "median":
+        return MedianStoppingRule(**common, grace_period=asked.grace_epochs, min_samples_required=3)
+    if asked.scheduler == "pbt":
+        return PopulationBasedTraining(
+            **common, perturbation_interval=asked.grace_epochs, hyperparam_mutations=_param_space(asked)
+        )
+    return None
+
+
+def _most_epochs(plan: Plan) -> int:
+    """Of the longest trial, all its phases together, and one report more for the attack."""
+    from raypp.training.system import phases
+
+    most = 0
+    keys = [key for key in plan.search.space if key in ("train.epochs", "train.plain_epochs", "train.mode")]
+    points: list[dict[str, Any]] = [{}]
+    for key in keys:
+        values = plan.search.space[key]
+        ends = [values.high] if isinstance(values, Range) else list(values)
+        points = [point | {key: end} for point in points for end in ends]
+    for point in points:
+        try:
+            most = max(most, sum(phase.epochs for phase in phases(plan.config_at(point))))
+        except ConfigError:  # such a trial will not train
+            continue
+    return most
+
+
+def _loggers(plan: Plan) -> list[Callback]:
+    """MLflow where it is installed and told where to write; TensorBoard is Tune's own default."""
+    import importlib.util
+
+    if importlib.util.find_spec("mlflow") is None or not os.environ.get("MLFLOW_TRACKING_URI"):
+        return []
+    from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+    experiment = plan.storage.uri.rstrip("/").rpartition("/")[2]
+    return [MLflowLoggerCallback(tracking_uri=os.environ["MLFLOW_TRACKING_URI"], experiment_name=experiment)]
+
+
+class NoImprovement(Stopper):  # type: ignore[misc]  # Ray has no types here
+    """Ends a search after so many finished trials in a row that improved neither front nor objective."""
+
+    def __init__(self, dumped: dict[str, Any], least: float | None) -> None:
+        self._dumped, self._least = dumped, least
+        self._records: list[Record] = []
+        self._best, self._since = -math.inf, 0
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        if result.get("finished"):
+            asked = Search.model_validate(self._dumped["search"])
+            done = {"trial": trial_id, "status": "done", "accuracy": result["accuracy"], "leakage": result["leakage"]}
+            self._records.append(done)
+            if asked.objective == "both":
+                value = search.hypervolume(self._records, self._least)
+            else:
+                value = result["told_score"]
+            self._since = 0 if value > self._best else self._since + 1
+            self._best = max(self._best, value)
+        return False
+
+    def stop_all(self) -> bool:
+        patience: int = self._dumped["search"]["patience"]
+        return self._since >= patience
+
+
+class _Watch:
+    """What the driver shows and writes while trials run: a row of each that Tune knows."""
+
+    def __init__(self, plan: Plan, least: float | None, display: GridDisplay) -> None:
+        self.plan, self.least, self.display = plan, least, display
+        self.most = _most_epochs(plan) + 1
+        self.rows: dict[str, Record] = {}
+
+    def result(self, trial: Any, result: dict[str, Any]) -> None:
+        row = self.rows.setdefault(trial.trial_id, {"epochs": 0})
+        row |= {"accuracy": result.get("accuracy"), "epochs": result.get("epoch", 0), "settings": self._settings(trial)}
+        row["finished"] = bool(result.get("finished"))
+        if not row["finished"]:
+            info = {
+                "phase": "trial", "epoch": row["epochs"], "epochs": self.most, "steps_done": row["epochs"],
+                "steps_total": self.most, "images_per_s": result.get("images_per_s", 0.0),
+                "loss": result.get("val_loss", 0.0), "accuracy": row["accuracy"],
+            }  # fmt: skip
+            self.display.step(trial.trial_id, info)
+
+    def ended(self, trial: Any, error: str | None) -> None:
+        name = trial.trial_id
+        folder = self.plan.storage.folder(f"{search.TRIALS}/{name}")
+        row = self.rows.setdefault(name, {"epochs": 0, "settings": self._settings(trial)})
+        if error is not None:
+            row |= {"status": "failed", "explanation": error}
+            said = f"failed: {error}"
+        elif folder.exists(search.RESULT):
+            record = search.read_record(folder)
+            row |= record
+            said = _said(record)
+        else:
+            row |= {"status": "stopped early", "explanation": f"after {row['epochs']} of {self.most - 1} epochs"}
+            accuracy = row.get("accuracy")
+            said = f"stopped early after {row['epochs']} epochs" + (f", accuracy {accuracy:.1%}" if accuracy else "")
+        settings = "  ".join(f"{key.rpartition('.')[2]} {_short(value)}" for key, value in row["settings"].items())
+        self.display.done(name, f"{said}  ({settings})")
+        _keep(self.plan, self.rows)
+        search.write_table(self.plan.storage, _all_records(self.plan), self.least)
+
+    def _settings(self, trial: Any) -> dict[str, Any]:
+        space = self.plan.search.space
+        return {key: _decoded(space[key], value) for key, value in trial.config.items() if key in space}
+
+
+def _said(record: Record) -> str:
+    if record["status"] != "done":
+        return f"{record['status']}: {record['explanation']}"
+    return f"accuracy {record['accuracy']:.1%}, leakage {record['leakage']:.3f}, {record['found']:.1%} found"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(search.label(value))
+
+
+ENDED = "ended.json"
+
+
+def _keep(plan: Plan, rows: dict[str, Record]) -> None:
+    """Keep what only the driver knows of trials that did not reach their end, so that a resumed search still does."""
+    import json
+
+    before = _kept(plan)
+    now = {name: row for name, row in rows.items() if row.get("status") in ("stopped early", "failed")}
+    resumed = {name: row for name, row in before.items() if name not in rows}
+    plan.storage.write(ENDED, (json.dumps(resumed | now, indent=2) + "\n").encode())
+
+
+def _kept(plan: Plan) -> dict[str, Record]:
+    import json
+
+    if not plan.storage.exists(ENDED):
+        return {}
+    found: dict[str, Record] = json.loads(plan.storage.read(ENDED))
+    return found
+
+
+def _all_records(plan: Plan) -> list[Record]:
+    """Records of all trials that have ended, however they did."""
+    done = {record["trial"]: record for record in search.records_of(plan)}
+    others = {name: {"trial": name, **row} for name, row in _kept(plan).items() if name not in done}
+    return [*done.values(), *others.values()]
+
+
+class _Follow(Callback):  # type: ignore[misc]
+    """Tells the watch of this process what Tune tells. Tune stores its callbacks: what is restored finds it again."""
+
+    current: ClassVar[_Watch | None] = None
+
+    def __init__(self, watch: _Watch) -> None:
+        type(self).current = watch
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        if self.current is not None:
+            self.current.result(trial, result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        if self.current is not None:
+            self.current.ended(trial, None)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        if self.current is not None:
+            self.current.ended(trial, _reason(trial.get_pickled_error() or trial.get_error()))
+
+
+def _reason(error: BaseException | None) -> str:
+    """Why a trial failed, in a sentence."""
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return "it ran out of memory and was ended by Ray"
+    if isinstance(error, ray.exceptions.RayActorError):
+        return "its worker died too often"
+    cause = getattr(error, "cause", None) or error
+    words = " ".join(str(cause).split())
+    return words if isinstance(cause, RayppError) else f"{type(cause).__name__}: {words[-300:]}"
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep Tune's own tables off the screen: the display shows the trials."""
+    loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train", "ray.air")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
