@@ -768,7 +768,9 @@ def _print_search(found: dict[str, Any], where: str) -> None:
 
 
 def _setting(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    from raypp.search import label
+
+    return f"{value:.3g}" if isinstance(value, float) else str(label(value))
 
 
 def _print_table1(results: list[Result], where: str) -> None:

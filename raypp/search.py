@@ -520,7 +520,10 @@ def _column(values: list[Any]) -> list[Any]:
 
 
 def label(value: Any) -> Any:
-    """A setting's value as a scalar: mappings and lists as their JSON."""
+    """A setting's value as a scalar: a mapping as ``one_cycle (warmup 0.25)``, a list as its JSON."""
+    if isinstance(value, dict) and "name" in value:
+        rest = ", ".join(f"{key} {json.dumps(inner)}" for key, inner in value.items() if key != "name")
+        return f"{value['name']} ({rest})" if rest else value["name"]
     return json.dumps(value) if isinstance(value, dict | list | tuple) else value
 
 

@@ -18,6 +18,7 @@ from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
 from raypp.protections.cipher import Cipher
 from raypp.protections.gan import GAN, GANOptions
+from raypp.protections.learned import Learned, LearnedOptions
 from raypp.protections.pixel import Pixel, PixelOptions
 
 REVERSIBLE: list[tuple[str, dict[str, Any]]] = [
@@ -256,6 +257,45 @@ def test_the_adversary_of_gan_reaches_each_network_with_its_own_loss_only() -> N
         torch.testing.assert_close(gradient, both[name])
     assert not any(p.grad is not None and p.grad.abs().sum() for p in untouched.parameters())
     assert all(p.grad is not None and p.grad.abs().sum() for n, p in generator.named_parameters() if "weight" in n)
+
+
+def test_the_live_inverse_network_lowers_what_the_protection_raises() -> None:
+    def gradients(**options: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Of the adversary and of the protection."""
+        torch.manual_seed(0)
+        protection = Learned(
+            LearnedOptions.model_validate({"width": 4, "depth": 1, "adversary": {"width": 4, **options}})
+        )
+        adversary = protection.companion()
+        assert adversary is not None
+        plain = torch.rand(3, 3, 16, 16)
+        adversary(plain, protection(plain), None).backward()
+        return tuple({n: p.grad for n, p in net.named_parameters()} for net in (adversary, protection))  # type: ignore
+
+    attacker, protector = gradients(weight=1.0, clip=100.0)
+    same, twice = gradients(weight=2.0, clip=100.0)
+    for name, gradient in attacker.items():
+        torch.testing.assert_close(gradient, same[name])
+    moving = [n for n in protector if "weight" in n]
+    assert all(protector[n].abs().sum() > 0 for n in moving)
+    for name in moving:
+        torch.testing.assert_close(2 * protector[name], twice[name])
+    past, still = gradients(weight=1.0, clip=1e-6)
+    assert all(past[n].abs().sum() > 0 for n in attacker if "weight" in n)
+    assert not any(gradient.abs().sum() for gradient in still.values())
+
+    # A step of the protection along its gradient makes the attacker's error larger.
+    torch.manual_seed(0)
+    protection = Learned(LearnedOptions.model_validate({"width": 4, "depth": 1, "adversary": {"width": 4}}))
+    adversary = protection.companion()
+    assert adversary is not None
+    plain = torch.rand(8, 3, 16, 16)
+    before = adversary(plain, protection(plain), None)
+    before.backward()
+    with torch.no_grad():
+        for parameter in protection.parameters():
+            parameter -= 1e-3 * parameter.grad
+    assert adversary(plain, protection(plain), None) > before
 
 
 def test_a_key_shows_itself_by_its_identifier_only() -> None:

@@ -35,9 +35,10 @@ from raypp.progress import GridDisplay
 from raypp.runs import Run, conclude
 from raypp.search import Plan, Range, Record, Search
 from raypp.storage import Storage
-from raypp.training.fit import fit
+from raypp.training.fit import fit, keep_splits
 from raypp.training.sinks import LocalSink, Row
 
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # whose quiet mode prints nothing
 EXPERIMENT = "tune"  # Tune's own folder below the search's
 OF_TUNE = "of-tune"  # a checkpoint that Tune hands to a trial, among its run's own
 HEAD = "node:__internal_head__"
@@ -113,6 +114,7 @@ def _trial(point: dict[str, Any], *, dumped: dict[str, Any], least: float | None
     config = plan.config
     workers = config.cluster.num_workers or 1
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    keep_splits()  # the process may train more trials
     reports = _Reports(plan, least)
     carry = plan.search.scheduler == "pbt"
     if carry and tune.get_checkpoint() is not None:

@@ -51,7 +51,8 @@ class Protection(nn.Module):
     def companion(self) -> nn.Module | None:
         """A network that is trained beside the protection and then thrown away, such as a discriminator.
 
-        Its ``forward(plain, protected, features)`` gives a loss that takes the place of Eq. 4's feature distance.
+        Its ``forward(plain, protected, features)`` gives a loss that is added to the classifier's. Where its attribute
+        ``takes_features`` is true it compares images in the feature network itself, in place of Eq. 4's distance.
         """
         return None
 

@@ -93,6 +93,8 @@ class GAN(Protection):
 class Adversary(nn.Module):
     """A patch discriminator between encrypted and generated images (hinge loss), and the generator's other losses."""
 
+    takes_features = True
+
     def __init__(self, options: GANOptions, channels: int) -> None:
         super().__init__()
         self.options = options

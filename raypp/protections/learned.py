@@ -1,6 +1,8 @@
 """The learned protection h_theta: a U-Net whose sigmoid output is the protected image.
 
-Source: Ito, Kinoshita, Kiya 2020 (arXiv 2008.03143), section II; output range as in the authors' released code.
+Source: Ito, Kinoshita, Kiya 2020 (arXiv 2008.03143), section II; output range as in the authors' released code. The
+adversary is ours, after adversarial training against a live attacker (Goodfellow et al. 2014) with reversed gradients
+(Ganin, Lempitsky 2015).
 """
 
 from __future__ import annotations
@@ -8,13 +10,29 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
 
 from raypp import registry
+from raypp.images import round_8bit
 from raypp.keys import Key
 from raypp.nets.unet import UNet
 from raypp.protections.base import Protection
+
+
+class AdversaryOptions(BaseModel):
+    """An inverse network that trains along and that h_theta learns to defeat."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    weight: float = Field(20.0, gt=0)
+    """What the loss gains: minus so many times the squared error of its estimate of each image."""
+    clip: float = Field(0.06, gt=0)
+    """Squared error per image beyond which h_theta gains nothing: about what an attacker has who saw nothing."""
+    width: int = Field(16, ge=1, le=1024)
+    """Channels of its U-Net's first level."""
+    depth: int = Field(3, ge=1, le=6)
+    """Number of 2x2 poolings of its U-Net."""
 
 
 class LearnedOptions(registry.Options):
@@ -25,6 +43,9 @@ class LearnedOptions(registry.Options):
     """Number of 2x2 poolings of the U-Net."""
     skips: int | None = Field(None, ge=0)
     """Skip connections kept, counted from the deepest level; null keeps all."""
+
+    adversary: AdversaryOptions | None = None
+    """Train against a live inverse network as well; null trains as the paper does."""
 
     @model_validator(mode="after")
     def _skips_within_depth(self) -> LearnedOptions:
@@ -43,11 +64,52 @@ class Learned(Protection):
     def __init__(self, options: LearnedOptions, *, channels: int = 3, key: Key | None = None) -> None:
         super().__init__()
         self.unet = UNet(channels, options.width, options.depth, options.skips)
+        self.options, self.channels = options, channels
 
     @classmethod
     def uses_features(cls, options: Any, alpha: float) -> bool:
         return alpha > 0
 
+    def companion(self) -> nn.Module | None:
+        adversary = self.options.adversary
+        return InverseAdversary(adversary, self.channels) if adversary is not None else None
+
     def forward(self, images: Tensor) -> Tensor:
         # The sigmoid in float32: in bfloat16 it could not tell neighbouring 8-bit values near 1 apart.
         return torch.sigmoid(self.unet(images).float())
+
+
+class Reversed(torch.autograd.Function):
+    """The identity, whose gradient is multiplied image by image with ``scale`` (N,), known only by then."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, scale: Tensor) -> Tensor:
+        ctx.scale = scale
+        return images.view_as(images)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.scale[:, None, None, None], None
+
+
+class InverseAdversary(nn.Module):
+    """A live inverse network. It lowers its squared error e, h_theta the loss ``-weight * min(e, clip)`` of each image.
+
+    One pass serves both: behind it the gradient is turned around and, for images that are past the clip, cut off.
+    """
+
+    takes_features = False
+
+    def __init__(self, options: AdversaryOptions, channels: int) -> None:
+        super().__init__()
+        self.options = options
+        self.unet = UNet(channels, options.width, options.depth)
+
+    def forward(self, plain: Tensor, protected: Tensor, features: nn.Module | None) -> Tensor:
+        """The mean squared error of the network's estimates; its gradient reaches h_theta as described."""
+        uploaded = protected + (round_8bit(protected.detach()) - protected.detach())  # rounding passes gradients on
+        scale = torch.zeros(len(plain), device=plain.device)
+        estimate = torch.sigmoid(self.unet(Reversed.apply(uploaded, scale)).float())
+        errors = (estimate - plain).square().mean(dim=(1, 2, 3))
+        scale.copy_(torch.where(errors.detach() < self.options.clip, -self.options.weight, 0.0))
+        return errors.mean()

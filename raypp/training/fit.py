@@ -131,10 +131,24 @@ def protect_first(config: Config, key: Key | None) -> Callable[[Tensor], Tensor]
     return protect
 
 
+_kept: dict[str, ImageSet] | None = None
+
+
+def keep_splits() -> None:
+    """Read every split once from now on: for a process that trains many runs on the same images."""
+    global _kept
+    _kept = {} if _kept is None else _kept
+
+
 def load_split(config: Config, split: str) -> ImageSet:
     """Read one split of the configured source, fitted to ``data.image_size``."""
     data = config.data
-    images: ImageSet = SOURCES.build(data.source, size=data.image_size, channels=data.channels).load(split)
+    which = f"{data.source.model_dump_json()} {data.image_size} {data.channels} {split}"
+    images = _kept.get(which) if _kept is not None else None
+    if images is None:
+        images = SOURCES.build(data.source, size=data.image_size, channels=data.channels).load(split)
+        if _kept is not None:
+            _kept[which] = images
     return limit(images, data.num_test, config.seed, "data.num_test") if split == "test" else images
 
 

@@ -58,7 +58,7 @@ class System(Trainee):
         features: phi_k of Eq. 6, or None where nothing is compared in it.
         alpha: weight of the feature distance.
         frozen: keep the classifier as it is, in evaluation mode.
-        companion: its loss takes the place of the feature distance, see ``Protection.companion``.
+        companion: trained beside the protection, see ``Protection.companion``.
         protected_already: training images come protected, which only a protection that is not trained allows.
     """
 
@@ -103,15 +103,14 @@ class System(Trainee):
         logits = self.classifier(protected).float()
         classification = classification_loss(logits, labels)
         loss, distance = classification, torch.zeros_like(classification)
-        if self.companion is not None:
-            # Networks are chosen by classification alone: an adversary's loss says nothing from epoch to epoch.
-            if self.training:
-                loss = loss + self.companion(images, protected, self.features)
-        elif self.features is not None:
+        if self.features is not None and not (self.companion is not None and self.companion.takes_features):
             with torch.no_grad():
                 target = self.features(images)
             distance = feature_distance(self.features(protected), target)
             loss = transformation_loss(classification, distance, self.alpha)
+        # In validation it has no say: a live adversary's loss cannot be compared from epoch to epoch.
+        if self.companion is not None and self.training:
+            loss = loss + self.companion(images, protected, self.features)
         if isinstance(self.classifier, AdaptedClassifier) and (penalty := self.classifier.penalty()) is not None:
             loss = loss + penalty
         accuracy = (logits.detach().argmax(1) == labels).float().mean()

@@ -1,0 +1,105 @@
+"""Searches on a real Ray: resumed after the driver died, with trials that diverge, and trials of several workers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Cluster, tiny_flags, wait_until
+
+from raypp.bundle import load_private, load_public
+
+pytestmark = pytest.mark.ray
+
+
+def command(tmp_path: Path, name: str, *flags: str, **changes: object) -> list[str]:
+    given = [flag for flag in tiny_flags(tmp_path, **changes) if flag not in ("--cluster.storage", str(tmp_path))]
+    attack = ["--search.attack", "{width: 4, train: {epochs: 1}}", "--search.suite", "null"]
+    return ["raypp", "tune", "quickstart", "--storage", str(tmp_path), "--name", name, *given, *attack, *flags]
+
+
+def results(folder: Path) -> dict[str, Path]:
+    return {path.parent.name: path for path in folder.glob("trials/*/trial.json")}
+
+
+def table(folder: Path) -> list[dict[str, Any]]:
+    with (folder / "trials.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_search_outlives_its_driver(cluster: Cluster, tmp_path: Path) -> None:
+    """A trial that diverges, and one whose settings do not go together, are told and stop nothing."""
+    folder = tmp_path / "search"
+    space = ["--search.space", "null", "--search.space", "{train.alpha: {low: 0.01, high: 1.0, log: true}, "
+             "train.optimizer.lr: [0.05, 1.0e+12], protection.skips: null, train.schedule: null}"]  # fmt: skip
+    arguments = command(tmp_path, "search", *space[2:], "--search.num_trials", "8", "--search.scheduler", "none")
+    process = cluster.popen(arguments)
+    wait_until(lambda: len(results(folder)) >= 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=30)
+    before = {name: path.stat().st_mtime_ns for name, path in results(folder).items()}
+
+    refused = cluster.run(arguments)
+    assert refused.returncode == 2
+    assert "--resume continues it" in " ".join(refused.stderr.split())
+    resumed = cluster.run([*arguments, "--resume"])
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    after = results(folder)
+    assert {name: after[name].stat().st_mtime_ns for name in before} == before
+    rows = table(folder)
+    assert len(rows) == 8
+    assert {row["status"] for row in rows} == {"done", "diverged"}
+    assert all("not a finite number" in row["explanation"] for row in rows if row["status"] == "diverged")
+
+    summary = json.loads((folder / "search.json").read_text())
+    front = {point["trial"] for point in summary["front"]}
+    assert front == {row["trial"] for row in rows if row["on_front"] == "true"}
+    for name, trial in summary["best"].items():
+        assert trial in front
+        assert load_public(folder / "best" / name).image_size == (16, 16)
+        load_private(folder / "best" / name)
+    assert (folder / "front.png").exists()
+    assert list(folder.glob("tune/*/events.out.tfevents.*")), "TensorBoard's logs"
+
+    again = cluster.run([*arguments, "--resume"])
+    assert again.returncode == 0
+    assert {name: path.stat().st_mtime_ns for name, path in results(folder).items()} == {
+        name: path.stat().st_mtime_ns for name, path in after.items()
+    }
+
+
+def test_trials_of_several_workers_do_not_wait_for_each_other(cluster: Cluster, tmp_path: Path) -> None:
+    """Two trials of two workers each on two CPUs run one after the other."""
+    folder = tmp_path / "nested"
+    flags = ["--cluster.num_workers", "2", "--search.num_trials", "2", "--search.scheduler", "none"]
+    result = cluster.run(command(tmp_path, "nested", *flags))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [row["status"] for row in table(folder)] == ["done", "done"]
+    for trial in results(folder):
+        rows = [json.loads(line) for line in (folder / "trials" / trial / "metrics.jsonl").read_text().splitlines()]
+        assert {row["world"] for row in rows} == {2}
+
+
+def test_a_population_passes_its_best_networks_on(cluster: Cluster, tmp_path: Path) -> None:
+    """Of two learning rates one learns nothing: its trial takes over the other's networks and goes on from there."""
+    folder = tmp_path / "population"
+    space = "{train.optimizer.lr: [1.0e-6, 0.05], train.alpha: null, protection.skips: null, train.schedule: null}"
+    flags = [
+        "--search.space", space, "--search.objective", "accuracy", "--search.scheduler", "pbt", "--search.num_trials",
+        "4", "--search.grace_epochs", "2",
+    ]  # fmt: skip
+    result = cluster.run(command(tmp_path, "population", *flags, train__epochs=8, data__source__num_train=200))
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = table(folder)
+    assert [row["status"] for row in rows] == ["done"] * 4
+    rates = []
+    for trial in results(folder):
+        lines = (folder / "trials" / trial / "metrics.jsonl").read_text().splitlines()
+        joint = [json.loads(line) for line in lines if '"joint"' in line]
+        assert [row["epoch"] for row in joint] == list(range(1, 9))
+        rates.append(max(row["lr"] for row in joint))
+    assert max(rates) > 1e-3
