@@ -260,12 +260,14 @@ def test_the_adversary_of_gan_reaches_each_network_with_its_own_loss_only() -> N
 
 
 def test_the_live_inverse_network_lowers_what_the_protection_raises() -> None:
+    def learned(**options: float) -> Learned:
+        given = {"width": 4, "depth": 1, "adversary": {"width": 4, **options}}
+        return Learned(LearnedOptions.model_validate(given))
+
     def gradients(**options: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Of the adversary and of the protection."""
         torch.manual_seed(0)
-        protection = Learned(
-            LearnedOptions.model_validate({"width": 4, "depth": 1, "adversary": {"width": 4, **options}})
-        )
+        protection = learned(**options)
         adversary = protection.companion()
         assert adversary is not None
         plain = torch.rand(3, 3, 16, 16)
@@ -286,7 +288,7 @@ def test_the_live_inverse_network_lowers_what_the_protection_raises() -> None:
 
     # A step of the protection along its gradient makes the attacker's error larger.
     torch.manual_seed(0)
-    protection = Learned(LearnedOptions.model_validate({"width": 4, "depth": 1, "adversary": {"width": 4}}))
+    protection = learned(clip=1.0)
     adversary = protection.companion()
     assert adversary is not None
     plain = torch.rand(8, 3, 16, 16)
