@@ -17,7 +17,7 @@ from raypp import env
 from raypp.cli import main
 
 ROOT = Path(__file__).parents[1]
-GUIDES = ("docs/train.md", "docs/data.md", "docs/bundle.md", "docs/protections.md", "docs/attack.md", "docs/serve.md")
+GUIDES = ("docs/train.md", "docs/data.md", "docs/bundle.md", "docs/protections.md", "docs/attack.md", "docs/tune.md", "docs/serve.md")
 NOT_RUN = "# not run by the tests"
 WITHOUT_RAY = {"config", "data", "evaluate", "protect", "report", "publish", "serve", "token"}
 
@@ -65,6 +65,8 @@ def test_quickstart_ends_with_a_bundle_and_what_to_do_next(tmp_path: Path) -> No
     assert "Next" in result.stdout
 
 
-def test_the_cluster_guide_submits_what_the_job_says() -> None:
-    (line,) = commands("docs/cluster.md")
-    assert line in (ROOT / "jobs" / "train.py").read_text()
+def test_the_cluster_guide_submits_what_the_jobs_say() -> None:
+    jobs = [re.search(r"jobs/\w+\.py", line) for line in commands("docs/cluster.md")]
+    for line, job in zip(commands("docs/cluster.md"), jobs, strict=True):
+        assert job is not None
+        assert line in (ROOT / job[0]).read_text()
