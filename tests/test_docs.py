@@ -17,7 +17,15 @@ from raypp import env
 from raypp.cli import main
 
 ROOT = Path(__file__).parents[1]
-GUIDES = ("docs/train.md", "docs/data.md", "docs/bundle.md", "docs/protections.md", "docs/attack.md", "docs/tune.md", "docs/serve.md")
+GUIDES = (
+    "docs/train.md",
+    "docs/data.md",
+    "docs/bundle.md",
+    "docs/protections.md",
+    "docs/attack.md",
+    "docs/tune.md",
+    "docs/serve.md",
+)
 NOT_RUN = "# not run by the tests"
 WITHOUT_RAY = {"config", "data", "evaluate", "protect", "report", "publish", "serve", "token"}
 

@@ -13,7 +13,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -23,7 +23,9 @@ import torch
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
 import raypp
@@ -318,32 +320,7 @@ def _api(title: str, what: str, observe: Observe | None) -> FastAPI:
         dependencies=[Depends(bearer)],  # so that OpenAPI names it; :func:`_allowed` checks
     )  # fmt: skip
 
-    @api.middleware("http")
-    async def around(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-        began = time.perf_counter()
-        given = request.headers.get(REQUEST_ID, "")
-        identifier = given if REQUEST_ID_FORM.fullmatch(given) else uuid.uuid4().hex
-        request.state.identifier, request.state.num_images = identifier, 0
-        try:
-            response = await call(request)
-        except Exception:  # a defect of ours: the log has the trace, the client a number to ask about
-            logger.exception("request %s failed", identifier)
-            response = problem(request, 500, "defect", "the service failed; its log has the reason")
-        seconds = time.perf_counter() - began
-        response.headers[REQUEST_ID] = identifier
-        route = getattr(request.scope.get("route"), "path", "none")
-        if observe is not None:
-            observe(route, response.status_code, request.state.num_images, seconds)
-        logger.info(
-            "%s",
-            json.dumps(
-                {
-                    "request": identifier, "method": request.method, "route": route, "status": response.status_code,
-                    "images": request.state.num_images, "ms": round(1000 * seconds, 2),
-                }
-            ),
-        )  # fmt: skip
-        return response
+    api.add_middleware(_Around, observe=observe)
 
     @api.exception_handler(RefusedError)
     async def refused(request: Request, error: RefusedError) -> Response:
@@ -360,6 +337,52 @@ def _api(title: str, what: str, observe: Observe | None) -> FastAPI:
         return problem(request, error.status_code, "http", str(error.detail), dict(error.headers or {}))
 
     return api
+
+
+class _Around:
+    """Gives every request a number, counts and logs it, and answers for defects of ours.
+
+    Plain ASGI: Starlette's middleware of functions takes a task and two queues for each request.
+    """
+
+    def __init__(self, app: ASGIApp, observe: Observe | None) -> None:
+        self.app, self.observe = app, observe
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        given = Headers(scope=scope).get(REQUEST_ID, "")
+        identifier = given if REQUEST_ID_FORM.fullmatch(given) else uuid.uuid4().hex
+        state = scope["state"] = {**scope.get("state", {}), "identifier": identifier, "num_images": 0}
+        status: int | None = None
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message.setdefault("headers", []).append((REQUEST_ID.lower().encode(), identifier.encode()))
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sending)
+        except Exception:  # a defect of ours: the log has the trace, the client a number to ask about
+            logger.exception("request %s failed", identifier)
+            if status is not None:
+                raise  # the answer has begun: only breaking it off tells the client
+            answer = problem(Request(scope), 500, "defect", "the service failed; its log has the reason")
+            await answer(scope, receive, sending)
+        seconds = time.perf_counter() - began
+        route = getattr(scope.get("route"), "path", "none")
+        if self.observe is not None:
+            self.observe(route, status or 500, state["num_images"], seconds)
+        if logger.isEnabledFor(logging.INFO):
+            line = {
+                "request": identifier, "method": scope["method"], "route": route, "status": status,
+                "images": state["num_images"], "ms": round(1000 * seconds, 2),
+            }  # fmt: skip
+            logger.info("%s", json.dumps(line))
 
 
 def problem(request: Request, status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> Response:
