@@ -352,7 +352,11 @@ def report(*sources: str, out: Path = Path("report")) -> None:
 
 @app.command(help_epilogue=SETTINGS_HELP)
 def evaluate(
-    bundle: str, *settings: Settings, split: Literal["test", "train"] = "test", output: Path | None = None
+    bundle: str,
+    *settings: Settings,
+    split: Literal["test", "train"] = "test",
+    jpeg: Annotated[int | None, Parameter(validator=validators.Number(gte=1, lte=100))] = None,
+    output: Path | None = None,
 ) -> dict[str, Any]:
     """Measure a bundle from its files: accuracy after 8-bit rounding, and likeness of protected to plain images.
 
@@ -362,12 +366,14 @@ def evaluate(
         Path or URI of a bundle.
     split
         Which split of the data to measure on.
+    jpeg
+        Also measure what is classified when the upload is re-encoded as a JPEG of this quality.
     output
         Also write the numbers to this JSON file.
     """
     from raypp.evaluation.evaluate import evaluate_bundle
 
-    numbers = evaluate_bundle(bundle, settings, split)
+    numbers = evaluate_bundle(bundle, settings, split, jpeg)
     if output is not None:
         from raypp.storage import Storage
 
@@ -856,6 +862,11 @@ def _print_numbers(console: Console, test: dict[str, Any], plain: dict[str, Any]
             low, high = numbers["accuracy_interval"]
             similarity = f"{numbers['ssim']['mean']:.3f}" if numbers["ssim"] else "-"
             table.add_row(label, f"{numbers['accuracy']:.2%}", f"{low:.1%} to {high:.1%}", similarity)
+    if "jpeg" in test:
+        low, high = test["accuracy_jpeg_interval"]
+        table.add_row(
+            f"after JPEG, quality {test['jpeg']}", f"{test['accuracy_jpeg']:.2%}", f"{low:.1%} to {high:.1%}", ""
+        )
     console.print(table)
 
 

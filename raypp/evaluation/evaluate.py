@@ -14,7 +14,7 @@ from raypp.config import flatten, merge, parse_flags, validate
 from raypp.data.loader import as_input, to_device
 from raypp.errors import BundleError, ConfigError, DataError
 from raypp.evaluation.metrics import psnr, ssim, wilson_interval
-from raypp.images import to_uint8
+from raypp.images import through_jpeg, to_uint8
 from raypp.protections.base import Protection
 from raypp.storage import Storage
 from raypp.training.fit import load_split
@@ -25,13 +25,19 @@ Numbers = dict[str, Any]
 
 @torch.inference_mode()
 def evaluate(
-    protection: Protection, classifier: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 500
+    protection: Protection,
+    classifier: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    batch_size: int = 500,
+    jpeg: int | None = None,
 ) -> Numbers:
     """Measure a protection and its classifier on plain images.
 
     Args:
         images: uint8 (N, H, W, C) on the device of the networks.
         labels: int64 (N,).
+        jpeg: also measure what is classified after a JPEG of this quality: ``accuracy_jpeg`` with its interval.
 
     Returns:
         ``accuracy`` is measured after 8-bit rounding, as everything is that a client uploads, with its 95% Wilson
@@ -41,7 +47,7 @@ def evaluate(
     """
     protection.eval()
     classifier.eval()
-    correct = correct_float = saturated = num_values = 0
+    correct = correct_float = correct_jpeg = saturated = num_values = 0
     similarities: list[Tensor] = []
     distances: list[Tensor] = []
     for start in range(0, len(images), batch_size):
@@ -51,6 +57,10 @@ def evaluate(
         protected = upload.float() / 255
         correct += int((classifier(protected).argmax(1) == target).sum())
         correct_float += int((classifier(as_float).argmax(1) == target).sum())
+        if jpeg is not None:
+            pixels = through_jpeg(upload.permute(0, 2, 3, 1).cpu().numpy(), jpeg)
+            arrived = as_input(torch.from_numpy(pixels).to(upload.device))
+            correct_jpeg += int((classifier(arrived).argmax(1) == target).sum())
         saturated += int(((upload == 0) | (upload == 255)).sum())
         aligned = protection.aligned(plain)
         if min(plain.shape[-2:]) >= 11:
@@ -58,7 +68,11 @@ def evaluate(
         distances.append(psnr(aligned, protected))
         num_values += upload.numel()
     num = len(images)
-    return {
+    re_encoded: Numbers = {}
+    if jpeg is not None:
+        interval = wilson_interval(correct_jpeg, num)
+        re_encoded = {"jpeg": jpeg, "accuracy_jpeg": correct_jpeg / num, "accuracy_jpeg_interval": interval}
+    return re_encoded | {
         "num_images": num,
         "accuracy": correct / num,
         "accuracy_interval": wilson_interval(correct, num),
@@ -79,13 +93,16 @@ def _summary(values: Tensor) -> dict[str, float | None]:
     }
 
 
-def evaluate_bundle(location: str | Path, settings: tuple[str, ...] = (), split: str = "test") -> Numbers:
+def evaluate_bundle(
+    location: str | Path, settings: tuple[str, ...] = (), split: str = "test", jpeg: int | None = None
+) -> Numbers:
     """Measure a bundle from its files alone, on the data that it was trained with or that ``settings`` name.
 
     Args:
         location: path or URI of a bundle.
         settings: flags laid over the bundle's own configuration, such as ``("--data.source.path", "images")``.
         split: ``test`` or ``train``.
+        jpeg: as :func:`evaluate` takes it.
 
     Raises:
         BundleError: the bundle is missing, altered or incomplete.
@@ -120,4 +137,5 @@ def evaluate_bundle(location: str | Path, settings: tuple[str, ...] = (), split:
         private.classifier.to(device),
         *to_device(images.images, images.labels, device),
         config.train.eval_batch_size,
+        jpeg,
     )

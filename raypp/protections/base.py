@@ -48,6 +48,10 @@ class Protection(nn.Module):
         """Whether its training compares images in a feature network."""
         return False
 
+    def transmitted(self, protected: Tensor) -> Tensor:
+        """In training, what the classifier gets of protected images N x C x H x W in [0, 1]; differentiable."""
+        return protected
+
     def companion(self) -> nn.Module | None:
         """A network that is trained beside the protection and then thrown away, such as a discriminator.
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from raypp import registry
 from raypp.images import round_8bit
 from raypp.keys import Key
+from raypp.nets.jpeg import jpeg
 from raypp.nets.unet import UNet
 from raypp.protections.base import Protection
 
@@ -44,6 +45,8 @@ class LearnedOptions(registry.Options):
     skips: int | None = Field(None, ge=0)
     """Skip connections kept, counted from the deepest level; null keeps all."""
 
+    jpeg: int | None = Field(None, ge=1, le=100)
+    """Train the classifier on JPEGs too, of this quality and better: for uploads that are re-encoded on their way."""
     adversary: AdversaryOptions | None = None
     """Train against a live inverse network as well; null trains as the paper does."""
 
@@ -69,6 +72,14 @@ class Learned(Protection):
     @classmethod
     def uses_features(cls, options: Any, alpha: float) -> bool:
         return alpha > 0
+
+    def transmitted(self, protected: Tensor) -> Tensor:
+        lowest = self.options.jpeg
+        if lowest is None:
+            return protected
+        num = len(protected) // 2  # the other half arrives as it is
+        coded = jpeg(protected[:num], int(torch.randint(lowest, 101, ())))
+        return torch.cat((coded, protected[num:]))
 
     def companion(self) -> nn.Module | None:
         adversary = self.options.adversary

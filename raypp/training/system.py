@@ -100,7 +100,8 @@ class System(Trainee):
         protected = images if self.training and self.protected_already else self.protection(images)
         if round_to_8bit:
             protected = round_8bit(protected)
-        logits = self.classifier(protected).float()
+        arrived = self.protection.transmitted(protected) if self.training else protected
+        logits = self.classifier(arrived).float()
         classification = classification_loss(logits, labels)
         loss, distance = classification, torch.zeros_like(classification)
         if self.features is not None and not (self.companion is not None and self.companion.takes_features):
