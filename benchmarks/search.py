@@ -44,12 +44,12 @@ def main() -> None:
         found[name] = records
     rows = []
     results = {}
-    for name, records in found.items():
-        quarters = [hypervolume(records[: max(1, round(len(records) * share))]) for share in (0.25, 0.5, 0.75, 1.0)]
-        front = pareto(records)
-        hours = sum(r["seconds"] for r in records) / 3600
+    for name, trials in found.items():
+        quarters = [hypervolume(trials[: max(1, round(len(trials) * share))]) for share in (0.25, 0.5, 0.75, 1.0)]
+        front = pareto(trials)
+        hours = sum(r["seconds"] for r in trials) / 3600
         results[name] = {"hypervolume": quarters, "front": [(r["accuracy"], r["leakage"]) for r in front]}
-        rows.append([name, str(len(records)), f"{hours:.2f}", str(len(front)), *(f"{q:.4f}" for q in quarters)])
+        rows.append([name, str(len(trials)), f"{hours:.2f}", str(len(front)), *(f"{q:.4f}" for q in quarters)])
     show_table(
         "hypervolume after a quarter, half, three quarters and all of the finished trials",
         ["search", "trials", "core hours", "front", "1/4", "1/2", "3/4", "all"],
