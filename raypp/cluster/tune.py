@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,7 +67,9 @@ class TuneSink(LocalSink):
     def report(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
         if self._carry and checkpoint is not None:
             self._reports.checkpoint = tune.Checkpoint.from_directory(checkpoint)
+        self._reports.epochs = len(history) - 1  # in a resumed trial, and in one with another's networks
         super().report(history, name, checkpoint)
+        self._reports.checkpoint = None  # its folder goes with the epoch
 
 
 class _Reports:
@@ -79,7 +80,6 @@ class _Reports:
         self.checkpoint: Any = None
         self.training = True
         self.epochs = 0
-        self._said = time.monotonic()
 
     def step(self, info: Row) -> None:
         """Tune takes reports after epochs only."""
@@ -104,7 +104,7 @@ class _Reports:
         leakage = record["leakage"] if done else search.WORST_LEAKAGE
         found = {"accuracy": accuracy, "leakage": leakage, "found": record.get("found", 1.0), "finished": True}
         told = search.objectives(accuracy, leakage, self.plan.search, self.least)
-        tune.report({"epoch": self.epochs + 1} | found | told, checkpoint=self.checkpoint)
+        tune.report({"epoch": self.epochs + 1} | found | told)
 
 
 def _trial(point: dict[str, Any], *, dumped: dict[str, Any], least: float | None) -> None:
@@ -123,6 +123,7 @@ def _trial(point: dict[str, Any], *, dumped: dict[str, Any], least: float | None
 
     def train(run: Run, display: Any) -> dict[str, Any]:
         if workers > 1:
+            reports.epochs = num_epochs(run.storage)
             found = train_on_ray(run, display)
         else:
             sink = TuneSink(run.storage, reports, carry)
@@ -132,6 +133,11 @@ def _trial(point: dict[str, Any], *, dumped: dict[str, Any], least: float | None
 
     decoded = {key: _decoded(plan.search.space[key], value) for key, value in point.items()}
     reports.end(search.run_trial(plan, name, decoded, reports, train))
+
+
+def num_epochs(run: Storage) -> int:
+    """How many epochs a run has behind it."""
+    return len(run.read("metrics.jsonl").splitlines()) if run.exists("metrics.jsonl") else 0
 
 
 def _decoded(values: Range | tuple[Any, ...], value: Any) -> Any:
@@ -167,7 +173,9 @@ def run_search(plan: Plan, *, resume: bool = False, quiet: bool = False) -> dict
         def attacked(bundle: str, suite: str, trial: str) -> dict[str, Any]:
             folder = plan.storage.folder("attacks")
             made = ladder.make_plan(bundle=bundle, suite=suite, storage=folder.uri, name=trial)
-            return ladder.attack(made, resume=made.storage.exists(ladder.SUITE), quiet=quiet, run=attacks.run_on_ray)
+            # On two cores a process for each attack costs more than it gains.
+            run = attacks.run_on_ray if have.get("CPU", 0) > 2 else ladder.run_locally
+            return ladder.attack(made, resume=made.storage.exists(ladder.SUITE), quiet=quiet, run=run)
 
         return search.hand_over(plan, records, least, attacked)
 
