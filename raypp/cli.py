@@ -767,8 +767,10 @@ def _print_search(found: dict[str, Any], where: str) -> None:
     console.print(table)
     for name, trial in found["best"].items():
         card = found["scorecards"].get(trial)
-        said = f", {card['verdict']} by {card['worst_attack']}" if card and card["verdict"] else ""
-        console.print(f"best {name:<9} {where}/best/{name}  ({trial}{said})", highlight=False, soft_wrap=True)
+        said = ""
+        if card and card["found_by_drawing"] is not None:
+            said = f"; the worst attack that draws finds {card['found_by_drawing']:.1%}"
+        console.print(f"best {name:<9} {where}/best/{name}  (trial {trial}{said})", highlight=False, soft_wrap=True)
     for file in ("trials.csv", "front.png", *(["report/report.html"] if found["scorecards"] else [])):
         console.print(f"{where}/{file}", markup=False, highlight=False, soft_wrap=True)
 

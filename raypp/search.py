@@ -333,7 +333,7 @@ def _score(plan: Plan, name: str, point: Point, display: Shows, train: TrainsTri
     return {
         "accuracy": found["best"]["val_accuracy"],
         "test_accuracy": found["test"]["accuracy"],
-        "test_interval": found["test"]["accuracy_interval"],
+        "test_interval": list(found["test"]["accuracy_interval"]),
         "epochs": sum(found["epochs"].values()),
         "warnings": warnings,
         **leak,

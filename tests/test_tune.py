@@ -18,8 +18,9 @@ pytestmark = pytest.mark.ray
 
 def command(tmp_path: Path, name: str, *flags: str, **changes: object) -> list[str]:
     given = [flag for flag in tiny_flags(tmp_path, **changes) if flag not in ("--cluster.storage", str(tmp_path))]
-    attack = ["--search.attack", "{width: 4, train: {epochs: 1}}", "--search.suite", "null"]
-    return ["raypp", "tune", "quickstart", "--storage", str(tmp_path), "--name", name, *given, *attack, *flags]
+    given += ["--search.attack", "{width: 4, train: {epochs: 1}}", "--search.suite", "null"]
+    given += ["--search.space.protection.skips", "[0, 1, 2]"]  # of a U-Net of depth 2
+    return ["raypp", "tune", "quickstart", "--storage", str(tmp_path), "--name", name, *given, *flags]
 
 
 def results(folder: Path) -> dict[str, Path]:
