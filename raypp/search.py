@@ -602,9 +602,12 @@ def parallel_figure(records: Sequence[Record], least: float | None = None) -> by
 
 
 def importance_figure(records: Sequence[Record], search: Search) -> bytes | None:
-    """How much each setting says about accuracy and leakage (Optuna's PED-ANOVA); None for too few trials."""
+    """How much each setting says about accuracy and leakage; None for fewer than six finished trials.
+
+    Source: fANOVA, Hutter, Hoos, Leyton-Brown 2014, as Optuna has it.
+    """
     import optuna
-    from optuna.importance import PedAnovaImportanceEvaluator
+    from optuna.importance import FanovaImportanceEvaluator
 
     done = [r for r in records if r["status"] == "done"]
     if len(done) < 6:
@@ -617,7 +620,7 @@ def importance_figure(records: Sequence[Record], search: Search) -> bytes | None
             params = {key: label(r["settings"][key]) for key in spaces}
             study.add_trial(optuna.trial.create_trial(params=params, distributions=spaces, value=r[what]))
         try:
-            shares = optuna.importance.get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+            shares = optuna.importance.get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
         except (ValueError, RuntimeError):  # of values that are all alike nothing can be said
             continue
         found[what] = shares
@@ -630,7 +633,7 @@ def importance_figure(records: Sequence[Record], search: Search) -> bytes | None
             values = [found[what].get(key, 0.0) for key in keys]
             panel.barh([y + shift for y in range(len(keys))], values, height=0.34, color=colour, label=what)
     panel.set_yticks(range(len(keys)), keys)
-    panel.set_xlabel("importance (PED-ANOVA), shares of 1")
+    panel.set_xlabel("importance (fANOVA), shares of 1")
     panel.legend(frameon=False)
     return _png(canvas)
 

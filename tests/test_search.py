@@ -212,7 +212,8 @@ def test_the_quick_attack_tells_protections_apart(tmp_path: Path, trained: Train
     with open_run(load_config("quickstart", flags=flags), "plain") as run:
         train_locally(run, Display(quiet=True), torch.device("cpu"))
         config = run.config
-    asked = plan(tmp_path, "--search.attack", "{width: 8, train: {epochs: 80, batch_size: 10, optimizer: {lr: 0.01}}}").search
+    attack = "{width: 8, train: {epochs: 80, batch_size: 10, optimizer: {lr: 0.01}}}"
+    asked = plan(tmp_path, "--search.attack", attack).search
     display = Display(quiet=True)
     leaks = {
         name: search.quick_leakage(str(bundle), config, asked, Storage(tmp_path / f"leak-{name}"), display)
