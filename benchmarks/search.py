@@ -52,7 +52,7 @@ def main() -> None:
         rows.append([name, str(len(trials)), f"{hours:.2f}", str(len(front)), *(f"{q:.4f}" for q in quarters)])
     show_table(
         "hypervolume after a quarter, half, three quarters and all of the finished trials",
-        ["search", "trials", "core hours", "front", "1/4", "1/2", "3/4", "all"],
+        ["search", "trials", "hours of trials", "front", "1/4", "1/2", "3/4", "all"],
         rows,
     )
     if given.figure is not None:

@@ -44,8 +44,9 @@ FILE, TRIALS, RESULT, SUMMARY = "search.yaml", "trials", "trial.json", "search.j
 BASELINE = "plain"  # the run whose accuracy a constraint may name
 WORST_LEAKAGE = 1.0  # what the sampler is told of a trial that was stopped before it was attacked
 MOST_QUERIES = 1000
-MID_TRAINING = ("train.alpha", "train.optimizer.lr", "train.optimizer.momentum", "train.optimizer.weight_decay")
-"""Settings that population based training may change while a trial runs."""
+MID_TRAINING = ("train.optimizer.lr",)
+"""Settings that population based training may change while a trial runs: others lie in the optimiser's state, or change
+the loss that epochs are compared by."""
 
 Record = dict[str, Any]
 Point = dict[str, Any]
@@ -127,7 +128,7 @@ class Search(Section):
     sampler: Literal["tpe", "nsga2", "random"] = "tpe"
     """Optuna's; all three search for one objective or for both."""
     scheduler: Literal["none", "asha", "median", "pbt"] = "none"
-    """Stops (``pbt``: redirects) trials by their validation accuracy. Privacy matures late: give it time."""
+    """Stops (``pbt``: redirects) trials by the accuracy of protected images. Privacy matures late: give it time."""
     grace_epochs: int = Field(2, ge=1)
     """Epochs, the plain phase's included, before the scheduler judges a trial."""
     num_trials: int = Field(20, ge=1)
@@ -143,19 +144,20 @@ class Search(Section):
     """Attack suite against the bundles that are handed over; null leaves them as they are."""
     num_attacked: int = Field(3, ge=0)
     """Bundles to attack with it: best accuracy, best privacy and knee, then others of the front."""
-    gpus_per_trial: float = Field(1, gt=0, le=8)
-    """Where the cluster has GPUs; less than 1 packs several trials on one."""
+    gpus_per_trial: float = Field(1, gt=0, le=1)
+    """Of a trial of one worker, where the cluster has GPUs; less than 1 packs several on one."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Search:
         if self.scheduler == "pbt":
-            if self.objective == "both":
-                raise ValueError("scheduler 'pbt' needs a single objective; set objective to 'accuracy' or 'leakage'")
-            if other := sorted(set(self.space) - set(MID_TRAINING)):
-                raise ValueError(
-                    f"scheduler 'pbt' changes settings while a trial runs, which {other[0]} does not allow; allowed in "
-                    f"its space: {', '.join(MID_TRAINING)}"
-                )
+            if self.objective != "accuracy":
+                raise ValueError("scheduler 'pbt' passes on what is read best; set objective to 'accuracy'")
+            for key, values in self.space.items():
+                if key not in MID_TRAINING or not isinstance(values, Range):
+                    raise ValueError(
+                        f"scheduler 'pbt' changes settings while a trial runs, which {key} does not allow so; "
+                        f"allowed in its space: a range of {', '.join(MID_TRAINING)}"
+                    )
         return self
 
     @property
@@ -179,8 +181,7 @@ class Plan:
     @property
     def config(self) -> Config:
         """Of a trial, with everything that is not searched."""
-        tree = merge(self.tree, {"cluster": {"storage": self.storage.folder(TRIALS).uri}})
-        return validate(tree)
+        return self.config_at({})
 
     def config_at(self, point: Point) -> Config:
         """The configuration of one point of the space; raises ConfigError where its settings do not go together."""
@@ -223,6 +224,8 @@ def make_plan(
                 plan.config_at({key: value})
             except ConfigError as error:
                 raise ConfigError(f"search.space.{key}: {error}") from None
+    if base.data.stream:
+        raise ConfigError("data.stream is True; a search holds its images in memory, for the attack in every trial")
     if search.scheduler == "pbt" and (base.cluster.num_workers or 1) > 1:
         raise ConfigError("search.scheduler 'pbt' needs trials of one worker; leave cluster.num_workers out")
     return plan
@@ -288,16 +291,38 @@ def open_search(plan: Plan, *, resume: bool) -> Iterator[bool]:
 # One trial
 
 
+class Silent:
+    """A display that shows nothing."""
+
+    def note(self, message: str) -> None:
+        """Nothing."""
+
+    def step(self, info: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def warn(self, message: str) -> None:
+        """Nothing: a run's warnings are in its record."""
+
+
 class TrainsTrial(Protocol):
     """Trains a run to its end and returns its summary."""
 
     def __call__(self, run: Run, display: Any) -> dict[str, Any]: ...
 
 
-def run_trial(plan: Plan, name: str, point: Point, display: Shows, train: TrainsTrial) -> Record:
+def run_trial(
+    plan: Plan, name: str, point: Point, display: Shows, train: TrainsTrial, leak: Callable[..., Record] | None = None
+) -> Record:
     """Train and attack one point of the space, from where it was stopped; returns and stores its record.
 
     What is wrong with the point itself (settings that do not go together, a loss that diverges) is a record too.
+
+    Args:
+        display: shows the training.
+        leak: takes :func:`quick_leakage`'s place, to run it elsewhere.
     """
     folder = plan.storage.folder(f"{TRIALS}/{name}")
     if folder.exists(RESULT):
@@ -305,7 +330,7 @@ def run_trial(plan: Plan, name: str, point: Point, display: Shows, train: Trains
     began = time.monotonic()
     record: Record = {"trial": name, "settings": point, "status": "done", "explanation": ""}
     try:
-        record |= _score(plan, name, point, display, train)
+        record |= _score(plan, name, point, display, train, leak or quick_leakage)
     except (ConfigError, StoppedError) as error:
         word = "diverged" if "not a finite number" in str(error) else "not possible"
         record |= {"status": word, "explanation": str(error)}
@@ -323,20 +348,23 @@ def read_record(folder: Storage) -> Record:
     return found
 
 
-def _score(plan: Plan, name: str, point: Point, display: Shows, train: TrainsTrial) -> Record:
+def _score(
+    plan: Plan, name: str, point: Point, display: Shows, train: TrainsTrial, leak: Callable[..., Record]
+) -> Record:
     config = plan.config_at(point)
     run_folder = Storage(config.cluster.storage).folder(name)
     with open_run(config, name, resume=run_folder.exists("config.yaml")) as run:
         found = summary(run) or train(run, display)
         warnings = list(run.warnings)
-    leak = quick_leakage(run_folder.folder("bundle").uri, config, plan.search, run_folder.folder("leak"), display)
+    # The display is the training's: an attack's epochs are others.
+    leakage = leak(run_folder.folder("bundle").uri, config, plan.search, run_folder.folder("leak"), Silent())
     return {
         "accuracy": found["best"]["val_accuracy"],
         "test_accuracy": found["test"]["accuracy"],
         "test_interval": list(found["test"]["accuracy_interval"]),
         "epochs": sum(found["epochs"].values()),
         "warnings": warnings,
-        **leak,
+        **leakage,
     }
 
 

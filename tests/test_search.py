@@ -54,8 +54,9 @@ def record(trial: str, accuracy: float, leakage: float, **others: Any) -> dict[s
         (["--search.min_accuracy", "plane"], "search.min_accuracy"),
         (["--search.min_accuracy", "1.5"], "search.min_accuracy"),
         (["--search.attack", "{widht: 3}"], "search.attack.widht"),
-        (["--search.scheduler", "pbt"], "needs a single objective"),
-        (["--search.scheduler", "pbt", "--search.objective", "accuracy"], "protection.skips does not allow"),
+        (["--search.scheduler", "pbt"], "set objective to 'accuracy'"),
+        (["--search.scheduler", "pbt", "--search.objective", "accuracy"], "does not allow so"),
+        (["--data.stream", "true"], "data.stream is True"),
         (["--search.nmu_trials", "3"], "unknown key 'search.nmu_trials' (did you mean 'num_trials'?)"),
     ],
 )

@@ -102,7 +102,7 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
         with following(board, _shown_by(display)):
             outcome = run_trainer(trainer, cluster.max_failures, run.storage)
     if "error" in outcome:
-        raise TrainingError(outcome["error"])
+        raise StoppedError(outcome["error"])
     found: dict[str, Any] = outcome["summary"]
     return found
 

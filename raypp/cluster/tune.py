@@ -7,6 +7,8 @@ for what another waiting one holds.
 
 from __future__ import annotations
 
+import functools
+import json
 import logging
 import math
 import os
@@ -19,6 +21,7 @@ from raypp.cluster.session import session  # first: it makes the settings that R
 
 import ray  # isort: skip
 import torch
+import yaml
 from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, Stopper, TuneConfig, Tuner
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, PopulationBasedTraining
@@ -28,16 +31,23 @@ from raypp import ladder, search
 from raypp.cluster import attack as attacks
 from raypp.cluster.spread import spread
 from raypp.cluster.train import train_on_ray
-from raypp.config import Cluster
+from raypp.config import Cluster, Config, validate
 from raypp.errors import ConfigError, RayppError
 from raypp.progress import GridDisplay
 from raypp.runs import Run, conclude
 from raypp.search import Plan, Range, Record, Search
 from raypp.storage import Storage
 from raypp.training.fit import fit, keep_splits
+from raypp.training.loop import Phase
 from raypp.training.sinks import LocalSink, Row
+from raypp.training.system import phases
 
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # whose quiet mode prints nothing
+# Tune would take an interrupt for the end of the search, and what is left would never run.
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+# Seconds between snapshots: a trial that Tune has not noted is drawn anew after the driver died.
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
+MANY_EPOCHS = 2**31
 EXPERIMENT = "tune"  # Tune's own folder below the search's
 OF_TUNE = "of-tune"  # a checkpoint that Tune hands to a trial, among its run's own
 HEAD = "node:__internal_head__"
@@ -52,7 +62,8 @@ class TuneSink(LocalSink):
         self._given = tune.get_checkpoint() if carry else None
 
     def checkpoints(self) -> list[str]:
-        return [OF_TUNE, *super().checkpoints()] if self._given is not None else super().checkpoints()
+        given = [OF_TUNE] if self._given is not None else []
+        return [*super().checkpoints(), *given]  # its own, where it has some, are of the same settings and no older
 
     @contextmanager
     def open(self, name: str) -> Iterator[Path]:
@@ -67,77 +78,98 @@ class TuneSink(LocalSink):
     def report(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
         if self._carry and checkpoint is not None:
             self._reports.checkpoint = tune.Checkpoint.from_directory(checkpoint)
-        self._reports.epochs = len(history) - 1  # in a resumed trial, and in one with another's networks
         super().report(history, name, checkpoint)
         self._reports.checkpoint = None  # its folder goes with the epoch
 
 
-class _Reports:
-    """Shows a trial's training to Tune: a report per epoch of its own, none of the quick attack's."""
+class _Reports(search.Silent):
+    """Shows a trial's training to Tune, a report per epoch."""
 
     def __init__(self, plan: Plan, least: float | None) -> None:
         self.plan, self.least = plan, least
         self.checkpoint: Any = None
-        self.training = True
-        self.epochs = 0
+        self.phases: list[Phase] = []
 
-    def step(self, info: Row) -> None:
-        """Tune takes reports after epochs only."""
-
-    def note(self, message: str) -> None:
-        """Nothing is shown inside a trial."""
-
-    def warn(self, message: str) -> None:
-        """A run's warnings are in its record."""
+    def begin(self, run: Run) -> None:
+        """A run begins or goes on; its configuration is settled, so that its phases are known."""
+        self.phases = phases(run.config)
 
     def epoch(self, row: Row) -> None:
-        if not self.training:
-            return
-        self.epochs += 1
-        found = {"epoch": self.epochs, "accuracy": row["val_accuracy"], "val_loss": row["val_loss"], "finished": False}
+        names = [phase.name for phase in self.phases]
+        before = sum(phase.epochs for phase in self.phases[: names.index(row["phase"])])
+        found = {
+            "epoch": before + row["epoch"],
+            "epochs": sum(phase.epochs for phase in self.phases),
+            "accuracy": row["val_accuracy"],
+            # A classifier of plain images, where one comes first, says nothing about its protection.
+            "judged": row["val_accuracy"] if row["phase"] == names[-1] else 0.0,
+            "val_loss": row["val_loss"],
+            "images_per_s": row["images_per_s"],
+            "finished": False,
+        }
         told = search.objectives(row["val_accuracy"], search.WORST_LEAKAGE, self.plan.search, self.least)
-        tune.report(found | told | {"images_per_s": row["images_per_s"]}, checkpoint=self.checkpoint)
+        tune.report(found | told, checkpoint=self.checkpoint)
 
     def end(self, record: Record) -> None:
+        """The trial is over; ``done`` keeps the scheduler from redirecting it."""
         done = record["status"] == "done"
         accuracy = record["accuracy"] if done else 0.0
         leakage = record["leakage"] if done else search.WORST_LEAKAGE
-        found = {"accuracy": accuracy, "leakage": leakage, "found": record.get("found", 1.0), "finished": True}
+        total = sum(phase.epochs for phase in self.phases)
+        found = {"epoch": total + 1, "epochs": total, "accuracy": accuracy, "judged": accuracy, "leakage": leakage}
         told = search.objectives(accuracy, leakage, self.plan.search, self.least)
-        tune.report({"epoch": self.epochs + 1} | found | told)
+        tune.report(found | told | {"found": record.get("found", 1.0), "finished": True, "done": True})
 
 
 def _trial(point: dict[str, Any], *, dumped: dict[str, Any], least: float | None) -> None:
     """What runs in a trial."""
     plan = search.restore(dumped)
     name = tune.get_context().get_trial_id()
-    config = plan.config
-    workers = config.cluster.num_workers or 1
-    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    cluster = plan.config.cluster
+    workers = cluster.num_workers or 1
+    torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
     keep_splits()  # the process may train more trials
     reports = _Reports(plan, least)
     carry = plan.search.scheduler == "pbt"
+    decoded = {key: _decoded(plan.search.space[key], value) for key, value in point.items()}
     if carry and tune.get_checkpoint() is not None:
-        # Redirected: other settings and another trial's networks. What it did before is no longer its own.
-        plan.storage.folder(search.TRIALS).delete(name)
+        _make_way(plan, name, decoded)
 
     def train(run: Run, display: Any) -> dict[str, Any]:
+        reports.begin(run)
         if workers > 1:
-            reports.epochs = num_epochs(run.storage)
-            found = train_on_ray(run, display)
-        else:
-            sink = TuneSink(run.storage, reports, carry)
-            found = conclude(run, fit(run.config, sink, run.phi, run.key), sink.device)
-        reports.training = False
-        return found
+            return train_on_ray(run, display)
+        sink = TuneSink(run.storage, reports, carry)
+        return conclude(run, fit(run.config, sink, run.phi, run.key), sink.device)
 
-    decoded = {key: _decoded(plan.search.space[key], value) for key, value in point.items()}
-    reports.end(search.run_trial(plan, name, decoded, reports, train))
+    leak = search.quick_leakage if workers == 1 else _leakage_in_a_task
+    reports.end(search.run_trial(plan, name, decoded, reports, train, leak))
 
 
-def num_epochs(run: Storage) -> int:
-    """How many epochs a run has behind it."""
-    return len(run.read("metrics.jsonl").splitlines()) if run.exists("metrics.jsonl") else 0
+def _make_way(plan: Plan, name: str, point: dict[str, Any]) -> None:
+    """Remove what a trial did before it was redirected: with other settings, it is no longer its own."""
+    trials = plan.storage.folder(search.TRIALS)
+    if trials.folder(name).exists("config.yaml"):
+        was = yaml.safe_load(trials.folder(name).read("config.yaml"))
+        now = plan.config_at(point).model_dump(mode="json")
+        if was["train"] != now["train"]:
+            trials.delete(name)
+
+
+def _leakage_in_a_task(bundle: str, config: Config, asked: Search, folder: Storage, display: Any) -> Record:
+    """The quick attack where the trial itself holds no CPU."""
+    cluster = config.cluster
+    gpus = 1 if _use_gpu(cluster, ray.cluster_resources()) else 0
+    task = ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=gpus, max_retries=cluster.max_failures)(_leakage)
+    arguments = bundle, config.model_dump(mode="json"), asked.model_dump(mode="json"), folder.uri
+    found: Record = ray.get(task.remote(*arguments))
+    return found
+
+
+def _leakage(bundle: str, config: dict[str, Any], asked: dict[str, Any], folder: str) -> Record:
+    settings = validate(config)
+    torch.set_num_threads(max(1, int(settings.cluster.cpus_per_worker)))
+    return search.quick_leakage(bundle, settings, Search.model_validate(asked), Storage(folder), search.Silent())
 
 
 def _decoded(values: Range | tuple[Any, ...], value: Any) -> Any:
@@ -186,7 +218,9 @@ def _room(plan: Plan, have: dict[str, float]) -> int:
     needs = {"CPU": cluster.cpus_per_worker * workers}
     if _use_gpu(cluster, have):
         needs["GPU"] = workers if workers > 1 else plan.search.gpus_per_trial
-    room = min(int(have.get(kind, 0) / each) for kind, each in needs.items())
+    # The workers of one trial may lie on several nodes, one worker may not.
+    places = [have] if workers > 1 else [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(min(int(place.get(kind, 0) / each) for kind, each in needs.items()) for place in places)
     if room < 1:
         asked = " and ".join(f"{each:g} {kind}s" for kind, each in needs.items())
         there = " and ".join(f"{have.get(kind, 0):g}" for kind in needs)
@@ -231,7 +265,6 @@ def _tune(plan: Plan, have: dict[str, float], room: int, least: float | None, wa
     follow = _Follow(watch)
     folder = plan.storage.folder(EXPERIMENT)
     with _silent():
-        # A driver that died before Tune's first snapshot left nothing to restore, and nothing that was finished.
         if begun and Tuner.can_restore(folder.uri):
             tuner = Tuner.restore(folder.uri, trainable=trial, resume_unfinished=True, resume_errored=True)
         else:
@@ -241,7 +274,8 @@ def _tune(plan: Plan, have: dict[str, float], room: int, least: float | None, wa
                 param_space=_param_space(asked) if asked.scheduler == "pbt" else {},
                 tune_config=TuneConfig(
                     num_samples=asked.num_trials,
-                    max_concurrent_trials=room,
+                    # A population takes turns where there is no room for all of it at once.
+                    max_concurrent_trials=None if asked.scheduler == "pbt" else room,
                     reuse_actors=workers == 1 and asked.scheduler != "pbt",
                     search_alg=_sampler(asked, plan.config.seed),
                     scheduler=_scheduler(plan),
@@ -257,7 +291,7 @@ def _tune(plan: Plan, have: dict[str, float], room: int, least: float | None, wa
                 ),
             )
         tuner.fit()
-    _keep(plan, watch.rows)
+    watch.over()
 
 
 def _sampler(asked: Search, seed: int) -> Any:
@@ -269,7 +303,7 @@ def _sampler(asked: Search, seed: int) -> Any:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     samplers = optuna.samplers
     kinds: dict[str, Callable[[], Any]] = {
-        # Half of the trials at random first: with Optuna's own ten, a short search would hardly be one.
+        # The first third at random: with Optuna's own ten, a short search would hardly be one.
         "tpe": lambda: samplers.TPESampler(
             seed=seed, n_startup_trials=max(4, min(10, asked.num_trials // 3)), multivariate=True, constant_liar=True
         ),
@@ -296,38 +330,30 @@ def _param_space(asked: Search) -> dict[str, Any]:
 
 def _scheduler(plan: Plan) -> Any:
     asked = plan.search
-    common: dict[str, Any] = {"time_attr": "epoch", "metric": "accuracy", "mode": "max"}
+    common: dict[str, Any] = {"time_attr": "epoch", "metric": "judged", "mode": "max"}
     if asked.scheduler == "asha":
-        most = _most_epochs(plan)
-        return AsyncHyperBandScheduler(
-            **common, max_t=most + 1, grace_period=min(asked.grace_epochs, most), reduction_factor=2
-        )
+        # Trials end by themselves; what ends at max_t would not be attacked.
+        return AsyncHyperBandScheduler(**common, max_t=MANY_EPOCHS, grace_period=asked.grace_epochs, reduction_factor=2)
     if asked.scheduler == "median":
         return MedianStoppingRule(**common, grace_period=asked.grace_epochs, min_samples_required=3)
     if asked.scheduler == "pbt":
         return PopulationBasedTraining(
-            **common, perturbation_interval=asked.grace_epochs, hyperparam_mutations=_param_space(asked)
+            **common,
+            perturbation_interval=asked.grace_epochs,
+            hyperparam_mutations=_param_space(asked),
+            custom_explore_fn=functools.partial(_within, asked.model_dump(mode="json")),
         )
     return None
 
 
-def _most_epochs(plan: Plan) -> int:
-    """Of the longest trial, all its phases together, and one report more for the attack."""
-    from raypp.training.system import phases
-
-    most = 0
-    keys = [key for key in plan.search.space if key in ("train.epochs", "train.plain_epochs", "train.mode")]
-    points: list[dict[str, Any]] = [{}]
-    for key in keys:
-        values = plan.search.space[key]
-        ends = [values.high] if isinstance(values, Range) else list(values)
-        points = [point | {key: end} for point in points for end in ends]
-    for point in points:
-        try:
-            most = max(most, sum(phase.epochs for phase in phases(plan.config_at(point))))
-        except ConfigError:  # such a trial will not train
-            continue
-    return most
+def _within(asked: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
+    """A perturbed point, brought back into the space's ranges."""
+    space = Search.model_validate(asked).space
+    limits = {key: values for key, values in space.items() if isinstance(values, Range)}
+    return {
+        key: min(max(value, limits[key].low), limits[key].high) if key in limits else value
+        for key, value in point.items()
+    }
 
 
 def _loggers(plan: Plan) -> list[Callback]:
@@ -373,17 +399,16 @@ class _Watch:
 
     def __init__(self, plan: Plan, least: float | None, display: GridDisplay) -> None:
         self.plan, self.least, self.display = plan, least, display
-        self.most = _most_epochs(plan) + 1
         self.rows: dict[str, Record] = {}
 
     def result(self, trial: Any, result: dict[str, Any]) -> None:
         row = self.rows.setdefault(trial.trial_id, {"epochs": 0})
         row |= {"accuracy": result.get("accuracy"), "epochs": result.get("epoch", 0), "settings": self._settings(trial)}
-        row["finished"] = bool(result.get("finished"))
-        if not row["finished"]:
+        row["of"] = result.get("epochs", 0)
+        if not result.get("finished"):
             info = {
-                "phase": "trial", "epoch": row["epochs"], "epochs": self.most, "steps_done": row["epochs"],
-                "steps_total": self.most, "images_per_s": result.get("images_per_s", 0.0),
+                "phase": "trial", "epoch": row["epochs"], "epochs": row["of"], "steps_done": row["epochs"],
+                "steps_total": row["of"] + 1, "images_per_s": result.get("images_per_s", 0.0),
                 "loss": result.get("val_loss", 0.0), "accuracy": row["accuracy"],
             }  # fmt: skip
             self.display.step(trial.trial_id, info)
@@ -400,13 +425,23 @@ class _Watch:
             row |= record
             said = _said(record)
         else:
-            row |= {"status": "stopped early", "explanation": f"after {row['epochs']} of {self.most - 1} epochs"}
+            row |= {"status": "stopped early", "explanation": f"after {row['epochs']} of {row.get('of', 0)} epochs"}
             accuracy = row.get("accuracy")
             said = f"stopped early after {row['epochs']} epochs" + (f", accuracy {accuracy:.1%}" if accuracy else "")
         settings = "  ".join(f"{key.rpartition('.')[2]} {_short(value)}" for key, value in row["settings"].items())
         self.display.done(name, f"{said}  ({settings})")
         _keep(self.plan, self.rows)
         search.write_table(self.plan.storage, _all_records(self.plan), self.least)
+
+    def over(self) -> None:
+        """The search has ended; what still ran then, its time or patience stopped."""
+        for name, row in self.rows.items():
+            if "status" not in row and not self.plan.storage.exists(f"{search.TRIALS}/{name}/{search.RESULT}"):
+                row |= {
+                    "status": "stopped early",
+                    "explanation": f"the search ended after {row['epochs']} of its epochs",
+                }
+        _keep(self.plan, self.rows)
 
     def _settings(self, trial: Any) -> dict[str, Any]:
         space = self.plan.search.space
@@ -428,8 +463,6 @@ ENDED = "ended.json"
 
 def _keep(plan: Plan, rows: dict[str, Record]) -> None:
     """Keep what only the driver knows of trials that did not reach their end, so that a resumed search still does."""
-    import json
-
     before = _kept(plan)
     now = {name: row for name, row in rows.items() if row.get("status") in ("stopped early", "failed")}
     resumed = {name: row for name, row in before.items() if name not in rows}
@@ -437,8 +470,6 @@ def _keep(plan: Plan, rows: dict[str, Record]) -> None:
 
 
 def _kept(plan: Plan) -> dict[str, Record]:
-    import json
-
     if not plan.storage.exists(ENDED):
         return {}
     found: dict[str, Record] = json.loads(plan.storage.read(ENDED))

@@ -366,23 +366,35 @@ class _Around:
             await send(message)
 
         try:
+            await self._answer(scope, receive, sending)
+        finally:
+            seconds = time.perf_counter() - began
+            route = getattr(scope.get("route"), "path", "none")
+            if self.observe is not None:
+                self.observe(route, status or 0, state["num_images"], seconds)
+            if logger.isEnabledFor(logging.INFO):
+                line = {
+                    "request": identifier, "method": scope["method"], "route": route, "status": status,
+                    "images": state["num_images"], "ms": round(1000 * seconds, 2),
+                }  # fmt: skip
+                logger.info("%s", json.dumps(line))
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
             await self.app(scope, receive, sending)
         except Exception:  # a defect of ours: the log has the trace, the client a number to ask about
-            logger.exception("request %s failed", identifier)
-            if status is not None:
-                raise  # the answer has begun: only breaking it off tells the client
+            logger.exception("request %s failed", scope["state"]["identifier"])
+            if begun:
+                raise  # only breaking the answer off tells the client
             answer = problem(Request(scope), 500, "defect", "the service failed; its log has the reason")
             await answer(scope, receive, sending)
-        seconds = time.perf_counter() - began
-        route = getattr(scope.get("route"), "path", "none")
-        if self.observe is not None:
-            self.observe(route, status or 500, state["num_images"], seconds)
-        if logger.isEnabledFor(logging.INFO):
-            line = {
-                "request": identifier, "method": scope["method"], "route": route, "status": status,
-                "images": state["num_images"], "ms": round(1000 * seconds, 2),
-            }  # fmt: skip
-            logger.info("%s", json.dumps(line))
 
 
 def problem(request: Request, status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> Response:
