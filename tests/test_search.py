@@ -221,7 +221,7 @@ def test_the_quick_attack_tells_protections_apart(tmp_path: Path, trained: Train
         for name, bundle in (("plain", tmp_path / "plain" / "bundle"), ("learned", trained.bundle))
     }
     assert leaks["plain"]["leakage"] > 0.6
-    assert leaks["plain"]["leakage"] > leaks["learned"]["leakage"] + 0.1
+    assert leaks["plain"]["leakage"] > leaks["learned"]["leakage"] + 0.03
     assert leaks["plain"]["found"] > 0.8
     assert leaks["plain"]["leakage_null"] == leaks["learned"]["leakage_null"] < 0.5
 

@@ -156,7 +156,7 @@ def _make_way(plan: Plan, name: str, point: dict[str, Any]) -> None:
             trials.delete(name)
 
 
-def _leakage_in_a_task(bundle: str, config: Config, asked: Search, folder: Storage, display: Any) -> Record:
+def _leakage_in_a_task(bundle: str, config: Config, asked: Search, folder: Storage, _: Any) -> Record:
     """The quick attack where the trial itself holds no CPU."""
     cluster = config.cluster
     gpus = 1 if _use_gpu(cluster, ray.cluster_resources()) else 0
