@@ -160,7 +160,9 @@ def _leakage_in_a_task(bundle: str, config: Config, asked: Search, folder: Stora
     """The quick attack where the trial itself holds no CPU."""
     cluster = config.cluster
     gpus = 1 if _use_gpu(cluster, ray.cluster_resources()) else 0
-    task = ray.remote(num_cpus=cluster.cpus_per_worker, num_gpus=gpus, max_retries=cluster.max_failures)(_leakage)
+    # "DEFAULT" takes it out of the trial's own placement group, which has no CPU.
+    elsewhere = {"num_cpus": cluster.cpus_per_worker, "num_gpus": gpus, "scheduling_strategy": "DEFAULT"}
+    task = ray.remote(**elsewhere, max_retries=cluster.max_failures)(_leakage)
     arguments = bundle, config.model_dump(mode="json"), asked.model_dump(mode="json"), folder.uri
     found: Record = ray.get(task.remote(*arguments))
     return found
