@@ -19,7 +19,8 @@ pytestmark = pytest.mark.ray
 def command(tmp_path: Path, name: str, *flags: str, **changes: object) -> list[str]:
     given = [flag for flag in tiny_flags(tmp_path, **changes) if flag not in ("--cluster.storage", str(tmp_path))]
     given += ["--search.attack", "{width: 4, train: {epochs: 1}}", "--search.suite", "null"]
-    given += ["--search.space.protection.skips", "[0, 1, 2]"]  # of a U-Net of depth 2
+    if "--search.space" not in flags:
+        given += ["--search.space.protection.skips", "[0, 1, 2]"]  # of a U-Net of depth 2
     return ["raypp", "tune", "quickstart", "--storage", str(tmp_path), "--name", name, *given, *flags]
 
 
