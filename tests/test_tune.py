@@ -100,7 +100,7 @@ def test_a_population_passes_its_best_networks_on(cluster: Cluster, tmp_path: Pa
     space = f"{{train.optimizer.lr: {rates}, train.alpha: null, protection.skips: null, train.schedule: null}}"
     flags = [
         "--search.space", space, "--search.objective", "accuracy", "--search.scheduler", "pbt",
-        "--search.num_trials", "4", "--search.grace_epochs", "3", "--train.schedule", "{name: constant}",
+        "--search.num_trials", "4", "--search.grace_epochs", "4", "--train.schedule", "{name: constant}",
     ]  # fmt: skip
     result = cluster.run(command(tmp_path, "population", *flags, train__epochs=11, data__source__num_train=200))
     assert result.returncode == 0, result.stdout + result.stderr
