@@ -27,6 +27,7 @@ COMMANDS = [
     "train",
     "quickstart",
     "table1",
+    "tune",
     "attack",
     "report",
     "evaluate",

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raypp.config import Config, load_config, merge, parse_flags, presets, read_yaml, validate, validate_data
+from raypp.config import Config, load_config, load_tree, merge, parse_flags, presets, read_yaml, validate, validate_data
 from raypp.errors import ConfigError, RayppError
 
 
@@ -51,7 +51,9 @@ def test_paper_presets_hold_section_3a(name: str, num_val: int) -> None:
         "stream": False,
         "shuffle_buffer": 10_000,
     }
-    assert config.protection.model_dump() == {"name": "learned", "width": 64, "depth": 4, "skips": None}
+    assert config.protection.model_dump() == {
+        "name": "learned", "width": 64, "depth": 4, "skips": None, "jpeg": None, "adversary": None,
+    }  # fmt: skip
     assert config.classifier.model_dump() == {"name": "resnet20", "width": 16}
     assert config.features.model_dump() == {"name": "vgg16", "weights": "torchvision"}
     train = config.train
@@ -65,7 +67,7 @@ def test_paper_presets_state_the_papers_numbers_themselves() -> None:
     """A changed default in code must not change the paper's experiment."""
     for name in ("cifar10", "cifar100"):
         tree = read_yaml(presets()[name])
-        assert {"seed", "data", "protection", "classifier", "features", "train"} == tree.keys()
+        assert {"seed", "data", "protection", "classifier", "features", "train", "search"} == tree.keys()
         assert tree["train"].keys() == {"mode", "alpha", "epochs", "batch_size", "optimizer", "schedule"}
         assert tree["train"]["optimizer"].keys() == {"name", "lr", "momentum", "weight_decay"}
         assert tree["data"].keys() == {"source", "num_val", "augment"}
@@ -349,7 +351,7 @@ def test_relative_paths_are_settled_at_once(tmp_path: Path, monkeypatch: pytest.
 def test_yaml_round_trip(
     alpha: float, milestones: list[int], size: tuple[int, int] | None, skips: int | None, seed: int
 ) -> None:
-    tree = read_yaml(presets()["quickstart"])
+    tree = load_tree("quickstart")
     over = {
         "seed": seed,
         "data": {"image_size": size},
