@@ -245,11 +245,7 @@ def open_plan(plan: Plan, *, resume: bool) -> Iterator[tuple[Plan, Victim]]:
         StorageError: it is in use, exists already, or was made for another victim or other images.
     """
     storage = plan.storage
-    if storage.local:
-        try:
-            storage.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"cannot create {storage.uri}: {error.strerror}") from error
+    storage.create()
     with lock(storage, f"the attack run {storage.uri}"):
         now = plan.dump()
         before: dict[str, Any] | None = None

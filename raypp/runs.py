@@ -78,7 +78,7 @@ def open_run(config: Config, name: str, *, resume: bool = False) -> Iterator[Run
     if not resume:
         settled, phi, warning = prepare(config)  # before the folder: a mistake found here leaves no trace
         key = new_key(config)
-        _create(storage)
+        storage.create()
     with lock(storage, f"run {name!r}"):
         if resume:
             before = stored(storage, "config.yaml", "train", "data")
@@ -268,14 +268,6 @@ def _describe_features(config: Config, phi: StateDict | None) -> str:
     options = ", ".join(f"{k} {v}" for k, v in config.features.model_dump(mode="json").items() if k != "name")
     layer = "relu2_2" if phi is not None else "early block"
     return f"{config.features.name}, {layer}" + (f" ({options})" if options else "")
-
-
-def _create(storage: Storage) -> None:
-    if storage.local:
-        try:
-            storage.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"cannot create {storage.uri}: {error.strerror}") from error
 
 
 def _refuse_taken(storage: Storage, name: str) -> None:

@@ -31,6 +31,7 @@ from raypp.attacks.base import Access, TrainedAttack
 from raypp.config import Config, Section, load_tree, merge, nest, sentence, validate
 from raypp.data.base import stratified_split
 from raypp.errors import ConfigError, RayppError, StoppedError, StorageError
+from raypp.evaluation.figures import as_png, new_figure
 from raypp.evaluation.scorecard import measure, nulls, share_found, summarise
 from raypp.evaluation.victim import Victim
 from raypp.progress import Shows
@@ -261,11 +262,7 @@ def open_search(plan: Plan, *, resume: bool) -> Iterator[bool]:
         StorageError: it exists already, or with ``resume`` does not, or was asked for other things.
     """
     storage = plan.storage
-    if storage.local:
-        try:
-            storage.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"cannot create {storage.uri}: {error.strerror}") from error
+    storage.create()
     with lock(storage, f"the search {storage.uri}"):
         begun = storage.exists(FILE)
         if begun and not resume:
@@ -585,7 +582,7 @@ def front_figure(searches: dict[str, Sequence[Record]], least: float | None = No
     panel.set_xlabel("validation accuracy after 8-bit rounding, % (better to the right)")
     panel.set_ylabel("leakage: SSIM of the quick attack (better below)")
     panel.legend(frameon=False, fontsize=8)
-    return _png(canvas)
+    return as_png(canvas)
 
 
 def parallel_figure(records: Sequence[Record], least: float | None = None) -> bytes | None:
@@ -626,7 +623,7 @@ def parallel_figure(records: Sequence[Record], least: float | None = None) -> by
     panel.set_yticks([])
     panel.set_xlim(-0.3, len(axes) - 0.3)
     panel.set_title("trials through their settings and scores; blue: on the front", fontsize=10)
-    return _png(canvas)
+    return as_png(canvas)
 
 
 def importance_figure(records: Sequence[Record], search: Search) -> bytes | None:
@@ -663,7 +660,7 @@ def importance_figure(records: Sequence[Record], search: Search) -> bytes | None
     panel.set_yticks(range(len(keys)), keys)
     panel.set_xlabel("importance (fANOVA), shares of 1")
     panel.legend(frameon=False)
-    return _png(canvas)
+    return as_png(canvas)
 
 
 def distribution(values: Range | tuple[Any, ...]) -> Any:
@@ -677,20 +674,10 @@ def distribution(values: Range | tuple[Any, ...]) -> Any:
 
 
 def _panel(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    canvas = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(canvas)
+    canvas = new_figure(width, height)
     panel = canvas.subplots()
     panel.spines[["top", "right"]].set_visible(False)
     return canvas, panel
-
-
-def _png(canvas: Any) -> bytes:
-    file = io.BytesIO()
-    canvas.savefig(file, format="png", dpi=130)
-    return file.getvalue()
 
 
 # The end

@@ -82,6 +82,14 @@ class Storage:
         parts = urlsplit(self.uri)  # the path may be followed by options, as in s3://bucket/runs?region=...
         return Storage(parts._replace(path=f"{parts.path.rstrip('/')}/{name}").geturl())
 
+    def create(self) -> None:
+        """Make this folder where it is local and not there; object stores have none. Raises StorageError."""
+        if self.local:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StorageError(f"cannot create {self.uri}: {error.strerror}") from error
+
     def exists(self, name: str = "") -> bool:
         from pyarrow import fs
 

@@ -22,6 +22,7 @@ import yaml
 
 from raypp.config import Config, flatten, load_tree, merge, parse_flags, presets, validate
 from raypp.errors import ConfigError, RayppError, StorageError
+from raypp.evaluation.figures import as_png, new_figure
 from raypp.progress import GridDisplay, Shows
 from raypp.registry import did_you_mean
 from raypp.runs import checked_name, lock, open_run, same_configuration, stored, summary, train_locally
@@ -372,13 +373,9 @@ def markdown(results: Sequence[Result], notes: Sequence[str]) -> str:
 
 def figure(results: Sequence[Result]) -> bytes:
     """The table as a PNG: a panel per data set, the paper's value beside ours."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     datasets = list(dict.fromkeys(r.dataset for r in results))
     num = max(sum(r.dataset == d for r in results) for d in datasets)
-    canvas = Figure(figsize=(3 + 5.5 * len(datasets), 1.6 + 0.42 * num), layout="constrained")
-    FigureCanvasAgg(canvas)
+    canvas = new_figure(3 + 5.5 * len(datasets), 1.6 + 0.42 * num)
     panels = canvas.subplots(1, len(datasets), squeeze=False)[0]
     for panel, dataset in zip(panels, datasets, strict=True):
         rows = [r for r in results if r.dataset == dataset]
@@ -408,9 +405,7 @@ def figure(results: Sequence[Result]) -> bytes:
         handles, labels = panel.get_legend_handles_labels()
         known = dict(zip(labels, handles, strict=True))
         panel.legend(known.values(), known.keys(), loc="lower left", frameon=False)
-    file = io.BytesIO()
-    canvas.savefig(file, format="png", dpi=130)
-    return file.getvalue()
+    return as_png(canvas)
 
 
 def _ours(result: Result) -> str:

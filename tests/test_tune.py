@@ -139,3 +139,14 @@ def test_budgets_end_a_search_and_every_trial_is_told(cluster: Cluster, tmp_path
     name = next(name for name, best in summary["best"].items() if best == trial)
     assert (folder / "best" / name / "private" / "scorecard.json").exists()
     assert (folder / "report" / "report.html").stat().st_size > 10_000
+
+
+def test_patience_ends_a_search_that_no_longer_improves() -> None:
+    from raypp.cluster.tune import NoImprovement
+
+    stop = NoImprovement(2, "both", None)
+    for accuracy, leakage, ends in ((0.5, 0.5, False), (0.4, 0.6, False), (0.6, 0.6, False), (0.5, 0.5, False),
+                                    (0.3, 0.7, True)):  # fmt: skip
+        stop("t", {"accuracy": accuracy, "leakage": 0.0, "finished": False})  # an epoch is no end
+        stop("t", {"accuracy": accuracy, "leakage": leakage, "told_score": accuracy, "finished": True})
+        assert stop.stop_all() is ends

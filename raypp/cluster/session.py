@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from raypp import env
 from raypp.errors import ConfigError
@@ -13,6 +14,14 @@ from raypp.errors import ConfigError
 env.apply()
 
 import ray  # noqa: E402  (its settings come first)
+
+if TYPE_CHECKING:
+    from raypp.config import Cluster
+
+
+def wants_gpu(cluster: Cluster, have: dict[str, float]) -> bool:
+    """Whether work gets GPUs: as configured, else wherever the cluster has some."""
+    return have.get("GPU", 0) > 0 if cluster.gpu is None else cluster.gpu
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from raypp.cluster.session import session  # first: it makes the settings that Ray reads when it is imported
+from raypp.cluster.session import session, wants_gpu  # first: it makes the settings that Ray reads when it is imported
 
 import ray  # isort: skip
 import torch
@@ -99,7 +99,7 @@ def _outcome(reference: Any) -> Outcome:
 
 def resources(cluster: Cluster, have: dict[str, float], what: str, num: int = 1) -> dict[str, float]:
     """What one of ``num`` pieces takes that run at once; raises ConfigError where the cluster cannot give it."""
-    use_gpu = have.get("GPU", 0) > 0 if cluster.gpu is None else cluster.gpu
+    use_gpu = wants_gpu(cluster, have)
     for kind, each in {"CPU": cluster.cpus_per_worker, "GPU": float(use_gpu)}.items():
         if num * each > have.get(kind, 0):
             raise ConfigError(

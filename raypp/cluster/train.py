@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raypp.cluster.session import session  # first: it makes the settings that Ray reads when it is imported
+from raypp.cluster.session import session, wants_gpu  # first: it makes the settings that Ray reads when it is imported
 
 import ray  # isort: skip
 import ray.train
@@ -178,7 +178,7 @@ def _scale(config: Config, have: dict[str, float]) -> tuple[int, bool]:
     cluster, gpus = config.cluster, int(have.get("GPU", 0))
     if cluster.num_workers is not None:
         return cluster.num_workers, gpus >= cluster.num_workers if cluster.gpu is None else cluster.gpu
-    use_gpu = gpus > 0 if cluster.gpu is None else cluster.gpu
+    use_gpu = wants_gpu(cluster, have)
     slots = gpus if use_gpu else int((have.get("CPU", 1) - _cpus_beside(config)) / cluster.cpus_per_worker)
     return max(n for n in range(1, MAX_WORKERS + 1) if n <= max(slots, 1) and config.train.batch_size % n == 0), use_gpu
 

@@ -8,6 +8,7 @@ for what another waiting one holds.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from raypp.cluster.session import session  # first: it makes the settings that Ray reads when it is imported
+from raypp.cluster.session import session, wants_gpu  # first: it makes the settings that Ray reads when it is imported
 
 import ray  # isort: skip
 import torch
@@ -31,7 +32,7 @@ from raypp import ladder, search
 from raypp.cluster import attack as attacks
 from raypp.cluster.spread import spread
 from raypp.cluster.train import train_on_ray
-from raypp.config import Cluster, Config, validate
+from raypp.config import Config, validate
 from raypp.errors import ConfigError, RayppError
 from raypp.progress import GridDisplay
 from raypp.runs import Run, conclude
@@ -50,6 +51,7 @@ os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
 MANY_EPOCHS = 2**31
 EXPERIMENT = "tune"  # Tune's own folder below the search's
 OF_TUNE = "of-tune"  # a checkpoint that Tune hands to a trial, among its run's own
+ENDED = "ended.json"  # what only the driver knows of trials
 HEAD = "node:__internal_head__"
 
 
@@ -159,7 +161,7 @@ def _make_way(plan: Plan, name: str, point: dict[str, Any]) -> None:
 def _leakage_in_a_task(bundle: str, config: Config, asked: Search, folder: Storage, _: Any) -> Record:
     """The quick attack where the trial itself holds no CPU."""
     cluster = config.cluster
-    gpus = 1 if _use_gpu(cluster, ray.cluster_resources()) else 0
+    gpus = 1 if wants_gpu(cluster, ray.cluster_resources()) else 0
     # "DEFAULT" takes it out of the trial's own placement group, which has no CPU.
     elsewhere = {"num_cpus": cluster.cpus_per_worker, "num_gpus": gpus, "scheduling_strategy": "DEFAULT"}
     task = ray.remote(**elsewhere, max_retries=cluster.max_failures)(_leakage)
@@ -218,7 +220,7 @@ def _room(plan: Plan, have: dict[str, float]) -> int:
     """How many trials fit into the cluster at once; raises ConfigError for none."""
     cluster, workers = plan.config.cluster, plan.config.cluster.num_workers or 1
     needs = {"CPU": cluster.cpus_per_worker * workers}
-    if _use_gpu(cluster, have):
+    if wants_gpu(cluster, have):
         needs["GPU"] = workers if workers > 1 else plan.search.gpus_per_trial
     # The workers of one trial may lie on several nodes, one worker may not.
     places = [have] if workers > 1 else [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -231,10 +233,6 @@ def _room(plan: Plan, have: dict[str, float]) -> int:
             "search.gpus_per_trial"
         )
     return room
-
-
-def _use_gpu(cluster: Cluster, have: dict[str, float]) -> bool:
-    return have.get("GPU", 0) > 0 if cluster.gpu is None else cluster.gpu
 
 
 def _baseline(plan: Plan, quiet: bool) -> float:
@@ -261,7 +259,7 @@ def _tune(plan: Plan, have: dict[str, float], room: int, least: float | None, wa
         needs: dict[str, float] = {HEAD: 0.01}  # Tune refuses 0 CPUs; the run inside asks for its own
     else:
         needs = {"CPU": cluster.cpus_per_worker}
-        if _use_gpu(cluster, have):
+        if wants_gpu(cluster, have):
             needs["GPU"] = asked.gpus_per_trial
     trial = tune.with_resources(tune.with_parameters(_trial, dumped=plan.dump(), least=least), needs)
     follow = _Follow(watch)
@@ -270,7 +268,8 @@ def _tune(plan: Plan, have: dict[str, float], room: int, least: float | None, wa
         if begun and Tuner.can_restore(folder.uri):
             tuner = Tuner.restore(folder.uri, trainable=trial, resume_unfinished=True, resume_errored=True)
         else:
-            limits: list[Stopper] = [NoImprovement(plan.dump(), least)] if asked.patience is not None else []
+            patience = asked.patience
+            stop = NoImprovement(patience, asked.objective, least) if patience is not None else None
             tuner = Tuner(
                 trial,
                 param_space=_param_space(asked) if asked.scheduler == "pbt" else {},
@@ -287,7 +286,7 @@ def _tune(plan: Plan, have: dict[str, float], room: int, least: float | None, wa
                     name=EXPERIMENT,
                     storage_path=plan.storage.uri,
                     verbose=0,
-                    stop=limits[0] if limits else None,
+                    stop=stop,
                     callbacks=[follow, *_loggers(plan)],
                     failure_config=FailureConfig(max_failures=cluster.max_failures),
                 ),
@@ -360,8 +359,6 @@ def _within(asked: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
 
 def _loggers(plan: Plan) -> list[Callback]:
     """MLflow where it is installed and told where to write; TensorBoard is Tune's own default."""
-    import importlib.util
-
     if importlib.util.find_spec("mlflow") is None or not os.environ.get("MLFLOW_TRACKING_URI"):
         return []
     from ray.air.integrations.mlflow import MLflowLoggerCallback
@@ -373,17 +370,16 @@ def _loggers(plan: Plan) -> list[Callback]:
 class NoImprovement(Stopper):  # type: ignore[misc]  # Ray has no types here
     """Ends a search after so many finished trials in a row that improved neither front nor objective."""
 
-    def __init__(self, dumped: dict[str, Any], least: float | None) -> None:
-        self._dumped, self._least = dumped, least
+    def __init__(self, patience: int, objective: str, least: float | None) -> None:
+        self._patience, self._objective, self._least = patience, objective, least
         self._records: list[Record] = []
         self._best, self._since = -math.inf, 0
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         if result.get("finished"):
-            asked = Search.model_validate(self._dumped["search"])
             done = {"trial": trial_id, "status": "done", "accuracy": result["accuracy"], "leakage": result["leakage"]}
             self._records.append(done)
-            if asked.objective == "both":
+            if self._objective == "both":
                 value = search.hypervolume(self._records, self._least)
             else:
                 value = result["told_score"]
@@ -392,8 +388,7 @@ class NoImprovement(Stopper):  # type: ignore[misc]  # Ray has no types here
         return False
 
     def stop_all(self) -> bool:
-        patience: int = self._dumped["search"]["patience"]
-        return self._since >= patience
+        return self._since >= self._patience
 
 
 class _Watch:
@@ -458,9 +453,6 @@ def _said(record: Record) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(search.label(value))
-
-
-ENDED = "ended.json"
 
 
 def _keep(plan: Plan, rows: dict[str, Record]) -> None:

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 import raypp
 from raypp import images as image_files
 from raypp.errors import BundleError, ConfigError, StorageError
+from raypp.evaluation.figures import as_png, new_figure
 from raypp.images import Pixels
 from raypp.storage import Storage
 
@@ -315,25 +316,10 @@ def _worst(source: Source) -> bytes:
     )
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _png(figure: Any) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120)
-    return file.getvalue()
-
-
 def _boxes(source: Source) -> bytes:
     """Fig. 5: PSNR and SSIM of every image under every attack, with outliers; nulls below."""
     names = [*_done(source), *(f"null: {name}" for name in source.card["nulls"])]
-    figure = _figure(11, 1.2 + 0.34 * len(names))
+    figure = new_figure(11, 1.2 + 0.34 * len(names))
     panels = figure.subplots(1, 2, sharey=True)
     for panel, metric, title in zip(panels, ("psnr", "ssim"), ("PSNR, dB (60 is exact)", "SSIM"), strict=True):
         drawn = panel.boxplot(
@@ -352,12 +338,12 @@ def _boxes(source: Source) -> bytes:
         panel.grid(axis="x", alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
-    return _png(figure)
+    return as_png(figure, dpi=120)
 
 
 def _curves(source: Source) -> bytes:
     """Leakage against epochs within the training, and against effort from one training to the next."""
-    figure = _figure(13, 3.6)
+    figure = new_figure(13, 3.6)
     epochs, effort, longer = figure.subplots(1, 3)
     for name in _done(source):
         attack = source.card["attacks"][name]
@@ -383,12 +369,12 @@ def _curves(source: Source) -> bytes:
         panel.spines[["top", "right"]].set_visible(False)
         if panel.get_legend_handles_labels()[0]:
             panel.legend(frameon=False, fontsize=8)
-    return _png(figure)
+    return as_png(figure, dpi=120)
 
 
 def _front(found: Sequence[Source]) -> bytes:
     """Share found by the worst attack, and by the worst of those that learn, against accuracy."""
-    figure = _figure(8, 4.6)
+    figure = new_figure(8, 4.6)
     panel = figure.subplots()
     for s in found:
         if s.card["accuracy"] is None or s.card["found"] is None:
@@ -408,7 +394,7 @@ def _front(found: Sequence[Source]) -> bytes:
         ylim=(0, 104), xlabel="test accuracy on protected images, %", ylabel="originals found by the worst attack, %"
     )
     panel.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
+    return as_png(figure, dpi=120)
 
 
 def _embedded(png: bytes) -> str:
