@@ -65,11 +65,11 @@ def load_lpips() -> nn.Module | None:
     None where that package is not installed or torch's hub folder does not hold AlexNet's weights: nothing is
     downloaded behind the user's back.
     """
+    if not (Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET).exists():  # first: the import takes seconds
+        return None
     try:
         from lpips import LPIPS
     except ImportError:
-        return None
-    if not (Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET).exists():
         return None
     net: nn.Module = LPIPS(net="alex", version="0.1", verbose=False)
     return net.eval().requires_grad_(False)
