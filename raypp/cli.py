@@ -332,7 +332,7 @@ def run_attacks(plan: Plan, *, resume: bool = False, local: bool = False, quiet:
 
 
 @app.command
-def report(*sources: str, out: Path = Path("report")) -> None:
+def report(*sources: str, out: str = "report") -> None:
     """Put attack runs and attacked bundles into one HTML page with figures, CSV and JSON.
 
     Parameters
@@ -340,7 +340,7 @@ def report(*sources: str, out: Path = Path("report")) -> None:
     sources
         Attack runs (see `raypp attack`), or runs of `raypp train` and bundles that were attacked.
     out
-        A new or empty folder, or one that holds an earlier report.
+        A new or empty folder, or one that holds an earlier report; a path or URI.
     """
     from raypp.evaluation.report import write_report
     from raypp.storage import Storage

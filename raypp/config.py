@@ -145,6 +145,10 @@ class Train(Optimisation):
 class Cluster(Section):
     num_workers: int | None = Field(None, ge=1)
     """Training workers; null takes one per GPU, else one per CPU, at most 8 and so that they divide the batch."""
+    min_workers: int | None = Field(None, ge=1)
+    """Go on with as few workers as this when nodes leave, and take up more, to ``num_workers``, when they come; null
+    waits for all of them. Where their number does not divide the batch, a step takes the next smaller one that it
+    does."""
     cpus_per_worker: float = Field(1, gt=0)
     """CPUs that Ray reserves per worker; also its number of torch threads."""
     gpu: bool | None = None
@@ -153,6 +157,15 @@ class Cluster(Section):
     """Times that a worker group is restarted from the last checkpoint before the run is given up."""
     storage: Location = Field("runs", validate_default=True)
     """Folder or pyarrow filesystem URI (s3://...) under which each run has its folder."""
+
+    @model_validator(mode="after")
+    def _range(self) -> Cluster:
+        if self.min_workers is not None and self.min_workers > (self.num_workers or 0):
+            raise ValueError(
+                f"min_workers is {self.min_workers}; allowed is at most num_workers, which is "
+                f"{'not set' if self.num_workers is None else self.num_workers}"
+            )
+        return self
 
 
 class Config(Section):

@@ -22,6 +22,9 @@ from raypp.errors import StorageError
 from raypp.registry import absolute
 
 
+JOBS_FOLDER = "/runtime_resources/working_dir_files/"  # where `ray job submit` unpacks what it was given
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a local file, in hex."""
     with path.open("rb") as file:
@@ -85,6 +88,11 @@ class Storage:
     def create(self) -> None:
         """Make this folder where it is local and not there; object stores have none. Raises StorageError."""
         if self.local:
+            if JOBS_FOLDER in self.path.as_posix():
+                raise StorageError(
+                    f"cannot create {self.uri}: it lies in a job's own folder, which Ray deletes; storage of a job is an "
+                    "absolute path or a URI that every node sees"
+                )
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
             except OSError as error:

@@ -13,14 +13,14 @@ from raypp.cluster.session import session  # first: it makes the settings that R
 
 import ray  # isort: skip
 import torch
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import TrainedAttack
 from raypp.cluster.board import Board, Events, Steps, following
 from raypp.cluster.spread import Outcome, Pinned, resources, spread
-from raypp.cluster.train import run_trainer
+from raypp.cluster.train import run_trainer, scaling
 from raypp.errors import RayppError, StoppedError
 from raypp.ladder import JUDGE, Plan, load_victim_of, restore, run_attack, train_judge, waits_for
 from raypp.progress import GridDisplay, Shows
@@ -70,9 +70,7 @@ def _run_together(plan: Plan, name: str, have: dict[str, float], display: GridDi
             "plan": plan.dump(), "name": name, "board": board, "threads": max(1, int(cluster.cpus_per_worker)),
         },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=num, use_gpu=use_gpu, resources_per_worker={"CPU": cluster.cpus_per_worker}
-        ),
+        scaling_config=scaling(cluster, num, use_gpu),
         run_config=RunConfig(
             name="ray",
             storage_path=folder.uri,

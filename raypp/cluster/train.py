@@ -17,7 +17,7 @@ from ray.train import Checkpoint, FailureConfig, LoggingConfig, RunConfig, Scali
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from raypp.cluster.board import Board, Events, Steps, following
-from raypp.config import Config, validate
+from raypp.config import Cluster, Config, validate
 from raypp.data.streaming import StreamLoader, bounded, datasets
 from raypp.errors import ConfigError, RayppError, StoppedError, TrainingError
 from raypp.keys import Key
@@ -30,6 +30,7 @@ from raypp.training.fit import TrainingData, check_sides, fit, protect_first
 from raypp.training.sinks import CHECKPOINTS, Row, RunCheckpoints, metrics_lines, newest_first, prune
 
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
+RESIZE_SECONDS = 30.0  # how often an elastic run looks whether it can grow
 MAX_WORKERS = 8  # of a run that does not say how many: a batch of 128 is not worth spreading further
 
 
@@ -70,7 +71,7 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
         check_sides(config, *config.data.image_size)
     with session() as have:
         num_workers, use_gpu = _scale(config, have)
-        _check_resources(config, have, num_workers, use_gpu, display)
+        _check_resources(config, have, cluster.min_workers or num_workers, use_gpu, display)
         board = ray.remote(num_cpus=0)(Board).remote()
         # Ray's own record of checkpoints refuses to start once one of them is gone; ours is the folder itself.
         run.storage.folder(CHECKPOINTS).remove(RAY_SNAPSHOT)
@@ -84,11 +85,7 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
                 "board": board,
             },
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=num_workers,
-                use_gpu=use_gpu,
-                resources_per_worker={"CPU": cluster.cpus_per_worker},
-            ),
+            scaling_config=scaling(cluster, num_workers, use_gpu),
             datasets=datasets(config) if config.data.stream else None,
             dataset_config=ray.train.DataConfig(datasets_to_split=["train"], execution_options=bounded()),
             run_config=RunConfig(
@@ -105,6 +102,16 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
         raise StoppedError(outcome["error"])
     found: dict[str, Any] = outcome["summary"]
     return found
+
+
+def scaling(cluster: Cluster, num_workers: int, use_gpu: bool) -> ScalingConfig:
+    """What Ray Train is asked for; its default strategy, PACK, keeps the workers on as few nodes as can be."""
+    return ScalingConfig(
+        num_workers=num_workers if cluster.min_workers is None else (cluster.min_workers, num_workers),
+        elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+        use_gpu=use_gpu,
+        resources_per_worker={"CPU": cluster.cpus_per_worker},
+    )
 
 
 def _worker(arguments: dict[str, Any]) -> dict[str, Any]:

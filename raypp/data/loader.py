@@ -81,7 +81,7 @@ class DeviceLoader:
     Args:
         images: uint8 (N, H, W, C) on the device.
         labels: int64 (N,) on the device.
-        batch_size: images per step over all workers; a multiple of ``world``.
+        batch_size: images per step over all workers; where ``world`` does not divide it, the next smaller that it does.
         first: applied to uint8 (n, H, W, C) before they are augmented: a protection that allows that order.
 
     Raises:
@@ -104,7 +104,7 @@ class DeviceLoader:
         if len(images) < world:
             raise DataError(f"{len(images)} training images cannot be shared among {world} workers")
         self.images, self.labels = images, labels
-        self.batch_size = min(batch_size, len(images) // world * world)
+        self.batch_size = min(batch_size, len(images)) // world * world
         self.num_batches = len(images) // self.batch_size
         self.seed, self.augmentation, self.rank, self.world = seed, augmentation, rank, world
 

@@ -1,0 +1,273 @@
+"""What Ray costs: the same loop on Ray Train and under torchrun, one worker and two; a stream against memory.
+
+Ray Train and torchrun each start their workers once, and the workers wait. Then they train in turn, in interleaved rounds, the same
+number of steps of raypp's real loop (``Loop.train_epoch``): batches of 128 random images in all, joint training, one
+thread for each worker, gradients averaged by gloo. Ratios are formed round by round. Start-up is told apart: from the
+command until the workers have taken their first step.
+
+The second table trains a plain classifier by ``raypp train`` on the same Parquet file, read into memory and streamed through
+Ray Data: images/s of the epochs after the first, one worker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from _common import (
+    BATCH_SIZE,
+    RayppLoop,
+    Spread,
+    describe,
+    device_batches,
+    feature_weights,
+    finish,
+    interleave,
+    joint_config,
+    machine,
+    own_ray,
+    progress,
+    quiet_sink,
+    ratio,
+    show_table,
+)
+
+from raypp import env
+
+PATIENCE = 300.0
+POLL_SECONDS = 0.02
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes] | None = None) -> str:
+    """The text of a file, once it is there; ends the program where the process that should write it has ended."""
+    end = time.monotonic() + PATIENCE
+    while not path.exists():
+        if (process is not None and process.poll() is not None) or time.monotonic() > end:
+            raise SystemExit(f"{path.name} never came")
+        time.sleep(POLL_SECONDS)
+    return path.read_text()
+
+
+def write(path: Path, text: str) -> None:
+    aside = path.with_suffix(".tmp")
+    aside.write_text(text)
+    aside.replace(path)
+
+
+def member(folder: Path, preset: str) -> None:
+    """One worker, in a process group already: train as many steps as each file ``go_N`` says, until one says 0."""
+    torch.set_num_threads(1)
+    with quiet_sink(torch.device("cpu")) as sink:
+        config = joint_config(preset)
+        loop = RayppLoop(config, feature_weights(None), sink)
+        loop.feed(device_batches(config, 1, sink))
+        loop.epoch()
+        if sink.rank == 0:
+            write(folder / "ready", str(time.time()))
+        number = 0
+        while steps := int(wait_for(folder / f"go_{number}")):
+            loop.feed(device_batches(config, steps, sink))
+            speed = loop.epoch()
+            if sink.rank == 0:
+                write(folder / f"done_{number}", str(speed))
+            number += 1
+
+
+def on_ray(folder: Path, preset: str, num: int) -> None:
+    """Run ``num`` members on Ray Train."""
+    from raypp.cluster.session import session
+    from raypp.cluster.train import scaling
+    from raypp.config import Cluster
+
+    import ray.train  # isort: skip
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    def work(_: dict[str, Any]) -> None:
+        sys.path.insert(0, str(Path(__file__).parent))
+        from scaling import member as run
+
+        run(folder, preset)
+
+    with session():
+        TorchTrainer(
+            work,
+            train_loop_config={},
+            torch_config=TorchConfig(backend="gloo"),
+            scaling_config=scaling(Cluster(), num, use_gpu=False),
+            run_config=ray.train.RunConfig(
+                name="r", storage_path=str(folder), logging_config=ray.train.LoggingConfig(log_level="CRITICAL")
+            ),
+        ).fit()
+
+
+class Side:
+    """Workers started by one launcher, which wait to be told to train."""
+
+    def __init__(self, launcher: str, num: int, folder: Path, preset: str) -> None:
+        folder.mkdir()
+        self._folder, self._number = folder, 0
+        begin = [sys.executable] if launcher == "Ray Train" else [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num}",
+        ]  # fmt: skip
+        role = ["--ray-driver", str(num)] if launcher == "Ray Train" else ["--member"]
+        began = time.time()
+        self._process = subprocess.Popen(
+            [*begin, __file__, *role, "--folder", str(folder), "--preset", preset],
+            env=own_ray(folder) | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self.start_up = float(wait_for(folder / "ready", self._process)) - began
+
+    def run(self, steps: int) -> float:
+        """Images/s of so many steps."""
+        write(self._folder / f"go_{self._number}", str(steps))
+        if not steps:
+            return 0.0
+        speed = float(wait_for(self._folder / f"done_{self._number}", self._process))
+        self._number += 1
+        return speed
+
+    def end(self) -> None:
+        self.run(0)
+        try:
+            self._process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def both(num: int, folder: Path, preset: str) -> Iterator[dict[str, Side]]:
+    sides: dict[str, Side] = {}
+    try:
+        for launcher in ("torchrun", "Ray Train"):
+            progress(f"{launcher} starts {num} worker{'s' if num > 1 else ''}")
+            sides[launcher] = Side(launcher, num, folder / f"{launcher.split()[0]}{num}", preset)
+        yield sides
+    finally:
+        for side in sides.values():
+            side.end()
+
+
+def streaming(folder: Path, num_images: int, epochs: int, rounds: int) -> dict[str, Spread]:
+    """Images/s of a Parquet file in memory and as a stream."""
+    size = ["--data.source.num_train", str(num_images), "--data.source.num_test", "200"]
+    raypp = [sys.executable, "-m", "raypp.cli"]
+    convert = [*raypp, "data", "convert", "shapes", str(folder / "set"), *(s.replace("data.source.", "") for s in size)]
+    subprocess.run(convert, check=True, stdout=subprocess.DEVNULL)
+    number = 0
+
+    def train(*flags: str) -> float:
+        nonlocal number
+        number += 1
+        settings = {
+            "data.source.name": "parquet", "data.source.path": folder / "set", "data.num_val": 200,
+            "train.mode": "plain", "protection": "plain", "train.epochs": epochs, "cluster.num_workers": 1,
+            "cluster.storage": folder,
+        }  # fmt: skip
+        words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+        command = [*raypp, "train", "quickstart", *words, *flags, "--name", f"s{number}", "--quiet"]
+        subprocess.run(command, check=True, env=own_ray(folder))
+        lines = (folder / f"s{number}" / "metrics.jsonl").read_text().splitlines()
+        return statistics.median(json.loads(line)["images_per_s"] for line in lines[1:])
+
+    return interleave(
+        {
+            "in memory": train,
+            "streamed": lambda: train("--data.stream", "true", "--data.image_size", "[32, 32]"),
+        },
+        rounds,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="cifar10-small")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=8.0, help="length of one measurement with one worker")
+    parser.add_argument("--stream-rounds", type=int, default=2, help="0 leaves the stream out")
+    parser.add_argument("--stream-images", type=int, default=6000)
+    parser.add_argument("--stream-epochs", type=int, default=4, help="the first is not counted")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--member", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--ray-driver", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.member:
+        dist.init_process_group("gloo")
+        member(options.folder, options.preset)
+        dist.destroy_process_group()
+        return
+    if options.ray_driver:
+        on_ray(options.folder, options.preset, options.ray_driver)
+        return
+    if env.num_cores() < 2:
+        parser.error("needs two cores")
+    if options.stream_epochs < 2:
+        parser.error("--stream-epochs must be at least 2: the first epoch is not counted")
+    torch.set_num_threads(1)
+    start = machine()
+    print(describe(start) + " (per worker)\n")
+    results: dict[str, Any] = {}
+    speeds: dict[int, dict[str, Spread]] = {}
+    rows = []
+    # A short name: Ray's sockets lie below it, and their paths may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="rs-") as name:
+        for num in (1, 2):
+            with both(num, Path(name), options.preset) as sides:
+                speed = sides["torchrun"].run(2)
+                steps = max(2, round(options.seconds * speed / BATCH_SIZE))
+                for side in sides.values():
+                    side.run(2)
+                speeds[num] = interleave({k: lambda s=s: s.run(steps) for k, s in sides.items()}, options.rounds)
+                cost = ratio(speeds[num]["torchrun"], speeds[num]["Ray Train"])
+                results[f"{num} workers"] = {
+                    "steps": steps,
+                    "time_per_step_ray_over_torchrun": cost.to_json(),
+                    **{
+                        k: {"images_per_s": v.to_json(), "start_up_seconds": sides[k].start_up}
+                        for k, v in speeds[num].items()
+                    },
+                }
+                for launcher, found in speeds[num].items():
+                    told = "" if launcher == "torchrun" else f"{cost.median:.3f} ({min(cost.values):.3f} - {max(cost.values):.3f})"
+                    rows.append(
+                        [f"{num}, {launcher}", f"{found.median:,.1f}", str(found), told, f"{sides[launcher].start_up:.1f}"]
+                    )
+        show_table(
+            f"{options.preset}: joint step, batch {BATCH_SIZE} in all, median of {options.rounds} rounds",
+            ["workers", "images/s", "min - max", "time per step, Ray / torchrun", "start-up s"],
+            rows,
+        )
+        for launcher in ("torchrun", "Ray Train"):
+            gain = ratio(speeds[2][launcher], speeds[1][launcher])
+            results[f"speed-up by two, {launcher}"] = gain.to_json()
+            print(f"{launcher}: two workers {gain.median:.2f} times as fast as one ({gain})")
+        if options.stream_rounds:
+            found = streaming(Path(name), options.stream_images, options.stream_epochs, options.stream_rounds)
+            results["stream"] = {k: v.to_json() for k, v in found.items()}
+            print()
+            show_table(
+                f"plain classifier, {options.stream_images:,} images in Parquet, one worker, {options.stream_rounds} rounds",
+                ["input", "images/s", "min - max"],
+                [[k, f"{v.median:,.1f}", str(v)] for k, v in found.items()],
+            )
+    finish(options.json, "scaling", start, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""A cluster of three nodes on this machine: jobs end to end, nodes that leave, drivers that die.
+
+Nobody works on the head, as in the shipped configurations; the two others have one CPU each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import yaml
+from conftest import ROOT, Trained, free_port, listens, tiny_flags, wait_until
+
+from raypp import env
+from raypp.bundle import load_private, load_public
+from raypp.serve.auth import add_token
+
+pytestmark = pytest.mark.ray
+
+PIPE = subprocess.PIPE
+
+
+class Nodes:
+    """Three nodes with addresses 127.0.0.1 to .3, and the environment of their clients."""
+
+    def __init__(self, log: Path) -> None:
+        self.log, self.port, self.dashboard = log, free_port(), free_port()
+        scripts = Path(sys.executable).parent
+        self.client = os.environ | {
+            "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_ADDRESS": f"127.0.0.1:{self.port}",
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard}",
+            # A node that left is noticed sooner than on a cluster whose network may pause for a while.
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+        }
+        self.running: dict[int, subprocess.Popen[bytes]] = {}
+
+    def start(self, number: int) -> None:
+        """Start node 1, the head, or another."""
+        ip = f"127.0.0.{number}"
+        arguments = [
+            "ray", "start", "--block", f"--node-ip-address={ip}", f"--dashboard-agent-listen-port={free_port()}",
+            f"--metrics-export-port={free_port()}", "--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats",
+        ]  # fmt: skip
+        if number == 1:
+            arguments += ["--head", "--num-cpus=0", f"--port={self.port}"]
+            arguments += ["--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}"]
+        else:
+            arguments += [f"--address=127.0.0.1:{self.port}", "--num-cpus=1"]
+        surroundings = {key: value for key, value in self.client.items() if key != "RAY_ADDRESS"}
+        with (self.log / f"node{number}.log").open("ab") as log:
+            self.running[number] = subprocess.Popen(arguments, env=surroundings, stdout=log, stderr=log)
+        if number == 1:
+            wait_until(lambda: listens(self.port) and listens(self.dashboard), self.running[1], 120)
+
+    def wait_for(self, cpus: int) -> None:
+        """Wait until so many CPUs have joined."""
+        ask = "import ray; ray.init(log_to_driver=False); print('CPUS', int(ray.cluster_resources().get('CPU', 0)))"
+        end = time.monotonic() + 120
+        while True:
+            found = subprocess.run([sys.executable, "-c", ask], env=self.client, capture_output=True, text=True)
+            if f"CPUS {cpus}" in found.stdout:
+                return
+            assert time.monotonic() < end, found.stdout + found.stderr
+            time.sleep(1)
+
+    def kill(self, number: int) -> None:
+        """End a node as a spot instance ends that nobody warned: everything at once."""
+        process = psutil.Process(self.running.pop(number).pid)
+        for part in [*process.children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                part.kill()
+
+    def holds(self, number: int, title: str) -> bool:
+        """Whether a process of a node has a title, which Ray sets to what it runs, that holds ``title``."""
+        for process in psutil.Process(self.running[number].pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if title in " ".join(process.cmdline()):
+                    return True
+        return False
+
+    def job(self, name: str, *more: str, wait: bool = True, submission: str | None = None) -> subprocess.Popen[str]:
+        """Submit the job as its docstring says, with other arguments than its example's."""
+        text = (ROOT / "jobs" / f"{name}.py").read_text()
+        line = next(part.strip() for part in text.splitlines() if part.strip().startswith("ray job submit"))
+        before, _, _ = line.partition(f"jobs/{name}.py")
+        arguments = [*before.split(), f"jobs/{name}.py", *more]
+        if submission is not None:
+            arguments[3:3] = ["--submission-id", submission]
+        return subprocess.Popen(arguments, env=self.client, stdout=PIPE, stderr=PIPE, text=True, cwd=ROOT)
+
+    def done(self, process: subprocess.Popen[str]) -> str:
+        out, err = process.communicate(timeout=400)
+        assert process.returncode == 0, out + err
+        return out
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    env.apply()
+    made = Nodes(tmp_path_factory.mktemp("nodes"))
+    try:
+        for number in (1, 2, 3):
+            made.start(number)
+        made.wait_for(2)
+        yield made
+    finally:
+        for number in list(made.running)[::-1]:
+            made.kill(number)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def epochs_of(folder: Path) -> list[tuple[str, int]]:
+    return [(row["phase"], row["epoch"]) for row in rows_of(folder)]
+
+
+def train_flags(tmp_path: Path, name: str, epochs: int, **changes: object) -> list[str]:
+    changes = {"data__source__num_train": 2000, "train__epochs": epochs} | changes
+    return ["quickstart", "--name", name, *tiny_flags(tmp_path, **changes)]
+
+
+def test_a_run_shrinks_with_its_cluster_and_goes_on(nodes: Nodes, tmp_path: Path) -> None:
+    folder = tmp_path / "elastic"
+    flags = train_flags(tmp_path, "elastic", 30, cluster__num_workers=2, cluster__min_workers=1)
+    process = nodes.job("train", *flags)
+    wait_until(lambda: len(rows_of(folder)) >= 3, process)
+    assert {row["world"] for row in rows_of(folder)} == {2}
+    nodes.kill(3)
+    kept = rows_of(folder)[:-1]
+    nodes.done(process)
+    rows = rows_of(folder)
+    assert epochs_of(folder) == [("plain", 1), *(("joint", n + 1) for n in range(30))]
+    assert rows[: len(kept)] == kept
+    assert rows[-1]["world"] == 1
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["best"]["val_loss"] == min(row["val_loss"] for row in rows if row["phase"] == "joint")
+    assert load_public(folder / "bundle").image_size == (16, 16)
+    nodes.start(3)
+    nodes.wait_for(2)
+
+
+def test_a_stopped_job_and_a_dead_driver_are_resumed(nodes: Nodes, tmp_path: Path) -> None:
+    folder = tmp_path / "driver"
+    flags = train_flags(tmp_path, "driver", 40, cluster__num_workers=1)
+    process = nodes.job("train", *flags, submission="stopped")
+    wait_until(lambda: len(rows_of(folder)) >= 2, process)
+    subprocess.run(["ray", "job", "stop", "stopped"], env=nodes.client, check=True, capture_output=True, timeout=60)
+    process.communicate(timeout=60)
+    stopped = rows_of(folder)
+    assert len(stopped) < 41
+    time.sleep(3)
+    assert rows_of(folder) == stopped, "a stopped job still trains"
+
+    process = nodes.job("train", *flags, "--resume")
+    wait_until(lambda: len(rows_of(folder)) >= len(stopped) + 2, process)
+    (driver,) = [
+        part
+        for part in psutil.Process(nodes.running[1].pid).children(recursive=True)
+        if "jobs/train.py" in part.cmdline() and "python" in part.name()
+    ]
+    driver.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    before = rows_of(folder)
+    nodes.done(nodes.job("train", *flags, "--resume"))
+    rows = rows_of(folder)
+    assert epochs_of(folder) == [("plain", 1), *(("joint", n + 1) for n in range(40))]
+    assert rows[: len(before)] == before, "an epoch that was checkpointed was trained again"
+
+
+def test_attacks_outlive_a_node(nodes: Nodes, trained: Trained, tmp_path: Path) -> None:
+    epochs = 150
+    inverse = {"width": 4, "depth": 2, "train": {"epochs": epochs, "batch_size": 10}}
+    suite = {"num_queries": 20, "curve": False, "judge_epochs": 0}
+    suite["attacks"] = {"feature_reconstruction": {}, "inverse": inverse, "known_gallery": {}}
+    file = tmp_path / "suite.yaml"
+    file.write_text(json.dumps(suite))
+    arguments = [str(trained.bundle), "--suite", str(file), "--name", "a", "--storage", str(tmp_path)]
+    process = nodes.job("attack", *arguments)
+    trains = tmp_path / "a" / "attacks" / "inverse"
+    wait_until(lambda: len(rows_of(trains)) >= 2, process)
+    lost = next(number for number in (2, 3) if nodes.holds(number, "ray::_call"))
+    kept = rows_of(trains)[:-1]
+    nodes.kill(lost)
+    nodes.done(process)
+    rows = rows_of(trains)
+    assert [row["epoch"] for row in rows] == [n + 1 for n in range(epochs)]
+    assert rows[: len(kept)] == kept
+    card = json.loads((tmp_path / "a" / "scorecard.json").read_text())
+    assert {found["status"] for found in card["attacks"].values()} == {"done"}
+    assert card["attacks"]["known_gallery"]["found"] == 1
+    nodes.done(nodes.job("report", str(tmp_path / "a"), "--out", str(tmp_path / "report")))
+    assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
+    nodes.start(lost)
+    nodes.wait_for(2)
+
+
+def test_a_search_and_a_table_run_as_jobs(nodes: Nodes, tmp_path: Path) -> None:
+    settings = [flag for flag in tiny_flags(tmp_path) if flag not in ("--cluster.storage", str(tmp_path))]
+    search = ["--search.attack", "{width: 4, train: {epochs: 1}}", "--search.suite", "null", "--search.num_trials", "3"]
+    search += ["--search.space.protection.skips", "[0, 1, 2]", "--search.scheduler", "none"]
+    where = ["--storage", str(tmp_path), "--name"]
+    nodes.done(nodes.job("tune", "quickstart", *where, "search", *settings, *search))
+    found = json.loads((tmp_path / "search" / "search.json").read_text())
+    assert found["front"]
+    assert len(list((tmp_path / "search" / "trials").glob("*/trial.json"))) == 3
+    load_private(tmp_path / "search" / "best" / "accuracy")
+    table = ["--datasets", "quickstart", "--methods", "plain", "--train.epochs", "1"]
+    nodes.done(nodes.job("table1", *table, *where, "table", *settings))
+    assert (tmp_path / "table" / "table1.csv").exists()
+
+
+def test_a_job_without_a_place_for_its_results_says_so(nodes: Nodes, tmp_path: Path) -> None:
+    flags = [flag for flag in train_flags(tmp_path, "lost", 1) if flag not in ("--cluster.storage", str(tmp_path))]
+    out, err = nodes.job("train", *flags).communicate(timeout=200)
+    assert "storage of a job is an absolute path or a URI" in " ".join((out + err).split())
+
+
+def test_what_is_deployed_answers(nodes: Nodes, trained: Trained, tmp_path: Path) -> None:
+    """``serve deploy`` of the shipped file, on a free port and with tokens."""
+    config = yaml.safe_load((ROOT / "raypp" / "serve" / "serve_config.yaml").read_text())
+    token = add_token(tmp_path / "tokens.json", "test", ["classify", "attack"])
+    config["http_options"]["port"] = free_port()
+    config["applications"] = config["applications"][:1]
+    config["applications"][0]["args"] |= {"bundle": str(trained.bundle), "tokens": str(tmp_path / "tokens.json")}
+    file = tmp_path / "serve_config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    subprocess.run(["serve", "deploy", str(file)], env=nodes.client, check=True, capture_output=True, timeout=120)
+    url = f"http://127.0.0.1:{config['http_options']['port']}/classifier/v1"
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/x-npy"}
+
+    def answers() -> bool:
+        try:
+            return httpx.get(f"{url}/model", headers=headers, timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    wait_until(answers, nodes.running[1], 120)
+    private = load_private(trained.bundle)
+    body = io.BytesIO()
+    np.save(body, private.sample.permute(0, 2, 3, 1).numpy())
+    answer = httpx.post(f"{url}/classify", content=body.getvalue(), headers=headers, timeout=30)
+    assert [image["index"] for image in answer.json()["images"]] == private.sample_classes.tolist()
+    assert httpx.get(f"{url}/model", timeout=5).status_code == 401
+    subprocess.run(["serve", "shutdown", "-y"], env=nodes.client, check=True, capture_output=True, timeout=120)

@@ -1,0 +1,192 @@
+"""What is shipped for clusters: understood by those who read it, and closed to strangers."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import ray
+import tomllib
+import yaml
+from conftest import ROOT
+from packaging.requirements import Requirement
+from pydantic import BaseModel, ConfigDict, Field
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve.schema import ServeDeploySchema
+
+from raypp.config import load_config
+from raypp.search import make_plan
+
+CLUSTERS = ("cluster.yaml", "deploy/cluster-on-premise.yaml")
+MANIFESTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "deploy/kuberay").glob("*.yaml"))
+KUBERNETES = "1.30"
+
+
+def read(name: str) -> dict[str, Any]:
+    tree: dict[str, Any] = yaml.safe_load((ROOT / name).read_text())
+    return tree
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_ray_up_understands_the_cluster(name: str) -> None:
+    validate_config(prepare_config(read(name)))
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_a_cluster_asks_for_its_token(name: str) -> None:
+    config = read(name)
+    for side in ("head", "worker"):
+        starts = [line for line in config[f"{side}_start_ray_commands"] if "ray start" in line]
+        assert len(starts) == 1
+        assert "RAY_AUTH_MODE=token" in starts[0]
+        assert "--dashboard-host=127.0.0.1" in starts[0] or side == "worker"
+    assert config["file_mounts"] == {"/home/ray/.ray/auth_token": "~/.ray/auth_token"}
+    assert "0.0.0.0" not in json.dumps(config)
+
+
+class Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Auth(Closed):
+    mode: str = Field(pattern="^token$")
+
+
+class Head(Closed):
+    """HeadGroupSpec of the API reference of KubeRay 1.5: the fields in use here."""
+
+    serviceType: str = Field(pattern="^ClusterIP$")  # noqa: N815 (Kubernetes' names)
+    rayStartParams: dict[str, str]  # noqa: N815
+    template: dict[str, Any]
+
+
+class Worker(Closed):
+    groupName: str  # noqa: N815
+    replicas: int
+    minReplicas: int  # noqa: N815
+    maxReplicas: int  # noqa: N815
+    rayStartParams: dict[str, str]  # noqa: N815
+    template: dict[str, Any]
+
+
+class RayCluster(Closed):
+    rayVersion: str  # noqa: N815
+    authOptions: Auth  # noqa: N815
+    enableInTreeAutoscaling: bool  # noqa: N815
+    headGroupSpec: Head  # noqa: N815
+    workerGroupSpecs: list[Worker]  # noqa: N815
+
+
+class RayJob(Closed):
+    entrypoint: str
+    shutdownAfterJobFinishes: bool  # noqa: N815
+    ttlSecondsAfterFinished: int  # noqa: N815
+    backoffLimit: int  # noqa: N815
+    submitterPodTemplate: dict[str, Any]  # noqa: N815
+    rayClusterSpec: RayCluster  # noqa: N815
+
+
+class RayService(Closed):
+    serveConfigV2: str  # noqa: N815
+    rayClusterConfig: RayCluster  # noqa: N815
+
+
+KINDS = {"RayJob": RayJob, "RayService": RayService}
+
+
+def templates(tree: Any) -> Iterator[dict[str, Any]]:
+    """Every pod template in a manifest."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            if key in ("template", "submitterPodTemplate"):
+                yield value
+            yield from templates(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from templates(value)
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_kubernetes_understands_a_manifest(name: str) -> None:
+    tree = read(name)
+    if tree["apiVersion"] == "ray.io/v1":
+        spec = KINDS[tree["kind"]].model_validate(tree["spec"])
+        cluster = spec.rayClusterSpec if isinstance(spec, RayJob) else spec.rayClusterConfig
+        assert cluster.rayVersion == ray.__version__
+    else:
+        kubernetes_validate.validate(tree, KUBERNETES, strict=True)
+    for template in templates(tree):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"} | template["metadata"]}
+        kubernetes_validate.validate(pod | {"spec": template["spec"]}, KUBERNETES, strict=True)
+        assert template["spec"]["securityContext"]["runAsNonRoot"]
+        assert template["metadata"]["labels"] == {"app.kubernetes.io/part-of": "raypp"}  # the network policy's
+        for container in template["spec"]["containers"]:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert "memory" in container["resources"]["limits"]
+
+
+def test_a_mistake_in_a_manifest_is_found() -> None:
+    tree = read("deploy/kuberay/rayjob-train.yaml")
+    tree["spec"]["rayClusterSpec"]["authOptions"]["mode"] = "disabled"
+    with pytest.raises(ValueError, match="authOptions"):
+        RayJob.model_validate(tree["spec"])
+    template = next(templates(tree))
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": template["spec"] | {"contaners": []}}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("name", ["rayjob-train", "rayjob-tune"])
+def test_the_entrypoint_of_a_job_is_a_command_that_raypp_takes(name: str, tmp_path: Path) -> None:
+    words = read(f"deploy/kuberay/{name}.yaml")["spec"]["entrypoint"].split()
+    assert words[0] == "python"
+    assert (ROOT / words[1]).exists()
+    options = dict(zip(words[3::2], words[4::2], strict=True))
+    places = {"--name": options.pop("--name"), "--storage": options.pop("--storage", None)}
+    flags = [word for pair in options.items() for word in pair]
+    if name == "rayjob-tune":
+        make_plan(words[2], None, flags, storage=tmp_path, name=places["--name"])
+        assert str(places["--storage"]).startswith("/shared/")
+    else:
+        assert load_config(words[2], flags=flags).cluster.storage.startswith("/shared/")
+
+
+@pytest.mark.parametrize("name", ["raypp/serve/serve_config.yaml", "deploy/kuberay/rayservice.yaml"])
+def test_services_that_others_reach_ask_for_a_token(name: str) -> None:
+    tree = read(name)
+    config = yaml.safe_load(tree["spec"]["serveConfigV2"]) if "spec" in tree else tree
+    ServeDeploySchema.model_validate(config)
+    for application in config["applications"]:
+        assert config["http_options"]["host"] == "127.0.0.1" or application["args"]["tokens"]
+
+
+def test_the_container_installs_what_the_project_allows() -> None:
+    """Every dependency at one version, each within the project's range, and only files that there are."""
+    pinned = {}
+    for line in (ROOT / "deploy/requirements.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            requirement = Requirement(line)
+            (version,) = requirement.specifier
+            assert version.operator == "=="
+            pinned[requirement.name] = version.version
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for requirement in map(Requirement, project["dependencies"]):
+        assert pinned[requirement.name] in requirement.specifier
+    text = (ROOT / "deploy/Containerfile").read_text()
+    for line in re.findall(r"^COPY --chown=ray (.+) \S+$", text, flags=re.MULTILINE):
+        assert all((ROOT / source).exists() for source in line.split())
+    assert "USER ray" in text
+    assert "python:3.11" in text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda path: path.stem)
+def test_a_job_says_how_it_is_submitted(path: Path) -> None:
+    documentation = ast.get_docstring(ast.parse(path.read_text()))
+    assert documentation is not None
+    assert f"ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/{path.name}" in documentation

@@ -1,0 +1,128 @@
+"""Runs, data and bundles on an S3-compatible server that is started here (rclone's)."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import CPU, free_port, listens, tiny_flags, wait_until
+
+from raypp.bundle import load_private, load_public
+from raypp.config import load_config
+from raypp.errors import RayppError, StorageError
+from raypp.evaluation.report import write_report
+from raypp.images import encode_png
+from raypp.ladder import attack, make_plan, run_locally
+from raypp.progress import Display
+from raypp.runs import open_run, train_locally
+from raypp.serve.run import publish
+from raypp.storage import Storage
+from raypp.training.sinks import newest_first
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Makes URIs in a bucket of a server on loopback: ``s3("runs")``."""
+    server = shutil.which("rclone", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert server is not None, "rclone comes with the development dependencies"
+    folder, port = tmp_path_factory.mktemp("s3"), free_port()
+    (folder / "bucket").mkdir()
+    key, secret = secrets.token_hex(8), secrets.token_hex(16)
+    arguments = [server, "serve", "s3", str(folder), f"--addr=127.0.0.1:{port}", f"--auth-key={key},{secret}"]
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", key)
+        patch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        try:
+            wait_until(lambda: listens(port), process, 30)
+            yield lambda name: f"s3://bucket/{name}?scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1"
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_a_folder_behaves_as_a_local_one(s3: Any, tmp_path: Path) -> None:
+    storage = Storage(s3("folder"))
+    assert not storage.exists("a/b.txt")
+    assert storage.names() == []
+    storage.write("a/b.txt", b"one")
+    storage.write("a/b.txt", b"two")
+    assert storage.read("a/b.txt") == b"two"
+    (tmp_path / "x" / "deep").mkdir(parents=True)
+    (tmp_path / "x" / "deep" / "f").write_bytes(b"three")
+    (tmp_path / "x" / "last").write_bytes(b"four")
+    storage.folder("c").upload(tmp_path / "x", "x", last="last")
+    assert storage.folders() == ["a", "c"]
+    with storage.folder("c").download("x") as here:
+        assert (here / "deep" / "f").read_bytes() == b"three"
+    storage.delete("c")
+    assert storage.folders() == ["a"]
+    storage.remove("a/b.txt")
+    with pytest.raises(StorageError, match=r"cannot read s3://bucket/folder.*b\.txt"):
+        storage.read("a/b.txt")
+
+
+def test_a_wrong_key_is_one_sentence(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StorageError, match=r"^cannot write s3://bucket/runs") as caught:
+        Storage(s3("runs")).write("x", b"")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_its_data_and_its_bundle_live_there(s3: Any, tmp_path: Path) -> None:
+    """Trained, taken up past a damaged checkpoint, attacked, reported and published without a local copy."""
+    random = np.random.default_rng(0)
+    for split, num in (("train", 80), ("test", 20)):
+        labels = random.integers(0, 3, num)
+        pictures = random.integers(0, 80, (num, 16, 16, 3), dtype=np.uint8)
+        pictures[np.arange(num), :, :, labels] += 120
+        rows = {"img": [{"bytes": encode_png(p), "path": None} for p in pictures], "label": labels}
+        pq.write_table(pa.table(rows), tmp_path / f"{split}-0.parquet")
+        Storage(s3("data")).write(f"{split}-0.parquet", (tmp_path / f"{split}-0.parquet").read_bytes())
+
+    def flags(epochs: int) -> list[str]:
+        settings = tiny_flags(tmp_path, train__epochs=epochs, data__num_test="null")
+        kept = [pair for pair in zip(settings[::2], settings[1::2], strict=True) if "source" not in pair[0]]
+        kept += [("--data.source.name", "parquet"), ("--data.source.path", s3("data"))]
+        kept += [("--cluster.storage", s3("runs"))]
+        return [word for pair in kept for word in pair]
+
+    run_folder = Storage(s3("runs")).folder("one")
+    with open_run(load_config("quickstart", flags=flags(2)), "one") as run:
+        train_locally(run, Display(quiet=True), CPU)
+    assert newest_first(run_folder) == ["epoch_0003", "epoch_0002"]
+
+    state = f"checkpoints/{newest_first(run_folder)[0]}/state.pt"
+    run_folder.write(state, run_folder.read(state)[:-50])  # as an upload that broke off would leave it
+    with open_run(load_config("quickstart", flags=flags(3)), "one", resume=True) as run:
+        train_locally(run, Display(quiet=True), CPU)
+    rows = [json.loads(line) for line in run_folder.read("metrics.jsonl").splitlines()]
+    assert [(row["phase"], row["epoch"]) for row in rows] == [("plain", 1), ("joint", 1), ("joint", 2), ("joint", 3)]
+
+    bundle = run_folder.folder("bundle").uri
+    assert load_public(bundle.replace("/bundle?", "/bundle/public?")).image_size == (16, 16)
+    load_private(bundle)
+
+    suite = ["--num_queries", "10", "--judge_epochs", "0", "--curve", "false"]
+    plan = make_plan(
+        bundle=bundle, suite="quick", attacks=["feature_reconstruction"], flags=suite, storage=s3("runs"), name="a"
+    )
+    card = attack(plan, resume=False, quiet=True, announce=lambda opened: None, run=run_locally)
+    assert card["attacks"]["feature_reconstruction"]["status"] == "done"
+    write_report([plan.storage.uri], Storage(s3("report")))
+    assert b"<html" in Storage(s3("report")).read("report.html")[:500]
+    with open_run(load_config("quickstart", flags=flags(3)), "two"), pytest.raises(RayppError, match="exists already"):
+        open_run(load_config("quickstart", flags=flags(3)), "one").__enter__()
+    publish(bundle, s3("shelf"))
