@@ -1,12 +1,12 @@
 """What Ray costs: the same loop on Ray Train and under torchrun, one worker and two; a stream against memory.
 
-Ray Train and torchrun each start their workers once, and the workers wait. Then they train in turn, in interleaved rounds, the same
-number of steps of raypp's real loop (``Loop.train_epoch``): batches of 128 random images in all, joint training, one
-thread for each worker, gradients averaged by gloo. Ratios are formed round by round. Start-up is told apart: from the
-command until the workers have taken their first step.
+Ray Train and torchrun each start their workers once, and the workers wait. Then they train in turn, in interleaved
+rounds, the same number of steps of raypp's real loop (``Loop.train_epoch``): batches of 128 random images in all, joint
+training, one thread for each worker, gradients averaged by gloo. Ratios are formed round by round. Start-up is told
+apart: from the command until the workers have taken their first step.
 
-The second table trains a plain classifier by ``raypp train`` on the same Parquet file, read into memory and streamed through
-Ray Data: images/s of the epochs after the first, one worker.
+The second table trains a plain classifier by ``raypp train`` on the same Parquet file, read into memory and streamed
+through Ray Data: images/s of the epochs after the first, one worker.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,7 @@ def main() -> None:
                 steps = max(2, round(options.seconds * speed / BATCH_SIZE))
                 for side in sides.values():
                     side.run(2)
-                speeds[num] = interleave({k: lambda s=s: s.run(steps) for k, s in sides.items()}, options.rounds)
+                speeds[num] = interleave({k: partial(s.run, steps) for k, s in sides.items()}, options.rounds)
                 cost = ratio(speeds[num]["torchrun"], speeds[num]["Ray Train"])
                 results[f"{num} workers"] = {
                     "steps": steps,
@@ -244,9 +245,19 @@ def main() -> None:
                     },
                 }
                 for launcher, found in speeds[num].items():
-                    told = "" if launcher == "torchrun" else f"{cost.median:.3f} ({min(cost.values):.3f} - {max(cost.values):.3f})"
+                    told = (
+                        ""
+                        if launcher == "torchrun"
+                        else f"{cost.median:.3f} ({min(cost.values):.3f} - {max(cost.values):.3f})"
+                    )
                     rows.append(
-                        [f"{num}, {launcher}", f"{found.median:,.1f}", str(found), told, f"{sides[launcher].start_up:.1f}"]
+                        [
+                            f"{num}, {launcher}",
+                            f"{found.median:,.1f}",
+                            str(found),
+                            told,
+                            f"{sides[launcher].start_up:.1f}",
+                        ]
                     )
         show_table(
             f"{options.preset}: joint step, batch {BATCH_SIZE} in all, median of {options.rounds} rounds",
@@ -262,7 +273,8 @@ def main() -> None:
             results["stream"] = {k: v.to_json() for k, v in found.items()}
             print()
             show_table(
-                f"plain classifier, {options.stream_images:,} images in Parquet, one worker, {options.stream_rounds} rounds",
+                f"plain classifier, {options.stream_images:,} images in Parquet, one worker, "
+                f"median of {options.stream_rounds} rounds",
                 ["input", "images/s", "min - max"],
                 [[k, f"{v.median:,.1f}", str(v)] for k, v in found.items()],
             )

@@ -157,7 +157,7 @@ def conclude(run: Run, result: Fit, device: torch.device) -> dict[str, Any]:
         "num_val": len(result.data.val[1]),
         "data_fingerprint": result.data.fingerprint,
         "test_fingerprint": test.fingerprint(),
-        "features": _describe_features(config, run.phi),
+        "features": _describe_features(config),
         "warnings": list(run.warnings),
     }
     shown = first_of_each_class(test.labels, NUM_PICTURED)
@@ -262,12 +262,13 @@ def cpu_name() -> str:
     return f"{name}, {env.num_cores()} cores"
 
 
-def _describe_features(config: Config, phi: StateDict | None) -> str:
+def _describe_features(config: Config) -> str:
     if not uses_features(config):
         return "none"
-    options = ", ".join(f"{k} {v}" for k, v in config.features.model_dump(mode="json").items() if k != "name")
-    layer = "relu2_2" if phi is not None else "early block"
-    return f"{config.features.name}, {layer}" + (f" ({options})" if options else "")
+    options = config.features.model_dump(mode="json")
+    name, layer = options.pop("name"), options.pop("layer", "early block")
+    told = ", ".join(f"{key} {value}" for key, value in options.items())
+    return f"{name}, {layer}" + (f" ({told})" if told else "")
 
 
 def _refuse_taken(storage: Storage, name: str) -> None:

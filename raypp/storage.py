@@ -21,7 +21,6 @@ from urllib.parse import urlsplit
 from raypp.errors import StorageError
 from raypp.registry import absolute
 
-
 JOBS_FOLDER = "/runtime_resources/working_dir_files/"  # where `ray job submit` unpacks what it was given
 
 
@@ -90,8 +89,8 @@ class Storage:
         if self.local:
             if JOBS_FOLDER in self.path.as_posix():
                 raise StorageError(
-                    f"cannot create {self.uri}: it lies in a job's own folder, which Ray deletes; storage of a job is an "
-                    "absolute path or a URI that every node sees"
+                    f"cannot create {self.uri}: it lies in a job's own folder, which Ray deletes; storage of a job is "
+                    "an absolute path or a URI that every node sees"
                 )
             try:
                 self.path.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,8 @@ class Nodes:
         ip = f"127.0.0.{number}"
         arguments = [
             "ray", "start", "--block", f"--node-ip-address={ip}", f"--dashboard-agent-listen-port={free_port()}",
-            f"--metrics-export-port={free_port()}", "--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats",
+            f"--metrics-export-port={free_port()}", "--min-worker-port=0", "--max-worker-port=0",
+            "--disable-usage-stats",
         ]  # fmt: skip
         if number == 1:
             arguments += ["--head", "--num-cpus=0", f"--port={self.port}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import ray
-import tomllib
 import yaml
 from conftest import ROOT
 from packaging.requirements import Requirement
@@ -189,4 +189,7 @@ def test_the_container_installs_what_the_project_allows() -> None:
 def test_a_job_says_how_it_is_submitted(path: Path) -> None:
     documentation = ast.get_docstring(ast.parse(path.read_text()))
     assert documentation is not None
-    assert f"ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/{path.name}" in documentation
+    assert (
+        f"ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/{path.name}"
+        in documentation
+    )

@@ -185,21 +185,25 @@ def test_normalisation_is_inside_the_nets() -> None:
 # The feature network
 
 
-def test_vgg_slice_is_torchvisions_up_to_relu2_2() -> None:
+LAYERS = [("relu1_2", 4, (64, 16, 20)), ("relu2_2", 9, (128, 8, 10)), ("relu3_3", 16, (256, 4, 5))]
+
+
+@pytest.mark.parametrize(("layer", "end", "shape"), LAYERS, ids=[name for name, _, _ in LAYERS])
+def test_a_slice_is_torchvisions_up_to_its_layer(tmp_path: Path, layer: str, end: int, shape: tuple[int, ...]) -> None:
     from torchvision.models.vgg import cfgs, make_layers
 
-    theirs = make_layers(cfgs["D"])[:9]  # as vgg16() does it, without the 120 million weights behind
+    theirs = make_layers(cfgs["D"])[:16]  # as vgg16() does it, without the 120 million weights behind
     torch.manual_seed(0)
     for p in theirs.parameters():
         nn.init.normal_(p, std=0.05)
-    ours = VGG16Features(theirs.state_dict())
+    save_file(theirs.state_dict(), tmp_path / "vgg.safetensors")
+    state = load_vgg_slice(str(tmp_path / "vgg.safetensors"), layer)
+    assert state is not None
     images = torch.rand(2, 3, 16, 20)
     with torch.inference_mode():
-        expected = theirs(Normalise(3)(images))
-        assert torch.equal(ours(images), expected)
-    assert expected.shape == (2, 128, 8, 10)
-    assert (expected >= 0).all()
-    assert not any(p.requires_grad for p in ours.parameters())
+        expected = theirs[:end](Normalise(3)(images))
+        assert torch.equal(VGG16Features(state)(images), expected)
+    assert expected.shape == (2, *shape)
 
 
 def test_grey_images_are_repeated_to_rgb() -> None:
@@ -248,6 +252,12 @@ def test_shared_feature_weights_load() -> None:
         features = VGG16Features(state)(torch.rand(2, 3, 32, 32))
     assert features.shape == (2, 128, 16, 16)
     assert 0.1 < features.mean() < 10  # normalised: a mean activation of about 1 on real images
+
+
+def test_a_layer_that_a_file_lacks_is_named(tmp_path: Path) -> None:
+    save_file(random_slice(), tmp_path / "slice.safetensors")
+    with pytest.raises(ConfigError, match=r"is no VGG-16 up to relu3_3: 10\.weight must have shape .* found nothing"):
+        load_vgg_slice(str(tmp_path / "slice.safetensors"), "relu3_3")
 
 
 def test_wrong_weights_are_refused_in_one_sentence(tmp_path: Path) -> None:

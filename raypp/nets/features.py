@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from raypp.errors import ConfigError
 from raypp.nets.normalise import Normalise
-from raypp.nets.vgg import RELU2_2, VGG16_LAYERS, vgg_features
+from raypp.nets.vgg import SLICES, VGG16_LAYERS, vgg_features
 from raypp.registry import Options, absolute
 
 StateDict = dict[str, Tensor]
@@ -27,17 +27,22 @@ class VGG16FeatureOptions(Options):
     name: Literal["vgg16"] = "vgg16"
     weights: Annotated[str, AfterValidator(lambda w: w if w == "torchvision" else absolute(w))] = "torchvision"
     """``torchvision`` (ImageNet weights, downloaded once), or the path of a .safetensors or .pt state dict."""
+    layer: Literal["relu1_2", "relu2_2", "relu3_3"] = "relu2_2"
+    """Whose output is compared; the authors' released code takes relu2_2."""
 
 
 class VGG16Features(nn.Module):
-    """VGG-16 up to relu2_2: images N x C x H x W in [0, 1] to N x 128 x H/2 x W/2; grey images are repeated to RGB."""
+    """VGG-16 up to the layer that ``state`` ends with: images N x C x H x W in [0, 1] to, for relu2_2, N x 128 x H/2 x
+    W/2; grey images are repeated to RGB."""
 
     Options: ClassVar[type[Options]] = VGG16FeatureOptions
 
     def __init__(self, state: StateDict) -> None:
         super().__init__()
         self.normalise = Normalise(3)
-        self.layers = vgg_features(VGG16_LAYERS[:RELU2_2], 3, batch_norm=False)
+        convolutions = len(state) // 2  # each with weight and bias
+        end = next(n for n in SLICES.values() if sum(width > 0 for width in VGG16_LAYERS[:n]) == convolutions)
+        self.layers = vgg_features(VGG16_LAYERS[:end], 3, batch_norm=False)
         self.layers.load_state_dict(state)
         self.requires_grad_(False)
 
@@ -71,8 +76,8 @@ class PlainClassifierFeatures(nn.Module):
         return x
 
 
-def load_vgg_slice(weights: str) -> StateDict | None:
-    """Return the state dict of VGG-16's ``features[:9]``, or None where torchvision's weights cannot be had.
+def load_vgg_slice(weights: str, layer: str = "relu2_2") -> StateDict | None:
+    """Return the state dict of VGG-16 up to ``layer``, or None where torchvision's weights cannot be had.
 
     Raises:
         ConfigError: ``weights`` names a file that is missing, unreadable or of other shapes.
@@ -84,12 +89,13 @@ def load_vgg_slice(weights: str) -> StateDict | None:
     else:
         state = _read_state(Path(weights))
     state = {key.removeprefix("features."): value for key, value in state.items()}
-    wanted = vgg_features(VGG16_LAYERS[:RELU2_2], 3, batch_norm=False).state_dict()
+    wanted = vgg_features(VGG16_LAYERS[: SLICES[layer]], 3, batch_norm=False).state_dict()
     for key, value in wanted.items():
         if key not in state or state[key].shape != value.shape:
             found = tuple(state[key].shape) if key in state else "nothing"
             raise ConfigError(
-                f"features.weights {weights!r} is no VGG-16: {key} must have shape {tuple(value.shape)}, found {found}"
+                f"features.weights {weights!r} is no VGG-16 up to {layer}: {key} must have shape "
+                f"{tuple(value.shape)}, found {found}"
             )
     return {key: state[key].float().clone() for key in wanted}
 

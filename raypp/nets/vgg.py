@@ -12,6 +12,8 @@ from raypp.registry import Options
 # Channels of the 3x3 convolutions of VGG-16 ("configuration D"); 0 stands for a 2x2 max-pooling.
 VGG16_LAYERS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
 RELU2_2 = 5
+SLICES = {"relu1_2": 2, "relu2_2": RELU2_2, "relu3_3": 9}
+"""Where the last layer before each pooling ends in ``VGG16_LAYERS``."""
 
 
 def vgg_features(layers: tuple[int, ...], channels: int, batch_norm: bool) -> nn.Sequential:

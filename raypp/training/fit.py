@@ -57,7 +57,7 @@ def prepare(config: Config) -> tuple[Config, StateDict | None, str | None]:
     """
     if not uses_features(config) or not isinstance(config.features, VGG16FeatureOptions):
         return config, None, None
-    state = load_vgg_slice(config.features.weights)
+    state = load_vgg_slice(config.features.weights, config.features.layer)
     if state is not None:
         return config, state, None
     fallback = config.model_copy(update={"features": FEATURES.options("plain_classifier")(name="plain_classifier")})
