@@ -129,7 +129,8 @@ class Storage:
         target = self._at(name)
         aside = f"{target}.{uuid.uuid4().hex[:8]}.tmp" if self.local else target
         with self._refused("write", name):
-            self._fs.create_dir(str(Path(target).parent) if self.local else target.rpartition("/")[0], recursive=True)
+            if self.local:  # object stores have no folders
+                Path(target).parent.mkdir(parents=True, exist_ok=True)
             try:
                 if secret and self.local:
                     Path(aside).touch(mode=0o600)
@@ -208,7 +209,7 @@ class Storage:
         try:
             yield
         except OSError as error:
-            where = f"{self.uri}/{name}" if name else self.uri
+            where = self.folder(name).uri if name else self.uri
             # copytree collects (source, target, reason) of every file that it could not copy.
             reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror or str(error)
             raise StorageError(f"cannot {verb} {where}: {reason.splitlines()[0]}") from error
