@@ -136,13 +136,13 @@ def epochs_of(folder: Path) -> list[tuple[str, int]]:
 
 
 def train_flags(tmp_path: Path, name: str, epochs: int, **changes: object) -> list[str]:
-    changes = {"data__source__num_train": 2000, "train__epochs": epochs} | changes
+    changes = {"data__source__num_train": 1000, "train__epochs": epochs} | changes
     return ["quickstart", "--name", name, *tiny_flags(tmp_path, **changes)]
 
 
 def test_a_run_shrinks_with_its_cluster_and_goes_on(nodes: Nodes, tmp_path: Path) -> None:
     folder = tmp_path / "elastic"
-    flags = train_flags(tmp_path, "elastic", 30, cluster__num_workers=2, cluster__min_workers=1)
+    flags = train_flags(tmp_path, "elastic", 8, cluster__num_workers=2, cluster__min_workers=1)
     process = nodes.job("train", *flags)
     wait_until(lambda: len(rows_of(folder)) >= 3, process)
     assert {row["world"] for row in rows_of(folder)} == {2}
@@ -150,7 +150,7 @@ def test_a_run_shrinks_with_its_cluster_and_goes_on(nodes: Nodes, tmp_path: Path
     kept = rows_of(folder)[:-1]
     nodes.done(process)
     rows = rows_of(folder)
-    assert epochs_of(folder) == [("plain", 1), *(("joint", n + 1) for n in range(30))]
+    assert epochs_of(folder) == [("plain", 1), *(("joint", n + 1) for n in range(8))]
     assert rows[: len(kept)] == kept
     assert rows[-1]["world"] == 1
     summary = json.loads((folder / "summary.json").read_text())
@@ -162,13 +162,13 @@ def test_a_run_shrinks_with_its_cluster_and_goes_on(nodes: Nodes, tmp_path: Path
 
 def test_a_stopped_job_and_a_dead_driver_are_resumed(nodes: Nodes, tmp_path: Path) -> None:
     folder = tmp_path / "driver"
-    flags = train_flags(tmp_path, "driver", 40, cluster__num_workers=1)
+    flags = train_flags(tmp_path, "driver", 10, cluster__num_workers=1)
     process = nodes.job("train", *flags, submission="stopped")
     wait_until(lambda: len(rows_of(folder)) >= 2, process)
     subprocess.run(["ray", "job", "stop", "stopped"], env=nodes.client, check=True, capture_output=True, timeout=60)
     process.communicate(timeout=60)
     stopped = rows_of(folder)
-    assert len(stopped) < 41
+    assert len(stopped) < 11
     time.sleep(3)
     assert rows_of(folder) == stopped, "a stopped job still trains"
 
@@ -185,7 +185,7 @@ def test_a_stopped_job_and_a_dead_driver_are_resumed(nodes: Nodes, tmp_path: Pat
     before = rows_of(folder)
     nodes.done(nodes.job("train", *flags, "--resume"))
     rows = rows_of(folder)
-    assert epochs_of(folder) == [("plain", 1), *(("joint", n + 1) for n in range(40))]
+    assert epochs_of(folder) == [("plain", 1), *(("joint", n + 1) for n in range(10))]
     assert rows[: len(before)] == before, "an epoch that was checkpointed was trained again"
 
 
