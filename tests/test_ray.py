@@ -1,4 +1,4 @@
-"""Training and attacks on a real Ray: workers and drivers that die, damaged checkpoints, streams, jobs."""
+"""Training and attacks on a real Ray: workers and drivers that die, damaged checkpoints, streams."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, Cluster, Trained, wait_until
+from conftest import Cluster, Trained, wait_until
 
 from raypp.bundle import load_public
 from raypp.images import encode_png
@@ -201,17 +201,6 @@ def test_table1_outlives_a_killed_cell(cluster: Cluster, tmp_path: Path) -> None
     assert [row.split(",")[1] for row in rows[1:]] == ["plain", "tanaka"]
     assert all(row.split(",")[3] for row in rows[1:])
     assert (table / "table1.png").stat().st_size > 1000
-
-
-def test_the_job_of_the_docstring_trains_on_a_cluster(cluster: Cluster, tmp_path: Path) -> None:
-    source = (ROOT / "jobs" / "train.py").read_text()
-    line = next(text.strip() for text in source.splitlines() if text.strip().startswith("ray job submit"))
-    assert "/shared/runs" in line
-    arguments = [*line.replace("/shared/runs", str(tmp_path)).split(), "--name", "job", *TINY, "--train.epochs", "1"]
-    result = cluster.run(arguments)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert epochs_of(tmp_path / "job") == expected(1)
-    assert (tmp_path / "job" / "bundle" / "MODEL_CARD.md").exists()
 
 
 def test_what_may_differ_on_resume_is_in_the_configuration() -> None:
