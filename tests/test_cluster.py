@@ -87,7 +87,7 @@ class Nodes:
                     return True
         return False
 
-    def job(self, name: str, *more: str, wait: bool = True, submission: str | None = None) -> subprocess.Popen[str]:
+    def job(self, name: str, *more: str, submission: str | None = None) -> subprocess.Popen[str]:
         """Submit the job as its docstring says, with other arguments than its example's."""
         text = (ROOT / "jobs" / f"{name}.py").read_text()
         line = next(part.strip() for part in text.splitlines() if part.strip().startswith("ray job submit"))
