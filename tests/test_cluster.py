@@ -46,6 +46,7 @@ class Nodes:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_ADDRESS": f"127.0.0.1:{self.port}",
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard}",
+            "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{self.dashboard}",  # for `serve`
             # A node that left is noticed sooner than on a cluster whose network may pause for a while.
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
         }
