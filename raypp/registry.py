@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol
@@ -23,7 +24,13 @@ def absolute(location: str | Path) -> str:
     text = str(location)
     if not text.strip():
         raise ValueError(f"{text!r} is empty; allowed is a path or a URI")
-    return text if "://" in text else str(Path(text).expanduser().absolute())
+    if "://" in text:
+        return text
+    path = Path(text).expanduser()
+    try:
+        return str(path.absolute())
+    except FileNotFoundError:  # the current folder is gone: Ray deletes a job's on a machine where its last task ended
+        return str(Path(os.environ.get("PWD", "/")) / path)
 
 
 # A path or URI in a configuration. Ray's workers run in folders of their own, so a relative path is settled at once.

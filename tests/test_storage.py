@@ -200,3 +200,15 @@ def test_an_upload_is_closed_to_others_until_it_is_whole(tmp_path: Path, monkeyp
 def test_no_place_is_refused() -> None:
     with pytest.raises(StorageError, match="storage is not understood: '' is empty; allowed is a path or a URI"):
         Storage("")
+
+
+def test_a_path_is_settled_even_where_the_current_folder_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    monkeypatch.setenv("PWD", str(gone))
+    gone.rmdir()
+    assert absolute("runs") == f"{gone}/runs"
+    assert absolute("/x") == "/x"

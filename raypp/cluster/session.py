@@ -24,10 +24,6 @@ def wants_gpu(cluster: Cluster, have: dict[str, float]) -> bool:
     return have.get("GPU", 0) > 0 if cluster.gpu is None else cluster.gpu
 
 
-IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""What Ray sets for the driver of a submitted job."""
-
-
 @contextmanager
 def session() -> Iterator[dict[str, float]]:
     """Use the running Ray, the cluster in RAY_ADDRESS, or start one here and stop it at the end.
@@ -53,9 +49,7 @@ def session() -> Iterator[dict[str, float]]:
     try:
         yield ray.cluster_resources()
     finally:
-        # A job stays connected to its end: Ray deletes the folder that it stands in once it has left.
-        if IN_A_JOB not in os.environ:
-            ray.shutdown()
+        ray.shutdown()
 
 
 def _start(num_cpus: int) -> None:
