@@ -205,17 +205,6 @@ def test_attacks_outlive_a_node(nodes: Nodes, trained: Trained, tmp_path: Path) 
     nodes.start(lost)
 
 
-def test_a_search_runs_as_a_job(nodes: Nodes, tmp_path: Path) -> None:
-    settings = [flag for flag in tiny_flags(tmp_path) if flag not in ("--cluster.storage", str(tmp_path))]
-    search = ["--search.attack", "{width: 4, train: {epochs: 1}}", "--search.suite", "null", "--search.num_trials", "3"]
-    search += ["--search.space.protection.skips", "[0, 1, 2]", "--search.scheduler", "none"]
-    nodes.done(nodes.job("tune", "quickstart", "--storage", str(tmp_path), "--name", "search", *settings, *search))
-    found = json.loads((tmp_path / "search" / "search.json").read_text())
-    assert found["front"]
-    assert len(list((tmp_path / "search" / "trials").glob("*/trial.json"))) == 3
-    load_private(tmp_path / "search" / "best" / "accuracy")
-
-
 def test_a_job_without_a_place_for_its_results_says_so(nodes: Nodes, tmp_path: Path) -> None:
     flags = [flag for flag in train_flags(tmp_path, "lost", 1) if flag not in ("--cluster.storage", str(tmp_path))]
     out, err = nodes.job("train", *flags).communicate(timeout=200)
