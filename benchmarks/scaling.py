@@ -184,7 +184,7 @@ def streaming(folder: Path, num_images: int, epochs: int, rounds: int) -> dict[s
         command = [*raypp, "train", "quickstart", *words, *flags, "--name", f"s{number}", "--quiet"]
         subprocess.run(command, check=True, env=own_ray(folder))
         lines = (folder / f"s{number}" / "metrics.jsonl").read_text().splitlines()
-        return statistics.median(json.loads(line)["images_per_s"] for line in lines[1:])
+        return float(statistics.median(json.loads(line)["images_per_s"] for line in lines[1:]))
 
     return interleave(
         {
@@ -269,14 +269,14 @@ def main() -> None:
             results[f"speed-up by two, {launcher}"] = gain.to_json()
             print(f"{launcher}: two workers {gain.median:.2f} times as fast as one ({gain})")
         if options.stream_rounds:
-            found = streaming(Path(name), options.stream_images, options.stream_epochs, options.stream_rounds)
-            results["stream"] = {k: v.to_json() for k, v in found.items()}
+            inputs = streaming(Path(name), options.stream_images, options.stream_epochs, options.stream_rounds)
+            results["stream"] = {k: v.to_json() for k, v in inputs.items()}
             print()
             show_table(
                 f"plain classifier, {options.stream_images:,} images in Parquet, one worker, "
                 f"median of {options.stream_rounds} rounds",
                 ["input", "images/s", "min - max"],
-                [[k, f"{v.median:,.1f}", str(v)] for k, v in found.items()],
+                [[k, f"{v.median:,.1f}", str(v)] for k, v in inputs.items()],
             )
     finish(options.json, "scaling", start, results)
 

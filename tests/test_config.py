@@ -55,7 +55,7 @@ def test_paper_presets_hold_section_3a(name: str, num_val: int) -> None:
         "name": "learned", "width": 64, "depth": 4, "skips": None, "jpeg": None, "adversary": None,
     }  # fmt: skip
     assert config.classifier.model_dump() == {"name": "resnet20", "width": 16}
-    assert config.features.model_dump() == {"name": "vgg16", "weights": "torchvision"}
+    assert config.features.model_dump() == {"name": "vgg16", "weights": "torchvision", "layer": "relu2_2"}
     train = config.train
     assert (train.mode, train.epochs, train.batch_size) == ("joint", 200, 128)
     assert train.optimizer.model_dump() == {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0005}
