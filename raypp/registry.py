@@ -29,7 +29,7 @@ def absolute(location: str | Path) -> str:
     path = Path(text).expanduser()
     try:
         return str(path.absolute())
-    except FileNotFoundError:  # the current folder is gone: Ray deletes a job's on a machine where its last task ended
+    except FileNotFoundError:  # the current folder is gone, as a job's has been seen to be
         return str(Path(os.environ.get("PWD", "/")) / path)
 
 

@@ -1,7 +1,7 @@
 """Batches for training: the whole set as uint8 on the device, augmented there by a few tensor operations.
 
 Random numbers are drawn on the CPU for the whole batch of all workers and then sliced, so that neither the device nor
-the number of workers changes which images are seen, in which order, or how they are cropped.
+a number of workers that divides the batch changes which images are seen, in which order, or how they are cropped.
 """
 
 from __future__ import annotations
