@@ -10,9 +10,11 @@ import io
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +52,9 @@ class Nodes:
             # A node that left is noticed sooner than on a cluster whose network may pause for a while.
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
         }
+        # A folder for each node, as on machines of their own: in a shared one they unpack a job's package over each
+        # other, under the feet of its driver. A short one: sockets lie there.
+        self.folder = Path(tempfile.mkdtemp(prefix="ray-"))
         self.running: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self, number: int) -> None:
@@ -58,7 +63,7 @@ class Nodes:
         arguments = [
             "ray", "start", "--block", f"--node-ip-address={ip}", f"--dashboard-agent-listen-port={free_port()}",
             f"--metrics-export-port={free_port()}", "--min-worker-port=0", "--max-worker-port=0",
-            "--disable-usage-stats",
+            "--disable-usage-stats", f"--temp-dir={self.folder / str(number)}",
         ]  # fmt: skip
         if number == 1:
             arguments += ["--head", "--num-cpus=0", f"--port={self.port}"]
@@ -115,6 +120,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     finally:
         for number in list(made.running)[::-1]:
             made.kill(number)
+        shutil.rmtree(made.folder, ignore_errors=True)
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:

@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from raypp.cluster.session import session  # first: it makes the settings that Ray reads when it is imported
-
-import ray  # isort: skip
 import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import TrainedAttack
-from raypp.cluster.board import Board, Events, Steps, following
+from raypp.cluster.board import Events, Steps, following, put_up
+from raypp.cluster.session import session  # first: it makes the settings that Ray reads when it is imported
 from raypp.cluster.spread import Outcome, Pinned, resources, spread
 from raypp.cluster.train import run_trainer, scaling
 from raypp.errors import RayppError, StoppedError
@@ -63,7 +61,7 @@ def _run_together(plan: Plan, name: str, have: dict[str, float], display: GridDi
     cluster, folder = plan.suite.cluster, plan.folder(name)
     num = cluster.num_workers or 1
     use_gpu = resources(cluster, have, f"attack {name}", num)["num_gpus"] > 0
-    board = ray.remote(num_cpus=0)(Board).remote()
+    board = put_up()
     trainer = TorchTrainer(
         _worker,
         train_loop_config={

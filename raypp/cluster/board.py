@@ -10,6 +10,7 @@ from typing import Any
 from raypp.cluster.session import session  # noqa: F401  (it makes the settings that Ray reads when it is imported)
 
 import ray  # isort: skip
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 POLL_SECONDS = 0.2
 
@@ -36,21 +37,29 @@ class Board:
         return steps, events
 
 
+def put_up() -> Any:
+    """Start a board on the driver's own node: anywhere else, a node that leaves would take it along."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
+
+
+def taken(board: Any) -> tuple[Steps, Events]:
+    """What is new on a board; nothing where it does not answer: the display is not worth a run."""
+    try:
+        found: tuple[Steps, Events] = ray.get(board.take.remote(), timeout=5)
+    except ray.exceptions.RayError:
+        return {}, []
+    return found
+
+
 @contextmanager
 def following(board: Any, show: Callable[[Steps, Events], None]) -> Iterator[None]:
     """Call ``show`` with what is new on the board, from a thread, while the driver waits for something else."""
     finished = threading.Event()
 
-    def look() -> None:
-        try:
-            steps, events = ray.get(board.take.remote(), timeout=5)
-        except ray.exceptions.RayError:  # the display is not worth a run
-            return
-        show(steps, events)
-
     def follow() -> None:
         while not finished.wait(POLL_SECONDS):
-            look()
+            show(*taken(board))
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -59,4 +68,4 @@ def following(board: Any, show: Callable[[Steps, Events], None]) -> Iterator[Non
     finally:
         finished.set()
         thread.join()
-        look()
+        show(*taken(board))

@@ -10,7 +10,7 @@ from raypp.cluster.session import session, wants_gpu  # first: it makes the sett
 import ray  # isort: skip
 import torch
 
-from raypp.cluster.board import Board
+from raypp.cluster.board import put_up, taken
 from raypp.config import Cluster
 from raypp.errors import ConfigError, RayppError
 from raypp.progress import GridDisplay, Row
@@ -67,7 +67,7 @@ def spread(
             max_retries=cluster.max_failures,
             max_calls=1,  # a process each: one's memory and settings are not the next one's
         )(_call)
-        board = ray.remote(num_cpus=0)(Board).remote()
+        board = put_up()
         waiting, open_ = dict(work), set(work)
         running: dict[Any, str] = {}
         while open_:
@@ -75,7 +75,7 @@ def spread(
                 arguments = waiting.pop(name)
                 running[task.remote(function, arguments, name, board, cluster.cpus_per_worker)] = name
             ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
-            steps, events = ray.get(board.take.remote())
+            steps, events = taken(board)
             for name, step in steps.items():
                 display.step(name, step)
             for name, _, message in events:

@@ -16,7 +16,7 @@ import torch
 from ray.train import Checkpoint, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from raypp.cluster.board import Board, Events, Steps, following
+from raypp.cluster.board import Events, Steps, following, put_up
 from raypp.config import Cluster, Config, validate
 from raypp.data.streaming import StreamLoader, bounded, datasets
 from raypp.errors import ConfigError, RayppError, StoppedError, TrainingError
@@ -72,7 +72,7 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
     with session() as have:
         num_workers, use_gpu = _scale(config, have)
         _check_resources(config, have, cluster.min_workers or num_workers, use_gpu, display)
-        board = ray.remote(num_cpus=0)(Board).remote()
+        board = put_up()
         # Ray's own record of checkpoints refuses to start once one of them is gone; ours is the folder itself.
         run.storage.folder(CHECKPOINTS).remove(RAY_SNAPSHOT)
         trainer = TorchTrainer(
