@@ -211,6 +211,29 @@ def test_attacks_outlive_a_node(nodes: Nodes, trained: Trained, tmp_path: Path) 
     nodes.start(lost)
 
 
+def test_a_search_spreads_over_the_nodes(nodes: Nodes, tmp_path: Path) -> None:
+    """Trials side by side on both, and their best bundle attacked."""
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(
+        json.dumps({"num_queries": 20, "curve": False, "judge_epochs": 0, "attacks": {"known_gallery": {}}})
+    )
+    flags = [
+        "--storage", str(tmp_path), "--name", "search", "--search.num_trials", "4", "--search.scheduler", "none",
+        "--search.attack", "{width: 4, train: {epochs: 1}}", "--search.space.protection.skips", "[0, 1, 2]",
+        "--search.suite", str(suite), "--search.num_attacked", "1",
+        *(flag for flag in tiny_flags(tmp_path) if flag not in ("--cluster.storage", str(tmp_path))),
+    ]  # fmt: skip
+    process = nodes.job("tune", "quickstart", *flags)
+    wait_until(lambda: all(nodes.holds(number, "ImplicitFunc") for number in (2, 3)), process)
+    nodes.done(process)
+    summary = json.loads((tmp_path / "search" / "search.json").read_text())
+    assert len(list((tmp_path / "search").glob("trials/*/trial.json"))) == 4
+    assert len(summary["scorecards"]) == 1
+    for name in summary["best"]:
+        assert load_public(tmp_path / "search" / "best" / name).image_size == (16, 16)
+    assert (tmp_path / "search" / "report" / "report.html").stat().st_size > 10_000
+
+
 def test_a_job_without_a_place_for_its_results_says_so(nodes: Nodes, tmp_path: Path) -> None:
     flags = [flag for flag in train_flags(tmp_path, "lost", 1) if flag not in ("--cluster.storage", str(tmp_path))]
     out, err = nodes.job("train", *flags).communicate(timeout=200)
