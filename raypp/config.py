@@ -152,9 +152,11 @@ class Cluster(Section):
     cpus_per_worker: float = Field(1, gt=0)
     """CPUs that Ray reserves per worker; also its number of torch threads."""
     gpu: bool | None = None
-    """One GPU per worker; null takes GPUs when the cluster has one for each worker."""
-    max_failures: int = Field(3, ge=0)
-    """Times that a worker group is restarted from the last checkpoint before the run is given up."""
+    """One GPU per worker; null takes GPUs when the cluster has one for each worker at the start (true waits for
+    them)."""
+    max_failures: int = Field(3, ge=-1)
+    """Times in all that a worker group is restarted from the last checkpoint before the run is given up; -1 sets no
+    limit, which a long run on nodes that come and go wants."""
     storage: Location = Field("runs", validate_default=True)
     """Folder or pyarrow filesystem URI (s3://...) under which each run has its folder."""
 
@@ -188,6 +190,11 @@ class Config(Section):
             raise ValueError(
                 f"train.batch_size {self.train.batch_size} cannot be divided among cluster.num_workers "
                 f"{self.cluster.num_workers}; allowed is a multiple of it"
+            )
+        if self.data.stream and self.cluster.min_workers is not None and not self.cluster.gpu:
+            raise ValueError(
+                "cluster.min_workers with data.stream needs cluster.gpu true: workers that take every CPU as it comes "
+                "leave none for reading; allowed is a fixed cluster.num_workers"
             )
         if self.train.mode == "plain" and self.protection.name != "plain":
             raise ValueError(

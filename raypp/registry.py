@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol
@@ -25,6 +26,10 @@ def absolute(location: str | Path) -> str:
     if not text.strip():
         raise ValueError(f"{text!r} is empty; allowed is a path or a URI")
     if "://" in text:
+        if re.match(r"[^/@]*:[^/@]*@", text.partition("://")[2]):
+            raise ValueError(
+                "a URI with a key in it is not allowed; keys come from the environment or the machine's role"
+            )
         return text
     path = Path(text).expanduser()
     try:

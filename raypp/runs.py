@@ -13,6 +13,7 @@ NAME/protected.png        plain test images over protected ones
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from torch import Tensor
 
 import raypp
 from raypp import bundle, env, images, keys
-from raypp.config import Config, flatten
+from raypp.config import Config, flatten, validate
 from raypp.data.loader import to_device
 from raypp.errors import ConfigError, StorageError
 from raypp.evaluation.evaluate import evaluate
@@ -314,6 +315,8 @@ def checked_name(name: str) -> str:
 
 
 def same_configuration(config: Config, stored: dict[str, Any], name: str) -> None:
+    with contextlib.suppress(ConfigError):  # settings that have come since the run was started have their default
+        stored = validate(stored).model_dump(mode="json")
     given, kept = flatten(config.model_dump(mode="json")), flatten(stored)
     if given["train.epochs"] < kept.get("train.epochs", 0):
         raise StorageError(

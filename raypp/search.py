@@ -133,6 +133,8 @@ class Search(Section):
     grace_epochs: int = Field(2, ge=1)
     """Epochs, the plain phase's included, before the scheduler judges a trial."""
     num_trials: int = Field(20, ge=1)
+    max_concurrent: int | None = Field(None, ge=1)
+    """Trials at once; null takes as many as the cluster has room for at the start. Give it for one that grows."""
     max_minutes: float | None = Field(None, gt=0)
     """Start no trial and stop those that run after so many minutes; null sets no limit."""
     patience: int | None = Field(None, ge=1)

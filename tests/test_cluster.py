@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import secrets
@@ -110,17 +111,25 @@ class Nodes:
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     env.apply()
     made = Nodes(tmp_path_factory.mktemp("nodes"))
     try:
-        for number in (1, 2, 3):
-            made.start(number)
+        made.start(1)
         yield made
     finally:
         for number in list(made.running)[::-1]:
             made.kill(number)
         shutil.rmtree(made.folder, ignore_errors=True)
+
+
+@pytest.fixture
+def nodes(head: Nodes) -> Nodes:
+    """All three, those started again that a test ended."""
+    for number in (2, 3):
+        if number not in head.running:
+            head.start(number)
+    return head
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -137,23 +146,54 @@ def train_flags(tmp_path: Path, name: str, epochs: int, **changes: object) -> li
     return ["quickstart", "--name", name, *tiny_flags(tmp_path, **changes)]
 
 
-def test_a_run_shrinks_with_its_cluster_and_goes_on(nodes: Nodes, tmp_path: Path) -> None:
+def test_a_search_waits_for_nodes_and_spreads_over_them(head: Nodes, tmp_path: Path) -> None:
+    """A cluster that scales begins without any. Trials side by side on both, and their best bundle attacked."""
+    nodes = head
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(
+        json.dumps({"num_queries": 20, "curve": False, "judge_epochs": 0, "attacks": {"known_gallery": {}}})
+    )
+    flags = [
+        "--storage", str(tmp_path), "--name", "search", "--search.num_trials", "4", "--search.scheduler", "none",
+        "--search.max_concurrent", "2",
+        "--search.attack", "{width: 4, train: {epochs: 1}}", "--search.space.protection.skips", "[0, 1, 2]",
+        "--search.suite", str(suite), "--search.num_attacked", "1",
+        *(flag for flag in tiny_flags(tmp_path) if flag not in ("--cluster.storage", str(tmp_path))),
+    ]  # fmt: skip
+    process = nodes.job("tune", "quickstart", *flags)
+    assert process.stdout is not None
+    assert any("waiting for it to grow" in line for line in process.stdout)
+    nodes.start(2)
+    nodes.start(3)
+    wait_until(lambda: all(nodes.holds(number, "ImplicitFunc") for number in (2, 3)), process)
+    nodes.done(process)
+    summary = json.loads((tmp_path / "search" / "search.json").read_text())
+    assert len(list((tmp_path / "search").glob("trials/*/trial.json"))) == 4
+    assert len(summary["scorecards"]) == 1
+    for name in summary["best"]:
+        assert load_public(tmp_path / "search" / "best" / name).image_size == (16, 16)
+    assert (tmp_path / "search" / "report" / "report.html").stat().st_size > 10_000
+
+
+def test_a_run_shrinks_and_grows_with_its_cluster(nodes: Nodes, tmp_path: Path) -> None:
     folder = tmp_path / "elastic"
-    flags = train_flags(tmp_path, "elastic", 8, cluster__num_workers=2, cluster__min_workers=1)
+    epochs = 40
+    flags = train_flags(tmp_path, "elastic", epochs, cluster__num_workers=2, cluster__min_workers=1)
     process = nodes.job("train", *flags)
     wait_until(lambda: len(rows_of(folder)) >= 3, process)
     assert {row["world"] for row in rows_of(folder)} == {2}
     nodes.kill(3)
     kept = rows_of(folder)[:-1]
+    wait_until(lambda: rows_of(folder)[-1]["world"] == 1, process)
+    nodes.start(3)
     nodes.done(process)
     rows = rows_of(folder)
-    assert epochs_of(folder) == [("plain", 1), *(("joint", n + 1) for n in range(8))]
+    assert epochs_of(folder) == [("plain", 1), *(("joint", n + 1) for n in range(epochs))]
     assert rows[: len(kept)] == kept
-    assert rows[-1]["world"] == 1
+    assert [world for world, _ in itertools.groupby(row["world"] for row in rows)] == [2, 1, 2]
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["best"]["val_loss"] == min(row["val_loss"] for row in rows if row["phase"] == "joint")
     assert load_public(folder / "bundle").image_size == (16, 16)
-    nodes.start(3)
 
 
 def test_a_stopped_job_and_a_dead_driver_are_resumed(nodes: Nodes, tmp_path: Path) -> None:
@@ -208,30 +248,20 @@ def test_attacks_outlive_a_node(nodes: Nodes, trained: Trained, tmp_path: Path) 
     assert card["attacks"]["known_gallery"]["found"] == 1
     nodes.done(nodes.job("report", str(tmp_path / "a"), "--out", str(tmp_path / "report")))
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
-    nodes.start(lost)
 
 
-def test_a_search_spreads_over_the_nodes(nodes: Nodes, tmp_path: Path) -> None:
-    """Trials side by side on both, and their best bundle attacked."""
-    suite = tmp_path / "suite.yaml"
-    suite.write_text(
-        json.dumps({"num_queries": 20, "curve": False, "judge_epochs": 0, "attacks": {"known_gallery": {}}})
-    )
-    flags = [
-        "--storage", str(tmp_path), "--name", "search", "--search.num_trials", "4", "--search.scheduler", "none",
-        "--search.attack", "{width: 4, train: {epochs: 1}}", "--search.space.protection.skips", "[0, 1, 2]",
-        "--search.suite", str(suite), "--search.num_attacked", "1",
-        *(flag for flag in tiny_flags(tmp_path) if flag not in ("--cluster.storage", str(tmp_path))),
-    ]  # fmt: skip
-    process = nodes.job("tune", "quickstart", *flags)
-    wait_until(lambda: all(nodes.holds(number, "ImplicitFunc") for number in (2, 3)), process)
-    nodes.done(process)
-    summary = json.loads((tmp_path / "search" / "search.json").read_text())
-    assert len(list((tmp_path / "search").glob("trials/*/trial.json"))) == 4
-    assert len(summary["scorecards"]) == 1
-    for name in summary["best"]:
-        assert load_public(tmp_path / "search" / "best" / name).image_size == (16, 16)
-    assert (tmp_path / "search" / "report" / "report.html").stat().st_size > 10_000
+def test_a_table_fills_its_cells_over_the_nodes(nodes: Nodes, tmp_path: Path) -> None:
+    flags = ["--datasets", "quickstart", "--methods", "plain", "etc", "--seeds", "0", "--name", "table"]
+    settings = [
+        flag
+        for pair in zip(*[iter(tiny_flags(tmp_path))] * 2, strict=True)
+        if pair[0] not in ("--cluster.storage", "--train.alpha")
+        for flag in pair
+    ]
+    nodes.done(nodes.job("table1", *flags, "--storage", str(tmp_path), *settings))
+    text = (tmp_path / "table" / "table1.md").read_text()
+    assert "EtC" in text
+    assert len(list((tmp_path / "table").glob("*/summary.json"))) == 2
 
 
 def test_a_job_without_a_place_for_its_results_says_so(nodes: Nodes, tmp_path: Path) -> None:

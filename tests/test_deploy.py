@@ -50,6 +50,25 @@ def test_a_cluster_asks_for_its_token(name: str) -> None:
     assert "0.0.0.0" not in json.dumps(config)
 
 
+def test_machines_on_aws_are_not_public_and_may_do_what_they_have_to() -> None:
+    config = read("cluster.yaml")
+    assert config["provider"]["use_internal_ips"]
+    for name, kind in config["available_node_types"].items():
+        node = kind["node_config"]
+        assert node["SecurityGroupIds"], "Ray's own group lets SSH in from everywhere"
+        assert node["MetadataOptions"]["HttpTokens"] == "required"
+        role = node["IamInstanceProfile"]["Name"].removeprefix("raypp-")
+        policy = json.loads((ROOT / f"deploy/aws/{role}.json").read_text())
+        actions = {action for part in policy["Statement"] for action in [part["Action"]] for action in _listed(action)}
+        assert {"s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:ListBucket"} <= actions
+        assert ("ec2:RunInstances" in actions) == (name == "head")
+        assert not any(action in ("*", "s3:*", "ec2:*", "iam:*") for action in actions)
+
+
+def _listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
 class Closed(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -125,6 +144,8 @@ def test_kubernetes_understands_a_manifest(name: str) -> None:
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"} | template["metadata"]}
         kubernetes_validate.validate(pod | {"spec": template["spec"]}, KUBERNETES, strict=True)
         assert template["spec"]["securityContext"]["runAsNonRoot"]
+        if template["spec"]["containers"][0]["name"] != "ray-head":  # which asks Kubernetes for more pods
+            assert template["spec"]["automountServiceAccountToken"] is False
         assert template["metadata"]["labels"] == {"app.kubernetes.io/part-of": "raypp"}  # the network policy's
         for container in template["spec"]["containers"]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
@@ -166,21 +187,30 @@ def test_services_that_others_reach_ask_for_a_token(name: str) -> None:
         assert config["http_options"]["host"] == "127.0.0.1" or application["args"]["tokens"]
 
 
+def read_toml() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
 def test_the_container_installs_what_the_project_allows() -> None:
     """Every dependency at one version, each within the project's range, and only files that there are."""
     pinned = {}
     for line in (ROOT / "deploy/requirements.txt").read_text().splitlines():
-        if not line.startswith("#"):
-            requirement = Requirement(line)
+        if "==" in line:
+            requirement = Requirement(line.removesuffix("\\"))
             (version,) = requirement.specifier
             assert version.operator == "=="
             pinned[requirement.name] = version.version
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for requirement in map(Requirement, project["dependencies"]):
+    project = read_toml()["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["aws"]]
+    for requirement in map(Requirement, [*wanted, *read_toml()["dependency-groups"]["container"]]):
         assert pinned[requirement.name] in requirement.specifier
+    assert (ROOT / "deploy/requirements.txt").read_text().count("--hash=sha256:") >= len(pinned)
     text = (ROOT / "deploy/Containerfile").read_text()
+    sent = (ROOT / ".dockerignore").read_text()
     for line in re.findall(r"^COPY --chown=ray (.+) \S+$", text, flags=re.MULTILINE):
-        assert all((ROOT / source).exists() for source in line.split())
+        for source in line.split():
+            assert (ROOT / source).exists()
+            assert f"!{source}" in sent or f"!{source}requirements.txt" in sent
     assert "USER ray" in text
     assert "python:3.11" in text
 

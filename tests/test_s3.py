@@ -121,3 +121,18 @@ def test_a_run_its_data_and_its_bundle_live_there(s3: Any, tmp_path: Path) -> No
     with open_run(load_config("quickstart", flags=flags(3)), "two"), pytest.raises(RayppError, match="exists already"):
         open_run(load_config("quickstart", flags=flags(3)), "one").__enter__()
     publish(bundle, s3("shelf"))
+
+
+@pytest.mark.ray
+def test_workers_of_ray_keep_their_checkpoints_there(s3: Any, tmp_path: Path) -> None:
+    """Started by the command itself, so that they have this process' keys."""
+    command = [str(Path(sys.executable).parent / "raypp"), "train", "quickstart", "--name", "ray"]
+    flags = [word if word != str(tmp_path) else s3("ray") for word in tiny_flags(tmp_path, train__epochs=2)]
+    for more in ([], ["--resume", "--train.epochs", "3"]):
+        result = subprocess.run([*command, *flags, *more], capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stdout + result.stderr
+    folder = Storage(s3("ray")).folder("ray")
+    assert newest_first(folder) == ["epoch_0004", "epoch_0003"]
+    rows = [json.loads(line) for line in folder.read("metrics.jsonl").splitlines()]
+    assert [(row["phase"], row["epoch"]) for row in rows] == [("plain", 1), ("joint", 1), ("joint", 2), ("joint", 3)]
+    load_private(folder.folder("bundle").uri)

@@ -30,7 +30,7 @@ def run_on_ray(plan: Plan, missing: Sequence[str], display: GridDisplay, ended: 
     A task whose worker dies is started again and resumes its training from the newest checkpoint.
 
     Raises:
-        ConfigError: no attack fits into the cluster.
+        ConfigError: no attack fits into a cluster that cannot grow.
     """
     dumped = plan.dump()
     together = [name for name in missing if (plan.suite.cluster.num_workers or 1) > 1 and _trains(name)]
@@ -60,7 +60,7 @@ def _run_together(plan: Plan, name: str, have: dict[str, float], display: GridDi
     """Run one attack whose network trains on ``cluster.num_workers`` workers."""
     cluster, folder = plan.suite.cluster, plan.folder(name)
     num = cluster.num_workers or 1
-    use_gpu = resources(cluster, have, f"attack {name}", num)["num_gpus"] > 0
+    use_gpu = resources(cluster, have, f"attack {name}", display, cluster.min_workers or num)["num_gpus"] > 0
     board = put_up()
     trainer = TorchTrainer(
         _worker,

@@ -15,6 +15,8 @@ env.apply()
 
 import ray  # noqa: E402  (its settings come first)
 
+_started_here = False
+
 if TYPE_CHECKING:
     from raypp.config import Cluster
 
@@ -22,6 +24,22 @@ if TYPE_CHECKING:
 def wants_gpu(cluster: Cluster, have: dict[str, float]) -> bool:
     """Whether work gets GPUs: as configured, else wherever the cluster has some."""
     return have.get("GPU", 0) > 0 if cluster.gpu is None else cluster.gpu
+
+
+def can_grow() -> bool:
+    """Whether somebody else runs the cluster and may add nodes to it: not so for one that was started here."""
+    return not _started_here
+
+
+def lacks(sentence: str, see: str) -> str:
+    """Say at once what Ray would wait for in silence: the warning that it waits, on a cluster that may grow.
+
+    Raises:
+        ConfigError: it would wait for ever.
+    """
+    if can_grow():
+        return f"{sentence}: waiting for it to grow"
+    raise ConfigError(f"{sentence}; see {see}")
 
 
 @contextmanager
@@ -34,6 +52,7 @@ def session() -> Iterator[dict[str, float]]:
     Raises:
         ConfigError: Ray does not start here, or the named cluster cannot be reached.
     """
+    global _started_here
     if ray.is_initialized():
         yield ray.cluster_resources()
         return
@@ -50,9 +69,11 @@ def session() -> Iterator[dict[str, float]]:
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+        _started_here = False
 
 
 def _start(num_cpus: int) -> None:
+    global _started_here
     try:
         ray.init(
             address="local",  # not the cluster of somebody else that Ray would find on this machine
@@ -66,3 +87,4 @@ def _start(num_cpus: int) -> None:
         ray.shutdown()
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"Ray did not start on this machine: {reason}; --local trains without it") from error
+    _started_here = True

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from raypp.cluster.session import session, wants_gpu  # first: it makes the settings that Ray reads when it is imported
+from raypp.cluster.session import (
+    lacks,
+    session,
+    wants_gpu,
+)  # first: it makes the settings that Ray reads when it is imported
 
 import ray  # isort: skip
 import torch
 
 from raypp.cluster.board import put_up, taken
 from raypp.config import Cluster
-from raypp.errors import ConfigError, RayppError
+from raypp.errors import RayppError
 from raypp.progress import GridDisplay, Row
 
 POLL_SECONDS = 0.5
@@ -58,12 +62,12 @@ def spread(
         after: pieces that have to end before another begins.
 
     Raises:
-        ConfigError: none fits into the cluster.
+        ConfigError: none fits into a cluster that cannot grow.
     """
     after = after or {}
     with session() as have:
         task = ray.remote(
-            **resources(cluster, have, what),
+            **resources(cluster, have, what, display),
             max_retries=cluster.max_failures,
             max_calls=1,  # a process each: one's memory and settings are not the next one's
         )(_call)
@@ -97,15 +101,19 @@ def _outcome(reference: Any) -> Outcome:
     return found
 
 
-def resources(cluster: Cluster, have: dict[str, float], what: str, num: int = 1) -> dict[str, float]:
-    """What one of ``num`` pieces takes that run at once; raises ConfigError where the cluster cannot give it."""
+def resources(
+    cluster: Cluster, have: dict[str, float], what: str, display: GridDisplay, num: int = 1
+) -> dict[str, float]:
+    """What one of ``num`` pieces takes that run at once; where the cluster does not have it, says that it waits.
+
+    Raises:
+        ConfigError: the cluster cannot grow.
+    """
     use_gpu = wants_gpu(cluster, have)
     for kind, each in {"CPU": cluster.cpus_per_worker, "GPU": float(use_gpu)}.items():
         if num * each > have.get(kind, 0):
-            raise ConfigError(
-                f"{what} needs {num * each:g} {kind}s, the cluster has {have.get(kind, 0):g}; see cluster.num_workers, "
-                "cluster.cpus_per_worker and cluster.gpu"
-            )
+            sentence = f"{what} needs {num * each:g} {kind}s, the cluster has {have.get(kind, 0):g}"
+            display.warn("cluster", lacks(sentence, "cluster.num_workers, cluster.cpus_per_worker and cluster.gpu"))
     return {"num_cpus": cluster.cpus_per_worker, "num_gpus": int(use_gpu)}
 
 

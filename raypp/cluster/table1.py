@@ -17,7 +17,7 @@ def run_on_ray(grid: Sequence[Cell], display: GridDisplay, ended: Callable[[Cell
     A task whose worker dies is started again and resumes from its newest checkpoint.
 
     Raises:
-        ConfigError: no cell fits into the cluster.
+        ConfigError: no cell fits into a cluster that cannot grow.
     """
     cells = {cell.name: cell for cell in grid}
     work = {name: (cell.config.model_dump(mode="json"), name) for name, cell in cells.items()}

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raypp.cluster.session import session, wants_gpu  # first: it makes the settings that Ray reads when it is imported
+from raypp.cluster.session import (
+    lacks,
+    session,
+    wants_gpu,
+)  # first: it makes the settings that Ray reads when it is imported
 
 import ray  # isort: skip
 import ray.train
 import torch
-from ray.train import Checkpoint, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from raypp.cluster.board import Events, Steps, following, put_up
 from raypp.config import Cluster, Config, validate
 from raypp.data.streaming import StreamLoader, bounded, datasets
-from raypp.errors import ConfigError, RayppError, StoppedError, TrainingError
+from raypp.errors import RayppError, StoppedError, TrainingError
 from raypp.keys import Key
 from raypp.nets.features import StateDict
 from raypp.progress import Display
@@ -27,15 +30,17 @@ from raypp.runs import Run, conclude, stored_key
 from raypp.storage import Storage
 from raypp.training.distributed import first_error
 from raypp.training.fit import TrainingData, check_sides, fit, protect_first
-from raypp.training.sinks import CHECKPOINTS, Row, RunCheckpoints, metrics_lines, newest_first, prune
+from raypp.training.sinks import CHECKPOINTS, Row, RunCheckpoints, newest_first
 
-RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 RESIZE_SECONDS = 30.0  # how often an elastic run looks whether it can grow
 MAX_WORKERS = 8  # of a run that does not say how many: a batch of 128 is not worth spreading further
 
 
 class TrainSink(RunCheckpoints):
-    """Reports to Ray Train, and to the run's folder what Ray Train does not keep."""
+    """Reports to the run's folder, and the numbers to Ray Train.
+
+    Ray Train would copy a checkpoint file by file into its place; here it appears whole, see :class:`Storage`.
+    """
 
     def __init__(self, run: Storage, board: Any) -> None:
         context = ray.train.get_context()
@@ -45,12 +50,10 @@ class TrainSink(RunCheckpoints):
         self._board = board
 
     def report(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
-        attached = Checkpoint.from_directory(checkpoint) if checkpoint is not None else None
-        ray.train.report(history[-1], checkpoint=attached, checkpoint_dir_name=name if attached else None)
         if self.rank == 0:
-            prune(self._run)
-            self._run.write("metrics.jsonl", metrics_lines(history))
+            self.keep(history, name, checkpoint)
             self._board.pin.remote("epoch", history[-1])
+        ray.train.report(history[-1])
 
     def progress(self, info: Row) -> None:
         self._board.pin.remote("step", info)
@@ -73,8 +76,6 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
         num_workers, use_gpu = _scale(config, have)
         _check_resources(config, have, cluster.min_workers or num_workers, use_gpu, display)
         board = put_up()
-        # Ray's own record of checkpoints refuses to start once one of them is gone; ours is the folder itself.
-        run.storage.folder(CHECKPOINTS).remove(RAY_SNAPSHOT)
         trainer = TorchTrainer(
             _worker,
             train_loop_config={
@@ -164,15 +165,12 @@ def run_trainer(trainer: TorchTrainer, max_failures: int, run: Storage) -> dict[
 
 
 def _check_resources(config: Config, have: dict[str, float], num_workers: int, use_gpu: bool, display: Display) -> None:
-    """Say at once what Ray would wait for in silence: refuse it on this machine, warn of it on a cluster."""
     cpus = num_workers * config.cluster.cpus_per_worker + _cpus_beside(config)
     needed = {"CPU": cpus, "GPU": num_workers if use_gpu else 0}
     for kind, num in needed.items():
         if num > have.get(kind, 0):
             sentence = f"{num_workers} workers need {num:g} {kind}s in all, the cluster has {have.get(kind, 0):g}"
-            if not os.environ.get("RAY_ADDRESS"):
-                raise ConfigError(f"{sentence}; see cluster.num_workers, cluster.cpus_per_worker and cluster.gpu")
-            display.warn(f"{sentence}: waiting for it to grow")
+            display.warn(lacks(sentence, "cluster.num_workers, cluster.cpus_per_worker and cluster.gpu"))
 
 
 def _cpus_beside(config: Config) -> int:
@@ -184,7 +182,9 @@ def _scale(config: Config, have: dict[str, float]) -> tuple[int, bool]:
     """How many workers, and whether each gets a GPU, from the configuration or what the cluster has."""
     cluster, gpus = config.cluster, int(have.get("GPU", 0))
     if cluster.num_workers is not None:
-        return cluster.num_workers, gpus >= cluster.num_workers if cluster.gpu is None else cluster.gpu
+        return cluster.num_workers, gpus >= (
+            cluster.min_workers or cluster.num_workers
+        ) if cluster.gpu is None else cluster.gpu
     use_gpu = wants_gpu(cluster, have)
     slots = gpus if use_gpu else int((have.get("CPU", 1) - _cpus_beside(config)) / cluster.cpus_per_worker)
     return max(n for n in range(1, MAX_WORKERS + 1) if n <= max(slots, 1) and config.train.batch_size % n == 0), use_gpu

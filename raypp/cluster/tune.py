@@ -18,7 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from raypp.cluster.session import session, wants_gpu  # first: it makes the settings that Ray reads when it is imported
+from raypp.cluster.session import (
+    can_grow,
+    lacks,
+    session,
+    wants_gpu,
+)  # first: it makes the settings that Ray reads when it is imported
 
 import ray  # isort: skip
 import torch
@@ -33,7 +38,7 @@ from raypp.cluster import attack as attacks
 from raypp.cluster.spread import spread
 from raypp.cluster.train import train_on_ray
 from raypp.config import Config, validate
-from raypp.errors import ConfigError, RayppError
+from raypp.errors import RayppError
 from raypp.progress import GridDisplay
 from raypp.runs import Run, conclude
 from raypp.search import Plan, Range, Record, Search
@@ -190,7 +195,7 @@ def run_search(plan: Plan, *, resume: bool = False, quiet: bool = False) -> dict
         RayppError: the search or its folder is not allowed, no trial fits into the cluster, or none was finished.
     """
     with search.open_search(plan, resume=resume) as begun, session() as have:
-        room = _room(plan, have)
+        room = _room(plan, have, GridDisplay(0, quiet=quiet).warn)
         plain = _baseline(plan, quiet) if plan.search.margin is not None else None
         least = search.least_accuracy(plan.search, plain)
         if not plan.storage.exists(search.SUMMARY):
@@ -210,14 +215,15 @@ def run_search(plan: Plan, *, resume: bool = False, quiet: bool = False) -> dict
             folder = plan.storage.folder("attacks")
             made = ladder.make_plan(bundle=bundle, suite=suite, storage=folder.uri, name=trial)
             # On two cores a process for each attack costs more than it gains.
-            run = attacks.run_on_ray if have.get("CPU", 0) > 2 else ladder.run_locally
+            alone = not can_grow() and have.get("CPU", 0) <= 2
+            run = ladder.run_locally if alone else attacks.run_on_ray
             return ladder.attack(made, resume=made.storage.exists(ladder.SUITE), quiet=quiet, run=run)
 
         return search.hand_over(plan, records, least, attacked)
 
 
-def _room(plan: Plan, have: dict[str, float]) -> int:
-    """How many trials fit into the cluster at once; raises ConfigError for none."""
+def _room(plan: Plan, have: dict[str, float], warn: Callable[[str, str], None]) -> int:
+    """How many trials run at once: as asked, else as many as the cluster has room for; raises ConfigError for none."""
     cluster, workers = plan.config.cluster, plan.config.cluster.num_workers or 1
     needs = {"CPU": cluster.cpus_per_worker * workers}
     if wants_gpu(cluster, have):
@@ -228,11 +234,9 @@ def _room(plan: Plan, have: dict[str, float]) -> int:
     if room < 1:
         asked = " and ".join(f"{each:g} {kind}s" for kind, each in needs.items())
         there = " and ".join(f"{have.get(kind, 0):g}" for kind in needs)
-        raise ConfigError(
-            f"a trial needs {asked}, the cluster has {there}; see cluster.num_workers, cluster.cpus_per_worker and "
-            "search.gpus_per_trial"
-        )
-    return room
+        see = "cluster.num_workers, cluster.cpus_per_worker and search.gpus_per_trial"
+        warn("cluster", lacks(f"a trial needs {asked}, the cluster has {there}", see))
+    return plan.search.max_concurrent or max(1, room)
 
 
 def _baseline(plan: Plan, quiet: bool) -> float:

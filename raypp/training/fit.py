@@ -67,7 +67,8 @@ def prepare(config: Config) -> tuple[Config, StateDict | None, str | None]:
         (
             "torchvision's ImageNet VGG-16 weights cannot be had here, so the feature network is the early block of a "
             "plain classifier: a departure from the paper, whose distances are about a hundredth of VGG-16's, so "
-            "train.alpha must be that much larger (give features.weights a file to avoid it)"
+            "train.alpha must be that much larger, and features.layer has no effect (give features.weights a file to "
+            "avoid it)"
         ),
     )
 

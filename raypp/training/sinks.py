@@ -72,6 +72,13 @@ class RunCheckpoints:
         with self._run.folder(CHECKPOINTS).download(name) as folder:
             yield folder
 
+    def keep(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
+        """Store an epoch: its checkpoint whole or not at all, then the rows up to it; called on rank 0."""
+        if checkpoint is not None:
+            self._run.upload(checkpoint, f"{CHECKPOINTS}/{name}", last="checkpoint.json")
+            prune(self._run)
+        self._run.write("metrics.jsonl", metrics_lines(history))
+
 
 class LocalSink(RunCheckpoints):
     """Reports to a run's folder from this process, or from each process of an initialised process group.
@@ -93,10 +100,7 @@ class LocalSink(RunCheckpoints):
     def report(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
         if self.rank:
             return
-        if checkpoint is not None:
-            self._run.upload(checkpoint, f"{CHECKPOINTS}/{name}", last="checkpoint.json")
-            prune(self._run)
-        self._run.write("metrics.jsonl", metrics_lines(history))
+        self.keep(history, name, checkpoint)
         self._display.epoch(history[-1])
 
     def progress(self, info: Row) -> None:
