@@ -84,8 +84,8 @@ class Trained:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """One tiny joint run; tests copy what they change."""
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+    """One tiny joint run; tests copy what they change, an attack's bundle too."""
     storage = tmp_path_factory.mktemp("runs")
     config = load_config("quickstart", flags=tiny_flags(storage))
     display = Display(quiet=True)
@@ -93,7 +93,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         train_locally(run, display, CPU)
         # The run is over, so this only takes up its last checkpoint.
         left = fit(run.config, LocalSink(run.storage, display, CPU), run.phi)
-    return Trained(config, storage / "tiny", left)
+    made = Trained(config, storage / "tiny", left)
+    before = _files(made.run)
+    yield made
+    assert _files(made.run) == before, "a test has changed what all share"
+
+
+def _files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="session")
