@@ -18,7 +18,7 @@ from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
 from raypp.protections.cipher import Cipher
 from raypp.protections.gan import GAN, GANOptions
-from raypp.protections.learned import Learned, LearnedOptions
+from raypp.protections.learned import Code, Companion, Learned, LearnedOptions
 from raypp.protections.pixel import Pixel, PixelOptions
 
 REVERSIBLE: list[tuple[str, dict[str, Any]]] = [
@@ -245,9 +245,9 @@ def test_the_adversary_of_gan_reaches_each_network_with_its_own_loss_only() -> N
         torch.manual_seed(0)
         options = GANOptions(width=4, num_blocks=1, adversarial=adversarial, pixel=0.0, perceptual=0.0)
         generator = GAN(options)
-        adversary = generator.companion()
+        adversary = generator.companion(10)
         plain = torch.rand(2, 3, 16, 16)
-        adversary(plain, generator(plain), None).backward()
+        adversary(plain, generator(plain), None, torch.zeros(2, dtype=torch.int64)).backward()
         return {n: p.grad for n, p in adversary.named_parameters() if p.grad is not None}, generator
 
     alone, untouched = gradients(0.0)
@@ -268,10 +268,10 @@ def test_the_live_inverse_network_lowers_what_the_protection_raises() -> None:
         """Of the adversary and of the protection."""
         torch.manual_seed(0)
         protection = learned(**options)
-        adversary = protection.companion()
+        adversary = protection.companion(10)
         assert adversary is not None
         plain = torch.rand(3, 3, 16, 16)
-        adversary(plain, protection(plain), None).backward()
+        adversary(plain, protection(plain), None, torch.zeros(len(plain), dtype=torch.int64)).backward()
         return tuple({n: p.grad for n, p in net.named_parameters()} for net in (adversary, protection))  # type: ignore
 
     attacker, protector = gradients(weight=1.0, clip=100.0)
@@ -289,15 +289,71 @@ def test_the_live_inverse_network_lowers_what_the_protection_raises() -> None:
     # A step of the protection along its gradient makes the attacker's error larger.
     torch.manual_seed(0)
     protection = learned(clip=1.0)
-    adversary = protection.companion()
+    adversary = protection.companion(10)
     assert adversary is not None
     plain = torch.rand(8, 3, 16, 16)
-    before = adversary(plain, protection(plain), None)
+    before = adversary(plain, protection(plain), None, torch.zeros(len(plain), dtype=torch.int64))
     before.backward()
     with torch.no_grad():
         for parameter in protection.parameters():
             parameter -= 1e-3 * parameter.grad
-    assert adversary(plain, protection(plain), None) > before
+    assert adversary(plain, protection(plain), None, torch.zeros(len(plain), dtype=torch.int64)) > before
+
+
+def with_code(**options: object) -> Learned:
+    torch.manual_seed(0)
+    given = {"width": 8, "depth": 2, "skips": 0, "code": {"size": 3, "guide": 0.0, **options}}
+    return Learned(LearnedOptions.model_validate(given))
+
+
+@pytest.mark.parametrize(("levels", "most"), [(2, 8), (3, 27)])
+def test_a_code_bounds_how_many_images_there_are(levels: int, most: int) -> None:
+    """More than one, and no more than codes, whatever comes in, whatever its size."""
+    protection = with_code(levels=levels)
+    images = torch.randint(0, 256, (400, 3, 18, 14), dtype=torch.uint8)
+    images[:200] //= torch.arange(1, 201).view(-1, 1, 1, 1)
+    with torch.no_grad():
+        for _ in range(40):
+            protection(images.float() / 255)  # gives batch normalisation its statistics
+    different = {image.numpy().tobytes() for image in protection.eval().protect(images)}
+    assert 2 <= len(different) <= most
+
+
+def test_a_code_is_whole_numbers_and_passes_gradients_on() -> None:
+    protection = with_code(levels=5)
+    protection(torch.rand(32, 3, 16, 16)).sum().backward()
+    code = protection.unet.middle
+    assert isinstance(code, Code)
+    assert code.last is not None
+    steps = 2 * code.last + 2  # in [-1, 1], by halves
+    assert torch.equal(steps, steps.round())
+    assert steps.min() >= 0
+    assert steps.max() <= 4
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in protection.named_parameters() if "down" in n)
+
+
+def test_the_guide_of_a_code_is_a_classifier_of_it() -> None:
+    """It adds cross-entropy as a linear classifier of what left the code, and nothing else."""
+    protection = with_code(guide=0.5)
+    companion = protection.companion(10)
+    assert isinstance(companion, Companion)
+    plain, labels = torch.rand(16, 3, 16, 16), torch.arange(16) % 10
+    loss = companion(plain, protection(plain), None, labels)
+    code = protection.unet.middle
+    assert isinstance(code, Code)
+    assert companion.guide is not None
+    weights = companion.guide.state_dict()
+    logits = code.last @ weights["weight"].t() + weights["bias"]
+    torch.testing.assert_close(loss, -0.5 * logits.log_softmax(1)[torch.arange(16), labels].mean())
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in protection.named_parameters() if "down" in n)
+    assert not any("guide" in name for name in protection.state_dict())
+    assert with_code().companion(10) is None
+
+
+def test_no_skip_connection_passes_a_code_by() -> None:
+    with pytest.raises(ValueError, match="skips is None, allowed beside a code is 0"):
+        LearnedOptions.model_validate({"code": {"size": 3}})
 
 
 def test_a_key_shows_itself_by_its_identifier_only() -> None:

@@ -28,6 +28,7 @@ class UNet(nn.Module):
         skips: how many skip connections to keep, counted from the deepest level; ``depth`` keeps all of them,
             ``depth - 1`` drops the one at full resolution, 0 makes a plain encoder-decoder.
         smooth: GELU (Hendrycks, Gimpel 2016) in place of the authors' ReLU.
+        middle: what the deepest level's features, N x (width * 2**depth) x H' x W', pass on their way up.
     """
 
     def __init__(
@@ -38,8 +39,10 @@ class UNet(nn.Module):
         skips: int | None = None,
         channels_out: int | None = None,
         smooth: bool = False,
+        middle: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.middle = middle
         skips = depth if skips is None else skips
         self.depth = depth
         widths = [width * 2**level for level in range(depth + 1)]
@@ -67,6 +70,8 @@ class UNet(nn.Module):
         for level, block in enumerate(self.down):
             x = block(F.max_pool2d(x, 2) if level else x)
             kept.append(x)
+        if self.middle is not None:
+            x = self.middle(x)
         for level in reversed(range(self.depth)):
             x = self.up[str(level)](F.interpolate(x, scale_factor=2, mode="nearest"))
             if level in self.skip_levels:

@@ -52,11 +52,12 @@ class Protection(nn.Module):
         """In training, what the classifier gets of protected images N x C x H x W in [0, 1]; differentiable."""
         return protected
 
-    def companion(self) -> nn.Module | None:
+    def companion(self, num_classes: int) -> nn.Module | None:
         """A network that is trained beside the protection and then thrown away, such as a discriminator.
 
-        Its ``forward(plain, protected, features)`` gives a loss that is added to the classifier's. Where its attribute
-        ``takes_features`` is true it compares images in the feature network itself, in place of Eq. 4's distance.
+        Its ``forward(plain, protected, features, labels)`` gives a loss that is added to the classifier's. Where its
+        attribute ``takes_features`` is true it compares images in the feature network itself, in place of Eq. 4's
+        distance.
         """
         return None
 

@@ -79,7 +79,7 @@ class GAN(Protection):
     def uses_features(cls, options: Any, alpha: float) -> bool:
         return bool(options.perceptual > 0)
 
-    def companion(self) -> nn.Module:
+    def companion(self, num_classes: int) -> nn.Module:
         return Adversary(self.options, self.channels)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class Adversary(nn.Module):
             norm(nn.Conv2d(2 * w, 1, 3, 1, 1)),
         )  # fmt: skip
 
-    def forward(self, plain: Tensor, protected: Tensor, features: nn.Module | None) -> Tensor:
+    def forward(self, plain: Tensor, protected: Tensor, features: nn.Module | None, labels: Tensor) -> Tensor:
         """Discriminator's and generator's losses in one scalar; each reaches its own weights only."""
         target = self.target(plain)
         real, fake = self.discriminator(target), self.discriminator(protected.detach())

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
@@ -36,6 +37,20 @@ class AdversaryOptions(BaseModel):
     """Number of 2x2 poolings of its U-Net."""
 
 
+class CodeOptions(BaseModel):
+    """A few whole numbers that an image is reduced to, and that its protected image is drawn from alone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    size: int = Field(10, ge=1, le=4096)
+    """How many numbers."""
+    levels: int = Field(2, ge=2, le=256)
+    """How many values each of them takes: an image's protected one tells ``size * log2(levels)`` bits at most."""
+    guide: float = Field(1.0, ge=0)
+    """Weight of the cross-entropy of a linear classifier on the code, which shows it the way sooner than the classifier
+    of protected images does; 0 leaves it out."""
+
+
 class LearnedOptions(registry.Options):
     name: Literal["learned"] = "learned"
     width: int = Field(64, ge=1, le=1024)
@@ -45,6 +60,8 @@ class LearnedOptions(registry.Options):
     skips: int | None = Field(None, ge=0)
     """Skip connections kept, counted from the deepest level; null keeps all."""
 
+    code: CodeOptions | None = None
+    """Send no more of an image than a short code; needs skips 0. Null limits nothing."""
     jpeg: int | None = Field(None, ge=1, le=100)
     """Train the classifier on JPEGs too, of this quality and better: for uploads that are re-encoded on their way."""
     adversary: AdversaryOptions | None = None
@@ -54,6 +71,8 @@ class LearnedOptions(registry.Options):
     def _skips_within_depth(self) -> LearnedOptions:
         if self.skips is not None and self.skips > self.depth:
             raise ValueError(f"skips is {self.skips}, allowed is at most depth = {self.depth}")
+        if self.code is not None and self.skips != 0:
+            raise ValueError(f"skips is {self.skips}, allowed beside a code is 0: a skip connection would pass it by")
         return self
 
 
@@ -66,7 +85,8 @@ class Learned(Protection):
 
     def __init__(self, options: LearnedOptions, *, channels: int = 3, key: Key | None = None) -> None:
         super().__init__()
-        self.unet = UNet(channels, options.width, options.depth, options.skips)
+        code = Code(options.code, options.width * 2**options.depth) if options.code is not None else None
+        self.unet = UNet(channels, options.width, options.depth, options.skips, middle=code)
         self.options, self.channels = options, channels
 
     @classmethod
@@ -81,13 +101,40 @@ class Learned(Protection):
         coded = jpeg(protected[:num], int(torch.randint(lowest, 101, ())))
         return torch.cat((coded, protected[num:]))
 
-    def companion(self) -> nn.Module | None:
-        adversary = self.options.adversary
-        return InverseAdversary(adversary, self.channels) if adversary is not None else None
+    def companion(self, num_classes: int) -> nn.Module | None:
+        adversary, code = self.options.adversary, self.options.code
+        guided = code is not None and code.guide > 0
+        return Companion(self, num_classes) if adversary is not None or guided else None
 
     def forward(self, images: Tensor) -> Tensor:
         # The sigmoid in float32: in bfloat16 it could not tell neighbouring 8-bit values near 1 apart.
         return torch.sigmoid(self.unet(images).float())
+
+
+class Code(nn.Module):
+    """Reduces features N x channels x H x W to ``size`` numbers of ``levels`` values each, and draws others from them.
+
+    Finite scalar quantisation (Mentzer, Minnen, Agustsson, Tschannen 2023), of an image as a whole, with a sigmoid
+    between the first value and the last; rounding passes gradients on (Bengio, Leonard, Courville 2013).
+    """
+
+    SIDE = 4  # of the features that a code is spread over, before they take the shape of those that came in
+
+    def __init__(self, options: CodeOptions, channels: int) -> None:
+        super().__init__()
+        self.options, self.channels = options, channels
+        # Normalised, no number takes the same value for all images, which would be a part of the code unused.
+        self.narrow = nn.Sequential(nn.Linear(channels, options.size), nn.BatchNorm1d(options.size))
+        self.widen = nn.Linear(options.size, channels * self.SIDE**2)
+        self.last: Tensor | None = None  # codes of the last training batch, in [-1, 1], for the guide
+
+    def forward(self, features: Tensor) -> Tensor:
+        top = self.options.levels - 1
+        exact = top * torch.sigmoid(self.narrow(features.mean(dim=(2, 3))).float())
+        code = 2 * (exact + (exact.round() - exact).detach()) / top - 1
+        self.last = code if self.training else None
+        spread: Tensor = self.widen(code).view(-1, self.channels, self.SIDE, self.SIDE)
+        return F.interpolate(spread, size=features.shape[-2:], mode="nearest")
 
 
 class Reversed(torch.autograd.Function):
@@ -103,20 +150,44 @@ class Reversed(torch.autograd.Function):
         return gradients[0] * ctx.scale[:, None, None, None], None
 
 
+class Companion(nn.Module):
+    """What a learned protection is trained with: the live inverse network, the guide of its code, or both."""
+
+    takes_features = False
+
+    def __init__(self, protection: Learned, num_classes: int) -> None:
+        super().__init__()
+        options = protection.options
+        self.adversary = InverseAdversary(options.adversary, protection.channels) if options.adversary else None
+        self.guide = None
+        if options.code is not None and options.code.guide > 0:
+            self.guide = nn.Linear(options.code.size, num_classes)
+        self._protection = [protection]  # in a list: its weights are not this module's
+
+    def forward(self, plain: Tensor, protected: Tensor, features: nn.Module | None, labels: Tensor) -> Tensor:
+        """The losses of both in one scalar."""
+        loss = protected.new_zeros(())
+        if self.adversary is not None:
+            loss = loss + self.adversary(plain, protected)
+        if self.guide is not None:
+            code = self._protection[0].unet.middle
+            assert isinstance(code, Code)
+            loss = loss + code.options.guide * F.cross_entropy(self.guide(code.last), labels)
+        return loss
+
+
 class InverseAdversary(nn.Module):
     """A live inverse network. It lowers its squared error e, h_theta the loss ``-weight * min(e, clip)`` of each image.
 
     One pass serves both: behind it the gradient is turned around and, for images that are past the clip, cut off.
     """
 
-    takes_features = False
-
     def __init__(self, options: AdversaryOptions, channels: int) -> None:
         super().__init__()
         self.options = options
         self.unet = UNet(channels, options.width, options.depth)
 
-    def forward(self, plain: Tensor, protected: Tensor, features: nn.Module | None) -> Tensor:
+    def forward(self, plain: Tensor, protected: Tensor) -> Tensor:
         """The mean squared error of the network's estimates; its gradient reaches h_theta as described."""
         uploaded = protected + (round_8bit(protected.detach()) - protected.detach())  # rounding passes gradients on
         scale = torch.zeros(len(plain), device=plain.device)

@@ -111,7 +111,7 @@ class System(Trainee):
             loss = transformation_loss(classification, distance, self.alpha)
         # In validation it has no say: a live adversary's loss cannot be compared from epoch to epoch.
         if self.companion is not None and self.training:
-            loss = loss + self.companion(images, protected, self.features)
+            loss = loss + self.companion(images, protected, self.features, labels)
         if isinstance(self.classifier, AdaptedClassifier) and (penalty := self.classifier.penalty()) is not None:
             loss = loss + penalty
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
@@ -164,6 +164,6 @@ def build_system(
         features,
         config.train.alpha,
         frozen,
-        protection.companion(),
+        protection.companion(num_classes),
         protected_already=protection.augment == "after",
     )
