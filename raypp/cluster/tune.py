@@ -30,7 +30,7 @@ import torch
 import yaml
 from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, Stopper, TuneConfig, Tuner
-from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, PopulationBasedTraining
+from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, PopulationBasedTraining, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from raypp import ladder, search
@@ -342,13 +342,22 @@ def _scheduler(plan: Plan) -> Any:
     if asked.scheduler == "median":
         return MedianStoppingRule(**common, grace_period=asked.grace_epochs, min_samples_required=3)
     if asked.scheduler == "pbt":
-        return PopulationBasedTraining(
+        return _Population(
             **common,
             perturbation_interval=asked.grace_epochs,
             hyperparam_mutations=_param_space(asked),
             custom_explore_fn=functools.partial(_within, asked.model_dump(mode="json")),
         )
     return None
+
+
+class _Population(PopulationBasedTraining):  # type: ignore[misc]  # Ray has no types here
+    """Takes no turn after a trial's last epoch: who took over such a network would train no more."""
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> Any:
+        if result["epoch"] >= result["epochs"]:
+            return TrialScheduler.CONTINUE
+        return super().on_trial_result(controller, trial, result)
 
 
 def _within(asked: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
