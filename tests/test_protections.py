@@ -325,15 +325,15 @@ def test_a_code_is_whole_numbers_and_passes_gradients_on() -> None:
     code = protection.unet.middle
     assert isinstance(code, Code)
     assert code.last is not None
-    steps = 2 * code.last + 2  # in [-1, 1], by halves
+    steps = 2 * code.last[1] + 2  # in [-1, 1], by halves
     assert torch.equal(steps, steps.round())
     assert steps.min() >= 0
     assert steps.max() <= 4
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in protection.named_parameters() if "down" in n)
 
 
-def test_the_guide_of_a_code_is_a_classifier_of_it() -> None:
-    """It adds cross-entropy as a linear classifier of what left the code, and nothing else."""
+def test_the_guide_of_a_code_classifies_what_enters_and_what_leaves_it() -> None:
+    """It adds the cross-entropy of two linear classifiers, and nothing else."""
     protection = with_code(guide=0.5)
     companion = protection.companion(10)
     assert isinstance(companion, Companion)
@@ -341,10 +341,14 @@ def test_the_guide_of_a_code_is_a_classifier_of_it() -> None:
     loss = companion(plain, protection(plain), None, labels)
     code = protection.unet.middle
     assert isinstance(code, Code)
-    assert companion.guide is not None
-    weights = companion.guide.state_dict()
-    logits = code.last @ weights["weight"].t() + weights["bias"]
-    torch.testing.assert_close(loss, -0.5 * logits.log_softmax(1)[torch.arange(16), labels].mean())
+    assert companion.guides is not None
+    assert code.last is not None
+    expected = torch.zeros(())
+    for guide, seen in zip(companion.guides, code.last, strict=True):
+        weights = guide.state_dict()
+        logits = seen @ weights["weight"].t() + weights["bias"]
+        expected = expected - 0.5 * logits.log_softmax(1)[torch.arange(16), labels].mean()
+    torch.testing.assert_close(loss, expected)
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in protection.named_parameters() if "down" in n)
     assert not any("guide" in name for name in protection.state_dict())

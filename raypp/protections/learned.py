@@ -47,8 +47,8 @@ class CodeOptions(BaseModel):
     levels: int = Field(2, ge=2, le=256)
     """How many values each of them takes: an image's protected one tells ``size * log2(levels)`` bits at most."""
     guide: float = Field(1.0, ge=0)
-    """Weight of the cross-entropy of a linear classifier on the code, which shows it the way sooner than the classifier
-    of protected images does; 0 leaves it out."""
+    """Weight of the cross-entropies of two linear classifiers, of the pooled features and of the code,
+    which show both the way sooner than the classifier of protected images; 0 leaves them out."""
 
 
 class LearnedOptions(registry.Options):
@@ -126,13 +126,15 @@ class Code(nn.Module):
         # Normalised, no number takes the same value for all images, which would be a part of the code unused.
         self.narrow = nn.Sequential(nn.Linear(channels, options.size), nn.BatchNorm1d(options.size))
         self.widen = nn.Linear(options.size, channels * self.SIDE**2)
-        self.last: Tensor | None = None  # codes of the last training batch, in [-1, 1], for the guide
+        # Of the last training batch, for the guide: N x channels features, and N x size codes in [-1, 1].
+        self.last: tuple[Tensor, Tensor] | None = None
 
     def forward(self, features: Tensor) -> Tensor:
         top = self.options.levels - 1
-        exact = top * torch.sigmoid(self.narrow(features.mean(dim=(2, 3))).float())
+        pooled = features.mean(dim=(2, 3))
+        exact = top * torch.sigmoid(self.narrow(pooled).float())
         code = 2 * (exact + (exact.round() - exact).detach()) / top - 1
-        self.last = code if self.training else None
+        self.last = (pooled, code) if self.training else None
         spread: Tensor = self.widen(code).view(-1, self.channels, self.SIDE, self.SIDE)
         return F.interpolate(spread, size=features.shape[-2:], mode="nearest")
 
@@ -159,9 +161,11 @@ class Companion(nn.Module):
         super().__init__()
         options = protection.options
         self.adversary = InverseAdversary(options.adversary, protection.channels) if options.adversary else None
-        self.guide = None
+        self.guides = None
         if options.code is not None and options.code.guide > 0:
-            self.guide = nn.Linear(options.code.size, num_classes)
+            # One of the features as well: through rounding alone, a short code teaches them little.
+            sizes = (options.width * 2**options.depth, options.code.size)
+            self.guides = nn.ModuleList(nn.Linear(size, num_classes) for size in sizes)
         self._protection = [protection]  # in a list: its weights are not this module's
 
     def forward(self, plain: Tensor, protected: Tensor, features: nn.Module | None, labels: Tensor) -> Tensor:
@@ -169,10 +173,12 @@ class Companion(nn.Module):
         loss = protected.new_zeros(())
         if self.adversary is not None:
             loss = loss + self.adversary(plain, protected)
-        if self.guide is not None:
+        if self.guides is not None:
             code = self._protection[0].unet.middle
             assert isinstance(code, Code)
-            loss = loss + code.options.guide * F.cross_entropy(self.guide(code.last), labels)
+            assert code.last is not None
+            for guide, seen in zip(self.guides, code.last, strict=True):
+                loss = loss + code.options.guide * F.cross_entropy(guide(seen.float()), labels)
         return loss
 
 
