@@ -1,7 +1,8 @@
 """T4: confirm which of a gallery's images a protected one is, by protecting them all.
 
 Works on every protection that gives equal images for equal inputs, keyed or not, however well it hides them: whoever
-owns the candidates needs no inversion. Only randomness per image withstands it.
+owns the candidates needs no inversion. Only randomness per image withstands it, or one output for many images: of K
+different protected images it tells at most K originals apart.
 """
 
 from __future__ import annotations
