@@ -29,7 +29,7 @@ def refusal(*flags: str, preset: str = "quickstart", file: Path | None = None) -
 
 
 def test_presets_are_listed_and_parse() -> None:
-    assert sorted(presets()) == ["cifar10", "cifar10-small", "cifar100", "quickstart"]
+    assert sorted(presets()) == ["cifar10", "cifar10-code", "cifar10-small", "cifar100", "quickstart"]
     for name, path in presets().items():
         config = load_config(name)
         assert validate(yaml.safe_load(config.to_yaml())) == config
@@ -52,7 +52,8 @@ def test_paper_presets_hold_section_3a(name: str, num_val: int) -> None:
         "shuffle_buffer": 10_000,
     }
     assert config.protection.model_dump() == {
-        "name": "learned", "width": 64, "depth": 4, "skips": None, "jpeg": None, "adversary": None,
+        "name": "learned", "width": 64, "depth": 4, "skips": None, "code": None, "jpeg": None,
+        "adversary": None,
     }  # fmt: skip
     assert config.classifier.model_dump() == {"name": "resnet20", "width": 16}
     assert config.features.model_dump() == {"name": "vgg16", "weights": "torchvision", "layer": "relu2_2"}

@@ -85,10 +85,10 @@ def test_a_space_is_changed_by_flags(tmp_path: Path) -> None:
     assert search.restore(found.dump()).dump() == found.dump()
 
 
-@pytest.mark.parametrize("preset", ["quickstart", "cifar10-small", "cifar10", "cifar100"])
+@pytest.mark.parametrize("preset", ["quickstart", "cifar10-small", "cifar10-code", "cifar10", "cifar100"])
 def test_every_preset_has_a_space_that_may_be_searched(preset: str, tmp_path: Path) -> None:
     found = make_plan(preset, storage=str(tmp_path), name="s")
-    assert "train.alpha" in found.search.space
+    assert "train.optimizer.lr" in found.search.space
     assert "search" not in load_config(preset).model_dump()
 
 
