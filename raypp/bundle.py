@@ -397,6 +397,9 @@ def model_card(
         lines.append(f"| plain classifier, same data | {metrics['plain_test']['accuracy']:.2%} |")
     if similarity is not None:
         lines.append(f"| SSIM of protected to plain images | {similarity:.3f} on average |")
+    bits = PROTECTIONS.get(config.protection.name).bits(config.protection)
+    if bits is not None:
+        lines.append(f"| what leaves the client of an image | {bits:.4g} bits at most |")
     if guard is not None:
         lines.append(f"| plain images that the service refuses | {_share(guard.plain_refused)} |")
         lines.append(f"| protected images that it refuses by mistake | {_share(guard.protected_refused)} |")
@@ -410,7 +413,12 @@ def model_card(
     ]
     if not PROTECTIONS.get(config.protection.name).trained and config.protection.name != "plain":
         lines += ["", "This scheme is here to be compared with. Published attacks undo it; do not rely on it."]
-    lines += ["", "Whoever re-encodes protected images (JPEG) or changes their size destroys the classification.", ""]
+    lines += [
+        "",
+        "Whoever re-encodes protected images (JPEG) or changes their size may destroy the classification:",
+        "`raypp evaluate BUNDLE --jpeg 75` measures it.",
+        "",
+    ]
     if metrics.get("warnings"):
         lines += ["## Departures", "", *(f"- {w}" for w in metrics["warnings"]), ""]
     return "\n".join(lines)

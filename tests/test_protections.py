@@ -319,6 +319,12 @@ def test_a_code_bounds_how_many_images_there_are(levels: int, most: int) -> None
     assert 2 <= len(different) <= most
 
 
+def test_a_bound_is_told_where_there_is_one() -> None:
+    assert Learned.bits(with_code(levels=4).options) == 6
+    assert Learned.bits(LearnedOptions()) is None
+    assert Pixel.bits(PixelOptions()) is None
+
+
 def test_a_code_is_whole_numbers_and_passes_gradients_on() -> None:
     protection = with_code(levels=5)
     protection(torch.rand(32, 3, 16, 16)).sum().backward()

@@ -48,6 +48,11 @@ class Protection(nn.Module):
         """Whether its training compares images in a feature network."""
         return False
 
+    @classmethod
+    def bits(cls, options: Any) -> float | None:
+        """How many bits of an image its protected one tells at most, whoever looks at it; None: no such bound is known."""
+        return None
+
     def transmitted(self, protected: Tensor) -> Tensor:
         """In training, what the classifier gets of protected images N x C x H x W in [0, 1]; differentiable."""
         return protected

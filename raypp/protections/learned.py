@@ -2,11 +2,12 @@
 
 Source: Ito, Kinoshita, Kiya 2020 (arXiv 2008.03143), section II; output range as in the authors' released code. The
 adversary is ours, after adversarial training against a live attacker (Goodfellow et al. 2014) with reversed gradients
-(Ganin, Lempitsky 2015).
+(Ganin, Lempitsky 2015), and so is the code, after finite scalar quantisation (Mentzer et al. 2023).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -92,6 +93,11 @@ class Learned(Protection):
     @classmethod
     def uses_features(cls, options: Any, alpha: float) -> bool:
         return alpha > 0
+
+    @classmethod
+    def bits(cls, options: Any) -> float | None:
+        code = options.code
+        return None if code is None else code.size * math.log2(code.levels)
 
     def transmitted(self, protected: Tensor) -> Tensor:
         lowest = self.options.jpeg
