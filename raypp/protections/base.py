@@ -50,7 +50,7 @@ class Protection(nn.Module):
 
     @classmethod
     def bits(cls, options: Any) -> float | None:
-        """How many bits of an image its protected one tells at most, whoever looks at it; None: no such bound is known."""
+        """How many bits of an image its protected one tells at most, whoever looks at it; None: no bound is known."""
         return None
 
     def transmitted(self, protected: Tensor) -> Tensor:
