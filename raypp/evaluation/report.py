@@ -373,26 +373,39 @@ def _curves(source: Source) -> bytes:
 
 
 def _front(found: Sequence[Source]) -> bytes:
-    """Share found by the worst attack, and by the worst of those that learn, against accuracy."""
-    figure = new_figure(8, 4.6)
+    """Share found by the worst attack (filled), and by the worst of those that draw (open), against accuracy."""
+    figure = new_figure(8, 5.4)
     panel = figure.subplots()
     for s in found:
         if s.card["accuracy"] is None or s.card["found"] is None:
             continue
         x = 100 * s.card["accuracy"]
-        for name, filled in ((s.card["worst_attack"], True), (s.card["worst_drawing"], False)):
-            if name is None or (not filled and name == s.card["worst_attack"]):
-                continue
-            attack = s.card["attacks"][name]
-            y, colour = 100 * attack["found"], COLOURS[attack["verdict"]]
-            panel.plot(x, y, "o", ms=9, color=colour, mfc=colour if filled else "white")
-            panel.annotate(f"{s.card['label']}\n{name}", (x, y), (8, -4), textcoords="offset points", fontsize=8)
+        worst, drawing = s.card["worst_attack"], s.card["worst_drawing"]
+        if drawing not in (None, worst):
+            attack = s.card["attacks"][drawing]
+            y, low = 100 * s.card["attacks"][worst]["found"], 100 * attack["found"]
+            panel.plot((x, x), (y, low), color="0.7", lw=1, zorder=1)
+            panel.plot(x, low, "o", ms=9, color=COLOURS[attack["verdict"]], mfc="white")
+            if y - low > 10:
+                panel.annotate(drawing, (x, low), (8, -4), textcoords="offset points", fontsize=8)
+        attack = s.card["attacks"][worst]
+        y, colour = 100 * attack["found"], COLOURS[attack["verdict"]]
+        panel.plot(x, y, "o", ms=9, color=colour)
+        # Aslant: many sources lie side by side on one height, all broken or none.
+        text = f"{s.card['label']}: {worst}"
+        panel.annotate(
+            text, (x, y), (4, 6), textcoords="offset points", fontsize=8, rotation=35, rotation_mode="anchor"
+        )
     panel.axhspan(0, 5, color=COLOURS["holds"], alpha=0.08)
     panel.axhspan(5, 20, color=COLOURS["weak"], alpha=0.08)
     panel.axhspan(20, 104, color=COLOURS["broken"], alpha=0.05)
     panel.set(
-        ylim=(0, 104), xlabel="test accuracy on protected images, %", ylabel="originals found by the worst attack, %"
+        ylim=(0, 145),
+        yticks=range(0, 101, 20),
+        xlabel="test accuracy on protected images, %",
+        ylabel="originals found by the worst attack, %",
     )
+    panel.margins(x=0.2)
     panel.spines[["top", "right"]].set_visible(False)
     return as_png(figure, dpi=120)
 

@@ -186,6 +186,9 @@ def _bundle(spec: VictimSpec, num_queries: int, num_images: int | None, seed: in
 
 def _label(config: Config) -> str:
     kind = PROTECTIONS.get(config.protection.name)
+    bits = kind.bits(config.protection)
+    if bits is not None:
+        return f"{config.protection.name}, {bits:.4g} bits"
     alpha = f", alpha = {config.train.alpha:g}" if kind.uses_features(config.protection, 1.0) else ""
     return f"{config.protection.name}{alpha}"
 
