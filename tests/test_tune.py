@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 from conftest import Cluster, tiny_flags, wait_until
+from ray.tune.schedulers import TrialScheduler
 
 from raypp.bundle import load_private, load_public
+from raypp.cluster.tune import _scheduler
+from raypp.search import make_plan
 
 pytestmark = pytest.mark.ray
 
@@ -115,6 +118,18 @@ def test_a_population_passes_its_best_networks_on(cluster: Cluster, tmp_path: Pa
         assert all(1e-6 <= rate <= 0.1 for rate in taken)
         changed += len(taken) > 1
     assert changed
+
+
+def test_nobody_takes_over_a_network_that_is_finished(tmp_path: Path) -> None:
+    rates = (
+        "{train.optimizer.lr: {low: 0.01, high: 0.1}, train.alpha: null, protection.skips: null, train.schedule: null}"
+    )
+    flags = ["--search.space", rates, "--search.objective", "accuracy", "--search.scheduler", "pbt"]
+    flags += ["--train.schedule", "{name: constant}"]
+    population = _scheduler(make_plan("quickstart", flags=flags, storage=str(tmp_path), name="s"))
+    for epoch in (8, 9):  # the last, and the report after the attack
+        result = {"epoch": epoch, "epochs": 8, "judged": 0.5}
+        assert population.on_trial_result(None, None, result) == TrialScheduler.CONTINUE
 
 
 def test_budgets_end_a_search_and_every_trial_is_told(cluster: Cluster, tmp_path: Path) -> None:
