@@ -83,13 +83,13 @@ def open_run(config: Config, name: str, *, resume: bool = False) -> Iterator[Run
     with lock(storage, f"run {name!r}"):
         if resume:
             before = stored(storage, "config.yaml", "train", "data")
-            same_configuration(config, before, name)
+            same_configuration(config, before, storage, name)
             run = _reopen(storage, config)
-            longer = config.train.epochs != before["train"]["epochs"]
-            if longer and config.train.plain_epochs is None and len(phases(run.config)) > 1:
+            other = config.train.epochs != before["train"]["epochs"]
+            if other and config.train.plain_epochs is None and len(phases(run.config)) > 1:
                 raise StorageError(
                     f"run {name!r} has no train.plain_epochs, so train.epochs is the length of its plain phase too and "
-                    "cannot change; give train.plain_epochs when you start a run that may become longer"
+                    "cannot change; give train.plain_epochs when you start a run whose length may change"
                 )
             storage.write("config.yaml", config.to_yaml().encode())
             yield run
@@ -314,15 +314,18 @@ def checked_name(name: str) -> str:
     return name
 
 
-def same_configuration(config: Config, stored: dict[str, Any], name: str) -> None:
+def same_configuration(config: Config, stored: dict[str, Any], run: Storage, name: str) -> None:
+    """Raise StorageError unless ``config`` may go on with a run that was started with the ``stored`` one."""
     with contextlib.suppress(ConfigError):  # settings that have come since the run was started have their default
         stored = validate(stored).model_dump(mode="json")
     given, kept = flatten(config.model_dump(mode="json")), flatten(stored)
     if given["train.epochs"] < kept.get("train.epochs", 0):
-        raise StorageError(
-            f"run {name!r} was started with train.epochs = {kept['train.epochs']}, now it is {given['train.epochs']}; "
-            "a run can be made longer, not shorter"
-        )
+        trained = max((row["epoch"] for row in _history(run)), default=0)
+        if given["train.epochs"] < trained:
+            raise StorageError(
+                f"run {name!r} has trained {trained} epochs, train.epochs is {given['train.epochs']}; a run can end "
+                "sooner than it was started for, but not before what it has trained"
+            )
     for key in sorted(given.keys() | kept.keys()):
         if any(key == free or key.startswith(free + ".") for free in RESUMABLE):
             continue
@@ -353,6 +356,15 @@ def _reopen(storage: Storage, config: Config) -> Run:
             "run's own key file back"
         )
     return Run(storage, settled, phi, key, tuple(about["warnings"]))
+
+
+def _history(run: Storage) -> list[dict[str, Any]]:
+    try:
+        return (
+            [json.loads(line) for line in run.read("metrics.jsonl").splitlines()] if run.exists("metrics.jsonl") else []
+        )
+    except ValueError as error:
+        raise StorageError(f"{run.uri}: metrics.jsonl is damaged: {error}") from error
 
 
 def stored(storage: Storage, file: str, *keys: str) -> dict[str, Any]:

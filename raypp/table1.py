@@ -237,7 +237,7 @@ def stored_summary(cell: Cell) -> dict[str, Any] | None:
     if not run.exists("summary.json"):
         return None
     kept = stored(run, "config.yaml", "train", "data")
-    same_configuration(cell.config, kept, cell.name)
+    same_configuration(cell.config, kept, run, cell.name)
     if kept["train"]["epochs"] != cell.config.train.epochs:
         return None
     return stored(run, "summary.json", "test", "seconds", "classes", "image_size")

@@ -96,6 +96,19 @@ def test_a_killed_driver_is_resumed_past_a_damaged_checkpoint(cluster: Cluster, 
     assert epochs_of(folder) == expected(4)
 
 
+def test_a_run_that_is_told_to_stop_says_what_is_kept(cluster: Cluster, tmp_path: Path) -> None:
+    process = cluster.popen(command(tmp_path, "told", "--cluster.num_workers", "1", epochs=500))
+    wait_until(lambda: len(history(tmp_path / "told")) >= 2, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    assert err.strip().endswith("interrupted; what was finished is kept, and --resume continues a run")
+    assert "SIGTERM" not in err
+    rows = history(tmp_path / "told")
+    assert epochs_of(tmp_path / "told") == expected(len(rows) - 1)
+    wait_until_gone(cluster)
+
+
 def wait_until_gone(cluster: Cluster) -> None:
     """Ray ends the workers of a dead driver; a resumed run must not meet them."""
     end = time.monotonic() + 60

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import CPU, LONG, Tiny, Trained, tiny_flags
 from PIL import Image
 
@@ -207,13 +208,28 @@ def test_what_may_change_on_resume_does_not_matter(finished: tuple[Callable[...,
     assert after == before, "a finished run trains nothing"
 
 
-def test_a_run_does_not_become_shorter(finished: tuple[Callable[..., Config], Path]) -> None:
+def test_a_run_does_not_end_before_what_it_has_trained(finished: tuple[Callable[..., Config], Path]) -> None:
     config, folder = finished
     before = files(folder)
-    assert "train.epochs = 2, now it is 1; a run can be made longer, not shorter" in refusal(
+    assert "has trained 2 epochs, train.epochs is 1; a run can end sooner" in refusal(
         config(train__epochs=1), "tiny", resume=True
     )
     assert files(folder) == before
+
+
+def test_a_stopped_run_is_ended_with_what_it_has(finished: tuple[Callable[..., Config], Path]) -> None:
+    """What a run that was started for 9 epochs and stopped after 2 holds, ended there without a step more."""
+    config, folder = finished
+    whole, rows = files(folder), timeless(folder)
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "bundle")
+    (folder / "config.yaml").write_text(config(train__epochs=9).to_yaml())
+    found = train(config(), "tiny", resume=True)
+    assert found["epochs"] == {"plain": 1, "joint": 2}
+    assert timeless(folder) == rows
+    assert files(folder).keys() == whole.keys()
+    assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["epochs"] == 2
+    verify(folder / "bundle")
 
 
 def test_more_epochs_go_on_from_the_last(finished: tuple[Callable[..., Config], Path]) -> None:

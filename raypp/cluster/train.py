@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +152,8 @@ def run_trainer(trainer: TorchTrainer, max_failures: int, run: Storage) -> dict[
         TrainingError: why it could not go on, and the newest checkpoint in the folder ``run``.
     """
     try:
-        result = trainer.fit()
+        with _interruptible():
+            result = trainer.fit()
     except ray.train.WorkerGroupError as error:
         text = "\n".join(map(str, error.worker_failures.values())) or str(error)
         # What a user can mend may lie deep: a damaged image is met in a task that feeds the worker.
@@ -162,6 +166,27 @@ def run_trainer(trainer: TorchTrainer, max_failures: int, run: Storage) -> dict[
         raise TrainingError(f"Ray Train gave up: {str(error).strip().splitlines()[-1]}") from error
     outcome: dict[str, Any] = result.return_value
     return outcome
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ray Train give back what it holds when the driver is told to stop, and end with a KeyboardInterrupt.
+
+    It does so on an interrupt only, while ``ray job stop`` sends SIGTERM: what an elastic run has reserved would stay
+    so for three more minutes, and who resumes it would wait that long.
+    """
+    if threading.current_thread() is not threading.main_thread():  # in a trial; signals are its driver's
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    except SystemExit as stopped:  # how Ray Train's own handler of interrupts ends
+        raise KeyboardInterrupt from stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _check_resources(config: Config, have: dict[str, float], num_workers: int, use_gpu: bool, display: Display) -> None:
