@@ -34,7 +34,6 @@ from fastapi import FastAPI, Request
 from raypp.bundle import load_private
 
 NPY = "application/x-npy"
-HEADERS = {"Content-Type": NPY}
 SMALL_CLIENTS = (1, 8, 64)
 LARGE_IMAGES, LARGE_CLIENTS = (32, 128), 4
 
@@ -77,32 +76,60 @@ def load(url: str, body: bytes, clients: int, seconds: float, answers: Any) -> N
         answers.put(f"{type(error).__name__}: {error}")
 
 
+class Connections:
+    """Keep-alive connections, straight on sockets: a client library would take as much of the two cores as what is
+    measured."""
+
+    def __init__(self, url: str) -> None:
+        self._url = httpx.URL(url)
+        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def post(self, body: bytes) -> tuple[int, bytes]:
+        """Send once, on an idle connection or a new one; the status and the answer's body.
+
+        Raises:
+            OSError, EOFError: there was no answer.
+        """
+        while self._idle and self._idle[-1][0].at_eof():  # closed by the server meanwhile
+            self._idle.pop()[1].close()
+        reader, writer = (
+            self._idle.pop() if self._idle else await asyncio.open_connection(self._url.host, self._url.port)
+        )
+        writer.write(
+            f"POST {self._url.raw_path.decode()} HTTP/1.1\r\nHost: {self._url.host}:{self._url.port}\r\n"
+            f"Content-Type: {NPY}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        await writer.drain()
+        status, *lines = (await reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
+        headers = dict(line.split(b": ", 1) for line in lines if line)
+        answer = await reader.readexactly(int(headers[b"content-length"]))
+        if headers.get(b"connection") == b"close":
+            writer.close()
+        else:
+            self._idle.append((reader, writer))
+        return int(status.split()[1]), answer
+
+    def close(self) -> None:
+        for _, writer in self._idle:
+            writer.close()
+
+
 async def _load(url: str, body: bytes, clients: int, seconds: float) -> tuple[list[float], float]:
-    parts = httpx.URL(url)
-    head = (
-        f"POST {parts.path} HTTP/1.1\r\nHost: {parts.host}:{parts.port}\r\nContent-Type: {NPY}\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
-    ).encode()
+    connections = Connections(url)
     found: list[float] = []
     began = time.perf_counter()
     end = began + seconds
 
     async def client() -> None:
-        # Straight on a socket: a client library would take as much of the two cores as what is measured.
-        reader, writer = await asyncio.open_connection(parts.host, parts.port)
         while time.perf_counter() < end:
             asked = time.perf_counter()
-            writer.write(head + body)
-            await writer.drain()
-            answer = await reader.readuntil(b"\r\n\r\n")
-            status, *lines = answer.lower().split(b"\r\n")
-            assert b" 200 " in status + b" ", answer
-            length = next(int(line.partition(b":")[2]) for line in lines if line.startswith(b"content-length:"))
-            await reader.readexactly(length)
+            status, answer = await connections.post(body)
+            assert status == 200, answer
             found.append(1000 * (time.perf_counter() - asked))
-        writer.close()
 
     await asyncio.gather(*(client() for _ in range(clients)))
+    connections.close()
     return found, time.perf_counter() - began
 
 

@@ -37,14 +37,10 @@ class BasicBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
 
 
-class ResNet20(nn.Module):
-    """Maps images N x channels x H x W in [0, 1] to logits N x num_classes (269,722 parameters for 10 classes
-    and width 16)."""
+class ResNetTrunk(nn.Module):
+    """ResNet-20 without its last layer: images N x channels x H x W in [0, 1] to N x 4 width x H/4 x W/4."""
 
-    Options: ClassVar[type[Options]] = ResNetOptions
-    least_side: ClassVar[int] = 4
-
-    def __init__(self, options: ResNetOptions, *, num_classes: int, channels: int = 3) -> None:
+    def __init__(self, options: ResNetOptions, channels: int = 3) -> None:
         super().__init__()
         self.normalise = Normalise(channels)
         width = options.width
@@ -53,9 +49,9 @@ class ResNet20(nn.Module):
         self.layer1 = self._stage(width, width, stride=1)
         self.layer2 = self._stage(width, 2 * width, stride=2)
         self.layer3 = self._stage(2 * width, 4 * width, stride=2)
-        self.linear = nn.Linear(4 * width, num_classes)
+        self.channels_out = 4 * width
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
 
     @staticmethod
@@ -72,6 +68,22 @@ class ResNet20(nn.Module):
         return x
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.layer3(self.layer2(self.early_features(images)))
-        logits: Tensor = self.linear(x.mean(dim=(2, 3)))
+        x: Tensor = self.layer3(self.layer2(self.early_features(images)))
+        return x
+
+
+class ResNet20(ResNetTrunk):
+    """Maps images N x channels x H x W in [0, 1] to logits N x num_classes (269,722 parameters for 10 classes
+    and width 16)."""
+
+    Options: ClassVar[type[Options]] = ResNetOptions
+    least_side: ClassVar[int] = 4
+
+    def __init__(self, options: ResNetOptions, *, num_classes: int, channels: int = 3) -> None:
+        super().__init__(options, channels)
+        self.linear = nn.Linear(self.channels_out, num_classes)
+        nn.init.kaiming_normal_(self.linear.weight)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.linear(super().forward(images).mean(dim=(2, 3)))
         return logits

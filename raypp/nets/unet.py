@@ -28,7 +28,9 @@ class UNet(nn.Module):
         skips: how many skip connections to keep, counted from the deepest level; ``depth`` keeps all of them,
             ``depth - 1`` drops the one at full resolution, 0 makes a plain encoder-decoder.
         smooth: GELU (Hendrycks, Gimpel 2016) in place of the authors' ReLU.
-        middle: what the deepest level's features, N x (width * 2**depth) x H' x W', pass on their way up.
+        encoder: takes the place of the way down, whose skips are 0 then: from padded images to what ``middle`` reads.
+        middle: is called with the deepest features and the deepest level's height and width, and gives what goes up
+            from there, N x (width * 2**depth) x height x width.
     """
 
     def __init__(
@@ -39,16 +41,18 @@ class UNet(nn.Module):
         skips: int | None = None,
         channels_out: int | None = None,
         smooth: bool = False,
+        encoder: nn.Module | None = None,
         middle: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.middle = middle
+        self.encoder, self.middle = encoder, middle
         skips = depth if skips is None else skips
         self.depth = depth
         widths = [width * 2**level for level in range(depth + 1)]
         self.down = nn.ModuleList(
             nn.Sequential(*conv_bn(before, after, smooth), *conv_bn(after, after, smooth))
             for before, after in zip([channels, *widths[:-1]], widths, strict=True)
+            if encoder is None
         )
         self.up = nn.ModuleDict()
         self.merge = nn.ModuleDict()
@@ -66,12 +70,15 @@ class UNet(nn.Module):
         multiple = 2**self.depth
         pad = (0, -width % multiple, 0, -height % multiple)
         x = F.pad(images, pad, mode="replicate") if any(pad) else images
+        deepest = (x.shape[-2] // multiple, x.shape[-1] // multiple)
         kept: list[Tensor] = []
+        if self.encoder is not None:
+            x = self.encoder(x)
         for level, block in enumerate(self.down):
             x = block(F.max_pool2d(x, 2) if level else x)
             kept.append(x)
         if self.middle is not None:
-            x = self.middle(x)
+            x = self.middle(x, deepest)
         for level in reversed(range(self.depth)):
             x = self.up[str(level)](F.interpolate(x, scale_factor=2, mode="nearest"))
             if level in self.skip_levels:

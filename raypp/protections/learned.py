@@ -19,6 +19,7 @@ from raypp import registry
 from raypp.images import round_8bit
 from raypp.keys import Key
 from raypp.nets.jpeg import jpeg
+from raypp.nets.resnet import ResNetOptions, ResNetTrunk
 from raypp.nets.unet import UNet
 from raypp.protections.base import Protection
 
@@ -47,6 +48,9 @@ class CodeOptions(BaseModel):
     """How many numbers."""
     levels: int = Field(2, ge=2, le=256)
     """How many values each of them takes: an image's protected one tells ``size * log2(levels)`` bits at most."""
+    encoder: ResNetOptions | None = None
+    """What makes the features that the numbers are made from: a ResNet-20 without its last layer, or, null, the
+    U-Net's own way down. ``width`` and ``depth`` are then the decoder's only."""
     guide: float = Field(1.0, ge=0)
     """Weight of the cross-entropies of two linear classifiers, of the pooled features and of the code,
     which show both the way sooner than the classifier of protected images; 0 leaves them out."""
@@ -86,8 +90,12 @@ class Learned(Protection):
 
     def __init__(self, options: LearnedOptions, *, channels: int = 3, key: Key | None = None) -> None:
         super().__init__()
-        code = Code(options.code, options.width * 2**options.depth) if options.code is not None else None
-        self.unet = UNet(channels, options.width, options.depth, options.skips, middle=code)
+        deepest = options.width * 2**options.depth
+        trunk, code = None, None
+        if options.code is not None:
+            trunk = ResNetTrunk(options.code.encoder, channels) if options.code.encoder is not None else None
+            code = Code(options.code, trunk.channels_out if trunk is not None else deepest, deepest)
+        self.unet = UNet(channels, options.width, options.depth, options.skips, encoder=trunk, middle=code)
         self.options, self.channels = options, channels
 
     @classmethod
@@ -118,31 +126,32 @@ class Learned(Protection):
 
 
 class Code(nn.Module):
-    """Reduces features N x channels x H x W to ``size`` numbers of ``levels`` values each, and draws others from them.
+    """Reduces features N x channels x H x W to ``size`` numbers of ``levels`` values each, and draws others of
+    ``channels_out`` channels from them.
 
     Finite scalar quantisation (Mentzer, Minnen, Agustsson, Tschannen 2023), of an image as a whole, with a sigmoid
     between the first value and the last; rounding passes gradients on (Bengio, Leonard, Courville 2013).
     """
 
-    SIDE = 4  # of the features that a code is spread over, before they take the shape of those that came in
+    SIDE = 4  # of the features that a code is spread over, before they take the shape that is asked for
 
-    def __init__(self, options: CodeOptions, channels: int) -> None:
+    def __init__(self, options: CodeOptions, channels: int, channels_out: int) -> None:
         super().__init__()
-        self.options, self.channels = options, channels
+        self.options, self.channels, self.channels_out = options, channels, channels_out
         # Normalised, no number takes the same value for all images, which would be a part of the code unused.
         self.narrow = nn.Sequential(nn.Linear(channels, options.size), nn.BatchNorm1d(options.size))
-        self.widen = nn.Linear(options.size, channels * self.SIDE**2)
+        self.widen = nn.Linear(options.size, channels_out * self.SIDE**2)
         # Of the last training batch, for the guide: N x channels features, and N x size codes in [-1, 1].
         self.last: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
         top = self.options.levels - 1
         pooled = features.mean(dim=(2, 3))
         exact = top * torch.sigmoid(self.narrow(pooled).float())
         code = 2 * (exact + (exact.round() - exact).detach()) / top - 1
         self.last = (pooled, code) if self.training else None
-        spread: Tensor = self.widen(code).view(-1, self.channels, self.SIDE, self.SIDE)
-        return F.interpolate(spread, size=features.shape[-2:], mode="nearest")
+        spread: Tensor = self.widen(code).view(-1, self.channels_out, self.SIDE, self.SIDE)
+        return F.interpolate(spread, size=size, mode="nearest")
 
 
 class Reversed(torch.autograd.Function):
@@ -170,8 +179,9 @@ class Companion(nn.Module):
         self.guides = None
         if options.code is not None and options.code.guide > 0:
             # One of the features as well: through rounding alone, a short code teaches them little.
-            sizes = (options.width * 2**options.depth, options.code.size)
-            self.guides = nn.ModuleList(nn.Linear(size, num_classes) for size in sizes)
+            code = protection.unet.middle
+            assert isinstance(code, Code)
+            self.guides = nn.ModuleList(nn.Linear(size, num_classes) for size in (code.channels, options.code.size))
         self._protection = [protection]  # in a list: its weights are not this module's
 
     def forward(self, plain: Tensor, protected: Tensor, features: nn.Module | None, labels: Tensor) -> Tensor:
