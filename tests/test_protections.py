@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from raypp.errors import ConfigError
 from raypp.keys import Key
+from raypp.nets.resnet import ResNet20, ResNetOptions
 from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
 from raypp.protections.cipher import Cipher
@@ -306,10 +307,20 @@ def with_code(**options: object) -> Learned:
     return Learned(LearnedOptions.model_validate(given))
 
 
+ENCODERS = pytest.mark.parametrize("encoder", [None, {"width": 4}], ids=["unet", "resnet20"])
+
+
+def encoding(protection: Learned) -> dict[str, nn.Parameter]:
+    """The weights that a code is made with."""
+    parts = ("down", "encoder", "narrow")
+    return {n: p for n, p in protection.named_parameters() if n.endswith("weight") and any(part in n for part in parts)}
+
+
+@ENCODERS
 @pytest.mark.parametrize(("levels", "most"), [(2, 8), (3, 27)])
-def test_a_code_bounds_how_many_images_there_are(levels: int, most: int) -> None:
+def test_a_code_bounds_how_many_images_there_are(levels: int, most: int, encoder: dict[str, int] | None) -> None:
     """More than one, and no more than codes, whatever comes in, whatever its size."""
-    protection = with_code(levels=levels)
+    protection = with_code(levels=levels, encoder=encoder)
     images = torch.randint(0, 256, (400, 3, 18, 14), dtype=torch.uint8)
     images[:200] //= torch.arange(1, 201).view(-1, 1, 1, 1)
     with torch.no_grad():
@@ -325,8 +336,9 @@ def test_a_bound_is_told_where_there_is_one() -> None:
     assert Pixel.bits(PixelOptions()) is None
 
 
-def test_a_code_is_whole_numbers_and_passes_gradients_on() -> None:
-    protection = with_code(levels=5)
+@ENCODERS
+def test_a_code_is_whole_numbers_and_passes_gradients_on(encoder: dict[str, int] | None) -> None:
+    protection = with_code(levels=5, encoder=encoder)
     protection(torch.rand(32, 3, 16, 16)).sum().backward()
     code = protection.unet.middle
     assert isinstance(code, Code)
@@ -335,12 +347,14 @@ def test_a_code_is_whole_numbers_and_passes_gradients_on() -> None:
     assert torch.equal(steps, steps.round())
     assert steps.min() >= 0
     assert steps.max() <= 4
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in protection.named_parameters() if "down" in n)
+    assert len(encoding(protection)) > 10
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in encoding(protection).values())
 
 
-def test_the_guide_of_a_code_classifies_what_enters_and_what_leaves_it() -> None:
+@ENCODERS
+def test_the_guide_of_a_code_classifies_what_enters_and_what_leaves_it(encoder: dict[str, int] | None) -> None:
     """It adds the cross-entropy of two linear classifiers, and nothing else."""
-    protection = with_code(guide=0.5)
+    protection = with_code(guide=0.5, encoder=encoder)
     companion = protection.companion(10)
     assert isinstance(companion, Companion)
     plain, labels = torch.rand(16, 3, 16, 16), torch.arange(16) % 10
@@ -356,9 +370,20 @@ def test_the_guide_of_a_code_classifies_what_enters_and_what_leaves_it() -> None
         expected = expected - 0.5 * logits.log_softmax(1)[torch.arange(16), labels].mean()
     torch.testing.assert_close(loss, expected)
     loss.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in protection.named_parameters() if "down" in n)
+    assert len(encoding(protection)) > 10
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in encoding(protection).values())
     assert not any("guide" in name for name in protection.state_dict())
     assert with_code().companion(10) is None
+
+
+def test_a_trunk_takes_the_place_of_the_way_down() -> None:
+    plain, trunk = with_code(), with_code(encoder={"width": 4})
+    assert not any("down" in name for name in trunk.state_dict())
+    assert not any("encoder" in name for name in plain.state_dict())
+    whole = ResNet20(ResNetOptions(width=4), num_classes=10).state_dict()
+    made = {n.removeprefix("unet.encoder."): v for n, v in trunk.state_dict().items() if "encoder" in n}
+    assert {n: v.shape for n, v in made.items()} == {n: v.shape for n, v in whole.items() if "linear" not in n}
+    assert trunk(torch.rand(2, 3, 33, 18)).shape == (2, 3, 33, 18)
 
 
 def test_no_skip_connection_passes_a_code_by() -> None:

@@ -134,12 +134,20 @@ class Code(nn.Module):
     """
 
     SIDE = 4  # of the features that a code is spread over, before they take the shape that is asked for
+    HIDDEN = 256  # a number tells classes from others, which takes more than one plane between their features
+    SHARPNESS = 4.0  # of the sigmoid at first: only images near a border shall feel that it could be moved past them
+    SHARE = 0.1  # of the gradient, which rounding has made rough, that goes on to the features; the guide leads them
 
     def __init__(self, options: CodeOptions, channels: int, channels_out: int) -> None:
         super().__init__()
         self.options, self.channels, self.channels_out = options, channels, channels_out
         # Normalised, no number takes the same value for all images, which would be a part of the code unused.
-        self.narrow = nn.Sequential(nn.Linear(channels, options.size), nn.BatchNorm1d(options.size))
+        last = nn.BatchNorm1d(options.size)
+        nn.init.constant_(last.weight, self.SHARPNESS)
+        self.narrow = nn.Sequential(
+            nn.Linear(channels, self.HIDDEN), nn.BatchNorm1d(self.HIDDEN), nn.ReLU(inplace=True),
+            nn.Linear(self.HIDDEN, options.size), last,
+        )  # fmt: skip
         self.widen = nn.Linear(options.size, channels_out * self.SIDE**2)
         # Of the last training batch, for the guide: N x channels features, and N x size codes in [-1, 1].
         self.last: tuple[Tensor, Tensor] | None = None
@@ -147,7 +155,8 @@ class Code(nn.Module):
     def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
         top = self.options.levels - 1
         pooled = features.mean(dim=(2, 3))
-        exact = top * torch.sigmoid(self.narrow(pooled).float())
+        shared = self.SHARE * pooled + (1 - self.SHARE) * pooled.detach()
+        exact = top * torch.sigmoid(self.narrow(shared).float())
         code = 2 * (exact + (exact.round() - exact).detach()) / top - 1
         self.last = (pooled, code) if self.training else None
         spread: Tensor = self.widen(code).view(-1, self.channels_out, self.SIDE, self.SIDE)
