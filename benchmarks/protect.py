@@ -38,6 +38,15 @@ CASES: dict[str, dict[str, Any]] = {
     "pixel, key per image": {"name": "pixel", "keys": "per_image"},
     "etc": {"name": "etc"},
     "learned, width 16": {"name": "learned", "width": 16, "depth": 3},
+    "learned, code, width 32": {"name": "learned", "width": 32, "depth": 3, "skips": 0, "code": {"size": 6}},
+    "learned, code, width 16": {"name": "learned", "width": 16, "depth": 3, "skips": 0, "code": {"size": 6}},
+    "learned, code, ResNet-20": {
+        "name": "learned",
+        "width": 16,
+        "depth": 3,
+        "skips": 0,
+        "code": {"size": 6, "encoder": {"name": "resnet20"}},
+    },
     "learned, width 64 (the paper's)": {"name": "learned", "width": 64, "depth": 4},
     "gan, width 16": {"name": "gan", "width": 16},
 }
@@ -162,6 +171,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="length of one measurement")
     parser.add_argument("--batch", type=int, default=256, help="images per call of protect")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -170,7 +180,10 @@ def main() -> None:
     images = np.random.default_rng(0).integers(0, 256, (options.batch, SIDE, SIDE, 3), dtype=np.uint8)
     batch = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     contestants: dict[str, Callable[[], float]] = {}
-    for case, settings in CASES.items():
+    cases = {case: settings for case, settings in CASES.items() if options.only in case}
+    if not cases:
+        parser.error(f"--only is {options.only!r}; the cases are {', '.join(CASES)}")
+    for case, settings in cases.items():
         torch.manual_seed(0)
         chosen = PROTECTIONS.options(settings["name"]).model_validate(settings)
         protection: Protection = PROTECTIONS.build(chosen, channels=3, key=KEY).eval()
@@ -181,7 +194,7 @@ def main() -> None:
         contestants[case] = _batches(protection, batch, options.seconds)
         contestants[f"{case}: loop"] = _loop(loop, images, options.seconds)
     found: dict[str, Spread] = interleave(contestants, options.rounds)
-    ratios = {case: ratio(found[case], found[f"{case}: loop"]) for case in CASES}
+    ratios = {case: ratio(found[case], found[f"{case}: loop"]) for case in cases}
     rows = [
         [
             case,
@@ -192,7 +205,7 @@ def main() -> None:
             f"{ratios[case].median:,.1f}",
             str(ratios[case]),
         ]
-        for case in CASES
+        for case in cases
     ]
     columns = ["32 x 32 RGB", "images/s", "min - max", "loop images/s", "min - max", "ratio", "min - max"]
     show_table(
