@@ -191,6 +191,11 @@ class Config(Section):
                 f"train.batch_size {self.train.batch_size} cannot be divided among cluster.num_workers "
                 f"{self.cluster.num_workers}; allowed is a multiple of it"
             )
+        if self.cluster.num_workers and self.train.batch_size // self.cluster.num_workers < 2:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} leaves each of cluster.num_workers "
+                f"{self.cluster.num_workers} one image; allowed are two and more, for batch normalisation"
+            )
         if self.data.stream and self.cluster.min_workers is not None and not self.cluster.gpu:
             raise ValueError(
                 "cluster.min_workers with data.stream needs cluster.gpu true: workers that take every CPU as it comes "

@@ -320,7 +320,8 @@ def same_configuration(config: Config, stored: dict[str, Any], run: Storage, nam
         stored = validate(stored).model_dump(mode="json")
     given, kept = flatten(config.model_dump(mode="json")), flatten(stored)
     if given["train.epochs"] < kept.get("train.epochs", 0):
-        trained = max((row["epoch"] for row in _history(run)), default=0)
+        last = phases(config)[-1].name
+        trained = max((row["epoch"] for row in _history(run) if row["phase"] == last), default=0)
         if given["train.epochs"] < trained:
             raise StorageError(
                 f"run {name!r} has trained {trained} epochs, train.epochs is {given['train.epochs']}; a run can end "

@@ -338,7 +338,7 @@ def test_a_bound_is_told_where_there_is_one() -> None:
 
 @ENCODERS
 def test_a_code_is_whole_numbers_and_passes_gradients_on(encoder: dict[str, int] | None) -> None:
-    protection = with_code(levels=5, encoder=encoder)
+    protection = with_code(levels=5, guide=1.0, encoder=encoder)
     protection(torch.rand(32, 3, 16, 16)).sum().backward()
     code = protection.unet.middle
     assert isinstance(code, Code)
@@ -358,13 +358,16 @@ def test_the_guide_of_a_code_classifies_what_enters_and_what_leaves_it(encoder: 
     companion = protection.companion(10)
     assert isinstance(companion, Companion)
     plain, labels = torch.rand(16, 3, 16, 16), torch.arange(16) % 10
-    loss = companion(plain, protection(plain), None, labels)
+    protected = protection(plain)
     code = protection.unet.middle
     assert isinstance(code, Code)
+    last = code.last
+    assert last is not None
+    loss = companion(plain, protected, None, labels)
+    assert code.last is None
     assert companion.guides is not None
-    assert code.last is not None
     expected = torch.zeros(())
-    for guide, seen in zip(companion.guides, code.last, strict=True):
+    for guide, seen in zip(companion.guides, last, strict=True):
         weights = guide.state_dict()
         logits = seen @ weights["weight"].t() + weights["bias"]
         expected = expected - 0.5 * logits.log_softmax(1)[torch.arange(16), labels].mean()
@@ -374,6 +377,24 @@ def test_the_guide_of_a_code_classifies_what_enters_and_what_leaves_it(encoder: 
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in encoding(protection).values())
     assert not any("guide" in name for name in protection.state_dict())
     assert with_code().companion(10) is None
+
+
+def test_an_attacker_gets_the_whole_gradient_and_training_a_share_of_it() -> None:
+    protection = with_code(guide=1.0)
+    narrow = nn.Sequential()
+    sizes = []
+    for training in (True, False):
+        protection.train(training)
+        code = protection.unet.middle
+        assert isinstance(code, Code)
+        code.narrow = narrow  # the identity: without batch normalisation both modes compute the same
+        features = torch.rand(
+            8, code.options.size, 2, 2, generator=torch.Generator().manual_seed(0), requires_grad=True
+        )
+        code(features, (4, 4)).square().sum().backward()
+        assert features.grad is not None
+        sizes.append(features.grad)
+    torch.testing.assert_close(sizes[0], Code.SHARE * sizes[1])
 
 
 def test_a_trunk_takes_the_place_of_the_way_down() -> None:

@@ -212,7 +212,9 @@ def _scale(config: Config, have: dict[str, float]) -> tuple[int, bool]:
         ) if cluster.gpu is None else cluster.gpu
     use_gpu = wants_gpu(cluster, have)
     slots = gpus if use_gpu else int((have.get("CPU", 1) - _cpus_beside(config)) / cluster.cpus_per_worker)
-    return max(n for n in range(1, MAX_WORKERS + 1) if n <= max(slots, 1) and config.train.batch_size % n == 0), use_gpu
+    batch = config.train.batch_size
+    most = min(MAX_WORKERS, max(slots, 1), batch // 2)
+    return max(n for n in range(1, most + 1) if batch % n == 0), use_gpu
 
 
 def _shown_by(display: Display) -> Callable[[Steps, Events], None]:

@@ -38,9 +38,12 @@ class BasicBlock(nn.Module):
 
 
 class ResNetTrunk(nn.Module):
-    """ResNet-20 without its last layer: images N x channels x H x W in [0, 1] to N x 4 width x H/4 x W/4."""
+    """ResNet-20 before its last layer: images N x channels x H x W in [0, 1] to N x 4 width x H/4 x W/4.
 
-    def __init__(self, options: ResNetOptions, channels: int = 3) -> None:
+    With ``num_classes`` it has that layer too, for a subclass to use.
+    """
+
+    def __init__(self, options: ResNetOptions, channels: int = 3, num_classes: int | None = None) -> None:
         super().__init__()
         self.normalise = Normalise(channels)
         width = options.width
@@ -50,8 +53,10 @@ class ResNetTrunk(nn.Module):
         self.layer2 = self._stage(width, 2 * width, stride=2)
         self.layer3 = self._stage(2 * width, 4 * width, stride=2)
         self.channels_out = 4 * width
+        if num_classes is not None:
+            self.linear = nn.Linear(self.channels_out, num_classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
 
     @staticmethod
@@ -80,9 +85,7 @@ class ResNet20(ResNetTrunk):
     least_side: ClassVar[int] = 4
 
     def __init__(self, options: ResNetOptions, *, num_classes: int, channels: int = 3) -> None:
-        super().__init__(options, channels)
-        self.linear = nn.Linear(self.channels_out, num_classes)
-        nn.init.kaiming_normal_(self.linear.weight)
+        super().__init__(options, channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.linear(super().forward(images).mean(dim=(2, 3)))

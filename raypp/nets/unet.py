@@ -45,8 +45,10 @@ class UNet(nn.Module):
         middle: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.encoder, self.middle = encoder, middle
         skips = depth if skips is None else skips
+        if encoder is not None and (middle is None or skips):
+            raise ValueError("an encoder takes the place of the way down: it needs a middle, and skips are 0")
+        self.encoder, self.middle = encoder, middle
         self.depth = depth
         widths = [width * 2**level for level in range(depth + 1)]
         self.down = nn.ModuleList(

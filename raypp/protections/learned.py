@@ -136,7 +136,7 @@ class Code(nn.Module):
     SIDE = 4  # of the features that a code is spread over, before they take the shape that is asked for
     HIDDEN = 256  # a number tells classes from others, which takes more than one plane between their features
     SHARPNESS = 4.0  # of the sigmoid at first: only images near a border shall feel that it could be moved past them
-    SHARE = 0.1  # of the gradient, which rounding has made rough, that goes on to the features; the guide leads them
+    SHARE = 0.1  # of the gradient, which rounding has made rough, that goes on to features that a guide leads
 
     def __init__(self, options: CodeOptions, channels: int, channels_out: int) -> None:
         super().__init__()
@@ -155,10 +155,12 @@ class Code(nn.Module):
     def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
         top = self.options.levels - 1
         pooled = features.mean(dim=(2, 3))
-        shared = self.SHARE * pooled + (1 - self.SHARE) * pooled.detach()
+        # In training only: an attacker gets all of it.
+        share = self.SHARE if self.training and self.options.guide > 0 else 1.0
+        shared = share * pooled + (1 - share) * pooled.detach()
         exact = top * torch.sigmoid(self.narrow(shared).float())
         code = 2 * (exact + (exact.round() - exact).detach()) / top - 1
-        self.last = (pooled, code) if self.training else None
+        self.last = (pooled, code) if self.training and self.options.guide > 0 else None
         spread: Tensor = self.widen(code).view(-1, self.channels_out, self.SIDE, self.SIDE)
         return F.interpolate(spread, size=size, mode="nearest")
 
@@ -201,9 +203,10 @@ class Companion(nn.Module):
         if self.guides is not None:
             code = self._protection[0].unet.middle
             assert isinstance(code, Code)
-            assert code.last is not None
+            assert code.last is not None, "the guide follows a pass of the protection in training mode"
             for guide, seen in zip(self.guides, code.last, strict=True):
                 loss = loss + code.options.guide * F.cross_entropy(guide(seen.float()), labels)
+            code.last = None  # no graph outlives its step
         return loss
 
 
