@@ -236,6 +236,10 @@ MISTAKES = {
         ["--train.batch_size", "10", "--cluster.num_workers", "4"],
         "train.batch_size 10 cannot be divided among cluster.num_workers 4; allowed is a multiple of it",
     ),
+    "one image a worker": (
+        ["--train.batch_size", "4", "--cluster.num_workers", "4"],
+        "train.batch_size 4 leaves each of cluster.num_workers 4 one image; allowed are two and more",
+    ),
     "a class twice": (
         ["--data.source", "{name: parquet, path: x, classes: [cat, dog, cat]}"],
         "classes: 'cat' is given twice; allowed are names that differ",
