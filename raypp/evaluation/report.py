@@ -376,6 +376,7 @@ def _front(found: Sequence[Source]) -> bytes:
     """Share found by the worst attack (filled), and by the worst of those that draw (open), against accuracy."""
     figure = new_figure(8, 5.4)
     panel = figure.subplots()
+    labels: list[tuple[float, float, str]] = []
     for s in found:
         if s.card["accuracy"] is None or s.card["found"] is None:
             continue
@@ -391,11 +392,7 @@ def _front(found: Sequence[Source]) -> bytes:
         attack = s.card["attacks"][worst]
         y, colour = 100 * attack["found"], COLOURS[attack["verdict"]]
         panel.plot(x, y, "o", ms=9, color=colour)
-        # Aslant: many sources lie side by side on one height, all broken or none.
-        text = f"{s.card['label']}: {worst}"
-        panel.annotate(
-            text, (x, y), (4, 6), textcoords="offset points", fontsize=8, rotation=35, rotation_mode="anchor"
-        )
+        labels.append((x, y, f"{s.card['label']}: {worst}"))
     panel.axhspan(0, 5, color=COLOURS["holds"], alpha=0.08)
     panel.axhspan(5, 20, color=COLOURS["weak"], alpha=0.08)
     panel.axhspan(20, 104, color=COLOURS["broken"], alpha=0.05)
@@ -407,6 +404,17 @@ def _front(found: Sequence[Source]) -> bytes:
     )
     panel.margins(x=0.2)
     panel.spines[["top", "right"]].set_visible(False)
+    # Aslant: many sources lie side by side on one height, all broken or none. Where they are close, labels move on.
+    points = 72 / figure.dpi
+    taken: list[tuple[float, float]] = []
+    for x, y, text in sorted(labels):
+        at, height = panel.transData.transform((x, y)) * points
+        start = max([at + 4, *(before + 18 for before, other in taken if abs(other - height) < 40)])
+        taken.append((start, height))
+        panel.annotate(
+            text, (x, y), (start - at, 12), textcoords="offset points", fontsize=8, rotation=35,
+            rotation_mode="anchor", arrowprops={"arrowstyle": "-", "color": "0.6", "lw": 0.5, "shrinkA": 0},
+        )  # fmt: skip
     return as_png(figure, dpi=120)
 
 
