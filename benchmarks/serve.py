@@ -103,7 +103,13 @@ class Connections:
         await writer.drain()
         status, *lines = (await reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
         headers = dict(line.split(b": ", 1) for line in lines if line)
-        answer = await reader.readexactly(int(headers[b"content-length"]))
+        answer = b""
+        if b"content-length" in headers:
+            answer = await reader.readexactly(int(headers[b"content-length"]))
+        else:  # in chunks
+            while size := int(await reader.readline(), 16):
+                answer += (await reader.readexactly(size + 2))[:-2]
+            await reader.readline()
         if headers.get(b"connection") == b"close":
             writer.close()
         else:
