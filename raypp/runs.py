@@ -320,8 +320,7 @@ def same_configuration(config: Config, stored: dict[str, Any], run: Storage, nam
         stored = validate(stored).model_dump(mode="json")
     given, kept = flatten(config.model_dump(mode="json")), flatten(stored)
     if given["train.epochs"] < kept.get("train.epochs", 0):
-        last = phases(config)[-1].name
-        trained = max((row["epoch"] for row in _history(run) if row["phase"] == last), default=0)
+        trained = _trained(run, phases(config)[-1].name)
         if given["train.epochs"] < trained:
             raise StorageError(
                 f"run {name!r} has trained {trained} epochs, train.epochs is {given['train.epochs']}; a run can end "
@@ -359,12 +358,12 @@ def _reopen(storage: Storage, config: Config) -> Run:
     return Run(storage, settled, phi, key, tuple(about["warnings"]))
 
 
-def _history(run: Storage) -> list[dict[str, Any]]:
+def _trained(run: Storage, phase: str) -> int:
+    """How many epochs of a phase a run has finished."""
+    lines = run.read("metrics.jsonl").splitlines() if run.exists("metrics.jsonl") else []
     try:
-        return (
-            [json.loads(line) for line in run.read("metrics.jsonl").splitlines()] if run.exists("metrics.jsonl") else []
-        )
-    except ValueError as error:
+        return max((row["epoch"] for row in map(json.loads, lines) if row["phase"] == phase), default=0)
+    except (ValueError, TypeError, KeyError) as error:
         raise StorageError(f"{run.uri}: metrics.jsonl is damaged: {error}") from error
 
 
