@@ -212,7 +212,7 @@ class RayppLoop:
     def epoch(self) -> float:
         """Train one epoch and return images/s over all workers, as raypp reports it."""
         with torch_settings(self._config):
-            row = self._loop.train_epoch(self._phase, 0)
+            row = self._loop.train_epoch(self._loop.phases.index(self._phase), 0, None)
         return float(row["images_per_s"])
 
 

@@ -19,6 +19,7 @@ products) per second, over those of a large matrix product in the same precision
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,8 +96,8 @@ class PilBatches:
         )
         next(iter(self.loader))  # starts the processes, so that no round measures that
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in self.loader:
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in itertools.islice(self.loader, first, None):
             yield images.to(self.device), labels.to(self.device)
 
 

@@ -883,8 +883,9 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(errors, str(error))
     except OSError as error:  # a full disk, say; what this project opens itself is named by its own errors
         _fail(errors, str(error))
-    except KeyboardInterrupt:
-        errors.print("interrupted; what was finished is kept, and --resume continues a run", highlight=False)
+    except KeyboardInterrupt as interrupt:
+        told = str(interrupt) or "interrupted; what was finished is kept, and --resume continues a run"
+        errors.print(told, markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(130) from None
 
 

@@ -130,6 +130,8 @@ class Optimisation(Section):
     """Batch statistics over all workers, so that the number of workers does not change the result."""
     deterministic: bool = True
     """Ask torch for deterministic algorithms."""
+    checkpoint_seconds: float | None = Field(300, gt=0)
+    """Write a checkpoint within an epoch as well when the last is so old; null writes them at the ends of epochs."""
 
 
 class Train(Optimisation):

@@ -16,6 +16,8 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,7 +49,7 @@ from raypp.training.sinks import LocalSink, metrics_lines, newest_first
 from raypp.training.system import System, build_system, phases, uses_features
 
 # What may differ when a run is resumed: how long, and on what; everything else would make it another run.
-RESUMABLE = ("train.epochs", "train.eval_batch_size", "data.num_test", "cluster")
+RESUMABLE = ("train.epochs", "train.eval_batch_size", "train.checkpoint_seconds", "data.num_test", "cluster")
 NUM_PICTURED = 10
 NUM_GUARDED, NUM_SAMPLE, PART = 10_000, 32, 500  # images for the guard, for the sample, and at a time
 # Files that a run has before its configuration is written.
@@ -126,10 +128,31 @@ def summary(run: Run) -> dict[str, Any] | None:
 
 
 def train_locally(run: Run, display: Shows, device: torch.device | None = None) -> dict[str, Any]:
-    """Train in this process, without Ray."""
-    sink = LocalSink(run.storage, display, device)
-    result = fit(run.config, sink, run.phi, run.key)
+    """Train in this process, without Ray; SIGTERM ends it after a checkpoint."""
+    with stopping() as stop:
+        sink = LocalSink(run.storage, display, device, stop)
+        result = fit(run.config, sink, run.phi, run.key)
     return conclude(run, result, sink.device) if sink.rank == 0 else {}
+
+
+@contextmanager
+def stopping() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, where this is the main thread; a second one ends the process as ever."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def told(*_: object) -> None:
+        stop.set()
+        signal.signal(signal.SIGTERM, before)
+
+    signal.signal(signal.SIGTERM, told)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def conclude(run: Run, result: Fit, device: torch.device) -> dict[str, Any]:

@@ -31,6 +31,8 @@ from conftest import ROOT, Trained, free_port, tiny_flags, wait_until
 from raypp import env
 from raypp.bundle import load_private, load_public
 from raypp.serve.auth import add_token
+from raypp.storage import Storage
+from raypp.training.sinks import newest_first
 
 pytestmark = pytest.mark.ray
 
@@ -103,6 +105,12 @@ class Nodes:
         if submission is not None:
             arguments[3:3] = ["--submission-id", submission]
         return subprocess.Popen(arguments, env=self.client, stdout=PIPE, stderr=PIPE, text=True, cwd=ROOT)
+
+    def stop(self, submission: str, process: subprocess.Popen[str]) -> str:
+        """Stop a job as its user would; return what it printed."""
+        subprocess.run(["ray", "job", "stop", submission], env=self.client, check=True, capture_output=True, timeout=90)
+        out, _ = process.communicate(timeout=90)
+        return out
 
     def done(self, process: subprocess.Popen[str]) -> str:
         out, err = process.communicate(timeout=400)
@@ -187,8 +195,7 @@ def test_a_run_shrinks_and_grows_with_its_cluster(nodes: Nodes, tmp_path: Path) 
     wait_until(lambda: rows_of(folder)[-1]["world"] == 1, process)
     nodes.start(3)
     wait_until(lambda: rows_of(folder)[-1]["world"] == 2, process)
-    subprocess.run(["ray", "job", "stop", "elastic"], env=nodes.client, check=True, capture_output=True, timeout=60)
-    process.communicate(timeout=60)
+    nodes.stop("elastic", process)
     stopped = rows_of(folder)
     epochs = len(stopped) + 1
     nodes.done(nodes.job("train", *train_flags(tmp_path, "elastic", epochs, **changes), "--resume"))
@@ -207,8 +214,8 @@ def test_a_stopped_job_and_a_dead_driver_are_resumed(nodes: Nodes, tmp_path: Pat
     flags = train_flags(tmp_path, "driver", 10, cluster__num_workers=1)
     process = nodes.job("train", *flags, submission="stopped")
     wait_until(lambda: len(rows_of(folder)) >= 2, process)
-    subprocess.run(["ray", "job", "stop", "stopped"], env=nodes.client, check=True, capture_output=True, timeout=60)
-    process.communicate(timeout=60)
+    told = nodes.stop("stopped", process)
+    assert f"stopped after checkpoint {newest_first(Storage(folder))[0]}, as told; --resume goes on from it" in told
     stopped = rows_of(folder)
     assert len(stopped) < 11
     time.sleep(3)

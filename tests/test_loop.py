@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import io
@@ -23,13 +24,13 @@ from torch import Tensor, nn
 
 from raypp.config import Config, load_config, validate
 from raypp.data.loader import Batches
-from raypp.errors import StoppedError, StorageError, TrainingError
+from raypp.errors import StoppedError, StorageError, ToldToStop, TrainingError
 from raypp.nets.features import VGG16Features
 from raypp.nets.vgg import RELU2_2, VGG16_LAYERS, vgg_features
 from raypp.progress import Display
 from raypp.protections.learned import Learned
 from raypp.storage import Storage
-from raypp.training import checkpoint
+from raypp.training import checkpoint, loop
 from raypp.training.distributed import SyncBatchNorm1d, SyncBatchNorm2d, synchronise_batch_norms
 from raypp.training.fit import Fit, TrainingData, fit, load_data, prepare
 from raypp.training.fit import validate as validate_system
@@ -244,8 +245,8 @@ class Misleading:
     def num_batches(self) -> int:
         return self.sound.num_batches
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in self.sound.epoch(epoch):
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self.sound.epoch(epoch, first):
             yield images, (labels + 1) % 10 if epoch >= self.since else labels
 
 
@@ -301,6 +302,81 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(reference: Reference, tmp
     assert same(resumed.system.state_dict(), reference.fit.system.state_dict())
     assert same(resumed.plain, reference.fit.plain)
     assert timeless([resumed.best]) == timeless([reference.fit.best])
+
+
+class Stopped(Sink):
+    """A sink that is told to stop at one of the times that the loop asks."""
+
+    def __init__(self, folder: Path, at: int) -> None:
+        super().__init__(folder)
+        self.at, self.asked = at, 0
+
+    def told_to_stop(self) -> bool:
+        self.asked += 1
+        return self.asked == self.at
+
+
+@pytest.fixture
+def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop looks up after every step."""
+    monkeypatch.setattr("raypp.training.loop.CHECK_STEPS", 1)
+
+
+# Asked after each of two steps, and twice at an epoch's end: once before validation, once behind it.
+@pytest.mark.parametrize(
+    ("at", "name"),
+    [(1, "epoch_0000_step_000001"), (4, "epoch_0001"), (5, "epoch_0001_step_000001"), (13, "epoch_0003_step_000001")],
+)
+@pytest.mark.usefixtures("every_step")
+def test_a_run_that_was_told_to_stop_ends_as_if_it_had_not_been(
+    reference: Reference, tmp_path: Path, at: int, name: str
+) -> None:
+    with pytest.raises(ToldToStop, match=f"^stopped after checkpoint {name}, as told; --resume goes on from it$"):
+        fit(reference.config, Stopped(tmp_path, at))
+    assert newest_first(Storage(tmp_path))[0] == name
+    resumed = fit(reference.config, Sink(tmp_path))
+    assert timeless(resumed.history) == timeless(reference.fit.history)
+    assert same(newest(tmp_path), newest(reference.folder))
+
+
+@pytest.mark.usefixtures("every_step")
+def test_checkpoints_within_epochs_are_as_many_as_asked_for(reference: Reference, tmp_path: Path) -> None:
+    written: list[str] = []
+
+    class Counting(Sink):
+        def keep_within(self, name: str, checkpoint: Path) -> None:
+            written.append(name)
+            super().keep_within(name, checkpoint)
+
+    ends = [f"epoch_{n:04d}" for n in range(1, 5)]
+    fit(reference.config, Counting(tmp_path / "rare"))
+    assert written == ends, "the default is minutes, an epoch here takes less than a second"
+    written.clear()
+    train = reference.config.train.model_copy(update={"checkpoint_seconds": 1e-9})
+    fit(reference.config.model_copy(update={"train": train}), Counting(tmp_path / "often"))
+    assert written == [name for n, end in enumerate(ends) for name in (f"epoch_{n:04d}_step_000001", end)]
+    assert same(newest(tmp_path / "often"), newest(reference.folder))
+
+
+@pytest.mark.usefixtures("every_step")
+def test_a_part_of_an_epoch_goes_on_in_other_batches(reference: Reference, tmp_path: Path) -> None:
+    """Another number of workers may make other batches: the part that is done stays about the same."""
+    with pytest.raises(ToldToStop):
+        fit(reference.config, Stopped(tmp_path, 5))
+    train = reference.config.train.model_copy(update={"batch_size": reference.config.train.batch_size // 2})
+    other = reference.config.model_copy(update={"train": train})
+    data = load_data(other, CPU)
+    seen: list[int] = []
+
+    class Watched:
+        num_batches = data.train.num_batches
+
+        def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+            seen.append(first)
+            return data.train.epoch(epoch, first)
+
+    fit(other, Sink(tmp_path), load=lambda: dataclasses.replace(data, train=Watched()))
+    assert seen == [data.train.num_batches // 2, 0, 0]
 
 
 def truncate(folder: Path) -> None:
@@ -438,8 +514,8 @@ class Poisoned:
     def num_batches(self) -> int:
         return self.sound.num_batches
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for step, (images, labels) in enumerate(self.sound.epoch(epoch)):
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        for step, (images, labels) in enumerate(self.sound.epoch(epoch, first), first):
             if (epoch, step) == self.at:
                 images[0, 0, 0, 0] = math.nan
             yield images, labels
@@ -583,6 +659,16 @@ def work(rank: int, folder: Path, trees: dict[str, Any]) -> None:
     for name, tree in trees.items():
         result = fit(validate(tree), Sink(folder / name))
         torch.save({"history": result.history, "state": result.system.own_state()}, folder / f"{name}_{rank}.pt")
+    loop.CHECK_STEPS = 1
+    for name, tree in trees.items():
+        with contextlib.suppress(ToldToStop):
+            fit(validate(tree), Stopped(folder / f"{name}_stopped", 5))
+        dist.barrier()  # the first of them may still be writing
+        assert newest_first(Storage(folder / f"{name}_stopped"))[0] == "epoch_0001_step_000001"
+        result = fit(validate(tree), Sink(folder / f"{name}_stopped"))
+        torch.save(
+            {"history": result.history, "state": result.system.own_state()}, folder / f"{name}_resumed_{rank}.pt"
+        )
     data = load_data(config, CPU, rank, WORLD)
     if rank:
         data = dataclasses.replace(data, train=Poisoned(data.train, at=(1, 1)))
@@ -641,6 +727,23 @@ def test_two_workers_have_the_gradient_of_one(two_workers: Path, tmp_path: Path)
         mean = (halves[0][key] + halves[1][key]) / 2
         assert (mean - value).norm() <= 1e-8 * (1 + value.norm()), key
     assert any(not torch.allclose(halves[0][key], value, rtol=0.1) for key, value in whole.items())
+
+
+@LONG
+@pytest.mark.parametrize("name", ["sync", "local"])
+def test_two_workers_that_were_told_to_stop_end_as_if_they_had_not_been(two_workers: Path, name: str) -> None:
+    for rank in range(WORLD):
+        whole = torch.load(two_workers / f"{name}_{rank}.pt", weights_only=True)
+        resumed = torch.load(two_workers / f"{name}_resumed_{rank}.pt", weights_only=True)
+        assert len(resumed["history"]) == len(whole["history"]) == EPOCHS + 1
+        # Running statistics of batches are averaged once more, which rounds.
+        assert losses(resumed["history"]) == {
+            k: pytest.approx(v, rel=1e-5) for k, v in losses(whole["history"]).items()
+        }
+        for key, value in whole["state"].items():
+            torch.testing.assert_close(
+                resumed["state"][key], value, rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
+            )
 
 
 def losses(history: list[Row]) -> dict[str, list[float]]:

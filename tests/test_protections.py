@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -332,6 +333,8 @@ def test_a_code_bounds_how_many_images_there_are(levels: int, most: int, encoder
 
 def test_a_bound_is_told_where_there_is_one() -> None:
     assert Learned.bits(with_code(levels=4).options) == 6
+    assert Learned.bits(with_code(guide=1.0, classes=8).options) == 6
+    assert Learned.bits(with_code(guide=1.0, classes=8, size=0).options) == 3
     assert Learned.bits(LearnedOptions()) is None
     assert Pixel.bits(PixelOptions()) is None
 
@@ -395,6 +398,80 @@ def test_an_attacker_gets_the_whole_gradient_and_training_a_share_of_it() -> Non
         assert features.grad is not None
         sizes.append(features.grad)
     torch.testing.assert_close(sizes[0], Code.SHARE * sizes[1])
+
+
+def sees(protection: Learned, images: Tensor) -> Tensor:
+    """Which class the encoder of a protection takes images for, before they are drawn."""
+    code = protection.unet.middle
+    assert isinstance(code, Code)
+    assert code.classify is not None
+    assert protection.unet.encoder is not None
+    said: Tensor = code.classify(protection.unet.encoder(images).mean(dim=(2, 3))).argmax(dim=1)
+    return said
+
+
+def test_a_code_of_classes_has_an_image_for_each_class() -> None:
+    protection = with_code(guide=1.0, classes=5, size=0, encoder={"width": 4}).eval()
+    code = protection.unet.middle
+    assert isinstance(code, Code)
+    assert code.classify is not None
+    images = torch.rand(300, 3, 16, 16) * torch.linspace(0, 1, 300).view(-1, 1, 1, 1)
+    images = (images * 255).floor() / 255
+    assert protection.unet.encoder is not None
+    with torch.no_grad():  # so that classes differ, untrained
+        code.classify.bias -= code.classify(protection.unet.encoder(images).mean(dim=(2, 3))).mean(dim=0)
+    said = sees(protection, images)
+    protected = {
+        (int(said[i]), p.numpy().tobytes()) for i, p in enumerate(protection.protect((images * 255).round().byte()))
+    }
+    assert len(said.unique()) >= 2
+    assert len(protected) == len(said.unique()) == len({image for _, image in protected})
+
+
+def test_a_class_is_led_by_its_guide_alone_and_numbers_lead_no_encoder() -> None:
+    protection = with_code(guide=1.0, classes=10, encoder={"width": 4})
+    companion = protection.companion(10)
+    assert isinstance(companion, Companion)
+    plain, labels = torch.rand(16, 3, 16, 16), torch.arange(16) % 10
+    protected = protection(plain)
+    code = protection.unet.middle
+    assert isinstance(code, Code)
+    assert code.classify is not None
+    assert code.last is not None
+    logits = code.last[0]
+    protected.sum().backward(retain_graph=True)  # as the cloud's classifier would
+    assert all(p.grad is None or not p.grad.any() for n, p in encoding(protection).items() if "narrow" not in n)
+    assert code.classify.weight.grad is None
+    (expected,) = torch.autograd.grad(F.cross_entropy(logits, labels), code.classify.weight, retain_graph=True)
+    companion(plain, protected, None, labels).backward()
+    assert all(p.grad is not None and p.grad.any() for p in encoding(protection).values())
+    torch.testing.assert_close(code.classify.weight.grad, expected)
+
+
+def test_an_attacker_gets_a_gradient_through_the_class() -> None:
+    protection = with_code(guide=1.0, classes=10, size=0, encoder={"width": 4}).eval()
+    images = torch.rand(4, 3, 16, 16, requires_grad=True)
+    protection(images).square().sum().backward()
+    assert images.grad is not None
+    assert images.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"size": 0}, "size is 0, allowed without classes is at least 1"),
+        ({"classes": 10, "guide": 0.0}, "guide is 0, allowed beside classes is more"),
+    ],
+)
+def test_a_code_that_could_not_work_is_refused(options: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        with_code(**options)
+
+
+def test_a_code_has_as_many_classes_as_the_data() -> None:
+    protection = with_code(guide=1.0, classes=10)
+    with pytest.raises(ConfigError, match=r"protection\.code\.classes is 10, allowed is what the data has: 100"):
+        protection.companion(100)
 
 
 def test_a_trunk_takes_the_place_of_the_way_down() -> None:

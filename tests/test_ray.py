@@ -102,7 +102,8 @@ def test_a_run_that_is_told_to_stop_says_what_is_kept(cluster: Cluster, tmp_path
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
-    assert err.strip().endswith("interrupted; what was finished is kept, and --resume continues a run")
+    newest = newest_first(Storage(tmp_path / "told"))[0]
+    assert err.strip().endswith(f"stopped after checkpoint {newest}, as told; --resume goes on from it")
     assert "SIGTERM" not in err
     rows = history(tmp_path / "told")
     assert epochs_of(tmp_path / "told") == expected(len(rows) - 1)

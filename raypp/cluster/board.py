@@ -24,6 +24,14 @@ class Board:
     def __init__(self) -> None:
         self._steps: Steps = {}
         self._events: Events = []
+        self._stop = False
+
+    def stop(self) -> None:
+        """Tell whoever asks to write a checkpoint and end."""
+        self._stop = True
+
+    def stopping(self) -> bool:
+        return self._stop
 
     def pin(self, kind: str, what: Any, work: str = "") -> None:
         if kind == "step":
@@ -50,6 +58,14 @@ def taken(board: Any) -> tuple[Steps, Events]:
     except ray.exceptions.RayError:
         return {}, []
     return found
+
+
+def told_to_stop(board: Any) -> bool:
+    """Whether the driver has been told to stop; no, where the board does not answer."""
+    try:
+        return bool(ray.get(board.stopping.remote(), timeout=5))
+    except ray.exceptions.RayError:
+        return False
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import threading
@@ -22,10 +23,10 @@ import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from raypp.cluster.board import Events, Steps, following, put_up
+from raypp.cluster.board import Events, Steps, following, put_up, told_to_stop
 from raypp.config import Cluster, Config, validate
 from raypp.data.streaming import StreamLoader, bounded, datasets
-from raypp.errors import RayppError, StoppedError, TrainingError
+from raypp.errors import RayppError, StoppedError, ToldToStop, TrainingError
 from raypp.keys import Key
 from raypp.nets.features import StateDict
 from raypp.progress import Display
@@ -36,6 +37,8 @@ from raypp.training.fit import TrainingData, check_sides, fit, protect_first
 from raypp.training.sinks import CHECKPOINTS, Row, RunCheckpoints, newest_first
 
 RESIZE_SECONDS = 30.0  # how often an elastic run looks whether it can grow
+GIVE_BACK_SECONDS = 2.0  # what Ray Train may need for that
+STOP_SECONDS = 25.0  # for a checkpoint, where nobody says how long there is
 MAX_WORKERS = 8  # of a run that does not say how many: a batch of 128 is not worth spreading further
 
 
@@ -58,6 +61,9 @@ class TrainSink(RunCheckpoints):
             self._board.pin.remote("epoch", history[-1])
         ray.train.report(history[-1])
 
+    def told_to_stop(self) -> bool:
+        return told_to_stop(self._board)
+
     def progress(self, info: Row) -> None:
         self._board.pin.remote("step", info)
 
@@ -79,6 +85,8 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
         num_workers, use_gpu = _scale(config, have)
         _check_resources(config, have, cluster.min_workers or num_workers, use_gpu, display)
         board = put_up()
+        if config.data.stream:
+            display.note("reading validation images")
         trainer = TorchTrainer(
             _worker,
             train_loop_config={
@@ -101,7 +109,9 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
         )
         display.note("starting workers")
         with following(board, _shown_by(display)):
-            outcome = run_trainer(trainer, cluster.max_failures, run.storage)
+            outcome = run_trainer(trainer, cluster.max_failures, run.storage, board)
+    if "told" in outcome:
+        raise ToldToStop(outcome["told"])
     if "error" in outcome:
         raise StoppedError(outcome["error"])
     found: dict[str, Any] = outcome["summary"]
@@ -131,6 +141,8 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
         result = fit(config, sink, phi, key, (lambda: _streamed(config, sink, key)) if config.data.stream else None)
     except StoppedError as error:
         return {"error": str(error)}
+    except ToldToStop as told:
+        return {"told": str(told)}
     if sink.rank == 0:
         try:
             found = conclude(Run(storage, config, phi, key, arguments["warnings"]), result, sink.device)
@@ -145,14 +157,14 @@ def _streamed(config: Config, sink: TrainSink, key: Key | None) -> TrainingData:
     return TrainingData(loader, loader.val, loader.classes, loader.num_train, loader.fingerprint)
 
 
-def run_trainer(trainer: TorchTrainer, max_failures: int, run: Storage) -> dict[str, Any]:
-    """Run a trainer and return what its first worker returned.
+def run_trainer(trainer: TorchTrainer, max_failures: int, run: Storage, board: Any = None) -> dict[str, Any]:
+    """Run a trainer, whose workers ask the board, if given, whether to stop; return what its first worker returned.
 
     Raises:
         TrainingError: why it could not go on, and the newest checkpoint in the folder ``run``.
     """
     try:
-        with _interruptible():
+        with _interruptible(board):
             result = trainer.fit()
     except ray.train.WorkerGroupError as error:
         text = "\n".join(map(str, error.worker_failures.values())) or str(error)
@@ -169,24 +181,53 @@ def run_trainer(trainer: TorchTrainer, max_failures: int, run: Storage) -> dict[
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let Ray Train give back what it holds when the driver is told to stop, and end with a KeyboardInterrupt.
+def _interruptible(board: Any) -> Iterator[None]:
+    """On SIGTERM, which ``ray job stop`` sends, have workers that ask ``board`` write a checkpoint and end; on an
+    interrupt, or where that takes too long, let Ray Train give back what it holds, and end with a KeyboardInterrupt.
 
-    It does so on an interrupt only, while ``ray job stop`` sends SIGTERM: what an elastic run has reserved would stay
-    so for three more minutes, and who resumes it would wait that long.
+    It does so on an interrupt only: what an elastic run has reserved would stay so for three more minutes after a kill,
+    and who resumes it would wait that long.
     """
     if threading.current_thread() is not threading.main_thread():  # in a trial; signals are its driver's
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+    told, over = threading.Event(), threading.Event()
+
+    def stop() -> None:
+        told.wait()
+        if not over.is_set():
+            board.stop.remote()
+            if not over.wait(_seconds_to_stop()):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    def hurry(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    def tell(*_: object) -> None:
+        signal.signal(signal.SIGTERM, hurry)  # who asks twice is in one
+        told.set()
+
+    threading.Thread(target=stop, daemon=True).start()
+    signal.signal(signal.SIGTERM, tell if board is not None else hurry)
     try:
         yield
     except SystemExit as stopped:  # how Ray Train's own handler of interrupts ends
         raise KeyboardInterrupt from stopped
     finally:
+        over.set()
+        told.set()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _seconds_to_stop() -> float:
+    """How long a checkpoint may take before Ray Train has to give back what it holds."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        return STOP_SECONDS
+    # A job is killed so long after it was told to stop; 3 seconds is Ray's own default.
+    return max(0.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3")) - GIVE_BACK_SECONDS)
 
 
 def _check_resources(config: Config, have: dict[str, float], num_workers: int, use_gpu: bool, display: Display) -> None:

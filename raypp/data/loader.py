@@ -21,8 +21,8 @@ class Batches(Protocol):
 
     num_batches: int
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images (n, C, H, W) float32 in [0, 1] and labels (n,) on the device."""
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images (n, C, H, W) float32 in [0, 1] and labels (n,) on the device, from batch ``first`` on."""
 
 
 def to_device(images: np.ndarray, labels: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -108,11 +108,11 @@ class DeviceLoader:
         self.num_batches = len(images) // self.batch_size
         self.seed, self.augmentation, self.rank, self.world = seed, augmentation, rank, world
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.images), generator=generator(self.seed, epoch))
         share = self.batch_size // self.world
         mine = slice(self.rank * share, (self.rank + 1) * share)
-        for step in range(self.num_batches):
+        for step in range(first, self.num_batches):
             chosen = order[step * self.batch_size : (step + 1) * self.batch_size][mine].to(self.images.device)
             drawn = self.augmentation.draw(self.batch_size, generator(self.seed, epoch, step))
             images = self.images[chosen] if self.first is None else self.first(self.images[chosen])

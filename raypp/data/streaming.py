@@ -8,6 +8,8 @@ split needs no index, does not depend on order or number of workers, and puts id
 from __future__ import annotations
 
 import hashlib
+import itertools
+import re
 from collections.abc import Callable, Iterator
 from functools import singledispatch
 from pathlib import Path
@@ -74,7 +76,14 @@ def _(source: Folder, seed: int) -> ray.data.Dataset:
 
 
 def datasets(config: Config) -> dict[str, ray.data.Dataset]:
-    """Lazily streamed ``train`` and ``val`` datasets of rows ``image`` uint8 (H, W, C) and ``label``."""
+    """Rows of ``image`` uint8 (H, W, C) and ``label``: ``train``, lazily streamed, and ``val``, read at once.
+
+    Finding the validation images takes a pass over the whole set. It is made here, once, and the images stay in Ray's
+    object store, from where workers take them, also those that come later.
+
+    Raises:
+        ConfigError, DataError: the set cannot be streamed, or an image of it is damaged.
+    """
     if config.data.image_size is None:
         raise ConfigError("data.stream needs data.image_size, as in --data.image_size '[32, 32]'")
     if config.data.num_train is not None:
@@ -100,7 +109,12 @@ def datasets(config: Config) -> dict[str, ray.data.Dataset]:
             },
         )
 
-    return {"train": part(val=False), "val": part(val=True)}
+    try:
+        val = part(val=True).materialize()
+    except ray.exceptions.RayError as error:
+        reasons = re.findall(r"raypp\.errors\.\w+: (.+)", str(error))
+        raise DataError(reasons[-1] if reasons else f"the images cannot be read: {error}") from error
+    return {"train": part(val=False), "val": val}
 
 
 def bounded() -> ray.data.ExecutionOptions:
@@ -144,7 +158,7 @@ def _draw(data: bytes, key: int) -> float:
 class StreamLoader:
     """Batches of this worker's shard of the training stream; see :class:`raypp.data.loader.Batches`.
 
-    The validation images are read once and held as uint8 on the device.
+    All validation images are held as uint8 on the device.
     """
 
     def __init__(
@@ -174,7 +188,8 @@ class StreamLoader:
             repr((num, source.classes, hashlib.sha256(np.sort(labels).tobytes()).hexdigest())).encode()
         ).hexdigest()
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        # A stream has no places to go back to: the rest of an epoch is as many batches of another order.
         seed = self._config.seed
         batches = _batches(
             ray.train.get_dataset_shard("train"),
@@ -183,7 +198,7 @@ class StreamLoader:
             local_shuffle_buffer_size=max(self._config.data.shuffle_buffer, self._share),
             local_shuffle_seed=seed + epoch,
         )
-        for step, batch in enumerate(batches):
+        for step, batch in enumerate(itertools.islice(batches, self.num_batches - first if first else None), first):
             images, labels = to_device(batch["image"], batch["label"], self._device)
             images = images if self._first is None else self._first(images)
             drawn = self._augmentation.draw(len(labels), generator(seed, epoch, step, self._rank))

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from raypp import registry
+from raypp.errors import ConfigError
 from raypp.images import round_8bit
 from raypp.keys import Key
 from raypp.nets.jpeg import jpeg
@@ -44,16 +45,27 @@ class CodeOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
-    size: int = Field(10, ge=1, le=4096)
-    """How many numbers."""
+    size: int = Field(10, ge=0, le=4096)
+    """How many numbers; 0 only beside ``classes``."""
     levels: int = Field(2, ge=2, le=256)
-    """How many values each of them takes: an image's protected one tells ``size * log2(levels)`` bits at most."""
+    """How many values each of them takes: an image's protected one tells ``size * log2(levels)`` bits at most, and
+    ``log2(classes)`` more."""
+    classes: int | None = Field(None, ge=2)
+    """Put one more number before them: the class, as the encoder sees it. So many as the data has; null sends none."""
     encoder: ResNetOptions | None = None
     """What makes the features that the numbers are made from: a ResNet-20 without its last layer, or, null, the
     U-Net's own way down. ``width`` and ``depth`` are then the decoder's only."""
     guide: float = Field(1.0, ge=0)
     """Weight of the cross-entropies of two linear classifiers, of the pooled features and of the code,
     which show both the way sooner than the classifier of protected images; 0 leaves them out."""
+
+    @model_validator(mode="after")
+    def _something_to_send(self) -> CodeOptions:
+        if self.classes is None and self.size == 0:
+            raise ValueError("size is 0, allowed without classes is at least 1: nothing would be sent")
+        if self.classes is not None and self.guide == 0:
+            raise ValueError("guide is 0, allowed beside classes is more: nothing else teaches the encoder the class")
+        return self
 
 
 class LearnedOptions(registry.Options):
@@ -105,7 +117,7 @@ class Learned(Protection):
     @classmethod
     def bits(cls, options: Any) -> float | None:
         code = options.code
-        return None if code is None else code.size * math.log2(code.levels)
+        return None if code is None else code.size * math.log2(code.levels) + math.log2(code.classes or 1)
 
     def transmitted(self, protected: Tensor) -> Tensor:
         lowest = self.options.jpeg
@@ -118,6 +130,8 @@ class Learned(Protection):
     def companion(self, num_classes: int) -> nn.Module | None:
         adversary, code = self.options.adversary, self.options.code
         guided = code is not None and code.guide > 0
+        if code is not None and code.classes not in (None, num_classes):
+            raise ConfigError(f"protection.code.classes is {code.classes}, allowed is what the data has: {num_classes}")
         return Companion(self, num_classes) if adversary is not None or guided else None
 
     def forward(self, images: Tensor) -> Tensor:
@@ -126,11 +140,12 @@ class Learned(Protection):
 
 
 class Code(nn.Module):
-    """Reduces features N x channels x H x W to ``size`` numbers of ``levels`` values each, and draws others of
-    ``channels_out`` channels from them.
+    """Reduces features N x channels x H x W to a class, where ``classes`` says so, and ``size`` numbers of ``levels``
+    values each, and draws others of ``channels_out`` channels from them.
 
     Finite scalar quantisation (Mentzer, Minnen, Agustsson, Tschannen 2023), of an image as a whole, with a sigmoid
-    between the first value and the last; rounding passes gradients on (Bengio, Leonard, Courville 2013).
+    between the first value and the last; rounding passes gradients on (Bengio, Leonard, Courville 2013), and so
+    does the choice of the likeliest class.
     """
 
     SIDE = 4  # of the features that a code is spread over, before they take the shape that is asked for
@@ -141,26 +156,38 @@ class Code(nn.Module):
     def __init__(self, options: CodeOptions, channels: int, channels_out: int) -> None:
         super().__init__()
         self.options, self.channels, self.channels_out = options, channels, channels_out
-        # Normalised, no number takes the same value for all images, which would be a part of the code unused.
-        last = nn.BatchNorm1d(options.size)
-        nn.init.constant_(last.weight, self.SHARPNESS)
-        self.narrow = nn.Sequential(
-            nn.Linear(channels, self.HIDDEN), nn.BatchNorm1d(self.HIDDEN), nn.ReLU(inplace=True),
-            nn.Linear(self.HIDDEN, options.size), last,
-        )  # fmt: skip
-        self.widen = nn.Linear(options.size, channels_out * self.SIDE**2)
-        # Of the last training batch, for the guide: N x channels features, and N x size codes in [-1, 1].
+        classes = options.classes or 0
+        self.classify = nn.Linear(channels, classes) if classes else None
+        self.narrow = None
+        if options.size:
+            # Normalised, no number takes the same value for all images, which would be a part of the code unused.
+            last = nn.BatchNorm1d(options.size)
+            nn.init.constant_(last.weight, self.SHARPNESS)
+            self.narrow = nn.Sequential(
+                nn.Linear(channels, self.HIDDEN), nn.BatchNorm1d(self.HIDDEN), nn.ReLU(inplace=True),
+                nn.Linear(self.HIDDEN, options.size), last,
+            )  # fmt: skip
+        self.widen = nn.Linear(classes + options.size, channels_out * self.SIDE**2)
+        # Of the last training batch, for the guide: N x channels features, or N x classes logits, and N x (classes +
+        # size) codes in [-1, 1].
         self.last: tuple[Tensor, Tensor] | None = None
 
     def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
-        top = self.options.levels - 1
         pooled = features.mean(dim=(2, 3))
-        # In training only: an attacker gets all of it.
-        share = self.SHARE if self.training and self.options.guide > 0 else 1.0
-        shared = share * pooled + (1 - share) * pooled.detach()
-        exact = top * torch.sigmoid(self.narrow(shared).float())
-        code = 2 * (exact + (exact.round() - exact).detach()) / top - 1
-        self.last = (pooled, code) if self.training and self.options.guide > 0 else None
+        guided = self.training and self.options.guide > 0  # gradients are held back then only: an attacker gets all
+        seen, parts = pooled, []
+        if self.classify is not None:
+            seen = self.classify(pooled)
+            likely = (seen.detach() if guided else seen).float().softmax(dim=1)  # its guide alone leads it
+            chosen = F.one_hot(likely.argmax(dim=1), likely.shape[1])
+            parts.append(2 * (likely + (chosen - likely).detach()) - 1)
+        if self.narrow is not None:
+            top = self.options.levels - 1
+            share = (self.SHARE if self.classify is None else 0.0) if guided else 1.0
+            exact = top * torch.sigmoid(self.narrow(share * pooled + (1 - share) * pooled.detach()).float())
+            parts.append(2 * (exact + (exact.round() - exact).detach()) / top - 1)
+        code = torch.cat(parts, dim=1)
+        self.last = (seen, code) if guided else None
         spread: Tensor = self.widen(code).view(-1, self.channels_out, self.SIDE, self.SIDE)
         return F.interpolate(spread, size=size, mode="nearest")
 
@@ -192,7 +219,8 @@ class Companion(nn.Module):
             # One of the features as well: through rounding alone, a short code teaches them little.
             code = protection.unet.middle
             assert isinstance(code, Code)
-            self.guides = nn.ModuleList(nn.Linear(size, num_classes) for size in (code.channels, options.code.size))
+            of_features = nn.Linear(code.channels, num_classes) if code.classify is None else nn.Identity()
+            self.guides = nn.ModuleList((of_features, nn.Linear(code.widen.in_features, num_classes)))
         self._protection = [protection]  # in a list: its weights are not this module's
 
     def forward(self, plain: Tensor, protected: Tensor, features: nn.Module | None, labels: Tensor) -> Tensor:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
+
+T = TypeVar("T")
 
 
 def distributed() -> bool:
@@ -26,11 +30,16 @@ def total(values: Tensor) -> Tensor:
 
 def first_error(message: str | None) -> str | None:
     """Return the first worker's message that is not None: all workers stop for the same reason, none waits for ever."""
+    return next((m for m in gathered(message) if m is not None), None)
+
+
+def gathered(value: T) -> list[T]:
+    """What each worker gives, first worker first, for all of them."""
     if not distributed():
-        return message
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    return next((m for m in messages if m is not None), None)
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def average_batch_statistics(module: nn.Module) -> None:

@@ -4,11 +4,12 @@ without Ray. A :class:`Task` says what is trained; a sink says where it is repor
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -19,20 +20,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raypp.config import Constant, MultiStep, Optimisation, Optimizer
 from raypp.data.loader import Batches, generator
-from raypp.errors import DataError, RayppError, StoppedError, TrainingError
+from raypp.errors import DataError, RayppError, StoppedError, ToldToStop, TrainingError
 from raypp.nets.features import StateDict
 from raypp.training import checkpoint
 from raypp.training.distributed import (
     average_batch_statistics,
     distributed,
     first_error,
+    gathered,
     synchronise_batch_norms,
     total,
 )
-from raypp.training.sinks import Row, Sink
+from raypp.training.sinks import Row, Sink, checkpoint_name
 
 PROGRESS_SECONDS = 0.25
-CHECK_STEPS = 50  # how often the loss is looked at: reading it waits for the device
+CHECK_STEPS, CHECK_SECONDS = 50, 1.0  # how often, at least, workers agree on how to go on: it waits for the device
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,21 @@ def set_up_torch(train: Optimisation) -> None:
     torch.backends.cudnn.benchmark = not train.deterministic
 
 
+@dataclass
+class Part:
+    """What an epoch has come to: of one worker, or, in a checkpoint, of all of them together."""
+
+    step: int
+    """Steps done, of each worker."""
+    names: list[str]
+    sums: Tensor
+    """Of each term over steps and workers."""
+    images: int
+    steps: int
+    """Over workers."""
+    seconds: float
+
+
 T = TypeVar("T")
 
 
@@ -185,6 +202,8 @@ class Loop:
         self.best: Row = {}
         self.newest = "none yet"
         self.last_progress = 0.0
+        self.saved_at = time.monotonic()
+        self.looked_at, self.look_in = time.monotonic(), 1  # when workers last agreed, and after how many steps next
 
     def run(self) -> Trained:
         """Train from the sink's newest sound checkpoint, if it has one, to the end of the last phase."""
@@ -195,7 +214,8 @@ class Loop:
             phase = self.phases[index]
             self.enter(phase, resumed if index == at_phase else None)
             for epoch in range(at_epoch if index == at_phase else 0, phase.epochs):
-                row = self.train_epoch(phase, epoch)
+                part, resumed = (resumed or {}).get("part"), None
+                row = self.train_epoch(index, epoch, Part(**part) if part is not None else None)
                 row |= self.task.validate(self.trainee, self.sink.rank, self.sink.world)
                 if not math.isfinite(row["val_loss"]):
                     raise self.diverged(row["step"], row["lr"])
@@ -206,6 +226,8 @@ class Loop:
                     self.best = row
                     self.best_state = {k: v.detach().cpu().clone() for k, v in self.trainee.own_state().items()}
                 self.report(index, epoch)
+                if epoch + 1 < phase.epochs or index + 1 < len(self.phases):
+                    self.end_if_told(gathered(self.sink.rank == 0 and self.sink.told_to_stop())[0])
             self.trainee.load_own_state(self.best_state)
             self.task.end(phase, self.trainee)
         self.trainee.eval()
@@ -234,18 +256,26 @@ class Loop:
         if self.task.train.compile:
             self.forward = torch.compile(self.forward)
 
-    def train_epoch(self, phase: Phase, epoch: int) -> Row:
-        """Take one pass over the training batches; return its row of metrics, means over all workers."""
+    def train_epoch(self, index: int, epoch: int, part: Part | None) -> Row:
+        """Take one pass over the training batches, or the rest of one; return its row of metrics, means over workers.
+
+        Raises:
+            ToldToStop: on every worker, after a checkpoint.
+        """
         train, loader, device = self.task.train, self.task.batches, self.sink.device
+        phase, overall = self.phases[index], self.epochs_before(self.phases[index]) + epoch
         context = autocast(train, device)
         self.trainee.train()
-        # Dropout, where a net has it: the same after a resume, another on each worker.
-        torch.manual_seed(generator(self.task.seed, self.epochs_before(phase) + epoch, self.sink.rank).initial_seed())
-        names: list[str] = []
-        sums = torch.zeros(1, dtype=torch.float64, device=device)
+        now = Part(0, [], torch.zeros(1, dtype=torch.float64, device=device), 0, 0, 0.0)
+        if part is not None:
+            now.step = part.step
+            if self.sink.rank == 0:  # what all have done so far is the first one's from here on
+                now.names, now.sums, now.images, now.steps = part.names, part.sums.to(device), part.images, part.steps
         bad_step = torch.tensor(-1, device=device)
-        seen, step, began, lr = 0, 0, time.monotonic(), 0.0
-        for step, (images, labels) in enumerate(loader.epoch(self.epochs_before(phase) + epoch)):
+        before, seen, began, lr = part.seconds if part is not None else 0.0, 0, time.monotonic(), 0.0
+        for step, (images, labels) in enumerate(loader.epoch(overall, now.step), now.step):
+            # What networks draw, such as dropout: the same after a resume, another on each worker.
+            torch.manual_seed(generator(self.task.seed, overall, step, self.sink.rank, 0).initial_seed())
             lr = learning_rate(train, phase.epochs, epoch + min((step + 0.5) / loader.num_batches, 1.0))
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
@@ -257,21 +287,26 @@ class Loop:
             self.trainee.after_step()
             with torch.no_grad():
                 loss = terms.loss.detach()
-                names = ["loss", *terms.metrics]
-                sums = sums + torch.stack([loss, *(m.detach() for m in terms.metrics.values())]).double()
+                now.names = ["loss", *terms.metrics]
+                now.sums = now.sums + torch.stack([loss, *(m.detach() for m in terms.metrics.values())]).double()
                 bad_step = torch.where((bad_step < 0) & ~loss.isfinite(), step, bad_step)
             seen += len(labels)
-            if step % CHECK_STEPS == CHECK_STEPS - 1:
-                self.stop_if_bad(bad_step, phase, epoch)
-            self.show(phase, epoch, step, seen / (time.monotonic() - began), names, sums)
+            now.step, now.images, now.steps = step + 1, now.images + len(labels), now.steps + 1
+            self.look_in -= 1
+            if self.look_in <= 0:
+                save, stop = self.look(bad_step, phase, epoch, seen / (time.monotonic() - began) / len(labels))
+                if (save or stop) and now.step < loader.num_batches:
+                    now.seconds = before + time.monotonic() - began
+                    self.save_within(index, epoch, now)
+                    self.end_if_told(stop)
+            self.show(phase, epoch, seen / (time.monotonic() - began), now)
         if not seen:
             raise TrainingError("a worker's share of the training images is less than one batch; see train.batch_size")
-        steps = step + 1
-        self.stop_if_bad(bad_step, phase, epoch)
+        self.look(bad_step, phase, epoch, seen / (time.monotonic() - began) / train.batch_size)
         average_batch_statistics(self.trainee)
-        seconds = time.monotonic() - began
-        counts = total(torch.tensor([seen, steps], dtype=torch.float64, device=device)).tolist()
-        means = dict(zip(names, (total(sums) / counts[1]).tolist(), strict=True))
+        seconds = before + time.monotonic() - began
+        counts = total(torch.tensor([now.images, now.steps], dtype=torch.float64, device=device)).tolist()
+        means = dict(zip(now.names, (total(now.sums) / counts[1]).tolist(), strict=True))
         return {
             "phase": phase.name,
             "epoch": epoch + 1,
@@ -290,16 +325,30 @@ class Loop:
     def steps_before(self, phase: Phase) -> int:
         return self.epochs_before(phase) * self.task.batches.num_batches
 
-    def stop_if_bad(self, bad_step: Tensor, phase: Phase, epoch: int) -> None:
-        """Stop every worker when any of them met a loss that is not a number."""
-        bad = int(bad_step)
-        message = str(bad) if bad >= 0 else None
-        if (found := first_error(message)) is not None:
-            step = self.steps_before(phase) + epoch * self.task.batches.num_batches + int(found)
-            rate = learning_rate(
-                self.task.train, phase.epochs, epoch + min((int(found) + 0.5) / self.task.batches.num_batches, 1.0)
-            )
-            raise self.diverged(step, rate)
+    def look(self, bad_step: Tensor, phase: Phase, epoch: int, steps_per_s: float) -> tuple[bool, bool]:
+        """Agree with all workers on whether a checkpoint is due and whether to stop, and on when to look again.
+
+        Raises:
+            StoppedError: on every worker, when any of them met a loss that is not a number.
+        """
+        save, stop, steps = False, False, 0
+        if self.sink.rank == 0:
+            due = self.task.train.checkpoint_seconds
+            save = due is not None and time.monotonic() - self.saved_at >= due
+            stop = self.sink.told_to_stop()
+            steps = max(1, min(CHECK_STEPS, int(CHECK_SECONDS * steps_per_s)))
+        found = gathered((int(bad_step), save, stop, steps))
+        bad = next((step for step, *_ in found if step >= 0), None)
+        if bad is not None:
+            batches = self.task.batches.num_batches
+            rate = learning_rate(self.task.train, phase.epochs, epoch + min((bad + 0.5) / batches, 1.0))
+            raise self.diverged(self.steps_before(phase) + epoch * batches + bad, rate)
+        _, save, stop, self.look_in = found[0]
+        return save, stop
+
+    def end_if_told(self, stop: bool) -> None:
+        if stop:
+            raise ToldToStop(f"stopped after checkpoint {self.newest}, as told; --resume goes on from it")
 
     def diverged(self, step: int, lr: float) -> StoppedError:
         return StoppedError(
@@ -307,7 +356,7 @@ class Loop:
             f"{self.newest}; try a smaller {self.task.remedy}"
         )
 
-    def show(self, phase: Phase, epoch: int, step: int, images_per_s: float, names: list[str], sums: Tensor) -> None:
+    def show(self, phase: Phase, epoch: int, images_per_s: float, part: Part) -> None:
         now = time.monotonic()
         if self.sink.rank or now - self.last_progress < PROGRESS_SECONDS:
             return
@@ -318,32 +367,53 @@ class Loop:
                 "phase": phase.name,
                 "epoch": epoch + 1,
                 "epochs": phase.epochs,
-                "steps_done": self.steps_before(phase) + epoch * batches + step + 1,
+                "steps_done": self.steps_before(phase) + epoch * batches + part.step,
                 "steps_total": sum(p.epochs for p in self.phases) * batches,
                 "images_per_s": images_per_s * self.sink.world,
-                **dict(zip(names, (sums / (step + 1)).tolist(), strict=True)),
+                **dict(zip(part.names, (part.sums / part.steps).tolist(), strict=True)),
             }
         )
 
     def report(self, index: int, epoch: int) -> None:
-        name = f"epoch_{len(self.history):04d}"
+        """Store an epoch, with a checkpoint."""
+        name = checkpoint_name(len(self.history))
         if self.sink.rank:
             self.sink.report(self.history, name, None)
         else:
-            state = {
-                "phase": index,
-                "epoch": epoch + 1,
-                "system": self.trainee.own_state(),
-                "optimizer": self.optimizer.state_dict(),
-                "best": self.best,
-                "best_state": self.best_state,
-                "task": self.task.state(),
-                "fingerprint": self.task.fingerprint,
-            }
-            with tempfile.TemporaryDirectory(prefix="raypp-") as folder:
-                checkpoint.save(Path(folder), state, self.history)
-                self.sink.report(self.history, name, Path(folder))
-        self.newest = name
+            with self.written(index, epoch + 1) as folder:
+                self.sink.report(self.history, name, folder)
+        self.newest, self.saved_at = name, time.monotonic()
+
+    def save_within(self, index: int, epoch: int, part: Part) -> None:
+        """Store a checkpoint from within an epoch."""
+        name = checkpoint_name(len(self.history), part.step)
+        average_batch_statistics(self.trainee)  # once more at the epoch's end: means of moving means are the same
+        counts = total(torch.tensor([part.images, part.steps], dtype=torch.float64, device=self.sink.device)).tolist()
+        images, steps = map(int, counts)
+        whole = dataclasses.replace(part, sums=total(part.sums.clone()), images=images, steps=steps)
+        if self.sink.rank == 0:
+            with self.written(index, epoch, whole) as folder:
+                self.sink.keep_within(name, folder)
+        self.newest, self.saved_at = name, time.monotonic()
+
+    @contextmanager
+    def written(self, index: int, epochs: int, part: Part | None = None) -> Iterator[Path]:
+        """A checkpoint in a folder of its own, after so many epochs of a phase and a part of the next."""
+        state = {
+            "phase": index,
+            "epoch": epochs,
+            "part": vars(part) if part is not None else None,
+            "batches": self.task.batches.num_batches,
+            "system": self.trainee.own_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best,
+            "best_state": self.best_state,
+            "task": self.task.state(),
+            "fingerprint": self.task.fingerprint,
+        }
+        with tempfile.TemporaryDirectory(prefix="raypp-") as folder:
+            checkpoint.save(Path(folder), state, self.history)
+            yield Path(folder)
 
     def restore(self) -> tuple[int, int, dict[str, Any] | None]:
         """Take up the newest sound checkpoint: phase index, epochs done in it, and its state (None to begin afresh)."""
@@ -363,6 +433,9 @@ class Loop:
                 )
             self.history, self.newest = history, name
             self.task.restore(state["task"])
+            part, batches = state.get("part"), self.task.batches.num_batches
+            if part is not None and state["batches"] != batches:  # another number of workers, which split otherwise
+                part["step"] = min(part["step"] * batches // state["batches"], batches - 1)
             return state["phase"], state["epoch"], state
         if names:
             raise TrainingError(f"all checkpoints of this run are damaged: {', '.join(names)}")

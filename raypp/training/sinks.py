@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from raypp.storage import Storage
 
 Row = dict[str, Any]
 CHECKPOINTS = "checkpoints"
+NAME = re.compile(r"epoch_(?P<epochs>\d+)(_step_(?P<step>\d+))?")
 KEEP = 2  # the newest, and one more in case the newest turns out to be damaged
 
 
@@ -35,6 +38,12 @@ class Sink(Protocol):
     def report(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
         """Record an epoch: ``history`` is every row so far. Called on every worker; rank 0 brings the checkpoint."""
 
+    def keep_within(self, name: str, checkpoint: Path) -> None:
+        """Store a checkpoint from within an epoch; called on rank 0."""
+
+    def told_to_stop(self) -> bool:
+        """Whether training shall write a checkpoint and end; called on rank 0, about once a second."""
+
     def progress(self, info: Row) -> None:
         """Show where the epoch stands; called on rank 0, at most a few times a second."""
 
@@ -46,10 +55,16 @@ def metrics_lines(history: list[Row]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in history).encode()
 
 
+def checkpoint_name(epochs: int, step: int = 0) -> str:
+    """After so many epochs of all phases, and so many steps of the next."""
+    return f"epoch_{epochs:04d}" + (f"_step_{step:06d}" if step else "")
+
+
 def newest_first(run: Storage) -> list[str]:
     """Names of the checkpoints under a run's folder, newest first."""
-    names = [name for name in run.folder(CHECKPOINTS).folders() if name.startswith("epoch_")]
-    return sorted(names, key=lambda name: (len(name), name), reverse=True)  # epoch_10000 comes after epoch_9999
+    found = [NAME.fullmatch(name) for name in run.folder(CHECKPOINTS).folders()]
+    named = {match[0]: (int(match["epochs"]), int(match["step"] or 0)) for match in found if match is not None}
+    return sorted(named, key=named.__getitem__, reverse=True)
 
 
 def prune(run: Storage) -> None:
@@ -72,11 +87,14 @@ class RunCheckpoints:
         with self._run.folder(CHECKPOINTS).download(name) as folder:
             yield folder
 
+    def keep_within(self, name: str, checkpoint: Path) -> None:
+        self._run.upload(checkpoint, f"{CHECKPOINTS}/{name}", last="checkpoint.json")
+        prune(self._run)
+
     def keep(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
         """Store an epoch: its checkpoint whole or not at all, then the rows up to it; called on rank 0."""
         if checkpoint is not None:
-            self._run.upload(checkpoint, f"{CHECKPOINTS}/{name}", last="checkpoint.json")
-            prune(self._run)
+            self.keep_within(name, checkpoint)
         self._run.write("metrics.jsonl", metrics_lines(history))
 
 
@@ -87,15 +105,22 @@ class LocalSink(RunCheckpoints):
         run: the run's folder.
         display: shows progress; rank 0's is used.
         device: where to train; by default a GPU if there is one.
+        stop: set by whoever wants training to write a checkpoint and end.
     """
 
-    def __init__(self, run: Storage, display: Shows, device: torch.device | None = None) -> None:
+    def __init__(
+        self, run: Storage, display: Shows, device: torch.device | None = None, stop: threading.Event | None = None
+    ) -> None:
         distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.world = dist.get_world_size() if distributed else 1
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(run)
         self._display = display
+        self._stop = stop
+
+    def told_to_stop(self) -> bool:
+        return self._stop is not None and self._stop.is_set()
 
     def report(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
         if self.rank:
