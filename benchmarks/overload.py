@@ -4,13 +4,14 @@ First the capacity is measured: as many requests as a few clients get answered. 
 that rate whatever becomes of them (an open loop), each with images drawn for it from the bundle's sample, and each
 answer is checked: classes and probabilities must be those of its own images. What is neither 200 nor 503 nor 408 is
 counted and fails the benchmark, as does a wrong answer or a request without one. Every request is sent once: a client
-that tries again would hide it.
+that tries again would hide it. The load comes several times: memory that a first one takes may serve the next.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import time
 from collections import Counter
@@ -31,6 +32,7 @@ CLIENTS = 16  # for the capacity
 TOLERANCE = 1e-3  # of a probability: batches are summed in another order
 ALLOWED = {200, 408, 503}
 LONGEST = 120.0  # seconds; no answer by then is none
+SERVING = ("ProxyActor", "ServeReplica", "haproxy")  # in a process's title
 MOST_OPEN = 2000  # requests on their way at once, more than all queues hold
 
 
@@ -95,9 +97,8 @@ async def capacity(url: str, queries: list[Query], seconds: float) -> float:
     return asked.statuses[200] / took
 
 
-async def overload(url: str, queries: list[Query], rate: float, seconds: float) -> tuple[Asked, int, float]:
-    """What became of requests sent at a rate, how many there were, and how long it took until all were answered."""
-    asked = Asked()
+async def overload(url: str, queries: list[Query], rate: float, seconds: float, asked: Asked) -> int:
+    """Send requests at a rate until all of them are answered; return how many there were."""
     sent = 0
     began = time.perf_counter()
     tasks: set[asyncio.Task[None]] = set()
@@ -111,21 +112,22 @@ async def overload(url: str, queries: list[Query], rate: float, seconds: float) 
         await asyncio.sleep(0.005)
     await asyncio.gather(*tasks)
     connections.close()
-    return asked, sent, time.perf_counter() - began
+    return sent
 
 
-async def watch(samples: list[int], stop: asyncio.Event) -> None:
-    """Memory (Pss) of all processes that answer."""
+async def watch(samples: list[dict[str, float]], stop: asyncio.Event) -> None:
+    """Memory (Pss, MiB) of all processes that answer, by what they are."""
     while not stop.is_set():
-        total = 0
+        found = dict.fromkeys(SERVING, 0.0)
         for process in psutil.Process().children(recursive=True):
             try:
                 title = " ".join(process.cmdline())
-                if "ServeReplica" in title or "ProxyActor" in title:
-                    total += process.memory_full_info().pss
+                for kind in SERVING:
+                    if kind in title:
+                        found[kind] += process.memory_full_info().pss / 2**20
             except psutil.Error:
                 continue
-        samples.append(total)
+        samples.append(found)
         await asyncio.sleep(2)
 
 
@@ -135,6 +137,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1, help="images in a body")
     parser.add_argument("--factor", type=float, default=4.0, help="times the capacity")
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--loads", type=int, default=3, help="how often, with a pause of five seconds behind each")
     parser.add_argument("--haproxy", action="store_true", help="behind Ray's HAProxy, as in production")
     parser.add_argument("--json", type=Path, help="write the results here")
     given = parser.parse_args()
@@ -154,11 +157,11 @@ def main() -> None:
     unlike = [np.abs(a.expected - b.expected).max() > 2 * TOLERANCE for i, a in enumerate(queries) for b in queries[:i]]
     print(f"a mix-up of two of the bodies would be seen in {np.mean(unlike):.1%} of cases\n")
     with served(given.bundle, free_port(), haproxy=given.haproxy) as url:
-        results = asyncio.run(_run(f"{url}?top={shares.shape[1]}", queries, given.factor, given.seconds))
+        results = asyncio.run(_run(f"{url}?top={shares.shape[1]}", queries, given.factor, given.seconds, given.loads))
     asked, memory = results.pop("asked"), results["memory_mib"]
     show_table(
-        f"{given.factor:g} times the capacity of {results['capacity_per_s']:,.0f} requests/s for {given.seconds:g} s; "
-        f"reached: {results['sent_per_s'] / results['capacity_per_s']:.1f} times",
+        f"{given.factor:g} times the capacity of {results['capacity_per_s']:,.0f} requests/s for {given.seconds:g} s, "
+        f"{given.loads} times; reached: {results['sent_per_s'] / results['capacity_per_s']:.1f} times",
         [
             "sent",
             *map(str, asked.statuses),
@@ -168,8 +171,8 @@ def main() -> None:
             "refused: p50 ms",
             "p99 ms",
             "MiB before",
-            "MiB at most",
-            "MiB after",
+            *(f"at most, load {n + 1}" for n in range(given.loads)),
+            "after",
         ],
         [
             [
@@ -181,7 +184,7 @@ def main() -> None:
                     for took in (asked.milliseconds, asked.refused)
                     for share in (50, 99)
                 ),
-                *(f"{memory[key]:,.0f}" for key in ("before", "most", "after")),
+                *(f"{mib:,.0f}" for mib in (memory["before"], *memory["most"], memory["after"])),
             ]
         ],
     )
@@ -190,30 +193,36 @@ def main() -> None:
         raise SystemExit("requests were lost, mixed up or answered otherwise than documented")
 
 
-async def _run(url: str, queries: list[Query], factor: float, seconds: float) -> dict[str, Any]:
+async def _run(url: str, queries: list[Query], factor: float, seconds: float, loads: int) -> dict[str, Any]:
     await capacity(url, queries, 5.0)  # warm up
     able = await capacity(url, queries, 10.0)
-    samples: list[int] = []
+    samples: list[dict[str, float]] = []
     stop = asyncio.Event()
     watching = asyncio.create_task(watch(samples, stop))
     await asyncio.sleep(3)
-    quiet = len(samples)
-    asked, sent, took = await overload(url, queries, factor * able, seconds)
-    await asyncio.sleep(5)
+    starts, asked, sent = [len(samples)], Asked(), 0
+    for _ in range(loads):
+        sent += await overload(url, queries, factor * able, seconds, asked)
+        await asyncio.sleep(5)
+        starts.append(len(samples))
     stop.set()
     await watching
-    mib = [sample / 2**20 for sample in samples]
+    mib = [sum(sample.values()) for sample in samples]
     return {
         "asked": asked,
         "capacity_per_s": able,
         "sent": sent,
-        "sent_per_s": sent / seconds,
-        "seconds": took,
+        "sent_per_s": sent / seconds / loads,
         "statuses": {str(status): num for status, num in asked.statuses.items()},
         "wrong": asked.wrong,
         "latency_ms": {str(share): percentile(asked.milliseconds, share) for share in (50, 95, 99)},
         "refused_ms": {str(share): percentile(asked.refused, share) for share in (50, 95, 99)},
-        "memory_mib": {"before": mib[quiet - 1], "most": max(mib), "after": mib[-1]},
+        "memory_mib": {
+            "before": mib[starts[0] - 1],
+            "most": [max(mib[start:end]) for start, end in itertools.pairwise(starts)],
+            "after": mib[-1],
+        },
+        "memory_mib_each_2_s": samples,
     }
 
 
