@@ -263,6 +263,45 @@ def test_a_gallery_does_not_betray_what_is_random_per_image(photos: Tensor) -> N
     assert share_found(attack.reconstruct(noise(photos[:500])), photos) < 0.02
 
 
+def brightness(images: Tensor) -> Tensor:
+    """One of four greys by an image's mean: nothing else leaves it."""
+    level = (images.float().mean(dim=(1, 2, 3)) / 64).floor() * 64
+    return level.to(torch.uint8).view(-1, 1, 1, 1).expand(images.shape).contiguous()
+
+
+def test_a_codebook_holds_the_mean_of_those_who_share_an_image(photos: Tensor) -> None:
+    attack = build("codebook", Access((3, 32, 32), protect=brightness, images=photos), steps=0, batch_size=300)
+    attack.prepare()
+    protected = brightness(photos)
+    estimates = attack.reconstruct(protected)
+    groups = protected[:, 0, 0, 0]
+    assert 2 <= len(groups.unique()) <= 4
+    for level in groups.unique():
+        mean = (photos[groups == level].double().mean(0)).round()
+        assert (estimates[groups == level].double() - mean).abs().max() <= 1  # summed in float32
+    assert f"{len(groups.unique())} different protected images of 1,000" in attack.note
+    near = protected[:5].clone()
+    near[:, :, 0, 0] += 1  # an image that is not in the table is the nearest one's
+    assert torch.equal(attack.reconstruct(near), estimates[:5])
+
+
+def test_a_codebook_draws_what_ssim_likes_better_than_the_mean(photos: Tensor) -> None:
+    """Of the images that it is fitted to: it takes thousands for each protected one to hold for others."""
+    similar = []
+    for steps in (0, 150):
+        attack = build("codebook", Access((3, 32, 32), protect=brightness, images=photos), steps=steps, batch_size=200)
+        attack.prepare()
+        estimates = attack.reconstruct(brightness(photos))
+        similar.append(float(ssim(estimates.float() / 255, photos.float() / 255).mean()))
+    assert similar[1] > similar[0] + 0.01
+
+
+def test_a_codebook_is_for_few_images(photos: Tensor) -> None:
+    attack = build("codebook", Access((3, 32, 32), protect=hashed, images=photos), most=400, batch_size=100)
+    with pytest.raises(AttackError, match=r"this one gave 500 of 500, more than most = 400$"):
+        attack.prepare()
+
+
 # Controls
 
 

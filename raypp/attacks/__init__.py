@@ -14,6 +14,7 @@ ATTACKS = Registry(
         "itn": "raypp.attacks.inverse:ITN",
         "inverse": "raypp.attacks.inverse:Inverse",
         "white_box": "raypp.attacks.white_box:WhiteBox",
+        "codebook": "raypp.attacks.codebook:Codebook",
         "known_gallery": "raypp.attacks.known_gallery:KnownGallery",
     },
 )
