@@ -468,10 +468,10 @@ def test_a_code_that_could_not_work_is_refused(options: dict[str, object], sente
         with_code(**options)
 
 
-def test_a_code_has_as_many_classes_as_the_data() -> None:
-    protection = with_code(guide=1.0, classes=10)
-    with pytest.raises(ConfigError, match=r"protection\.code\.classes is 10, allowed is what the data has: 100"):
-        protection.companion(100)
+def test_an_adversary_beside_classes_is_refused() -> None:
+    options = {"width": 8, "depth": 2, "skips": 0, "adversary": {}, "code": {"classes": 10, "size": 2}}
+    with pytest.raises(ValueError, match=r"code\.classes is 10, allowed beside an adversary is null"):
+        LearnedOptions.model_validate(options)
 
 
 def test_a_trunk_takes_the_place_of_the_way_down() -> None:

@@ -44,6 +44,11 @@ class Protection(nn.Module):
         return None
 
     @classmethod
+    def unfit(cls, options: Any, num_classes: int) -> str | None:
+        """Why these options do not suit data of so many classes; None if they do."""
+        return None
+
+    @classmethod
     def uses_features(cls, options: Any, alpha: float) -> bool:
         """Whether its training compares images in a feature network."""
         return False

@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from raypp import registry
-from raypp.errors import ConfigError
 from raypp.images import round_8bit
 from raypp.keys import Key
 from raypp.nets.jpeg import jpeg
@@ -51,13 +50,14 @@ class CodeOptions(BaseModel):
     """How many values each of them takes: an image's protected one tells ``size * log2(levels)`` bits at most, and
     ``log2(classes)`` more."""
     classes: int | None = Field(None, ge=2)
-    """Put one more number before them: the class, as the encoder sees it. So many as the data has; null sends none."""
+    """Send the class before the numbers, as the encoder sees it: how many classes the data has, or null for none."""
     encoder: ResNetOptions | None = None
     """What makes the features that the numbers are made from: a ResNet-20 without its last layer, or, null, the
     U-Net's own way down. ``width`` and ``depth`` are then the decoder's only."""
     guide: float = Field(1.0, ge=0)
-    """Weight of the cross-entropies of two linear classifiers, of the pooled features and of the code,
-    which show both the way sooner than the classifier of protected images; 0 leaves them out."""
+    """Weight of the cross-entropies of two linear classifiers, of the pooled features and of the code, which teach the
+    encoder and the code sooner than the classifier of protected images does; 0 leaves them out. With ``classes`` the
+    first of them is what decides on the class, and nothing else teaches the encoder."""
 
     @model_validator(mode="after")
     def _something_to_send(self) -> CodeOptions:
@@ -90,6 +90,11 @@ class LearnedOptions(registry.Options):
             raise ValueError(f"skips is {self.skips}, allowed is at most depth = {self.depth}")
         if self.code is not None and self.skips != 0:
             raise ValueError(f"skips is {self.skips}, allowed beside a code is 0: a skip connection would pass it by")
+        if self.code is not None and self.code.classes is not None and self.adversary is not None:
+            raise ValueError(
+                f"code.classes is {self.code.classes}, allowed beside an adversary is null: nothing that an adversary "
+                "says reaches what decides on the class"
+            )
         return self
 
 
@@ -111,6 +116,13 @@ class Learned(Protection):
         self.options, self.channels = options, channels
 
     @classmethod
+    def unfit(cls, options: Any, num_classes: int) -> str | None:
+        code = options.code
+        if code is None or code.classes in (None, num_classes):
+            return None
+        return f"protection.code.classes is {code.classes}, allowed is null or what the data has, {num_classes}"
+
+    @classmethod
     def uses_features(cls, options: Any, alpha: float) -> bool:
         return alpha > 0
 
@@ -130,8 +142,6 @@ class Learned(Protection):
     def companion(self, num_classes: int) -> nn.Module | None:
         adversary, code = self.options.adversary, self.options.code
         guided = code is not None and code.guide > 0
-        if code is not None and code.classes not in (None, num_classes):
-            raise ConfigError(f"protection.code.classes is {code.classes}, allowed is what the data has: {num_classes}")
         return Companion(self, num_classes) if adversary is not None or guided else None
 
     def forward(self, images: Tensor) -> Tensor:
@@ -151,7 +161,7 @@ class Code(nn.Module):
     SIDE = 4  # of the features that a code is spread over, before they take the shape that is asked for
     HIDDEN = 256  # a number tells classes from others, which takes more than one plane between their features
     SHARPNESS = 4.0  # of the sigmoid at first: only images near a border shall feel that it could be moved past them
-    SHARE = 0.1  # of the gradient, which rounding has made rough, that goes on to features that a guide leads
+    SHARE = 0.1  # of the gradient, which rounding has made rough, that goes on to features that a guide teaches too
 
     def __init__(self, options: CodeOptions, channels: int, channels_out: int) -> None:
         super().__init__()
@@ -178,12 +188,13 @@ class Code(nn.Module):
         seen, parts = pooled, []
         if self.classify is not None:
             seen = self.classify(pooled)
-            likely = (seen.detach() if guided else seen).float().softmax(dim=1)  # its guide alone leads it
+            # In training the encoder learns from the cross-entropy of these logits alone, as a plain classifier does.
+            likely = (seen.detach() if guided else seen).float().softmax(dim=1)
             chosen = F.one_hot(likely.argmax(dim=1), likely.shape[1])
             parts.append(2 * (likely + (chosen - likely).detach()) - 1)
         if self.narrow is not None:
             top = self.options.levels - 1
-            share = (self.SHARE if self.classify is None else 0.0) if guided else 1.0
+            share = 1.0 if not guided else self.SHARE if self.classify is None else 0.0
             exact = top * torch.sigmoid(self.narrow(share * pooled + (1 - share) * pooled.detach()).float())
             parts.append(2 * (exact + (exact.round() - exact).detach()) / top - 1)
         code = torch.cat(parts, dim=1)

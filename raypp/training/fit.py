@@ -120,6 +120,13 @@ def check_sides(config: Config, height: int, width: int) -> None:
         )
 
 
+def check_classes(config: Config, num_classes: int) -> None:
+    """Refuse a protection that does not suit so many classes; raises ConfigError."""
+    problem = PROTECTIONS.get(config.protection.name).unfit(config.protection, num_classes)
+    if problem is not None:
+        raise ConfigError(problem)
+
+
 def protect_first(config: Config, key: Key | None) -> Callable[[Tensor], Tensor] | None:
     """For a protection whose images are augmented after it: what a loader applies to uint8 (N, H, W, C), else None."""
     if PROTECTIONS.get(config.protection.name).augment == "before":
@@ -241,6 +248,7 @@ def fit(
     set_up_torch(config.train)
     load = load or (lambda: load_data(config, sink.device, sink.rank, sink.world, key))
     data = together(load)
+    together(lambda: check_classes(config, len(data.classes)))
     # Read once before hours are spent on what could not be measured in the end.
     together(lambda: load_split(config, "test") if sink.rank == 0 else None)
     task = ProtectionTask(config, data, phi, key)
