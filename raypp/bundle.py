@@ -400,6 +400,8 @@ def model_card(
     bits = PROTECTIONS.get(config.protection.name).bits(config.protection)
     if bits is not None:
         lines.append(f"| what leaves the client of an image | {bits:.4g} bits at most |")
+    if PROTECTIONS.get(config.protection.name).classifies(config.protection):
+        lines.append("| who can tell its class | whoever sees the protected image: the public part classifies |")
     if guard is not None:
         lines.append(f"| plain images that the service refuses | {_share(guard.plain_refused)} |")
         lines.append(f"| protected images that it refuses by mistake | {_share(guard.protected_refused)} |")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from raypp.bundle import MANIFEST, SCHEMA, load_private, load_public, verify, write_manifest
+from raypp.bundle import MANIFEST, SCHEMA, load_private, load_public, model_card, verify, write_manifest
 from raypp.client import protect_images
 from raypp.config import load_config
 from raypp.errors import BundleError, RayppError
@@ -146,6 +146,27 @@ def test_the_model_card_says_what_was_measured_and_what_was_not(trained: Trained
 
 
 # What is refused
+
+
+@pytest.mark.parametrize(
+    ("code", "bits", "public"),
+    [("{size: 6}", "6 bits at most", False), ("{classes: 8, size: 2}", "5 bits at most", True), (None, None, False)],
+)
+def test_the_card_says_what_a_code_tells(trained: Trained, code: str | None, bits: str | None, public: bool) -> None:
+    settings = [] if code is None else ["--protection.skips", "0", "--protection.code", code]
+    private = load_private(trained.bundle)
+    card = model_card(
+        load_config("quickstart", flags=settings),
+        private.classes,
+        (16, 16),
+        private.guard,
+        private.metrics,
+        {"hardware": "x"},
+    )
+    assert ("bits at most" in card) == (bits is not None)
+    assert bits is None or f"| what leaves the client of an image | {bits} |" in card
+    assert ("the public part classifies" in card) == public
+
 
 FILES = ["public/protection.json", "public/protection.safetensors", "private/classifier.safetensors", "MODEL_CARD.md"]
 

@@ -58,6 +58,11 @@ class Protection(nn.Module):
         """How many bits of an image its protected one tells at most, whoever looks at it; None: no bound is known."""
         return None
 
+    @classmethod
+    def classifies(cls, options: Any) -> bool:
+        """Whether the protection itself decides on the class, so that whoever sees a protected image can tell it."""
+        return False
+
     def transmitted(self, protected: Tensor) -> Tensor:
         """In training, what the classifier gets of protected images N x C x H x W in [0, 1]; differentiable."""
         return protected

@@ -131,6 +131,10 @@ class Learned(Protection):
         code = options.code
         return None if code is None else code.size * math.log2(code.levels) + math.log2(code.classes or 1)
 
+    @classmethod
+    def classifies(cls, options: Any) -> bool:
+        return options.code is not None and options.code.classes is not None
+
     def transmitted(self, protected: Tensor) -> Tensor:
         lowest = self.options.jpeg
         if lowest is None:
@@ -167,7 +171,10 @@ class Code(nn.Module):
         super().__init__()
         self.options, self.channels, self.channels_out = options, channels, channels_out
         classes = options.classes or 0
-        self.classify = nn.Linear(channels, classes) if classes else None
+        self.classify = None
+        if classes:
+            self.classify = nn.Linear(channels, classes)
+            nn.init.kaiming_normal_(self.classify.weight)  # as a ResNet-20's last layer
         self.narrow = None
         if options.size:
             # Normalised, no number takes the same value for all images, which would be a part of the code unused.
