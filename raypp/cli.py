@@ -88,7 +88,7 @@ def run_training(
 ) -> dict[str, Any]:
     """Train a run and print what came of it; returns its summary."""
     from raypp.progress import Display
-    from raypp.runs import open_run, summary, train_locally
+    from raypp.runs import open_run, stopping, summary, train_locally
 
     with open_run(config, name, resume=resume) as run, Display(quiet=quiet) as display:
         for warning in run.warnings:
@@ -98,7 +98,8 @@ def run_training(
             if not quiet:
                 display.console.print(f"run {name!r} is finished: nothing left to train", markup=False, highlight=False)
         elif local:
-            found = train_locally(run, display)
+            with stopping() as stop:
+                found = train_locally(run, display, stop=stop)
         else:
             found = _from_ray("raypp.cluster.train", "train_on_ray")(run, display)
         where = run.storage.uri

@@ -127,21 +127,19 @@ def summary(run: Run) -> dict[str, Any] | None:
     return found if found["epochs"] == {p.name: p.epochs for p in phases(run.config)} else None
 
 
-def train_locally(run: Run, display: Shows, device: torch.device | None = None) -> dict[str, Any]:
-    """Train in this process, without Ray; SIGTERM ends it after a checkpoint."""
-    with stopping() as stop:
-        sink = LocalSink(run.storage, display, device, stop)
-        result = fit(run.config, sink, run.phi, run.key)
+def train_locally(
+    run: Run, display: Shows, device: torch.device | None = None, stop: threading.Event | None = None
+) -> dict[str, Any]:
+    """Train in this process, without Ray; once ``stop`` is set it ends after a checkpoint, with ToldToStop."""
+    sink = LocalSink(run.storage, display, device, stop)
+    result = fit(run.config, sink, run.phi, run.key)
     return conclude(run, result, sink.device) if sink.rank == 0 else {}
 
 
 @contextmanager
 def stopping() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, where this is the main thread; a second one ends the process as ever."""
+    """An event that SIGTERM sets; a second one ends the process as ever. For the main thread of a command."""
     stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
     before = signal.getsignal(signal.SIGTERM)
 
     def told(*_: object) -> None:

@@ -149,6 +149,11 @@ def epochs_of(folder: Path) -> list[tuple[str, int]]:
     return [(row["phase"], row["epoch"]) for row in rows_of(folder)]
 
 
+def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was learned, without how fast."""
+    return [{k: v for k, v in row.items() if k not in {"seconds", "images_per_s"}} for row in rows]
+
+
 def train_flags(tmp_path: Path, name: str, epochs: int, **changes: object) -> list[str]:
     changes = {"data__source__num_train": 1000, "train__epochs": epochs} | changes
     return ["quickstart", "--name", name, *tiny_flags(tmp_path, **changes)]
@@ -236,6 +241,8 @@ def test_a_stopped_job_and_a_dead_driver_are_resumed(nodes: Nodes, tmp_path: Pat
     rows = rows_of(folder)
     assert epochs_of(folder) == [("plain", 1), *(("joint", n + 1) for n in range(10))]
     assert rows[: len(before)] == before, "an epoch that was checkpointed was trained again"
+    nodes.done(nodes.job("train", *train_flags(tmp_path, "whole", 10, cluster__num_workers=1)))
+    assert numbers(rows) == numbers(rows_of(tmp_path / "whole")), "it ends otherwise than if nothing had happened"
 
 
 def test_attacks_outlive_a_node(nodes: Nodes, trained: Trained, tmp_path: Path) -> None:

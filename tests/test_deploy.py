@@ -104,6 +104,7 @@ class RayCluster(Closed):
 
 class RayJob(Closed):
     entrypoint: str
+    runtimeEnvYAML: str  # noqa: N815
     shutdownAfterJobFinishes: bool  # noqa: N815
     ttlSecondsAfterFinished: int  # noqa: N815
     backoffLimit: int  # noqa: N815
@@ -161,6 +162,13 @@ def test_a_mistake_in_a_manifest_is_found() -> None:
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": template["spec"] | {"contaners": []}}
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("name", ["rayjob-train", "rayjob-tune"])
+def test_a_job_has_time_to_write_a_checkpoint_before_it_is_killed(name: str) -> None:
+    wanted = read("jobs/runtime_env.yaml")["env_vars"]
+    assert int(wanted["RAY_JOB_STOP_WAIT_TIME_S"]) > 3, "Ray's own default"
+    assert yaml.safe_load(read(f"deploy/kuberay/{name}.yaml")["spec"]["runtimeEnvYAML"])["env_vars"] == wanted
 
 
 @pytest.mark.parametrize("name", ["rayjob-train", "rayjob-tune"])

@@ -32,10 +32,10 @@ from raypp.protections.learned import Learned
 from raypp.storage import Storage
 from raypp.training import checkpoint, loop
 from raypp.training.distributed import SyncBatchNorm1d, SyncBatchNorm2d, synchronise_batch_norms
-from raypp.training.fit import Fit, TrainingData, fit, load_data, prepare
+from raypp.training.fit import Fit, ProtectionTask, TrainingData, fit, load_data, prepare
 from raypp.training.fit import validate as validate_system
 from raypp.training.loop import Phase, bf16_is_fast, build_optimizer, learning_rate
-from raypp.training.sinks import KEEP, LocalSink, Row, newest_first
+from raypp.training.sinks import KEEP, LocalSink, Row, checkpoint_name, newest_first, prune
 from raypp.training.system import build_system, phases
 
 CODE = "{classes: 10, size: 2, encoder: {name: resnet20, width: 4}}"
@@ -326,7 +326,7 @@ def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
 # Asked after each of two steps, and twice at an epoch's end: once before validation, once behind it.
 @pytest.mark.parametrize(
     ("at", "name"),
-    [(1, "epoch_0000_step_000001"), (4, "epoch_0001"), (5, "epoch_0001_step_000001"), (13, "epoch_0003_step_000001")],
+    [(1, "epoch_0000_part_500000"), (4, "epoch_0001"), (5, "epoch_0001_part_500000"), (13, "epoch_0003_part_500000")],
 )
 @pytest.mark.usefixtures("every_step")
 def test_a_run_that_was_told_to_stop_ends_as_if_it_had_not_been(
@@ -355,8 +355,39 @@ def test_checkpoints_within_epochs_are_as_many_as_asked_for(reference: Reference
     written.clear()
     train = reference.config.train.model_copy(update={"checkpoint_seconds": 1e-9})
     fit(reference.config.model_copy(update={"train": train}), Counting(tmp_path / "often"))
-    assert written == [name for n, end in enumerate(ends) for name in (f"epoch_{n:04d}_step_000001", end)]
+    assert written == [name for n, end in enumerate(ends) for name in (f"epoch_{n:04d}_part_500000", end)]
     assert same(newest(tmp_path / "often"), newest(reference.folder))
+
+
+@pytest.mark.usefixtures("every_step")
+def test_weights_that_are_no_numbers_are_not_kept(reference: Reference, tmp_path: Path) -> None:
+    """A step may have a finite loss and leave weights that have none."""
+
+    class Ruined(Sink):
+        def told_to_stop(self) -> bool:
+            with torch.no_grad():
+                next(current[0].trainee.parameters()).fill_(math.nan)
+            return False
+
+    current: list[loop.Loop] = []
+    train = reference.config.train.model_copy(update={"checkpoint_seconds": 1e-9})
+    config = reference.config.model_copy(update={"train": train})
+    data = load_data(config, CPU)
+    task = ProtectionTask(config, data, None, None)
+    current.append(loop.Loop(task, Ruined(tmp_path)))
+    with pytest.raises(StoppedError, match=r"at step 1 .* last good checkpoint: none yet"):
+        current[0].run()
+    assert newest_first(Storage(tmp_path)) == []
+
+
+def test_the_checkpoint_just_written_is_never_pruned(tmp_path: Path) -> None:
+    run = Storage(tmp_path)
+    for name in ("epoch_0002", "epoch_0002_part_300000", "epoch_0002_part_700000", "epoch_0001"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert newest_first(run)[:2] == ["epoch_0002_part_700000", "epoch_0002_part_300000"]
+    prune(run, "epoch_0002")  # what is newer is damaged, as it seems, since training goes on from before
+    assert newest_first(run) == ["epoch_0002_part_700000", "epoch_0002"]
+    assert checkpoint_name(2, 1 / 3) == "epoch_0002_part_333333"
 
 
 @pytest.mark.usefixtures("every_step")
@@ -674,7 +705,7 @@ def work(rank: int, folder: Path, trees: dict[str, Any]) -> None:
         with contextlib.suppress(ToldToStop):
             fit(validate(tree), Stopped(folder / f"{name}_stopped", 5))
         dist.barrier()  # the first of them may still be writing
-        assert newest_first(Storage(folder / f"{name}_stopped"))[0].endswith("_step_000001")
+        assert newest_first(Storage(folder / f"{name}_stopped"))[0].endswith("_part_500000")
         result = fit(validate(tree), Sink(folder / f"{name}_stopped"))
         torch.save(
             {"history": result.history, "state": result.system.own_state()}, folder / f"{name}_resumed_{rank}.pt"

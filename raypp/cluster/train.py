@@ -25,7 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from raypp.cluster.board import Events, Steps, following, put_up, told_to_stop
 from raypp.config import Cluster, Config, validate
-from raypp.data.streaming import StreamLoader, bounded, datasets
+from raypp.data.streaming import Batch, StreamLoader, bounded, datasets, held_out
 from raypp.errors import RayppError, StoppedError, ToldToStop, TrainingError
 from raypp.keys import Key
 from raypp.nets.features import StateDict
@@ -62,7 +62,7 @@ class TrainSink(RunCheckpoints):
         ray.train.report(history[-1])
 
     def told_to_stop(self) -> bool:
-        return told_to_stop(self._board)
+        return self.rank == 0 and told_to_stop(self._board)
 
     def progress(self, info: Row) -> None:
         self._board.pin.remote("step", info)
@@ -85,8 +85,11 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
         num_workers, use_gpu = _scale(config, have)
         _check_resources(config, have, cluster.min_workers or num_workers, use_gpu, display)
         board = put_up()
+        train, val = None, None
         if config.data.stream:
             display.note("reading validation images")
+            train, val_rows = datasets(config)
+            val = ray.put(held_out(val_rows))
         trainer = TorchTrainer(
             _worker,
             train_loop_config={
@@ -95,10 +98,11 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
                 "phi": run.phi,
                 "warnings": run.warnings,
                 "board": board,
+                "val": val,
             },
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
             scaling_config=scaling(cluster, num_workers, use_gpu),
-            datasets=datasets(config) if config.data.stream else None,
+            datasets={"train": train} if train is not None else None,
             dataset_config=ray.train.DataConfig(datasets_to_split=["train"], execution_options=bounded()),
             run_config=RunConfig(
                 name=CHECKPOINTS,
@@ -138,7 +142,8 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
     problem, found = None, {}
     try:
         key = stored_key(storage)
-        result = fit(config, sink, phi, key, (lambda: _streamed(config, sink, key)) if config.data.stream else None)
+        load = (lambda: _streamed(config, ray.get(arguments["val"]), sink, key)) if config.data.stream else None
+        result = fit(config, sink, phi, key, load)
     except StoppedError as error:
         return {"error": str(error)}
     except ToldToStop as told:
@@ -152,8 +157,8 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
     return {"error": problem} if problem else {"summary": found}
 
 
-def _streamed(config: Config, sink: TrainSink, key: Key | None) -> TrainingData:
-    loader = StreamLoader(config, sink.device, sink.rank, sink.world, protect_first(config, key))
+def _streamed(config: Config, val: Batch, sink: TrainSink, key: Key | None) -> TrainingData:
+    loader = StreamLoader(config, val, sink.device, sink.rank, sink.world, protect_first(config, key))
     return TrainingData(loader, loader.val, loader.classes, loader.num_train, loader.fingerprint)
 
 

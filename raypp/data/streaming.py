@@ -75,14 +75,11 @@ def _(source: Folder, seed: int) -> ray.data.Dataset:
     return ray.data.from_items([{"name": files[i][0], "label": files[i][1]} for i in order])
 
 
-def datasets(config: Config) -> dict[str, ray.data.Dataset]:
-    """Rows of ``image`` uint8 (H, W, C) and ``label``: ``train``, lazily streamed, and ``val``, read at once.
-
-    Finding the validation images takes a pass over the whole set. It is made here, once, and the images stay in Ray's
-    object store, from where workers take them, also those that come later.
+def datasets(config: Config) -> tuple[ray.data.Dataset, ray.data.Dataset]:
+    """Lazily streamed training and validation rows of ``image`` uint8 (H, W, C) and ``label``.
 
     Raises:
-        ConfigError, DataError: the set cannot be streamed, or an image of it is damaged.
+        ConfigError, DataError: the set cannot be streamed.
     """
     if config.data.image_size is None:
         raise ConfigError("data.stream needs data.image_size, as in --data.image_size '[32, 32]'")
@@ -109,12 +106,26 @@ def datasets(config: Config) -> dict[str, ray.data.Dataset]:
             },
         )
 
+    return part(val=False), part(val=True)
+
+
+def held_out(rows: ray.data.Dataset) -> Batch:
+    """All validation images and labels.
+
+    Finding them takes a pass over the whole set: the driver makes it, once, for all workers and those that come later.
+
+    Raises:
+        DataError: there is none, or an image is damaged.
+    """
+    rows.context.execution_options = bounded()
     try:
-        val = part(val=True).materialize()
+        found = [batch for batch in _batches(rows, batch_size=1024) if len(batch["label"])]
     except ray.exceptions.RayError as error:
         reasons = re.findall(r"raypp\.errors\.\w+: (.+)", str(error))
         raise DataError(reasons[-1] if reasons else f"the images cannot be read: {error}") from error
-    return {"train": part(val=False), "val": val}
+    if not found:
+        raise DataError("data.num_val left no validation image in this set; raise it")
+    return {key: np.concatenate([batch[key] for batch in found]) for key in ("image", "label")}
 
 
 def bounded() -> ray.data.ExecutionOptions:
@@ -158,12 +169,13 @@ def _draw(data: bytes, key: int) -> float:
 class StreamLoader:
     """Batches of this worker's shard of the training stream; see :class:`raypp.data.loader.Batches`.
 
-    All validation images are held as uint8 on the device.
+    All validation images, as :func:`held_out` found them, are held as uint8 on the device.
     """
 
     def __init__(
         self,
         config: Config,
+        val: Batch,
         device: torch.device,
         rank: int,
         world: int,
@@ -175,12 +187,8 @@ class StreamLoader:
         self._share = config.train.batch_size // world
         self._augmentation = Augmentation(config.data.augment.crop_padding, config.data.augment.flip)
         self.classes = source.classes
-        held_out = list(_batches(ray.train.get_dataset_shard("val"), batch_size=1024))
-        if not held_out:
-            raise DataError(f"data.num_val {config.data.num_val} left no validation image in this set; raise it")
-        images = np.concatenate([b["image"] for b in held_out])
-        labels = np.concatenate([b["label"] for b in held_out])
-        self.val: tuple[Tensor, Tensor] = to_device(images, labels, device)
+        labels = val["label"].copy()  # Ray's arrays are read-only views
+        self.val: tuple[Tensor, Tensor] = to_device(val["image"].copy(), labels, device)
         num = source.num_images("train")
         self.num_train = num - len(labels)
         self.num_batches = max(1, self.num_train // world // self._share)
@@ -189,7 +197,7 @@ class StreamLoader:
         ).hexdigest()
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        # A stream has no places to go back to: the rest of an epoch is as many batches of another order.
+        # A stream has no places to go back to: what was trained on is read again and passed over.
         seed = self._config.seed
         batches = _batches(
             ray.train.get_dataset_shard("train"),
@@ -198,7 +206,7 @@ class StreamLoader:
             local_shuffle_buffer_size=max(self._config.data.shuffle_buffer, self._share),
             local_shuffle_seed=seed + epoch,
         )
-        for step, batch in enumerate(itertools.islice(batches, self.num_batches - first if first else None), first):
+        for step, batch in enumerate(itertools.islice(batches, first, None), first):
             images, labels = to_device(batch["image"], batch["label"], self._device)
             images = images if self._first is None else self._first(images)
             drawn = self._augmentation.draw(len(labels), generator(seed, epoch, step, self._rank))

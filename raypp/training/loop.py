@@ -169,10 +169,8 @@ class Part:
     """Steps done, of each worker."""
     names: list[str]
     sums: Tensor
-    """Of each term over steps and workers."""
+    """Of each term over images."""
     images: int
-    steps: int
-    """Over workers."""
     seconds: float
 
 
@@ -227,7 +225,7 @@ class Loop:
                     self.best_state = {k: v.detach().cpu().clone() for k, v in self.trainee.own_state().items()}
                 self.report(index, epoch)
                 if epoch + 1 < phase.epochs or index + 1 < len(self.phases):
-                    self.end_if_told(gathered(self.sink.rank == 0 and self.sink.told_to_stop())[0])
+                    self.end_if_told(any(gathered(self.sink.told_to_stop())))
             self.trainee.load_own_state(self.best_state)
             self.task.end(phase, self.trainee)
         self.trainee.eval()
@@ -266,14 +264,14 @@ class Loop:
         phase, overall = self.phases[index], self.epochs_before(self.phases[index]) + epoch
         context = autocast(train, device)
         self.trainee.train()
-        now = Part(0, [], torch.zeros(1, dtype=torch.float64, device=device), 0, 0, 0.0)
+        now = Part(0, [], torch.zeros(1, dtype=torch.float64, device=device), 0, 0.0)
         if part is not None:
-            now.step = part.step
+            now.step, now.seconds = part.step, part.seconds
             if self.sink.rank == 0:  # what all have done so far is the first one's from here on
-                now.names, now.sums, now.images, now.steps = part.names, part.sums.to(device), part.images, part.steps
+                now.names, now.sums, now.images = part.names, part.sums.to(device), part.images
         bad_step = torch.tensor(-1, device=device)
-        before, seen, began, lr = part.seconds if part is not None else 0.0, 0, time.monotonic(), 0.0
-        for step, (images, labels) in enumerate(loader.epoch(overall, now.step), now.step):
+        first, before, seen, began, lr = now.step, now.seconds, 0, time.monotonic(), 0.0
+        for step, (images, labels) in enumerate(loader.epoch(overall, first), first):
             # What networks draw, such as dropout: the same after a resume, another on each worker.
             torch.manual_seed(generator(self.task.seed, overall, step, self.sink.rank, 0).initial_seed())
             lr = learning_rate(train, phase.epochs, epoch + min((step + 0.5) / loader.num_batches, 1.0))
@@ -288,33 +286,34 @@ class Loop:
             with torch.no_grad():
                 loss = terms.loss.detach()
                 now.names = ["loss", *terms.metrics]
-                now.sums = now.sums + torch.stack([loss, *(m.detach() for m in terms.metrics.values())]).double()
+                means = torch.stack([loss, *(m.detach() for m in terms.metrics.values())]).double()
+                now.sums = now.sums + len(labels) * means
                 bad_step = torch.where((bad_step < 0) & ~loss.isfinite(), step, bad_step)
             seen += len(labels)
-            now.step, now.images, now.steps = step + 1, now.images + len(labels), now.steps + 1
+            now.step, now.images = step + 1, now.images + len(labels)
+            now.seconds = before + time.monotonic() - began
             self.look_in -= 1
             if self.look_in <= 0:
-                save, stop = self.look(bad_step, phase, epoch, seen / (time.monotonic() - began) / len(labels))
+                save, stop = self.look(bad_step, phase, epoch, (now.step - first) / (now.seconds - before))
                 if (save or stop) and now.step < loader.num_batches:
-                    now.seconds = before + time.monotonic() - began
                     self.save_within(index, epoch, now)
                     self.end_if_told(stop)
-            self.show(phase, epoch, seen / (time.monotonic() - began), now)
+            self.show(phase, epoch, seen / (now.seconds - before), now)
         if not seen:
             raise TrainingError("a worker's share of the training images is less than one batch; see train.batch_size")
-        self.look(bad_step, phase, epoch, seen / (time.monotonic() - began) / train.batch_size)
+        self.look(bad_step, phase, epoch, (now.step - first) / (now.seconds - before))
         average_batch_statistics(self.trainee)
         seconds = before + time.monotonic() - began
-        counts = total(torch.tensor([now.images, now.steps], dtype=torch.float64, device=device)).tolist()
-        means = dict(zip(now.names, (total(now.sums) / counts[1]).tolist(), strict=True))
+        num_images = total(torch.tensor(float(now.images), dtype=torch.float64, device=device)).item()
+        found = dict(zip(now.names, (total(now.sums) / num_images).tolist(), strict=True))
         return {
             "phase": phase.name,
             "epoch": epoch + 1,
             "epochs": phase.epochs,
             "step": self.steps_before(phase) + (epoch + 1) * loader.num_batches,
             "lr": lr,
-            **{f"train_{name}": mean for name, mean in means.items()},
-            "images_per_s": counts[0] / seconds,
+            **{f"train_{name}": mean for name, mean in found.items()},
+            "images_per_s": num_images / seconds,
             "seconds": round(seconds, 3),
             "world": self.sink.world,
         }
@@ -331,20 +330,17 @@ class Loop:
         Raises:
             StoppedError: on every worker, when any of them met a loss that is not a number.
         """
-        save, stop, steps = False, False, 0
-        if self.sink.rank == 0:
-            due = self.task.train.checkpoint_seconds
-            save = due is not None and time.monotonic() - self.saved_at >= due
-            stop = self.sink.told_to_stop()
-            steps = max(1, min(CHECK_STEPS, int(CHECK_SECONDS * steps_per_s)))
-        found = gathered((int(bad_step), save, stop, steps))
+        due = self.task.train.checkpoint_seconds
+        save = due is not None and time.monotonic() - self.saved_at >= due
+        steps = max(1, min(CHECK_STEPS, int(CHECK_SECONDS * steps_per_s)))
+        found = gathered((int(bad_step), self.sink.told_to_stop(), save, steps))
         bad = next((step for step, *_ in found if step >= 0), None)
         if bad is not None:
             batches = self.task.batches.num_batches
             rate = learning_rate(self.task.train, phase.epochs, epoch + min((bad + 0.5) / batches, 1.0))
             raise self.diverged(self.steps_before(phase) + epoch * batches + bad, rate)
-        _, save, stop, self.look_in = found[0]
-        return save, stop
+        _, _, save, self.look_in = found[0]  # the first worker's clock is everybody's
+        return save, any(stop for _, stop, *_ in found)
 
     def end_if_told(self, stop: bool) -> None:
         if stop:
@@ -370,7 +366,7 @@ class Loop:
                 "steps_done": self.steps_before(phase) + epoch * batches + part.step,
                 "steps_total": sum(p.epochs for p in self.phases) * batches,
                 "images_per_s": images_per_s * self.sink.world,
-                **dict(zip(part.names, (part.sums / part.steps).tolist(), strict=True)),
+                **dict(zip(part.names, (part.sums / part.images).tolist(), strict=True)),
             }
         )
 
@@ -385,12 +381,13 @@ class Loop:
         self.newest, self.saved_at = name, time.monotonic()
 
     def save_within(self, index: int, epoch: int, part: Part) -> None:
-        """Store a checkpoint from within an epoch."""
-        name = checkpoint_name(len(self.history), part.step)
+        """Store a checkpoint from within an epoch, if the last step left nothing that is no number."""
         average_batch_statistics(self.trainee)  # once more at the epoch's end: means of moving means are the same
-        counts = total(torch.tensor([part.images, part.steps], dtype=torch.float64, device=self.sink.device)).tolist()
-        images, steps = map(int, counts)
-        whole = dataclasses.replace(part, sums=total(part.sums.clone()), images=images, steps=steps)
+        if not all(bool(value.isfinite().all()) for value in self.trainee.own_state().values()):
+            return  # all workers have the same values; the next loss will tell
+        name = checkpoint_name(len(self.history), part.step / self.task.batches.num_batches)
+        images = int(total(torch.tensor(float(part.images), dtype=torch.float64, device=self.sink.device)))
+        whole = dataclasses.replace(part, sums=total(part.sums.clone()), images=images)
         if self.sink.rank == 0:
             with self.written(index, epoch, whole) as folder:
                 self.sink.keep_within(name, folder)

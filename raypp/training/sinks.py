@@ -18,7 +18,8 @@ from raypp.storage import Storage
 
 Row = dict[str, Any]
 CHECKPOINTS = "checkpoints"
-NAME = re.compile(r"epoch_(?P<epochs>\d+)(_step_(?P<step>\d+))?")
+NAME = re.compile(r"epoch_(?P<epochs>\d+)(_part_(?P<part>\d+))?")
+PART_DIGITS = 6
 KEEP = 2  # the newest, and one more in case the newest turns out to be damaged
 
 
@@ -42,7 +43,7 @@ class Sink(Protocol):
         """Store a checkpoint from within an epoch; called on rank 0."""
 
     def told_to_stop(self) -> bool:
-        """Whether training shall write a checkpoint and end; called on rank 0, about once a second."""
+        """Whether training shall write a checkpoint and end: one worker's yes is enough. Asked about once a second."""
 
     def progress(self, info: Row) -> None:
         """Show where the epoch stands; called on rank 0, at most a few times a second."""
@@ -55,21 +56,22 @@ def metrics_lines(history: list[Row]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in history).encode()
 
 
-def checkpoint_name(epochs: int, step: int = 0) -> str:
-    """After so many epochs of all phases, and so many steps of the next."""
-    return f"epoch_{epochs:04d}" + (f"_step_{step:06d}" if step else "")
+def checkpoint_name(epochs: int, part: float = 0.0) -> str:
+    """After so many epochs of all phases, and this share of the next: steps are other ones with other workers."""
+    return f"epoch_{epochs:04d}" + (f"_part_{round(part * 10**PART_DIGITS):0{PART_DIGITS}d}" if part else "")
 
 
 def newest_first(run: Storage) -> list[str]:
     """Names of the checkpoints under a run's folder, newest first."""
     found = [NAME.fullmatch(name) for name in run.folder(CHECKPOINTS).folders()]
-    named = {match[0]: (int(match["epochs"]), int(match["step"] or 0)) for match in found if match is not None}
+    named = {match[0]: (int(match["epochs"]), int(match["part"] or 0)) for match in found if match is not None}
     return sorted(named, key=named.__getitem__, reverse=True)
 
 
-def prune(run: Storage) -> None:
-    """Delete all but the newest checkpoints."""
-    for old in newest_first(run)[KEEP:]:
+def prune(run: Storage, written: str) -> None:
+    """Delete all but the newest checkpoints, and never the one just written: damaged ones may seem newer."""
+    others = [name for name in newest_first(run) if name != written]
+    for old in others[KEEP - 1 :]:
         run.delete(f"{CHECKPOINTS}/{old}")
 
 
@@ -89,7 +91,7 @@ class RunCheckpoints:
 
     def keep_within(self, name: str, checkpoint: Path) -> None:
         self._run.upload(checkpoint, f"{CHECKPOINTS}/{name}", last="checkpoint.json")
-        prune(self._run)
+        prune(self._run, name)
 
     def keep(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
         """Store an epoch: its checkpoint whole or not at all, then the rows up to it; called on rank 0."""
