@@ -418,7 +418,8 @@ def test_a_code_of_classes_has_an_image_for_each_class() -> None:
     images = torch.rand(300, 3, 16, 16) * torch.linspace(0, 1, 300).view(-1, 1, 1, 1)
     images = (images * 255).floor() / 255
     assert protection.unet.encoder is not None
-    with torch.no_grad():  # so that classes differ, untrained
+    with torch.no_grad():  # so that classes differ and their images do after rounding, untrained
+        code.widen.weight *= 1000
         code.classify.bias -= code.classify(protection.unet.encoder(images).mean(dim=(2, 3))).mean(dim=0)
     said = sees(protection, images)
     protected = {
