@@ -40,6 +40,13 @@ CASES: dict[str, dict[str, Any]] = {
     "learned, width 16": {"name": "learned", "width": 16, "depth": 3},
     "learned, code, width 32": {"name": "learned", "width": 32, "depth": 3, "skips": 0, "code": {"size": 6}},
     "learned, code, width 16": {"name": "learned", "width": 16, "depth": 3, "skips": 0, "code": {"size": 6}},
+    "learned, code, ResNet-20": {
+        "name": "learned",
+        "width": 16,
+        "depth": 3,
+        "skips": 0,
+        "code": {"size": 6, "encoder": {"name": "resnet20"}},
+    },
     "learned, code of classes, ResNet-20": {
         "name": "learned",
         "width": 16,

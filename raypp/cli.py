@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -88,7 +90,7 @@ def run_training(
 ) -> dict[str, Any]:
     """Train a run and print what came of it; returns its summary."""
     from raypp.progress import Display
-    from raypp.runs import open_run, stopping, summary, train_locally
+    from raypp.runs import open_run, summary, train_locally
 
     with open_run(config, name, resume=resume) as run, Display(quiet=quiet) as display:
         for warning in run.warnings:
@@ -98,7 +100,7 @@ def run_training(
             if not quiet:
                 display.console.print(f"run {name!r} is finished: nothing left to train", markup=False, highlight=False)
         elif local:
-            with stopping() as stop:
+            with _told_by(signal.SIGTERM) as stop:
                 found = train_locally(run, display, stop=stop)
         else:
             found = _from_ray("raypp.cluster.train", "train_on_ray")(run, display)
@@ -591,14 +593,31 @@ def demo(
 
 def _until_interrupted() -> None:
     """Wait for an interrupt or SIGTERM."""
-    stop = threading.Event()
-    before = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _told_by(signal.SIGINT, signal.SIGTERM) as stop:
         while not stop.wait(1):
             pass
-    finally:
+
+
+@contextmanager
+def _told_by(*signals: signal.Signals) -> Iterator[threading.Event]:
+    """An event that the first of these signals sets; a second one does what it ever did."""
+    stop = threading.Event()
+    before = {number: signal.getsignal(number) for number in signals}
+
+    def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+    def told(*_: object) -> None:
+        stop.set()
+        restore()
+
+    for number in signals:
+        signal.signal(number, told)
+    try:
+        yield stop
+    finally:
+        restore()
 
 
 def _token(file: Path | None) -> str | None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
-import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,23 +133,6 @@ def train_locally(
     sink = LocalSink(run.storage, display, device, stop)
     result = fit(run.config, sink, run.phi, run.key)
     return conclude(run, result, sink.device) if sink.rank == 0 else {}
-
-
-@contextmanager
-def stopping() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets; a second one ends the process as ever. For the main thread of a command."""
-    stop = threading.Event()
-    before = signal.getsignal(signal.SIGTERM)
-
-    def told(*_: object) -> None:
-        stop.set()
-        signal.signal(signal.SIGTERM, before)
-
-    signal.signal(signal.SIGTERM, told)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def conclude(run: Run, result: Fit, device: torch.device) -> dict[str, Any]:

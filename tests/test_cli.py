@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import pytest
 import yaml
-from conftest import LONG, Trained, tiny_flags
+from conftest import LONG, Trained, tiny_flags, wait_until
 from PIL import Image
 
 import raypp
@@ -21,6 +23,8 @@ from raypp.cli import app, main
 from raypp.config import presets
 from raypp.data import SOURCES
 from raypp.images import write_png
+from raypp.storage import Storage
+from raypp.training.sinks import newest_first
 
 Captured = pytest.CaptureFixture[str]
 COMMANDS = [
@@ -330,3 +334,17 @@ def test_quickstart_says_what_to_do_next(capsys: Captured, tmp_path: Path, monke
     assert next_steps[2][2] + "/public" == next_steps[0][2]
     assert next_steps[3][2] in presets()
     run(capsys, "config", next_steps[4][2])
+
+
+@LONG
+def test_a_local_run_that_is_told_to_stop_writes_a_checkpoint_first(tmp_path: Path) -> None:
+    flags = ["--local", "--name", "told", *tiny_flags(tmp_path, train__epochs=100_000)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "raypp.cli", "train", "quickstart", *flags], stderr=PIPE, text=True
+    )
+    run = Storage(tmp_path / "told")
+    wait_until(lambda: len(newest_first(run)) == 2, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.strip().endswith(f"stopped after checkpoint {newest_first(run)[0]}, as told; --resume goes on from it")

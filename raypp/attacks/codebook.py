@@ -8,7 +8,7 @@ finds is what a converged inverse network would.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from raypp import registry
 from raypp.attacks.base import Attack, AttackError, Threat
-from raypp.evaluation.metrics import LEAST_SIDE, ssim_for_loss
+from raypp.attacks.inverse import likeness
 from raypp.images import to_uint8
 
 
@@ -28,8 +28,9 @@ class CodebookOptions(registry.Options):
     """Adam's steps from the mean images towards a higher SSIM; 0 leaves the means."""
     lr: float = Field(0.02, gt=0)
     """Adam's learning rate on values in [0, 1]; falls linearly to 0."""
+    loss: Literal["l1", "mse"] = "l1"
     ssim_weight: float = Field(1.0, ge=0)
-    """Beside the mean absolute error, as the inverse network's loss."""
+    """Weight of ``1 - SSIM`` beside it, as in the inverse network's loss."""
     batch_size: int = Field(500, ge=1)
     """Images that are protected, or fitted to, at a time."""
 
@@ -49,7 +50,8 @@ class Codebook(Attack):
         self._entries = torch.stack(entries)
         counts = torch.bincount(members, minlength=num)
         sums = torch.zeros(num, *images.shape[1:])
-        for part, at in self._parts(images, members):
+        size = self.options.batch_size
+        for part, at in zip(images.split(size), members.split(size), strict=True):
             sums.index_add_(0, at, part.float().cpu() / 255)
         means = sums / counts.view(-1, 1, 1, 1)
         self._pictures = to_uint8(self._fitted(means.to(self.access.device), images, members))
@@ -65,10 +67,6 @@ class Codebook(Attack):
             for part in protected.split(self.options.batch_size)
         ]
         return self._pictures[torch.cat(nearest).to(self._pictures.device)].to(protected.device)
-
-    def _parts(self, images: Tensor, members: Tensor) -> Any:
-        size = self.options.batch_size
-        return zip(images.split(size), members.split(size), strict=True)
 
     def _tabulate(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """The different protected images, in order of appearance, and which of them each image (N,) becomes."""
@@ -92,7 +90,6 @@ class Codebook(Attack):
     def _fitted(self, pictures: Tensor, images: Tensor, members: Tensor) -> Tensor:
         """Pictures (K, C, H, W) in [0, 1] brought nearer to the images (N, C, H, W) that share each."""
         options = self.options
-        structured = options.ssim_weight > 0 and min(images.shape[-2:]) >= LEAST_SIDE
         random = torch.Generator().manual_seed(self.seed)
         pictures = pictures.clone().requires_grad_()
         optimizer = torch.optim.Adam([pictures], lr=options.lr)
@@ -102,11 +99,8 @@ class Codebook(Attack):
             target = images[chosen.to(images.device)].to(pictures.device).float() / 255
             with torch.enable_grad():
                 estimates = pictures[members[chosen].to(pictures.device)]
-                loss = (estimates - target).abs().mean()
-                if structured:
-                    loss = loss + options.ssim_weight * (1 - ssim_for_loss(estimates, target).mean())
                 optimizer.zero_grad()
-                loss.backward()
+                likeness(estimates, target, options).loss.backward()
             optimizer.step()
             with torch.no_grad():
                 pictures.clamp_(0, 1)

@@ -144,7 +144,7 @@ class InverseTrainee(Trainee):
             images = torch.where(flipped, images.flip(3), images)
             protected = torch.where(flipped, protected.flip(3), protected)
         labels = self.labels[at] if self.labels is not None else None
-        return _terms(self.net(protected, labels), images, self.options)
+        return likeness(self.net(protected, labels), images, self.options)
 
     def after_step(self) -> None:
         if self.average is None:
@@ -158,7 +158,8 @@ class InverseTrainee(Trainee):
                 kept.copy_(new)
 
 
-def _terms(estimates: Tensor, images: Tensor, options: Any) -> Terms:
+def likeness(estimates: Tensor, images: Tensor, options: Any) -> Terms:
+    """What attacks that draw minimise, by options ``loss`` and ``ssim_weight``; images N x C x H x W in [0, 1]."""
     error = F.mse_loss(estimates, images)
     metrics = {"psnr": -10 * torch.log10(error.detach().clamp_min(1e-9))}
     loss = error if options.loss == "mse" else F.l1_loss(estimates, images)
@@ -236,7 +237,7 @@ class InverseTask:
         one_class = torch.zeros(len(self.val[0]), dtype=torch.int64, device=plain.device)
         ranks = reidentify(estimates, self.val[0].float() / 255, originals, one_class)
         found = {
-            "loss": _terms(estimates, target, self.attack.options).loss.expand(len(plain)),
+            "loss": likeness(estimates, target, self.attack.options).loss.expand(len(plain)),
             "psnr": psnr(estimates, target).clamp_max(MAX_PSNR),
             "reidentified": ranks.top(1),
         }

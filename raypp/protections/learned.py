@@ -172,7 +172,9 @@ class Code(nn.Module):
         self.options, self.channels, self.channels_out = options, channels, channels_out
         classes = options.classes or 0
         self.classify = None
+        self.share = self.SHARE
         if classes:
+            self.share = 0.0
             self.classify = nn.Linear(channels, classes)
             nn.init.kaiming_normal_(self.classify.weight)  # as a ResNet-20's last layer
         self.narrow = None
@@ -201,7 +203,7 @@ class Code(nn.Module):
             parts.append(2 * (likely + (chosen - likely).detach()) - 1)
         if self.narrow is not None:
             top = self.options.levels - 1
-            share = 1.0 if not guided else self.SHARE if self.classify is None else 0.0
+            share = self.share if guided else 1.0
             exact = top * torch.sigmoid(self.narrow(share * pooled + (1 - share) * pooled.detach()).float())
             parts.append(2 * (exact + (exact.round() - exact).detach()) / top - 1)
         code = torch.cat(parts, dim=1)

@@ -53,6 +53,19 @@ class Terms:
     metrics: dict[str, Tensor]
 
 
+@dataclass
+class Part:
+    """What an epoch has come to: of one worker, or, in a checkpoint, of all of them together."""
+
+    step: int
+    """Steps done, of each worker."""
+    names: list[str]
+    sums: Tensor
+    """Of each term over images."""
+    images: int
+    seconds: float
+
+
 class Trainee(nn.Module):
     """The networks of one phase; ``forward(images, labels)`` gives :class:`Terms`."""
 
@@ -161,19 +174,6 @@ def set_up_torch(train: Optimisation) -> None:
     torch.backends.cudnn.benchmark = not train.deterministic
 
 
-@dataclass
-class Part:
-    """What an epoch has come to: of one worker, or, in a checkpoint, of all of them together."""
-
-    step: int
-    """Steps done, of each worker."""
-    names: list[str]
-    sums: Tensor
-    """Of each term over images."""
-    images: int
-    seconds: float
-
-
 T = TypeVar("T")
 
 
@@ -201,7 +201,7 @@ class Loop:
         self.newest = "none yet"
         self.last_progress = 0.0
         self.saved_at = time.monotonic()
-        self.looked_at, self.look_in = time.monotonic(), 1  # when workers last agreed, and after how many steps next
+        self.look_in = 1  # steps until workers agree again on how to go on
 
     def run(self) -> Trained:
         """Train from the sink's newest sound checkpoint, if it has one, to the end of the last phase."""
