@@ -31,6 +31,7 @@ NUM_BODIES = 64  # different ones, sent in turn
 CLIENTS = 16  # for the capacity
 TOLERANCE = 1e-3  # of a probability: batches are summed in another order
 ALLOWED = {200, 408, 503}
+REPLICAS = "replicas"
 LONGEST = 120.0  # seconds; no answer by then is none
 SERVING = ("ProxyActor", "ServeReplica", "haproxy")  # in a process's title
 MOST_OPEN = 2000  # requests on their way at once, more than all queues hold
@@ -116,15 +117,16 @@ async def overload(url: str, queries: list[Query], rate: float, seconds: float, 
 
 
 async def watch(samples: list[dict[str, float]], stop: asyncio.Event) -> None:
-    """Memory (Pss, MiB) of all processes that answer, by what they are."""
+    """Memory (Pss, MiB) of all processes that answer, by what they are, and how many of them are replicas."""
     while not stop.is_set():
-        found = dict.fromkeys(SERVING, 0.0)
+        found = dict.fromkeys((*SERVING, REPLICAS), 0.0)
         for process in psutil.Process().children(recursive=True):
             try:
                 title = " ".join(process.cmdline())
                 for kind in SERVING:
                     if kind in title:
                         found[kind] += process.memory_full_info().pss / 2**20
+                        found[REPLICAS] += kind == "ServeReplica"
             except psutil.Error:
                 continue
         samples.append(found)
@@ -173,6 +175,8 @@ def main() -> None:
             "MiB before",
             *(f"at most, load {n + 1}" for n in range(given.loads)),
             "after",
+            "replicas before",
+            "after",
         ],
         [
             [
@@ -185,6 +189,7 @@ def main() -> None:
                     for share in (50, 99)
                 ),
                 *(f"{mib:,.0f}" for mib in (memory["before"], *memory["most"], memory["after"])),
+                *(f"{results['replicas'][when]:.0f}" for when in ("before", "after")),
             ]
         ],
     )
@@ -207,7 +212,7 @@ async def _run(url: str, queries: list[Query], factor: float, seconds: float, lo
         starts.append(len(samples))
     stop.set()
     await watching
-    mib = [sum(sample.values()) for sample in samples]
+    mib = [sum(sample[kind] for kind in SERVING) for sample in samples]
     return {
         "asked": asked,
         "capacity_per_s": able,
@@ -222,6 +227,7 @@ async def _run(url: str, queries: list[Query], factor: float, seconds: float, lo
             "most": [max(mib[start:end]) for start, end in itertools.pairwise(starts)],
             "after": mib[-1],
         },
+        "replicas": {"before": samples[starts[0] - 1][REPLICAS], "after": samples[-1][REPLICAS]},
         "memory_mib_each_2_s": samples,
     }
 

@@ -32,7 +32,7 @@ from raypp.runs import open_run, train_locally
 from raypp.serve.auth import Tokens, add_token
 from raypp.serve.http import Offered, ServedAttack, attack_api, classifier_api, offer
 from raypp.serve.ladder import online
-from raypp.serve.model import Live, Served, classify, current, publishing
+from raypp.serve.model import Live, Served, classify, current, in_few_sizes, publishing
 from raypp.serve.wire import Limits
 from raypp.training.fit import load_split
 
@@ -110,6 +110,21 @@ def npy(images: np.ndarray) -> bytes:
 
 
 NPY, PNG = {"Content-Type": "application/x-npy"}, {"Content-Type": "image/png"}
+
+
+def test_few_sizes_of_batches_reach_a_network() -> None:
+    """And what is computed beside the images is not answered."""
+    sizes = set()
+
+    def network(images: torch.Tensor) -> torch.Tensor:
+        sizes.add(len(images))
+        return images.flatten(1).sum(1)
+
+    for num in range(1, 257):
+        images = torch.rand(num, 1, 2, 2)
+        torch.testing.assert_close(in_few_sizes(network, images), images.flatten(1).sum(1))
+        assert num <= max(sizes) <= 1.25 * num
+    assert len(sizes) == 28
 
 
 def test_classes_are_those_of_the_classifier(client: TestClient, trained: Trained, here: Here) -> None:

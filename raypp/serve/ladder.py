@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from safetensors.torch import load
@@ -13,7 +14,7 @@ from raypp import bundle as bundles
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import Access, Attack, AttackError, Map, TrainedAttack
 from raypp.attacks.white_box import WhiteBoxOptions
-from raypp.serve.model import Served
+from raypp.serve.model import Served, in_few_sizes
 from raypp.storage import Storage
 
 MOST = {"white_box": 4}
@@ -52,7 +53,8 @@ def online(served: Served) -> dict[str, tuple[Run, int]]:
                 attack.prepare()
             except (AttackError, OSError):
                 continue
-            found[name] = (attack.reconstruct, MOST.get(name, 256))
+            run = partial(in_few_sizes, attack.reconstruct) if learned else attack.reconstruct
+            found[name] = (run, MOST.get(name, 256))
     return found
 
 

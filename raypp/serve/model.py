@@ -61,8 +61,19 @@ class Served:
     def probabilities(self, images: Tensor) -> Tensor:
         """Of each class, float (N, K), for protected images uint8 (N, C, H, W)."""
         device = next(self.classifier.parameters()).device
-        logits = self.classifier(images.to(device).float() / 255)
+        logits = in_few_sizes(lambda batch: self.classifier(batch.to(device).float() / 255), images)
         return torch.softmax(logits.float(), dim=1).cpu()
+
+
+def in_few_sizes(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """A network's output for images (N, C, H, W), computed in a batch of the next size of three significant bits.
+
+    The CPU's kernels are compiled and kept for every batch size that comes: for each up to 128 they take 430 MiB, for
+    the sizes here, at most a quarter larger, 55.
+    """
+    step = 1 << max(0, (len(images) - 1).bit_length() - 3)
+    padding = images.new_zeros(-len(images) % step, *images.shape[1:])
+    return function(torch.cat([images, padding]))[: len(images)]
 
 
 def load_served(location: str | Path, device: torch.device | None = None) -> Served:
