@@ -9,8 +9,6 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,6 +21,7 @@ from rich.console import Console  # noqa: E402
 
 import raypp  # noqa: E402
 from raypp.errors import RayppError  # noqa: E402
+from raypp.signals import told_by  # noqa: E402
 
 app = App(
     name="raypp",
@@ -100,8 +99,8 @@ def run_training(
             if not quiet:
                 display.console.print(f"run {name!r} is finished: nothing left to train", markup=False, highlight=False)
         elif local:
-            with _told_by(signal.SIGTERM) as stop:
-                found = train_locally(run, display, stop=stop)
+            with told_by(display.stop, signal.SIGTERM):
+                found = train_locally(run, display)
         else:
             found = _from_ray("raypp.cluster.train", "train_on_ray")(run, display)
         where = run.storage.uri
@@ -593,31 +592,10 @@ def demo(
 
 def _until_interrupted() -> None:
     """Wait for an interrupt or SIGTERM."""
-    with _told_by(signal.SIGINT, signal.SIGTERM) as stop:
+    stop = threading.Event()
+    with told_by(stop, signal.SIGINT, signal.SIGTERM):
         while not stop.wait(1):
             pass
-
-
-@contextmanager
-def _told_by(*signals: signal.Signals) -> Iterator[threading.Event]:
-    """An event that the first of these signals sets; a second one does what it ever did."""
-    stop = threading.Event()
-    before = {number: signal.getsignal(number) for number in signals}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def told(*_: object) -> None:
-        stop.set()
-        restore()
-
-    for number in signals:
-        signal.signal(number, told)
-    try:
-        yield stop
-    finally:
-        restore()
 
 
 def _token(file: Path | None) -> str | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ from raypp.nets.features import StateDict
 from raypp.progress import Display, GridDisplay, Shows
 from raypp.registry import Options, did_you_mean
 from raypp.runs import checked_name, environment, lock, open_run, train_locally
+from raypp.signals import told_by
 from raypp.storage import Storage
 from raypp.training.distributed import first
 from raypp.training.loop import Loop, set_up_torch
@@ -463,20 +465,26 @@ def in_order(plan: Plan) -> list[str]:
 def run_locally(
     plan: Plan, missing: Sequence[str], display: GridDisplay, ended: Callable[[str, Outcome], None]
 ) -> None:
-    """Run attacks in this process, one after the other; ``ended`` is told of each ``{"result"}`` or ``{"error"}``."""
+    """Run attacks in this process, one after the other; ``ended`` is told of each ``{"result"}`` or ``{"error"}``.
+
+    Raises:
+        ToldToStop: by ``display`` or SIGTERM, after a checkpoint.
+    """
     victim = load_victim_of(plan)
-    for name in missing:
-        try:
-            if name == JUDGE:
-                train_judge(plan, victim, display.of(JUDGE))
-                outcome: Outcome = {"result": {}}
-            else:
-                outcome = {"result": run_attack(plan, name, display.of(name), victim)}
-        except RayppError as error:
-            outcome = {"error": str(error)}
-        except Exception as error:  # one attack's defect is not the others'; Ray's tasks do likewise
-            outcome = {"error": f"it failed: {type(error).__name__}: {' '.join(str(error).split())}"}
-        ended(name, outcome)
+    with told_by(display.stop, signal.SIGTERM):
+        for name in missing:
+            display.end_if_told()
+            try:
+                if name == JUDGE:
+                    train_judge(plan, victim, display.of(JUDGE))
+                    outcome: Outcome = {"result": {}}
+                else:
+                    outcome = {"result": run_attack(plan, name, display.of(name), victim)}
+            except RayppError as error:
+                outcome = {"error": str(error)}
+            except Exception as error:  # one attack's defect is not the others'; Ray's tasks do likewise
+                outcome = {"error": f"it failed: {type(error).__name__}: {' '.join(str(error).split())}"}
+            ended(name, outcome)
 
 
 def attack(

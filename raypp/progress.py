@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -17,17 +18,22 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from raypp.errors import ToldToStop
+
 Row = dict[str, Any]
 
 
 class Shows(Protocol):
-    """What takes the reports of one training run."""
+    """What watches one training run: it takes its reports, and may tell it to stop."""
 
     def step(self, info: Row) -> None: ...
 
     def epoch(self, row: Row) -> None: ...
 
     def warn(self, message: str) -> None: ...
+
+    def told_to_stop(self) -> bool:
+        """Whether to write a checkpoint and end, with ToldToStop; asked about once a second."""
 
 
 class Display:
@@ -36,11 +42,15 @@ class Display:
     Args:
         console: where to print; standard error is right for long work, so that standard output stays usable.
         quiet: print nothing but warnings.
+
+    Attributes:
+        stop: set by whoever wants the run to write a checkpoint and end.
     """
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
         self.console = console or Console(stderr=True)
         self.quiet = quiet
+        self.stop = threading.Event()
         self._live: Progress | None = None
         self._task: TaskID | None = None
 
@@ -105,6 +115,9 @@ class Display:
     def warn(self, message: str) -> None:
         self.console.print(f"[yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
+    def told_to_stop(self) -> bool:
+        return self.stop.is_set()
+
 
 class GridDisplay:
     """Shows several runs side by side: how many are done, and a line for each that is under way; a context manager.
@@ -113,6 +126,9 @@ class GridDisplay:
         num: how many runs there are.
         done: how many of them were finished before.
         what: what they are called.
+
+    Attributes:
+        stop: set by whoever wants the runs under way to write a checkpoint and end, and no other to begin.
     """
 
     def __init__(
@@ -120,6 +136,7 @@ class GridDisplay:
     ) -> None:
         self.console = console or Console(stderr=True)
         self.quiet = quiet
+        self.stop = threading.Event()
         self._bars = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -165,6 +182,11 @@ class GridDisplay:
     def warn(self, run: str, message: str) -> None:
         self.console.print(f"[yellow]warning:[/] {escape(f'{run}: {message}')}", highlight=False, soft_wrap=True)
 
+    def end_if_told(self) -> None:
+        """Raise ToldToStop if told to stop."""
+        if self.stop.is_set():
+            raise ToldToStop("stopped, as told; --resume goes on from what is finished and from checkpoints")
+
     def of(self, run: str) -> Shows:
         """A display of one run among the others."""
         return _OneOfMany(self, run)
@@ -182,6 +204,9 @@ class _OneOfMany:
 
     def warn(self, message: str) -> None:
         self._grid.warn(self._run, message)
+
+    def told_to_stop(self) -> bool:
+        return self._grid.stop.is_set()
 
 
 def _status(info: Row) -> str:

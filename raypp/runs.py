@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -126,11 +125,13 @@ def summary(run: Run) -> dict[str, Any] | None:
     return found if found["epochs"] == {p.name: p.epochs for p in phases(run.config)} else None
 
 
-def train_locally(
-    run: Run, display: Shows, device: torch.device | None = None, stop: threading.Event | None = None
-) -> dict[str, Any]:
-    """Train in this process, without Ray; once ``stop`` is set it ends after a checkpoint, with ToldToStop."""
-    sink = LocalSink(run.storage, display, device, stop)
+def train_locally(run: Run, display: Shows, device: torch.device | None = None) -> dict[str, Any]:
+    """Train in this process, without Ray.
+
+    Raises:
+        ToldToStop: by ``display``, after a checkpoint.
+    """
+    sink = LocalSink(run.storage, display, device)
     result = fit(run.config, sink, run.phi, run.key)
     return conclude(run, result, sink.device) if sink.rank == 0 else {}
 

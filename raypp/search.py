@@ -305,6 +305,9 @@ class Silent:
     def warn(self, message: str) -> None:
         """Nothing: a run's warnings are in its record."""
 
+    def told_to_stop(self) -> bool:
+        return False
+
 
 class TrainsTrial(Protocol):
     """Trains a run to its end and returns its summary."""

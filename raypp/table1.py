@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import signal
 import statistics
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +27,7 @@ from raypp.evaluation.figures import as_png, new_figure
 from raypp.progress import GridDisplay, Shows
 from raypp.registry import did_you_mean
 from raypp.runs import checked_name, lock, open_run, same_configuration, stored, summary, train_locally
+from raypp.signals import told_by
 from raypp.storage import Storage
 from raypp.training.sinks import newest_first
 
@@ -434,13 +436,19 @@ def train_cell(config: Config, name: str, display: Shows) -> dict[str, Any]:
 
 
 def run_locally(grid: Sequence[Cell], display: GridDisplay, ended: Callable[[Cell, dict[str, Any]], None]) -> None:
-    """Train every cell in this process, one after the other; ``ended`` as for ``raypp.cluster.table1.run_on_ray``."""
-    for cell in grid:
-        try:
-            outcome: dict[str, Any] = {"result": train_cell(cell.config, cell.name, display.of(cell.name))}
-        except RayppError as error:
-            outcome = {"error": str(error)}
-        ended(cell, outcome)
+    """Train every cell in this process, one after the other; ``ended`` as for ``raypp.cluster.table1.run_on_ray``.
+
+    Raises:
+        ToldToStop: by ``display`` or SIGTERM, after a checkpoint.
+    """
+    with told_by(display.stop, signal.SIGTERM):
+        for cell in grid:
+            display.end_if_told()
+            try:
+                outcome: dict[str, Any] = {"result": train_cell(cell.config, cell.name, display.of(cell.name))}
+            except RayppError as error:
+                outcome = {"error": str(error)}
+            ended(cell, outcome)
 
 
 def _finished_before(

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from PIL import Image
 from raypp import ladder
 from raypp.bundle import load_plain_classifier, verify
 from raypp.cli import main, run_attacks
-from raypp.errors import RayppError, StorageError
+from raypp.errors import RayppError, StorageError, ToldToStop
 from raypp.evaluation.report import write_report
 from raypp.evaluation.scorecard import share_found, still_rising, summarise, verdict, worst
 from raypp.images import write_png
+from raypp.progress import GridDisplay
 from raypp.storage import Storage
 
 SUITE: dict[str, Any] = {
@@ -176,6 +178,26 @@ def test_a_resumed_run_stays_what_it_was(
     shutil.copytree(folder, tmp_path / "runs" / "attack")
     with pytest.raises(StorageError, match=f"was started with another {what}; resume it with the same"):
         attack(plan(tmp_path, suite=SUITE | change, bundle=str(bundle)), resume=True)
+
+
+def test_a_ladder_that_is_told_to_stop_goes_on_from_its_checkpoint(trained: Trained, tmp_path: Path) -> None:
+    whole = attack(plan(tmp_path, "whole", bundle=str(shutil.copytree(trained.bundle, tmp_path / "bundle"))))
+
+    def stopped(plan: ladder.Plan, missing: Any, display: GridDisplay, ended: Any) -> None:
+        def tell(run: str, info: dict[str, Any]) -> None:
+            if run == "inverse" and info["steps_done"] > 1:
+                signal.raise_signal(signal.SIGTERM)
+
+        display.step = tell  # type: ignore[method-assign]
+        ladder.run_locally(plan, missing, display, ended)
+
+    part = plan(tmp_path, "part", bundle=str(shutil.copytree(trained.bundle, tmp_path / "other")))
+    with pytest.raises(ToldToStop, match="stopped after checkpoint epoch_"):
+        ladder.attack(part, quiet=True, run=stopped)
+    assert ladder.finished(part, "feature_reconstruction") is not None
+    assert ladder.finished(part, "inverse") is None
+    again = attack(part, resume=True)
+    assert again["attacks"]["inverse"]["scores"] == whole["attacks"]["inverse"]["scores"]
 
 
 @LONG

@@ -230,23 +230,32 @@ def test_what_may_differ_on_resume_is_in_the_configuration() -> None:
 EPOCHS = 150
 
 
-@pytest.fixture
-def suite(tmp_path: Path) -> Path:
-    file = tmp_path / "suite.yaml"
-    inverse = {"width": 4, "depth": 2, "train": {"epochs": EPOCHS, "batch_size": 10}}
+def write_suite(folder: Path, epochs: int) -> Path:
+    file = folder / "suite.yaml"
+    inverse = {"width": 4, "depth": 2, "train": {"epochs": epochs, "batch_size": 10}}
     attacks = {"feature_reconstruction": {}, "inverse": inverse, "white_box": {"steps": 2, "num_images": 10}}
     file.write_text(json.dumps({"num_queries": 20, "curve": False, "judge_epochs": 0, "attacks": attacks}))
     return file
 
 
-@pytest.mark.parametrize(("flags", "title"), [([], "ray::_call"), (["--cluster.num_workers", "2"], "RayTrainWorker")],
-                         ids=["a worker each", "two workers together"])  # fmt: skip
+def attack_command(trained: Trained, folder: Path, epochs: int) -> list[str]:
+    bundle = shutil.copytree(trained.bundle, folder / "bundle")
+    where = ["--suite", str(write_suite(folder, epochs)), "--name", "a", "--storage", str(folder)]
+    return ["raypp", "attack", str(bundle), *where]
+
+
+workers_of_attacks = pytest.mark.parametrize(
+    ("flags", "title"),
+    [([], "ray::_call"), (["--cluster.num_workers", "2"], "RayTrainWorker")],
+    ids=["a worker each", "two workers together"],
+)
+
+
+@workers_of_attacks
 def test_attacks_outlive_killed_workers(
-    cluster: Cluster, trained: Trained, tmp_path: Path, suite: Path, flags: list[str], title: str
+    cluster: Cluster, trained: Trained, tmp_path: Path, flags: list[str], title: str
 ) -> None:
-    bundle = shutil.copytree(trained.bundle, tmp_path / "bundle")
-    where = ["--suite", str(suite), "--name", "a", "--storage", str(tmp_path)]
-    process = cluster.popen(["raypp", "attack", str(bundle), *where, *flags])
+    process = cluster.popen([*attack_command(trained, tmp_path, EPOCHS), *flags])
     inverse = tmp_path / "a" / "attacks" / "inverse"
     wait_until(lambda: len(history(inverse)) >= 2, process)
     for victim in cluster.processes(title)[-1 if flags else 0 :]:
@@ -259,6 +268,27 @@ def test_attacks_outlive_killed_workers(
     card = json.loads((tmp_path / "a" / "scorecard.json").read_text())
     assert [found["status"] for found in card["attacks"].values()] == ["done"] * 3
     assert "the inverse network's estimate" in card["attacks"]["white_box"]["note"]
-    assert (bundle / "private" / "attacks" / "inverse.safetensors").exists()
+    assert (tmp_path / "bundle" / "private" / "attacks" / "inverse.safetensors").exists()
     assert "T4" in out
     assert (tmp_path / "a" / "report.html").stat().st_size > 10_000
+
+
+@workers_of_attacks
+def test_attacks_that_are_told_to_stop_write_a_checkpoint_first(
+    cluster: Cluster, trained: Trained, tmp_path: Path, flags: list[str], title: str
+) -> None:
+    process = cluster.popen([*attack_command(trained, tmp_path, 10_000), *flags])
+    inverse = tmp_path / "a" / "attacks" / "inverse"
+    wait_until(lambda: len(history(inverse)) >= 2, process)
+    told = time.time()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    assert "as told; --resume goes on from" in " ".join(err.split())
+    newest = inverse / "checkpoints" / newest_first(Storage(inverse))[0]
+    assert (newest / "checkpoint.json").stat().st_mtime > told
+    assert not (inverse / "result.json").exists()
+    end = time.monotonic() + 60
+    while cluster.processes(title):
+        assert time.monotonic() < end, "workers outlive their driver"
+        time.sleep(0.2)

@@ -19,7 +19,7 @@ from raypp.cluster.board import Events, Steps, following, put_up
 from raypp.cluster.session import session  # first: it makes the settings that Ray reads when it is imported
 from raypp.cluster.spread import Outcome, Pinned, resources, spread
 from raypp.cluster.train import run_trainer, scaling
-from raypp.errors import RayppError, StoppedError
+from raypp.errors import RayppError, StoppedError, ToldToStop
 from raypp.ladder import JUDGE, Plan, load_victim_of, restore, run_attack, train_judge, waits_for
 from raypp.progress import GridDisplay, Shows
 
@@ -31,6 +31,7 @@ def run_on_ray(plan: Plan, missing: Sequence[str], display: GridDisplay, ended: 
 
     Raises:
         ConfigError: no attack fits into a cluster that cannot grow.
+        ToldToStop: by ``display`` or SIGTERM, once the attacks under way have written checkpoints.
     """
     dumped = plan.dump()
     together = [name for name in missing if (plan.suite.cluster.num_workers or 1) > 1 and _trains(name)]
@@ -85,9 +86,12 @@ def _run_together(plan: Plan, name: str, have: dict[str, float], display: GridDi
 
     try:
         with following(board, show):
-            return run_trainer(trainer, cluster.max_failures, folder)
+            outcome = run_trainer(trainer, cluster.max_failures, folder, board)
     except RayppError as error:
         return {"error": str(error)}
+    if "told" in outcome:
+        raise ToldToStop(outcome["told"])
+    return outcome
 
 
 def _worker(arguments: dict[str, Any]) -> Outcome:
@@ -98,3 +102,5 @@ def _worker(arguments: dict[str, Any]) -> Outcome:
         return {"result": run_attack(restore(arguments["plan"]), arguments["name"], display)}
     except StoppedError as error:
         return {"error": str(error)}
+    except ToldToStop as told:
+        return {"told": str(told)}

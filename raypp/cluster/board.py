@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ import ray  # isort: skip
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 POLL_SECONDS = 0.2
+STOP_SECONDS = 25.0  # for checkpoints, where nobody says how long there is
+GIVE_BACK_SECONDS = 2.0  # what Ray may need to take back what a driver holds
 
 Steps = dict[str, dict[str, Any]]
 Events = list[tuple[str, str, Any]]
@@ -66,6 +69,14 @@ def told_to_stop(board: Any) -> bool:
         return bool(ray.get(board.stopping.remote(), timeout=5))
     except ray.exceptions.RayError:
         return False
+
+
+def seconds_to_stop() -> float:
+    """How long checkpoints may take before the driver has to end."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        return STOP_SECONDS
+    # A job is killed so long after it was told to stop; 3 seconds is Ray's own default.
+    return max(0.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3")) - GIVE_BACK_SECONDS)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -14,10 +16,11 @@ from raypp.cluster.session import (
 import ray  # isort: skip
 import torch
 
-from raypp.cluster.board import put_up, taken
+from raypp.cluster.board import put_up, seconds_to_stop, taken, told_to_stop
 from raypp.config import Cluster
-from raypp.errors import RayppError
+from raypp.errors import RayppError, ToldToStop
 from raypp.progress import GridDisplay, Row
+from raypp.signals import told_by
 
 POLL_SECONDS = 0.5
 
@@ -38,6 +41,9 @@ class Pinned:
 
     def warn(self, message: str) -> None:
         self._board.pin.remote("warning", message, self._work)
+
+    def told_to_stop(self) -> bool:
+        return told_to_stop(self._board)
 
 
 def spread(
@@ -63,9 +69,11 @@ def spread(
 
     Raises:
         ConfigError: none fits into a cluster that cannot grow.
+        ToldToStop: by ``display`` or SIGTERM, when the pieces under way have written checkpoints or taken too long.
     """
     after = after or {}
-    with session() as have:
+    # After the session, for Ray's start takes the signal to itself.
+    with session() as have, told_by(display.stop, signal.SIGTERM):
         task = ray.remote(
             **resources(cluster, have, what, display),
             max_retries=cluster.max_failures,
@@ -74,7 +82,18 @@ def spread(
         board = put_up()
         waiting, open_ = dict(work), set(work)
         running: dict[Any, str] = {}
+        until: float | None = None  # when to give up those that were told to stop
+        left = False  # whether something is
         while open_:
+            if until is None and display.stop.is_set():
+                board.stop.remote()
+                until = time.monotonic() + seconds_to_stop()
+                left = bool(waiting)
+                open_ -= waiting.keys()
+                waiting.clear()
+            if until is not None and time.monotonic() > until:
+                left = True
+                break
             for name in [n for n in waiting if not open_ & set(after.get(n, ()))]:
                 arguments = waiting.pop(name)
                 running[task.remote(function, arguments, name, board, cluster.cpus_per_worker)] = name
@@ -87,7 +106,13 @@ def spread(
             for reference in ready:
                 name = running.pop(reference)
                 open_.remove(name)
-                ended(name, _outcome(reference))
+                outcome = _outcome(reference)
+                if "told" in outcome:
+                    left = True
+                else:
+                    ended(name, outcome)
+        if left:
+            display.end_if_told()
 
 
 def _outcome(reference: Any) -> Outcome:
@@ -123,3 +148,5 @@ def _call(function: Callable[..., Any], arguments: tuple[Any, ...], name: str, b
         return {"result": function(*arguments, Pinned(board, name))}
     except RayppError as error:
         return {"error": str(error)}
+    except ToldToStop as told:
+        return {"told": str(told)}

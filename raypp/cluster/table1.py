@@ -18,6 +18,7 @@ def run_on_ray(grid: Sequence[Cell], display: GridDisplay, ended: Callable[[Cell
 
     Raises:
         ConfigError: no cell fits into a cluster that cannot grow.
+        ToldToStop: by ``display`` or SIGTERM, once the cells under way have written checkpoints.
     """
     cells = {cell.name: cell for cell in grid}
     work = {name: (cell.config.model_dump(mode="json"), name) for name, cell in cells.items()}

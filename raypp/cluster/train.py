@@ -23,7 +23,7 @@ import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from raypp.cluster.board import Events, Steps, following, put_up, told_to_stop
+from raypp.cluster.board import Events, Steps, following, put_up, seconds_to_stop, told_to_stop
 from raypp.config import Cluster, Config, validate
 from raypp.data.streaming import Batch, StreamLoader, bounded, datasets, held_out
 from raypp.errors import RayppError, StoppedError, ToldToStop, TrainingError
@@ -37,8 +37,6 @@ from raypp.training.fit import TrainingData, check_sides, fit, protect_first
 from raypp.training.sinks import CHECKPOINTS, Row, RunCheckpoints, newest_first
 
 RESIZE_SECONDS = 30.0  # how often an elastic run looks whether it can grow
-GIVE_BACK_SECONDS = 2.0  # what Ray Train may need for that
-STOP_SECONDS = 25.0  # for a checkpoint, where nobody says how long there is
 MAX_WORKERS = 8  # of a run that does not say how many: a batch of 128 is not worth spreading further
 
 
@@ -112,7 +110,7 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
             ),
         )
         display.note("starting workers")
-        with following(board, _shown_by(display)):
+        with following(board, _shown_by(display, board)):
             outcome = run_trainer(trainer, cluster.max_failures, run.storage, board)
     if "told" in outcome:
         raise ToldToStop(outcome["told"])
@@ -204,7 +202,7 @@ def _interruptible(board: Any) -> Iterator[None]:
         told.wait()
         if not over.is_set():
             board.stop.remote()
-            if not over.wait(_seconds_to_stop()):
+            if not over.wait(seconds_to_stop()):
                 os.kill(os.getpid(), signal.SIGINT)
 
     def hurry(*_: object) -> None:
@@ -225,14 +223,6 @@ def _interruptible(board: Any) -> Iterator[None]:
         told.set()
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _seconds_to_stop() -> float:
-    """How long a checkpoint may take before Ray Train has to give back what it holds."""
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
-        return STOP_SECONDS
-    # A job is killed so long after it was told to stop; 3 seconds is Ray's own default.
-    return max(0.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3")) - GIVE_BACK_SECONDS)
 
 
 def _check_resources(config: Config, have: dict[str, float], num_workers: int, use_gpu: bool, display: Display) -> None:
@@ -263,11 +253,13 @@ def _scale(config: Config, have: dict[str, float]) -> tuple[int, bool]:
     return max(n for n in range(1, most + 1) if batch % n == 0), use_gpu
 
 
-def _shown_by(display: Display) -> Callable[[Steps, Events], None]:
+def _shown_by(display: Display, board: Any) -> Callable[[Steps, Events], None]:
     def show(steps: Steps, events: Events) -> None:
         for _, kind, what in events:
             display.epoch(what) if kind == "epoch" else display.warn(what)
         for step in steps.values():
             display.step(step)
+        if display.told_to_stop():  # a search that tells its trials
+            board.stop.remote()
 
     return show

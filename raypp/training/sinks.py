@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,24 +104,20 @@ class LocalSink(RunCheckpoints):
 
     Args:
         run: the run's folder.
-        display: shows progress; rank 0's is used.
+        display: shows progress, rank 0's is used, and tells when to stop, any may.
         device: where to train; by default a GPU if there is one.
-        stop: set by whoever wants training to write a checkpoint and end.
     """
 
-    def __init__(
-        self, run: Storage, display: Shows, device: torch.device | None = None, stop: threading.Event | None = None
-    ) -> None:
+    def __init__(self, run: Storage, display: Shows, device: torch.device | None = None) -> None:
         distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.world = dist.get_world_size() if distributed else 1
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(run)
         self._display = display
-        self._stop = stop
 
     def told_to_stop(self) -> bool:
-        return self._stop is not None and self._stop.is_set()
+        return self._display.told_to_stop()
 
     def report(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
         if self.rank:
