@@ -21,7 +21,16 @@ ROOT = Path(raypp.__file__).parent
 # A package and the modules in it stand on one floor, where nothing says otherwise.
 FLOORS = [
     {"raypp"},
-    {"raypp.errors", "raypp.registry", "raypp.env", "raypp.images", "raypp.storage", "raypp.progress", "raypp.keys"},
+    {
+        "raypp.errors",
+        "raypp.registry",
+        "raypp.env",
+        "raypp.signals",
+        "raypp.images",
+        "raypp.storage",
+        "raypp.progress",
+        "raypp.keys",
+    },
     {"raypp.nets", "raypp.guard"},
     {"raypp.protections", "raypp.data"},
     {"raypp.config"},
