@@ -110,7 +110,7 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
             ),
         )
         display.note("starting workers")
-        with following(board, _shown_by(display, board)):
+        with following(board, _shown_by(display)):
             outcome = run_trainer(trainer, cluster.max_failures, run.storage, board)
     if "told" in outcome:
         raise ToldToStop(outcome["told"])
@@ -253,13 +253,11 @@ def _scale(config: Config, have: dict[str, float]) -> tuple[int, bool]:
     return max(n for n in range(1, most + 1) if batch % n == 0), use_gpu
 
 
-def _shown_by(display: Display, board: Any) -> Callable[[Steps, Events], None]:
+def _shown_by(display: Display) -> Callable[[Steps, Events], None]:
     def show(steps: Steps, events: Events) -> None:
         for _, kind, what in events:
             display.epoch(what) if kind == "epoch" else display.warn(what)
         for step in steps.values():
             display.step(step)
-        if display.told_to_stop():  # a search that tells its trials
-            board.stop.remote()
 
     return show

@@ -13,9 +13,6 @@ import json
 import logging
 import math
 import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,15 +35,13 @@ from ray.tune.search.optuna import OptunaSearch
 
 from raypp import ladder, search
 from raypp.cluster import attack as attacks
-from raypp.cluster.board import POLL_SECONDS, put_up, seconds_to_stop, taken, told_to_stop
 from raypp.cluster.spread import spread
 from raypp.cluster.train import train_on_ray
 from raypp.config import Config, validate
-from raypp.errors import RayppError, ToldToStop
+from raypp.errors import RayppError
 from raypp.progress import GridDisplay
 from raypp.runs import Run, conclude
 from raypp.search import Plan, Range, Record, Search
-from raypp.signals import told_by
 from raypp.storage import Storage
 from raypp.training.fit import fit, keep_splits
 from raypp.training.loop import Phase
@@ -61,7 +56,6 @@ os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
 MANY_EPOCHS = 2**31
 EXPERIMENT = "tune"  # Tune's own folder below the search's
 OF_TUNE = "of-tune"  # a checkpoint that Tune hands to a trial, among its run's own
-STOPPED = "stopped"  # what a trial pins to the board when it was told to stop and has
 ENDED = "ended.json"  # what only the driver knows of trials
 HEAD = "node:__internal_head__"
 
@@ -96,10 +90,10 @@ class TuneSink(LocalSink):
 
 
 class _Reports(search.Silent):
-    """Shows a trial's training to Tune, a report per epoch, and tells it to stop when the board does."""
+    """Shows a trial's training to Tune, a report per epoch."""
 
-    def __init__(self, plan: Plan, least: float | None, board: Any) -> None:
-        self.plan, self.least, self.board = plan, least, board
+    def __init__(self, plan: Plan, least: float | None) -> None:
+        self.plan, self.least = plan, least
         self.checkpoint: Any = None
         self.phases: list[Phase] = []
 
@@ -123,9 +117,6 @@ class _Reports(search.Silent):
         told = search.objectives(row["val_accuracy"], search.WORST_LEAKAGE, self.plan.search, self.least)
         tune.report(found | told, checkpoint=self.checkpoint)
 
-    def told_to_stop(self) -> bool:
-        return told_to_stop(self.board)
-
     def end(self, record: Record) -> None:
         """The trial is over; ``done`` keeps the scheduler from redirecting it."""
         done = record["status"] == "done"
@@ -137,7 +128,7 @@ class _Reports(search.Silent):
         tune.report(found | told | {"found": record.get("found", 1.0), "finished": True, "done": True})
 
 
-def _trial(point: dict[str, Any], *, dumped: dict[str, Any], least: float | None, board: Any) -> None:
+def _trial(point: dict[str, Any], *, dumped: dict[str, Any], least: float | None) -> None:
     """What runs in a trial."""
     plan = search.restore(dumped)
     name = tune.get_context().get_trial_id()
@@ -145,7 +136,7 @@ def _trial(point: dict[str, Any], *, dumped: dict[str, Any], least: float | None
     workers = cluster.num_workers or 1
     torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
     keep_splits()  # the process may train more trials
-    reports = _Reports(plan, least, board)
+    reports = _Reports(plan, least)
     carry = plan.search.scheduler == "pbt"
     decoded = {key: _decoded(plan.search.space[key], value) for key, value in point.items()}
     if carry and tune.get_checkpoint() is not None:
@@ -159,12 +150,7 @@ def _trial(point: dict[str, Any], *, dumped: dict[str, Any], least: float | None
         return conclude(run, fit(run.config, sink, run.phi, run.key), sink.device)
 
     leak = search.quick_leakage if workers == 1 else _leakage_in_a_task
-    try:
-        record = search.run_trial(plan, name, decoded, reports, train, leak)
-    except ToldToStop:
-        board.pin.remote(STOPPED, None, name)
-        threading.Event().wait()  # its end would be the trial's to Tune; it ends with the driver
-    reports.end(record)
+    reports.end(search.run_trial(plan, name, decoded, reports, train, leak))
 
 
 def _make_way(plan: Plan, name: str, point: dict[str, Any]) -> None:
@@ -207,7 +193,6 @@ def run_search(plan: Plan, *, resume: bool = False, quiet: bool = False) -> dict
 
     Raises:
         RayppError: the search or its folder is not allowed, no trial fits into the cluster, or none was finished.
-        ToldToStop: by SIGTERM, when the trials that ran have written checkpoints or taken too long.
     """
     with search.open_search(plan, resume=resume) as begun, session() as have:
         room = _room(plan, have, GridDisplay(0, quiet=quiet).warn)
@@ -280,9 +265,7 @@ def _tune(plan: Plan, have: dict[str, float], room: int, least: float | None, wa
         needs = {"CPU": cluster.cpus_per_worker}
         if wants_gpu(cluster, have):
             needs["GPU"] = asked.gpus_per_trial
-    board = put_up()
-    with_plan = tune.with_parameters(_trial, dumped=plan.dump(), least=least, board=board)
-    trial = tune.with_resources(with_plan, needs)
+    trial = tune.with_resources(tune.with_parameters(_trial, dumped=plan.dump(), least=least), needs)
     follow = _Follow(watch)
     folder = plan.storage.folder(EXPERIMENT)
     with _silent():
@@ -312,39 +295,8 @@ def _tune(plan: Plan, have: dict[str, float], room: int, least: float | None, wa
                     failure_config=FailureConfig(max_failures=cluster.max_failures),
                 ),
             )
-        with _stopped_by_signal(board, watch):
-            tuner.fit()
+        tuner.fit()
     watch.over()
-
-
-@contextmanager
-def _stopped_by_signal(board: Any, watch: _Watch) -> Iterator[None]:
-    """On SIGTERM, have the trials that run write checkpoints, and raise ToldToStop once they have or time is up."""
-    told, over = threading.Event(), threading.Event()
-
-    def stop() -> None:
-        told.wait()
-        if over.is_set():
-            return
-        board.stop.remote()
-        until, left = time.monotonic() + seconds_to_stop(), set(watch.running)
-        while left and time.monotonic() < until and not over.wait(POLL_SECONDS):
-            left -= {work for work, kind, _ in taken(board)[1] if kind == STOPPED}
-            left &= watch.running
-        if not over.is_set():
-            os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=stop, daemon=True).start()
-    try:
-        with told_by(told, signal.SIGTERM):
-            yield
-    except KeyboardInterrupt as interrupt:
-        if told.is_set():
-            raise ToldToStop("the search has stopped, as told; --resume goes on from its trials' checkpoints") from None
-        raise interrupt
-    finally:
-        over.set()
-        told.set()
 
 
 def _sampler(asked: Search, seed: int) -> Any:
@@ -458,7 +410,6 @@ class _Watch:
     def __init__(self, plan: Plan, least: float | None, display: GridDisplay) -> None:
         self.plan, self.least, self.display = plan, least, display
         self.rows: dict[str, Record] = {}
-        self.running: set[str] = set()
 
     def result(self, trial: Any, result: dict[str, Any]) -> None:
         row = self.rows.setdefault(trial.trial_id, {"epochs": 0})
@@ -474,7 +425,6 @@ class _Watch:
 
     def ended(self, trial: Any, error: str | None) -> None:
         name = trial.trial_id
-        self.running.discard(name)
         folder = self.plan.storage.folder(f"{search.TRIALS}/{name}")
         row = self.rows.setdefault(name, {"epochs": 0, "settings": self._settings(trial)})
         if error is not None:
@@ -547,10 +497,6 @@ class _Follow(Callback):  # type: ignore[misc]
 
     def __init__(self, watch: _Watch) -> None:
         type(self).current = watch
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        if self.current is not None:
-            self.current.running.add(trial.trial_id)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if self.current is not None:
