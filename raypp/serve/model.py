@@ -68,8 +68,8 @@ class Served:
 def in_few_sizes(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """A network's output for images (N, C, H, W), computed in a batch of the next size of three significant bits.
 
-    The CPU's kernels are compiled and kept for every batch size that comes: all sizes up to 128 take ten times the memory
-    (docs/results.md, Serving) that the sizes here do, which are at most a quarter larger.
+    The CPU's kernels are compiled and kept for every batch size that comes: all sizes up to 128 take ten times the
+    memory (docs/results.md, Serving) that the sizes here do, which are at most a quarter larger.
     """
     step = 1 << max(0, (len(images) - 1).bit_length() - 3)
     padding = images.new_zeros(-len(images) % step, *images.shape[1:])
