@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import sys
@@ -28,7 +29,7 @@ from raypp.runs import environment
 from raypp.storage import Storage
 from raypp.training.fit import ProtectionTask, TrainingData
 from raypp.training.loop import Loop, set_up_torch
-from raypp.training.sinks import LocalSink
+from raypp.training.sinks import LocalSink, Sink
 from raypp.training.system import phases
 
 NUM_CLASSES = 10
@@ -45,6 +46,19 @@ class Spread:
     def median(self) -> float:
         return statistics.median(self.values)
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """At least 95% confidence for the median, from order statistics (the sign test's interval): no shape assumed.
+
+        With fewer than six values it is the whole spread, and no more than that.
+        """
+        ordered, num = sorted(self.values), len(self.values)
+        below, cut = 0.0, 0
+        while cut < num // 2 and (below := below + math.comb(num, cut) / 2**num) <= 0.025:
+            cut += 1
+        first = max(cut - 1, 0)
+        return ordered[first], ordered[num - 1 - first]
+
     def __str__(self) -> str:
         return f"{min(self.values):,.1f} - {max(self.values):,.1f}"
 
@@ -54,6 +68,7 @@ class Spread:
             "median": self.median,
             "min": min(self.values),
             "max": max(self.values),
+            "interval_of_median": list(self.interval),
             "values": list(self.values),
         }
 
@@ -160,7 +175,7 @@ def random_images(num: int) -> tuple[np.ndarray, np.ndarray]:
     return random.integers(0, 256, (num, 32, 32, 3), np.uint8), random.integers(0, NUM_CLASSES, num, np.int64)
 
 
-def device_batches(config: Config, steps: int, sink: LocalSink) -> DeviceLoader:
+def device_batches(config: Config, steps: int, sink: Sink) -> DeviceLoader:
     """raypp's own loader with ``steps`` batches of random images, built as ``raypp.training.fit.load_data`` does."""
     images, labels = to_device(*random_images(steps * config.train.batch_size), sink.device)
     return DeviceLoader(
@@ -195,7 +210,7 @@ class RayppLoop:
         sink: where the loop believes it reports: gives rank, world size and device.
     """
 
-    def __init__(self, config: Config, phi: StateDict, sink: LocalSink) -> None:
+    def __init__(self, config: Config, phi: StateDict, sink: Sink) -> None:
         self._config = config
         nothing = torch.empty(0, 32, 32, 3, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
         classes = tuple(str(i) for i in range(NUM_CLASSES))

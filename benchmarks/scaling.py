@@ -2,7 +2,9 @@
 
 Ray Train and torchrun each start their workers once, and the workers wait. Then they train in turn, in interleaved
 rounds, the same number of steps of raypp's real loop (``Loop.train_epoch``): batches of 128 random images in all, joint
-training, one thread for each worker, gradients averaged by gloo. Ratios are formed round by round. Start-up is told
+training, one thread for each worker, gradients averaged by gloo. On Ray Train they report through ``raypp train``'s own
+sink, so that what it costs to show progress and to ask whether to stop is in the steps. Ratios are formed round by
+round; many short rounds, since a machine's speed wanders by more than the difference looked for. Start-up is told
 apart: from the command until the workers have taken their first step.
 
 The second table trains a plain classifier by ``raypp train`` on the same Parquet file, read into memory and streamed
@@ -47,6 +49,7 @@ from _common import (
 )
 
 from raypp import env
+from raypp.training.sinks import Sink
 
 PATIENCE = 300.0
 POLL_SECONDS = 0.02
@@ -68,27 +71,27 @@ def write(path: Path, text: str) -> None:
     aside.replace(path)
 
 
-def member(folder: Path, preset: str) -> None:
+def member(folder: Path, preset: str, sink: Sink) -> None:
     """One worker, in a process group already: train as many steps as each file ``go_N`` says, until one says 0."""
     torch.set_num_threads(1)
-    with quiet_sink(torch.device("cpu")) as sink:
-        config = joint_config(preset)
-        loop = RayppLoop(config, feature_weights(None), sink)
-        loop.feed(device_batches(config, 1, sink))
-        loop.epoch()
+    config = joint_config(preset)
+    loop = RayppLoop(config, feature_weights(None), sink)
+    loop.feed(device_batches(config, 1, sink))
+    loop.epoch()
+    if sink.rank == 0:
+        write(folder / "ready", str(time.time()))
+    number = 0
+    while steps := int(wait_for(folder / f"go_{number}")):
+        loop.feed(device_batches(config, steps, sink))
+        speed = loop.epoch()
         if sink.rank == 0:
-            write(folder / "ready", str(time.time()))
-        number = 0
-        while steps := int(wait_for(folder / f"go_{number}")):
-            loop.feed(device_batches(config, steps, sink))
-            speed = loop.epoch()
-            if sink.rank == 0:
-                write(folder / f"done_{number}", str(speed))
-            number += 1
+            write(folder / f"done_{number}", str(speed))
+        number += 1
 
 
 def on_ray(folder: Path, preset: str, num: int) -> None:
     """Run ``num`` members on Ray Train."""
+    from raypp.cluster.board import following, put_up
     from raypp.cluster.session import session
     from raypp.cluster.train import scaling
     from raypp.config import Cluster
@@ -96,16 +99,19 @@ def on_ray(folder: Path, preset: str, num: int) -> None:
     import ray.train  # isort: skip
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    def work(_: dict[str, Any]) -> None:
+    def work(given: dict[str, Any]) -> None:
         sys.path.insert(0, str(Path(__file__).parent))
         from scaling import member as run
 
-        run(folder, preset)
+        from raypp.cluster.train import TrainSink
+        from raypp.storage import Storage
 
-    with session():
+        run(folder, preset, TrainSink(Storage(folder), given["board"]))
+
+    with session(), following(board := put_up(), lambda *_: None):
         TorchTrainer(
             work,
-            train_loop_config={},
+            train_loop_config={"board": board},
             torch_config=TorchConfig(backend="gloo"),
             scaling_config=scaling(Cluster(), num, use_gpu=False),
             run_config=ray.train.RunConfig(
@@ -206,8 +212,8 @@ def streaming(folder: Path, num_images: int, epochs: int, rounds: int) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="cifar10-small")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=8.0, help="length of one measurement with one worker")
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of one measurement with one worker")
     parser.add_argument("--stream-rounds", type=int, default=2, help="0 leaves the stream out")
     parser.add_argument("--stream-images", type=int, default=6000)
     parser.add_argument("--stream-epochs", type=int, default=4, help="the first is not counted")
@@ -218,7 +224,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.member:
         dist.init_process_group("gloo")
-        member(options.folder, options.preset)
+        with quiet_sink(torch.device("cpu")) as sink:
+            member(options.folder, options.preset, sink)
         dist.destroy_process_group()
         return
     if options.ray_driver:
@@ -254,9 +261,7 @@ def main() -> None:
                 }
                 for launcher, found in speeds[num].items():
                     told = (
-                        ""
-                        if launcher == "torchrun"
-                        else f"{cost.median:.3f} ({min(cost.values):.3f} - {max(cost.values):.3f})"
+                        "" if launcher == "torchrun" else "{:.3f} ({:.3f} - {:.3f})".format(cost.median, *cost.interval)
                     )
                     rows.append(
                         [
@@ -269,7 +274,7 @@ def main() -> None:
                     )
         show_table(
             f"{options.preset}: joint step, batch {BATCH_SIZE} in all, median of {options.rounds} rounds",
-            ["workers", "images/s", "min - max", "time per step, Ray / torchrun", "start-up s"],
+            ["workers", "images/s", "min - max", "time per step, Ray / torchrun (95%)", "start-up s"],
             rows,
         )
         for launcher in ("torchrun", "Ray Train"):

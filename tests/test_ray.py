@@ -48,15 +48,28 @@ def expected(epochs: int) -> list[tuple[str, int]]:
     return [("plain", 1), *(("joint", n + 1) for n in range(epochs))]
 
 
-def test_a_killed_worker_costs_no_epoch(cluster: Cluster, tmp_path: Path) -> None:
-    flags = ("--cluster.num_workers", "2", "--data.source.num_train", "3000")
+def test_a_worker_killed_within_an_epoch_costs_what_came_after_the_newest_checkpoint(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    run = Storage(tmp_path / "killed")
+    flags = ("--cluster.num_workers", "2", "--data.source.num_train", "3000", "--train.checkpoint_seconds", "0.5")
     process = cluster.popen(command(tmp_path, "killed", *flags, epochs=4))
-    wait_until(lambda: len(history(tmp_path / "killed")) >= 2, process)
+
+    def within_an_epoch() -> bool:
+        return len(history(tmp_path / "killed")) >= 2 and "_part_" in newest_first(run)[0]
+
+    wait_until(within_an_epoch, process)
     victims = cluster.training_workers()
     assert len(victims) == 2
     victims[-1].kill()
-    out, err = process.communicate(timeout=300)
+    there, written = set(newest_first(run)), set()
+    while process.poll() is None:
+        written |= set(newest_first(run)) - there
+        time.sleep(0.05)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 0, out + err
+    # No step before that checkpoint was taken again. Names sort as what they stand for.
+    assert min(written) > max(there)
     rows = history(tmp_path / "killed")
     assert epochs_of(tmp_path / "killed") == expected(4)
     assert {row["world"] for row in rows} == {2}

@@ -17,6 +17,8 @@ from ray.tune.schedulers import TrialScheduler
 from raypp.bundle import load_private, load_public
 from raypp.cluster.tune import _scheduler
 from raypp.search import make_plan
+from raypp.storage import Storage
+from raypp.training.sinks import newest_first
 
 pytestmark = pytest.mark.ray
 
@@ -88,6 +90,41 @@ def test_a_search_outlives_its_driver(cluster: Cluster, tmp_path: Path) -> None:
     assert {name: path.stat().st_mtime_ns for name, path in results(folder).items()} == {
         name: path.stat().st_mtime_ns for name, path in after.items()
     }
+
+
+@pytest.mark.parametrize(("workers", "num"), [(1, 2), (2, 1)])
+def test_a_search_that_is_told_to_stop_loses_nothing(cluster: Cluster, tmp_path: Path, workers: int, num: int) -> None:
+    """Its trials write checkpoints first, and go on from them."""
+    trials, epochs = tmp_path / "told" / "trials", 40
+    flags = ["--cluster.num_workers", str(workers), "--search.num_trials", str(num), "--search.scheduler", "none"]
+    arguments = command(tmp_path, "told", *flags, train__epochs=epochs)
+
+    def rows(trial: Path) -> list[dict[str, Any]]:
+        file = trial / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    process = cluster.popen(arguments)
+    wait_until(lambda: len([trial for trial in trials.glob("*") if len(rows(trial)) >= 3]) == num, process)
+    told = time.time()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    assert "stopped, as told; --resume goes on" in " ".join(err.split())
+    before = {trial.name: rows(trial) for trial in trials.glob("*")}
+    for name, had in before.items():
+        assert len(had) < epochs, "the search was over before it was told to stop"
+        newest = trials / name / "checkpoints" / newest_first(Storage(trials / name))[0]
+        assert (newest / "checkpoint.json").stat().st_mtime > told
+
+    resumed = cluster.run([*arguments, "--resume"])
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert {row["trial"] for row in table(tmp_path / "told")} == set(before)
+    for name, had in before.items():
+        now = rows(trials / name)
+        assert now[: len(had)] == had
+        assert [(row["phase"], row["epoch"]) for row in now] == [
+            *(("plain", n + 1) for n in range(len(now) - epochs)), *(("joint", n + 1) for n in range(epochs)),
+        ]  # fmt: skip
 
 
 def test_trials_of_several_workers_do_not_wait_for_each_other(cluster: Cluster, tmp_path: Path) -> None:

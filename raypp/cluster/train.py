@@ -110,7 +110,7 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
             ),
         )
         display.note("starting workers")
-        with following(board, _shown_by(display)):
+        with following(board, _shown_by(display, board)):
             outcome = run_trainer(trainer, cluster.max_failures, run.storage, board)
     if "told" in outcome:
         raise ToldToStop(outcome["told"])
@@ -253,8 +253,10 @@ def _scale(config: Config, have: dict[str, float]) -> tuple[int, bool]:
     return max(n for n in range(1, most + 1) if batch % n == 0), use_gpu
 
 
-def _shown_by(display: Display) -> Callable[[Steps, Events], None]:
+def _shown_by(display: Display, board: Any) -> Callable[[Steps, Events], None]:
     def show(steps: Steps, events: Events) -> None:
+        if display.told_to_stop():  # within a search, whose driver hears the signals
+            board.stop.remote()
         for _, kind, what in events:
             display.epoch(what) if kind == "epoch" else display.warn(what)
         for step in steps.values():

@@ -13,6 +13,9 @@ import json
 import logging
 import math
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,18 +33,21 @@ import torch
 import yaml
 from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, Stopper, TuneConfig, Tuner
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, PopulationBasedTraining, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from raypp import ladder, search
 from raypp.cluster import attack as attacks
+from raypp.cluster.board import put_up, seconds_to_stop, taken, told_to_stop
 from raypp.cluster.spread import spread
 from raypp.cluster.train import train_on_ray
 from raypp.config import Config, validate
-from raypp.errors import RayppError
+from raypp.errors import RayppError, ToldToStop
 from raypp.progress import GridDisplay
 from raypp.runs import Run, conclude
 from raypp.search import Plan, Range, Record, Search
+from raypp.signals import told_by
 from raypp.storage import Storage
 from raypp.training.fit import fit, keep_splits
 from raypp.training.loop import Phase
@@ -56,6 +62,7 @@ os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
 MANY_EPOCHS = 2**31
 EXPERIMENT = "tune"  # Tune's own folder below the search's
 OF_TUNE = "of-tune"  # a checkpoint that Tune hands to a trial, among its run's own
+STOPPED = "stopped"  # what a trial pins to the board once it has stopped, as told
 ENDED = "ended.json"  # what only the driver knows of trials
 HEAD = "node:__internal_head__"
 
@@ -90,10 +97,10 @@ class TuneSink(LocalSink):
 
 
 class _Reports(search.Silent):
-    """Shows a trial's training to Tune, a report per epoch."""
+    """Shows a trial's training to Tune, a report per epoch, and stops it when the board says so."""
 
-    def __init__(self, plan: Plan, least: float | None) -> None:
-        self.plan, self.least = plan, least
+    def __init__(self, plan: Plan, least: float | None, board: Any) -> None:
+        self.plan, self.least, self.board = plan, least, board
         self.checkpoint: Any = None
         self.phases: list[Phase] = []
 
@@ -117,6 +124,9 @@ class _Reports(search.Silent):
         told = search.objectives(row["val_accuracy"], search.WORST_LEAKAGE, self.plan.search, self.least)
         tune.report(found | told, checkpoint=self.checkpoint)
 
+    def told_to_stop(self) -> bool:
+        return told_to_stop(self.board)
+
     def end(self, record: Record) -> None:
         """The trial is over; ``done`` keeps the scheduler from redirecting it."""
         done = record["status"] == "done"
@@ -128,7 +138,7 @@ class _Reports(search.Silent):
         tune.report(found | told | {"found": record.get("found", 1.0), "finished": True, "done": True})
 
 
-def _trial(point: dict[str, Any], *, dumped: dict[str, Any], least: float | None) -> None:
+def _trial(point: dict[str, Any], *, dumped: dict[str, Any], least: float | None, board: Any) -> None:
     """What runs in a trial."""
     plan = search.restore(dumped)
     name = tune.get_context().get_trial_id()
@@ -136,7 +146,7 @@ def _trial(point: dict[str, Any], *, dumped: dict[str, Any], least: float | None
     workers = cluster.num_workers or 1
     torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
     keep_splits()  # the process may train more trials
-    reports = _Reports(plan, least)
+    reports = _Reports(plan, least, board)
     carry = plan.search.scheduler == "pbt"
     decoded = {key: _decoded(plan.search.space[key], value) for key, value in point.items()}
     if carry and tune.get_checkpoint() is not None:
@@ -150,7 +160,14 @@ def _trial(point: dict[str, Any], *, dumped: dict[str, Any], least: float | None
         return conclude(run, fit(run.config, sink, run.phi, run.key), sink.device)
 
     leak = search.quick_leakage if workers == 1 else _leakage_in_a_task
-    reports.end(search.run_trial(plan, name, decoded, reports, train, leak))
+    try:
+        record = search.run_trial(plan, name, decoded, reports, train, leak)
+    except ToldToStop:
+        board.pin.remote(STOPPED, None, name)
+        # To Tune a function that returns is a trial at its end, one that raises a failed one; neither would go on
+        # when the search is resumed. This one ends with the driver.
+        threading.Event().wait()
+    reports.end(record)
 
 
 def _make_way(plan: Plan, name: str, point: dict[str, Any]) -> None:
@@ -193,14 +210,16 @@ def run_search(plan: Plan, *, resume: bool = False, quiet: bool = False) -> dict
 
     Raises:
         RayppError: the search or its folder is not allowed, no trial fits into the cluster, or none was finished.
+        ToldToStop: by SIGTERM, when what was under way has written checkpoints or taken too long.
     """
     with search.open_search(plan, resume=resume) as begun, session() as have:
         room = _room(plan, have, GridDisplay(0, quiet=quiet).warn)
         plain = _baseline(plan, quiet) if plan.search.margin is not None else None
         least = search.least_accuracy(plan.search, plain)
         if not plan.storage.exists(search.SUMMARY):
-            with GridDisplay(plan.search.num_trials, quiet=quiet, what="trials") as display:
-                _tune(plan, have, room, least, _Watch(plan, least, display), begun)
+            display = GridDisplay(plan.search.num_trials, quiet=quiet, what="trials")
+            with display, told_by(display.stop, signal.SIGTERM):
+                _tune(plan, have, room, least, _Watch(plan, least, display, put_up()), begun)
         records = _all_records(plan)
         if not any(record["status"] == "done" for record in records):
             reasons = {record["explanation"] for record in records if record["explanation"]}
@@ -265,7 +284,8 @@ def _tune(plan: Plan, have: dict[str, float], room: int, least: float | None, wa
         needs = {"CPU": cluster.cpus_per_worker}
         if wants_gpu(cluster, have):
             needs["GPU"] = asked.gpus_per_trial
-    trial = tune.with_resources(tune.with_parameters(_trial, dumped=plan.dump(), least=least), needs)
+    parameters = {"dumped": plan.dump(), "least": least, "board": watch.board}
+    trial = tune.with_resources(tune.with_parameters(_trial, **parameters), needs)
     follow = _Follow(watch)
     folder = plan.storage.folder(EXPERIMENT)
     with _silent():
@@ -407,9 +427,23 @@ class NoImprovement(Stopper):  # type: ignore[misc]  # Ray has no types here
 class _Watch:
     """What the driver shows and writes while trials run: a row of each that Tune knows."""
 
-    def __init__(self, plan: Plan, least: float | None, display: GridDisplay) -> None:
-        self.plan, self.least, self.display = plan, least, display
+    def __init__(self, plan: Plan, least: float | None, display: GridDisplay, board: Any) -> None:
+        self.plan, self.least, self.display, self.board = plan, least, display, board
         self.rows: dict[str, Record] = {}
+        self._stopped: set[str] = set()
+        self._until: float | None = None  # when to give up trials that were told to stop
+
+    def look(self, trials: list[Any]) -> None:
+        """Raise ToldToStop once the display was told to stop and the trials that run have, or time is up."""
+        if not self.display.stop.is_set():
+            return
+        if self._until is None:
+            self.board.stop.remote()
+            self._until = time.monotonic() + seconds_to_stop()
+        self._stopped |= {trial for trial, kind, _ in taken(self.board)[1] if kind == STOPPED}
+        running = {trial.trial_id for trial in trials if trial.status == Trial.RUNNING}
+        if running <= self._stopped or time.monotonic() > self._until:
+            self.display.end_if_told()
 
     def result(self, trial: Any, result: dict[str, Any]) -> None:
         row = self.rows.setdefault(trial.trial_id, {"epochs": 0})
@@ -497,6 +531,11 @@ class _Follow(Callback):  # type: ignore[misc]
 
     def __init__(self, watch: _Watch) -> None:
         type(self).current = watch
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        # Some ten times a second, and in the main thread: what is raised here ends the search like an interrupt.
+        if self.current is not None:
+            self.current.look(trials)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if self.current is not None:
