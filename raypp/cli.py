@@ -496,7 +496,12 @@ def publish(bundle: str, shelf: str, /, *, url: str | None = None, token_file: P
 
 @app.command
 def token(
-    name: str, /, *, file: Path, scopes: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None
+    name: str,
+    /,
+    *,
+    file: Path,
+    scopes: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    revoke: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Make a bearer token for the services; it is printed once, the file keeps its hash.
 
@@ -508,9 +513,14 @@ def token(
         Token file; made anew where there is none.
     scopes
         What it allows: classify (the default), attack.
+    revoke
+        Take this token out of the file instead; running services refuse it from then on.
     """
-    from raypp.serve.auth import add_token
+    from raypp.serve.auth import add_token, remove_token
 
+    if revoke:
+        remove_token(file, name)
+        return
     sys.stdout.write(add_token(file, name, scopes or ["classify"]) + "\n")
 
 
@@ -553,9 +563,14 @@ def classify(
         hidden = not console.is_terminal
         bars = track(client.stream(files), "classifying", len(files), console=console, disable=hidden, transient=True)
         for file, found in bars:
-            words = "  ".join(f"{label} {probability:.1%}" for label, probability in found.top[:top])
+            # Labels are the cloud's words: none of them may speak to the terminal.
+            words = "  ".join(f"{_printable(label)} {probability:.1%}" for label, probability in found.top[:top])
             sys.stdout.write(f"{file!s}  {words}\n")
     return len(files)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 @app.command

@@ -40,7 +40,10 @@ BATCH = 64  # images of a request: enough that the classifier works on full batc
 NPY = "application/x-npy"
 NPY_HEADER = 1024  # bytes, and more than one takes
 MAX_ARCHIVE = 2**30  # bytes of a public part, before and after unpacking
+MOST_LISTED = 50  # protections on disk that a service is told of
 LONGEST_WAIT = 30.0  # seconds between two tries
+SAME = 2.0  # grey levels, in the mean, that an image and what protects it must differ by at least
+FLAT = 8  # grey levels between the darkest and the lightest value of an image that shows nothing
 RETRIED = frozenset({408, 429, 500, 502, 503, 504})
 """Answers after which the same request may be sent again: classifying changes nothing on the server."""
 
@@ -99,7 +102,7 @@ class _Session:
         key: str | Path | None = None,
         pin: str | None = None,
         cache: str | Path | None = None,
-        timeout: float = 30.0,
+        timeout: float = 45.0,
         patience: float = 60.0,
     ) -> None:
         try:
@@ -163,10 +166,17 @@ class _Session:
         known = self._bundle
         if known is not None and not anew:
             return known
-        answer = yield from self.get("/classifier/v1/protection")
+        headers = {"If-None-Match": tags} if (tags := self._on_disk()) else {}
+        answer = yield from self.get("/classifier/v1/protection", headers)
         identifier = answer.headers.get("etag", "").strip('"')
         self._bundle = known = identifier, self._take(identifier, answer.content)
         return known
+
+    def _on_disk(self) -> str:
+        """Identifiers of protections that were fetched earlier, newest first, as the header lists them."""
+        found = [folder for folder in self._cache.glob("*") if (folder / MANIFEST).is_file()]
+        newest = sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)[:MOST_LISTED]
+        return ", ".join(f'"{folder.name}"' for folder in newest)
 
     def batch(self, wanted: int) -> Step:
         """How many images a request may hold, by what the service says of its limits, and not more than wanted.
@@ -223,9 +233,14 @@ class _Session:
         """The protection's SHA-256, images as it takes them, and what it makes of them, both uint8 (N, H, W, C)."""
         identifier, bundle = yield from self.protection()
         size, channels = bundle.image_size, bundle.channels
+        if not len(images):
+            raise DataError("no image was given; allowed is one or more")
         # Each is made small as soon as it has been read: 64 photographs would take gigabytes.
         plain = np.stack([fit(_channels(_read(image, i), channels), size) for i, image in enumerate(images, 1)])
-        return identifier, plain, protect_images(bundle, plain)
+        hidden = protect_images(bundle, plain)
+        if (shown := _shown(plain, hidden)) is not None:
+            raise DataError(f"image {shown + 1} comes out of the protection as it went in; nothing was sent")
+        return identifier, plain, hidden
 
     def classify(self, images: Sequence[Image]) -> Step:
         """Protect and send the images of one request."""
@@ -282,7 +297,7 @@ class Client:
         pin: the SHA-256 that the protection must have, as ``Client.protection`` gives it: a cloud that serves another
             one is refused, so that it cannot talk its clients into a weaker protection.
         cache: folder where protections are kept; by default below the user's cache folder.
-        timeout: seconds for one request.
+        timeout: seconds for one request; by default more than the service takes to give one up (40).
         patience: seconds for which a request is tried again where trying again is safe.
 
     Raises:
@@ -390,6 +405,21 @@ class AsyncClient:
         found: tuple[str, PublicBundle] = await self._do(self._session.protection())
         return found
 
+    async def protect(self, images: Sequence[Image]) -> tuple[Pixels, Pixels]:
+        """See :meth:`Client.protect`."""
+        _, plain, hidden = await self._do(self._session.protected(images))
+        return plain, hidden
+
+    async def attacks(self) -> dict[str, Any]:
+        """See :meth:`Client.attacks`."""
+        found: dict[str, Any] = await self._do(self._session.attacks())
+        return found
+
+    async def reconstruct(self, attack: str, images: Sequence[Image]) -> list[Pixels]:
+        """See :meth:`Client.reconstruct`."""
+        found: list[Pixels] = await self._do(self._session.reconstruct(attack, images))
+        return found
+
     async def classify(self, images: Sequence[Image]) -> list[Prediction]:
         """See :meth:`Client.classify`."""
         return [prediction async for _, prediction in self.stream(images)]
@@ -437,6 +467,19 @@ def _next(steps: Step, answer: httpx.Response | Exception | None) -> Call | floa
         return steps.send(answer)
     except StopIteration as done:
         return _Done(done.value)
+
+
+def _shown(plain: Pixels, hidden: Pixels) -> int | None:
+    """The first image that its protection leaves as it is, as one by an untrue cloud would, or a key by bad luck.
+
+    Images of one colour are left out: there is nothing in them to hide.
+    """
+    if plain.shape != hidden.shape:
+        return None
+    apart = np.abs(plain.astype(np.int16) - hidden).reshape(len(plain), -1).mean(1)
+    values = plain.reshape(len(plain), -1).astype(np.int16)
+    same = (apart < SAME) & (values.max(1) - values.min(1) > FLAT)
+    return int(same.argmax()) if same.any() else None
 
 
 def _wait(answer: httpx.Response | Exception | None, tries: int) -> float:
@@ -517,6 +560,8 @@ def _unpack(archive: bytes, url: str) -> dict[str, bytes]:
             infos = opened.infolist()
             names = [info.filename for info in infos]
             plain = all(name == Path(name).name and name not in ("", ".", "..") for name in names)
+            # As services write it; a decompressor of another kind raises what nobody expects.
+            plain &= all(info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1 for info in infos)
             if not plain or len(set(names)) != len(names) or sum(info.file_size for info in infos) > MAX_ARCHIVE:
                 raise BundleError(f"the protection from {url} holds files that no protection has; nothing was sent")
             return {info.filename: opened.read(info) for info in infos}
@@ -548,6 +593,8 @@ def _read(image: Image, number: int) -> Pixels:
     if isinstance(image, bytes):
         return decode(image, name=f"image {number}")
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] in (1, 3):
+        if not image.size:
+            raise DataError(f"image {number} is {image.shape[0]} x {image.shape[1]}; it has no pixel")
         return image
     raise DataError(f"image {number} is no file, bytes or uint8 array (H, W, C) with 1 or 3 channels")
 

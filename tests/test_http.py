@@ -56,8 +56,9 @@ class Here:
     async def predict(self, served: Served, images: Tensor) -> tuple[Tensor, Tensor]:
         return classify([(served, images)])[0]
 
-    def offered(self) -> Offered:
-        return offer(self.now(), online(self.now()))
+    async def offered(self, protection: str | None) -> Offered | None:
+        served = self.live.of(protection)
+        return offer(served, online(served)) if served is not None else None
 
     async def reconstruct(self, attack: ServedAttack, images: Tensor) -> Tensor:
         return attack.run(images)
@@ -288,7 +289,7 @@ def test_attacks_that_are_not_there_or_ask_too_much_are_refused(attacked: Path, 
     other_shape = [("image", encode_png(images[0])), ("plain", npy(images[:2]))]
     answer = client.post("/v1/inverse", files=other_shape)
     assert answer.status_code == 422
-    assert "holds 2 images" in answer.json()["detail"]
+    assert "'plain' holds 2 images" in answer.json()["detail"]
     none = TestClient(attack_api(lambda: Here(trained.bundle)))
     assert none.get("/v1").json()["attacks"] == []
 

@@ -7,6 +7,7 @@ import io
 import struct
 import zlib
 from collections.abc import AsyncIterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,13 +32,15 @@ def npy(values: np.ndarray, **options: bool) -> bytes:
     return file.getvalue()
 
 
-def read(body: bytes, kind: str, shape: tuple[int, int, int] = SHAPE) -> tuple[Pixels, Pixels | None]:
-    return asyncio.run(read_images(body, kind, shape, LIMITS))
+def read(
+    body: bytes, kind: str, shape: tuple[int, int, int] = SHAPE, plain: tuple[int, int, int] | None = None
+) -> tuple[Pixels, Pixels | None]:
+    return asyncio.run(read_images(body, kind, shape, LIMITS, plain))
 
 
-def refused(body: bytes, kind: str, shape: tuple[int, int, int] = SHAPE) -> tuple[int, str]:
+def refused(body: bytes, kind: str, plain: tuple[int, int, int] | None = None) -> tuple[int, str]:
     with pytest.raises(RefusedError) as raised:
-        read(body, kind, shape)
+        read(body, kind, plain=plain)
     assert "\n" not in str(raised.value)
     return raised.value.status, raised.value.code
 
@@ -58,7 +61,7 @@ def test_a_file_is_what_its_first_header_says() -> None:
     """Decoders go by a PNG file's last header and by what a number can be turned into: neither gets past the check."""
     whole, inside = encode_png(batch(1)[0]), encode_png(batch(1, shape=(12, 16, 3))[0])
     assert refused(whole[:33] + inside[8:], PNG) == (422, "damaged-image")
-    many = whole[:33] + chunk(b"tEXt", b"a\0b") * 1000 + whole[33:]
+    many = whole[:33] + chunk(b"gAMA", bytes(4)) * 1000 + whole[33:]
     assert refused(many, PNG) == (422, "damaged-image")
     for dims in ("(1e999, 16, 12, 3)", "(1.9, 16, 12, 3)", "(True, 16, 12, 3)"):
         header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {dims}}}".encode()
@@ -72,7 +75,7 @@ def test_every_allowed_form_gives_the_same_images() -> None:
     assert np.array_equal(read(npy(images[0]), NPY)[0], images[:1])
     assert np.array_equal(read(encode_png(images[0]), "image/PNG; charset=x")[0], images[:1])
     body, kind = form(("image", encode_png(images[0])), ("image", npy(images[1:])), ("plain", npy(images)))
-    found, plain = read(body, kind)
+    found, plain = read(body, kind, plain=SHAPE)
     assert np.array_equal(found, images)
     assert plain is not None
     assert np.array_equal(plain, images)
@@ -80,13 +83,58 @@ def test_every_allowed_form_gives_the_same_images() -> None:
     assert np.array_equal(read(encode_png(grey[0]), PNG, (16, 12, 1))[0], grey)
 
 
-def test_what_a_png_says_beside_its_image_is_passed_over() -> None:
+def test_how_to_show_a_png_is_passed_over_and_metadata_refused() -> None:
+    """An EXIF block can hold a thumbnail of the original, and any other chunk a file of another kind."""
     image = batch(1)[0]
     about = PngImagePlugin.PngInfo()
+    about.add(b"gAMA", struct.pack(">I", 45455))
+
+    def saved(**options: Any) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "PNG", **options)
+        return file.getvalue()
+
+    assert np.array_equal(read(saved(pnginfo=about, dpi=(72, 72)), PNG)[0][0], image)
     about.add_text("secret", "x" * 50_000, zip=True)
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG", pnginfo=about)
-    assert np.array_equal(read(file.getvalue(), PNG)[0][0], image)
+    exif = Image.Exif()
+    exif[0x010E] = "a boat"
+    for options in ({"pnginfo": about}, {"exif": exif}, {"icc_profile": b"x" * 200}):
+        assert refused(saved(**options), PNG) == (422, "metadata")
+
+
+def test_a_png_holds_its_image_and_nothing_more() -> None:
+    head, rows = IMAGE[:33], b"".join(b"\0" + bytes(SHAPE[1] * SHAPE[2]) for _ in range(SHAPE[0]))
+    end = chunk(b"IEND", b"")
+
+    def png(packed: bytes, end: bytes = end) -> bytes:
+        return head + chunk(b"IDAT", packed) + end
+
+    whole = zlib.compress(rows)
+    assert not read(png(whole), PNG)[0].any()
+    for packed in (zlib.compress(rows + bytes(64 * 2**20)), whole + b"PK\x03\x04", whole[:-1], zlib.compress(rows[1:])):
+        assert refused(png(packed), PNG) == (422, "damaged-image")
+    assert refused(png(whole, chunk(b"IEND", b"PK\x03\x04")), PNG) == (422, "trailing-bytes")
+    interlaced = chunk(b"IHDR", IMAGE[16:28] + b"\1")
+    assert refused(IMAGE[:8] + interlaced + IMAGE[33:], PNG) == (422, "not-png")
+
+
+def test_images_are_counted_before_one_is_decoded() -> None:
+    damaged = IMAGE[:-20]
+    assert refused(*form(*[("image", damaged)] * 5)) == (413, "too-many-images")
+    body, kind = form(("image", IMAGE))
+    assert refused(body + b"PK\x03\x04 and a zip", kind) == (400, "bad-form")
+
+
+def test_a_plain_image_is_read_only_where_it_is_asked_for() -> None:
+    with_plain = form(("image", IMAGE), ("plain", IMAGE))
+    assert refused(*with_plain) == (422, "unknown-field")
+    small = batch(1, shape=(8, 6, 3))
+    found, plain = read(*form(("image", IMAGE), ("plain", npy(small))), plain=(8, 6, 3))
+    assert len(found) == 1
+    assert plain is not None
+    assert np.array_equal(plain, small)
+    assert refused(*with_plain, plain=(8, 6, 3)) == (422, "wrong-shape")
+    assert refused(*form(("image", IMAGE), ("plain", npy(batch(2)))), plain=SHAPE) == (422, "wrong-number")
 
 
 IMAGE = encode_png(batch(1)[0])
@@ -125,7 +173,7 @@ BOMB = (
         (b"nonsense", f"{MULTIPART}; boundary=edge", 400, "bad-form"),
         (b"nonsense", MULTIPART, 400, "bad-form"),
         (*form(("other", IMAGE)), 422, "unknown-field"),
-        (*form(("plain", IMAGE)), 422, "no-image"),
+        (*form(), 422, "no-image"),
         (*form(*[("image", IMAGE)] * 5), 413, "too-many-images"),
         (*form(("image", npy(batch(3))), ("image", npy(batch(3)))), 413, "too-many-images"),
         (*form(("image", b"\xff\xd8\xff\xe0 jpeg")), 422, "not-png"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,13 +24,14 @@ from torch import Tensor  # noqa: E402
 
 from raypp.errors import ConfigError  # noqa: E402
 from raypp.remote import is_loopback  # noqa: E402
-from raypp.serve.auth import Tokens  # noqa: E402
+from raypp.serve.auth import TokenFile, Tokens  # noqa: E402
 from raypp.serve.http import Offered, ServedAttack, attack_api, classifier_api, offer  # noqa: E402
 from raypp.serve.ladder import online  # noqa: E402
 from raypp.serve.model import Job, Live, Served, classify  # noqa: E402
 from raypp.serve.wire import Limits  # noqa: E402
 
 logger = logging.getLogger("raypp.serve")
+LEAST_SECONDS = 0.5  # between two looks for newer bundles that requests cause
 BATCH_SECONDS = 0.002  # that a request waits for others: less than a forward pass of one image
 STATUS_BOUNDARIES = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000]
 
@@ -71,7 +73,7 @@ class _Replica:
                 f"the service listens on {host!r}, where others can reach it, and has no token file: set args.tokens "
                 "(see raypp token), or http_options.host to 127.0.0.1"
             )
-        self.tokens = Tokens.read(arguments.tokens) if arguments.tokens is not None else None
+        self._tokens = TokenFile(arguments.tokens) if arguments.tokens is not None else None
         self.live = Live(arguments.bundle, prepare=self.prepare)
         if self.live.now.guard is None:
             logger.warning("bundle %s has no guard: plain images are not refused", self.live.now.version)
@@ -85,8 +87,20 @@ class _Replica:
     def prepare(self, served: Served) -> Any:
         """What this service needs of a bundle before it takes over."""
 
+    @property
+    def tokens(self) -> Tokens | None:
+        return self._tokens.now() if self._tokens is not None else None
+
     def now(self) -> Served:
         return self.live.now
+
+    async def served(self, protection: str | None) -> Served | None:
+        found = self.live.of(protection)
+        # Perhaps it has just been published; who asks for what was never there shall not have storage read each time.
+        if found is None and time.monotonic() - self.live.looked > LEAST_SECONDS:
+            await asyncio.to_thread(self.live.refresh)
+            found = self.live.of(protection)
+        return found
 
     def rejected(self) -> dict[str, str] | None:
         return self.live.rejected
@@ -168,13 +182,6 @@ class ClassifierDeployment(_Replica):
         super().__init__(arguments)
         self.batched.set_max_batch_size(arguments.max_images)
 
-    async def served(self, protection: str | None) -> Served | None:
-        found = self.live.of(protection)
-        if found is None:  # perhaps it has just been published
-            await asyncio.to_thread(self.live.refresh)
-            found = self.live.of(protection)
-        return found
-
     async def predict(self, served: Served, images: Tensor) -> tuple[Tensor, Tensor]:
         self.look()
         found: tuple[Tensor, Tensor] = await self.batched((served, images))
@@ -208,9 +215,9 @@ class AttackDeployment(_Replica):
     def prepare(self, served: Served) -> Offered:
         return offer(served, online(served))
 
-    def offered(self) -> Offered:
-        found: Offered = self.live.prepared(self.live.now)
-        return found
+    async def offered(self, protection: str | None) -> Offered | None:
+        served = await self.served(protection)
+        return self.live.prepared(served) if served is not None else None
 
     async def reconstruct(self, attack: ServedAttack, images: Tensor) -> Tensor:
         self.look()

@@ -6,8 +6,10 @@ import fcntl
 import hashlib
 import hmac
 import json
+import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +19,7 @@ from raypp.errors import ConfigError
 from raypp.serve.wire import RefusedError
 from raypp.storage import Storage
 
+logger = logging.getLogger("raypp.serve")
 SCOPES = ("classify", "attack")
 PREFIX = "raypp_"
 NUM_BYTES = 32  # of a token: 256 bits need no slow hash, nobody guesses them
@@ -62,6 +65,36 @@ class Tokens:
         return found[0]
 
 
+class TokenFile:
+    """The tokens of a file as it is now: one that was added or taken out counts from the next request on.
+
+    Raises:
+        ConfigError: at first, the file is missing or damaged; later, what it held stays.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._mark = self._look()
+        self._tokens = Tokens.read(path)
+
+    def _look(self) -> tuple[int, int, int] | None:
+        try:
+            found = Path(self._path).stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def now(self) -> Tokens:
+        mark = self._look()
+        if mark not in (None, self._mark):
+            self._mark = mark
+            try:
+                self._tokens = Tokens.read(self._path)
+            except ConfigError as error:
+                logger.error("%s; the tokens it held before stay valid", error)
+        return self._tokens
+
+
 def add_token(path: Path, name: str, scopes: Sequence[str]) -> str:
     """Make a token, keep its hash in the file (0600) and return it: nobody can read it from there again.
 
@@ -73,16 +106,9 @@ def add_token(path: Path, name: str, scopes: Sequence[str]) -> str:
             raise ConfigError(f"unknown scope {scope!r}; allowed: {', '.join(SCOPES)}")
     if not name or not name.isprintable():
         raise ConfigError(f"token name {name!r} is not allowed; use printable characters")
-    storage = Storage(path.expanduser().absolute().parent)
-    storage.path.mkdir(parents=True, exist_ok=True)
-    with (storage.path / f".{path.name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        listed: list[dict[str, Any]] = []
-        if storage.exists(path.name):
-            names = [entry[0] for entry in Tokens.read(str(storage.path / path.name)).entries]
-            if name in names:
-                raise ConfigError(f"token name {name!r} is taken in {str(path)!r}; allowed is another one")
-            listed = json.loads(storage.read(path.name))["tokens"]
+    with _changing(path) as listed:
+        if name in [entry["name"] for entry in listed]:
+            raise ConfigError(f"token name {name!r} is taken in {str(path)!r}; allowed is another one")
         token = PREFIX + secrets.token_urlsafe(NUM_BYTES)
         listed.append(
             {
@@ -92,5 +118,34 @@ def add_token(path: Path, name: str, scopes: Sequence[str]) -> str:
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
             }
         )
-        storage.write(path.name, (json.dumps({"tokens": listed}, indent=1) + "\n").encode(), secret=True)
     return token
+
+
+def remove_token(path: Path, name: str) -> None:
+    """Take a token out of the file; a running service refuses it from its next request on.
+
+    Raises:
+        ConfigError: there is none of this name, it is the last one, or the file is missing or damaged.
+    """
+    with _changing(path) as listed:
+        names = [entry["name"] for entry in listed]
+        if name not in names:
+            raise ConfigError(f"there is no token {name!r} in {str(path)!r}; it has {', '.join(names) or 'none'}")
+        if len(names) == 1:
+            raise ConfigError(f"token {name!r} is the last one in {str(path)!r}; make another one first")
+        del listed[names.index(name)]
+
+
+@contextmanager
+def _changing(path: Path) -> Iterator[list[dict[str, Any]]]:
+    """The entries of a token file, to be changed; written back at the end, while nobody else writes."""
+    storage = Storage(path.expanduser().absolute().parent)
+    storage.path.mkdir(parents=True, exist_ok=True)
+    with (storage.path / f".{path.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        listed: list[dict[str, Any]] = []
+        if storage.exists(path.name):
+            Tokens.read(str(storage.path / path.name))  # refuses a damaged one
+            listed = json.loads(storage.read(path.name))["tokens"]
+        yield listed
+        storage.write(path.name, (json.dumps({"tokens": listed}, indent=1) + "\n").encode(), secret=True)

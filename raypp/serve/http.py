@@ -25,6 +25,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
@@ -41,6 +42,7 @@ from raypp.serve.wire import MULTIPART, NPY, PNG, Limits, RefusedError, Shape, r
 PROBLEM = "application/problem+json"
 PROTECTION_HEADER, MODEL_HEADER, REQUEST_ID = "Raypp-Protection", "Raypp-Model", "X-Request-ID"
 TYPES = "urn:raypp:problem:"
+GONE = 499  # counted for a client that hung up before its request was whole; nobody gets it as an answer
 MAX_PSNR = 60.0  # dB: JSON has no infinity
 REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -61,7 +63,8 @@ class Classifying(Protocol):
 
     def now(self) -> Served: ...
 
-    async def served(self, protection: str | None) -> Served | None: ...
+    async def served(self, protection: str | None) -> Served | None:
+        """The bundle that answers for a protection, the live one for None."""
 
     def rejected(self) -> dict[str, str] | None: ...
 
@@ -106,7 +109,8 @@ class Attacking(Protocol):
     limits: Limits
     tokens: Tokens | None
 
-    def offered(self) -> Offered: ...
+    async def offered(self, protection: str | None) -> Offered | None:
+        """The attacks on the bundle with a protection, on the live one for None."""
 
     async def reconstruct(self, attack: ServedAttack, images: Tensor) -> Tensor:
         """Run the attack where it does not hold up other requests."""
@@ -210,7 +214,8 @@ def attack_api(service: Callable[[], Attacking], observe: Observe | None = None)
         """Which attacks are served, who carries them out, and what they recovered when the bundle was attacked."""
         asked = service()
         _allowed(request, asked.tokens, "attack")
-        offered = asked.offered()
+        offered = await asked.offered(None)
+        assert offered is not None
         found = [
             {
                 "attack": attack.name,
@@ -234,16 +239,16 @@ def attack_api(service: Callable[[], Attacking], observe: Observe | None = None)
         began = time.perf_counter()
         asked = service()
         _allowed(request, asked.tokens, "attack")
-        offered = asked.offered()
+        offered = await asked.offered(_wanted(request))
+        if offered is None:
+            raise _other_protection()
         served, chosen = offered.served, offered.attacks.get(attack)
         if chosen is None:
             known = ", ".join(offered.attacks) or "none: the bundle has not been attacked"
             raise RefusedError(404, "unknown-attack", f"there is no attack {attack[:50]!r} here; served are {known}")
-        if _wanted(request) not in (None, served.protection):
-            raise _other_protection()
         most = replace(asked.limits, images=min(asked.limits.images, chosen.max_images))
         async with _in_time(asked.limits):
-            images, plain = await _images(request, served.shape, most)
+            images, plain = await _images(request, served.shape, most, served.plain)
             values = _values(images)
             if served.guard is not None:
                 _refuse_plain(served.guard.looks_protected(values))
@@ -297,12 +302,6 @@ def null_scores(scorecard: dict[str, Any] | None) -> dict[str, Any]:
 def _compare(made: Pixels, plain: Pixels | None) -> list[dict[str, float]]:
     if plain is None:
         return [{} for _ in made]
-    if plain.shape != made.shape:
-        raise RefusedError(
-            422, "wrong-shape",
-            f"field 'plain' holds {len(plain)} images of {plain.shape[1]} x {plain.shape[2]}; there are {len(made)} "
-            f"reconstructions of {made.shape[1]} x {made.shape[2]}",
-        )  # fmt: skip
     a, b = (torch.from_numpy(np.array(x)).permute(0, 3, 1, 2).float() / 255 for x in (made, plain))
     scores = {"psnr": psnr(a, b).clamp_max(MAX_PSNR)}
     if min(made.shape[1:3]) >= LEAST_SIDE:
@@ -369,6 +368,8 @@ class _Around:
             await self._answer(scope, receive, sending)
         finally:
             seconds = time.perf_counter() - began
+            if state.get("gone"):
+                status = GONE
             route = getattr(scope.get("route"), "path", "none")
             if self.observe is not None:
                 self.observe(route, status or 0, state["num_images"], seconds)
@@ -389,6 +390,8 @@ class _Around:
 
         try:
             await self.app(scope, receive, sending)
+        except ClientDisconnect:
+            scope["state"]["gone"] = True
         except Exception:  # a defect of ours: the log has the trace, the client a number to ask about
             logger.exception("request %s failed", scope["state"]["identifier"])
             if begun:
@@ -451,11 +454,14 @@ def _wanted(request: Request) -> str | None:
     return request.headers.get(PROTECTION_HEADER.lower())
 
 
-async def _images(request: Request, shape: Shape, limits: Limits) -> tuple[Pixels, Pixels | None]:
+async def _images(
+    request: Request, shape: Shape, limits: Limits, plain: Shape | None = None
+) -> tuple[Pixels, Pixels | None]:
+    """See :func:`read_images`."""
     body = await read_body(request.stream(), request.headers.get("content-length"), limits)
-    images, plain = await read_images(body, request.headers.get("content-type", ""), shape, limits)
-    request.state.num_images = len(images)
-    return images, plain
+    found = await read_images(body, request.headers.get("content-type", ""), shape, limits, plain)
+    request.state.num_images = len(found[0])
+    return found
 
 
 def _ms(began: float, ended: float) -> float:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import threading
+import time
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -43,6 +44,7 @@ class Served:
         protection: of its public part, the SHA-256 of that part's manifest: what a client protected with.
         archive: the public part as a zip file.
         shape: (H, W, C) of protected images.
+        plain: (H, W, C) of the images that they are made of.
     """
 
     location: str
@@ -50,6 +52,7 @@ class Served:
     protection: str
     archive: bytes
     shape: tuple[int, int, int]
+    plain: tuple[int, int, int]
     classes: tuple[str, ...]
     classifier: nn.Module
     guard: Guard | None
@@ -87,6 +90,7 @@ def load_served(location: str | Path, device: torch.device | None = None) -> Ser
         bundles.verify(folder)
         whole = (folder / bundles.MANIFEST).read_bytes()
         public = (folder / "public" / bundles.MANIFEST).read_bytes()
+        protects = json.loads((folder / "public" / "protection.json").read_text())
         archive = _archive(folder / "public")
         card = (folder / "MODEL_CARD.md").read_text()
         found = folder / "private" / "scorecard.json"
@@ -102,6 +106,7 @@ def load_served(location: str | Path, device: torch.device | None = None) -> Ser
         hashlib.sha256(public).hexdigest(),
         archive,
         (height, width, channels),
+        (*protects["image_size"], protects["channels"]),
         private.classes,
         private.classifier.to(memory_format=torch.channels_last),
         private.guard,
@@ -162,10 +167,9 @@ def current(location: str | Path) -> tuple[str, str]:
     """
     storage = Storage(location)
     if storage.exists(LIVE):
-        try:
-            version = str(json.loads(storage.read(LIVE))["version"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise StorageError(f"{storage.uri}/{LIVE} is damaged; raypp publish writes it anew") from error
+        version = _named(storage)["version"]
+        if version is None:
+            raise StorageError(f"{storage.uri}/{LIVE} is damaged; raypp publish writes it anew")
         return storage.folder(f"versions/{version}").uri, version
     if not storage.exists(bundles.MANIFEST):
         raise StorageError(f"{storage.uri} is neither a bundle nor a shelf of published ones")
@@ -176,10 +180,19 @@ def _previous(location: str | Path) -> str | None:
     """Where the bundle lies that was live on a shelf before the one that is named now."""
     storage = Storage(location)
     try:
-        version = json.loads(storage.read(LIVE))["previous"] if storage.exists(LIVE) else None
-    except (ValueError, KeyError, TypeError, RayppError):
+        version = _named(storage)["previous"] if storage.exists(LIVE) else None
+    except RayppError:
         return None
     return storage.folder(f"versions/{version}").uri if version else None
+
+
+def _named(storage: Storage) -> dict[str, str | None]:
+    """The versions that a shelf names: what is live, and what was before; None for both where its file is damaged."""
+    try:
+        found = json.loads(storage.read(LIVE))
+        return {"version": str(found["version"]), "previous": found.get("previous")}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {"version": None, "previous": None}
 
 
 class Live:
@@ -201,17 +214,20 @@ class Live:
     ) -> None:
         self.location, self.device, self.prepare = location, device, prepare
         self.rejected: dict[str, str] | None = None
+        self.looked = 0.0  # when, in monotonic seconds
         self._lock = threading.Lock()
         self._prepared: dict[str, Any] = {}
         where, self._mark = current(location)
         try:
             self._kept: list[Served] = [self._load(where)]
-        except RayppError as error:
+        except Exception as error:  # whatever a damaged bundle makes its loader raise
             before = _previous(location)
             if before is None:
                 raise
             self._kept = [self._load(before)]  # a replica that starts while a bad bundle is named serves the one before
-            self.rejected = {"version": self._mark, "reason": str(error)}
+            self.rejected = {"version": self._mark, "reason": _reason(error)}
+            if isinstance(error, StorageError):
+                self._mark = ""  # looked at again: the store may be away for a moment
 
     def _load(self, where: str) -> Served:
         served = load_served(where, self.device)
@@ -230,6 +246,7 @@ class Live:
     def refresh(self) -> bool:
         """Look whether another bundle has become live and take it over; blocks while that is loaded. Whether it was."""
         with self._lock:
+            self.looked = time.monotonic()
             try:
                 where, mark = current(self.location)
             except RayppError as error:  # a store that is away for a moment takes nothing down
@@ -241,13 +258,10 @@ class Live:
                 return False
             try:
                 served = next((s for s in self._kept if s.version == mark), None) or self._load(where)
-            except StorageError as error:  # looked at again: the store may be away for a moment
-                self.rejected = {"version": mark, "reason": str(error)}
-                return False
             except Exception as error:  # whatever a damaged bundle makes its loader raise: the old one stays
-                self._mark = mark
-                reason = str(error) if isinstance(error, RayppError) else f"{type(error).__name__} while it was loaded"
-                self.rejected = {"version": mark, "reason": reason}
+                if not isinstance(error, StorageError):  # else looked at again: the store may be away for a moment
+                    self._mark = mark
+                self.rejected = {"version": mark, "reason": _reason(error)}
                 return False
             self._mark = mark
             self.rejected = None
@@ -262,6 +276,10 @@ class Live:
         if protection is None:
             return self.now
         return next((s for s in reversed(self._kept) if s.protection == protection), None)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, RayppError) else f"{type(error).__name__} while it was loaded"
 
 
 @dataclass(frozen=True)
@@ -290,7 +308,9 @@ def publishing(bundle: str | Path, shelf: str | Path) -> Iterator[Published]:
     if load_served(place.uri).version != version:  # what was uploaded, not what was meant to be
         raise BundleError(f"{place.uri} is not the bundle that was published; remove that folder")
     before = storage.read(LIVE) if storage.exists(LIVE) else None
-    previous = json.loads(before)["version"] if before else None
+    named = _named(storage) if before else {"version": None, "previous": None}
+    # Of a bundle that is live already, the one before it stays the one to go back to.
+    previous = named["previous"] if named["version"] == version else named["version"]
     now = {"version": version, "previous": previous, "published": datetime.now(UTC).isoformat(timespec="seconds")}
     storage.write(LIVE, (json.dumps(now) + "\n").encode())
     try:

@@ -15,17 +15,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import httpx
 import yaml
 
 from raypp.errors import BundleError, ConfigError, RayppError
-from raypp.remote import Client, is_loopback
+from raypp.remote import Client, RemoteError, is_loopback
 from raypp.serve.auth import Tokens
-from raypp.serve.model import Published, publishing
+from raypp.serve.model import Published, current, publishing
 from raypp.storage import Storage
 
 CONFIG = "serve_config.yaml"
 LOOK_SECONDS = 0.5
+ANSWER_SECONDS = 10.0  # for which a service that is published to may not answer
 
 
 def template() -> dict[str, Any]:
@@ -48,6 +48,7 @@ def configured(bundle: str, *, host: str, port: int, tokens: str | None, attack:
     if not 0 < port < 2**16:
         raise ConfigError(f"--port is {port}; allowed is 1 to 65535")
     where = Storage(bundle).uri
+    current(bundle)
     if tokens is not None:
         tokens = str(Path(tokens).expanduser().absolute())
         Tokens.read(tokens)
@@ -154,8 +155,8 @@ def publish(
     if url is None:
         with publishing(bundle, shelf) as published:
             return published
-    with Client(url, token=token, patience=patience) as client:
-        client.model()  # a service that cannot be asked is no place to publish to
+    with Client(url, token=token, patience=ANSWER_SECONDS) as client:
+        _version(client)  # a service that cannot be asked is no place to publish to
         with publishing(bundle, shelf) as published:
             _taken_over(client, published.version, patience)
             return published
@@ -165,11 +166,10 @@ def _taken_over(client: Client, version: str, patience: float) -> None:
     """Wait until a service serves a version."""
     end = time.monotonic() + patience
     while True:
-        with contextlib.suppress(httpx.HTTPError):
-            about = client.model()
-            if about["version"] == version:
+        with contextlib.suppress(RemoteError):
+            live, rejected = _version(client)
+            if live == version:
                 return
-            rejected = about.get("rejected") or {}
             if rejected.get("version") == version:
                 raise BundleError(f"the service refused {version}: {rejected['reason']}; the old one stays live")
         if time.monotonic() > end:
@@ -178,3 +178,12 @@ def _taken_over(client: Client, version: str, patience: float) -> None:
                 "serve this shelf?)"
             )
         time.sleep(LOOK_SECONDS)
+
+
+def _version(client: Client) -> tuple[str, dict[str, str]]:
+    """The version that a service serves, and what it refused to."""
+    about = client.model()
+    try:
+        return str(about["version"]), dict(about.get("rejected") or {})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RemoteError("the service does not say which bundle it serves; is it a raypp classifier?") from error

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -27,6 +28,9 @@ PNG_SIGNATURE, NPY_SIGNATURE = b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
 GREY, RGB = 0, 2  # PNG's colour types
 MAX_NPY_HEADER = 1024
 MAX_PNG_CHUNKS = 1000
+SMALL_CHUNKS = frozenset({b"gAMA", b"sRGB", b"cHRM", b"pHYs", b"tIME", b"sBIT", b"bKGD"})
+"""What else a PNG may hold: how to show it. Text, EXIF or a profile can carry more of an original than its image."""
+MAX_SMALL_CHUNK = 32  # bytes, what the largest of them takes
 
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # its warnings quote bytes of the body
 
@@ -77,25 +81,29 @@ def _too_large(limits: Limits) -> RefusedError:
     return RefusedError(413, "body-too-large", f"the body is larger than the {limits.body:,} bytes allowed")
 
 
-async def read_images(body: bytes, content_type: str, shape: Shape, limits: Limits) -> tuple[Pixels, Pixels | None]:
+async def read_images(
+    body: bytes, content_type: str, shape: Shape, limits: Limits, plain: Shape | None = None
+) -> tuple[Pixels, Pixels | None]:
     """Images of a request.
 
     Args:
         shape: (H, W, C) that every image must have.
+        plain: likewise for those of the form's field ``plain``; None allows no such field.
 
     Returns:
-        uint8 (N, H, W, C), and likewise the images of the form's field ``plain``, if it has one.
+        uint8 (N, H, W, C), and as many images of the field ``plain``, if the form has it.
 
     Raises:
         RefusedError: 400, 413, 415 or 422, with a sentence.
     """
     kind = content_type.partition(";")[0].strip().lower()
     if kind == PNG:
-        return _one(_png(body, "the body", shape)), None
+        return _png(body, "the body", shape)[None], None
     if kind == NPY:
         return _npy(body, "the body", shape, limits), None
     if kind == MULTIPART:
-        return await _multipart(body, content_type, shape, limits)
+        shapes = {"image": shape} | ({"plain": plain} if plain is not None else {})
+        return await _multipart(body, content_type, shapes, limits)
     raise RefusedError(
         415,
         "unsupported-type",
@@ -104,7 +112,9 @@ async def read_images(body: bytes, content_type: str, shape: Shape, limits: Limi
     )
 
 
-async def _multipart(body: bytes, content_type: str, shape: Shape, limits: Limits) -> tuple[Pixels, Pixels | None]:
+async def _multipart(
+    body: bytes, content_type: str, shapes: dict[str, Shape], limits: Limits
+) -> tuple[Pixels, Pixels | None]:
     async def stream() -> AsyncGenerator[bytes, None]:
         yield body
 
@@ -118,43 +128,58 @@ async def _multipart(body: bytes, content_type: str, shape: Shape, limits: Limit
     except (MultiPartException, MultipartParseError, KeyError, ValueError, UnicodeError) as error:
         reason = getattr(error, "message", "") or str(error) or type(error).__name__
         raise RefusedError(400, "bad-form", f"the form cannot be read: {reason}") from error
-    found: dict[str, list[Pixels]] = {"image": [], "plain": []}
+    # Batches as they are, which takes no decoding; PNG files when it is known that they are not too many.
+    found: dict[str, list[Pixels | bytes]] = {name: [] for name in shapes}
+    counts = dict.fromkeys(shapes, 0)
     try:
+        boundary = parse_options_header(content_type)[1][b"boundary"]
+        if not body.rstrip(b"\r\n").endswith(b"--" + boundary + b"--"):
+            raise RefusedError(400, "bad-form", "the form cannot be read: something follows its end, or it has none")
         for name, value in form.multi_items():
             if name not in found or not isinstance(value, UploadFile):
+                allowed = " and ".join(repr(known) for known in shapes)
                 raise RefusedError(
-                    422, "unknown-field", f"the form has a field {name[:50]!r}; allowed are files in 'image'"
+                    422, "unknown-field", f"the form has a field {name[:50]!r}; allowed are files in {allowed}"
                 )
             data = await value.read()
+            left = Limits(limits.body, limits.images - counts[name])
             where = f"file {len(found[name]) + 1} of field {name!r}"
-            left = Limits(limits.body, limits.images - sum(map(len, found[name])))
-            found[name].append(
-                _npy(data, where, shape, left) if data.startswith(NPY_SIGNATURE) else _one(_png(data, where, shape))
-            )
-            if sum(map(len, found[name])) > limits.images:
+            part = _npy(data, where, shapes[name], left) if data.startswith(NPY_SIGNATURE) else data
+            found[name].append(part)
+            counts[name] += 1 if isinstance(part, bytes) else len(part)
+            if counts[name] > limits.images:
                 raise _too_many(limits)
     finally:
         await form.close()
-    if not found["image"]:
+    if not counts["image"]:
         raise RefusedError(422, "no-image", "the form holds no file in field 'image'")
-    plain = np.concatenate(found["plain"]) if found["plain"] else None
-    return np.concatenate(found["image"]), plain
+    if counts.get("plain", 0) not in (0, counts["image"]):
+        raise RefusedError(
+            422, "wrong-number", f"field 'plain' holds {counts['plain']} images, field 'image' {counts['image']}"
+        )
+
+    def images(name: str) -> Pixels:
+        return np.concatenate(
+            [
+                _png(part, f"file {number} of field {name!r}", shapes[name])[None] if isinstance(part, bytes) else part
+                for number, part in enumerate(found[name], 1)
+            ]
+        )
+
+    return images("image"), images("plain") if counts.get("plain") else None
 
 
 def _too_many(limits: Limits) -> RefusedError:
     return RefusedError(413, "too-many-images", f"the request holds more than the {limits.images} images allowed")
 
 
-def _one(image: Pixels) -> Pixels:
-    return image[None]
-
-
 def _png(data: bytes, where: str, shape: Shape) -> Pixels:
-    """An 8-bit PNG of the given shape; everything in it but the image itself is passed over undecoded."""
+    """An 8-bit PNG of the given shape, with nothing in it but the image and how to show it, which is passed over."""
     if not data.startswith(PNG_SIGNATURE):
         raise RefusedError(422, "not-png", f"{where} is no PNG image")
     kept, at = [PNG_SIGNATURE], len(PNG_SIGNATURE)
     kinds: list[bytes] = []
+    packed: list[bytes] = []
     while at + 12 <= len(data) and (not kinds or kinds[-1] != b"IEND"):
         (length,) = struct.unpack_from(">I", data, at)
         kind = data[at + 4 : at + 8]
@@ -170,15 +195,26 @@ def _png(data: bytes, where: str, shape: Shape) -> Pixels:
         kinds.append(kind)
         if kind in {b"IHDR", b"IDAT", b"IEND"}:
             kept.append(data[at:end])
+            if kind == b"IDAT":
+                packed.append(data[at + 8 : end - 4])
+            if kind == b"IEND" and length:
+                raise RefusedError(422, "trailing-bytes", f"{where} goes on for {length} bytes in its last chunk")
         elif kind[:1].isupper():  # a critical chunk, as a palette, which these colour types do not have
             raise RefusedError(
                 422, "not-png", f"{where} has a PNG chunk that an 8-bit image of this kind does not have"
             )
+        elif kind not in SMALL_CHUNKS or length > MAX_SMALL_CHUNK:
+            name = kind.decode("ascii") if kind.isalpha() else "of an unknown kind"
+            raise RefusedError(
+                422, "metadata", f"{where} carries metadata ({name}), which may tell more of an original than a "
+                "protected image does; leave it out",
+            )  # fmt: skip
         at = end
     if not kinds or kinds[-1] != b"IEND":
         raise RefusedError(422, "damaged-image", f"{where} is a truncated PNG image")
     if at != len(data):
         raise RefusedError(422, "trailing-bytes", f"{where} goes on for {len(data) - at} bytes after the image's end")
+    _check_values(b"".join(packed), where, shape)
     try:
         image = decode(b"".join(kept), name=where, channels=shape[2], max_pixels=shape[0] * shape[1])
     except DataError as error:
@@ -197,6 +233,21 @@ def _check_header(kind: bytes, header: bytes, where: str, shape: Shape) -> None:
         raise RefusedError(422, "wrong-shape", f"{where} is {height} x {width}; this classifier reads {_said(shape)}")
     if depth != 8 or colour != wanted:
         raise RefusedError(422, "wrong-shape", f"{where} is no 8-bit {'RGB' if wanted == RGB else 'grey'} image")
+    if header[12]:
+        raise RefusedError(422, "not-png", f"{where} is interlaced; allowed are images that are not")
+
+
+def _check_values(packed: bytes, where: str, shape: Shape) -> None:
+    """Refuse image data that does not unpack to exactly the image; unpacks no more than that."""
+    height, width, channels = shape
+    expected = height * (1 + width * channels)  # a filter's number before each row
+    stream = zlib.decompressobj()
+    try:
+        values = stream.decompress(packed, expected + 1)
+    except zlib.error as error:
+        raise RefusedError(422, "damaged-image", f"{where} is a damaged PNG image") from error
+    if len(values) != expected or not stream.eof or stream.unused_data:
+        raise RefusedError(422, "damaged-image", f"{where} holds other data than an image of its size has")
 
 
 def _npy(data: bytes, where: str, shape: Shape, limits: Limits) -> Pixels:
