@@ -29,7 +29,7 @@ from raypp.errors import BundleError, ConfigError, StorageError
 from raypp.images import encode_png
 from raypp.progress import Display
 from raypp.runs import open_run, train_locally
-from raypp.serve.auth import Tokens, add_token
+from raypp.serve.auth import TokenFile, Tokens, add_token
 from raypp.serve.http import Offered, ServedAttack, attack_api, classifier_api, offer
 from raypp.serve.ladder import online
 from raypp.serve.model import Live, Served, classify, current, in_few_sizes, publishing
@@ -323,6 +323,38 @@ def test_a_request_that_takes_too_long_is_given_up(here: Here) -> None:
     assert (answer.status_code, answer.json()["type"]) == (408, "urn:raypp:problem:too-slow")
 
 
+def test_the_classifier_reads_no_plain_image(client: TestClient, trained: Trained, here: Here) -> None:
+    image = encode_png(protected(trained.bundle)[0])
+    answer = client.post("/v1/classify", files=[("image", image), ("plain", image)])
+    assert (answer.status_code, answer.json()["type"]) == (422, "urn:raypp:problem:unknown-field")
+
+
+def test_who_hangs_up_is_no_defect(here: Here, caplog: pytest.LogCaptureFixture) -> None:
+    api = classifier_api(lambda: here, here.observe)
+    sent: list[object] = []
+
+    async def ask() -> None:
+        messages = iter([{"type": "http.request", "body": b"x", "more_body": True}, {"type": "http.disconnect"}])
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/classify", "raw_path": b"/v1/classify", "query_string": b"",
+            "headers": [(b"content-type", b"application/x-npy")], "http_version": "1.1", "scheme": "http",
+        }  # fmt: skip
+
+        async def receive() -> dict[str, object]:
+            return next(messages)
+
+        async def send(message: object) -> None:
+            sent.append(message)
+
+        await api(scope, receive, send)  # type: ignore[arg-type]
+
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(ask())
+    assert not sent
+    assert not caplog.records
+    assert here.seen == [("/v1/classify", 499, 0)]
+
+
 # Tokens
 
 
@@ -359,6 +391,35 @@ def test_token_files_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[s
     main(["token", "me", "--file", str(tmp_path / "new.json"), "--scopes", "classify", "attack"])
     printed = capsys.readouterr().out.strip()
     assert Tokens.read(str(tmp_path / "new.json")).check(f"Bearer {printed}", "attack") == "me"
+
+
+def test_tokens_count_as_the_file_has_them_now(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tokens.json"
+    first = add_token(path, "first", ["classify"])
+    tokens = TokenFile(str(path))
+
+    class Asked(Here):
+        tokens = property(lambda self: tokens.now(), lambda self, value: None)  # type: ignore[assignment]
+
+    here = Asked(trained.bundle)
+    client = TestClient(classifier_api(lambda: here))
+
+    def status(token: str) -> int:
+        return client.get("/v1/model", headers={"Authorization": f"Bearer {token}"}).status_code
+
+    second = add_token(path, "second", ["classify"])
+    assert (status(first), status(second)) == (200, 200)
+    main(["token", "first", "--file", str(path), "--revoke"])
+    assert (status(first), status(second)) == (401, 200)
+    path.write_text("half a fi")
+    assert status(second) == 200  # what it held stays
+    add_token(tmp_path / "one.json", "only", ["classify"])
+    for name, sentence in (("nobody", "there is no token 'nobody' in"), ("only", "is the last one in")):
+        with pytest.raises(SystemExit):
+            main(["token", name, "--file", str(tmp_path / "one.json"), "--revoke"])
+        assert sentence in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_service_that_others_can_reach_needs_tokens(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
@@ -460,6 +521,61 @@ def test_a_replica_that_starts_beside_a_bad_bundle_serves_the_one_before(
     here = Here(shelf)
     assert here.now().version == published.previous
     assert here.rejected()["version"] == published.version  # type: ignore[index]
+
+
+def test_storage_that_is_away_when_a_replica_starts_is_asked_again(
+    trained: Trained, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = tmp_path / "shelf"
+    for bundle in (trained.bundle, other):
+        with publishing(bundle, shelf) as published:
+            pass
+    loads = Live._load
+
+    def away(live: Live, where: str) -> Served:
+        if published.version in where:
+            raise StorageError("the store does not answer")
+        return loads(live, where)
+
+    monkeypatch.setattr(Live, "_load", away)
+    live = Live(shelf)
+    assert live.now.version == published.previous
+    assert not live.refresh()
+    monkeypatch.undo()
+    assert live.refresh()
+    assert (live.now.version, live.rejected) == (published.version, None)
+
+
+def test_publishing_what_is_live_keeps_what_was_before_it(trained: Trained, other: Path, tmp_path: Path) -> None:
+    shelf = tmp_path / "shelf"
+    with publishing(trained.bundle, shelf) as first:
+        pass
+    for _ in range(2):
+        with publishing(other, shelf) as second:
+            pass
+        assert second.previous == first.version
+    (shelf / "live.json").write_text("{}")
+    with publishing(trained.bundle, shelf) as back:
+        pass
+    assert (current(shelf)[1], back.previous) == (first.version, None)
+
+
+def test_attacks_on_the_bundle_before_are_answered_while_one_takes_over(
+    attacked: Path, other: Path, tmp_path: Path
+) -> None:
+    shelf = tmp_path / "shelf"
+    with publishing(attacked, shelf):
+        pass
+    here = Here(shelf)
+    body, before = npy(protected(attacked, 2)), here.now()
+    client = TestClient(attack_api(lambda: here))
+    with publishing(other, shelf):
+        pass
+    assert here.live.refresh()
+    headers = NPY | {"Raypp-Protection": before.protection}
+    answer = client.post("/v1/feature_reconstruction", content=body, headers=headers)
+    assert (answer.status_code, answer.json()["model"]) == (200, before.version)
+    assert client.post("/v1/feature_reconstruction", content=body, headers=NPY).status_code == 404
 
 
 def test_a_bundle_that_breaks_its_loader_is_not_taken_over(trained: Trained, other: Path, tmp_path: Path) -> None:

@@ -22,14 +22,15 @@ from fastapi import FastAPI, Request, Response
 from test_http import Here
 
 import raypp
-from raypp.bundle import MANIFEST, load_private, load_public, write_manifest
-from raypp.cli import main
+from raypp.bundle import MANIFEST, PublicBundle, load_private, load_public, write_manifest
+from raypp.cli import _printable, main
 from raypp.client import protect_images
 from raypp.errors import BundleError, ConfigError, DataError
 from raypp.images import write_png
 from raypp.remote import AsyncClient, Client, RemoteError, is_loopback
 from raypp.serve.http import classifier_api
 from raypp.serve.model import publishing
+from raypp.serve.run import publish
 
 
 @contextmanager
@@ -52,12 +53,15 @@ class Faulty:
     def __init__(self, here: Here) -> None:
         self.faults: list[Response] = []
         self.bodies: list[bytes] = []
+        self.answers: list[tuple[str, int]] = []
         self.app = FastAPI()
 
         @self.app.middleware("http")
         async def around(request: Request, call):  # type: ignore[no-untyped-def]
             self.bodies.append(await request.body())
-            return self.faults.pop(0) if self.faults else await call(request)
+            answer = self.faults.pop(0) if self.faults else await call(request)
+            self.answers.append((request.url.path, answer.status_code))
+            return answer
 
         self.app.mount("/classifier", classifier_api(lambda: here))
 
@@ -117,6 +121,8 @@ def test_the_protection_is_fetched_once_and_kept(trained: Trained, cache: Path, 
         for _ in range(2):
             with Client(url, cache=cache) as client:
                 client.classify(images)
+        fetched = [status for path, status in faulty.answers if path.endswith("/protection")]
+        assert fetched == [200, 304]
         (folder,) = cache.iterdir()
         assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in (trained.bundle / "public").iterdir())
         (folder / "protection.safetensors").write_bytes(b"altered")
@@ -199,9 +205,9 @@ def test_a_pinned_client_takes_no_other_protection(trained: Trained, cache: Path
             client.classify(images)
 
 
-def archive(files: dict[str, bytes]) -> bytes:
+def archive(files: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as opened:
+    with zipfile.ZipFile(buffer, "w", compression) as opened:
         for name, data in files.items():
             opened.writestr(name, data)
     return buffer.getvalue()
@@ -214,6 +220,8 @@ def archive(files: dict[str, bytes]) -> bytes:
         (lambda files: archive({"../evil": b"x"}), "holds files that no protection has"),
         (lambda files: archive({"a/b": b"x"}), "holds files that no protection has"),
         (lambda files: archive(files | {MANIFEST: b"{}"}), "is not the one that it names"),
+        (lambda files: archive(files, zipfile.ZIP_LZMA), "holds files that no protection has"),
+        (lambda files: archive(files).replace(b"PK\1\2\x14\3\x14\0\0\0", b"PK\1\2\x14\3\x14\0\1\0"), "holds files"),
         (lambda files: archive(files | {"protection.safetensors": b"x"}), "was altered"),
     ],
 )
@@ -250,6 +258,43 @@ def test_a_service_that_asks_for_plain_images_gets_none(cache: Path, images: lis
     ):
         client.classify(images)
     assert faulty.bodies == [b""]
+
+
+def test_what_comes_out_as_it_went_in_is_not_sent(
+    trained: Trained, cache: Path, images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cloud may serve a network that does nothing, and a key may happen to leave an image as it is."""
+
+    def leaves(bundle: PublicBundle, plain: np.ndarray) -> np.ndarray:
+        hidden = protect_images(bundle, plain)
+        hidden[3] = plain[3] ^ 1
+        return hidden
+
+    flat = np.full((16, 16, 3), 128, np.uint8)
+    faulty = Faulty(Here(trained.bundle))
+    with running(faulty.app) as url, Client(url, cache=cache) as client:
+        monkeypatch.setattr("raypp.remote.protect_images", leaves)
+        with pytest.raises(DataError, match="image 4 comes out of the protection as it went in; nothing was sent"):
+            client.classify(images)
+        assert not any(faulty.bodies)
+        client.classify([*images[:3], flat])
+        for none in ([], [images[0], np.zeros((0, 4, 3), np.uint8)]):
+            with pytest.raises(DataError, match=r"no image was given|image 2 is 0 x 4; it has no pixel"):
+                client.protect(none)
+
+
+def test_a_service_is_asked_what_it_serves_before_one_publishes_to_it(trained: Trained, tmp_path: Path) -> None:
+    faulty = Faulty(Here(trained.bundle))
+    with running(faulty.app) as url:
+        for answer in (b"{}", b"[]"):
+            faulty.faults = [Response(answer, media_type="application/json")]
+            with pytest.raises(RemoteError, match="does not say which bundle it serves"):
+                publish(trained.bundle, tmp_path / "shelf", url=url)
+    assert not (tmp_path / "shelf").exists()
+
+
+def test_labels_do_not_speak_to_the_terminal() -> None:
+    assert _printable("ship\x1b[31m\n") == "ship?[31m?"
 
 
 def test_arguments_are_checked(cache: Path) -> None:
