@@ -91,6 +91,7 @@ def run_training(
     from raypp.progress import Display
     from raypp.runs import open_run, summary, train_locally
 
+    on_ray = None if local else _from_ray("raypp.cluster.train", "train_on_ray")
     with open_run(config, name, resume=resume) as run, Display(quiet=quiet) as display:
         for warning in run.warnings:
             display.warn(warning)
@@ -98,11 +99,11 @@ def run_training(
         if found is not None:
             if not quiet:
                 display.console.print(f"run {name!r} is finished: nothing left to train", markup=False, highlight=False)
-        elif local:
+        elif on_ray is None:
             with told_by(display.stop, signal.SIGTERM):
                 found = train_locally(run, display)
         else:
-            found = _from_ray("raypp.cluster.train", "train_on_ray")(run, display)
+            found = on_ray(run, display)
         where = run.storage.uri
     if not quiet:
         _print_results(found, where)
@@ -739,8 +740,9 @@ def _source(name: str, flags: tuple[str, ...], image_size: tuple[int, int] | Non
 
 
 def _from_ray(module: str, function: str, instead: str = "--local trains in this process without it") -> Any:
-    """A function that needs Ray, or one sentence where Ray is not installed."""
+    """A function that needs Ray, or one sentence where Ray is not installed or its cluster does not answer."""
     try:
+        importlib.import_module("raypp.cluster.session").check_address()
         return getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "ray":

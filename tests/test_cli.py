@@ -210,6 +210,19 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
 # Commands
 
 
+@pytest.mark.parametrize("command", ["train", "tune"])
+def test_a_cluster_that_does_not_answer_is_said_to_be_so_at_once(
+    capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    storage = "--cluster.storage" if command == "train" else "--storage"
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "quickstart", storage, str(tmp_path / "runs"), "--name", "lost"])
+    assert stopped.value.code == 2
+    assert "no Ray cluster answers at RAY_ADDRESS '127.0.0.1:1': Connection refused" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_config_lists_presets_and_prints_what_a_run_would_use(capsys: Captured, tmp_path: Path) -> None:
     out, _ = run(capsys, "config")
     assert [line.split()[0] for line in out.splitlines()] == list(presets())

@@ -28,7 +28,7 @@ import pytest
 import yaml
 from conftest import ROOT, Trained, free_port, tiny_flags, wait_until
 
-from raypp import env
+from raypp import env, ladder
 from raypp.bundle import load_private, load_public
 from raypp.serve.auth import add_token
 from raypp.storage import Storage
@@ -267,6 +267,14 @@ def test_attacks_outlive_a_node(nodes: Nodes, trained: Trained, tmp_path: Path) 
     card = json.loads((tmp_path / "a" / "scorecard.json").read_text())
     assert {found["status"] for found in card["attacks"].values()} == {"done"}
     assert card["attacks"]["known_gallery"]["found"] == 1
+    undisturbed = ladder.attack(
+        ladder.make_plan(bundle=str(bundle), suite=str(file), name="undisturbed", storage=tmp_path), quiet=True
+    )
+    for name, found in undisturbed["attacks"].items():
+        scores = card["attacks"][name]["scores"]
+        assert scores["ssim"]["mean"] == pytest.approx(found["scores"]["ssim"]["mean"], abs=0.02), name
+    loss = rows_of(tmp_path / "undisturbed" / "attacks" / "inverse")[-1]["train_loss"]
+    assert rows[-1]["train_loss"] == pytest.approx(loss, rel=0.05)
     nodes.done(nodes.job("report", str(tmp_path / "a"), "--out", str(tmp_path / "report")))
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
 

@@ -153,6 +153,12 @@ def test_kubernetes_understands_a_manifest(name: str) -> None:
             assert "memory" in container["resources"]["limits"]
 
 
+def test_what_begins_without_workers_asks_for_them() -> None:
+    """A search takes as many trials at once as there is room for when it starts; spot nodes leave more than thrice."""
+    assert "--search.max_concurrent 8" in read("deploy/kuberay/rayjob-tune.yaml")["spec"]["entrypoint"]
+    assert "--cluster.max_failures -1" in read("deploy/kuberay/rayjob-train.yaml")["spec"]["entrypoint"]
+
+
 def test_a_mistake_in_a_manifest_is_found() -> None:
     tree = read("deploy/kuberay/rayjob-train.yaml")
     tree["spec"]["rayClusterSpec"]["authOptions"]["mode"] = "disabled"

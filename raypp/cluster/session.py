@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ env.apply()
 
 import ray  # noqa: E402  (its settings come first)
 
+ANSWER_SECONDS = 10.0
 _started_here = False
 
 if TYPE_CHECKING:
@@ -42,6 +44,21 @@ def lacks(sentence: str, see: str) -> str:
     raise ConfigError(f"{sentence}; see {see}")
 
 
+def check_address() -> None:
+    """Raise ConfigError if RAY_ADDRESS names a cluster that nobody answers for: Ray itself would try for minutes."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "/" in host:  # "auto", or none
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"no Ray cluster answers at RAY_ADDRESS {address!r}: {reason}; without it raypp starts a Ray here"
+        ) from error
+
+
 @contextmanager
 def session() -> Iterator[dict[str, float]]:
     """Use the running Ray, the cluster in RAY_ADDRESS, or start one here and stop it at the end.
@@ -57,6 +74,7 @@ def session() -> Iterator[dict[str, float]]:
         yield ray.cluster_resources()
         return
     if os.environ.get("RAY_ADDRESS"):
+        check_address()
         try:
             ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError) as error:

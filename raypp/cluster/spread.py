@@ -144,6 +144,8 @@ def resources(
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...], name: str, board: Any, cpus: float) -> Outcome:
     torch.set_num_threads(max(1, int(cpus)))
+    if told_to_stop(board):  # while it waited for a place
+        return {"told": "not begun"}
     try:
         return {"result": function(*arguments, Pinned(board, name))}
     except RayppError as error:

@@ -43,7 +43,9 @@ class Folder(Source):
     def _root(self) -> Path:
         root = Path(self.options.path)
         if not root.is_dir():
-            raise DataError(f"data.source.path {root} is not a folder")
+            path = str(self.options.path)
+            instead = "; a URI is read by data.source.name parquet" if "://" in path else ""
+            raise DataError(f"data.source.path {path} is not a folder{instead}")
         return root
 
     @cached_property
