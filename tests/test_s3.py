@@ -135,3 +135,23 @@ def test_workers_of_ray_keep_their_checkpoints_there(s3: Any, tmp_path: Path) ->
     rows = [json.loads(line) for line in folder.read("metrics.jsonl").splitlines()]
     assert [(row["phase"], row["epoch"]) for row in rows] == [("plain", 1), ("joint", 1), ("joint", 2), ("joint", 3)]
     load_private(folder.folder("bundle").uri)
+
+
+@pytest.mark.ray
+def test_a_search_lives_there(s3: Any, tmp_path: Path) -> None:
+    """Trials, Tune's own state and the bundles that are handed over; and it is finished when asked again."""
+    settings = [
+        word for word in tiny_flags(tmp_path, train__epochs=1) if word not in ("--cluster.storage", str(tmp_path))
+    ]
+    command = [str(Path(sys.executable).parent / "raypp"), "tune", "quickstart", "--storage", s3("searches")]
+    flags = ["--name", "search", "--search.num_trials", "2", "--search.scheduler", "none", "--search.suite", "null"]
+    flags += ["--search.attack", "{width: 4, train: {epochs: 1}}", "--search.space.protection.skips", "[0, 1, 2]"]
+    for resume in ([], ["--resume"]):
+        result = subprocess.run([*command, *flags, *settings, *resume], capture_output=True, text=True, timeout=500)
+        assert result.returncode == 0, result.stdout + result.stderr
+    folder = Storage(s3("searches")).folder("search")
+    assert len(folder.read("trials.csv").decode().splitlines()) == 3
+    assert folder.exists("front.png")
+    for best in (handed_over := folder.folder("best").folders()):
+        load_private(folder.folder(f"best/{best}").uri)
+    assert handed_over
