@@ -63,6 +63,10 @@ def test_a_folder_behaves_as_a_local_one(s3: Any, tmp_path: Path) -> None:
     assert storage.folders() == ["a", "c"]
     with storage.folder("c").download("x") as here:
         assert (here / "deep" / "f").read_bytes() == b"three"
+    (tmp_path / "x" / "deep" / "f").rename(tmp_path / "x" / "g")
+    storage.folder("c").upload(tmp_path / "x", "x", last="last")
+    with storage.folder("c").download("x") as here:
+        assert sorted(path.name for path in here.rglob("*") if path.is_file()) == ["g", "last"]
     storage.delete("c")
     assert storage.folders() == ["a"]
     storage.remove("a/b.txt")

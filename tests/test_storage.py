@@ -99,6 +99,18 @@ def test_upload_replaces_the_whole_folder(tmp_path: Path) -> None:
     assert storage.folder("checkpoints").folders() == ["one"]
 
 
+def test_an_upload_cleans_up_after_one_that_was_killed(tmp_path: Path) -> None:
+    """Between its renames the old folder lies aside; what could not be finished is done again by whoever resumes."""
+    storage, source = Storage(tmp_path / "store"), tmp_path / "source"
+    source.mkdir()
+    (source / "f").write_bytes(b"new")
+    (tmp_path / "store" / ".x.1234abcd.old").mkdir(parents=True)
+    (tmp_path / "store" / ".x.1234abcd.tmp").mkdir()
+    storage.upload(source, "x")
+    assert everything(tmp_path / "store") == {"x/f": b"new"}
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["x"]
+
+
 @pytest.mark.parametrize("breaks_at", [0, 1, 2])
 def test_an_upload_that_fails_leaves_the_old_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breaks_at: int
