@@ -216,17 +216,17 @@ def test_a_run_shrinks_and_grows_with_its_cluster(nodes: Nodes, tmp_path: Path) 
 
 def test_a_run_of_fixed_size_waits_for_another_node(nodes: Nodes, tmp_path: Path) -> None:
     folder = tmp_path / "fixed"
-    process = nodes.job("train", *train_flags(tmp_path, "fixed", 60, cluster__num_workers=2))
+    process = nodes.job("train", *train_flags(tmp_path, "fixed", 30, cluster__num_workers=2))
     wait_until(lambda: len(rows_of(folder)) >= 3, process)
     nodes.kill(3)
     wait_until(lambda: not nodes.holds(2, "RayTrainWorker"), process)
     kept = rows_of(folder)
-    assert len(kept) < 61
+    assert len(kept) < 31
     nodes.start(3)
     nodes.done(process)
     rows = rows_of(folder)
     assert rows[: len(kept)] == kept
-    assert epochs_of(folder) == [("plain", 1), *(("joint", n + 1) for n in range(60))]
+    assert epochs_of(folder) == [("plain", 1), *(("joint", n + 1) for n in range(30))]
     assert {row["world"] for row in rows} == {2}
 
 
