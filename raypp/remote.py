@@ -40,7 +40,6 @@ BATCH = 64  # images of a request: enough that the classifier works on full batc
 NPY = "application/x-npy"
 NPY_HEADER = 1024  # bytes, and more than one takes
 MAX_ARCHIVE = 2**30  # bytes of a public part, before and after unpacking
-MOST_LISTED = 50  # protections on disk that a service is told of
 LONGEST_WAIT = 30.0  # seconds between two tries
 SAME = 2.0  # grey levels, in the mean, that an image and what protects it must differ by at least
 FLAT = 8  # grey levels between the darkest and the lightest value of an image that shows nothing
@@ -166,17 +165,14 @@ class _Session:
         known = self._bundle
         if known is not None and not anew:
             return known
-        headers = {"If-None-Match": tags} if (tags := self._on_disk()) else {}
+        # Asked for only by a name that this service is known by: what else is on disk is none of its business.
+        held = self.pin or (known[0] if known is not None else None)
+        kept = held is not None and (self._cache / held / MANIFEST).is_file()
+        headers = {"If-None-Match": f'"{held}"'} if kept else {}
         answer = yield from self.get("/classifier/v1/protection", headers)
         identifier = answer.headers.get("etag", "").strip('"')
         self._bundle = known = identifier, self._take(identifier, answer.content)
         return known
-
-    def _on_disk(self) -> str:
-        """Identifiers of protections that were fetched earlier, newest first, as the header lists them."""
-        found = [folder for folder in self._cache.glob("*") if (folder / MANIFEST).is_file()]
-        newest = sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)[:MOST_LISTED]
-        return ", ".join(f'"{folder.name}"' for folder in newest)
 
     def batch(self, wanted: int) -> Step:
         """How many images a request may hold, by what the service says of its limits, and not more than wanted.

@@ -158,7 +158,10 @@ class Storage:
                 for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # by a process that was killed
                     shutil.rmtree(left, ignore_errors=True)
                 for was in target.parent.glob(f".{glob.escape(target.name)}.*.old"):
-                    shutil.rmtree(was, ignore_errors=True) if target.exists() else was.rename(target)
+                    if target.exists():
+                        shutil.rmtree(was, ignore_errors=True)
+                    else:
+                        was.rename(target)
                 # Closed to other users: until a file's mode is copied it has that of a new file, keys too.
                 closed = Path(tempfile.mkdtemp(".tmp", f".{target.name}.", target.parent))
                 aside = closed / target.name
@@ -177,22 +180,15 @@ class Storage:
                     shutil.rmtree(closed, ignore_errors=True)
                 shutil.rmtree(old, ignore_errors=True)
                 return
-            files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-            for file in sorted(files, key=lambda f: f == last):
-                if file == last:
-                    self._delete_all_but(files, name)
-                fs.copy_files(str(folder / file), f"{self._at(name)}/{file}", destination_filesystem=self._fs)
-            if last not in files:
-                self._delete_all_but(files, name)
-
-    def _delete_all_but(self, files: list[str], name: str) -> None:
-        """Delete what an earlier upload left."""
-        from pyarrow import fs
-
-        root = self._at(name)
-        for info in self._fs.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True)):
-            if info.type == fs.FileType.File and info.path.removeprefix(f"{root}/") not in files:
-                self._fs.delete_file(info.path)
+            root = self._at(name)
+            files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+            for file in sorted(files - {last}):
+                fs.copy_files(str(folder / file), f"{root}/{file}", destination_filesystem=self._fs)
+            for info in self._fs.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True)):
+                if info.type == fs.FileType.File and info.path.removeprefix(f"{root}/") not in files:
+                    self._fs.delete_file(info.path)  # an earlier upload's
+            if last in files:
+                fs.copy_files(str(folder / last), f"{root}/{last}", destination_filesystem=self._fs)
 
     @contextmanager
     def download(self, name: str) -> Iterator[Path]:

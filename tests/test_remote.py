@@ -118,11 +118,13 @@ def test_the_asynchronous_client_does_the_same(trained: Trained, cache: Path, im
 def test_the_protection_is_fetched_once_and_kept(trained: Trained, cache: Path, images: list[np.ndarray]) -> None:
     faulty = Faulty(Here(trained.bundle))
     with running(faulty.app) as url:
-        for _ in range(2):
-            with Client(url, cache=cache) as client:
+        pin = None
+        for _ in range(3):
+            with Client(url, cache=cache, pin=pin) as client:
                 client.classify(images)
+                pin, _ = client.protection()
         fetched = [status for path, status in faulty.answers if path.endswith("/protection")]
-        assert fetched == [200, 304]
+        assert fetched == [200, 304, 304]
         (folder,) = cache.iterdir()
         assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in (trained.bundle / "public").iterdir())
         (folder / "protection.safetensors").write_bytes(b"altered")

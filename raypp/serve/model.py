@@ -90,7 +90,11 @@ def load_served(location: str | Path, device: torch.device | None = None) -> Ser
         bundles.verify(folder)
         whole = (folder / bundles.MANIFEST).read_bytes()
         public = (folder / "public" / bundles.MANIFEST).read_bytes()
-        protects = json.loads((folder / "public" / "protection.json").read_text())
+        try:
+            protects = json.loads((folder / "public" / "protection.json").read_text())
+            plain = (*protects["image_size"], protects["channels"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BundleError(f"bundle {str(location)!r} does not say what images it protects") from error
         archive = _archive(folder / "public")
         card = (folder / "MODEL_CARD.md").read_text()
         found = folder / "private" / "scorecard.json"
@@ -106,7 +110,7 @@ def load_served(location: str | Path, device: torch.device | None = None) -> Ser
         hashlib.sha256(public).hexdigest(),
         archive,
         (height, width, channels),
-        (*protects["image_size"], protects["channels"]),
+        plain,
         private.classes,
         private.classifier.to(memory_format=torch.channels_last),
         private.guard,
