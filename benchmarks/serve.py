@@ -146,9 +146,11 @@ async def _load(url: str, body: bytes, clients: int, seconds: float) -> tuple[li
 def served(bundle: str, port: int, *, haproxy: bool) -> Iterator[str]:
     """``raypp serve`` on a Ray of its own."""
     with tempfile.TemporaryDirectory(prefix="raypp-bench-") as folder:
-        surroundings = own_ray(Path(folder)) | ({"RAY_SERVE_ENABLE_HA_PROXY": "1"} if haproxy else {})
         command = [str(Path(sys.executable).parent / "raypp"), "serve", bundle, "--port", str(port), "--no-attack"]
-        process = subprocess.Popen(command, env=surroundings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command += ["--haproxy"] if haproxy else []
+        process = subprocess.Popen(
+            command, env=own_ray(Path(folder)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         url = f"http://127.0.0.1:{port}/classifier/v1"
         try:
             _wait(f"{url}/model", process)

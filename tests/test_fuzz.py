@@ -106,11 +106,18 @@ def _mend(data: bytearray) -> None:
         at = end + 4
 
 
-def test_ten_thousand_damaged_bodies(here: Here) -> None:
+@pytest.mark.parametrize("which", ["classifier", "attack"])
+def test_ten_thousand_damaged_bodies(which: str, here: Here) -> None:
     """No answer is a defect of ours, none takes long, and memory stays what it is."""
     bundle = Path(here.live.location)
     images = protected(bundle)
-    form = httpx.Request("POST", "http://x", files=[("image", encode_png(images[0])), ("image", npy(images[1:3]))])
+    files = [("image", encode_png(images[0])), ("image", npy(images[1:3]))]
+    if which == "classifier":
+        api, path = classifier_api(lambda: here), "/v1/classify"
+    else:
+        api, path = attack_api(lambda: here), "/v1/feature_reconstruction"
+        files.append(("plain", npy(images[:3])))
+    form = httpx.Request("POST", "http://x", files=files)
     whole = [
         (encode_png(images[0]), "image/png"),
         (npy(images[0]), "application/x-npy"),
@@ -122,7 +129,7 @@ def test_ten_thousand_damaged_bodies(here: Here) -> None:
     memory = psutil.Process().memory_info
 
     async def run() -> int:
-        transport = httpx.ASGITransport(classifier_api(lambda: here), raise_app_exceptions=True)
+        transport = httpx.ASGITransport(api, raise_app_exceptions=True)
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
             before = 0
             for number in range(NUM):
@@ -132,9 +139,7 @@ def test_ten_thousand_damaged_bodies(here: Here) -> None:
                 headers = {
                     "Content-Type": kind if random.random() < 0.95 else str(random.choice([k for _, k in whole]))
                 }
-                answer = await asyncio.wait_for(
-                    client.post("/v1/classify", content=damaged(body, random), headers=headers), 20
-                )
+                answer = await asyncio.wait_for(client.post(path, content=damaged(body, random), headers=headers), 20)
                 statuses[answer.status_code] += 1
                 if answer.status_code != 200:
                     assert answer.headers["content-type"] == "application/problem+json", answer.text

@@ -25,8 +25,8 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from browser import chromium
-from conftest import METRICS, Cluster, Trained, wait_until
+from browser import chromium, write_video
+from conftest import METRICS, Cluster, Trained, free_port, wait_until
 from playwright.sync_api import Locator
 
 from raypp import ladder
@@ -318,13 +318,15 @@ def test_the_demo_shows_what_is_sent_and_what_attackers_see(service: Service, cl
     from raypp.images import write_png
 
     write_png(tmp_path / "picture.png", images(1)[0])
+    write_video(tmp_path / "camera.y4m", images(2)[1])
     (tmp_path / "token").write_text(str(service.token))
     address = f"http://127.0.0.1:{PORT + 1}"
     arguments = ["raypp", "demo", f"one={service.url}", f"two={service.url}", "--port", str(PORT + 1)]
     process = cluster.popen([*arguments, "--token-file", str(tmp_path / "token")])
     try:
         wait_until(lambda: answers(address, 200), process)
-        with service.client() as client, chromium() as browser:
+        with service.client() as client, chromium(tmp_path / "camera.y4m") as browser:
+            (seen,), _ = client.protect([images(2)[1]])
             plain, hidden = client.protect(images(1))
             (expected,) = client.classify(images(1))
             (made,) = client.reconstruct("inverse", images(1))
@@ -348,6 +350,20 @@ def test_the_demo_shows_what_is_sent_and_what_attackers_see(service: Service, cl
             page.get_by_role("option", name="two").click()
             page.get_by_text("two, right on").wait_for(timeout=60_000)
             page.screenshot(path=tmp_path / "demo.png", full_page=True)
+            before = pictures[0].get_attribute("src")
+            page.get_by_label("Capture from camera").click()
+            page.get_by_text("Click to Access Webcam").click()
+            page.get_by_label("capture photo").click(timeout=60_000)
+            page.wait_for_function(
+                """before => {
+                    const picture = document.querySelector(".raypp-row .raypp-picture");
+                    return picture !== null && picture.src !== before;
+                }""",
+                arg=before,
+            )
+            photo = shown(page.locator(".raypp-row .raypp-picture").first)
+            assert np.abs(photo.astype(int) - seen).mean() < 20 < np.abs(photo.astype(int) - plain[0]).mean()
+            assert len(page.locator(".raypp-attack[data-attack] img").all()) == 2
             local = (address, "data:", "blob:")
             assert [url for url in asked if not url.startswith(local)] == []
     finally:
@@ -405,6 +421,50 @@ def test_nothing_listens_beyond_this_machine(service: Service, cluster: Cluster)
         if c.status == psutil.CONN_LISTEN and c.laddr.port == PORT
     }
     assert listening == {("127.0.0.1", PORT)}
+
+
+def test_haproxy_takes_the_requests_and_listens_here_only(trained: Trained, tmp_path: Path) -> None:
+    """On a Ray of its own. Its manager killed, HAProxy goes too, and another answers."""
+    surroundings = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    program = str(Path(sys.executable).parent / "raypp")
+    arguments = [program, "serve", str(trained.bundle), "--no-attack", "--haproxy"]
+    port = free_port()
+    process = subprocess.Popen(
+        [*arguments, "--port", str(port)], env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    address = f"http://127.0.0.1:{port}"
+
+    def running(title: str) -> list[psutil.Process]:
+        found = []
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if title in child.cmdline()[0] and child.status() != psutil.STATUS_ZOMBIE:
+                    found.append(child)
+        return found
+
+    def classifies() -> None:
+        with Client(address, cache=tmp_path) as client:
+            assert len(client.classify(images(3))) == 3
+
+    try:
+        wait_until(lambda: answers(f"{address}/classifier/v1/model", 200), process)
+        classifies()
+        haproxy = running("haproxy")
+        listening = {c.laddr for one in haproxy for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+        assert {host for host, _ in listening} == {"127.0.0.1"}
+        assert port in {number for _, number in listening}
+        assert len(listening) >= 3  # statistics and metrics too
+        (manager,) = running("HAProxyManager")
+        manager.kill()
+        _, alive = psutil.wait_procs(haproxy, timeout=30)
+        assert alive == []
+        wait_until(lambda: bool(running("haproxy")) and answers(f"{address}/classifier/v1/model", 200), process)
+        classifies()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=90)
+    assert process.returncode == 0, out + err
+    assert "Traceback" not in err
 
 
 def test_the_written_configuration_is_what_serve_deploys(trained: Trained, tmp_path: Path) -> None:

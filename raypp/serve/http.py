@@ -510,8 +510,13 @@ _MEANING = {
     415: "A type of content that is not read.", 422: "No image of the right shape, or not a protected one.",
     500: "A defect.", 503: "Busy: come back after Retry-After.",
 }  # fmt: skip
+_BY_THE_PROXY = {408, 500, 503}  # Serve's proxy may answer before or instead of a replica: by a sentence, no document
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"description": meaning, "content": {PROBLEM: {"schema": _PROBLEM_SCHEMA}}}
+    status: {
+        "description": meaning,
+        "content": {PROBLEM: {"schema": _PROBLEM_SCHEMA}}
+        | ({"text/plain": {"schema": {"type": "string"}}} if status in _BY_THE_PROXY else {}),
+    }
     for status, meaning in _MEANING.items()
 }
 CLASSIFIED = {

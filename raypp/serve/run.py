@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import signal
 import socket
@@ -20,6 +21,7 @@ import yaml
 from raypp.errors import BundleError, ConfigError, RayppError
 from raypp.remote import Client, RemoteError, is_loopback
 from raypp.serve.auth import Tokens
+from raypp.serve.haproxy import settings
 from raypp.serve.model import Published, current, publishing
 from raypp.storage import Storage
 
@@ -61,17 +63,20 @@ def configured(bundle: str, *, host: str, port: int, tokens: str | None, attack:
 
 
 @contextmanager
-def serving(config: dict[str, Any]) -> Iterator[str]:
+def serving(config: dict[str, Any], *, haproxy: bool = False) -> Iterator[str]:
     """Run a configuration on this machine's own Ray, or on the cluster in RAY_ADDRESS; gives the services' URL.
 
+    With ``haproxy`` Ray's HAProxy takes the requests, see :mod:`raypp.serve.haproxy`.
+
     Raises:
-        ConfigError: the port is taken, or Ray does not start.
+        ConfigError: the port is taken, or Ray does not start; or ``haproxy``, which a cluster's start decides on.
         RayppError: a service does not start; why.
     """
     from raypp.cluster.session import session
 
-    with session(), _interruptible():
+    with _through_haproxy() if haproxy else contextlib.nullcontext(), session(), _interruptible():
         from ray import serve
+        from ray.exceptions import RayError
         from ray.serve.schema import LoggingConfig
 
         from raypp.serve import app
@@ -83,11 +88,16 @@ def serving(config: dict[str, Any]) -> Iterator[str]:
             "classifier": app.build_classifier, "attack": app.build_attack,
         }  # fmt: skip
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        serve.start(
-            proxy_location=config["proxy_location"],
-            http_options=options,
-            logging_config=LoggingConfig(**config["logging_config"]),
-        )
+        try:
+            serve.start(
+                proxy_location=config["proxy_location"],
+                http_options=options,
+                logging_config=LoggingConfig(**config["logging_config"]),
+            )
+        except RayError as error:
+            serve.shutdown()
+            reason = str(error).strip().splitlines()[0]
+            raise RayppError(f"Serve's proxy does not start: {reason}; logs/serve in Ray's folder has why") from error
         try:
             for application in config["applications"]:
                 built = builders[application["name"]](app.Arguments(**application["args"]))
@@ -110,6 +120,27 @@ def serving(config: dict[str, Any]) -> Iterator[str]:
                 serve.delete(application["name"])
             if not serve.status().applications:  # a cluster may serve other things too
                 serve.shutdown()
+
+
+@contextmanager
+def _through_haproxy() -> Iterator[None]:
+    """Have the Ray that is started next take requests by HAProxy; it reads its environment when it starts."""
+    if os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(
+            "--haproxy is for a Ray that this command starts, and RAY_ADDRESS names a cluster: what its `ray start` "
+            "finds in the environment decides (see docs/serve.md)"
+        )
+    with settings() as given:
+        before = {key: os.environ.get(key) for key in given}
+        os.environ.update(given)
+        try:
+            yield
+        finally:
+            for key, value in before.items():
+                if value is None:
+                    del os.environ[key]
+                else:
+                    os.environ[key] = value
 
 
 @contextmanager

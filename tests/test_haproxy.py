@@ -1,0 +1,73 @@
+"""What ``raypp-haproxy`` makes of the configuration that Ray writes; the thing itself runs in test_serve.py."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from conftest import Trained
+
+from raypp.cli import main
+from raypp.errors import ConfigError
+from raypp.serve.haproxy import kept_here
+
+CONFIG = """global
+    log 127.0.0.1:514 local0 info
+    stats socket /tmp/haproxy-serve/admin.sock mode 666 level admin expose-fd listeners
+    maxconn 4096
+defaults
+    mode http
+frontend prometheus
+    bind :9101
+frontend http_frontend
+    bind 0.0.0.0:8000
+frontend grpc_frontend
+    bind 10.0.0.1:9000 proto h2
+backend http-classifier
+    server one 127.0.0.1:40001 check
+listen stats
+  bind *:8404
+  stats enable
+"""
+
+
+def test_only_what_was_asked_for_listens_beyond_this_machine() -> None:
+    kept = kept_here(CONFIG)
+    assert [line.strip() for line in kept.splitlines() if "bind" in line] == [
+        "bind 127.0.0.1:9101", "bind 0.0.0.0:8000", "bind 10.0.0.1:9000 proto h2", "bind 127.0.0.1:8404",
+    ]  # fmt: skip
+    assert "mode 600 level admin" in kept
+    changed = [(a, b) for a, b in zip(CONFIG.splitlines(), kept.splitlines(), strict=True) if a != b]
+    assert len(changed) == 3
+    assert kept_here(kept) == kept
+
+
+def test_rays_own_configuration_has_what_is_mended() -> None:
+    """Another Ray may name its sections otherwise: then somebody has to look."""
+    templates = pytest.importorskip("ray.serve._private.haproxy_templates")
+    written = templates.HAPROXY_CONFIG_TEMPLATE
+    for line in ("frontend http_frontend", "frontend grpc_frontend", "stats socket {{ config.socket_path }} mode 666"):
+        assert line in written, line
+    assert written.count("    bind ") + written.count("  bind *") == 4
+
+
+def test_what_is_not_understood_does_not_start() -> None:
+    with pytest.raises(ConfigError, match="'listen stats' has 'bind unix@/tmp/s'; understood is bind ADDRESS:PORT"):
+        kept_here(CONFIG.replace("*:8404", "unix@/tmp/s"))
+
+
+def test_a_cluster_decides_by_its_start(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{listening.getsockname()[1]}")
+        for given, said in (
+            (["--write", str(tmp_path / "serve.yaml")], "--haproxy has no place in a configuration for `serve deploy`"),
+            ([], "--haproxy is for a Ray that this command starts, and RAY_ADDRESS names a cluster"),
+        ):
+            with pytest.raises(SystemExit) as stopped:
+                main(["serve", str(trained.bundle), "--haproxy", *given])
+            assert stopped.value.code == 2
+            assert said in capsys.readouterr().err
+    assert not (tmp_path / "serve.yaml").exists()
