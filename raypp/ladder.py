@@ -246,14 +246,19 @@ def open_plan(plan: Plan, *, resume: bool) -> Iterator[tuple[Plan, Victim]]:
     Raises:
         StorageError: it is in use, exists already, or was made for another victim or other images.
     """
-    storage = plan.storage
-    storage.create()
+    storage, now = plan.storage, plan.dump()
+    victim: Victim | None = None
+    if resume and not storage.exists(SUITE):
+        raise StorageError(f"{storage.uri} does not exist; leave out --resume to start it")
+    if not resume:
+        _refuse_taken(storage)
+        victim = load_victim_of(restore(now))  # before the folder: a mistake found here leaves no trace
+        storage.create()
     with lock(storage, f"the attack run {storage.uri}"):
-        now = plan.dump()
         before: dict[str, Any] | None = None
-        if storage.exists(SUITE):
-            if not resume:
-                raise StorageError(f"{storage.uri} exists already; --resume continues it, another --name starts anew")
+        if not resume:
+            _refuse_taken(storage)
+        else:
             before = yaml.safe_load(storage.read(SUITE))
             for key, was, new in (
                 ("victim", before["victim"], now["victim"]),
@@ -269,10 +274,8 @@ def open_plan(plan: Plan, *, resume: bool) -> Iterator[tuple[Plan, Victim]]:
                         f"{storage.uri} was started with another {key}; resume it with the same, or take another --name"
                     )
             now["suite"]["attacks"] = before["suite"]["attacks"] | now["suite"]["attacks"]
-        elif resume:
-            raise StorageError(f"{storage.uri} does not exist; leave out --resume to start it")
         plan = restore(now)
-        victim = load_victim_of(plan)
+        victim = victim or load_victim_of(plan)
         if before is not None and before.get("identity", victim.identity) != victim.identity:
             raise StorageError(
                 f"{storage.uri} was started against another version of {plan.spec.name}; its results would not go "
@@ -280,6 +283,11 @@ def open_plan(plan: Plan, *, resume: bool) -> Iterator[tuple[Plan, Victim]]:
             )
         storage.write(SUITE, yaml.safe_dump(now | {"identity": victim.identity}, sort_keys=False).encode())
         yield plan, victim
+
+
+def _refuse_taken(storage: Storage) -> None:
+    if storage.exists(SUITE):
+        raise StorageError(f"{storage.uri} exists already; --resume continues it, another --name starts anew")
 
 
 # One attack

@@ -147,6 +147,13 @@ def test_a_stored_network_reconstructs_as_it_did(attacked: tuple[Path, Path, dic
     assert torch.equal(network(victim.protected), estimates)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_mistake_leaves_no_folder(tmp_path: Path, resume: bool) -> None:
+    with pytest.raises(RayppError, match="does not exist"):
+        attack(plan(tmp_path, bundle=str(tmp_path / "none")), resume=resume)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_resuming_runs_what_is_missing_and_nothing_else(
     attacked: tuple[Path, Path, dict[str, Any]], tmp_path: Path
 ) -> None:
