@@ -33,7 +33,7 @@ TOLERANCE = 1e-3  # of a probability: batches are summed in another order
 ALLOWED = {200, 408, 503}
 REPLICAS = "replicas"
 LONGEST = 120.0  # seconds; no answer by then is none
-SERVING = ("ProxyActor", "ServeReplica", "haproxy")  # in a process's title
+SERVING = ("ProxyActor", "ServeReplica", "HAProxyManager", "bin/haproxy")  # in a process's title
 MOST_OPEN = 2000  # requests on their way at once, more than all queues hold
 
 

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from logging.handlers import MemoryHandler
 from typing import Any
 
 from raypp import env
@@ -33,7 +32,6 @@ from raypp.serve.wire import Limits  # noqa: E402
 
 logger = logging.getLogger("raypp.serve")
 LEAST_SECONDS = 0.5  # between two looks for newer bundles that requests cause
-LOG_LINES, LOG_SECONDS = 1000, 1.0  # that wait for each other at most before they are written; an error's never wait
 BATCH_SECONDS = 0.002  # that a request waits for others: less than a forward pass of one image
 STATUS_BOUNDARIES = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000]
 
@@ -80,7 +78,7 @@ class _Replica:
         if self.live.now.guard is None:
             logger.warning("bundle %s has no guard: plain images are not refused", self.live.now.version)
         self._computer = ThreadPoolExecutor(1, "raypp-compute")
-        self._watching: tuple[asyncio.Task[None], ...] = ()
+        self._looker: asyncio.Task[None] | None = None
         tags = ("route", "status")
         self._requests = Counter("raypp_requests_total", "Requests answered.", tags)
         self._images = Counter("raypp_images_total", "Images of answered requests.", tags)
@@ -118,10 +116,9 @@ class _Replica:
         return await asyncio.get_running_loop().run_in_executor(self._computer, function, *arguments)
 
     def look(self) -> None:
-        """Look for newer bundles, and write the log, from now on; called once there is an event loop."""
-        if not self._watching:
-            loop = asyncio.get_running_loop()
-            self._watching = (loop.create_task(self._look()), loop.create_task(_write_log()))
+        """Look for newer bundles from now on; called once there is an event loop."""
+        if self._looker is None:
+            self._looker = asyncio.get_running_loop().create_task(self._look())
 
     async def _look(self) -> None:
         while True:
@@ -133,11 +130,6 @@ class _Replica:
             elif self.live.rejected is not None and self.live.rejected != before:
                 logger.error("bundle %(version)s is not taken over: %(reason)s", self.live.rejected)
 
-    def __del__(self) -> None:
-        """Serve calls it when a replica is told to go."""
-        for handler in _buffers():
-            handler.flush()
-
     async def check_health(self) -> None:
         self.look()
         problem = await self.compute(self.live.now.private.problem)
@@ -146,26 +138,10 @@ class _Replica:
 
 
 def _log_as_serve() -> None:
-    """Write our lines where Serve writes a replica's, in its format, and all of a second's together.
-
-    Serve's own buffer stays off (see ``raypp.env``): it is written when it is full, which in a quiet hour may be never.
-    """
+    """Write our lines where Serve writes a replica's, in its format."""
     serving = logging.getLogger("ray.serve")
     logger.handlers, logger.propagate = serving.handlers, False
     logger.setLevel(serving.getEffectiveLevel())
-    for handler in _buffers():
-        handler.capacity = LOG_LINES
-
-
-def _buffers() -> list[MemoryHandler]:
-    return [handler for handler in logger.handlers if isinstance(handler, MemoryHandler)]
-
-
-async def _write_log() -> None:
-    while True:
-        await asyncio.sleep(LOG_SECONDS)
-        for handler in _buffers():
-            await asyncio.to_thread(handler.flush)
 
 
 def _listens_on() -> str:
