@@ -48,8 +48,8 @@ CSS = """
 .raypp-attack dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; }
 .raypp-null table { width: 100%; font-size: .85rem; border: 0; margin: 0; }
 .raypp-null :is(thead, tbody, tr, td, th) { border: 0 !important; } /* over Gradio's own */
-.raypp-null td, .raypp-null th { padding: .1rem 0; font-weight: 400; text-align: right; }
-.raypp-null td:first-child { text-align: left; } .raypp-null th { opacity: .7; }
+.raypp-null td, .raypp-null th { padding: .1rem 0 .1rem .6rem; font-weight: 400; text-align: right; }
+.raypp-null td:first-child { text-align: left; padding-left: 0; } .raypp-null th { opacity: .7; }
 .raypp-mark { color: #fff; border-radius: .6rem; padding: .05rem .5rem; font-size: .75rem; font-weight: 600; }
 .raypp-mark.holds { background: #1f8a4c; } .raypp-mark.weak { background: #96690a; }
 .raypp-mark.broken { background: #c0392b; } .raypp-mark.none { background: #69737d; }
