@@ -95,7 +95,6 @@ def serving(config: dict[str, Any], *, haproxy: bool = False) -> Iterator[str]:
                 logging_config=LoggingConfig(**config["logging_config"]),
             )
         except RayError as error:
-            serve.shutdown()
             reason = str(error).strip().splitlines()[0]
             raise RayppError(f"Serve's proxy does not start: {reason}; logs/serve in Ray's folder has why") from error
         try:
