@@ -10,7 +10,7 @@ from conftest import Trained
 
 from raypp.cli import main
 from raypp.errors import ConfigError
-from raypp.serve.haproxy import kept_here
+from raypp.serve.haproxy import KEEP_CONNECTIONS, mended
 
 CONFIG = """global
     log 127.0.0.1:514 local0 info
@@ -33,28 +33,39 @@ listen stats
 
 
 def test_only_what_was_asked_for_listens_beyond_this_machine() -> None:
-    kept = kept_here(CONFIG)
+    kept = mended(CONFIG)
     assert [line.strip() for line in kept.splitlines() if "bind" in line] == [
         "bind 127.0.0.1:9101", "bind 0.0.0.0:8000", "bind 10.0.0.1:9000 proto h2", "bind 127.0.0.1:8404",
     ]  # fmt: skip
     assert "mode 600 level admin" in kept
-    changed = [(a, b) for a, b in zip(CONFIG.splitlines(), kept.splitlines(), strict=True) if a != b]
+    others = kept.replace(KEEP_CONNECTIONS, "").splitlines()
+    changed = [(a, b) for a, b in zip(CONFIG.splitlines(), others, strict=True) if a != b]
     assert len(changed) == 3
-    assert kept_here(kept) == kept
+    assert mended(kept) == kept
+
+
+def test_connections_to_replicas_are_kept() -> None:
+    """Else HAProxy resets them, and replicas grow."""
+    assert f"defaults\n{KEEP_CONNECTIONS}" in mended(CONFIG)
 
 
 def test_rays_own_configuration_has_what_is_mended() -> None:
     """Another Ray may name its sections otherwise: then somebody has to look."""
     templates = pytest.importorskip("ray.serve._private.haproxy_templates")
     written = templates.HAPROXY_CONFIG_TEMPLATE
-    for line in ("frontend http_frontend", "frontend grpc_frontend", "stats socket {{ config.socket_path }} mode 666"):
+    for line in (
+        "\ndefaults\n",
+        "frontend http_frontend",
+        "frontend grpc_frontend",
+        "stats socket {{ config.socket_path }} mode 666",
+    ):
         assert line in written, line
     assert written.count("    bind ") + written.count("  bind *") == 4
 
 
 def test_what_is_not_understood_does_not_start() -> None:
     with pytest.raises(ConfigError, match="'listen stats' has 'bind unix@/tmp/s'; understood is bind ADDRESS:PORT"):
-        kept_here(CONFIG.replace("*:8404", "unix@/tmp/s"))
+        mended(CONFIG.replace("*:8404", "unix@/tmp/s"))
 
 
 def test_a_cluster_decides_by_its_start(

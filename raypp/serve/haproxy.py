@@ -1,8 +1,10 @@
 """Serve's HAProxy, kept to this machine: what Ray starts as ``haproxy`` when told to start ``raypp-haproxy``.
 
 Ray 2.60 writes a configuration whose statistics and metrics listen on all interfaces and whose socket for its
-administration any local user may write to, and has no settings for either. The program ``raypp-haproxy`` mends the
-configuration in place and then becomes the HAProxy that Ray brings along.
+administration any local user may write to, and has no settings for either. HAProxy also closes, with a reset, most of
+the connections that it has just used for a replica when there are several, and uvicorn (0.54) keeps all of a connection
+that was reset until its keep-alive time is over: replicas grew by megabytes a second under load. The program
+``raypp-haproxy`` mends the configuration in place and then becomes the HAProxy that Ray brings along.
 """
 
 from __future__ import annotations
@@ -26,17 +28,22 @@ PROGRAM, BINARY = "raypp-haproxy", "RAY_SERVE_HAPROXY_BINARY_PATH"
 ASKED_FOR = {"frontend http_frontend", "frontend grpc_frontend"}  # they listen where http_options and grpc_options say
 SECTION = re.compile(r"(global|defaults|frontend|backend|listen|resolvers|peers|cache|userlist)\b.*")
 BIND = re.compile(r"(\s*bind\s+)\S*?:(\d+)(.*)", re.DOTALL)
+# Connections to a replica that are kept for the next request although fewer are thought to be needed: more than the
+# requests that a replica takes on.
+KEEP_CONNECTIONS = "    default-server pool-low-conn 1024\n"
 STATS_SOCKET = re.compile(r"(\s*stats\s+socket\s.*?\bmode\s+)\d+(.*)", re.DOTALL)
 PR_SET_PDEATHSIG = 1
 
 
-def kept_here(config: str) -> str:
-    """A configuration of HAProxy in which only Serve's own front ends listen beyond loopback.
+def mended(config: str) -> str:
+    """A configuration of HAProxy in which only Serve's own front ends listen beyond loopback, and connections to
+    replicas are kept.
 
     Raises:
         ConfigError: something listens in a way that is not known.
     """
     lines, section = [], ""
+    kept = KEEP_CONNECTIONS in config
     for line in config.splitlines(keepends=True):
         if SECTION.match(line):
             section = " ".join(line.split())
@@ -46,6 +53,8 @@ def kept_here(config: str) -> str:
                 raise ConfigError(f"HAProxy's {section!r} has {line.strip()!r}; understood is bind ADDRESS:PORT")
             line = f"{found[1]}127.0.0.1:{found[2]}{found[3]}"
         lines.append(STATS_SOCKET.sub(r"\g<1>600\g<2>", line))
+        if line.strip() == "defaults" and not kept:
+            lines.append(KEEP_CONNECTIONS)
     return "".join(lines)
 
 
@@ -74,9 +83,9 @@ def main() -> None:
 
 def _rewrite(path: Path) -> None:
     """Mend a configuration by a rename: Ray may read it meanwhile."""
-    mended = kept_here(path.read_text())
+    config = mended(path.read_text())
     beside = path.with_name(f"{path.name}.{os.getpid()}")
-    beside.write_text(mended)
+    beside.write_text(config)
     beside.replace(path)
 
 
