@@ -115,6 +115,7 @@ def test_images_are_classified_as_in_this_process(service: Service) -> None:
         assert time.monotonic() < end
         time.sleep(0.5)
     assert refused.headers["content-type"] == "application/problem+json"
+    assert refused.headers.get_list("X-Request-ID") == [number]
 
 
 def test_the_command_line_classifies(service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -361,7 +361,8 @@ class _Around:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message.setdefault("headers", []).append((REQUEST_ID.lower().encode(), identifier.encode()))
+                if identifier != given:  # Serve gives each request one and answers with it by itself
+                    message.setdefault("headers", []).append((REQUEST_ID.lower().encode(), identifier.encode()))
             await send(message)
 
         try:
