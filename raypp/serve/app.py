@@ -195,6 +195,7 @@ class ClassifierDeployment(_Replica):
     @serve.batch(  # type: ignore[untyped-decorator]
         max_batch_size=Limits.images,
         batch_wait_timeout_s=BATCH_SECONDS,
+        max_concurrent_batches=2,  # the next one lies ready when one has been computed
         batch_size_fn=lambda jobs: sum(len(images) for _, images in jobs),
     )
     async def batched(self, jobs: list[Job]) -> list[tuple[Tensor, Tensor]]:
