@@ -10,7 +10,7 @@ from conftest import Trained
 
 from raypp.cli import main
 from raypp.errors import ConfigError
-from raypp.serve.haproxy import KEEP_CONNECTIONS, mended
+from raypp.serve.haproxy import KEPT_CONNECTIONS, mended
 
 CONFIG = """global
     log 127.0.0.1:514 local0 info
@@ -38,15 +38,18 @@ def test_only_what_was_asked_for_listens_beyond_this_machine() -> None:
         "bind 127.0.0.1:9101", "bind 0.0.0.0:8000", "bind 10.0.0.1:9000 proto h2", "bind 127.0.0.1:8404",
     ]  # fmt: skip
     assert "mode 600 level admin" in kept
-    others = kept.replace(KEEP_CONNECTIONS, "").splitlines()
-    changed = [(a, b) for a, b in zip(CONFIG.splitlines(), others, strict=True) if a != b]
+    others = kept
+    for more in KEPT_CONNECTIONS.values():
+        others = others.replace(more, "")
+    changed = [(a, b) for a, b in zip(CONFIG.splitlines(), others.splitlines(), strict=True) if a != b]
     assert len(changed) == 3
     assert mended(kept) == kept
 
 
 def test_connections_to_replicas_are_kept() -> None:
     """Else HAProxy resets them, and replicas grow."""
-    assert f"defaults\n{KEEP_CONNECTIONS}" in mended(CONFIG)
+    for section, more in KEPT_CONNECTIONS.items():
+        assert f"{section}\n{more}" in mended(CONFIG)
 
 
 def test_rays_own_configuration_has_what_is_mended() -> None:
@@ -54,6 +57,7 @@ def test_rays_own_configuration_has_what_is_mended() -> None:
     templates = pytest.importorskip("ray.serve._private.haproxy_templates")
     written = templates.HAPROXY_CONFIG_TEMPLATE
     for line in (
+        "global\n",
         "\ndefaults\n",
         "frontend http_frontend",
         "frontend grpc_frontend",

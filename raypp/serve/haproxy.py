@@ -28,9 +28,12 @@ PROGRAM, BINARY = "raypp-haproxy", "RAY_SERVE_HAPROXY_BINARY_PATH"
 ASKED_FOR = {"frontend http_frontend", "frontend grpc_frontend"}  # they listen where http_options and grpc_options say
 SECTION = re.compile(r"(global|defaults|frontend|backend|listen|resolvers|peers|cache|userlist)\b.*")
 BIND = re.compile(r"(\s*bind\s+)\S*?:(\d+)(.*)", re.DOTALL)
-# Connections to a replica that are kept for the next request although fewer are thought to be needed: more than the
-# requests that a replica takes on.
-KEEP_CONNECTIONS = "    default-server pool-low-conn 1024\n"
+# Connections to replicas are kept for the next request although fewer are thought to be needed, and although clients'
+# connections take much of what may be open.
+KEPT_CONNECTIONS = {
+    "global": "    tune.pool-low-fd-ratio 80\n    tune.pool-high-fd-ratio 90\n",
+    "defaults": "    default-server pool-low-conn 1024\n",
+}
 STATS_SOCKET = re.compile(r"(\s*stats\s+socket\s.*?\bmode\s+)\d+(.*)", re.DOTALL)
 PR_SET_PDEATHSIG = 1
 
@@ -43,7 +46,6 @@ def mended(config: str) -> str:
         ConfigError: something listens in a way that is not known.
     """
     lines, section = [], ""
-    kept = KEEP_CONNECTIONS in config
     for line in config.splitlines(keepends=True):
         if SECTION.match(line):
             section = " ".join(line.split())
@@ -53,8 +55,9 @@ def mended(config: str) -> str:
                 raise ConfigError(f"HAProxy's {section!r} has {line.strip()!r}; understood is bind ADDRESS:PORT")
             line = f"{found[1]}127.0.0.1:{found[2]}{found[3]}"
         lines.append(STATS_SOCKET.sub(r"\g<1>600\g<2>", line))
-        if line.strip() == "defaults" and not kept:
-            lines.append(KEEP_CONNECTIONS)
+        more = KEPT_CONNECTIONS.get(line.strip())
+        if more is not None and more not in config:
+            lines.append(more)
     return "".join(lines)
 
 
