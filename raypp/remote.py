@@ -481,7 +481,7 @@ def _shown(plain: Pixels, hidden: Pixels) -> int | None:
 def _wait(answer: httpx.Response | Exception | None, tries: int) -> float:
     """Seconds until the next try: what the service asks for, else twice as long each time, with chance in it."""
     asked = answer.headers.get("retry-after", "") if isinstance(answer, httpx.Response) else ""
-    least = min(float(asked), LONGEST_WAIT) if asked.isdigit() else 0.0
+    least = min(float(asked), LONGEST_WAIT) if asked.isascii() and asked.isdigit() else 0.0
     return float(least + random.uniform(0.5, 1.0) * min(0.1 * 2**tries, 5.0))
 
 

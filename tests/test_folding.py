@@ -50,6 +50,18 @@ class Shared(nn.Module):
         return found
 
 
+class OfTheBatch(nn.Module):
+    """Normalises by the batch at hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.bn(self.conv(x))
+        return found
+
+
 class Looks(nn.Module):
     """Decides by its input's values, which cannot be traced."""
 
@@ -62,7 +74,7 @@ class Looks(nn.Module):
         return found
 
 
-@pytest.mark.parametrize("kind", [Shared, Looks])
+@pytest.mark.parametrize("kind", [Shared, OfTheBatch, Looks])
 def test_what_cannot_be_folded_stays(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     network = normalised(kind())

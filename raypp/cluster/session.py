@@ -1,4 +1,8 @@
-"""Connecting to Ray: the cluster that the environment names, or one on this machine that listens on loopback only."""
+"""Connecting to Ray: the cluster that the environment names, or one on this machine.
+
+A Ray that starts here asks for a token, which Ray makes by itself. It listens on the machine's own address all the same:
+Ray 2.60 turns a loopback address into that one.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +103,6 @@ def _start(num_cpus: int) -> None:
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
         )
     except Exception as error:  # Ray raises a bare Exception when its processes do not come up in time
         ray.shutdown()

@@ -23,12 +23,13 @@ def folded(network: nn.Module) -> nn.Module:
     modules = dict(traced.named_modules())
     uses = Counter(node.target for node in traced.graph.nodes)
     for node in list(traced.graph.nodes):
-        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
+        bn = modules[node.target] if node.op == "call_module" else None
+        if not isinstance(bn, nn.BatchNorm2d) or bn.running_mean is None:
             continue
         (before,) = node.all_input_nodes
         convolution = modules[before.target] if before.op == "call_module" else None
         if isinstance(convolution, nn.Conv2d) and len(before.users) == 1 and uses[before.target] == 1:
-            traced.set_submodule(before.target, fuse_conv_bn_eval(convolution, modules[node.target]))
+            traced.set_submodule(before.target, fuse_conv_bn_eval(convolution, bn))
             node.replace_all_uses_with(before)
             traced.graph.erase_node(node)
     traced.delete_all_unused_submodules()

@@ -297,13 +297,23 @@ class Published:
 
 
 @contextmanager
-def publishing(bundle: str | Path, shelf: str | Path) -> Iterator[Published]:
+def publishing(
+    bundle: str | Path, shelf: str | Path, check: Callable[[Served], Any] | None = None
+) -> Iterator[Published]:
     """Check a bundle, put it on a shelf and make it live; if the body raises, what was live before is so again.
+
+    Args:
+        check: what else a service makes of a bundle before it takes over, tried here first.
 
     Raises:
         RayppError: the bundle does not work, and nothing has changed; or the shelf cannot be written.
     """
     served = load_served(bundle)
+    if check is not None:
+        try:
+            check(served)
+        except Exception as error:  # whatever damaged attacks make their loader raise
+            raise BundleError(f"the attacks of bundle {str(bundle)!r} do not load: {_reason(error)}") from error
     storage = Storage(shelf)
     if storage.exists(bundles.MANIFEST):
         raise BundleError(f"{storage.uri} is a bundle itself; allowed is a new or empty folder, or a shelf")

@@ -106,11 +106,11 @@ async def read_images(
     if kind == MULTIPART:
         shapes = {"image": shape} | ({"plain": plain} if plain is not None else {})
         return await _multipart(body, content_type, shapes, limits)
+    given = f"Content-Type {kind!r} is not read here" if kind else "there is no Content-Type"
     raise RefusedError(
         415,
         "unsupported-type",
-        f"Content-Type {kind or 'nothing'!r} is not read here; allowed are {PNG}, {NPY} and {MULTIPART} (lossy "
-        "formats destroy what the classifier reads)",
+        f"{given}; allowed are {PNG}, {NPY} and {MULTIPART} (lossy formats destroy what the classifier reads)",
     )
 
 
