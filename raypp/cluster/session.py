@@ -1,7 +1,7 @@
 """Connecting to Ray: the cluster that the environment names, or one on this machine.
 
-A Ray that starts here asks for a token, which Ray makes by itself. It listens on the machine's own address all the same:
-Ray 2.60 turns a loopback address into that one.
+A Ray that starts here asks for a token, which Ray makes by itself. It listens on the machine's own address all the
+same: Ray 2.60 turns a loopback address into that one.
 """
 
 from __future__ import annotations
