@@ -141,7 +141,10 @@ class _Session:
         while True:
             answer = yield call
             if isinstance(answer, httpx.Response) and answer.status_code not in RETRIED:
-                return answer
+                # Serve's proxy says so also while a service that it had starts again.
+                unknown = answer.status_code == 404 and "/-/routes" in answer.text
+                if not (unknown and self._bundle is not None and call.path.startswith("/classifier/")):
+                    return answer
             wait = _wait(answer, tries)
             if time.monotonic() + wait > end:
                 if isinstance(answer, httpx.Response):

@@ -177,9 +177,15 @@ def test_nothing_is_lost_while_bundles_change_and_a_replica_dies(
     token = tmp_path / "token"
     token.write_text(service.token)
     newer = another(service, tmp_path / "newer")
+    end = time.monotonic() + 120
+    while not all(load.models for load in loads):
+        assert time.monotonic() < end, [load.outcomes for load in loads]
+        time.sleep(0.1)
     main(["publish", str(newer), str(service.shelf), "--url", service.url, "--token-file", str(token)])
     after = load_served(newer).version
-    time.sleep(2)
+    while not all(after in load.models for load in loads):
+        assert time.monotonic() < end, [load.outcomes for load in loads]
+        time.sleep(0.1)
     done = sum(load.outcomes["right"] for load in loads)
     (replica,) = cluster.processes("ServeReplica:classifier:")
     replica.kill()
