@@ -32,10 +32,12 @@ from _common import Spread, describe, finish, interleave, machine, own_ray, rati
 from fastapi import FastAPI, Request
 
 from raypp.bundle import load_private
+from raypp.nets.folding import folded
 
 NPY = "application/x-npy"
 SMALL_CLIENTS = (1, 8, 64)
 LARGE_IMAGES, LARGE_CLIENTS = (32, 128), 4
+PROXIES = {"own": "raypp serve", "haproxy": "raypp serve, HAProxy"}
 
 
 # The naive server
@@ -227,9 +229,9 @@ class Measured:
 
 
 def in_process(bundle: str, images: np.ndarray, threads: int, seconds: float) -> Callable[[], float]:
-    """Batches of the model in this process, per second."""
-    classifier = load_private(bundle).classifier.eval().to(memory_format=torch.channels_last)
+    """Batches of the model in this process, per second; as the service computes it."""
     values = torch.from_numpy(images).permute(0, 3, 1, 2)
+    classifier = folded(load_private(bundle).classifier, values[:8].float() / 255).to(memory_format=torch.channels_last)
 
     def measure() -> float:
         torch.set_num_threads(threads)
@@ -248,7 +250,13 @@ def main() -> None:
     parser.add_argument("bundle", help="the bundle to serve")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5.0, help="length of one measurement")
-    parser.add_argument("--haproxy", action="store_true", help="also Serve with its HAProxy in place of its own proxy")
+    parser.add_argument(
+        "--proxies",
+        nargs="+",
+        choices=list(PROXIES),
+        default=["own"],
+        help="what takes raypp serve's requests; with one of them a single Ray shares the cores with the naive server",
+    )
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--naive", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -261,11 +269,10 @@ def main() -> None:
     tiled = np.concatenate([sample] * (max(LARGE_IMAGES) // len(sample) + 1))
     with contextlib.ExitStack() as stack:
         urls = {
-            "raypp serve": stack.enter_context(served(given.bundle, free_port(), haproxy=False)),
-            "naive": stack.enter_context(naively(given.bundle, free_port())),
+            PROXIES[proxy]: stack.enter_context(served(given.bundle, free_port(), haproxy=proxy == "haproxy"))
+            for proxy in given.proxies
         }
-        if given.haproxy:
-            urls["raypp serve, HAProxy"] = stack.enter_context(served(given.bundle, free_port(), haproxy=True))
+        urls["naive"] = stack.enter_context(naively(given.bundle, free_port()))
         runs: dict[str, Measured] = {}
         contestants: dict[str, Callable[[], float]] = {}
         loads = [(1, clients) for clients in SMALL_CLIENTS] + [(images, LARGE_CLIENTS) for images in LARGE_IMAGES]

@@ -22,6 +22,9 @@ SETTINGS = {
     # images behind HAProxy gain a third to a half (docs/results.md). Log lines are written at once all the same.
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
+    # The first of these also has replicas open HTTP ports of their own, and each application then waits half a minute
+    # before it ends, for load balancers to notice: in front of a Ray that starts here are none.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     # cuBLAS is deterministic only with a workspace of its own.
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     # One actor instead of many reads Parquet footers; several would take the CPUs of a small machine.

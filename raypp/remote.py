@@ -141,7 +141,10 @@ class _Session:
         while True:
             answer = yield call
             if isinstance(answer, httpx.Response) and answer.status_code not in RETRIED:
-                return answer
+                # Serve's proxy says so also while a service that it had starts again.
+                unknown = answer.status_code == 404 and "/-/routes" in answer.text
+                if not (unknown and self._bundle is not None and call.path.startswith("/classifier/")):
+                    return answer
             wait = _wait(answer, tries)
             if time.monotonic() + wait > end:
                 if isinstance(answer, httpx.Response):
@@ -481,7 +484,7 @@ def _shown(plain: Pixels, hidden: Pixels) -> int | None:
 def _wait(answer: httpx.Response | Exception | None, tries: int) -> float:
     """Seconds until the next try: what the service asks for, else twice as long each time, with chance in it."""
     asked = answer.headers.get("retry-after", "") if isinstance(answer, httpx.Response) else ""
-    least = min(float(asked), LONGEST_WAIT) if asked.isdigit() else 0.0
+    least = min(float(asked), LONGEST_WAIT) if asked.isascii() and asked.isdigit() else 0.0
     return float(least + random.uniform(0.5, 1.0) * min(0.1 * 2**tries, 5.0))
 
 

@@ -162,7 +162,12 @@ def test_faults_are_retried_and_patience_ends(trained: Trained, cache: Path, ima
     with running(faulty.app) as url:
         with Client(url, cache=cache) as client:
             client.protection()
-            faulty.faults = [Response(status_code=503, headers={"Retry-After": "0"}), Response(status_code=500)]
+            starting = "Path '/classifier/v1/classify' not found. Ping http://.../-/routes for available routes."
+            faulty.faults = [
+                Response(status_code=503, headers={"Retry-After": "0"}),
+                Response(status_code=500),
+                Response(starting, status_code=404),
+            ]
             assert [p.label for p in client.classify(images)] == expected(trained.bundle, images)
         with Client(url, cache=cache, patience=0.2) as client:
             client.protection()

@@ -127,8 +127,6 @@ def settings() -> Iterator[dict[str, str]]:
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
-            # Half a minute otherwise, for load balancers in front of it to notice that a proxy goes: here are none.
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         }
 
 

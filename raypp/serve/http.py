@@ -109,6 +109,9 @@ class Attacking(Protocol):
     limits: Limits
     tokens: Tokens | None
 
+    def rejected(self) -> dict[str, str] | None:
+        """What was published last but does not work, and why."""
+
     async def offered(self, protection: str | None) -> Offered | None:
         """The attacks on the bundle with a protection, on the live one for None."""
 
@@ -226,7 +229,9 @@ def attack_api(service: Callable[[], Attacking], observe: Observe | None = None)
             }
             for attack in offered.attacks.values()
         ]
-        about = {"model": offered.served.version, "attacks": found, "nulls": offered.nulls}
+        about = {
+            "model": offered.served.version, "attacks": found, "nulls": offered.nulls, "rejected": asked.rejected(),
+        }  # fmt: skip
         return Response(json.dumps(about), media_type="application/json")
 
     @api.post("/v1/{attack}", openapi_extra=_body("image", plain=True), responses=_answers(RECONSTRUCTED, PNG))
@@ -361,7 +366,8 @@ class _Around:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message.setdefault("headers", []).append((REQUEST_ID.lower().encode(), identifier.encode()))
+                if not given:  # Serve gives each request one and answers with it by itself
+                    message.setdefault("headers", []).append((REQUEST_ID.lower().encode(), identifier.encode()))
             await send(message)
 
         try:
@@ -555,6 +561,7 @@ ATTACKS_OFFERED = {
         }
     ],
     "nulls": {"mean image": {"ssim": 0.13, "reidentified": 0.0}},
+    "rejected": None,
 }
 RECONSTRUCTED = {
     "attack": "inverse",

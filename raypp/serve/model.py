@@ -16,7 +16,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from raypp import bundle as bundles
 from raypp.errors import BundleError, RayppError, StorageError
 from raypp.guard import Guard
+from raypp.nets.folding import folded
 from raypp.storage import Storage
 
 LIVE = "live.json"
@@ -99,7 +100,10 @@ def load_served(location: str | Path, device: torch.device | None = None) -> Ser
         card = (folder / "MODEL_CARD.md").read_text()
         found = folder / "private" / "scorecard.json"
         scorecard = json.loads(found.read_text()) if found.is_file() else None
-    private.classifier.to(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    classifier = folded(private.classifier, private.sample[:8].float() / 255)
+    classifier = classifier.to(device).to(memory_format=torch.channels_last)
+    private = replace(private, classifier=classifier)  # what is checked, now and later, is what answers
     problem = private.problem()
     if problem is not None:
         raise BundleError(f"bundle {str(location)!r} fails its self-check: {problem}")
@@ -112,7 +116,7 @@ def load_served(location: str | Path, device: torch.device | None = None) -> Ser
         (height, width, channels),
         plain,
         private.classes,
-        private.classifier.to(memory_format=torch.channels_last),
+        classifier,
         private.guard,
         private,
         card,
@@ -294,13 +298,23 @@ class Published:
 
 
 @contextmanager
-def publishing(bundle: str | Path, shelf: str | Path) -> Iterator[Published]:
+def publishing(
+    bundle: str | Path, shelf: str | Path, check: Callable[[Served], Any] | None = None
+) -> Iterator[Published]:
     """Check a bundle, put it on a shelf and make it live; if the body raises, what was live before is so again.
+
+    Args:
+        check: what else a service makes of a bundle before it takes over, tried here first.
 
     Raises:
         RayppError: the bundle does not work, and nothing has changed; or the shelf cannot be written.
     """
     served = load_served(bundle)
+    if check is not None:
+        try:
+            check(served)
+        except Exception as error:  # whatever damaged attacks make their loader raise
+            raise BundleError(f"the attacks of bundle {str(bundle)!r} do not load: {_reason(error)}") from error
     storage = Storage(shelf)
     if storage.exists(bundles.MANIFEST):
         raise BundleError(f"{storage.uri} is a bundle itself; allowed is a new or empty folder, or a shelf")

@@ -22,6 +22,7 @@ from raypp.errors import BundleError, ConfigError, RayppError
 from raypp.remote import Client, RemoteError, is_loopback
 from raypp.serve.auth import Tokens
 from raypp.serve.haproxy import settings
+from raypp.serve.ladder import online
 from raypp.serve.model import Published, current, publishing
 from raypp.storage import Storage
 
@@ -179,15 +180,15 @@ def publish(
     """Make a bundle the live one of a shelf; with the URL of a service that serves it, wait until it has taken over.
 
     Raises:
-        BundleError: it does not work, or the service refused it; what was live is live again.
+        BundleError: it or its attacks do not work, or the service refused it; what was live is live again.
         RayppError: the shelf cannot be written, or the service does not answer.
     """
     if url is None:
-        with publishing(bundle, shelf) as published:
+        with publishing(bundle, shelf, check=online) as published:
             return published
     with Client(url, token=token, patience=ANSWER_SECONDS) as client:
         _version(client)  # a service that cannot be asked is no place to publish to
-        with publishing(bundle, shelf) as published:
+        with publishing(bundle, shelf, check=online) as published:
             _taken_over(client, published.version, patience)
             return published
 

@@ -13,6 +13,8 @@ import struct
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from python_multipart.exceptions import MultipartParseError
@@ -104,11 +106,11 @@ async def read_images(
     if kind == MULTIPART:
         shapes = {"image": shape} | ({"plain": plain} if plain is not None else {})
         return await _multipart(body, content_type, shapes, limits)
+    given = f"Content-Type {kind!r} is not read here" if kind else "there is no Content-Type"
     raise RefusedError(
         415,
         "unsupported-type",
-        f"Content-Type {kind or 'nothing'!r} is not read here; allowed are {PNG}, {NPY} and {MULTIPART} (lossy "
-        "formats destroy what the classifier reads)",
+        f"{given}; allowed are {PNG}, {NPY} and {MULTIPART} (lossy formats destroy what the classifier reads)",
     )
 
 
@@ -250,6 +252,12 @@ def _check_values(packed: bytes, where: str, shape: Shape) -> None:
         raise RefusedError(422, "damaged-image", f"{where} holds other data than an image of its size has")
 
 
+@lru_cache(maxsize=64)  # clients send few different ones, and reading one takes as long as making a tensor
+def _npy_header(header: bytes) -> tuple[Any, Any, tuple[Any, ...]]:
+    found = ast.literal_eval(header.decode("ascii").strip())
+    return found["descr"], found["fortran_order"], tuple(found["shape"])
+
+
 def _npy(data: bytes, where: str, shape: Shape, limits: Limits) -> Pixels:
     """A NumPy file of uint8 (H, W, C) or (N, H, W, C), in C order."""
     if not data.startswith(NPY_SIGNATURE) or len(data) < 12:
@@ -260,8 +268,7 @@ def _npy(data: bytes, where: str, shape: Shape, limits: Limits) -> Pixels:
     if major not in (1, 2, 3) or length > MAX_NPY_HEADER or begin + length > len(data):
         raise RefusedError(422, "not-npy", f"{where} is no NumPy file of a known version")
     try:
-        header = ast.literal_eval(data[begin : begin + length].decode("ascii").strip())
-        kind, order, dims = header["descr"], header["fortran_order"], tuple(header["shape"])
+        kind, order, dims = _npy_header(data[begin : begin + length])
     except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError, UnicodeDecodeError) as error:
         raise RefusedError(422, "not-npy", f"{where} has a damaged NumPy header") from error
     if kind not in ("|u1", "u1", "uint8") or order is not False:
