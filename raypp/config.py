@@ -84,10 +84,12 @@ class Data(Section):
 
 
 class Optimizer(Section):
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adamw", "muon"] = "sgd"
+    """``muon`` (Jordan et al. 2024) makes what it adds to a weight of two and more dimensions orthogonal, and takes
+    learning rates of ``adamw``'s size: more gained per image, and more to compute per step."""
     lr: float = Field(0.1, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
-    """SGD's momentum; AdamW's first beta."""
+    """SGD's and Muon's momentum; AdamW's first beta."""
     weight_decay: float = Field(5e-4, ge=0)
 
 

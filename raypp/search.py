@@ -139,7 +139,9 @@ class Search(Section):
     """Start no trial and stop those that run after so many minutes; null sets no limit."""
     patience: int | None = Field(None, ge=1)
     """End after so many finished trials in a row that did not improve front or objective; null never does."""
-    attack: dict[str, Any] = Field(default_factory=lambda: {"width": 16, "train": {"epochs": 2}})
+    attack: dict[str, Any] = Field(
+        default_factory=lambda: {"width": 16, "depth": 2, "patch": 2, "train": {"epochs": 2}}
+    )
     """Options of the ``inverse`` attack that measures leakage in every trial."""
     attack_images: int | None = Field(None, ge=40)
     """Images that this attack learns from; null gives it the training images."""

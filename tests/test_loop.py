@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import io
@@ -34,7 +35,9 @@ from raypp.training import checkpoint, loop
 from raypp.training.distributed import SyncBatchNorm1d, SyncBatchNorm2d, synchronise_batch_norms
 from raypp.training.fit import Fit, ProtectionTask, TrainingData, fit, load_data, prepare
 from raypp.training.fit import validate as validate_system
-from raypp.training.loop import Phase, bf16_is_fast, build_optimizer, learning_rate
+from raypp.training.loop import Phase, build_optimizer, learning_rate
+from raypp.training.muon import Muon, orthogonal
+from raypp.training.precision import bf16_is_fast
 from raypp.training.sinks import KEEP, LocalSink, Row, checkpoint_name, newest_first, prune
 from raypp.training.system import build_system, phases
 
@@ -633,6 +636,47 @@ def test_adamw(tiny: Tiny, tmp_path: Path) -> None:
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.defaults["betas"] == (0.9, 0.999)
     assert math.isfinite(fit(config, Sink(tmp_path)).best["val_loss"])
+
+
+def test_muon_is_torchs_own_on_matrices_and_adamw_on_the_rest() -> None:
+    """Convolutions are matrices of their outputs' rows; a bias and a learned picture (one row) are none."""
+    torch.manual_seed(0)
+    options = load_config("cifar10").train.optimizer.model_copy(update={"name": "muon", "lr": 0.01, "momentum": 0.95})
+    shapes = [(8, 3, 3, 3), (8, 3, 3, 3), (40, 6), (12,), (1, 4, 5, 5)]
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [
+        nn.Parameter(p.detach().flatten(1).clone() if len(p) > 1 and p.ndim > 1 else p.detach().clone()) for p in ours
+    ]
+    optimizer = build_optimizer(options, [{"params": ours, "factor": 1.0}])
+    assert isinstance(optimizer, Muon)
+    muon = torch.optim.Muon(
+        theirs[:3], lr=0.01, momentum=0.95, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    adamw = torch.optim.AdamW(theirs[3:], lr=0.01, betas=(0.95, 0.999), weight_decay=options.weight_decay)
+    before = [p.detach().clone() for p in ours]
+    for step in range(4):
+        if step == 2:  # as after a resume
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = build_optimizer(options, [{"params": ours, "factor": 1.0}])
+            optimizer.load_state_dict(state)
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.reshape(b.shape).clone()
+        for each in (optimizer, muon, adamw):
+            each.step()
+    for old, a, b in zip(before, ours, theirs, strict=True):
+        moved = (b.detach().reshape(a.shape) - old).norm()
+        assert (a.detach() - b.detach().reshape(a.shape)).norm() < 0.05 * moved  # both in bf16, or torch's alone
+        assert 0.2 * 0.01 < moved / a.numel() ** 0.5 < 0.05
+
+
+def test_muon_makes_matrices_orthogonal() -> None:
+    torch.manual_seed(0)
+    for rows, columns in ((6, 30), (30, 6)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(3, rows, columns)))
+        assert values.shape == (3, 6)
+        assert 0.6 < values.min() < values.max() < 1.3
+    assert orthogonal(torch.zeros(1, 4, 4)).abs().max() == 0
 
 
 # Two workers without Ray
