@@ -33,7 +33,7 @@ from raypp.serve.auth import TokenFile, Tokens, add_token
 from raypp.serve.http import Offered, ServedAttack, attack_api, classifier_api, offer
 from raypp.serve.ladder import online
 from raypp.serve.model import Live, Served, classify, current, in_few_sizes, publishing
-from raypp.serve.wire import Limits
+from raypp.serve.wire import Limits, RefusedError, Waiting
 from raypp.training.fit import load_split
 
 
@@ -42,6 +42,7 @@ class Here:
 
     def __init__(self, location: Path, tokens: Tokens | None = None) -> None:
         self.live, self.tokens, self.limits = Live(location), tokens, Limits(body=200_000, images=16)
+        self.waiting = Waiting(20)
         self.seen: list[tuple[str, int, int]] = []
 
     def now(self) -> Served:
@@ -196,6 +197,24 @@ def test_problems(
     assert (answer.status_code, answer.json()["type"]) == (status, f"urn:raypp:problem:{code}")
     assert answer.json()["instance"] == "urn:raypp:request:abc"
     assert "X-Request-ID" not in answer.headers  # Serve adds it
+
+
+def test_images_that_would_wait_too_long_are_refused(here: Here) -> None:
+    """A replica's queue counts requests; 128 full ones would wait longer than a request may."""
+    client = TestClient(classifier_api(lambda: here))
+    body = npy(protected(Path(here.live.location))[:4])
+    with here.waiting.admitted(17):
+        answer = client.post("/v1/classify", content=body, headers=NPY)
+        assert (answer.status_code, answer.json()["type"]) == (503, "urn:raypp:problem:busy")
+        assert answer.headers["Retry-After"] == "1"
+        assert "17 images wait already, with these 4 more than 20" in answer.json()["detail"]
+    here.waiting.now = 16
+    assert client.post("/v1/classify", content=body, headers=NPY).status_code == 200
+    assert here.waiting.now == 16
+    alone = Waiting(2)
+    with alone.admitted(3), pytest.raises(RefusedError), alone.admitted(1):
+        pass
+    assert alone.now == 0
 
 
 def test_a_defect_says_nothing_but_its_number(here: Here, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import ipaddress
 import json
 import os
 import secrets
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+import grpc
 import httpx
 import numpy as np
 import psutil
@@ -455,6 +457,22 @@ def test_haproxy_takes_the_requests_and_listens_here_only(trained: Trained, tmp_
     try:
         wait_until(lambda: answers(f"{address}/classifier/v1/model", 200), process)
         classifies()
+        beyond = {  # of all of Ray
+            c.laddr.port: child.name()
+            for child in psutil.Process(process.pid).children(recursive=True)
+            for c in child.net_connections("inet")
+            if c.status == psutil.CONN_LISTEN
+            and not ipaddress.ip_address(c.laddr.ip.removeprefix("::ffff:")).is_loopback
+        }
+        assert set(beyond.values()) == {
+            "ray::ServeReplica:classifier:Classifier"
+        }  # where other deployments call, and what asks for a token
+        for port_of_replica in beyond:
+            with grpc.insecure_channel(f"127.0.0.1:{port_of_replica}") as channel:
+                call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+                with pytest.raises(grpc.RpcError) as refused:
+                    call(b"", timeout=10)
+                assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
         haproxy = running("haproxy")
         listening = {c.laddr for one in haproxy for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN}
         assert {host for host, _ in listening} == {"127.0.0.1"}

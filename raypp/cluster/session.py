@@ -1,7 +1,7 @@
 """Connecting to Ray: the cluster that the environment names, or one on this machine.
 
-A Ray that starts here asks for a token, which Ray makes by itself. It listens on the machine's own address all the
-same: Ray 2.60 turns a loopback address into that one.
+A Ray that starts here listens on loopback (but for a port of each Serve replica, which Ray opens on all interfaces), and
+asks for a token, which Ray makes by itself.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from raypp.errors import ConfigError
 env.apply()
 
 import ray  # noqa: E402  (its settings come first)
+from ray._private import ray_constants  # noqa: E402
 
 ANSWER_SECONDS = 10.0
 _started_here = False
@@ -94,16 +95,32 @@ def session() -> Iterator[dict[str, float]]:
         _started_here = False
 
 
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have the Ray that is started next listen on loopback only, its metrics too, which ask for no token.
+
+    Ray 2.60 takes the machine's address, and turns a loopback address that it is given into that one, unless it runs
+    where it forms no clusters (Windows and macOS by default): then it takes loopback for all that it starts.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
 def _start(num_cpus: int) -> None:
     global _started_here
     try:
-        ray.init(
-            address="local",  # not the cluster of somebody else that Ray would find on this machine
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _on_loopback():
+            ray.init(
+                address="local",  # not the cluster of somebody else that Ray would find on this machine
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     except Exception as error:  # Ray raises a bare Exception when its processes do not come up in time
         ray.shutdown()
         reason = str(error).strip().splitlines()[0]

@@ -29,7 +29,7 @@ from raypp.serve.auth import TokenFile, Tokens  # noqa: E402
 from raypp.serve.http import Offered, ServedAttack, attack_api, classifier_api, offer  # noqa: E402
 from raypp.serve.ladder import online  # noqa: E402
 from raypp.serve.model import Job, Live, Served, classify  # noqa: E402
-from raypp.serve.wire import Limits  # noqa: E402
+from raypp.serve.wire import Limits, Waiting  # noqa: E402
 
 logger = logging.getLogger("raypp.serve")
 LEAST_SECONDS = 0.5  # between two looks for newer bundles that requests cause
@@ -55,13 +55,15 @@ class Arguments(BaseModel):
     """Images of one request, and of one pass through the classifier."""
     look_every_s: float = Field(2.0, gt=0)
     """How often to look whether another bundle has become live."""
+    max_waiting: int = Field(Limits.waiting, ge=1)
+    """Images that wait for a replica's classifier; with more it answers 503."""
     timeout_s: float = Field(Limits.seconds, gt=0)
     """Until a request is given up."""
     threads: int = Field(1, ge=1)
     """Of torch, in each replica."""
 
     def limits(self) -> Limits:
-        return Limits(self.max_body, self.max_images, self.timeout_s)
+        return Limits(self.max_body, self.max_images, self.timeout_s, self.max_waiting)
 
 
 class _Replica:
@@ -185,6 +187,7 @@ class ClassifierDeployment(_Replica):
 
     def __init__(self, arguments: Arguments) -> None:
         super().__init__(arguments)
+        self.waiting = Waiting(self.limits.waiting)
         self.batched.set_max_batch_size(arguments.max_images)
 
     async def predict(self, served: Served, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ from raypp.evaluation.metrics import LEAST_SIDE, psnr, ssim
 from raypp.images import Pixels, encode_png
 from raypp.serve.auth import Tokens
 from raypp.serve.model import Served
-from raypp.serve.wire import MULTIPART, NPY, PNG, Limits, RefusedError, Shape, read_body, read_images
+from raypp.serve.wire import MULTIPART, NPY, PNG, Limits, RefusedError, Shape, Waiting, read_body, read_images
 
 PROBLEM = "application/problem+json"
 PROTECTION_HEADER, MODEL_HEADER, REQUEST_ID = "Raypp-Protection", "Raypp-Model", "X-Request-ID"
@@ -60,6 +60,7 @@ class Classifying(Protocol):
 
     limits: Limits
     tokens: Tokens | None
+    waiting: Waiting
 
     def now(self) -> Served: ...
 
@@ -141,7 +142,8 @@ def classifier_api(service: Callable[[], Classifying], observe: Observe | None =
                 raise _other_protection()
             images, _ = await _images(request, served.shape, asked.limits)
             read = time.perf_counter()
-            probabilities, protected = await asked.predict(served, _values(images))
+            with asked.waiting.admitted(len(images)):
+                probabilities, protected = await asked.predict(served, _values(images))
         _refuse_plain(protected)
         best = probabilities.topk(min(top, probabilities.shape[1]), dim=1)
         found = [

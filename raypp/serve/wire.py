@@ -11,7 +11,8 @@ import logging
 import math
 import struct
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -52,13 +53,38 @@ class RefusedError(RayppError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may hold at most."""
+    """What one request may hold at most, and all together that wait for the classifier."""
 
     body: int = 16 * 2**20
     """Bytes."""
     images: int = 256
     seconds: float = 30.0
     """Until a request is given up."""
+    waiting: int = 4096
+    """Images that wait in a replica: it counts requests by itself, and 128 full ones would wait longer than that."""
+
+
+class Waiting:
+    """How many images wait for the classifier, itself included; for one event loop."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.now = most, 0
+
+    @contextmanager
+    def admitted(self, num: int) -> Iterator[None]:
+        """Count ``num`` images while they wait, or raise RefusedError (503); a first request always may."""
+        if self.now and self.now + num > self.most:
+            raise RefusedError(
+                503,
+                "busy",
+                f"{self.now} images wait already, with these {num} more than {self.most}; come back after Retry-After",
+                {"Retry-After": "1"},
+            )
+        self.now += num
+        try:
+            yield
+        finally:
+            self.now -= num
 
 
 Shape = tuple[int, int, int]
