@@ -1,6 +1,6 @@
 """Connecting to Ray: the cluster that the environment names, or one on this machine.
 
-A Ray that starts here listens on loopback (but for a port of each Serve replica, which Ray opens on all interfaces), and
+A Ray that starts here listens on loopback, but for a port of each Serve replica, which Ray opens on all interfaces. It
 asks for a token, which Ray makes by itself.
 """
 

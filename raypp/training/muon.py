@@ -82,5 +82,5 @@ def orthogonal(matrices: Tensor) -> Tensor:
         product = factor @ product
         if left:
             square = factor @ square @ factor
-    found = product @ x
+    found: Tensor = product @ x
     return found.mT if tall else found
