@@ -469,16 +469,21 @@ def serve(
         console.print(f"wrote {write}; serve deploy {write}", markup=False, highlight=False, soft_wrap=True)
         return
     serving = _from_ray("raypp.serve.run", "serving")
-    with console.status("starting Ray and the services"), contextlib.ExitStack() as stack:
-        url = stack.enter_context(serving(config, haproxy=haproxy))
-        running = stack.pop_all()
-    with running:
-        for application in config["applications"]:
-            where = f"{url}{application['route_prefix']}"
-            console.print(f"{application['name']:<11} {where}/docs", markup=False, highlight=False, soft_wrap=True)
-        console.print(f"raypp classify {url} IMAGE_OR_FOLDER", markup=False, highlight=False, soft_wrap=True)
-        _until_interrupted()
-        console.print("stopping", highlight=False)
+    metrics_of = _from_ray("raypp.cluster.session", "metrics_url")
+    try:
+        with console.status("starting Ray and the services"), contextlib.ExitStack() as stack:
+            url = stack.enter_context(serving(config, haproxy=haproxy))
+            running = stack.pop_all()
+        with running:
+            said = [(a["name"], f"{url}{a['route_prefix']}/docs") for a in config["applications"]]
+            said += [("metrics", found)] if (found := metrics_of()) is not None else []
+            for name, where in said:
+                console.print(f"{name:<11} {where}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"raypp classify {url} IMAGE_OR_FOLDER", markup=False, highlight=False, soft_wrap=True)
+            _until_interrupted()
+            console.print("stopping", highlight=False)
+    except KeyboardInterrupt:  # while it starts or stops
+        raise KeyboardInterrupt("stopped") from None
 
 
 @app.command
@@ -543,6 +548,7 @@ def classify(
     pin: str | None = None,
     token_file: Path | None = None,
     top: Annotated[int, Parameter(validator=validators.Number(gte=1, lte=5))] = 1,
+    patience: Annotated[float, Parameter(validator=validators.Number(gte=0))] = 60.0,
 ) -> int:
     """Protect images here, send them to a service and print their classes.
 
@@ -560,6 +566,8 @@ def classify(
         File that holds a bearer token for the service.
     top
         Classes to print of each image, up to 5.
+    patience
+        Seconds for which a service that does not answer is asked again.
     """
     from rich.progress import track
 
@@ -568,7 +576,7 @@ def classify(
 
     files = [file for path in paths for file in find_images(path)]
     console = Console(stderr=True)
-    with Client(url, token=_token(token_file), key=key, pin=pin) as client:
+    with Client(url, token=_token(token_file), key=key, pin=pin, patience=patience) as client:
         hidden = not console.is_terminal
         bars = track(client.stream(files), "classifying", len(files), console=console, disable=hidden, transient=True)
         for file, found in bars:

@@ -41,6 +41,7 @@ NPY = "application/x-npy"
 NPY_HEADER = 1024  # bytes, and more than one takes
 MAX_ARCHIVE = 2**30  # bytes of a public part, before and after unpacking
 LONGEST_WAIT = 30.0  # seconds between two tries
+STARTING_SECONDS = 5.0  # for which a client that has met no service yet takes a 404 of Serve's for a start
 SAME = 2.0  # grey levels, in the mean, that an image and what protects it must differ by at least
 FLAT = 8  # grey levels between the darkest and the lightest value of an image that shows nothing
 RETRIED = frozenset({408, 429, 500, 502, 503, 504})
@@ -137,13 +138,15 @@ class _Session:
 
     def ask(self, call: Call) -> Step:
         """Send until there is an answer that is worth something, or patience ends."""
-        end, tries = time.monotonic() + self.patience, 0
+        begin, tries = time.monotonic(), 0
+        end = begin + self.patience
         while True:
             answer = yield call
             if isinstance(answer, httpx.Response) and answer.status_code not in RETRIED:
                 # Serve's proxy says so also while a service that it had starts again.
-                unknown = answer.status_code == 404 and "/-/routes" in answer.text
-                if not (unknown and self._bundle is not None and call.path.startswith("/classifier/")):
+                starting = answer.status_code == 404 and "/-/routes" in answer.text
+                known = self._bundle is not None or time.monotonic() < begin + STARTING_SECONDS
+                if not (starting and known and call.path.startswith("/classifier/")):
                     return answer
             wait = _wait(answer, tries)
             if time.monotonic() + wait > end:

@@ -10,7 +10,8 @@ from conftest import Trained
 
 from raypp.cli import main
 from raypp.errors import ConfigError
-from raypp.serve.haproxy import KEPT_CONNECTIONS, mended
+from raypp.serve.haproxy import KEPT_CONNECTIONS, mended, settings
+from raypp.serve.run import serving
 
 CONFIG = """global
     log 127.0.0.1:514 local0 info
@@ -86,3 +87,16 @@ def test_a_cluster_decides_by_its_start(
             assert stopped.value.code == 2
             assert said in capsys.readouterr().err
     assert not (tmp_path / "serve.yaml").exists()
+
+
+def test_two_services_on_a_machine_do_not_meet() -> None:
+    """Every port of the settings is another one; Serve's own proxy behind HAProxy would answer for both."""
+    with settings() as one, settings() as other:
+        ports = [value for given in (one, other) for key, value in given.items() if key.endswith("_PORT")]
+    assert len(set(ports)) == len(ports) == 8
+
+
+def test_a_host_at_which_haproxy_would_find_no_replica_is_refused() -> None:
+    config = {"http_options": {"host": "192.0.2.2", "port": 8000}, "applications": []}
+    with pytest.raises(ConfigError, match=r"none listens with --host 192\.0\.2\.2"), serving(config, haproxy=True):
+        pass

@@ -527,6 +527,15 @@ def test_a_bundle_that_does_not_work_is_not_published(trained: Trained, other: P
         raise RuntimeError("the service refuses")
     assert (shelf / "live.json").read_bytes() == live
 
+    def refused_after_another() -> None:
+        with publishing(other, shelf):
+            (shelf / "live.json").write_text('{"version": "somebody else\'s"}')
+            raise RuntimeError("the service refuses")
+
+    with pytest.raises(RuntimeError):
+        refused_after_another()
+    assert "somebody else's" in (shelf / "live.json").read_text()
+
 
 def test_what_becomes_live_and_does_not_work_is_not_taken_over(trained: Trained, other: Path, tmp_path: Path) -> None:
     shelf = tmp_path / "shelf"

@@ -61,7 +61,7 @@ def test_a_file_is_what_its_first_header_says() -> None:
     """Decoders go by a PNG file's last header and by what a number can be turned into: neither gets past the check."""
     whole, inside = encode_png(batch(1)[0]), encode_png(batch(1, shape=(12, 16, 3))[0])
     assert refused(whole[:33] + inside[8:], PNG) == (422, "damaged-image")
-    many = whole[:33] + chunk(b"gAMA", bytes(4)) * 1000 + whole[33:]
+    many = whole[:33] + chunk(b"IDAT", b"") * 1000 + whole[33:]
     assert refused(many, PNG) == (422, "damaged-image")
     for dims in ("(1e999, 16, 12, 3)", "(1.9, 16, 12, 3)", "(True, 16, 12, 3)"):
         header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {dims}}}".encode()
@@ -100,6 +100,24 @@ def test_how_to_show_a_png_is_passed_over_and_metadata_refused() -> None:
     exif[0x010E] = "a boat"
     for options in ({"pnginfo": about}, {"exif": exif}, {"icc_profile": b"x" * 200}):
         assert refused(saved(**options), PNG) == (422, "metadata")
+
+
+def test_what_may_be_passed_over_cannot_hold_another_image() -> None:
+    """Many small chunks, a NumPy header's other keys and comments, and headers of a form's parts would."""
+    small = chunk(b"pHYs", b"123456789")
+    assert read(IMAGE[:33] + small + IMAGE[33:], PNG)[0].shape == (1, *SHAPE)
+    for more in (small + small, chunk(b"pHYs", b"1234567890"), chunk(b"sRGB", b"12")):
+        assert refused(IMAGE[:33] + more + IMAGE[33:], PNG) == (422, "metadata")
+    whole = npy(batch(1))
+    header = whole[10:128].rstrip()
+    for other in (header[:-1] + b"'thumb': 'x'}", header + b" # x"):
+        assert refused(whole[:10] + other.ljust(117) + b"\n" + whole[128:], NPY) == (422, "not-npy")
+    assert read(whole[:10] + header.ljust(117) + b"\n" + whole[128:], NPY)[0].shape == (1, *SHAPE)
+    body, kind = form(("image", IMAGE))
+    end = b'filename="x"\r\n'
+    assert read(body.replace(end, end + b"Content-Type: image/png\r\n"), kind)[0].shape == (1, *SHAPE)
+    for more in (b"X-Plain: x\r\n", b"Content-Type: image/png; x=" + b"x" * 600 + b"\r\n"):
+        assert refused(body.replace(end, end + more), kind) == (422, "metadata")
 
 
 def test_a_png_holds_its_image_and_nothing_more() -> None:
@@ -197,6 +215,16 @@ def test_a_body_is_refused_when_it_is_known_to_be_too_large() -> None:
             asyncio.run(read_body(chunks(), length, LIMITS))
         assert raised.value.status == 413
         assert len(taken) <= most
+
+
+def test_a_body_that_stops_coming_is_given_up() -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"x"
+        await asyncio.sleep(30)
+
+    with pytest.raises(RefusedError, match=r"nothing of the body came for 0\.05 s") as raised:
+        asyncio.run(read_body(chunks(), "5", Limits(idle=0.05)))
+    assert raised.value.status == 408
 
 
 @settings(max_examples=300, deadline=None)

@@ -49,6 +49,14 @@ def lacks(sentence: str, see: str) -> str:
     raise ConfigError(f"{sentence}; see {see}")
 
 
+def metrics_url() -> str | None:
+    """Where a Ray that was started here gives its metrics; None on somebody else's cluster."""
+    if not _started_here:
+        return None
+    (node,) = (node for node in ray.nodes() if node["Alive"])
+    return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+
 def check_address() -> None:
     """Raise ConfigError if RAY_ADDRESS names a cluster that nobody answers for: Ray itself would try for minutes."""
     address = os.environ.get("RAY_ADDRESS", "")

@@ -63,7 +63,7 @@ class Arguments(BaseModel):
     """Of torch, in each replica."""
 
     def limits(self) -> Limits:
-        return Limits(self.max_body, self.max_images, self.timeout_s, self.max_waiting)
+        return Limits(self.max_body, self.max_images, self.timeout_s, waiting=self.max_waiting)
 
 
 class _Replica:
@@ -86,6 +86,7 @@ class _Replica:
             logger.warning("bundle %s has no guard: plain images are not refused", self.live.now.version)
         self._computer = ThreadPoolExecutor(1, "raypp-compute")
         self._looker: asyncio.Task[None] | None = None
+        self._refresh: asyncio.Future[bool] | None = None
         tags = ("route", "status")
         self._requests = Counter("raypp_requests_total", "Requests answered.", tags)
         self._images = Counter("raypp_images_total", "Images of answered requests.", tags)
@@ -105,9 +106,15 @@ class _Replica:
         found = self.live.of(protection)
         # Perhaps it has just been published; who asks for what was never there shall not have storage read each time.
         if found is None and time.monotonic() - self.live.looked > LEAST_SECONDS:
-            await asyncio.to_thread(self.live.refresh)
+            await self._refreshed()
             found = self.live.of(protection)
         return found
+
+    async def _refreshed(self) -> bool:
+        """Look for a newer bundle once for all who wait for it: loading takes long, and a thread each would be many."""
+        if self._refresh is None or self._refresh.done():
+            self._refresh = asyncio.ensure_future(asyncio.to_thread(self.live.refresh))
+        return await asyncio.shield(self._refresh)
 
     def rejected(self) -> dict[str, str] | None:
         return self.live.rejected
@@ -132,7 +139,7 @@ class _Replica:
             await asyncio.sleep(self.arguments.look_every_s)
             before = self.live.rejected
             # Not in the thread that computes: loading takes long, and requests go on meanwhile.
-            if await asyncio.to_thread(self.live.refresh):
+            if await self._refreshed():
                 logger.warning("bundle %s is live", self.live.now.version)
             elif self.live.rejected is not None and self.live.rejected != before:
                 logger.error("bundle %(version)s is not taken over: %(reason)s", self.live.rejected)
@@ -226,7 +233,8 @@ class AttackDeployment(_Replica):
 
     async def offered(self, protection: str | None) -> Offered | None:
         served = await self.served(protection)
-        return self.live.prepared(served) if served is not None else None
+        found: Offered | None = self.live.prepared(served) if served is not None else None
+        return found
 
     async def reconstruct(self, attack: ServedAttack, images: Tensor) -> Tensor:
         self.look()

@@ -117,7 +117,7 @@ def settings() -> Iterator[dict[str, str]]:
     """
     # A socket's path may have 97 characters, and Ray puts the 56 of a node's name into it.
     with tempfile.TemporaryDirectory(prefix="raypp-", dir="/tmp") as folder:
-        stats, metrics = _free_ports(2)
+        stats, metrics, fallback, fallback_grpc = _free_ports(4)
         yield {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             BINARY: program(),
@@ -127,6 +127,9 @@ def settings() -> Iterator[dict[str, str]]:
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+            # Of Serve's own proxy, which HAProxy asks while no replica is there.
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
         }
 
 

@@ -246,7 +246,8 @@ def attack_api(service: Callable[[], Attacking], observe: Observe | None = None)
         began = time.perf_counter()
         asked = service()
         _allowed(request, asked.tokens, "attack")
-        offered = await asked.offered(_wanted(request))
+        async with _in_time(asked.limits):
+            offered = await asked.offered(_wanted(request))
         if offered is None:
             raise _other_protection()
         served, chosen = offered.served, offered.attacks.get(attack)

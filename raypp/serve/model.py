@@ -244,8 +244,8 @@ class Live:
         return served
 
     def prepared(self, served: Served) -> Any:
-        """What ``prepare`` made of a bundle that is kept."""
-        return self._prepared[served.version]
+        """What ``prepare`` made of a bundle; None if it has just been dropped."""
+        return self._prepared.get(served.version)
 
     @property
     def now(self) -> Served:
@@ -330,12 +330,14 @@ def publishing(
     # Of a bundle that is live already, the one before it stays the one to go back to.
     previous = named["previous"] if named["version"] == version else named["version"]
     now = {"version": version, "previous": previous, "published": datetime.now(UTC).isoformat(timespec="seconds")}
-    storage.write(LIVE, (json.dumps(now) + "\n").encode())
+    written = (json.dumps(now) + "\n").encode()
+    storage.write(LIVE, written)
     try:
         yield Published(version, place.uri, previous)
     except BaseException:
-        if before is not None:
-            storage.write(LIVE, before)
-        else:
-            storage.remove(LIVE)
+        if storage.read(LIVE) == written:  # else somebody has published since, and this is not ours to undo
+            if before is not None:
+                storage.write(LIVE, before)
+            else:
+                storage.remove(LIVE)
         raise

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from raypp.errors import BundleError, ConfigError, RayppError
+from raypp.errors import BundleError, ConfigError, RayppError, StorageError
 from raypp.remote import Client, RemoteError, is_loopback
 from raypp.serve.auth import Tokens
 from raypp.serve.haproxy import settings
@@ -28,6 +28,7 @@ from raypp.storage import Storage
 
 CONFIG = "serve_config.yaml"
 LOOK_SECONDS = 0.5
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 ANSWER_SECONDS = 10.0  # for which a service that is published to may not answer
 
 
@@ -73,6 +74,12 @@ def serving(config: dict[str, Any], *, haproxy: bool = False) -> Iterator[str]:
         ConfigError: the port is taken, or Ray does not start; or ``haproxy``, which a cluster's start decides on.
         RayppError: a service does not start; why.
     """
+    host = config["http_options"]["host"]
+    if haproxy and not (is_loopback(host) or host == "0.0.0.0"):
+        raise ConfigError(
+            f"--haproxy reaches replicas at localhost, where none listens with --host {host}; allowed are 127.0.0.1 "
+            "and 0.0.0.0"
+        )
     from raypp.cluster.session import session
 
     with _through_haproxy() if haproxy else contextlib.nullcontext(), session(), _interruptible():
@@ -96,7 +103,7 @@ def serving(config: dict[str, Any], *, haproxy: bool = False) -> Iterator[str]:
                 logging_config=LoggingConfig(**config["logging_config"]),
             )
         except RayError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = COLOURS.sub("", str(error)).strip().splitlines()[-1]
             raise RayppError(f"Serve's proxy does not start: {reason}; logs/serve in Ray's folder has why") from error
         try:
             for application in config["applications"]:
@@ -189,14 +196,18 @@ def publish(
     with Client(url, token=token, patience=ANSWER_SECONDS) as client:
         _version(client)  # a service that cannot be asked is no place to publish to
         with publishing(bundle, shelf, check=online) as published:
-            _taken_over(client, published.version, patience)
+            _taken_over(client, shelf, published.version, patience)
             return published
 
 
-def _taken_over(client: Client, version: str, patience: float) -> None:
-    """Wait until a service serves a version."""
+def _taken_over(client: Client, shelf: str | Path, version: str, patience: float) -> None:
+    """Wait until a service serves a version, while its shelf names it."""
     end = time.monotonic() + patience
     while True:
+        with contextlib.suppress(StorageError):  # a store that is away for a moment
+            named = current(shelf)[1]
+            if named != version:
+                raise BundleError(f"somebody has made {named} live in place of {version} meanwhile; it stays live")
         with contextlib.suppress(RemoteError):
             live, rejected = _version(client)
             if live == version:

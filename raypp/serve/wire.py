@@ -7,6 +7,7 @@ at all: of a PNG the image data, of a NumPy file raw bytes, never pickles.
 from __future__ import annotations
 
 import ast
+import asyncio
 import logging
 import math
 import struct
@@ -31,9 +32,10 @@ PNG_SIGNATURE, NPY_SIGNATURE = b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
 GREY, RGB = 0, 2  # PNG's colour types
 MAX_NPY_HEADER = 1024
 MAX_PNG_CHUNKS = 1000
-SMALL_CHUNKS = frozenset({b"gAMA", b"sRGB", b"cHRM", b"pHYs", b"tIME", b"sBIT", b"bKGD"})
-"""What else a PNG may hold: how to show it. Text, EXIF or a profile can carry more of an original than its image."""
-MAX_SMALL_CHUNK = 32  # bytes, what the largest of them takes
+SMALL_CHUNKS = {b"gAMA": 4, b"sRGB": 1, b"cHRM": 32, b"pHYs": 9, b"tIME": 7, b"sBIT": 3, b"bKGD": 6}
+"""What else a PNG may hold, once, and of at most how many bytes: how to show it. Text, EXIF, a profile or many of these
+can carry more of an original than its image."""
+MAX_PART_HEADER = 512  # bytes of a form's part: its field and a file's name
 
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # its warnings quote bytes of the body
 
@@ -60,6 +62,8 @@ class Limits:
     images: int = 256
     seconds: float = 30.0
     """Until a request is given up."""
+    idle: float = 5.0
+    """Seconds between two parts of a body."""
     waiting: int = 4096
     """Images that wait in a replica: it counts requests by itself, and 128 full ones would wait longer than that."""
 
@@ -97,7 +101,15 @@ async def read_body(chunks: AsyncIterator[bytes], length: str | None, limits: Li
         raise _too_large(limits)
     parts: list[bytes] = []
     size = 0
-    async for chunk in chunks:
+    coming = aiter(chunks)
+    while True:
+        try:
+            async with asyncio.timeout(limits.idle):  # else slow senders would hold every place of a replica
+                chunk = await anext(coming)
+        except StopAsyncIteration:
+            break
+        except TimeoutError as error:
+            raise RefusedError(408, "too-slow", f"nothing of the body came for {limits.idle:g} s") from error
         size += len(chunk)
         if size > limits.body:
             raise _too_large(limits)
@@ -169,6 +181,15 @@ async def _multipart(
                 raise RefusedError(
                     422, "unknown-field", f"the form has a field {name[:50]!r}; allowed are files in {allowed}"
                 )
+            headers = {key.lower(): text for key, text in value.headers.items()}
+            if (
+                not headers.keys() <= {"content-disposition", "content-type"}
+                or sum(map(len, headers.values())) > MAX_PART_HEADER
+            ):
+                raise RefusedError(
+                    422, "metadata", f"a file of field {name!r} has headers that may tell more than its image does; "
+                    "allowed are Content-Disposition and Content-Type, short ones",
+                )  # fmt: skip
             data = await value.read()
             left = Limits(limits.body, limits.images - counts[name])
             where = f"file {len(found[name]) + 1} of field {name!r}"
@@ -231,7 +252,7 @@ def _png(data: bytes, where: str, shape: Shape) -> Pixels:
             raise RefusedError(
                 422, "not-png", f"{where} has a PNG chunk that an 8-bit image of this kind does not have"
             )
-        elif kind not in SMALL_CHUNKS or length > MAX_SMALL_CHUNK:
+        elif length > SMALL_CHUNKS.get(kind, -1) or kinds.count(kind) > 1:
             name = kind.decode("ascii") if kind.isalpha() else "of an unknown kind"
             raise RefusedError(
                 422, "metadata", f"{where} carries metadata ({name}), which may tell more of an original than a "
@@ -280,7 +301,10 @@ def _check_values(packed: bytes, where: str, shape: Shape) -> None:
 
 @lru_cache(maxsize=64)  # clients send few different ones, and reading one takes as long as making a tensor
 def _npy_header(header: bytes) -> tuple[Any, Any, tuple[Any, ...]]:
-    found = ast.literal_eval(header.decode("ascii").strip())
+    text = header.decode("ascii")
+    found = ast.literal_eval(text.strip())
+    if found.keys() != {"descr", "fortran_order", "shape"} or "#" in text:  # room for more than an image's values
+        raise ValueError("a header of other keys, or with a comment")
     return found["descr"], found["fortran_order"], tuple(found["shape"])
 
 
@@ -295,7 +319,15 @@ def _npy(data: bytes, where: str, shape: Shape, limits: Limits) -> Pixels:
         raise RefusedError(422, "not-npy", f"{where} is no NumPy file of a known version")
     try:
         kind, order, dims = _npy_header(data[begin : begin + length])
-    except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError, UnicodeDecodeError) as error:
+    except (
+        ValueError,
+        SyntaxError,
+        AttributeError,
+        TypeError,
+        MemoryError,
+        RecursionError,
+        UnicodeDecodeError,
+    ) as error:
         raise RefusedError(422, "not-npy", f"{where} has a damaged NumPy header") from error
     if kind not in ("|u1", "u1", "uint8") or order is not False:
         raise RefusedError(422, "wrong-type", f"{where} holds no uint8 values in C order: an upload is an 8-bit image")
