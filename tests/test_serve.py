@@ -446,7 +446,7 @@ def test_haproxy_takes_the_requests_and_listens_here_only(trained: Trained, tmp_
         found = []
         for child in psutil.Process(process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                if title in child.cmdline()[0] and child.status() != psutil.STATUS_ZOMBIE:
+                if title in "".join(child.cmdline()[:1]) and child.status() != psutil.STATUS_ZOMBIE:
                     found.append(child)
         return found
 
