@@ -75,7 +75,7 @@ def serving(config: dict[str, Any], *, haproxy: bool = False) -> Iterator[str]:
         RayppError: a service does not start; why.
     """
     host = config["http_options"]["host"]
-    if haproxy and not (is_loopback(host) or host == "0.0.0.0"):
+    if haproxy and host not in ("127.0.0.1", "localhost", "0.0.0.0"):
         raise ConfigError(
             f"--haproxy reaches replicas at localhost, where none listens with --host {host}; allowed are 127.0.0.1 "
             "and 0.0.0.0"
