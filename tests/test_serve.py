@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -450,6 +451,13 @@ def test_haproxy_takes_the_requests_and_listens_here_only(trained: Trained, tmp_
                     found.append(child)
         return found
 
+    def heard(processes: list[psutil.Process]) -> Iterator[tuple[str, Any]]:
+        for one in processes:
+            with contextlib.suppress(psutil.Error):  # it may end meanwhile, as an HAProxy whose configuration changes
+                yield from [
+                    (one.name(), c.laddr) for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN
+                ]
+
     def classifies() -> None:
         with Client(address, cache=tmp_path) as client:
             assert len(client.classify(images(3))) == 3
@@ -458,11 +466,9 @@ def test_haproxy_takes_the_requests_and_listens_here_only(trained: Trained, tmp_
         wait_until(lambda: answers(f"{address}/classifier/v1/model", 200), process)
         classifies()
         beyond = {  # of all of Ray
-            c.laddr.port: child.name()
-            for child in psutil.Process(process.pid).children(recursive=True)
-            for c in child.net_connections("inet")
-            if c.status == psutil.CONN_LISTEN
-            and not ipaddress.ip_address(c.laddr.ip.removeprefix("::ffff:")).is_loopback
+            where.port: name
+            for name, where in heard(psutil.Process(process.pid).children(recursive=True))
+            if not ipaddress.ip_address(where.ip.removeprefix("::ffff:")).is_loopback
         }
         assert set(beyond.values()) == {
             "ray::ServeReplica:classifier:Classifier"
@@ -474,7 +480,7 @@ def test_haproxy_takes_the_requests_and_listens_here_only(trained: Trained, tmp_
                     call(b"", timeout=10)
                 assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
         haproxy = running("haproxy")
-        listening = {c.laddr for one in haproxy for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+        listening = {where for _, where in heard(haproxy)}
         assert {host for host, _ in listening} == {"127.0.0.1"}
         assert port in {number for _, number in listening}
         assert len(listening) >= 3  # statistics and metrics too
