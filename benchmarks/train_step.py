@@ -56,7 +56,7 @@ from raypp.data.loader import Batches
 from raypp.nets import CLASSIFIERS
 from raypp.nets.features import StateDict, VGG16Features
 from raypp.nets.unet import UNet
-from raypp.training.precision import bf16_is_fast
+from raypp.training.loop import bf16_is_fast
 from raypp.training.sinks import LocalSink
 
 SIZES = ("cifar10-small", "cifar10")

@@ -35,9 +35,8 @@ from raypp.training import checkpoint, loop
 from raypp.training.distributed import SyncBatchNorm1d, SyncBatchNorm2d, synchronise_batch_norms
 from raypp.training.fit import Fit, ProtectionTask, TrainingData, fit, load_data, prepare
 from raypp.training.fit import validate as validate_system
-from raypp.training.loop import Phase, build_optimizer, learning_rate
+from raypp.training.loop import Phase, bf16_is_fast, build_optimizer, learning_rate
 from raypp.training.muon import Muon, orthogonal
-from raypp.training.precision import bf16_is_fast
 from raypp.training.sinks import KEEP, LocalSink, Row, checkpoint_name, newest_first, prune
 from raypp.training.system import build_system, phases
 

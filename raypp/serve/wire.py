@@ -319,15 +319,7 @@ def _npy(data: bytes, where: str, shape: Shape, limits: Limits) -> Pixels:
         raise RefusedError(422, "not-npy", f"{where} is no NumPy file of a known version")
     try:
         kind, order, dims = _npy_header(data[begin : begin + length])
-    except (
-        ValueError,
-        SyntaxError,
-        AttributeError,
-        TypeError,
-        MemoryError,
-        RecursionError,
-        UnicodeDecodeError,
-    ) as error:
+    except (ValueError, SyntaxError, AttributeError, TypeError, MemoryError, RecursionError) as error:
         raise RefusedError(422, "not-npy", f"{where} has a damaged NumPy header") from error
     if kind not in ("|u1", "u1", "uint8") or order is not False:
         raise RefusedError(422, "wrong-type", f"{where} holds no uint8 values in C order: an upload is an 8-bit image")

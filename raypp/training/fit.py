@@ -22,8 +22,7 @@ from raypp.nets.features import StateDict, VGG16FeatureOptions, load_vgg_slice
 from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
 from raypp.training.distributed import total
-from raypp.training.loop import Loop, Phase, Trainee, set_up_torch, together
-from raypp.training.precision import autocast
+from raypp.training.loop import Loop, Phase, Trainee, autocast, set_up_torch, together
 from raypp.training.sinks import Row, Sink
 from raypp.training.system import System, adaptation_of, build_system, phases, uses_features
 

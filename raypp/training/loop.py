@@ -9,7 +9,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -32,7 +32,6 @@ from raypp.training.distributed import (
     total,
 )
 from raypp.training.muon import Muon
-from raypp.training.precision import autocast
 from raypp.training.sinks import Row, Sink, checkpoint_name
 
 PROGRESS_SECONDS = 0.25
@@ -153,6 +152,21 @@ def build_optimizer(options: Optimizer, parameters: list[Any]) -> torch.optim.Op
     return torch.optim.AdamW(
         parameters, lr=options.lr, betas=(options.momentum, 0.999), weight_decay=options.weight_decay
     )
+
+
+def autocast(train: Optimisation, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """A context for the forward pass: bf16 where the hardware computes in it, else float32."""
+    wanted = train.precision
+    able = bf16_is_fast(device)
+    enabled = wanted == "bf16" or (wanted == "auto" and able)
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether convolutions gain from bf16: GPUs from Ampere on, CPUs with AVX-512 BF16 or AMX."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def set_up_torch(train: Optimisation) -> None:
