@@ -37,7 +37,7 @@ def online(served: Served) -> dict[str, tuple[Run, int]]:
     access = _access(served)
     networks: dict[str, Map] = {}
     found: dict[str, tuple[Run, int]] = {}
-    with Storage(served.location).download("private/attacks") as folder:
+    with Storage(served.location).download("private") as folder:  # a bundle not attacked has no attacks/ in it
         for name in sorted(done, key=lambda n: bool(ATTACKS.get(n).after)):
             kind: type[Attack] = ATTACKS.get(name)
             options = ATTACKS.options(name).model_validate(done[name]["options"])
@@ -48,7 +48,7 @@ def online(served: Served) -> dict[str, tuple[Run, int]]:
                 learned = issubclass(kind, TrainedAttack)
                 attack = kind(options, replace(access, earlier=earlier or None), learned=learned)
                 if isinstance(attack, TrainedAttack):
-                    attack.load(load((folder / f"{name}.safetensors").read_bytes()))
+                    attack.load(load((folder / "attacks" / f"{name}.safetensors").read_bytes()))
                     networks[name] = attack.reconstruct
                 attack.prepare()
             except (AttackError, OSError):
