@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -43,6 +44,7 @@ SETTINGS_HELP = (
     "`raypp config PRESET` prints them all with their values."
 )
 
+TOLD_SECONDS = 10.0  # between two lines that say that a service does not answer
 ATTACK_HELP = (
     "Any setting of the suite is a flag, as --num_queries 500, any of an attack by its name, as "
     "--inverse.train.epochs 5, and any of the images, as --data.source.path FOLDER."
@@ -464,6 +466,8 @@ def serve(
                 "--haproxy has no place in a configuration for `serve deploy`: what the cluster's `ray start` finds in "
                 "the environment decides (see docs/serve.md)"
             )
+        if write.exists():
+            raise ConfigError(f"--write: {str(write)!r} exists already; give a new file")
         text = yaml.safe_dump(config, sort_keys=False)
         Storage(write.absolute().parent).write(write.name, text.encode())
         console.print(f"wrote {write}; serve deploy {write}", markup=False, highlight=False, soft_wrap=True)
@@ -569,20 +573,42 @@ def classify(
     patience
         Seconds for which a service that does not answer is asked again.
     """
-    from rich.progress import track
+    from rich.progress import Progress
 
     from raypp.images import find_images
     from raypp.remote import Client
 
     files = [file for path in paths for file in find_images(path)]
     console = Console(stderr=True)
-    with Client(url, token=_token(token_file), key=key, pin=pin, patience=patience) as client:
-        hidden = not console.is_terminal
-        bars = track(client.stream(files), "classifying", len(files), console=console, disable=hidden, transient=True)
-        for file, found in bars:
+    failed = 0
+    told = float("-inf")
+
+    def failing(file: object, error: RayppError) -> None:
+        nonlocal failed
+        failed += 1
+        reason = str(error) if str(file) in str(error) else f"{file}: {error}"
+        console.print(f"raypp: {reason}", style="red", markup=False, highlight=False, soft_wrap=True)
+        bars.advance(task)
+
+    def waiting(reason: str, seconds: float) -> None:
+        nonlocal told
+        if time.monotonic() - told > TOLD_SECONDS:  # else every request to a busy service would say so
+            told = time.monotonic()
+            said = f"{_printable(reason)}; asking again for up to {seconds:.0f} s"
+            console.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    with (
+        Client(url, token=_token(token_file), key=key, pin=pin, patience=patience, on_wait=waiting) as client,
+        Progress(console=console, disable=not console.is_terminal, transient=True) as bars,
+    ):
+        task = bars.add_task("classifying", total=len(files))
+        for file, found in client.stream(files, on_error=failing):
             # Labels are the cloud's words: none of them may speak to the terminal.
             words = "  ".join(f"{_printable(label)} {probability:.1%}" for label, probability in found.top[:top])
             sys.stdout.write(f"{file!s}  {words}\n")
+            bars.advance(task)
+    if failed:
+        raise RayppError(f"{failed:,} of {len(files):,} images were not classified")
     return len(files)
 
 

@@ -17,7 +17,7 @@ import os
 import random
 import time
 import zipfile
-from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,10 @@ BATCH = 64  # images of a request: enough that the classifier works on full batc
 NPY = "application/x-npy"
 NPY_HEADER = 1024  # bytes, and more than one takes
 MAX_ARCHIVE = 2**30  # bytes of a public part, before and after unpacking
+MOST_ANEW = 2  # times that a request is made anew since another bundle has become live
 LONGEST_WAIT = 30.0  # seconds between two tries
+CONNECT_SECONDS = 5.0  # for a connection: a host that is not there shall be known before a request would have ended
+QUIET_SECONDS = 1.0  # of trying again that nobody is told of
 STARTING_SECONDS = 5.0  # for which a client that has met no service yet takes a 404 of Serve's for a start
 SAME = 2.0  # grey levels, in the mean, that an image and what protects it must differ by at least
 FLAT = 8  # grey levels between the darkest and the lightest value of an image that shows nothing
@@ -74,6 +77,8 @@ class Prediction:
     model: str
 
 
+Errors = dict[int, RayppError]
+
 Step = Generator["Call | float", "httpx.Response | Exception | None", Any]
 """What a client does, without doing it: gives requests to send and seconds to wait, takes answers."""
 
@@ -104,6 +109,7 @@ class _Session:
         cache: str | Path | None = None,
         timeout: float = 45.0,
         patience: float = 60.0,
+        on_wait: Callable[[str, float], None] | None = None,
     ) -> None:
         try:
             parts, _ = urlsplit(url), httpx.URL(url)
@@ -118,7 +124,8 @@ class _Session:
         if not (timeout > 0 and patience >= 0):
             raise ConfigError(f"timeout is {timeout} and patience {patience}; allowed are times above zero")
         self.url = url.rstrip("/").removesuffix("/classifier")
-        self.pin, self.timeout, self.patience = pin, timeout, patience
+        self.timeout = httpx.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS))
+        self.pin, self.patience, self.on_wait = pin, patience, on_wait
         self._key = Key.read(key) if key is not None else None
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         self._cache = Path(cache) if cache is not None else Path(home) / "raypp" / "protections"
@@ -149,10 +156,17 @@ class _Session:
                 if not (starting and known and call.path.startswith("/classifier/")):
                     return answer
             wait = _wait(answer, tries)
-            if time.monotonic() + wait > end:
-                if isinstance(answer, httpx.Response):
+            now = time.monotonic()
+            if isinstance(answer, httpx.Response):
+                if now + wait > end:
                     return answer
-                raise RemoteError(f"{self.url} does not answer: {_reason(answer)}") from answer
+                failure = _problem(answer)
+            else:
+                failure = RemoteError(f"{self.url} does not answer: {_reason(answer)}")
+                if now + wait > end:
+                    raise failure from answer
+            if self.on_wait is not None and now - begin > QUIET_SECONDS:
+                self.on_wait(str(failure), end - now)
             tries += 1
             yield wait
 
@@ -231,23 +245,50 @@ class _Session:
             raise BundleError(f"{self.url} asks for images without any protection; nothing was sent")
         return bundle
 
-    def protected(self, images: Sequence[Image]) -> Step:
-        """The protection's SHA-256, images as it takes them, and what it makes of them, both uint8 (N, H, W, C)."""
+    def protected(self, images: Sequence[Image], errors: Errors | None = None) -> Step:
+        """The protection's SHA-256, images as it takes them, and what it makes of them, both uint8 (N, H, W, C).
+
+        Args:
+            errors: by their places, images to leave out; those that cannot be read are added. Without it they raise.
+        """
         identifier, bundle = yield from self.protection()
-        size, channels = bundle.image_size, bundle.channels
         if not len(images):
             raise DataError("no image was given; allowed is one or more")
-        # Each is made small as soon as it has been read: 64 photographs would take gigabytes.
-        plain = np.stack([fit(_channels(_read(image, i), channels), size) for i, image in enumerate(images, 1)])
-        hidden = protect_images(bundle, plain)
-        if (shown := _shown(plain, hidden)) is not None:
-            raise DataError(f"image {shown + 1} comes out of the protection as it went in; nothing was sent")
-        return identifier, plain, hidden
+        plain: dict[int, Pixels] = {}
+        for place, image in enumerate(images):
+            if errors is not None and place in errors:
+                continue
+            try:
+                # Made small as soon as it has been read: 64 photographs would take gigabytes.
+                plain[place] = fit(_channels(_read(image, place + 1), bundle.channels), bundle.image_size)
+            except DataError as error:
+                if errors is None:
+                    raise
+                errors[place] = error
+        if not plain:
+            nothing = np.empty((0, *bundle.image_size, bundle.channels), np.uint8)
+            return identifier, nothing, nothing
+        stacked = np.stack(list(plain.values()))
+        hidden = protect_images(bundle, stacked)
+        if (shown := _shown(stacked, hidden)) is not None:
+            raise DataError(
+                f"image {list(plain)[shown] + 1} comes out of the protection as it went in; nothing was sent"
+            )
+        return identifier, stacked, hidden
 
-    def classify(self, images: Sequence[Image]) -> Step:
-        """Protect and send the images of one request."""
-        for last in (False, False, True):
-            identifier, _, hidden = yield from self.protected(images)
+    def classify(self, images: Sequence[Image], errors: Errors | None = None) -> Step:
+        """Protect and send the images of one request; returns each with its prediction.
+
+        Args:
+            errors: where what is wrong with single images goes, by their places; the others are classified. Without it
+                one of them raises.
+        """
+        anew = 0
+        while True:
+            identifier, _, hidden = yield from self.protected(images, errors)
+            kept = [place for place in range(len(images)) if errors is None or place not in errors]
+            if not kept:
+                return []
             headers = self._headers | {"Content-Type": NPY, "Raypp-Protection": identifier}
             answer = yield from self.ask(Call("POST", "/classifier/v1/classify", headers, _npy(hidden)))
             if answer.status_code == 200:
@@ -257,14 +298,19 @@ class _Session:
                 with _understood(answer):
                     found = answer.json()
                     predictions = [_prediction(image, found["model"]) for image in found["images"]]
-                    if len(predictions) != len(images):
-                        raise ValueError("another number of images")
-                    return predictions
-            if answer.status_code == 409 and not last:
+                    return [(images[place], made) for place, made in zip(kept, predictions, strict=True)]
+            if answer.status_code == 409 and anew < MOST_ANEW:
+                anew += 1
                 yield from self.protection(anew=True)
                 continue
-            raise _problem(answer)
-        raise AssertionError("unreachable")
+            problem = _problem(answer)
+            refused = _refused(answer, len(kept)) if errors is not None and problem.code == "not-protected" else []
+            if errors is None or not refused:
+                raise problem
+            for place in refused:
+                errors[kept[place]] = RemoteError(
+                    "the service takes its protected form for a plain image", problem.status, problem.code
+                )
 
     def attacks(self) -> Step:
         answer = yield from self.get("/attack/v1")
@@ -301,6 +347,8 @@ class Client:
         cache: folder where protections are kept; by default below the user's cache folder.
         timeout: seconds for one request; by default more than the service takes to give one up (40).
         patience: seconds for which a request is tried again where trying again is safe.
+        on_wait: called with the reason and the seconds left, before a request is tried again that has not been answered
+            for a second.
 
     Raises:
         ConfigError: an argument is not allowed.
@@ -356,10 +404,20 @@ class Client:
         """Protect images here and classify them there; returns a prediction for each, in order."""
         return [prediction for _, prediction in self.stream(images)]
 
-    def stream(self, images: Iterable[Image], batch: int = BATCH) -> Iterator[tuple[Image, Prediction]]:
-        """As :meth:`classify`, batch by batch: a folder of any size takes the memory of one batch."""
+    def stream(
+        self, images: Iterable[Image], batch: int = BATCH, on_error: Callable[[Image, RayppError], None] | None = None
+    ) -> Iterator[tuple[Image, Prediction]]:
+        """As :meth:`classify`, batch by batch: a folder of any size takes the memory of one batch.
+
+        Args:
+            batch: images of one request, or as many as the service takes.
+            on_error: called with each image that cannot be read, or whose protected form the service takes for a plain
+                image, and why; the others go on. By default the error is raised.
+        """
         for part in _batches(images, self._do(self._session.batch(batch))):
-            yield from zip(part, self._do(self._session.classify(part)), strict=True)
+            errors: Errors | None = None if on_error is None else {}
+            yield from self._do(self._session.classify(part, errors))
+            _tell(on_error, part, errors)
 
     def _do(self, steps: Step) -> Any:
         answer: httpx.Response | Exception | None = None
@@ -426,11 +484,15 @@ class AsyncClient:
         """See :meth:`Client.classify`."""
         return [prediction async for _, prediction in self.stream(images)]
 
-    async def stream(self, images: Iterable[Image], batch: int = BATCH) -> AsyncIterator[tuple[Image, Prediction]]:
+    async def stream(
+        self, images: Iterable[Image], batch: int = BATCH, on_error: Callable[[Image, RayppError], None] | None = None
+    ) -> AsyncIterator[tuple[Image, Prediction]]:
         """See :meth:`Client.stream`."""
         for part in _batches(images, await self._do(self._session.batch(batch))):
-            for found in zip(part, await self._do(self._session.classify(part)), strict=True):
+            errors: Errors | None = None if on_error is None else {}
+            for found in await self._do(self._session.classify(part, errors)):
                 yield found
+            _tell(on_error, part, errors)
 
     async def _do(self, steps: Step) -> Any:
         answer: httpx.Response | Exception | None = None
@@ -548,6 +610,21 @@ def _whole(opened: httpx.Response, chunks: Iterable[bytes]) -> httpx.Response:
     """An answer that was read piece by piece, in one piece and no longer compressed."""
     kept = [(k, v) for k, v in opened.headers.multi_items() if k not in ("content-encoding", "content-length")]
     return httpx.Response(opened.status_code, headers=kept, content=b"".join(chunks), request=opened.request)
+
+
+def _tell(on_error: Callable[[Image, RayppError], None] | None, images: list[Image], errors: Errors | None) -> None:
+    for place, error in sorted((errors or {}).items()):
+        assert on_error is not None
+        on_error(images[place], error)
+
+
+def _refused(answer: httpx.Response, num: int) -> list[int]:
+    """Places of the images that a service names as not protected; none where it names what was not sent."""
+    with _understood(answer):
+        places = answer.json().get("images") or []
+        if not all(type(place) is int and 0 <= place < num for place in places):
+            raise ValueError("places of other images")
+        return list(places)
 
 
 def _prediction(found: dict[str, Any], model: str) -> Prediction:

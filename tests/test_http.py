@@ -176,6 +176,7 @@ def test_an_image_that_does_not_look_protected_is_refused(trained: Trained) -> N
     assert problem["type"] == "urn:raypp:problem:not-protected"
     assert "image 2 of 2 does not look protected" in problem["detail"]
     assert "raypp protect" in problem["detail"]
+    assert problem["images"] == [1]
 
 
 @pytest.mark.parametrize(
@@ -390,7 +391,9 @@ def test_tokens_open_what_they_are_for(trained: Trained, tmp_path: Path) -> None
         assert classifier.get(path, headers={"Authorization": f"Bearer {reader}x"}).status_code == 401
         assert classifier.get(path, headers={"Authorization": f"Basic {reader}"}).status_code == 401
         assert classifier.get(path, headers={"Authorization": f"Bearer {reader}"}).status_code == 200
-    refused = classifier.post("/v1/classify", content=b"x", headers=PNG)
+    refused = classifier.post(
+        "/v1/classify?top=0", content=b"x", headers=PNG
+    )  # who has no token learns of no other fault
     assert (refused.status_code, refused.headers["WWW-Authenticate"]) == (401, 'Bearer realm="raypp"')
     assert attacks.get("/v1", headers={"Authorization": f"Bearer {reader}"}).status_code == 403
     assert attacks.get("/v1", headers={"Authorization": f"Bearer {attacker}"}).status_code == 200

@@ -175,8 +175,64 @@ def test_faults_are_retried_and_patience_ends(trained: Trained, cache: Path, ima
             with pytest.raises(RemoteError, match="answers 503: busy") as raised:
                 client.classify(images)
             assert raised.value.status == 503
-    with Client(url, cache=cache, patience=0.2) as client, pytest.raises(RemoteError, match="does not answer"):
+    told: list[tuple[str, float]] = []
+    patient = Client(url, cache=cache, patience=3, on_wait=lambda reason, seconds: told.append((reason, seconds)))
+    with patient as client, pytest.raises(RemoteError, match="does not answer"):
         client.classify(images)
+    assert told  # nobody waits for long without being told
+    assert all(f"{url} does not answer" in reason and 0 < seconds < 2 for reason, seconds in told)
+
+
+class Picky:
+    """A guard that takes every image whose first value is even for a plain one."""
+
+    plain_refused = protected_refused = None
+
+    def looks_protected(self, images: torch.Tensor) -> torch.Tensor:
+        return images[:, 0, 0, 0] % 2 == 1
+
+
+def test_one_bad_image_of_a_folder_costs_no_other(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pixels = np.random.default_rng(1).integers(0, 256, (70, 16, 16, 3), dtype=np.uint8)  # of more than one request
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, image in enumerate(pixels):
+        write_png(folder / f"{i:02}.png", image)
+    (folder / "03.png").write_bytes(b"no image")
+    (folder / "69.png").write_bytes(b"")
+    read = [i for i in range(70) if i not in (3, 69)]
+    here = Here(trained.bundle)
+    here.live._kept = [replace(here.now(), guard=Picky())]  # type: ignore[arg-type]
+    hidden = protect_images(load_public(trained.bundle), pixels)
+    taken = [i for i in read if hidden[i, 0, 0, 0] % 2 == 1]
+    assert 0 < len(taken) < len(read)
+    with running(Faulty(here).app) as url, pytest.raises(SystemExit) as raised:
+        main(["classify", url, str(folder)])
+    assert raised.value.code == 2
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()] == [str(folder / f"{i:02}.png") for i in taken]
+    labels = expected(trained.bundle, [pixels[i] for i in taken])
+    assert [line.split()[1] for line in out.splitlines()] == labels
+    *each, last = err.splitlines()
+    assert len(each) == 70 - len(taken)
+    assert sum("takes its protected form for a plain image" in line for line in each) == len(read) - len(taken)
+    assert all(sum(f"{i:02}.png" in line for line in each) == 1 for i in (3, 69))
+    assert last == f"raypp: {70 - len(taken)} of 70 images were not classified"
+
+
+def test_an_untrue_list_of_refused_images_ends_it(trained: Trained, cache: Path, images: list[np.ndarray]) -> None:
+    faulty = Faulty(Here(trained.bundle))
+    with running(faulty.app) as url, Client(url, cache=cache) as client:
+        client.model(), client.protection()
+        for places in ("[]", "[5]", '["0"]', "7"):
+            document = f'{{"detail": "no", "type": "urn:raypp:problem:not-protected", "images": {places}}}'
+            list(client.stream(images[:1]))
+            faulty.faults = [Response(document, status_code=422)]
+            with pytest.raises(RemoteError, match="answers"):
+                list(client.stream(images, on_error=lambda *_: None))
 
 
 def test_a_bundle_that_takes_over_costs_no_request(trained: Trained, tmp_path: Path, images: list[np.ndarray]) -> None:

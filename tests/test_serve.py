@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -17,7 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+import torch
 import yaml
 from browser import chromium, write_video
 from conftest import METRICS, Cluster, Trained, free_port, wait_until
@@ -133,6 +135,30 @@ def test_the_command_line_classifies(service: Service, tmp_path: Path, capsys: p
     assert [line.split()[0] for line in lines] == [str(tmp_path / f"{i}.png") for i in range(3)]
     with service.client() as client:
         assert [line.split()[1] for line in lines] == [found.label for found in client.classify(images(3))]
+
+
+def test_health_is_checked_while_something_is_computed(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attacks take long, and Serve ends a replica whose health it hears nothing of."""
+    from raypp.serve import app
+
+    monkeypatch.setattr(app, "_listens_on", lambda: "127.0.0.1")
+    monkeypatch.setattr(app, "_log_as_serve", lambda: None)
+    monkeypatch.setattr(sys, "setswitchinterval", lambda _: None)
+    replica = app._Replica(app.Arguments(bundle=str(service.bundle), threads=torch.get_num_threads()))
+
+    async def check() -> None:
+        released = threading.Event()
+        computing = asyncio.ensure_future(replica.compute(released.wait))
+        await asyncio.wait_for(replica.check_health(), 20)
+        replica.limits = replace(replica.limits, seconds=0.01)
+        await asyncio.sleep(0.1)
+        with pytest.raises(RuntimeError, match="one computation has taken"):
+            await replica.check_health()
+        released.set()
+        await computing
+        await replica.check_health()
+
+    asyncio.run(check())
 
 
 class Load(threading.Thread):

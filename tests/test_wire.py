@@ -38,6 +38,34 @@ def read(
     return asyncio.run(read_images(body, kind, shape, LIMITS, plain))
 
 
+def test_other_requests_go_on_while_large_images_are_decoded() -> None:
+    images = batch(2, shape=(160, 140, 3))
+    files = "".join(f"--x\r\nContent-Disposition: form-data; name=image; filename={i}\r\n\r\n{{}}\r\n" for i in "ab")
+    parts = [part.encode() for part in f"{files}--x--\r\n".split("{}")]
+    form = parts[0] + encode_png(images[0]) + parts[1] + encode_png(images[1]) + parts[2]
+    sent = [(encode_png(images[0]), PNG, images[:1]), (form, f"{MULTIPART}; boundary=x", images)]
+
+    async def reading(body: bytes, kind: str) -> tuple[Pixels, int]:
+        turns = 0
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        task = asyncio.create_task(other())
+        limits = Limits(images=4)
+        found, _ = await read_images(body, kind, (160, 140, 3), limits)
+        task.cancel()
+        return found, turns
+
+    for body, kind, expected in sent:
+        found, turns = asyncio.run(reading(body, kind))
+        np.testing.assert_array_equal(found, expected)
+        assert turns > 0
+
+
 def refused(body: bytes, kind: str, plain: tuple[int, int, int] | None = None) -> tuple[int, str]:
     with pytest.raises(RefusedError) as raised:
         read(body, kind, plain=plain)

@@ -37,6 +37,7 @@ BATCH_SECONDS = 0.002  # that a request waits for others: less than a forward pa
 # Between two turns of Python's threads, 5 ms by itself: the thread that computes asks for a turn after every operation,
 # and the one that reads requests would keep it waiting for as long each time.
 TURN_SECONDS = 0.0002
+STUCK = 4  # times as long as a request may take: a computation of that length ends no more
 STATUS_BOUNDARIES = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000]
 
 
@@ -85,6 +86,7 @@ class _Replica:
         if self.live.now.guard is None:
             logger.warning("bundle %s has no guard: plain images are not refused", self.live.now.version)
         self._computer = ThreadPoolExecutor(1, "raypp-compute")
+        self._began: float | None = None  # when what is being computed was begun
         self._looker: asyncio.Task[None] | None = None
         self._refresh: asyncio.Future[bool] | None = None
         tags = ("route", "status")
@@ -127,7 +129,14 @@ class _Replica:
 
     async def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function in the thread that computes; requests are read and answered meanwhile."""
-        return await asyncio.get_running_loop().run_in_executor(self._computer, function, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._computer, self._timed, function, *arguments)
+
+    def _timed(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        self._began = time.monotonic()
+        try:
+            return function(*arguments)
+        finally:
+            self._began = None
 
     def look(self) -> None:
         """Look for newer bundles from now on; called once there is an event loop."""
@@ -146,9 +155,13 @@ class _Replica:
 
     async def check_health(self) -> None:
         self.look()
-        problem = await self.compute(self.live.now.private.problem)
+        # Not in the thread that computes: behind slow attacks it would come too late, and Serve end a sound replica.
+        problem = await asyncio.to_thread(self.live.now.private.problem)
         if problem is not None:
             raise RuntimeError(f"the classifier fails its self-check: {problem}")
+        began = self._began
+        if began is not None and time.monotonic() - began > STUCK * self.limits.seconds:
+            raise RuntimeError(f"one computation has taken {time.monotonic() - began:.0f} s")
 
 
 def _log_as_serve() -> None:

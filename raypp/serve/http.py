@@ -122,7 +122,9 @@ class Attacking(Protocol):
 
 def classifier_api(service: Callable[[], Classifying], observe: Observe | None = None) -> FastAPI:
     """The classifier's API; ``service`` is asked at every request, since a replica has none when it is imported."""
-    api = _api("raypp classifier", "Classifies protected images. It never sees a plain one.", observe)
+    api = _api(
+        "raypp classifier", "Classifies protected images. It never sees a plain one.", service, "classify", observe
+    )
 
     @api.post("/v1/classify", openapi_extra=_body("image", plain=False), responses=_answers(CLASSIFIED))
     async def classify(
@@ -135,7 +137,6 @@ def classifier_api(service: Callable[[], Classifying], observe: Observe | None =
         """
         began = time.perf_counter()
         asked = service()
-        _allowed(request, asked.tokens, "classify")
         async with _in_time(asked.limits):
             served = await asked.served(_wanted(request))
             if served is None:
@@ -173,7 +174,6 @@ def classifier_api(service: Callable[[], Classifying], observe: Observe | None =
     async def protection(request: Request) -> Response:
         """The public part of the live bundle: what a client protects with. A key is never in it."""
         asked = service()
-        _allowed(request, asked.tokens, "classify")
         served = asked.now()
         tag = f'"{served.protection}"'
         headers = {"ETag": tag, MODEL_HEADER: served.version, "Cache-Control": "no-cache"}
@@ -182,10 +182,9 @@ def classifier_api(service: Callable[[], Classifying], observe: Observe | None =
         return Response(served.archive, media_type="application/zip", headers=headers)
 
     @api.get("/v1/model", responses=_given("application/json", {"type": "object"}, MODEL))
-    async def model(request: Request) -> Response:
+    async def model() -> Response:
         """What is served: card, classes, shape of an upload, what attacks recovered, how the guard was calibrated."""
         asked = service()
-        _allowed(request, asked.tokens, "classify")
         served = asked.now()
         guard = None
         if served.guard is not None:
@@ -212,13 +211,15 @@ def classifier_api(service: Callable[[], Classifying], observe: Observe | None =
 
 def attack_api(service: Callable[[], Attacking], observe: Observe | None = None) -> FastAPI:
     """The attack service's API; see :func:`classifier_api`."""
-    api = _api("raypp attacks", "What an attacker makes of protected images, and how much he recovers.", observe)
+    api = _api(
+        "raypp attacks", "What an attacker makes of protected images, and how much he recovers.", service, "attack",
+        observe,
+    )  # fmt: skip
 
     @api.get("/v1", responses=_given("application/json", {"type": "object"}, ATTACKS_OFFERED))
-    async def listing(request: Request) -> Response:
+    async def listing() -> Response:
         """Which attacks are served, who carries them out, and what they recovered when the bundle was attacked."""
         asked = service()
-        _allowed(request, asked.tokens, "attack")
         offered = await asked.offered(None)
         assert offered is not None
         found = [
@@ -245,7 +246,6 @@ def attack_api(service: Callable[[], Attacking], observe: Observe | None = None)
         """
         began = time.perf_counter()
         asked = service()
-        _allowed(request, asked.tokens, "attack")
         async with _in_time(asked.limits):
             offered = await asked.offered(_wanted(request))
         if offered is None:
@@ -259,7 +259,7 @@ def attack_api(service: Callable[[], Attacking], observe: Observe | None = None)
             images, plain = await _images(request, served.shape, most, served.plain)
             values = _values(images)
             if served.guard is not None:
-                _refuse_plain(served.guard.looks_protected(values))
+                _refuse_plain(await asyncio.to_thread(served.guard.looks_protected, values))
             try:
                 made = await asked.reconstruct(chosen, values)
             except RayppError as error:
@@ -320,18 +320,27 @@ def _compare(made: Pixels, plain: Pixels | None) -> list[dict[str, float]]:
 # What both have in common
 
 
-def _api(title: str, what: str, observe: Observe | None) -> FastAPI:
+def _api(
+    title: str, what: str, service: Callable[[], Classifying | Attacking], scope: str, observe: Observe | None
+) -> FastAPI:
     bearer = HTTPBearer(auto_error=False, description="Where the service was started with a token file.")
+
+    async def allowed(request: Request) -> None:
+        """Before parameters are looked at: who has no token is told nothing else."""
+        tokens = service().tokens
+        if tokens is not None:
+            tokens.check(request.headers.get("authorization"), scope)
+
     api = FastAPI(
         title=title, version=raypp.__version__, description=what, docs_url="/docs", redoc_url=None,
-        dependencies=[Depends(bearer)],  # so that OpenAPI names it; :func:`_allowed` checks
+        dependencies=[Depends(allowed), Depends(bearer)],  # the latter so that OpenAPI names it
     )  # fmt: skip
 
     api.add_middleware(_Around, observe=observe)
 
     @api.exception_handler(RefusedError)
     async def refused(request: Request, error: RefusedError) -> Response:
-        return problem(request, error.status, error.code, str(error), error.headers)
+        return problem(request, error.status, error.code, str(error), error.headers, error.more)
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -409,21 +418,23 @@ class _Around:
             await answer(scope, receive, sending)
 
 
-def problem(request: Request, status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> Response:
-    """A problem document."""
+def problem(
+    request: Request,
+    status: int,
+    code: str,
+    detail: str,
+    headers: dict[str, str] | None = None,
+    more: dict[str, Any] | None = None,
+) -> Response:
+    """A problem document, with ``more`` members of its own type."""
     document = {
         "type": TYPES + code,
         "title": code.replace("-", " "),
         "status": status,
         "detail": detail,
         "instance": f"urn:raypp:request:{request.state.identifier}",
-    }
+    } | (more or {})
     return Response(json.dumps(document), status, headers, PROBLEM)
-
-
-def _allowed(request: Request, tokens: Tokens | None, scope: str) -> None:
-    if tokens is not None:
-        tokens.check(request.headers.get("authorization"), scope)
 
 
 @asynccontextmanager
@@ -449,13 +460,14 @@ def _other_protection() -> RefusedError:
 
 
 def _refuse_plain(protected: Tensor) -> None:
-    """Refuse a request if one of its images does not look protected, bool (N,)."""
+    """Refuse a request if one of its images does not look protected, bool (N,); says which, counted from zero."""
     if not bool(protected.all()):
-        first = int((~protected).int().argmax())
+        places = (~protected).nonzero().flatten().tolist()
         raise RefusedError(
             422, "not-protected",
-            f"image {first + 1} of {len(protected)} does not look protected; nothing of it was kept. Protect it first: "
-            "raypp protect, or raypp.Client",
+            f"image {places[0] + 1} of {len(protected)} does not look protected; nothing of it was kept. Protect it "
+            "first: raypp protect, or raypp.Client",
+            more={"images": places},
         )  # fmt: skip
 
 
@@ -509,6 +521,10 @@ _PROBLEM_SCHEMA = {
     "properties": {
         "type": {"type": "string"}, "title": {"type": "string"}, "status": {"type": "integer"},
         "detail": {"type": "string"}, "instance": {"type": "string"},
+        "images": {
+            "type": "array", "items": {"type": "integer"},
+            "description": "With not-protected: the images that do not look protected, counted from zero.",
+        },
     },
     "required": ["type", "title", "status", "detail"],
 }  # fmt: skip

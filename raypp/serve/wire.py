@@ -12,11 +12,11 @@ import logging
 import math
 import struct
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from python_multipart.exceptions import MultipartParseError
@@ -35,7 +35,10 @@ MAX_PNG_CHUNKS = 1000
 SMALL_CHUNKS = {b"gAMA": 4, b"sRGB": 1, b"cHRM": 32, b"pHYs": 9, b"tIME": 7, b"sBIT": 3, b"bKGD": 6}
 """What else a PNG may hold, once, and of at most how many bytes: how to show it. Text, EXIF, a profile or many of these
 can carry more of an original than its image."""
+DECODED_AT_ONCE = 2**15  # values of PNG images: ten of 32 x 32
 MAX_PART_HEADER = 512  # bytes of a form's part: its field and a file's name
+
+T = TypeVar("T")
 
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # its warnings quote bytes of the body
 
@@ -46,11 +49,19 @@ class RefusedError(RayppError):
     Args:
         status: HTTP status.
         code: a stable name of the problem, for programs.
+        more: what else the problem document says, for programs too.
     """
 
-    def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        headers: dict[str, str] | None = None,
+        more: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__(message)
-        self.status, self.code, self.headers = status, code, headers or {}
+        self.status, self.code, self.headers, self.more = status, code, headers or {}, more or {}
 
 
 @dataclass(frozen=True)
@@ -138,7 +149,7 @@ async def read_images(
     """
     kind = content_type.partition(";")[0].strip().lower()
     if kind == PNG:
-        return _png(body, "the body", shape)[None], None
+        return await _aside(lambda: _png(body, "the body", shape)[None], math.prod(shape)), None
     if kind == NPY:
         return _npy(body, "the body", shape, limits), None
     if kind == MULTIPART:
@@ -215,7 +226,15 @@ async def _multipart(
             ]
         )
 
-    return images("image"), images("plain") if counts.get("plain") else None
+    both = [name for name in shapes if counts[name]]
+    values = sum(math.prod(shapes[name]) for name in both for part in found[name] if isinstance(part, bytes))
+    read = await _aside(lambda: {name: images(name) for name in both}, values)
+    return read["image"], read.get("plain")
+
+
+async def _aside(function: Callable[[], T], values: int) -> T:
+    """Decode so many values: in a thread where that takes longer than a thread costs, since other requests wait."""
+    return await asyncio.to_thread(function) if values > DECODED_AT_ONCE else function()
 
 
 def _too_many(limits: Limits) -> RefusedError:
