@@ -1,0 +1,209 @@
+"""The services on a Ray cluster of three machines, each a network namespace of its own on this one: HAProxy on every
+node, requests to any of them, and a node that dies."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import yaml
+from conftest import Trained
+
+from raypp.bundle import load_private
+from raypp.cli import main
+from raypp.serve.auth import add_token
+from raypp.serve.haproxy import settings
+
+pytestmark = pytest.mark.ray
+
+NUM_NODES = 3  # a head without work, as in a cluster's usual configuration, and two with a replica each
+SUBNET = "10.213.57"  # of the bridge between them
+BRIDGE = "raypp-test"
+HEAD = f"{SUBNET}.1:6379"
+CONNECTIONS = 4  # to each node that is asked
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+@dataclass
+class Nodes:
+    """Namespaces ``raypp-test-0``, the head, and so on; node i has the address SUBNET.(i + 1)."""
+
+    environment: dict[str, str]
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def run(self, node: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["ip", "netns", "exec", f"{BRIDGE}-{node}", *arguments]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
+
+    def start(self, node: int, proxy: dict[str, str], *options: str) -> None:
+        command = [
+            "ip", "netns", "exec", f"{BRIDGE}-{node}", "ray", "start", "--block", "--disable-usage-stats",
+            f"--node-ip-address={address(node)}", "--object-store-memory=100000000", *options,
+        ]  # fmt: skip
+        quiet = subprocess.DEVNULL
+        self.started.append(subprocess.Popen(command, env=self.environment | proxy, stdout=quiet, stderr=quiet))
+
+    def kill(self, node: int) -> None:
+        """End everything on a node at once, as a machine that loses its power."""
+        found = subprocess.run(["ip", "netns", "pids", f"{BRIDGE}-{node}"], capture_output=True, text=True, check=False)
+        for number in found.stdout.split():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                psutil.Process(int(number)).kill()
+
+    def replicas(self, node: int) -> int:
+        """How many replicas listen on a node for its HAProxy and the others'."""
+        listening = self.run(node, "cat", "/proc/net/tcp").stdout.splitlines()[1:]
+        ports = [int(line.split()[1].partition(":")[2], 16) for line in listening if line.split()[3] == "0A"]
+        return sum(30000 <= port < 30100 for port in ports)
+
+
+def address(node: int) -> str:
+    return f"{SUBNET}.{node + 1}"
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    """A Ray cluster over three namespaces, each with an HAProxy of its own."""
+    try:
+        ip("link", "add", BRIDGE, "type", "bridge")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"namespaces need root and the program ip: {getattr(error, 'stderr', error)}")
+    token = tmp_path / "cluster-token"
+    token.write_text(secrets.token_hex(32))
+    environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")} | {
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }  # fmt: skip
+    made = Nodes(environment)
+    with ExitStack() as stack:
+        stack.callback(ip, "link", "del", BRIDGE)
+        ip("addr", "add", f"{SUBNET}.254/24", "dev", BRIDGE)
+        ip("link", "set", BRIDGE, "up")
+        for node in range(NUM_NODES):
+            name, outer, inner = f"{BRIDGE}-{node}", f"rpp{node}", f"rppn{node}"
+            ip("netns", "add", name)
+            stack.callback(ip, "netns", "del", name)
+            ip("link", "add", outer, "type", "veth", "peer", "name", inner)
+            stack.callback(ip, "link", "del", outer)  # a namespace outlives its name while a process in it ends
+            ip("link", "set", inner, "netns", name)
+            ip("link", "set", outer, "master", BRIDGE, "up")
+            ip("-n", name, "addr", "add", f"{address(node)}/24", "dev", inner)
+            for device in (inner, "lo"):
+                ip("-n", name, "link", "set", device, "up")
+            stack.callback(made.kill, node)
+        # One machine's files: each HAProxy has its own folder, which on several machines lies at the same place.
+        proxies = [stack.enter_context(settings()) for _ in range(NUM_NODES)]
+        for node in range(NUM_NODES):  # one after the other: they write into one folder, as machines do not
+            head = "--head", "--port=6379", "--num-cpus=0", "--dashboard-host=127.0.0.1"
+            made.start(node, proxies[node], *(head if node == 0 else (f"--address={HEAD}", "--num-cpus=1")))
+            wait(lambda: made.run(0, "ray", "status", "--address", HEAD).stdout.count(" 1 node_") == node + 1, 60)  # noqa: B023
+        yield made
+
+
+def wait(condition: object, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.5)
+
+
+class Asking(threading.Thread):
+    """Sends protected images to one node, one after the other, and checks every answer against its own image."""
+
+    def __init__(self, node: int, token: str, images: np.ndarray, classes: list[int]) -> None:
+        super().__init__(daemon=True)
+        self.url, self.images, self.classes = f"http://{address(node)}:8000", images, classes
+        self.headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/x-npy"}
+        self.stop = threading.Event()
+        self.outcomes: Counter[str] = Counter()
+        self.failed: list[float] = []
+
+    def run(self) -> None:
+        with httpx.Client(timeout=45, trust_env=False) as client:
+            number = 0
+            while not self.stop.is_set():
+                number = (number + 1) % len(self.images)
+                body = io.BytesIO()
+                np.save(body, self.images[number])
+                began = time.monotonic()
+                try:
+                    answer = client.post(
+                        f"{self.url}/classifier/v1/classify", content=body.getvalue(), headers=self.headers
+                    )
+                    outcome = str(answer.status_code)
+                    if outcome == "200" and answer.json()["images"][0]["index"] != self.classes[number]:
+                        outcome = "wrong"
+                except httpx.HTTPError as error:
+                    outcome = type(error).__name__
+                self.outcomes[outcome] += 1
+                if outcome != "200":
+                    self.failed.append(began)
+
+
+def test_a_node_that_dies_costs_the_requests_on_their_way_to_it(nodes: Nodes, trained: Trained, tmp_path: Path) -> None:
+    token = add_token(tmp_path / "tokens.json", "test", ["classify"])
+    config, tokens = tmp_path / "serve_config.yaml", str(tmp_path / "tokens.json")
+    bundle = shutil.copytree(trained.bundle, tmp_path / "bundle")
+    main(["serve", str(bundle), "--host", "0.0.0.0", "--tokens", tokens, "--no-attack", "--write", str(config)])
+    written = yaml.safe_load(config.read_text())
+    replicas = {"name": "Classifier", "autoscaling_config": {"min_replicas": 2, "max_replicas": 2}}
+    written["applications"][0]["deployments"] = [replicas]
+    config.write_text(yaml.safe_dump(written))
+    deployed = nodes.run(0, "serve", "deploy", str(config), "--address", "http://127.0.0.1:8265")
+    assert deployed.returncode == 0, deployed.stderr
+
+    def answers(node: int) -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            return httpx.get(f"http://{address(node)}:8000/classifier/v1/model", timeout=5).status_code == 401
+        return False
+
+    wait(lambda: [nodes.replicas(node) for node in range(NUM_NODES)] == [0, 1, 1], 120)
+    wait(lambda: all(answers(node) for node in range(NUM_NODES)), 30)
+    for node in range(NUM_NODES):  # what load balancers and Kubernetes ask
+        assert httpx.get(f"http://{address(node)}:8000/-/healthz", timeout=5).status_code == 200
+    with httpx.Client(timeout=3) as outside:  # only Serve's own ports listen for others, and replicas' behind a token
+        for port in (8404, 9101, 8265):
+            with pytest.raises(httpx.ConnectError):
+                outside.get(f"http://{address(0)}:{port}/")
+        assert outside.get(f"http://{address(1)}:30000/classifier/v1/model").status_code == 401
+    private = load_private(bundle)
+    images = private.sample.permute(0, 2, 3, 1).numpy()
+    classes = private.sample_classes.tolist()
+    asking = [Asking(node, token, images, classes) for node in (0, 1) for _ in range(CONNECTIONS)]
+    for thread in asking:
+        thread.start()
+    time.sleep(4)
+    before = sum((thread.outcomes for thread in asking), Counter())
+    assert set(before) == {"200"}
+    died = time.monotonic()
+    nodes.kill(2)
+    time.sleep(10)
+    for thread in asking:
+        thread.stop.set()
+    for thread in asking:
+        thread.join(60)
+    outcomes = sum((thread.outcomes for thread in asking), Counter())
+    failed = sorted(began for thread in asking for began in thread.failed)
+    assert outcomes["wrong"] == 0
+    assert outcomes["200"] - before["200"] > 50
+    assert len(failed) <= len(asking), outcomes  # one on its way for each connection
+    assert all(abs(began - died) < 3 for began in failed)
