@@ -521,6 +521,7 @@ def test_haproxy_takes_the_requests_and_listens_here_only(trained: Trained, tmp_
         out, err = process.communicate(timeout=90)
     assert process.returncode == 0, out + err
     assert "Traceback" not in err
+    assert "failed" not in out + err  # Ray of Serve's end
 
 
 def test_the_written_configuration_is_what_serve_deploys(trained: Trained, tmp_path: Path) -> None:

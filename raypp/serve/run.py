@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import re
@@ -82,7 +83,12 @@ def serving(config: dict[str, Any], *, haproxy: bool = False) -> Iterator[str]:
         )
     from raypp.cluster.session import session
 
-    with _through_haproxy() if haproxy else contextlib.nullcontext(), session(), _interruptible():
+    with (
+        contextlib.ExitStack() as ending,  # left last
+        _through_haproxy() if haproxy else contextlib.nullcontext(),
+        session(),
+        _interruptible(),
+    ):
         from ray import serve
         from ray.exceptions import RayError
         from ray.serve.schema import LoggingConfig
@@ -123,6 +129,8 @@ def serving(config: dict[str, Any], *, haproxy: bool = False) -> Iterator[str]:
             reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(str(host), str(host))
             yield f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
         finally:
+            # Serve ends its controller in the middle of a call, and Ray prints that the call failed.
+            ending.enter_context(contextlib.redirect_stdout(io.StringIO()))
             for application in config["applications"]:
                 serve.delete(application["name"])
             if not serve.status().applications:  # a cluster may serve other things too
