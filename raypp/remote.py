@@ -265,16 +265,19 @@ class _Session:
                 if errors is None:
                     raise
                 errors[place] = error
-        if not plain:
-            nothing = np.empty((0, *bundle.image_size, bundle.channels), np.uint8)
-            return identifier, nothing, nothing
-        stacked = np.stack(list(plain.values()))
-        hidden = protect_images(bundle, stacked)
-        if (shown := _shown(stacked, hidden)) is not None:
-            raise DataError(
-                f"image {list(plain)[shown] + 1} comes out of the protection as it went in; nothing was sent"
-            )
-        return identifier, stacked, hidden
+        while plain:
+            stacked = np.stack(list(plain.values()))
+            hidden = protect_images(bundle, stacked)
+            if (shown := _shown(stacked, hidden)) is None:
+                return identifier, stacked, hidden
+            place = list(plain)[shown]
+            problem = DataError(f"image {place + 1} comes out of the protection as it went in; nothing was sent")
+            if errors is None:
+                raise problem
+            errors[place] = problem
+            del plain[place]
+        nothing = np.empty((0, *bundle.image_size, bundle.channels), np.uint8)
+        return identifier, nothing, nothing
 
     def classify(self, images: Sequence[Image], errors: Errors | None = None) -> Step:
         """Protect and send the images of one request; returns each with its prediction.

@@ -10,7 +10,7 @@ from conftest import Trained
 
 from raypp.cli import main
 from raypp.errors import ConfigError
-from raypp.serve.haproxy import KEPT_CONNECTIONS, mended, settings
+from raypp.serve.haproxy import MORE, mended, settings
 from raypp.serve.run import serving
 
 CONFIG = """global
@@ -40,7 +40,7 @@ def test_only_what_was_asked_for_listens_beyond_this_machine() -> None:
     ]  # fmt: skip
     assert "mode 600 level admin" in kept
     others = kept
-    for more in KEPT_CONNECTIONS.values():
+    for more in MORE.values():
         others = others.replace(more, "")
     changed = [(a, b) for a, b in zip(CONFIG.splitlines(), others.splitlines(), strict=True) if a != b]
     assert len(changed) == 3
@@ -49,7 +49,7 @@ def test_only_what_was_asked_for_listens_beyond_this_machine() -> None:
 
 def test_connections_to_replicas_are_kept() -> None:
     """Else HAProxy resets them, and replicas grow."""
-    for section, more in KEPT_CONNECTIONS.items():
+    for section, more in MORE.items():
         assert f"{section}\n{more}" in mended(CONFIG)
 
 

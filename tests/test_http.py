@@ -606,7 +606,7 @@ def test_publishing_what_is_live_keeps_what_was_before_it(trained: Trained, othe
     (shelf / "live.json").write_text("{}")
     with publishing(trained.bundle, shelf) as back:
         pass
-    assert (current(shelf)[1], back.previous) == (first.version, None)
+    assert (current(shelf).version, back.previous) == (first.version, None)
 
 
 def test_attacks_on_the_bundle_before_are_answered_while_one_takes_over(

@@ -26,14 +26,14 @@ from torch import Tensor  # noqa: E402
 from raypp.errors import ConfigError  # noqa: E402
 from raypp.remote import is_loopback  # noqa: E402
 from raypp.serve.auth import TokenFile, Tokens  # noqa: E402
+from raypp.serve.batching import Batches  # noqa: E402
 from raypp.serve.http import Offered, ServedAttack, attack_api, classifier_api, offer  # noqa: E402
 from raypp.serve.ladder import online  # noqa: E402
-from raypp.serve.model import Job, Live, Served, classify  # noqa: E402
+from raypp.serve.model import Live, Served, classify  # noqa: E402
 from raypp.serve.wire import Limits, Waiting  # noqa: E402
 
 logger = logging.getLogger("raypp.serve")
 LEAST_SECONDS = 0.5  # between two looks for newer bundles that requests cause
-BATCH_SECONDS = 0.002  # that a request waits for others: less than a forward pass of one image
 # Between two turns of Python's threads, 5 ms by itself: the thread that computes asks for a turn after every operation,
 # and the one that reads requests would keep it waiting for as long each time.
 TURN_SECONDS = 0.0002
@@ -107,7 +107,8 @@ class _Replica:
     async def served(self, protection: str | None) -> Served | None:
         found = self.live.of(protection)
         # Perhaps it has just been published; who asks for what was never there shall not have storage read each time.
-        if found is None and time.monotonic() - self.live.looked > LEAST_SECONDS:
+        loading = self._refresh is not None and not self._refresh.done()  # perhaps what is asked for
+        if found is None and (loading or time.monotonic() - self.live.looked > LEAST_SECONDS):
             await self._refreshed()
             found = self.live.of(protection)
         return found
@@ -208,22 +209,11 @@ class ClassifierDeployment(_Replica):
     def __init__(self, arguments: Arguments) -> None:
         super().__init__(arguments)
         self.waiting = Waiting(self.limits.waiting)
-        self.batched.set_max_batch_size(arguments.max_images)
+        self._batches = Batches(self.compute, classify, arguments.max_images)
 
     async def predict(self, served: Served, images: Tensor) -> tuple[Tensor, Tensor]:
         self.look()
-        found: tuple[Tensor, Tensor] = await self.batched((served, images))
-        return found
-
-    @serve.batch(  # type: ignore[untyped-decorator]
-        max_batch_size=Limits.images,
-        batch_wait_timeout_s=BATCH_SECONDS,
-        max_concurrent_batches=2,  # the next one lies ready when one has been computed
-        batch_size_fn=lambda jobs: sum(len(images) for _, images in jobs),
-    )
-    async def batched(self, jobs: list[Job]) -> list[tuple[Tensor, Tensor]]:
-        found: list[tuple[Tensor, Tensor]] = await self.compute(classify, jobs)
-        return found
+        return await self._batches.answer((served, images))
 
 
 @serve.deployment(

@@ -86,6 +86,9 @@ class TokenFile:
 
     def now(self) -> Tokens:
         mark = self._look()
+        if mark is None and self._mark is not None:  # a store that is away for a moment locks nobody out
+            self._mark = None
+            logger.error("token file %r is gone; the tokens it held stay valid until it is back", self._path)
         if mark not in (None, self._mark):
             self._mark = mark
             try:

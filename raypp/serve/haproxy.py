@@ -3,7 +3,8 @@
 Ray 2.60 writes a configuration whose statistics and metrics listen on all interfaces and whose socket for its
 administration any local user may write to, and has no settings for either. HAProxy also closes, with a reset, most of
 the connections that it has just used for a replica when there are several, and uvicorn (0.54) keeps all of a connection
-that was reset until its keep-alive time is over: replicas grew by megabytes a second under load. The program
+that was reset until its keep-alive time is over: replicas grew by megabytes a second under load. It gives clients an
+hour for a request's headers, so a few thousand that send none would keep all others out. The program
 ``raypp-haproxy`` mends the configuration in place and then becomes the HAProxy that Ray brings along.
 """
 
@@ -29,18 +30,21 @@ ASKED_FOR = {"frontend http_frontend", "frontend grpc_frontend"}  # they listen 
 SECTION = re.compile(r"(global|defaults|frontend|backend|listen|resolvers|peers|cache|userlist)\b.*")
 BIND = re.compile(r"(\s*bind\s+)\S*?:(\d+)(.*)", re.DOTALL)
 # Connections to replicas are kept for the next request although fewer are thought to be needed, and although clients'
-# connections take much of what may be open.
-KEPT_CONNECTIONS = {
+# connections take much of what may be open. Requests whose headers do not come would each hold one of the 4,096 that
+# clients may have.
+MORE = {
     "global": "    tune.pool-low-fd-ratio 80\n    tune.pool-high-fd-ratio 90\n",
-    "defaults": "    default-server pool-low-conn 1024\n",
+    "defaults": "    default-server pool-low-conn 1024\n    timeout http-request 5s\n",
 }
+CLIENT_TIMEOUT = re.compile(r"(\s*timeout\s+client\s+)\S+(\s*)")
+CLIENT_SECONDS = 120  # without a byte from a client, an hour by itself; a request is answered within 40
 STATS_SOCKET = re.compile(r"(\s*stats\s+socket\s.*?\bmode\s+)\d+(.*)", re.DOTALL)
 PR_SET_PDEATHSIG = 1
 
 
 def mended(config: str) -> str:
-    """A configuration of HAProxy in which only Serve's own front ends listen beyond loopback, and connections to
-    replicas are kept.
+    """A configuration of HAProxy in which only Serve's own front ends listen beyond loopback, connections to replicas
+    are kept, and clients that send nothing are not.
 
     Raises:
         ConfigError: something listens in a way that is not known.
@@ -54,8 +58,10 @@ def mended(config: str) -> str:
             if found is None:
                 raise ConfigError(f"HAProxy's {section!r} has {line.strip()!r}; understood is bind ADDRESS:PORT")
             line = f"{found[1]}127.0.0.1:{found[2]}{found[3]}"
+        if section == "defaults":
+            line = CLIENT_TIMEOUT.sub(rf"\g<1>{CLIENT_SECONDS}s\g<2>", line)
         lines.append(STATS_SOCKET.sub(r"\g<1>600\g<2>", line))
-        more = KEPT_CONNECTIONS.get(line.strip())
+        more = MORE.get(line.strip())
         if more is not None and more not in config:
             lines.append(more)
     return "".join(lines)

@@ -333,6 +333,7 @@ def _api(
 
     api = FastAPI(
         title=title, version=raypp.__version__, description=what, docs_url="/docs", redoc_url=None,
+        redirect_slashes=False,  # to an address that the client's Host header names, before its token is looked at
         dependencies=[Depends(allowed), Depends(bearer)],  # the latter so that OpenAPI names it
     )  # fmt: skip
 

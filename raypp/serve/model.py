@@ -31,6 +31,7 @@ from raypp.nets.folding import folded
 from raypp.storage import Storage
 
 LIVE = "live.json"
+RETRY_SECONDS = 60.0  # until a bundle that did not work is tried again
 NUM_KEPT = 3  # bundles in memory: clients that protected with an earlier one are still answered
 EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file in an archive, so that equal parts are equal bytes
 
@@ -164,8 +165,18 @@ def is_shelf(location: str | Path) -> bool:
     return Storage(location).exists(LIVE)
 
 
-def current(location: str | Path) -> tuple[str, str]:
-    """Where the bundle lies that a location names, and a mark that changes whenever it is another one.
+@dataclass(frozen=True)
+class Named:
+    """The bundle that a location names."""
+
+    location: str
+    version: str
+    published: str | None
+    """When it was made live, of a shelf."""
+
+
+def current(location: str | Path) -> Named:
+    """Which bundle a location names.
 
     Args:
         location: a bundle, or a shelf.
@@ -175,13 +186,14 @@ def current(location: str | Path) -> tuple[str, str]:
     """
     storage = Storage(location)
     if storage.exists(LIVE):
-        version = _named(storage)["version"]
+        named = _named(storage)
+        version = named["version"]
         if version is None:
             raise StorageError(f"{storage.uri}/{LIVE} is damaged; raypp publish writes it anew")
-        return storage.folder(f"versions/{version}").uri, version
+        return Named(storage.folder(f"versions/{version}").uri, version, named["published"])
     if not storage.exists(bundles.MANIFEST):
         raise StorageError(f"{storage.uri} is neither a bundle nor a shelf of published ones")
-    return storage.uri, hashlib.sha256(storage.read(bundles.MANIFEST)).hexdigest()[:16]
+    return Named(storage.uri, hashlib.sha256(storage.read(bundles.MANIFEST)).hexdigest()[:16], None)
 
 
 def _previous(location: str | Path) -> str | None:
@@ -195,12 +207,17 @@ def _previous(location: str | Path) -> str | None:
 
 
 def _named(storage: Storage) -> dict[str, str | None]:
-    """The versions that a shelf names: what is live, and what was before; None for both where its file is damaged."""
+    """The versions that a shelf names: what is live, since when, and what was before; all None where its file is
+    damaged."""
     try:
         found = json.loads(storage.read(LIVE))
-        return {"version": str(found["version"]), "previous": found.get("previous")}
+        return {
+            "version": str(found["version"]),
+            "previous": found.get("previous"),
+            "published": found.get("published"),
+        }
     except (ValueError, KeyError, TypeError, AttributeError):
-        return {"version": None, "previous": None}
+        return {"version": None, "previous": None, "published": None}
 
 
 class Live:
@@ -223,25 +240,32 @@ class Live:
         self.location, self.device, self.prepare = location, device, prepare
         self.rejected: dict[str, str] | None = None
         self.looked = 0.0  # when, in monotonic seconds
+        self._refused: tuple[Named, float] | None = None  # and until when it is not tried again
         self._lock = threading.Lock()
         self._prepared: dict[str, Any] = {}
-        where, self._mark = current(location)
+        named = current(location)
         try:
-            self._kept: list[Served] = [self._load(where)]
+            self._kept: list[Served] = [self._load(named.location)]
         except Exception as error:  # whatever a damaged bundle makes its loader raise
             before = _previous(location)
             if before is None:
                 raise
             self._kept = [self._load(before)]  # a replica that starts while a bad bundle is named serves the one before
-            self.rejected = {"version": self._mark, "reason": _reason(error)}
-            if isinstance(error, StorageError):
-                self._mark = ""  # looked at again: the store may be away for a moment
+            self._refuse(named, error)
 
     def _load(self, where: str) -> Served:
         served = load_served(where, self.device)
         if self.prepare is not None:
             self._prepared[served.version] = self.prepare(served)
         return served
+
+    def _refuse(self, named: Named, error: Exception) -> None:
+        # A store may be away for a moment, and a bundle may be on its way.
+        wait = 0.0 if isinstance(error, OSError | StorageError) else RETRY_SECONDS
+        self._refused = named, time.monotonic() + wait
+        self.rejected = {"version": named.version, "reason": _reason(error)}
+        if named.published is not None:
+            self.rejected["published"] = named.published
 
     def prepared(self, served: Served) -> Any:
         """What ``prepare`` made of a bundle; None if it has just been dropped."""
@@ -256,23 +280,22 @@ class Live:
         with self._lock:
             self.looked = time.monotonic()
             try:
-                where, mark = current(self.location)
-            except RayppError as error:  # a store that is away for a moment takes nothing down
-                self.rejected = {"version": "unknown", "reason": str(error)}
+                named = current(self.location)
+            except Exception as error:  # a store that is away for a moment takes nothing down, whatever it raises
+                self.rejected = {"version": "unknown", "reason": _reason(error)}
                 return False
-            if mark == self._mark:
-                if self.rejected is not None and self.rejected["version"] == "unknown":
-                    self.rejected = None
+            if named.version == self.now.version:
+                self.rejected = self._refused = None
+                return False
+            if self._refused is not None and self._refused[0] == named and time.monotonic() < self._refused[1]:
                 return False
             try:
-                served = next((s for s in self._kept if s.version == mark), None) or self._load(where)
+                found = next((s for s in self._kept if s.version == named.version), None)
+                served = found or self._load(named.location)
             except Exception as error:  # whatever a damaged bundle makes its loader raise: the old one stays
-                if not isinstance(error, StorageError):  # else looked at again: the store may be away for a moment
-                    self._mark = mark
-                self.rejected = {"version": mark, "reason": _reason(error)}
+                self._refuse(named, error)
                 return False
-            self._mark = mark
-            self.rejected = None
+            self.rejected = self._refused = None
             # One list takes the other's place: who looks at the same time sees the old or the new one, whole.
             self._kept = ([s for s in self._kept if s is not served] + [served])[-NUM_KEPT:]
             kept = {s.version for s in self._kept}
@@ -280,7 +303,7 @@ class Live:
             return True
 
     def of(self, protection: str | None) -> Served | None:
-        """The newest bundle with this protection, the live one for None; on a shelf also one not loaded yet."""
+        """The newest bundle in memory with this protection, the live one for None."""
         if protection is None:
             return self.now
         return next((s for s in reversed(self._kept) if s.protection == protection), None)
@@ -295,6 +318,8 @@ class Published:
     version: str
     location: str
     previous: str | None
+    published: str
+    """When."""
 
 
 @contextmanager
@@ -333,7 +358,7 @@ def publishing(
     written = (json.dumps(now) + "\n").encode()
     storage.write(LIVE, written)
     try:
-        yield Published(version, place.uri, previous)
+        yield Published(version, place.uri, previous, str(now["published"]))
     except BaseException:
         if storage.read(LIVE) == written:  # else somebody has published since, and this is not ours to undo
             if before is not None:

@@ -204,23 +204,23 @@ def publish(
     with Client(url, token=token, patience=ANSWER_SECONDS) as client:
         _version(client)  # a service that cannot be asked is no place to publish to
         with publishing(bundle, shelf, check=online) as published:
-            _taken_over(client, shelf, published.version, patience)
+            _taken_over(client, shelf, published, patience)
             return published
 
 
-def _taken_over(client: Client, shelf: str | Path, version: str, patience: float) -> None:
+def _taken_over(client: Client, shelf: str | Path, published: Published, patience: float) -> None:
     """Wait until a service serves a version, while its shelf names it."""
-    end = time.monotonic() + patience
+    version, end = published.version, time.monotonic() + patience
     while True:
         with contextlib.suppress(StorageError):  # a store that is away for a moment
-            named = current(shelf)[1]
+            named = current(shelf).version
             if named != version:
                 raise BundleError(f"somebody has made {named} live in place of {version} meanwhile; it stays live")
         with contextlib.suppress(RemoteError):
             live, rejected = _version(client)
             if live == version:
                 return
-            if rejected.get("version") == version:
+            if rejected.get("version") == version and rejected.get("published") == published.published:
                 raise BundleError(f"the service refused {version}: {rejected['reason']}; the old one stays live")
         if time.monotonic() > end:
             raise BundleError(

@@ -321,9 +321,12 @@ def _check_values(packed: bytes, where: str, shape: Shape) -> None:
 @lru_cache(maxsize=64)  # clients send few different ones, and reading one takes as long as making a tensor
 def _npy_header(header: bytes) -> tuple[Any, Any, tuple[Any, ...]]:
     text = header.decode("ascii")
-    found = ast.literal_eval(text.strip())
-    if found.keys() != {"descr", "fortran_order", "shape"} or "#" in text:  # room for more than an image's values
-        raise ValueError("a header of other keys, or with a comment")
+    tree = ast.parse(text.strip(), mode="eval")
+    found = ast.literal_eval(tree)
+    names = {"descr", "fortran_order", "shape"}
+    # Else there is room for more than an image's values.
+    if found.keys() != names or len(getattr(tree.body, "keys", ())) != len(names) or "#" in text:
+        raise ValueError("a header of other keys, of one twice, or with a comment")
     return found["descr"], found["fortran_order"], tuple(found["shape"])
 
 
