@@ -19,6 +19,7 @@ CONFIG = """global
     maxconn 4096
 defaults
     mode http
+    timeout client 3600s
 frontend prometheus
     bind :9101
 frontend http_frontend
@@ -43,14 +44,18 @@ def test_only_what_was_asked_for_listens_beyond_this_machine() -> None:
     for more in MORE.values():
         others = others.replace(more, "")
     changed = [(a, b) for a, b in zip(CONFIG.splitlines(), others.splitlines(), strict=True) if a != b]
-    assert len(changed) == 3
+    assert len(changed) == 4
     assert mended(kept) == kept
 
 
-def test_connections_to_replicas_are_kept() -> None:
-    """Else HAProxy resets them, and replicas grow."""
+def test_connections_to_replicas_are_kept_and_silent_clients_are_not() -> None:
+    """Else HAProxy resets the former, and replicas grow; and the latter take all places."""
+    kept = mended(CONFIG)
     for section, more in MORE.items():
-        assert f"{section}\n{more}" in mended(CONFIG)
+        assert f"{section}\n{more}" in kept
+    assert "timeout http-request 5s" in kept
+    assert "    timeout client 120s\n" in kept
+    assert "3600s" not in kept
 
 
 def test_rays_own_configuration_has_what_is_mended() -> None:
@@ -63,6 +68,7 @@ def test_rays_own_configuration_has_what_is_mended() -> None:
         "frontend http_frontend",
         "frontend grpc_frontend",
         "stats socket {{ config.socket_path }} mode 666",
+        "}timeout client {{ config.timeout_client_s }}s{",
     ):
         assert line in written, line
     assert written.count("    bind ") + written.count("  bind *") == 4

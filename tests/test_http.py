@@ -29,6 +29,7 @@ from raypp.errors import BundleError, ConfigError, StorageError
 from raypp.images import encode_png
 from raypp.progress import Display
 from raypp.runs import open_run, train_locally
+from raypp.serve import model
 from raypp.serve.auth import TokenFile, Tokens, add_token
 from raypp.serve.http import Offered, ServedAttack, attack_api, classifier_api, offer
 from raypp.serve.ladder import online
@@ -185,6 +186,7 @@ def test_an_image_that_does_not_look_protected_is_refused(trained: Trained) -> N
         ("POST", "/v1/classify", b"x", PNG, 422, "not-png"),
         ("POST", "/v1/classify", b"x", {}, 415, "unsupported-type"),
         ("POST", "/v1/classify?top=0", b"x", PNG, 422, "bad-parameter"),
+        ("POST", "/v1/classify/", b"x", PNG, 404, "http"),  # no redirect to where the Host header says
         ("POST", "/v1/classify", b"x" * 300_000, NPY, 413, "body-too-large"),
         ("POST", "/v1/classify", b"x", NPY | {"Raypp-Protection": "0" * 64}, 409, "other-protection"),
         ("GET", "/v1/classify", None, {}, 405, "http"),
@@ -417,7 +419,7 @@ def test_token_files_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_tokens_count_as_the_file_has_them_now(
-    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "tokens.json"
     first = add_token(path, "first", ["classify"])
@@ -438,6 +440,14 @@ def test_tokens_count_as_the_file_has_them_now(
     assert (status(first), status(second)) == (401, 200)
     path.write_text("half a fi")
     assert status(second) == 200  # what it held stays
+    path.unlink()
+    caplog.clear()
+    assert [status(second), status(second)] == [200, 200]
+    assert [record.getMessage() for record in caplog.records if "is gone" in record.getMessage()] == [
+        f"token file {str(path)!r} is gone; the tokens it held stay valid until it is back"
+    ]
+    third = add_token(path, "third", ["classify"])
+    assert (status(second), status(third)) == (401, 200)
     add_token(tmp_path / "one.json", "only", ["classify"])
     for name, sentence in (("nobody", "there is no token 'nobody' in"), ("only", "is the last one in")):
         with pytest.raises(SystemExit):
@@ -595,6 +605,27 @@ def test_storage_that_is_away_when_a_replica_starts_is_asked_again(
     assert (live.now.version, live.rejected) == (published.version, None)
 
 
+def test_a_disk_that_fails_once_costs_no_bundle(
+    trained: Trained, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = tmp_path / "shelf"
+    with publishing(trained.bundle, shelf):
+        pass
+    live = Live(shelf)
+    with publishing(other, shelf) as published:
+        pass
+
+    def fails(*_: object) -> Served:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Live, "_load", fails)
+        assert not live.refresh()
+    assert live.rejected is not None
+    assert live.refresh()
+    assert (live.now.version, live.rejected) == (published.version, None)
+
+
 def test_publishing_what_is_live_keeps_what_was_before_it(trained: Trained, other: Path, tmp_path: Path) -> None:
     shelf = tmp_path / "shelf"
     with publishing(trained.bundle, shelf) as first:
@@ -627,7 +658,9 @@ def test_attacks_on_the_bundle_before_are_answered_while_one_takes_over(
     assert client.post("/v1/feature_reconstruction", content=body, headers=NPY).status_code == 404
 
 
-def test_a_bundle_that_breaks_its_loader_is_not_taken_over(trained: Trained, other: Path, tmp_path: Path) -> None:
+def test_a_bundle_that_breaks_its_loader_is_not_taken_over(
+    trained: Trained, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever a service makes of a bundle fails before the bundle takes over, not after."""
     shelf = tmp_path / "shelf"
     with publishing(trained.bundle, shelf):
@@ -647,7 +680,18 @@ def test_a_bundle_that_breaks_its_loader_is_not_taken_over(trained: Trained, oth
     assert not live.refresh()
     assert live.now is before
     assert live.prepared(before) == 7
-    assert live.rejected == {"version": names[1], "reason": "RuntimeError while it was loaded"}
+    assert live.rejected is not None
+    assert (live.rejected["version"], live.rejected["reason"]) == (names[1], "RuntimeError while it was loaded")
+    assert not live.refresh()  # not loaded again at each look
+    assert len(names) == 2
+    monkeypatch.setattr(model, "RETRY_SECONDS", 0.0)
+    with publishing(other, shelf):  # published again, it is
+        pass
+    live._refused = None if live._refused is None else (live._refused[0], 0.0)
+    assert not live.refresh()
+    assert not live.refresh()  # and then after a while each time
+    assert len(names) == 4
+    assert live.now is before
 
 
 def test_nothing_is_published_into_a_bundle(trained: Trained, other: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -137,14 +138,19 @@ def test_the_command_line_classifies(service: Service, tmp_path: Path, capsys: p
         assert [line.split()[1] for line in lines] == [found.label for found in client.classify(images(3))]
 
 
-def test_health_is_checked_while_something_is_computed(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attacks take long, and Serve ends a replica whose health it hears nothing of."""
+def made_here(service: Service, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What a replica is, in this process; what it sets for a process of its own is left as it is."""
     from raypp.serve import app
 
     monkeypatch.setattr(app, "_listens_on", lambda: "127.0.0.1")
     monkeypatch.setattr(app, "_log_as_serve", lambda: None)
     monkeypatch.setattr(sys, "setswitchinterval", lambda _: None)
-    replica = app._Replica(app.Arguments(bundle=str(service.bundle), threads=torch.get_num_threads()))
+    return app._Replica(app.Arguments(bundle=str(service.bundle), threads=torch.get_num_threads()))
+
+
+def test_health_is_checked_while_something_is_computed(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attacks take long, and Serve ends a replica whose health it hears nothing of."""
+    replica = made_here(service, monkeypatch)
 
     async def check() -> None:
         released = threading.Event()
@@ -158,6 +164,31 @@ def test_health_is_checked_while_something_is_computed(service: Service, monkeyp
         await computing
         await replica.check_health()
 
+    asyncio.run(check())
+
+
+def test_requests_wait_for_the_bundle_that_is_being_loaded(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the first alone: the others would be told that their protection is not served."""
+    replica = made_here(service, monkeypatch)
+    released, found = threading.Event(), replica.live.now
+
+    def slow() -> bool:
+        replica.live.looked = time.monotonic()
+        assert released.wait(30)
+        monkeypatch.setattr(replica.live, "of", lambda _: found)
+        return True
+
+    monkeypatch.setattr(replica.live, "refresh", slow)
+
+    async def check() -> None:
+        asked = []
+        for _ in range(4):
+            asked.append(asyncio.ensure_future(replica.served("0" * 64)))
+            await asyncio.sleep(0.02)
+        released.set()
+        assert await asyncio.gather(*asked) == [found] * 4
+
+    replica.live.looked = 0.0
     asyncio.run(check())
 
 
@@ -505,6 +536,11 @@ def test_haproxy_takes_the_requests_and_listens_here_only(trained: Trained, tmp_
                 with pytest.raises(grpc.RpcError) as refused:
                     call(b"", timeout=10)
                 assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        with socket.create_connection(("127.0.0.1", port), timeout=15) as silent:  # a request that does not go on
+            silent.sendall(b"POST /classifier/v1/classify HTTP/1.1\r\nHost: x\r\nX-A: ")
+            began = time.monotonic()
+            assert silent.recv(12) in {b"HTTP/1.1 408", b""}
+            assert time.monotonic() - began < 10
         haproxy = running("haproxy")
         listening = {where for _, where in heard(haproxy)}
         assert {host for host, _ in listening} == {"127.0.0.1"}

@@ -215,6 +215,7 @@ BOMB = (
         (npy(np.array([{"a": 1}], dtype=object), allow_pickle=True), NPY, 422, "wrong-type"),
         (npy(batch(2)).replace(b"(2, 16", b"(-2,16"), NPY, 422, "wrong-shape"),
         (npy(batch(2)).replace(b"'descr'", b"__imp__"), NPY, 422, "not-npy"),
+        (npy(batch(2)).replace(b", }" + 15 * b" ", b", 'descr': '|u1' }"), NPY, 422, "not-npy"),
         (b"\x93NUMPY\x01\x00\xff\xff" + b"[" * 2000, NPY, 422, "not-npy"),
         (b"nonsense", f"{MULTIPART}; boundary=edge", 400, "bad-form"),
         (b"nonsense", MULTIPART, 400, "bad-form"),
