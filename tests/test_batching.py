@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from raypp.serve.batching import Answer, Batches
+from raypp.serve.batching import READY, Answer, Batches
 from raypp.serve.model import Job, Served
 
 
@@ -91,6 +91,24 @@ def test_a_request_that_was_given_up_is_not_computed_and_a_fault_is_told_to_its_
         assert (first[0].tolist(), last[0].tolist()) == ([2], [10, 12, 14])
         again = await computer.batches.answer(job(7))  # it goes on
         assert again[0].tolist() == [14]
+
+    asyncio.run(check())
+
+
+def test_a_request_that_comes_in_the_turn_in_which_all_batches_end_is_not_left_waiting() -> None:
+    async def check() -> None:
+        ended = asyncio.Event()
+
+        async def compute(function: Callable[[], None]) -> None:
+            function()
+            await ended.wait()
+
+        batches = Batches(compute, lambda jobs: [(images, images > 0) for _, images in jobs], 16)
+        early = [asyncio.create_task(batches.answer(job(number))) for number in range(READY)]
+        await asyncio.gather(*early)
+        ended.set()  # wakes what has asked for these batches in the next turn, before this one
+        late = asyncio.create_task(batches.answer(job(9)))
+        assert (await asyncio.wait_for(late, 5))[0].tolist() == [9]
 
     asyncio.run(check())
 

@@ -34,22 +34,27 @@ class Batches:
     ) -> None:
         self._compute, self._function, self._most = compute, function, most
         self._waiting: deque[tuple[Job, asyncio.Future[Answer]]] = deque()
-        self._asked: set[asyncio.Task[None]] = set()
+        self._asking = 0
+        self._tasks: set[asyncio.Task[None]] = set()  # the event loop itself does not keep them
 
     async def answer(self, job: Job) -> Answer:
         """The answer to one job; it is left out if nobody waits for it any more."""
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append((job, future))
-        if len(self._asked) < READY:
+        if self._asking < READY:
+            self._asking += 1
             task = asyncio.get_running_loop().create_task(self._ask())
-            self._asked.add(task)
-            task.add_done_callback(self._asked.discard)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         return await future
 
     async def _ask(self) -> None:
         loop = asyncio.get_running_loop()
-        while self._waiting:
-            await self._compute(lambda: self._run(loop))
+        try:
+            while self._waiting:
+                await self._compute(lambda: self._run(loop))
+        finally:  # in one turn with the look at what waits: who comes later begins another
+            self._asking -= 1
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         """One batch of what waits now, in the thread that computes."""
