@@ -103,7 +103,7 @@ def test_a_request_that_comes_in_the_turn_in_which_all_batches_end_is_not_left_w
             function()
             await ended.wait()
 
-        batches = Batches(compute, lambda jobs: [(images, images > 0) for _, images in jobs], 16)
+        batches = Batches(compute, lambda jobs: [(images, images > 0) for _, images in jobs], 1)
         early = [asyncio.create_task(batches.answer(job(number))) for number in range(READY)]
         await asyncio.gather(*early)
         ended.set()  # wakes what has asked for these batches in the next turn, before this one
