@@ -84,6 +84,8 @@ def address(node: int) -> str:
 def nodes(tmp_path: Path) -> Iterator[Nodes]:
     """A Ray cluster over three namespaces, each with an HAProxy of its own."""
     try:
+        ip("netns", "add", BRIDGE)
+        ip("netns", "del", BRIDGE)
         ip("link", "add", BRIDGE, "type", "bridge")
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"namespaces need root and the program ip: {getattr(error, 'stderr', error)}")
