@@ -44,11 +44,11 @@ SETTINGS_HELP = (
     "`raypp config PRESET` prints them all with their values."
 )
 
-TOLD_SECONDS = 10.0  # between two lines that say that a service does not answer
 ATTACK_HELP = (
     "Any setting of the suite is a flag, as --num_queries 500, any of an attack by its name, as "
     "--inverse.train.epochs 5, and any of the images, as --data.source.path FOLDER."
 )
+TOLD_SECONDS = 10.0  # between two lines that say that a service does not answer
 
 
 @app.command(help_epilogue=SETTINGS_HELP)

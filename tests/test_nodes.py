@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from conftest import Trained
+from conftest import Trained, wait_until
 
 from raypp.bundle import load_private
 from raypp.cli import main
@@ -68,6 +68,9 @@ class Nodes:
         for number in found.stdout.split():
             with contextlib.suppress(psutil.NoSuchProcess):
                 psutil.Process(int(number)).kill()
+
+    def num_alive(self) -> int:
+        return self.run(0, "ray", "status", "--address", HEAD).stdout.count(" 1 node_")
 
     def replicas(self, node: int) -> int:
         """How many replicas listen on a node for its HAProxy and the others'."""
@@ -117,15 +120,8 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
         for node in range(NUM_NODES):  # one after the other: they write into one folder, as machines do not
             head = "--head", "--port=6379", "--num-cpus=0", "--dashboard-host=127.0.0.1"
             made.start(node, proxies[node], *(head if node == 0 else (f"--address={HEAD}", "--num-cpus=1")))
-            wait(lambda: made.run(0, "ray", "status", "--address", HEAD).stdout.count(" 1 node_") == node + 1, 60)  # noqa: B023
+            wait_until(lambda: made.num_alive() == node + 1, made.started[0], 60)  # noqa: B023
         yield made
-
-
-def wait(condition: object, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.5)
 
 
 class Asking(threading.Thread):
@@ -178,8 +174,8 @@ def test_a_node_that_dies_costs_the_requests_on_their_way_to_it(nodes: Nodes, tr
             return httpx.get(f"http://{address(node)}:8000/classifier/v1/model", timeout=5).status_code == 401
         return False
 
-    wait(lambda: [nodes.replicas(node) for node in range(NUM_NODES)] == [0, 1, 1], 120)
-    wait(lambda: all(answers(node) for node in range(NUM_NODES)), 30)
+    wait_until(lambda: [nodes.replicas(node) for node in range(NUM_NODES)] == [0, 1, 1], nodes.started[0], 120)
+    wait_until(lambda: all(answers(node) for node in range(NUM_NODES)), nodes.started[0], 30)
     for node in range(NUM_NODES):  # what load balancers and Kubernetes ask
         assert httpx.get(f"http://{address(node)}:8000/-/healthz", timeout=5).status_code == 200
     with httpx.Client(timeout=3) as outside:  # only Serve's own ports listen for others, and replicas' behind a token

@@ -66,7 +66,7 @@ def prepare(config: Config) -> tuple[Config, StateDict | None, str | None]:
         None,
         (
             "torchvision's ImageNet VGG-16 weights cannot be had here, so the feature network is the early block of a "
-            "plain classifier: a departure from the paper, whose distances are about a hundredth of VGG-16's. With "
+            "plain classifier: a departure from the paper, whose distances are about a hundredth of VGG-16's: "
             f"train.alpha {config.train.alpha:g} weighs as {config.train.alpha / 100:g} would with VGG-16, and "
             "features.layer has no effect (give features.weights a file to avoid it)"
         ),
