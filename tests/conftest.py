@@ -54,6 +54,12 @@ TINY = {
 Tiny = Callable[..., Config]
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws depends neither on the process (torch's own first seed is random) nor on the tests before."""
+    torch.manual_seed(0)
+
+
 def tiny_flags(storage: Path, **changes: object) -> list[str]:
     """Flags that make the preset quickstart tiny; ``train__epochs=1`` stands for ``--train.epochs 1``; another
     ``protection`` comes without the sizes of the U-Net."""

@@ -237,7 +237,7 @@ def test_minimum_difference_is_its_description(photos: Tensor) -> None:
 
 @pytest.mark.parametrize("name", ["tanaka", "learned"])
 def test_a_gallery_betrays_every_deterministic_protection(name: str, photos: Tensor) -> None:
-    protection = victim(name, **({"width": 4, "depth": 2} if name == "learned" else {}))
+    protection = victim(name, **({"width": 8, "depth": 2} if name == "learned" else {}))
     if name == "learned":  # a few steps away from its initial grey
         optimizer = torch.optim.Adam(protection.parameters(), lr=1e-2)
         for _ in range(40):
