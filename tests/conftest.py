@@ -28,6 +28,9 @@ from raypp.training.fit import Fit, fit
 from raypp.training.sinks import LocalSink
 
 torch.set_num_threads(1)
+# Containers often forbid it. The processes that tests start would compile all of torch and Ray each time.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import LONG
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -240,7 +241,7 @@ def test_a_gallery_betrays_every_deterministic_protection(name: str, photos: Ten
     protection = victim(name, **({"width": 8, "depth": 2} if name == "learned" else {}))
     if name == "learned":  # a few steps away from its initial grey
         optimizer = torch.optim.Adam(protection.parameters(), lr=1e-2)
-        for _ in range(40):
+        for _ in range(15):
             optimizer.zero_grad()
             (-protection(photos[:64].float() / 255).var(0).mean()).backward()
             optimizer.step()
@@ -285,6 +286,7 @@ def test_a_codebook_holds_the_mean_of_those_who_share_an_image(photos: Tensor) -
     assert torch.equal(attack.reconstruct(near), estimates[:5])
 
 
+@LONG
 def test_a_codebook_draws_what_ssim_likes_better_than_the_mean(photos: Tensor) -> None:
     """Of the images that it is fitted to: it takes thousands for each protected one to hold for others."""
     similar = []

@@ -187,6 +187,7 @@ def test_a_resumed_run_stays_what_it_was(
         attack(plan(tmp_path, suite=SUITE | change, bundle=str(bundle)), resume=True)
 
 
+@LONG
 def test_a_ladder_that_is_told_to_stop_goes_on_from_its_checkpoint(trained: Trained, tmp_path: Path) -> None:
     whole = attack(plan(tmp_path, "whole", bundle=str(shutil.copytree(trained.bundle, tmp_path / "bundle"))))
 

@@ -326,7 +326,7 @@ def test_a_code_bounds_how_many_images_there_are(levels: int, most: int, encoder
     images[:200] //= torch.arange(1, 201).view(-1, 1, 1, 1)
     with torch.no_grad():
         for _ in range(40):
-            protection(images.float() / 255)  # gives batch normalisation its statistics
+            protection(images[::4].float() / 255)  # gives batch normalisation its statistics
     different = {image.numpy().tobytes() for image in protection.eval().protect(images)}
     assert 2 <= len(different) <= most
 

@@ -148,6 +148,7 @@ def hold(tree: dict[str, Any], name: str, held: Any, release: Any) -> None:
         release.wait(60)
 
 
+@LONG
 def test_a_run_in_use_by_another_process_is_refused(
     processes: ForkServerContext, finished: tuple[Callable[..., Config], Path]
 ) -> None:

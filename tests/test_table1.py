@@ -215,6 +215,7 @@ def test_a_cell_that_diverges_is_a_failure_not_a_crash(tmp_path: Path) -> None:
     assert "the loss is not a finite number at step" in sentence
 
 
+@LONG
 def test_the_cifar100_preset_trains_on_torchvisions_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar(tmp_path / "data", monkeypatch, datasets.CIFAR100, num=60)
     flags = {

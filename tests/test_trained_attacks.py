@@ -126,6 +126,7 @@ def test_alpha_zero_breaks(pictures: Pictures, tmp_path: Path) -> None:
     assert verdict(share_found(attack, pictures, protection.protect)) == "broken"
 
 
+@LONG
 @pytest.mark.parametrize("name", ["tanaka", "pixel"])
 def test_own_keys_teach_nothing_about_anothers(name: str, pictures: Pictures, tmp_path: Path) -> None:
     """Under a key of the victim's, an attacker who knows the algorithm is near the null."""
