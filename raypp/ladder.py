@@ -46,7 +46,7 @@ from raypp.evaluation.victim import Victim, VictimSpec, load_victim
 from raypp.nets.features import StateDict
 from raypp.progress import Display, GridDisplay, Shows
 from raypp.registry import Options, did_you_mean
-from raypp.runs import checked_name, environment, lock, open_run, train_locally
+from raypp.runs import checked_name, environment, lock, open_run, stored, train_locally
 from raypp.signals import told_by
 from raypp.storage import Storage
 from raypp.training.distributed import first
@@ -259,7 +259,7 @@ def open_plan(plan: Plan, *, resume: bool) -> Iterator[tuple[Plan, Victim]]:
         if not resume:
             _refuse_taken(storage)
         else:
-            before = yaml.safe_load(storage.read(SUITE))
+            before = stored(storage, SUITE, "victim", "suite")
             for key, was, new in (
                 ("victim", before["victim"], now["victim"]),
                 *((k, before["suite"][k], now["suite"][k]) for k in ("seed", "num_queries", "num_images", "curve")),
@@ -288,6 +288,8 @@ def open_plan(plan: Plan, *, resume: bool) -> Iterator[tuple[Plan, Victim]]:
 def _refuse_taken(storage: Storage) -> None:
     if storage.exists(SUITE):
         raise StorageError(f"{storage.uri} exists already; --resume continues it, another --name starts anew")
+    if storage.exists("run.json"):
+        raise StorageError(f"{storage.uri} holds a run of raypp train; take another --name")
 
 
 # One attack
@@ -298,7 +300,12 @@ def finished(plan: Plan, attack: str) -> Outcome | None:
     folder = plan.folder(attack)
     if not folder.exists("result.json"):
         return None
-    found: Outcome = json.loads(folder.read("result.json"))
+    try:
+        found: Outcome = json.loads(folder.read("result.json"))
+    except ValueError as error:
+        raise StorageError(
+            f"{folder.uri}/result.json is damaged ({error}); delete it, and --resume runs this attack again"
+        ) from error
     return found
 
 
@@ -754,11 +761,11 @@ def _with_stored(
     rows: list[list[str]] = []
     tables = [list(csv.reader(io.StringIO(text.decode()))) for text in (files[SCORES], private.read(SCORES))]
     names = list(dict.fromkeys(name for table in tables for name in table[0]))
-    for table, stored in zip(tables, (False, True), strict=True):
+    for table, of_before in zip(tables, (False, True), strict=True):
         for row in table[1:]:
             cells = dict(zip(table[0], row, strict=True))
             of_stored = base is before if row[0].startswith("null: ") else row[0] in kept
-            if of_stored == stored:
+            if of_stored == of_before:
                 rows.append([cells.get(name, "") for name in names])
     text = io.StringIO()
     csv.writer(text).writerows([names, *rows])

@@ -28,7 +28,7 @@ from raypp.training.fit import Fit, fit
 from raypp.training.sinks import LocalSink
 
 torch.set_num_threads(1)
-# Containers often forbid it. The processes that tests start would compile all of torch and Ray each time.
+# Containers often forbid to keep bytecode. Each process that tests start would compile all of torch and Ray anew.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
@@ -59,7 +59,7 @@ Tiny = Callable[..., Config]
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """What a test draws depends neither on the process (torch's own first seed is random) nor on the tests before."""
+    """What a test itself draws depends neither on the process (torch's first seed is random) nor on other tests."""
     torch.manual_seed(0)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import LONG, Trained
+from conftest import CPU, LONG, Trained
 from PIL import Image
 
 from raypp import ladder
@@ -25,6 +25,7 @@ from raypp.cli import main, run_attacks
 from raypp.errors import RayppError, StorageError, ToldToStop
 from raypp.evaluation.report import write_report
 from raypp.evaluation.scorecard import share_found, still_rising, summarise, verdict, worst
+from raypp.evaluation.victim import user_function
 from raypp.images import write_png
 from raypp.progress import GridDisplay
 from raypp.storage import Storage
@@ -187,6 +188,28 @@ def test_a_resumed_run_stays_what_it_was(
         attack(plan(tmp_path, suite=SUITE | change, bundle=str(bundle)), resume=True)
 
 
+def test_a_damaged_file_of_a_run_is_named(attacked: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
+    bundle, folder, _ = attacked
+    kept = shutil.copytree(folder, tmp_path / "runs" / "attack")
+    again = plan(tmp_path, bundle=str(bundle))
+    result = kept / "attacks" / "feature_reconstruction" / "result.json"
+    result.write_text(result.read_text()[:-20])
+    with pytest.raises(
+        StorageError, match=r"feature_reconstruction/result.json is damaged .*; delete it, and --resume"
+    ):
+        attack(again, resume=True)
+    (kept / "suite.yaml").write_text("victim: [")
+    with pytest.raises(StorageError, match=r"suite\.yaml is damaged: "):
+        attack(again, resume=True)
+
+
+def test_a_training_runs_folder_is_no_place_for_attacks(trained: Trained, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "attack").mkdir(parents=True)
+    (tmp_path / "runs" / "attack" / "run.json").write_text("{}")
+    with pytest.raises(StorageError, match=r"holds a run of raypp train; take another --name$"):
+        attack(plan(tmp_path, bundle=str(trained.bundle)))
+
+
 @LONG
 def test_a_ladder_that_is_told_to_stop_goes_on_from_its_checkpoint(trained: Trained, tmp_path: Path) -> None:
     whole = attack(plan(tmp_path, "whole", bundle=str(shutil.copytree(trained.bundle, tmp_path / "bundle"))))
@@ -289,6 +312,12 @@ def test_a_judge_that_cannot_be_trained_is_said_so(tmp_path: Path) -> None:
         ("def protect(images):\n    return images / 2", "gave float64"),
         ("def protect(images):\n    return None", "gave NoneType"),
         ("def protect(images):\n    raise KeyError('no')", "failed: KeyError: 'no'"),
+        ("def protect(images):\n    raise SystemExit(5)", "failed: SystemExit: 5"),
+        ("def protect(images):\n    return images[:, :0]", r"gave uint8 \(30, 0, 16, 3\)"),
+        (
+            "sizes = iter((8, 9))\ndef protect(images):\n    return images[:, : next(sizes)]",
+            r"gave images \(9, 16, 3\) after images \(8, 16, 3\)",
+        ),
         ("def protetc(images):\n    return images", "cannot be loaded: AttributeError"),
         ("import nothing_like_it", "cannot be loaded: ModuleNotFoundError: No module named 'nothing_like_it'"),
         ("def protect(images", "cannot be loaded: SyntaxError"),
@@ -300,6 +329,18 @@ def test_a_broken_function_is_named(tmp_path: Path, body: str, sentence: str) ->
         attack(of_function(tmp_path, function=where, suite=SUITE | {"num_queries": 30}))
     assert where in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_function_may_work_in_place(tmp_path: Path) -> None:
+    where = function(
+        tmp_path, "import numpy as np\ndef protect(images):\n    return np.subtract(255, images, out=images)"
+    )
+    for channels in (1, 3):
+        images = torch.randint(0, 256, (4, channels, 16, 16), dtype=torch.uint8)
+        before = images.clone()
+        made = user_function(where, CPU)(images)
+        assert torch.equal(images, before)
+        assert torch.equal(made, 255 - before)
 
 
 def write_folders(tmp_path: Path, num: int = 60) -> tuple[str, str]:

@@ -35,7 +35,6 @@ class Threat(IntEnum):
     T3 = 3
     T4 = 4
     T5 = 5
-    T6 = 6
 
     @property
     def meaning(self) -> str:
@@ -46,7 +45,6 @@ class Threat(IntEnum):
             "some plain images and their protected ones under the victim's key",
             "protected versions of any images he chooses",
             "the protection itself, with gradients",
-            "a generative model of such images",
         )[self]
 
 

@@ -240,11 +240,13 @@ def user_function(name: str, device: torch.device, search: str | None = None) ->
     except (Exception, SystemExit) as error:  # whatever a user's module may raise
         raise ConfigError(f"function {name!r} cannot be loaded: {_said(error)}") from error
 
+    sizes: dict[tuple[int, ...], tuple[int, ...]] = {}
+
     def protect(images: Tensor) -> Tensor:
-        given = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        given = images.permute(0, 2, 3, 1).cpu().numpy().copy()  # a function may work in place
         try:
             made = call(given)
-        except Exception as error:  # whatever a user's function may raise
+        except (Exception, SystemExit) as error:  # whatever a user's function may raise
             raise RayppError(f"function {name!r} failed: {_said(error)}") from error
         if not (
             isinstance(made, np.ndarray)
@@ -252,11 +254,17 @@ def user_function(name: str, device: torch.device, search: str | None = None) ->
             and made.ndim == 4
             and len(made) == len(given)
             and made.shape[3] in (1, 3)
+            and made.size
         ):
             what = f"{made.dtype} {made.shape}" if isinstance(made, np.ndarray) else type(made).__name__
             raise RayppError(
                 f"function {name!r} gave {what} for uint8 {given.shape}; it must give a NumPy array uint8 (N, H, W, C) "
                 f"with N = {len(given)} and 1 or 3 channels"
+            )
+        before = sizes.setdefault(given.shape[1:], made.shape[1:])
+        if made.shape[1:] != before:
+            raise RayppError(
+                f"function {name!r} gave images {made.shape[1:]} after images {before}; it must give one size for all"
             )
         return torch.from_numpy(np.ascontiguousarray(made)).permute(0, 3, 1, 2).to(device)
 
