@@ -38,6 +38,7 @@ from raypp.evaluation.scorecard import (
     nulls,
     share_found,
     still_rising,
+    strength,
     summarise,
     verdict,
     worst,
@@ -751,7 +752,7 @@ def _with_stored(
     kept: set[str] = set()
     for name, was in before["attacks"].items():
         now = attacks.get(name)
-        if was["status"] == "done" and (now is None or now["status"] != "done" or was["found"] > now["found"]):
+        if was["status"] == "done" and (now is None or now["status"] != "done" or strength(was) > strength(now)):
             attacks[name], kept = was, kept | {name}
         elif now is None:
             attacks[name] = was

@@ -65,8 +65,8 @@ def write_report(sources: Sequence[str], target: Storage) -> dict[str, Any]:
         pngs["front"] = _front(found)
     for i, source in enumerate(found, 1):
         made = {"estimates": _estimates(source), "boxes": _boxes(source), "worst": _worst(source)}
-        if any(a.get("curve") or a.get("history") for a in source.card["attacks"].values()):
-            made["curves"] = _curves(source)
+        if (curves := _curves(source)) is not None:
+            made["curves"] = curves
         for name, png in made.items():
             pngs[f"{name}_{i}"] = png
             source.figures[name] = _embedded(png)
@@ -341,34 +341,47 @@ def _boxes(source: Source) -> bytes:
     return as_png(figure, dpi=120)
 
 
-def _curves(source: Source) -> bytes:
-    """Leakage against epochs within the training, and against effort from one training to the next."""
-    figure = new_figure(13, 3.6)
-    epochs, effort, longer = figure.subplots(1, 3)
+def _curves(source: Source) -> bytes | None:
+    """Leakage against epochs within a training, and against effort from one training to the next; None without any."""
+    epochs: dict[str, list[tuple[float, float]]] = {}
+    effort: dict[str, list[tuple[float, float]]] = {}
+    longer: dict[str, list[tuple[float, float]]] = {}
     for name in _done(source):
         attack = source.card["attacks"][name]
-        rows = [(row["epoch"], row["val_ssim"]) for row in attack["history"] if "val_ssim" in row]
-        if rows:
-            epochs.plot(*zip(*rows, strict=True), marker="o", ms=3, label=name)
+        epochs[name] = [(row["epoch"], row["val_ssim"]) for row in attack["history"] if "val_ssim" in row]
         points = {point["what"]: point for point in attack["curve"]}
-        for panel, key, wanted in (
+        for lines, key, wanted in (
             (effort, "num_images", ("a sixteenth of the images", "a quarter of the images", "everything")),
             (longer, "epochs", ("half the epochs", "everything")),
         ):
             found = [points[what] for what in wanted if what in points and key in points[what]]
             if len(found) > 1:
-                panel.plot([p[key] for p in found], [p["ssim_invariant"] for p in found], marker="o", ms=4, label=name)
-    epochs.set(xlabel="epoch of the training", ylabel="SSIM on the attacker's own images", title="within one training")
-    effort.set(
-        xlabel="images that the attacker has", ylabel="SSIM on the queries", title="with fewer pairs", xscale="log"
-    )
-    longer.set(xlabel="epochs of the training", ylabel="SSIM on the queries", title="with half the epochs")
-    for panel in (epochs, effort, longer):
-        panel.set_ylim(0, 1)
+                lines[name] = [(p[key], p["ssim_invariant"]) for p in found]
+    own, queries = "SSIM on the attacker's own images", "SSIM on the queries"
+    drawn = [
+        (lines, axes)
+        for lines, axes in (
+            (epochs, {"title": "within one training", "xlabel": "epoch of the training", "ylabel": own}),
+            (effort, {"title": "with fewer pairs", "xlabel": "images that the attacker has", "ylabel": queries}),
+            (longer, {"title": "with half the epochs", "xlabel": "epochs of the training", "ylabel": queries}),
+        )
+        if any(lines.values())
+    ]
+    if not drawn:
+        return None
+    figure = new_figure(4.4 * len(drawn), 3.6)
+    for panel, (lines, axes) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+        for name, line in lines.items():
+            if line:
+                panel.plot(*zip(*line, strict=True), marker="o", ms=4, label=name)
+        panel.set(ylim=(0, 1), **axes)
+        if lines is effort:
+            panel.set_xscale("log")
+        else:
+            panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(frameon=False, fontsize=8)
+        panel.legend(frameon=False, fontsize=8)
     return as_png(figure, dpi=120)
 
 

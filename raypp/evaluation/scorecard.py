@@ -141,9 +141,14 @@ def still_rising(curve: list[dict[str, float]]) -> bool:
     return any(last[name] - before[name] > RISE for name in ("ssim_invariant", "found"))
 
 
+def strength(attack: dict[str, Any]) -> tuple[float, float]:
+    """What attacks that have run are ordered by: the share of originals found, then SSIM."""
+    return attack["found"], attack["scores"]["ssim_invariant"]["mean"]
+
+
 def worst(attacks: dict[str, dict[str, Any]]) -> str | None:
     """The attack that finds the most originals, of equal ones that with the largest SSIM; None where none has run."""
     ran = {name: a for name, a in attacks.items() if a["status"] == "done"}
     if not ran:
         return None
-    return max(ran, key=lambda n: (ran[n]["found"], ran[n]["scores"]["ssim_invariant"]["mean"]))
+    return max(ran, key=lambda n: strength(ran[n]))
