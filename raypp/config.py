@@ -132,6 +132,9 @@ class Optimisation(Section):
     """Batch statistics over all workers, so that the number of workers does not change the result."""
     deterministic: bool = True
     """Ask torch for deterministic algorithms."""
+    adapt_threads: bool = True
+    """CPU only: compute with fewer threads while other processes use the cores. Rounding depends on the number of
+    threads; false keeps it, so that two runs end with the same bits."""
     checkpoint_seconds: float | None = Field(300, gt=0)
     """Write a checkpoint within an epoch as well when the last is so old; null writes them at the ends of epochs."""
 

@@ -47,7 +47,10 @@ from raypp.training.sinks import LocalSink, metrics_lines, newest_first
 from raypp.training.system import System, build_system, phases, uses_features
 
 # What may differ when a run is resumed: how long, and on what; everything else would make it another run.
-RESUMABLE = ("train.epochs", "train.eval_batch_size", "train.checkpoint_seconds", "data.num_test", "cluster")
+RESUMABLE = (
+    "train.epochs", "train.eval_batch_size", "train.checkpoint_seconds", "train.adapt_threads", "data.num_test",
+    "cluster",
+)  # fmt: skip
 NUM_PICTURED = 10
 NUM_GUARDED, NUM_SAMPLE, PART = 10_000, 32, 500  # images for the guard, for the sample, and at a time
 # Files that a run has before its configuration is written.

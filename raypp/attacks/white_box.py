@@ -16,6 +16,7 @@ from torch import Tensor
 from raypp import registry
 from raypp.attacks.base import Attack, Threat
 from raypp.images import to_uint8
+from raypp.training.threads import AdaptiveThreads
 
 MARGIN = 0.01  # of the range at which values saturate: an exact 0 or 1 has no finite logit
 
@@ -92,12 +93,14 @@ class WhiteBox(Attack):
         options = self.options
         logits = torch.logit(start.clamp(MARGIN, 1 - MARGIN)).requires_grad_()
         optimizer = torch.optim.Adam([logits], lr=options.lr)
-        for step in range(options.steps):
-            optimizer.param_groups[0]["lr"] = options.lr * (1 - 0.9 * step / options.steps)
-            optimizer.zero_grad()
-            with torch.enable_grad():
-                self._objective(torch.sigmoid(logits), target, likely).sum().backward()
-            optimizer.step()
+        with AdaptiveThreads(start.device.type == "cpu") as threads:
+            for step in range(options.steps):
+                optimizer.param_groups[0]["lr"] = options.lr * (1 - 0.9 * step / options.steps)
+                optimizer.zero_grad()
+                with torch.enable_grad():
+                    self._objective(torch.sigmoid(logits), target, likely).sum().backward()
+                optimizer.step()
+                threads.update()
         with torch.no_grad():
             estimate = torch.sigmoid(logits)
             return estimate, self._objective(estimate, target, likely)

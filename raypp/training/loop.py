@@ -33,6 +33,7 @@ from raypp.training.distributed import (
 )
 from raypp.training.muon import Muon
 from raypp.training.sinks import Row, Sink, checkpoint_name
+from raypp.training.threads import AdaptiveThreads
 
 PROGRESS_SECONDS = 0.25
 CHECK_STEPS, CHECK_SECONDS = 50, 1.0  # how often, at least, workers agree on how to go on: it waits for the device
@@ -204,11 +205,13 @@ class Loop:
         self.newest = "none yet"
         self.last_progress = 0.0
         self.saved_at = time.monotonic()
+        self.threads = AdaptiveThreads(enabled=False)
         self.look_in = 1  # steps until workers agree again on how to go on
 
     def run(self) -> Trained:
         """Train from the sink's newest sound checkpoint, if it has one, to the end of the last phase."""
-        return self.run_from(*together(self.restore))
+        with AdaptiveThreads(self.task.train.adapt_threads and self.sink.device.type == "cpu") as self.threads:
+            return self.run_from(*together(self.restore))
 
     def run_from(self, at_phase: int, at_epoch: int, resumed: dict[str, Any] | None) -> Trained:
         for index in range(at_phase, len(self.phases)):
@@ -292,6 +295,7 @@ class Loop:
                 means = torch.stack([loss, *(m.detach() for m in terms.metrics.values())]).double()
                 now.sums = now.sums + len(labels) * means
                 bad_step = torch.where((bad_step < 0) & ~loss.isfinite(), step, bad_step)
+            self.threads.update()
             seen += len(labels)
             now.step, now.images = step + 1, now.images + len(labels)
             now.seconds = before + time.monotonic() - began
