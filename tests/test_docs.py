@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import Cluster
+from PIL import Image
 
 from raypp import env
+from raypp.bundle import verify
 from raypp.cli import main
+from raypp.evaluation.metrics import chance_error
 
 ROOT = Path(__file__).parents[1]
 GUIDES = (
@@ -41,8 +49,131 @@ def test_guides_are_readable_by_this_test() -> None:
     assert all(commands(page) for page in GUIDES)
 
 
+# Settings that shorten a guide's command here. The run `first` and its attack are as a reader starts them.
+SHORT_TRAINING = {"--train.epochs": "1", "--train.plain_epochs": "1", "--data.source.num_train": "1000"}
+SHORT = {
+    "data convert": {"--num_train": "600", "--num_test": "200"},
+    "--name first": {},
+    "--name own": {"--train.epochs": "1", "--train.plain_epochs": "1", "--data.num_val": "50"},
+    "--name streamed": {"--train.epochs": "1", "--train.plain_epochs": "1", "--data.num_val": "50"},
+    "--name first-search": SHORT_TRAINING | {"--search.scheduler": "none", "--search.num_attacked": "1"},
+    "--name few": {"--inverse.train.epochs": "1"},
+    "--name mine": {"--data.source.num_train": "1000"},
+    "train quickstart": SHORT_TRAINING,
+    "table1": SHORT_TRAINING,
+}
+
+
+def shortened(line: str) -> list[str]:
+    """The words of a guide's command, with the settings of ``SHORT`` that it does not have itself."""
+    words = shlex.split(line, comments=True)
+    settings = next((s for key, s in SHORT.items() if key in line), {})
+    return words + [word for pair in settings.items() if pair[0] not in words for word in pair]
+
+
+def _json(path: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(Path(path).read_text())
+    return content
+
+
+def check_train(words: list[str]) -> None:
+    name = words[words.index("--name") + 1]
+    summary = _json(f"runs/{name}/summary.json")
+    verify(Path(f"runs/{name}/bundle"))
+    if name == "first":
+        epochs = int(words[words.index("--train.epochs") + 1]) if "--train.epochs" in words else 4
+        assert summary["epochs"] == {"plain": 2, "joint": epochs}
+        assert summary["test"]["accuracy"] >= 0.85
+        assert summary["test"]["ssim"]["mean"] < 0.3
+        assert "Error" not in Path("runs/first/bundle/MODEL_CARD.md").read_text()
+    else:
+        assert chance_error(summary["test"]) is None or "Error" in Path(f"runs/{name}/bundle/MODEL_CARD.md").read_text()
+
+
+def check_attack(words: list[str]) -> None:
+    name = words[words.index("--name") + 1]
+    card = _json(f"runs/{name}/scorecard.json")
+    assert (Path("runs") / name / "report.html").stat().st_size > 10_000
+    if name == "first-attack":  # public and deterministic: whoever suspects an image can check it
+        assert (card["verdict"], card["worst_attack"]) == ("broken", "known_gallery")
+        assert card["attacks"]["known_gallery"]["found"] == 1
+        assert card["attacks"]["inverse"]["found"] > 0.2
+        assert card["num_queries"] == 500
+        assert "Verdict: **broken**" in Path("runs/first/bundle/MODEL_CARD.md").read_text()
+    elif name == "few":
+        attacks = {"inverse", "feature_reconstruction"} | ({"minimum_difference"} if "--resume" in words else set())
+        assert {n for n, a in card["attacks"].items() if a["status"] == "done"} == attacks
+    else:  # the negative of an image says everything
+        assert name == "mine"
+        assert card["verdict"] == "broken"
+        assert card["attacks"]["chosen_plaintext"]["found"] > 0.9
+
+
+def check_tune(words: list[str]) -> None:
+    search = _json("runs/first-search/search.json")
+    assert search["trials"] == {"finished": 4}
+    assert search["front"]
+    verify(Path("runs/first-search/best/knee"))
+
+
+def check_table1(words: list[str]) -> None:
+    rows = list(csv.DictReader(io.StringIO(Path("runs/small/table1.csv").read_text())))
+    assert len(rows) == 3
+    assert len(list(Path("runs/small").rglob("summary.json"))) == (6 if "--resume" in words else 3)
+
+
+def check_protect(words: list[str]) -> None:
+    target = Path(words[4])
+    images = sorted(target.glob("*.png")) if target.is_dir() else [target]
+    assert len(images) == (len(list((ROOT / "docs" / "images").glob("*.png"))) if target.is_dir() else 1)
+    for path in images:
+        with Image.open(path) as image:
+            assert image.size == (32, 32)
+
+
+def check_data(words: list[str]) -> None:
+    if words[2] == "convert":
+        counts = {split: sum(pq.read_metadata(p).num_rows for p in Path("shapes-parquet").rglob(f"{split}*.parquet"))
+                  for split in ("train", "test")}  # fmt: skip
+        assert counts == {"train": 600, "test": 200}
+
+
+def check_evaluate(words: list[str]) -> None:
+    if "--output" in words:
+        numbers, trained = _json("numbers.json"), _json("runs/first/summary.json")["test"]
+        assert numbers["accuracy"] == trained["accuracy"] >= 0.85
+
+
+def check_report(words: list[str]) -> None:
+    assert [v["verdict"] for v in _json("report/report.json")["victims"]] == ["broken", "broken"]
+
+
+def check_publish(words: list[str]) -> None:
+    assert _json(f"{words[3]}/live.json")
+
+
+def check_token(words: list[str]) -> None:
+    assert "alice" in Path(words[words.index("--file") + 1]).read_text()
+
+
+def check_serve(words: list[str]) -> None:
+    assert words[words.index("--write") + 1] in {path.name for path in Path().iterdir()}
+
+
+def check_config(words: list[str]) -> None:
+    """Tests of the command line compare what it prints."""
+
+
+CHECKS = {
+    "train": check_train, "attack": check_attack, "tune": check_tune, "table1": check_table1, "protect": check_protect,
+    "data": check_data, "evaluate": check_evaluate, "report": check_report, "publish": check_publish,
+    "token": check_token, "serve": check_serve, "config": check_config,
+}  # fmt: skip
+
+
 @pytest.mark.ray
 def test_the_commands_of_the_guides(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command of the guides ends with what its page says, not only with exit code 0."""
     for folder in ("images", "examples"):
         shutil.copytree(ROOT / "docs" / folder, tmp_path / "docs" / folder)
     monkeypatch.chdir(tmp_path)
@@ -50,12 +181,14 @@ def test_the_commands_of_the_guides(cluster: Cluster, tmp_path: Path, monkeypatc
     torch.set_num_threads(env.num_cores())
     for page in GUIDES:
         for line in commands(page):
-            arguments = shlex.split(line, comments=True)
-            if arguments[0] == "raypp" and (arguments[1] in WITHOUT_RAY or "--local" in arguments):
-                main(arguments[1:])  # a process of its own would spend most of its time on importing torch
-                continue
-            result = subprocess.run(arguments, env=cluster.client, capture_output=True, text=True, timeout=400)
-            assert result.returncode == 0, f"{page}: {line}\n{result.stdout}\n{result.stderr}"
+            words = shortened(line)
+            assert words[0] == "raypp", line
+            if words[1] in WITHOUT_RAY or "--local" in words:
+                main(words[1:])  # a process of its own would spend most of its time on importing torch
+            else:
+                result = subprocess.run(words, env=cluster.client, capture_output=True, text=True, timeout=400)
+                assert result.returncode == 0, f"{page}: {line}\n{result.stdout}\n{result.stderr}"
+            CHECKS[words[1]](words)
     torch.set_num_threads(threads)
 
 
@@ -70,6 +203,11 @@ def test_quickstart_ends_with_a_bundle_and_what_to_do_next(tmp_path: Path) -> No
     assert (folder / "bundle" / "public" / "protection.safetensors").exists()
     assert (folder / "protected.png").exists()
     assert "protected, 8 bit" in result.stdout
+    assert "error:" not in result.stderr
+    assert json.loads((folder / "summary.json").read_text())["test"]["accuracy"] >= 0.85
+    card = json.loads((folder / "attack" / "scorecard.json").read_text())
+    assert card["verdict"] == "broken"
+    assert card["attacks"]["inverse"]["found"] > 0.5
     assert "Next" in result.stdout
 
 
