@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import raypp
 from raypp.config import Config, read_yaml
 from raypp.errors import BundleError, ConfigError, StorageError
+from raypp.evaluation.metrics import chance_error
 from raypp.guard import Guard, restore
 from raypp.keys import FILE, Key
 from raypp.nets import CLASSIFIERS
@@ -193,8 +194,11 @@ def add_attacks(
 
 def leakage_card(scorecard: dict[str, Any]) -> str:
     """What attacks recovered, as a section of the card."""
+    verdict, reason = scorecard["verdict"], scorecard["verdict_reason"]
     lines = [
         LEAKAGE,
+        "",
+        f"Verdict: **{verdict or 'not measured'}**{f' ({reason})' if reason else ''}.",
         "",
         f"{scorecard['num_queries']:,} test images attacked, looked for among {scorecard['num_gallery']:,}.",
         "",
@@ -376,12 +380,14 @@ def model_card(
     """The card as Markdown: what this is, what was measured, and what it does not promise."""
     test = metrics["test"]
     low, high = test["accuracy_interval"]
+    error = chance_error(test, len(classes))
     similarity = test["ssim"]["mean"] if test["ssim"] else None
     lines = [
         f"# Model card: {config.protection.name} protection with {config.classifier.name}",
         "",
         f"Made by raypp {raypp.__version__} on {datetime.now(UTC).date()}.",
         "",
+        *([f'<p style="color: red"><strong>Error: {error}.</strong></p>', ""] if error else []),
         "| | |",
         "|---|---|",
         f"| task | {len(classes)} classes: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''} |",

@@ -90,6 +90,7 @@ def run_training(
     config: Config, name: str, *, resume: bool = False, local: bool = False, quiet: bool = False
 ) -> dict[str, Any]:
     """Train a run and print what came of it; returns its summary."""
+    from raypp.evaluation.metrics import chance_error
     from raypp.progress import Display
     from raypp.runs import open_run, summary, train_locally
 
@@ -109,7 +110,16 @@ def run_training(
         where = run.storage.uri
     if not quiet:
         _print_results(found, where)
+    num_classes = len(found["classes"])
+    _print_chance_error(chance_error(found["plain_test"], num_classes, "plain images"))
+    _print_chance_error(chance_error(found["test"], num_classes))
     return found
+
+
+def _print_chance_error(sentence: str | None) -> None:
+    """Print one red line on standard error, also with --quiet, if a classifier is at chance."""
+    if sentence is not None:
+        Console(stderr=True).print(f"error: {sentence}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command
@@ -330,6 +340,7 @@ def run_attacks(plan: Plan, *, resume: bool = False, local: bool = False, quiet:
     write_report([plan.storage.uri], plan.storage)
     if not quiet:
         _print_scorecard(card, plan.storage.uri)
+    _print_chance_error(card["at_chance"])
     failed = [name for name, found in card["attacks"].items() if found["status"] == "failed"]
     if failed:
         raise RayppError(f"{len(failed)} of the attacks failed ({', '.join(failed)}); --resume tries them again")
@@ -377,6 +388,7 @@ def evaluate(
         Also write the numbers to this JSON file.
     """
     from raypp.evaluation.evaluate import evaluate_bundle
+    from raypp.evaluation.metrics import chance_error
 
     numbers = evaluate_bundle(bundle, settings, split, jpeg)
     if output is not None:
@@ -384,6 +396,7 @@ def evaluate(
 
         Storage(output.absolute().parent).write(output.name, (json.dumps(numbers, indent=2) + "\n").encode())
     _print_numbers(Console(), numbers, None, split)
+    _print_chance_error(chance_error(numbers))
     return numbers
 
 
@@ -875,7 +888,7 @@ def _print_scorecard(card: dict[str, Any], where: str) -> None:
 
     from raypp.evaluation.scorecard import share_found
 
-    colours = {"holds": "green", "weak": "yellow", "broken": "red"}
+    colours = {"holds": "green", "weak": "yellow", "broken": "red", "inconclusive": "magenta"}
     table = Table(box=None, pad_edge=False)
     for title in ("attack", "threat"):
         table.add_column(title, no_wrap=True)
@@ -898,14 +911,20 @@ def _print_scorecard(card: dict[str, Any], where: str) -> None:
     console.print(table)
     if card["verdict"] is not None:
         console.print(
-            f"\n[bold {colours[card['verdict']]}]{card['verdict']}[/] by its worst attack, {card['worst_attack']}"
+            f"\n[bold {colours[card['verdict']]}]{card['verdict']}[/] by the strongest attack, {card['worst_attack']}"
+            f"{_reason(card['verdict_reason'])}"
         )
     if card["worst_drawing"] not in (None, card["worst_attack"]):
         words = card["verdict_by_drawing"]
         console.print(
-            f"[bold {colours[words]}]{words}[/] by the worst that draws without candidates, {card['worst_drawing']}"
+            f"[bold {colours[words]}]{words}[/] by the strongest reconstruction attack, {card['worst_drawing']}"
+            f"{_reason(card['verdict_reason_by_drawing'])}"
         )
     console.print(f"{where}/report.html", markup=False, highlight=False, soft_wrap=True)
+
+
+def _reason(sentence: str) -> str:
+    return f": {sentence}" if sentence else ""
 
 
 def _print_numbers(console: Console, test: dict[str, Any], plain: dict[str, Any] | None, split: str = "test") -> None:

@@ -52,7 +52,7 @@ CSS = """
 .raypp-null td:first-child { text-align: left; padding-left: 0; } .raypp-null th { opacity: .7; }
 .raypp-mark { color: #fff; border-radius: .6rem; padding: .05rem .5rem; font-size: .75rem; font-weight: 600; }
 .raypp-mark.holds { background: #1f8a4c; } .raypp-mark.weak { background: #96690a; }
-.raypp-mark.broken { background: #c0392b; } .raypp-mark.none { background: #69737d; }
+.raypp-mark.broken { background: #c0392b; } .raypp-mark.none, .raypp-mark.inconclusive { background: #69737d; }
 .raypp-problem { color: #c0392b; opacity: 1; }
 """
 
@@ -136,7 +136,8 @@ def _attacked(service: Service, about: dict[str, Any], image: Pixels, plain: Pix
     measured = about["measured"]
     shown = {
         "name": about["attack"], "threat": about["threat"], "attacker_has": about["attacker_has"],
-        "verdict": measured.get("verdict"), "found": measured.get("found"), "mean_ssim": measured.get("ssim"),
+        "verdict": measured.get("verdict"), "verdict_reason": measured.get("verdict_reason"),
+        "found": measured.get("found"), "mean_ssim": measured.get("ssim"),
         "lower_bound": measured.get("lower_bound"), "png": None, "problem": None, "ssim": None,
     }  # fmt: skip
     try:

@@ -31,7 +31,10 @@ from raypp.attacks import ATTACKS
 from raypp.attacks.base import Access, Attack, AttackError, Map, TrainedAttack, fitted
 from raypp.config import Cluster, Config, Section, load_config, merge, parse_flags, read_yaml, sentence
 from raypp.errors import ConfigError, RayppError, StorageError
+from raypp.evaluation.metrics import chance_error
 from raypp.evaluation.scorecard import (
+    INCONCLUSIVE,
+    MIN_QUERIES,
     RED,
     Scores,
     measure,
@@ -60,7 +63,6 @@ HALF_EPOCHS, QUARTER, SIXTEENTH = "half the epochs", "a quarter of the images", 
 CURVE = ((HALF_EPOCHS, 0.5, 1.0), (SIXTEENTH, 1.0, 1 / 16), (QUARTER, 1.0, 0.25))
 """Of each trained attack's further trainings: name, share of the epochs, share of the images."""
 HALF_EFFORT = "half the steps"
-LEAST_QUERIES = 200  # by which a curve can be called flat: of fewer, chance alone moves shares by more than it may rise
 JUDGE = "judge"
 
 Outcome = dict[str, Any]
@@ -554,8 +556,7 @@ def _said(result: Outcome) -> str:
         return "trained"
     if result["status"] != "done":
         return str(result["note"] or result["status"])
-    found = share_found(result["scores"])
-    return f"{verdict(found)}: {found:.1%} found, SSIM {result['scores']['ssim']['mean']:.3f}"
+    return f"{share_found(result['scores']):.1%} found, SSIM {result['scores']['ssim']['mean']:.3f}"
 
 
 def scorecard(plan: Plan, victim: Victim, failures: dict[str, str]) -> dict[str, Any]:
@@ -563,6 +564,8 @@ def scorecard(plan: Plan, victim: Victim, failures: dict[str, str]) -> dict[str,
     from safetensors.torch import load
 
     judge = load_judge(plan, victim)
+    test = (victim.metrics or {}).get("test")
+    at_chance = chance_error(test, len(victim.classes))
     attacks: dict[str, Any] = {}
     images: dict[str, Scores] = {}
     for name in in_order(plan):
@@ -579,7 +582,6 @@ def scorecard(plan: Plan, victim: Victim, failures: dict[str, str]) -> dict[str,
             images[name] = measure(estimates, victim, judge)
             result["scores"] = summarise(images[name], plan.suite.seed)
             result["found"] = share_found(result["scores"])
-            result["verdict"] = verdict(result["found"])
             result |= _flatness(result)
         attacks[name] = result
     beside = {name: measure(made, victim, judge) for name, made in nulls(victim, plan.suite.seed).items()}
@@ -595,11 +597,12 @@ def scorecard(plan: Plan, victim: Victim, failures: dict[str, str]) -> dict[str,
         "num_gallery": len(victim.gallery),
         "num_attacker_images": len(victim.access.images) if victim.access.images is not None else 0,
         "chance": 1 / len(victim.gallery),
-        "accuracy": (victim.metrics or {}).get("test", {}).get("accuracy"),
-        "accuracy_interval": (victim.metrics or {}).get("test", {}).get("accuracy_interval"),
+        "accuracy": (test or {}).get("accuracy"),
+        "accuracy_interval": (test or {}).get("accuracy_interval"),
+        "at_chance": at_chance,
         "judge_accuracy": _judge_accuracy(judge, victim),
         "judge_note": failures.get(JUDGE, ""),
-        **headline(attacks),
+        **headline(attacks, at_chance=at_chance is not None),
         "attacks": attacks,
         "nulls": null_scores,
         "suite": plan.dump()["suite"],
@@ -630,18 +633,39 @@ def _examples(plan: Plan, victim: Victim, images: dict[str, Scores]) -> bytes:
     return save({key: tensor.contiguous() for key, tensor in found.items()})
 
 
-def headline(attacks: dict[str, Any]) -> dict[str, Any]:
-    """What a scorecard says first: the worst attack, the worst of those that draw, and the verdicts by them."""
+def headline(attacks: dict[str, Any], *, at_chance: bool) -> dict[str, Any]:
+    """Give each attack its verdict, and return those of the strongest attack and the strongest that reconstructs.
+
+    An attack that failed may have been the strongest: without it, ``holds`` and ``weak`` become ``inconclusive``.
+    """
+    for a in attacks.values():
+        if a["status"] == "done":
+            a["verdict"], a["verdict_reason"] = verdict(
+                a["found"], a["num_queries"], lower_bound=a["lower_bound"], at_chance=at_chance
+            )
+    failed = [name for name, a in attacks.items() if a["status"] == "failed"]
+
+    def of(name: str | None) -> tuple[str | None, str]:
+        if name is None:
+            return None, ""
+        words, reason = attacks[name]["verdict"], attacks[name]["verdict_reason"]
+        if failed and words in ("holds", "weak"):
+            return INCONCLUSIVE, f"{', '.join(failed)} failed and may have found more"
+        return words, reason
+
     worst_name = worst(attacks)
     drawing = worst({name: a for name, a in attacks.items() if ATTACKS.get(name).draws})
+    (words, reason), (drawing_words, drawing_reason) = of(worst_name), of(drawing)
     red = worst_name is not None and attacks[worst_name]["found"] > RED
     return {
         "worst_attack": worst_name,
         "worst_drawing": drawing,
         "found_by_drawing": attacks[drawing]["found"] if drawing else None,
-        "verdict_by_drawing": attacks[drawing]["verdict"] if drawing else None,
+        "verdict_by_drawing": drawing_words,
+        "verdict_reason_by_drawing": drawing_reason,
         "found": attacks[worst_name]["found"] if worst_name else None,
-        "verdict": attacks[worst_name]["verdict"] if worst_name else None,
+        "verdict": words,
+        "verdict_reason": reason,
         "lower_bound": any(a.get("lower_bound") for a in attacks.values()) and not red,
     }
 
@@ -655,7 +679,7 @@ def _flatness(result: Outcome) -> Outcome:
     wanted = (("epochs", HALF_EPOCHS), ("images", QUARTER)) if trained else (("steps", HALF_EFFORT),)
     rising, unknown = [], []
     for what, before in wanted:
-        if before not in points or result["num_queries"] < LEAST_QUERIES:
+        if before not in points or result["num_queries"] < MIN_QUERIES:
             unknown.append(what)
         elif still_rising([points[before], points["everything"]]):
             rising.append(what)
@@ -758,7 +782,7 @@ def _with_stored(
             attacks[name] = was
     base, other = (card, before) if card["num_queries"] >= before["num_queries"] else (before, card)
     # What a card measured on fewer images says of its own attacks stays true; nulls are those of more images.
-    merged = other | base | {"attacks": attacks} | headline(attacks)
+    merged = other | base | {"attacks": attacks} | headline(attacks, at_chance=card["at_chance"] is not None)
     rows: list[list[str]] = []
     tables = [list(csv.reader(io.StringIO(text.decode()))) for text in (files[SCORES], private.read(SCORES))]
     names = list(dict.fromkeys(name for table in tables for name in table[0]))

@@ -279,7 +279,7 @@ def test_attacks_are_listed_and_carried_out(attacked: Path) -> None:
     listed = {entry["attack"]: entry for entry in client.get("/v1").json()["attacks"]}
     assert set(listed) == {"feature_reconstruction", "inverse", "white_box"}  # a gallery is not the service's to search
     assert listed["inverse"]["threat"] == "T4"
-    assert listed["inverse"]["measured"]["verdict"] in {"holds", "weak", "broken"}
+    assert listed["inverse"]["measured"]["verdict"] == "inconclusive"  # of so few images
     images = protected(attacked)
     for name in listed:
         answer = client.post(f"/v1/{name}", content=npy(images[:2]), headers=NPY)

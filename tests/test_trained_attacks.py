@@ -18,7 +18,7 @@ from raypp.attacks.base import Access, Attack, AttackError, Map, TrainedAttack
 from raypp.config import MultiStep, load_config
 from raypp.data import SOURCES
 from raypp.evaluation.metrics import reidentify
-from raypp.evaluation.scorecard import verdict
+from raypp.evaluation.scorecard import RED
 from raypp.keys import Key
 from raypp.progress import Display
 from raypp.protections import PROTECTIONS
@@ -123,7 +123,7 @@ def test_alpha_zero_breaks(pictures: Pictures, tmp_path: Path) -> None:
         protection = fit(run.config, LocalSink(run.storage, Display(quiet=True), CPU)).system.protection
     attack = build("inverse", knows(pictures, protection.protect), **INVERSES["inverse"])
     train(attack, tmp_path / "attack")
-    assert verdict(share_found(attack, pictures, protection.protect)) == "broken"
+    assert share_found(attack, pictures, protection.protect) > RED
 
 
 @LONG

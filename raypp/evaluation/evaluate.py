@@ -43,7 +43,8 @@ def evaluate(
         ``accuracy`` is measured after 8-bit rounding, as everything is that a client uploads, with its 95% Wilson
         interval; ``accuracy_float`` is the extra without rounding. ``ssim`` and ``psnr`` compare protected with plain
         images: mean, median, and the 99th percentile (the least protected); SSIM is None below 11 pixels a side.
-        ``saturated`` is the share of protected values that are 0 or 255.
+        ``saturated`` is the share of protected values that are 0 or 255. ``chance`` is the accuracy of always naming
+        the most frequent class of these images.
     """
     protection.eval()
     classifier.eval()
@@ -77,6 +78,7 @@ def evaluate(
         "accuracy": correct / num,
         "accuracy_interval": wilson_interval(correct, num),
         "accuracy_float": correct_float / num,
+        "chance": int(labels.bincount().max()) / num,
         "ssim": _summary(torch.cat(similarities)) if similarities else None,
         "psnr": _summary(torch.cat(distances)),
         "saturated": saturated / num_values,

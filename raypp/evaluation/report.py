@@ -22,7 +22,7 @@ from raypp.evaluation.figures import as_png, new_figure
 from raypp.images import Pixels
 from raypp.storage import Storage
 
-COLOURS = {"holds": "#1f8a4c", "weak": "#b8860b", "broken": "#c0392b"}
+COLOURS = {"holds": "#1f8a4c", "weak": "#b8860b", "broken": "#c0392b", "inconclusive": "#66707c"}
 SCALE = 2  # each pixel of a small image becomes a square of this side
 TILE = 64  # that an image is at least wide
 
@@ -121,6 +121,7 @@ def words(card: dict[str, Any]) -> str:
     num = sum(a["status"] == "done" for a in card["attacks"].values())
     ways = "one way" if num == 1 else f"{num} ways"
     says = {
+        "inconclusive": f"This says nothing about the protection: {card.get('verdict_reason', '')}.",
         "broken": "Do not rely on it to keep pictures private.",
         "weak": "It hides some pictures and loses others.",
         "holds": "Against these attacks it held"
@@ -163,7 +164,8 @@ def _rows(card: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for name, a in card["attacks"].items():
         row = {"name": name, "threat": a["threat"], "meaning": a["threat_meaning"], "note": a.get("note", ""),
-               "status": a["status"], "null": False, "verdict": a.get("verdict"), "lower_bound": a.get("lower_bound"),
+               "status": a["status"], "null": False, "verdict": a.get("verdict"),
+               "verdict_reason": a.get("verdict_reason", ""), "lower_bound": a.get("lower_bound"),
                "num": f"{a['num_queries']:,}" if "num_queries" in a else ""}  # fmt: skip
         rising, unknown = a.get("rises_with") or [], a.get("unknown") or []
         row["why"] = "; ".join(
@@ -205,12 +207,13 @@ def _numbers(scores: dict[str, dict[str, float]] | None) -> dict[str, Any]:
 def _csv(found: Sequence[Source]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["victim", "attack", "threat", "status", "num_queries", "found", "verdict", "lower_bound", "metric",
+    writer.writerow(["victim", "attack", "threat", "status", "num_queries", "found", "verdict",
+                     "verdict_reason", "lower_bound", "metric",
                      "mean", "low", "high", "median", "worst_1_percent", "max"])  # fmt: skip
     for s in found:
         for name, a in s.card["attacks"].items():
             head = [s.card["victim"], name, a["threat"], a["status"], a.get("num_queries", ""), a.get("found", ""),
-                    a.get("verdict", ""), a.get("lower_bound", "")]  # fmt: skip
+                    a.get("verdict", ""), a.get("verdict_reason", ""), a.get("lower_bound", "")]  # fmt: skip
             keys = ("mean", "low", "high", "median", "worst_1_percent", "max")
             for metric, numbers in a.get("scores", {}).items():
                 writer.writerow([*head, metric, *(numbers.get(key, "") for key in keys)])

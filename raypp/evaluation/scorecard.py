@@ -29,10 +29,14 @@ from raypp.evaluation.victim import Victim
 
 MAX_PSNR = 60.0  # dB: an exact reconstruction would make a mean infinite
 AMBER, RED = 0.05, 0.20
+MIN_QUERIES = 200  # attacked images; with fewer, chance alone moves a share across a threshold
 RISE = 0.01  # of SSIM, and of the share found: a curve that rises by less between its last two points is flat
 PART = 500
 SHARES = ("reidentified", "reidentified_edges", "reidentified_top5", "reidentified_same_class", "accuracy")
 """Metrics that are 0 or 1 for each image."""
+
+INCONCLUSIVE = "inconclusive"
+VERDICTS = ("holds", "weak", "broken", INCONCLUSIVE)
 
 Scores = dict[str, Tensor]
 """Values (N,) of each metric, one per image."""
@@ -130,9 +134,26 @@ def share_found(summary: dict[str, dict[str, float]]) -> float:
     return max(summary["reidentified"]["mean"], summary["reidentified_edges"]["mean"])
 
 
-def verdict(share: float) -> str:
-    """ "holds", "weak" or "broken", by the share of originals that are found."""
-    return "holds" if share < AMBER else "weak" if share <= RED else "broken"
+def verdict(share: float, num_queries: int, *, lower_bound: bool, at_chance: bool) -> tuple[str, str]:
+    """Return the verdict on one attack, and why it is ``inconclusive`` (empty for any other verdict).
+
+    Args:
+        share: share of originals that the attack re-identifies, 0 to 1.
+        num_queries: number of attacked images.
+        lower_bound: a stronger attack of the same kind may find more. That cannot rescue a broken protection, so
+            ``broken`` stands.
+        at_chance: the classifier reads nothing, see :func:`raypp.evaluation.metrics.chance_error`.
+
+    Returns:
+        ``holds``, ``weak``, ``broken`` or ``inconclusive``, and the reason.
+    """
+    if at_chance:
+        return INCONCLUSIVE, "the classifier's accuracy is at chance"
+    if num_queries < MIN_QUERIES:
+        return INCONCLUSIVE, f"{num_queries} images were attacked, a verdict needs {MIN_QUERIES}"
+    if lower_bound and share <= RED:
+        return INCONCLUSIVE, "its score is a lower bound: a stronger attack may find more"
+    return ("holds" if share < AMBER else "weak" if share <= RED else "broken"), ""
 
 
 def still_rising(curve: list[dict[str, float]]) -> bool:

@@ -33,7 +33,7 @@ import raypp
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import Threat
 from raypp.errors import RayppError
-from raypp.evaluation.metrics import LEAST_SIDE, psnr, ssim
+from raypp.evaluation.metrics import LEAST_SIDE, chance_error, psnr, ssim
 from raypp.images import Pixels, encode_png
 from raypp.serve.auth import Tokens
 from raypp.serve.model import Served
@@ -198,6 +198,7 @@ def classifier_api(service: Callable[[], Classifying], observe: Observe | None =
             "limits": {"body_bytes": asked.limits.body, "images": asked.limits.images},
             "accuracy": test.get("accuracy"),
             "accuracy_interval": test.get("accuracy_interval"),
+            "at_chance": chance_error(test, len(served.classes)),
             "guard": guard,
             "scorecard": summary(served.scorecard),
             "card": served.card,
@@ -286,14 +287,14 @@ def summary(scorecard: dict[str, Any] | None) -> dict[str, Any] | None:
     """What anybody may know of a scorecard: verdict, and of every attack what it found beside the null."""
     if scorecard is None:
         return None
-    kept = ("verdict", "worst_attack", "found", "num_queries", "num_gallery", "accuracy")
+    kept = ("verdict", "verdict_reason", "worst_attack", "found", "num_queries", "num_gallery", "accuracy")
     attacks = {name: measured(found) for name, found in scorecard["attacks"].items()}
     return {key: scorecard.get(key) for key in kept} | {"attacks": attacks, "nulls": null_scores(scorecard)}
 
 
 def measured(found: dict[str, Any]) -> dict[str, Any]:
     """Of one attack's entry in a scorecard: threat, share found, SSIM and PSNR, verdict."""
-    about = {key: found.get(key) for key in ("threat", "status", "verdict", "found", "lower_bound")}
+    about = {key: found.get(key) for key in ("threat", "status", "verdict", "verdict_reason", "found", "lower_bound")}
     scores = found.get("scores") or {}
     return about | {key: scores[key]["mean"] for key in ("ssim", "psnr", "edges") if key in scores}
 
@@ -566,7 +567,7 @@ MODEL = {
     "limits": {"body_bytes": 16777216, "images": 256},
     "accuracy": 0.75,
     "guard": {"plain_refused": {"share": 1.0}, "protected_refused": {"share": 0.0}},
-    "scorecard": {"verdict": "broken", "worst_attack": "inverse", "found": 0.8},
+    "scorecard": {"verdict": "broken", "verdict_reason": "", "worst_attack": "inverse", "found": 0.8},
     "rejected": None,
 }
 ATTACKS_OFFERED = {
@@ -577,7 +578,7 @@ ATTACKS_OFFERED = {
             "threat": "T4",
             "attacker_has": "protected versions of any images he chooses",
             "max_images": 32,
-            "measured": {"verdict": "broken", "found": 0.8, "ssim": 0.6},
+            "measured": {"verdict": "broken", "verdict_reason": "", "found": 0.8, "ssim": 0.6},
         }
     ],
     "nulls": {"mean image": {"ssim": 0.13, "reidentified": 0.0}},
