@@ -28,8 +28,18 @@ from torch import Tensor, nn
 
 from raypp import bundle as bundles
 from raypp.attacks import ATTACKS
-from raypp.attacks.base import Access, Attack, AttackError, Map, TrainedAttack, fitted
-from raypp.config import Cluster, Config, Section, load_config, merge, parse_flags, read_yaml, sentence
+from raypp.attacks.base import Access, Attack, AttackError, Map, TrainedAttack, TrainedOptions, fitted
+from raypp.config import (
+    Cluster,
+    Config,
+    Section,
+    check_milestones,
+    load_config,
+    merge,
+    parse_flags,
+    read_yaml,
+    sentence,
+)
 from raypp.errors import ConfigError, RayppError, StorageError
 from raypp.evaluation.scorecard import (
     RED,
@@ -198,6 +208,9 @@ def make_plan(
         validated = Suite.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(sentence(error, tree, root=Suite)) from None
+    for options in validated.attacks:
+        if isinstance(options, TrainedOptions):
+            check_milestones(options.train, f"{options.name}.train")
     if not validated.attacks:
         raise ConfigError(f"the suite has no attacks; allowed: {', '.join(ATTACKS)}")
     config: dict[str, Any] | None = {"data": data} if data else None

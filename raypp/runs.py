@@ -30,7 +30,7 @@ from torch import Tensor
 
 import raypp
 from raypp import bundle, env, images, keys
-from raypp.config import Config, flatten, validate
+from raypp.config import Config, flatten, scaled_milestones, validate
 from raypp.data.loader import to_device
 from raypp.errors import ConfigError, StorageError
 from raypp.evaluation.evaluate import evaluate
@@ -47,7 +47,15 @@ from raypp.training.sinks import LocalSink, metrics_lines, newest_first
 from raypp.training.system import System, build_system, phases, uses_features
 
 # What may differ when a run is resumed: how long, and on what; everything else would make it another run.
-RESUMABLE = ("train.epochs", "train.eval_batch_size", "train.checkpoint_seconds", "data.num_test", "cluster")
+RESUMABLE = (
+    "train.epochs",
+    "train.eval_batch_size",
+    "train.checkpoint_seconds",
+    "data.num_test",
+    "features.fallback",  # settled when the run began
+    "cluster",
+)
+MILESTONES = "train.schedule.milestones"
 NUM_PICTURED = 10
 NUM_GUARDED, NUM_SAMPLE, PART = 10_000, 32, 500  # images for the guard, for the sample, and at a time
 # Files that a run has before its configuration is written.
@@ -330,6 +338,10 @@ def same_configuration(config: Config, stored: dict[str, Any], run: Storage, nam
                 f"run {name!r} has trained {trained} epochs, train.epochs is {given['train.epochs']}; a run can end "
                 "sooner than it was started for, but not before what it has trained"
             )
+    if kept.get(MILESTONES) is not None and given.get(MILESTONES) is not None:
+        # Milestones move along with the epochs, as the other schedules do.
+        moved = scaled_milestones(kept[MILESTONES], kept["train.epochs"], given["train.epochs"])
+        kept[MILESTONES] = moved if given[MILESTONES] == moved else kept[MILESTONES]
     for key in sorted(given.keys() | kept.keys()):
         if any(key == free or key.startswith(free + ".") for free in RESUMABLE):
             continue

@@ -28,7 +28,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from raypp import bundle as bundles
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import Access, TrainedAttack
-from raypp.config import Config, Section, load_tree, merge, nest, sentence, validate
+from raypp.config import Config, Section, check_milestones, load_tree, merge, nest, sentence, validate
 from raypp.data.base import stratified_split
 from raypp.errors import ConfigError, RayppError, StoppedError, StorageError
 from raypp.evaluation.figures import as_png, new_figure
@@ -190,10 +190,12 @@ class Plan:
 
     def config_at(self, point: Point) -> Config:
         """The configuration of one point of the space; raises ConfigError where its settings do not go together."""
-        tree = merge(self.tree, {"cluster": {"storage": self.storage.folder(TRIALS).uri}})
+        settings: dict[str, Any] = {"cluster": {"storage": self.storage.folder(TRIALS).uri}}
         for key, value in point.items():
-            tree = merge(tree, nest(key.split("."), value))
-        return validate(tree)
+            settings = merge(settings, nest(key.split("."), value))
+        config = validate(merge(self.tree, settings))
+        check_milestones(config.train, "train")
+        return config
 
     def dump(self) -> dict[str, Any]:
         """As plain data, from which :func:`restore` makes it again in another process."""
@@ -222,6 +224,7 @@ def make_plan(
         )
     search = validate_search(given)
     base = validate(tree)  # before the space, whose faults are then its own
+    check_milestones(base.train, "train")
     plan = Plan(base.model_dump(mode="json"), search, Storage(storage).folder(checked_name(name)))
     for key, values in search.space.items():
         for value in (values.low, values.high) if isinstance(values, Range) else values:
@@ -245,7 +248,7 @@ def validate_search(tree: Any) -> Search:
     except ValidationError as error:
         raise ConfigError(sentence(error, {"search": tree}, root=_Root)) from None
     try:
-        attack_options(search)
+        check_milestones(attack_options(search).train, "search.attack.train")
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(("search.attack", *map(str, first["loc"])))

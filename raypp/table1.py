@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from raypp.config import Config, flatten, load_tree, merge, parse_flags, presets, validate
+from raypp.config import Config, check_milestones, flatten, load_tree, merge, parse_flags, presets, validate
 from raypp.errors import ConfigError, RayppError, StorageError
 from raypp.evaluation.figures import as_png, new_figure
 from raypp.progress import GridDisplay, Shows
@@ -156,6 +156,7 @@ def _configure(base: dict[str, Any], method: Method, seed: int, storage: Storage
         settings = merge(settings, {"protection": kept})
     tree = merge(merge(base, settings), {"seed": seed, "cluster": {"storage": storage.folder(CELLS).uri}})
     config = validate(tree)
+    check_milestones(config.train, "train")
     if (config.cluster.num_workers or 1) > 1:
         raise ConfigError(
             f"cluster.num_workers is {config.cluster.num_workers}, allowed for table1 is 1: its cells run side by side"

@@ -23,9 +23,9 @@ from conftest import CPU, LONG, Tiny, tiny_flags
 from rich.console import Console
 from torch import Tensor, nn
 
-from raypp.config import Config, load_config, validate
+from raypp.config import Config, MultiStep, Train, load_config, validate
 from raypp.data.loader import Batches
-from raypp.errors import StoppedError, StorageError, ToldToStop, TrainingError
+from raypp.errors import ConfigError, StoppedError, StorageError, ToldToStop, TrainingError
 from raypp.nets.features import VGG16Features
 from raypp.nets.vgg import RELU2_2, VGG16_LAYERS, vgg_features
 from raypp.progress import Display
@@ -592,6 +592,71 @@ def test_multistep_is_the_papers_table() -> None:
     table = {0: 0.1, 59.99: 0.1, 60: 0.02, 119.99: 0.02, 120: 0.004, 159.99: 0.004, 160: 0.0008, 199.99: 0.0008}
     for progress, expected in table.items():
         assert learning_rate(train, 200, progress) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("flags", "milestones"),
+    [
+        (["--train.epochs", "50"], (15, 30, 40)),
+        (["--train.epochs=50", "--train.schedule", "multistep"], (15, 30, 40)),
+        (["--train.epochs", "7"], (2.1, 4.2, 5.6)),
+        (["--train.epochs", "1"], (0.3, 0.6, 0.8)),
+        (["--train.epochs", "400"], (120, 240, 320)),
+        (["--train.epochs", "50", "--train.schedule.milestones", "[20, 45]"], (20, 45)),
+        (["--train.schedule.milestones", "[20, 45]", "--train.epochs", "50"], (20, 45)),
+        (["--train.epochs", "9", "--train.schedule.milestones", "[20]", "--train.epochs", "50"], (20,)),
+        (["--train.epochs", "50", "--train.schedule", "{name: multistep, milestones: []}"], ()),
+        (["--train.epochs", "50", "--train.schedule.gamma", "0.5"], (15, 30, 40)),
+    ],
+)
+def test_milestones_belong_to_the_epochs_that_they_are_stated_with(
+    flags: list[str], milestones: tuple[float, ...]
+) -> None:
+    train = load_config("cifar10", flags=flags).train
+    assert isinstance(train.schedule, MultiStep)
+    assert train.schedule.milestones == pytest.approx(milestones), "the merged configuration shows them"
+    gamma = train.schedule.gamma
+    for i, milestone in enumerate(milestones):
+        before = learning_rate(train, train.epochs, milestone - 0.01)
+        assert before == pytest.approx(0.1 * gamma**i, rel=1e-12)
+        assert learning_rate(train, train.epochs, milestone) == pytest.approx(0.1 * gamma ** (i + 1), rel=1e-12)
+    last = learning_rate(train, train.epochs, train.epochs - 0.01)
+    assert last == pytest.approx(0.1 * gamma ** len(milestones), rel=1e-12)
+
+
+def test_milestones_of_a_file_move_with_the_epochs_of_a_flag(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {epochs: 40, schedule: {milestones: [10, 30]}}\n")
+    schedules = [load_config("cifar10", file, flags).train.schedule for flags in ((), ("--train.epochs", "20"))]
+    assert [s.milestones for s in schedules if isinstance(s, MultiStep)] == [(10, 30), (5, 15)]
+    file.write_text("train: {epochs: 40}\n")
+    schedule = load_config("cifar10", file).train.schedule
+    assert isinstance(schedule, MultiStep)
+    assert schedule.milestones == (12, 24, 32)
+
+
+def test_milestones_that_nobody_states_lie_within_the_epochs() -> None:
+    switched = load_config("quickstart", flags=["--train.schedule", "multistep"]).train
+    for train in (switched, Train(epochs=4), Train.model_validate({"epochs": 4, "schedule": {"name": "multistep"}})):
+        assert isinstance(train.schedule, MultiStep)
+        assert train.schedule.milestones == pytest.approx((1.2, 2.4, 3.2))
+
+
+@pytest.mark.parametrize("mode", ["frozen", "joint"])
+def test_milestones_keep_their_shares_of_a_plain_phase(tiny: Tiny, tmp_path: Path, mode: str) -> None:
+    schedule = "{name: multistep, milestones: [1, 3], gamma: 0.5}"
+    config = tiny(train__mode=mode, train__epochs=4, train__plain_epochs=2, train__schedule=schedule)
+    rates = [row["lr"] for row in fit(config, Sink(tmp_path)).history]  # each in an epoch's last step
+    assert rates == pytest.approx([0.05, 0.025, 0.1, 0.05, 0.05, 0.025])
+
+
+def test_milestones_that_training_ends_before_are_refused() -> None:
+    for flags in (
+        ["--train.epochs", "50", "--train.schedule.milestones", "[20, 50]"],
+        ["--train.schedule.milestones", "[20, 300]"],
+    ):
+        with pytest.raises(ConfigError, match=r"^train.schedule.milestones is \[20, \d+\], but training ends after"):
+            load_config("cifar10", flags=flags)
 
 
 def test_one_cycle_rises_and_falls_linearly() -> None:

@@ -178,7 +178,7 @@ class InverseTask:
     def __init__(
         self,
         attack: InverseAttack,
-        train: Optimisation,
+        epochs: int,
         num_images: int | None,
         source: Source,
         images: Tensor,
@@ -187,8 +187,8 @@ class InverseTask:
     ) -> None:
         """``at`` gives the places of training and validation images among ``images``; ``val`` is plain, protected."""
         options, access = attack.options, attack.access
-        self.attack, self.train, self.seed = attack, train, attack.seed
-        self.phases = [Phase(options.name, train.epochs)]
+        self.attack, self.train, self.seed = attack, options.train, attack.seed
+        self.phases = [Phase(options.name, epochs)]
         self.source, self.val, self.val_at = source, val, at[1]
         chosen = at[0][:num_images]
         self.images = images
@@ -345,13 +345,11 @@ class InverseAttack(TrainedAttack):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed)).to(images.device)
         num_val = _num_val(len(images))
         at = order[num_val:], order[:num_val]
-        train: Optimisation = self.options.train
-        epochs = max(1, round(train.epochs * share_epochs))
+        epochs = max(1, round(self.epochs * share_epochs))
         if num_images is not None and num_images < len(at[0]):  # as many steps on fewer images
             epochs = max(1, round(epochs * len(at[0]) / num_images))
-        train = train.model_copy(update={"epochs": epochs, "schedule": _scaled(train, epochs)})
         val = images[at[1]], val_protected(at[1])
-        return InverseTask(self, train, num_images, source, images, at, val)
+        return InverseTask(self, epochs, num_images, source, images, at, val)
 
     def _material(self) -> tuple[Tensor, Source, Callable[[Tensor], Tensor]]:
         """The attacker's plain images, how he protects them, and protected ones for validation by their places."""
@@ -400,14 +398,6 @@ def _num_val(num: int) -> int:
 
 def _in_parts(protect: Callable[[Tensor], Tensor], images: Tensor, size: int = 500) -> Tensor:
     return torch.cat([protect(part) for part in images.split(size)])
-
-
-def _scaled(train: Optimisation, epochs: int) -> Any:
-    """The schedule for another number of epochs: milestones keep their share of the whole."""
-    if not isinstance(train.schedule, MultiStep):
-        return train.schedule
-    milestones = tuple(round(m * epochs / train.epochs) for m in train.schedule.milestones)
-    return train.schedule.model_copy(update={"milestones": milestones})
 
 
 class Inverse(InverseAttack):

@@ -132,12 +132,15 @@ class Trained:
 
 
 def learning_rate(train: Optimisation, epochs: int, progress: float) -> float:
-    """The learning rate after ``progress`` epochs (a fraction within an epoch counts) of ``epochs``."""
+    """The learning rate after ``progress`` epochs (a fraction within an epoch counts) of ``epochs``.
+
+    A phase of other length than ``train.epochs`` takes the schedule at the same shares of its epochs.
+    """
     schedule, peak = train.schedule, train.optimizer.lr
     if isinstance(schedule, Constant):
         return peak
     if isinstance(schedule, MultiStep):
-        return peak * schedule.gamma ** sum(progress >= m for m in schedule.milestones)
+        return peak * schedule.gamma ** sum(progress * train.epochs >= m * epochs for m in schedule.milestones)
     done = min(progress / epochs, 1.0)
     if done < schedule.warmup:
         return peak * done / schedule.warmup
