@@ -280,6 +280,7 @@ def _describe_features(config: Config) -> str:
         return "none"
     options = config.features.model_dump(mode="json")
     name, layer = options.pop("name"), options.pop("layer", "early block")
+    options.pop("fallback", None)  # what was taken in the end is named
     told = ", ".join(f"{key} {value}" for key, value in options.items())
     return f"{name}, {layer}" + (f" ({told})" if told else "")
 

@@ -11,6 +11,7 @@ NAME/search.json          written last
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -37,7 +38,7 @@ from raypp.evaluation.victim import Victim
 from raypp.progress import Shows
 from raypp.runs import Run, checked_name, lock, open_run, summary
 from raypp.storage import Storage
-from raypp.training.fit import limit, load_split
+from raypp.training.fit import check_features, limit, load_split
 from raypp.training.loop import Loop, set_up_torch
 from raypp.training.sinks import LocalSink
 
@@ -197,6 +198,14 @@ class Plan:
         check_milestones(config.train, "train")
         return config
 
+    def corners(self) -> list[Point]:
+        """Each setting of the space at its ends or choices, all others as in the preset."""
+        return [
+            {key: value}
+            for key, values in self.search.space.items()
+            for value in ((values.low, values.high) if isinstance(values, Range) else values)
+        ]
+
     def dump(self) -> dict[str, Any]:
         """As plain data, from which :func:`restore` makes it again in another process."""
         return {"settings": self.tree, "search": self.search.model_dump(mode="json"), "storage": self.storage.uri}
@@ -226,12 +235,11 @@ def make_plan(
     base = validate(tree)  # before the space, whose faults are then its own
     check_milestones(base.train, "train")
     plan = Plan(base.model_dump(mode="json"), search, Storage(storage).folder(checked_name(name)))
-    for key, values in search.space.items():
-        for value in (values.low, values.high) if isinstance(values, Range) else values:
-            try:
-                plan.config_at({key: value})
-            except ConfigError as error:
-                raise ConfigError(f"search.space.{key}: {error}") from None
+    for point in plan.corners():
+        try:
+            plan.config_at(point)
+        except ConfigError as error:
+            raise ConfigError(f"search.space.{next(iter(point))}: {error}") from None
     if base.data.stream:
         raise ConfigError("data.stream is True; a search holds its images in memory, for the attack in every trial")
     if search.scheduler == "pbt" and (base.cluster.num_workers or 1) > 1:
@@ -269,6 +277,8 @@ def open_search(plan: Plan, *, resume: bool) -> Iterator[bool]:
         StorageError: it exists already, or with ``resume`` does not, or was asked for other things.
     """
     storage = plan.storage
+    if not storage.exists(SUMMARY):
+        check_features(plan.config_at(point) for point in ({}, *plan.corners()))
     storage.create()
     with lock(storage, f"the search {storage.uri}"):
         begun = storage.exists(FILE)
@@ -279,6 +289,10 @@ def open_search(plan: Plan, *, resume: bool) -> Iterator[bool]:
         now = plan.dump()
         if begun:
             before = yaml.safe_load(storage.read(FILE))
+            with contextlib.suppress(ConfigError):  # settings that have come since then have their default
+                before["settings"] = validate(before["settings"]).model_dump(mode="json")
+            for settings in (before["settings"], now["settings"]):
+                settings["features"] = {k: v for k, v in settings["features"].items() if k != "fallback"}
             for part in ("settings", "search"):
                 for key in sorted({*before[part], *now[part]}):
                     if key != "cluster" and before[part].get(key) != now[part].get(key):

@@ -29,6 +29,7 @@ from raypp.registry import did_you_mean
 from raypp.runs import checked_name, lock, open_run, same_configuration, stored, summary, train_locally
 from raypp.signals import told_by
 from raypp.storage import Storage
+from raypp.training.fit import check_features
 from raypp.training.sinks import newest_first
 
 CELLS = "cells"
@@ -36,7 +37,8 @@ MAX_WIDTH = 1024  # of a classifier that is to have as many parameters as the pr
 FILES = ("table1.csv", "table1.md", "table1.png")
 # What a departure from the paper may lie in; alpha is what rows differ in.
 COMPARED = ("data.", "protection.", "classifier.", "features.", "train.")
-NOT_COMPARED = ("data.source.root", "train.alpha", "train.eval_batch_size")
+# What came of features.fallback is among the runs' warnings.
+NOT_COMPARED = ("data.source.root", "features.fallback", "train.alpha", "train.eval_batch_size")
 DECIDED = {
     "protection.name": "--methods",
     "train.alpha": "--methods",
@@ -426,11 +428,15 @@ def _shown(value: Any) -> str:
     return "absent" if value is None else str(value)
 
 
+def _begun(config: Config, name: str) -> bool:
+    """Whether a cell has something to go on from."""
+    folder = Storage(config.cluster.storage).folder(name)
+    return folder.exists("summary.json") or bool(newest_first(folder))
+
+
 def train_cell(config: Config, name: str, display: Shows) -> dict[str, Any]:
     """Train one cell in this process, from its newest checkpoint if it has begun; returns its summary."""
-    run_folder = Storage(config.cluster.storage).folder(name)
-    begun = run_folder.exists("summary.json") or bool(newest_first(run_folder))
-    with open_run(config, name, resume=begun) as run:
+    with open_run(config, name, resume=_begun(config, name)) as run:
         for warning in run.warnings:
             display.warn(warning)
         return summary(run) or train_locally(run, display)
@@ -494,6 +500,7 @@ def table1(
     """
     root = Storage(storage)
     grid = cells(datasets, chosen, seeds, flags, root.folder(checked_name(name)))
+    check_features(cell.config for cell in grid if not _begun(cell.config, cell.name))
     with open_table(root, name, resume=resume) as folder:
         summaries: dict[str, dict[str, Any]] = {}
         failures: dict[str, str] = {}

@@ -194,6 +194,26 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys: Captured, tmp_path: Path,
     assert expected in refused(capsys, *command.split())
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(f"train {preset} --local" for preset in ("cifar10", "cifar100", "cifar10-small")),
+        "train cifar10-code --local --train.alpha 0.1",
+        "table1 --local",
+        "table1 --datasets cifar10-small --methods plain alpha-0.1 --local",
+    ],
+)
+@pytest.mark.usefixtures("offline")
+def test_the_papers_method_without_its_feature_network_is_refused_before_anything_is_written(
+    capsys: Captured, tmp_path: Path, command: str
+) -> None:
+    sentence = refused(capsys, *command.split())
+    assert "VGG-16's ImageNet weights, which the paper's method compares images with, cannot be had: no net" in sentence
+    assert "--features.weights FILE" in sentence
+    assert "--features.fallback allow" in sentence
+    assert {path.name for path in tmp_path.iterdir()} <= {"hub"}, "neither a run nor data"
+
+
 def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
     result = subprocess.run(
         [str(Path(sys.executable).parent / "raypp"), "config", "cifra"],

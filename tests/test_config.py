@@ -56,7 +56,9 @@ def test_paper_presets_hold_section_3a(name: str, num_val: int) -> None:
         "adversary": None,
     }  # fmt: skip
     assert config.classifier.model_dump() == {"name": "resnet20", "width": 16}
-    assert config.features.model_dump() == {"name": "vgg16", "weights": "torchvision", "layer": "relu2_2"}
+    assert config.features.model_dump() == {
+        "name": "vgg16", "weights": "torchvision", "layer": "relu2_2", "fallback": "refuse",
+    }  # fmt: skip
     train = config.train
     assert (train.mode, train.epochs, train.batch_size) == ("joint", 200, 128)
     assert train.optimizer.model_dump() == {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0005}
@@ -253,6 +255,14 @@ MISTAKES = {
     "plain mode with a protection": (
         ["--train.mode", "plain"],
         "train.mode 'plain' trains no protection, found 'learned'; allowed: 'plain'",
+    ),
+    "an unknown fallback": (
+        ["--features", "vgg16", "--features.fallback", "alow"],
+        "features.fallback is 'alow': input should be 'refuse' or 'allow'",
+    ),
+    "a milestone after the end": (
+        ["--train.schedule", "{name: multistep, milestones: [2, 4]}"],
+        "train.schedule.milestones is [2, 4], but training ends after train.epochs 4; allowed are milestones less than",
     ),
     "frozen mode with nothing to train": (
         ["--train.mode", "frozen", "--protection", "plain"],

@@ -195,12 +195,16 @@ def test_without_torchvisions_weights_a_plain_classifier_stands_in(
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.urlopen", offline)
-    config, phi, warning = prepare(tiny(features="vgg16"))
+    with pytest.raises(ConfigError, match=r"cannot be had: no network; give them as a file with"):
+        prepare(tiny(features="vgg16"))
+    config, phi, warning = prepare(tiny(features="vgg16", features__fallback="allow"))
     assert (config.features.name, phi) == ("plain_classifier", None)
     assert warning is not None
     assert "a departure from the paper" in warning
     unused, _, silent = prepare(tiny(features="vgg16", train__mode="plain", protection="plain"))
     assert (unused.features.name, silent) == ("vgg16", None), "a plain run needs no feature network"
+    unused, _, silent = prepare(load_config("cifar10-code"))
+    assert (unused.features.name, silent) == ("vgg16", None), "nor does a run with alpha 0"
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, "[17, 19]"), (3, "[16, 30]")])

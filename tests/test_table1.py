@@ -215,6 +215,25 @@ def test_a_cell_that_diverges_is_a_failure_not_a_crash(tmp_path: Path) -> None:
     assert "the loss is not a finite number at step" in sentence
 
 
+@pytest.mark.usefixtures("offline")
+def test_rows_that_need_no_feature_network_do_without_it(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def note(grid: Sequence[Cell], display: GridDisplay, ended: Any) -> None:
+        seen.extend(cell.name for cell in grid)
+
+    def table(methods: list[str], *flags: str) -> None:
+        table1(["cifar10"], methods, [0], flags, storage=tmp_path, name="-".join(methods), quiet=True, run=note)
+
+    table(["plain", "tanaka", "alpha-0"])
+    assert len(seen) == 3
+    with pytest.raises(ConfigError, match=r"features.fallback allow"):
+        table(["plain", "alpha-0.1"])
+    assert not (tmp_path / "plain-alpha-0.1").exists()
+    table(["plain", "alpha-0.1"], "--features.fallback", "allow")
+    assert len(seen) == 5
+
+
 @LONG
 def test_the_cifar100_preset_trains_on_torchvisions_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar(tmp_path / "data", monkeypatch, datasets.CIFAR100, num=60)
