@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from raypp.data import SOURCES
+from raypp.documents import DocumentError, load_yaml
 from raypp.errors import ConfigError
 from raypp.nets import ADAPTATIONS, BLOCK, CLASSIFIERS, FEATURES
 from raypp.protections import PROTECTIONS
@@ -362,12 +363,14 @@ def validate_data(tree: dict[str, Any]) -> Data:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a file that holds a mapping; raises ConfigError with one sentence for what is wrong with it."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = load_yaml(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date such as 2020-99-99
-        raise ConfigError(f"config file {str(path)!r} is no valid YAML: {' '.join(str(error).split())}") from error
+    except DocumentError as error:
+        what = "is no valid YAML" if error.syntax else "is not understood"
+        raise ConfigError(f"config file {str(path)!r} {what}: {error}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -449,7 +452,11 @@ def parse_flags(flags: Sequence[str], roots: Iterable[str] | None = None) -> dic
             if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"--{key} needs a value, as in --{key} VALUE")
             text = rest.pop(0)
-        tree = _merge(tree, nest(parts, _value(text)), scale=False)  # all flags are stated together
+        try:
+            value = _value(text)
+        except DocumentError as error:
+            raise ConfigError(f"--{key} is {text!r}: {error}") from error
+        tree = _merge(tree, nest(parts, value), scale=False)  # all flags are stated together
     return tree
 
 
@@ -459,9 +466,10 @@ def _value(text: str) -> Any:
         return None
     if text.startswith(("[", "{")):
         try:
-            return yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date and is none, as [2020-99-99]
-            return text
+            return load_yaml(text)
+        except DocumentError as error:
+            if not error.syntax:
+                raise
     return text
 
 

@@ -25,13 +25,13 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 import raypp
 from raypp import bundle, env, images, keys
 from raypp.config import Config, flatten, scaled_milestones, validate
 from raypp.data.loader import to_device
+from raypp.documents import DocumentError, load_json, load_yaml
 from raypp.errors import ConfigError, StorageError
 from raypp.evaluation.evaluate import evaluate
 from raypp.guard import Guard, calibrate
@@ -385,11 +385,12 @@ def _trained(run: Storage, phase: str) -> int:
 
 
 def stored(storage: Storage, file: str, *keys: str) -> dict[str, Any]:
-    """Read a run's own YAML or JSON (which is YAML too); raises StorageError if it is damaged or lacks a key."""
+    """Read a run's own YAML or JSON; raises StorageError if it is damaged or lacks a key."""
+    load = load_json if file.endswith(".json") else load_yaml
     try:
-        tree = yaml.safe_load(storage.read(file))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StorageError(f"{storage.uri}/{file} is damaged: {' '.join(str(error).split())}") from error
+        tree = load(storage.read(file))
+    except DocumentError as error:
+        raise StorageError(f"{storage.uri}/{file} is damaged: {error}") from error
     if not isinstance(tree, dict):
         raise StorageError(f"{storage.uri}/{file} is damaged: it holds no mapping")
     if lacking := [key for key in keys if key not in tree]:

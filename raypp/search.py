@@ -36,7 +36,7 @@ from raypp.evaluation.figures import as_png, new_figure
 from raypp.evaluation.scorecard import measure, nulls, share_found, summarise
 from raypp.evaluation.victim import Victim
 from raypp.progress import Shows
-from raypp.runs import Run, checked_name, lock, open_run, summary
+from raypp.runs import Run, checked_name, lock, open_run, stored, summary
 from raypp.storage import Storage
 from raypp.training.fit import check_features, limit, load_split
 from raypp.training.loop import Loop, set_up_torch
@@ -288,7 +288,7 @@ def open_search(plan: Plan, *, resume: bool) -> Iterator[bool]:
             raise StorageError(f"{storage.uri} is no search to resume; leave out --resume to start it")
         now = plan.dump()
         if begun:
-            before = yaml.safe_load(storage.read(FILE))
+            before = stored(storage, FILE, "settings", "search")
             with contextlib.suppress(ConfigError):  # settings that have come since then have their default
                 before["settings"] = validate(before["settings"]).model_dump(mode="json")
             for settings in (before["settings"], now["settings"]):

@@ -19,9 +19,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from raypp.config import Config, check_milestones, flatten, load_tree, merge, parse_flags, presets, validate
+from raypp.documents import load_yaml
 from raypp.errors import ConfigError, RayppError, StorageError
 from raypp.evaluation.figures import as_png, new_figure
 from raypp.progress import GridDisplay, Shows
@@ -109,7 +108,7 @@ class Result:
 def methods() -> dict[str, Method]:
     """Every row that the table can have, by name."""
     text = (resources.files("raypp") / "table1.yaml").read_text(encoding="utf-8")
-    return {row["name"]: Method(**(row | {"keep": tuple(row.get("keep", ()))})) for row in yaml.safe_load(text)}
+    return {row["name"]: Method(**(row | {"keep": tuple(row.get("keep", ()))})) for row in load_yaml(text)}
 
 
 def cells(

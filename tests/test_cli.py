@@ -178,6 +178,11 @@ MISTAKES = {
     "unknown suite": ("attack none --suite smal", "unknown suite 'smal' (did you mean 'small'?); allowed: quick"),
     "an attack's option": ("attack none --inverse.widht 3", "inverse.widht is"),
     "a suite's setting": ("attack none --num_querys 3", "unknown option --num_querys (did you mean 'num_queries'?)"),
+    "a key twice": ("config quickstart --config twice.yaml", "line 3: key 'train' is given twice, first in line 1"),
+    "a key twice in a preset": ("train twice.yaml --local", "line 3: key 'train' is given twice"),
+    "a key twice in a suite": ("attack none --suite twice.yaml", "line 3: key 'train' is given twice"),
+    "a key twice in a search": ("tune quickstart --config twice.yaml", "line 3: key 'train' is given twice"),
+    "a key twice in a table": ("table1 --datasets twice.yaml --local", "line 3: key 'train' is given twice"),
     "resume no attack": ("attack none --resume --local", "--resume needs --name, the attack run to continue"),
     "report of nothing": ("report", "no source is given; name attack runs, or bundles that were attacked"),
     "report of none": ("report none", "'none' holds no scorecard; `raypp attack` makes one"),
@@ -190,6 +195,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys: Captured, tmp_path: Path,
     write_png(tmp_path / "image.png", np.zeros((4, 4, 3), dtype=np.uint8))
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "x").write_text("")
+    (tmp_path / "twice.yaml").write_text("train: {alpha: 0.01}\nseed: 1\ntrain: {epochs: 1}\n")
     command, expected = MISTAKES[kind]
     assert expected in refused(capsys, *command.split())
 
