@@ -270,7 +270,8 @@ def attack(
     Parameters
     ----------
     bundle
-        Path or URI of a bundle to attack, where neither --function nor --folders names a victim; settings may follow.
+        Path or URI of a bundle to attack, where neither --function nor --folders names a victim; settings may stand
+        before and after it.
     function
         Attack a protection of yours instead: MODULE:NAME or FILE.py:NAME of a function from and to NumPy uint8
         (N, H, W, C).
@@ -297,13 +298,13 @@ def attack(
 
     if resume and name is None:
         raise RayppError("--resume needs --name, the attack run to continue")
-    # Settings may stand alone, after --function or --folders, so the bundle is what comes first and is no flag.
-    settings = bundle
-    victim = None
-    if settings and not settings[0].startswith("--"):
-        victim, settings = settings[0], settings[1:]
+    bundles, settings = _without_settings(bundle)
+    if len(bundles) > 1:
+        raise ConfigError(
+            f"name one bundle, found {' and '.join(map(repr, bundles))}; a setting is written --name VALUE"
+        )
     plan = ladder.make_plan(
-        bundle=victim,
+        bundle=bundles[0] if bundles else None,
         function=function,
         folders=folders,
         preset=preset,
@@ -314,6 +315,22 @@ def attack(
         name=_new_name("attack") if name is None else name,
     )
     return run_attacks(plan, resume=resume, local=local, quiet=quiet)
+
+
+def _without_settings(words: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Split words into those that stand for themselves and settings, ``--name VALUE`` or ``--name=VALUE``."""
+    others: list[str] = []
+    settings: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            others.append(word)
+            continue
+        settings.append(word)
+        if "=" not in word and rest and not rest[0].startswith("--"):
+            settings.append(rest.pop(0))
+    return others, settings
 
 
 def run_attacks(plan: Plan, *, resume: bool = False, local: bool = False, quiet: bool = False) -> dict[str, Any]:

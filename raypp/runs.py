@@ -306,16 +306,42 @@ def lock(storage: Storage, what: str) -> Iterator[None]:
         return
     import fcntl
 
-    try:
-        file: IO[str] = (storage.path / ".lock").open("a")
-    except OSError as error:
-        raise StorageError(f"cannot write {storage.path / '.lock'}: {error.strerror}") from error
-    with file:
+    with _opened(storage.path / ".lock") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StorageError(f"{what} is in use by another process; wait for it or take another --name") from None
         yield
+
+
+@contextmanager
+def one_at_a_time(storage: Storage) -> Iterator[None]:
+    """Wait until no other process changes a folder as a whole; freed when this process dies. Object stores have no
+    locks."""
+    if not storage.local:
+        yield
+        return
+    import fcntl
+
+    # Next to the folder, which is replaced by a new one.
+    with _opened(storage.path.with_name(f".{storage.path.name}.lock")) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _opened(path: Path) -> IO[str]:
+    try:
+        return path.open("a")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def refuse_foreign(storage: Storage, what: str) -> None:
+    """Raise StorageError where a folder that ``what`` would begin in holds anything already."""
+    if others := sorted(set(storage.names()) - {".lock"}):
+        raise StorageError(
+            f"{storage.uri} holds {others[0]!r}, which {what} has not written; take another --name, or an empty folder"
+        )
 
 
 def checked_name(name: str) -> str:

@@ -36,7 +36,7 @@ from raypp.evaluation.figures import as_png, new_figure
 from raypp.evaluation.scorecard import measure, nulls, share_found, summarise
 from raypp.evaluation.victim import Victim
 from raypp.progress import Shows
-from raypp.runs import Run, checked_name, lock, open_run, stored, summary
+from raypp.runs import Run, checked_name, lock, open_run, refuse_foreign, stored, summary
 from raypp.storage import Storage
 from raypp.training.fit import check_features, limit, load_split
 from raypp.training.loop import Loop, set_up_torch
@@ -109,10 +109,11 @@ def _least(value: Any) -> Any:
     """A share in [0, 1], or how far below plain images."""
     if value is None:
         return None
-    share = str(value).replace(" ", "").removeprefix("plain-")
+    words = "".join(str(value).split())
+    share = words.removeprefix("plain-")
     try:
         if 0 <= float(share) <= 1:
-            return float(share) if share == str(value) else f"plain - {float(share):g}"
+            return float(share) if share == words else f"plain - {float(share)!r}"
     except ValueError:
         pass
     raise ValueError(f"{value!r} is not understood; allowed is a share from 0 to 1, or as in 'plain - 0.01'")
@@ -277,6 +278,10 @@ def open_search(plan: Plan, *, resume: bool) -> Iterator[bool]:
         StorageError: it exists already, or with ``resume`` does not, or was asked for other things.
     """
     storage = plan.storage
+    if not storage.exists(FILE):
+        if resume:
+            raise StorageError(f"{storage.uri} is no search to resume; leave out --resume to start it")
+        refuse_foreign(storage, "a search")
     if not storage.exists(SUMMARY):
         check_features(plan.config_at(point) for point in ({}, *plan.corners()))
     storage.create()
@@ -284,15 +289,13 @@ def open_search(plan: Plan, *, resume: bool) -> Iterator[bool]:
         begun = storage.exists(FILE)
         if begun and not resume:
             raise StorageError(f"{storage.uri} exists already; --resume continues it, another --name starts anew")
-        if resume and not begun:
-            raise StorageError(f"{storage.uri} is no search to resume; leave out --resume to start it")
         now = plan.dump()
         if begun:
             before = stored(storage, FILE, "settings", "search")
             with contextlib.suppress(ConfigError):  # settings that have come since then have their default
                 before["settings"] = validate(before["settings"]).model_dump(mode="json")
-            for settings in (before["settings"], now["settings"]):
-                settings["features"] = {k: v for k, v in settings["features"].items() if k != "fallback"}
+            # A run that has begun keeps its feature network, so that this may change.
+            before["settings"], now["settings"] = map(_without_fallback, (before["settings"], now["settings"]))
             for part in ("settings", "search"):
                 for key in sorted({*before[part], *now[part]}):
                     if key != "cluster" and before[part].get(key) != now[part].get(key):
@@ -304,6 +307,11 @@ def open_search(plan: Plan, *, resume: bool) -> Iterator[bool]:
         else:
             storage.write(FILE, yaml.safe_dump(now, sort_keys=False).encode())
         yield begun
+
+
+def _without_fallback(settings: dict[str, Any]) -> dict[str, Any]:
+    features = {key: value for key, value in settings["features"].items() if key != "fallback"}
+    return settings | {"features": features}
 
 
 # One trial

@@ -25,7 +25,7 @@ from raypp.errors import ConfigError, RayppError, StorageError
 from raypp.evaluation.figures import as_png, new_figure
 from raypp.progress import GridDisplay, Shows
 from raypp.registry import did_you_mean
-from raypp.runs import checked_name, lock, open_run, same_configuration, stored, summary, train_locally
+from raypp.runs import checked_name, lock, open_run, refuse_foreign, same_configuration, stored, summary, train_locally
 from raypp.signals import told_by
 from raypp.storage import Storage
 from raypp.training.fit import check_features
@@ -222,6 +222,8 @@ def open_table(storage: Storage, name: str, *, resume: bool) -> Iterator[Storage
         raise StorageError(
             f"table {name!r} exists already in {folder.uri}; --resume goes on with it, another --name starts a new one"
         )
+    if not there:
+        refuse_foreign(folder, "a table")
     if folder.local:
         try:
             (folder.path / CELLS).mkdir(parents=True, exist_ok=True)

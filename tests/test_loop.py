@@ -386,6 +386,25 @@ def test_weights_that_are_no_numbers_are_not_kept(reference: Reference, tmp_path
     assert newest_first(Storage(tmp_path)) == []
 
 
+def test_a_worker_without_validation_images_counts_none(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(train__mode="plain", protection="plain", data__num_val=3)
+    data = load_data(config, CPU)
+    system = build_system(config, phases(config)[0], len(data.classes), (16, 16))
+    images, labels = data.val
+    alone = validate_system(system, images, labels, config, 0, 1)
+    shares: list[Tensor] = []
+
+    def added(share: Tensor) -> Tensor:
+        shares.append(share.clone())
+        return torch.stack(shares).sum(0)
+
+    monkeypatch.setattr("raypp.training.fit.total", added)
+    for rank in range(5):  # two of whom have no image
+        together = validate_system(system, images, labels, config, rank, 5)
+    assert shares[4].tolist() == [0] * 5
+    assert together == pytest.approx(alone)
+
+
 def test_the_checkpoint_just_written_is_never_pruned(tmp_path: Path) -> None:
     run = Storage(tmp_path)
     for name in ("epoch_0002", "epoch_0002_part_300000", "epoch_0002_part_700000", "epoch_0001"):
@@ -588,6 +607,25 @@ def test_an_absurd_learning_rate_is_found_out(tiny: Tiny, tmp_path: Path) -> Non
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+def test_a_validation_loss_of_nought_is_shown() -> None:
+    text = io.StringIO()
+    display = Display(Console(file=text, width=500))
+    row = {
+        "phase": "own",
+        "epoch": 1,
+        "epochs": 2,
+        "train_loss": 1.0,
+        "images_per_s": 1.0,
+        "seconds": 1.0,
+        "best": True,
+    }
+    display.epoch(row | {"val_loss": 0.0})
+    display.epoch(row)
+    first, second = text.getvalue().splitlines()
+    assert "val loss 0.0000" in first
+    assert "val loss" not in second
+
+
 # Schedules and optimisers
 
 
@@ -717,6 +755,8 @@ def test_muon_is_torchs_own_on_matrices_and_adamw_on_the_rest() -> None:
     ]
     optimizer = build_optimizer(options, [{"params": ours, "factor": 1.0}])
     assert isinstance(optimizer, Muon)
+    with pytest.raises(ValueError, match="Muon takes no closure"):
+        optimizer.step(lambda: 0.0)
     muon = torch.optim.Muon(
         theirs[:3], lr=0.01, momentum=0.95, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw"
     )

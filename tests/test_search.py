@@ -273,3 +273,29 @@ def test_milestones_of_a_search_belong_to_its_epochs(tmp_path: Path) -> None:
     late = ["--search.space.train.schedule", "[{name: multistep, milestones: [60]}]", "--train.epochs", "50"]
     with pytest.raises(ConfigError, match=r"^search.space.train.schedule: train.schedule.milestones is \[60\], but"):
         make_plan("cifar10", flags=late, storage=str(tmp_path), name="s")
+
+
+def test_a_search_does_not_begin_in_a_folder_of_something_else(tmp_path: Path) -> None:
+    asked = plan(tmp_path)
+    asked.storage.write("run.json", b"{}")
+    for resume in (False, True):
+        with pytest.raises(StorageError) as raised, search.open_search(asked, resume=resume):
+            pass
+        expected = (
+            "is no search to resume" if resume else "holds 'run.json', which a search has not written; take another"
+        )
+        assert expected in str(raised.value)
+    assert asked.storage.names() == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0.7", 0.7), (" 0.7", 0.7), ("0.7\n", 0.7), ("7e-1", 0.7), (0.7, 0.7), (1, 1.0), (None, None),
+        ("plain-0.01", "plain - 0.01"), (" plain  -\t0.01 ", "plain - 0.01"), ("plain - 1e-05", "plain - 1e-05"),
+    ],
+)  # fmt: skip
+def test_white_space_says_nothing_about_the_least_accuracy(text: Any, expected: Any) -> None:
+    found = search.validate_search({"space": {"seed": [1, 2]}, "min_accuracy": text})
+    assert found.min_accuracy == expected
+    assert found.margin == (float(expected.partition("-")[2]) if isinstance(expected, str) else None)

@@ -185,6 +185,11 @@ def test_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert trained == []
     assert [(r.method.name, len(r.accuracies)) for r in fewer] == [("plain", 2), ("tanaka", 2)]
     assert "Tanaka" in (tmp_path / "table" / "table1.md").read_text()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "run.json").write_text("{}")
+    with pytest.raises(StorageError, match=r"holds 'run.json', which a table has not written; take another --name"):
+        run(tmp_path, ["plain"], name="notes")
+    assert [p.name for p in (tmp_path / "notes").iterdir()] == ["run.json"]
     with pytest.raises(StorageError, match="no table 'other' to resume"):
         run(tmp_path, ["plain"], name="other", resume=True)
     with pytest.raises(StorageError, match=r"run name '\.\./x' is not allowed"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -336,6 +337,24 @@ def test_milestones_keep_their_shares_of_a_shorter_training(pictures: Pictures, 
 def test_an_attacks_milestones_move_with_its_epochs() -> None:
     options = ATTACKS.options("itn").model_validate({"name": "itn", "train": {"epochs": 20}})
     assert options.train.schedule.milestones == (6, 12, 16)
+
+
+def test_a_worker_without_images_to_judge_by_counts_none(pictures: Pictures, monkeypatch: pytest.MonkeyPatch) -> None:
+    access = dataclasses.replace(knows(pictures, identity), images=pictures[0][:20], labels=pictures[1][:20])
+    task = build("inverse", access, **SMALL, train={"epochs": 1}).task()
+    trainee = task.build(task.phases[0])
+    alone = task.validate(trainee, 0, 1)
+    shares: list[Tensor] = []
+
+    def added(share: Tensor) -> Tensor:
+        shares.append(share.clone())
+        return torch.stack(shares).sum(0)
+
+    monkeypatch.setattr("raypp.attacks.inverse.total", added)
+    for rank in range(3):  # for two images
+        together = task.validate(trainee, rank, 3)
+    assert not shares[2].any()
+    assert together == pytest.approx(alone)
 
 
 def test_workers_share_every_batch(pictures: Pictures) -> None:

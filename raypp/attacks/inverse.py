@@ -228,26 +228,27 @@ class InverseTask:
         assert isinstance(trainee, InverseTrainee)
         plain, protected = (images[rank::world] for images in self.val)
         at = self.val_at[rank::world]
-        net = trainee.final.eval()
-        labels = self.labels[at] if self.labels is not None else None
-        estimates = _batched(net, protected, labels, self.train.eval_batch_size)
-        estimates = to_uint8(estimates).float() / 255
-        target = plain.float() / 255
-        originals = torch.arange(len(self.val[0]), device=plain.device)[rank::world]
-        one_class = torch.zeros(len(self.val[0]), dtype=torch.int64, device=plain.device)
-        ranks = reidentify(estimates, self.val[0].float() / 255, originals, one_class)
-        found = {
-            "loss": likeness(estimates, target, self.attack.options).loss.expand(len(plain)),
-            "psnr": psnr(estimates, target).clamp_max(MAX_PSNR),
-            "reidentified": ranks.top(1),
-        }
-        if min(target.shape[-2:]) >= LEAST_SIDE:
-            found["ssim"] = ssim(estimates, target)
-        sums = torch.stack(
-            [*(v.double().sum() for v in found.values()), plain.new_tensor(len(plain), dtype=torch.float64)]
-        )
+        names = ["loss", "psnr", "reidentified", *(["ssim"] if min(plain.shape[-2:]) >= LEAST_SIDE else [])]
+        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=plain.device)
+        if len(plain):  # of few images a worker may have none
+            net = trainee.final.eval()
+            labels = self.labels[at] if self.labels is not None else None
+            estimates = _batched(net, protected, labels, self.train.eval_batch_size)
+            estimates = to_uint8(estimates).float() / 255
+            target = plain.float() / 255
+            originals = torch.arange(len(self.val[0]), device=plain.device)[rank::world]
+            one_class = torch.zeros(len(self.val[0]), dtype=torch.int64, device=plain.device)
+            ranks = reidentify(estimates, self.val[0].float() / 255, originals, one_class)
+            scores = {
+                "loss": likeness(estimates, target, self.attack.options).loss.expand(len(plain)),
+                "psnr": psnr(estimates, target).clamp_max(MAX_PSNR),
+                "reidentified": ranks.top(1),
+            }
+            if "ssim" in names:
+                scores["ssim"] = ssim(estimates, target)
+            sums = torch.stack([*(scores[name].double().sum() for name in names), sums.new_tensor(len(plain))])
         *numbers, num = total(sums).tolist()
-        return {f"val_{name}": number / num for name, number in zip(found, numbers, strict=True)}
+        return {f"val_{name}": number / num for name, number in zip(names, numbers, strict=True)}
 
     def end(self, phase: Phase, trainee: Trainee) -> None:
         """One phase is all."""

@@ -25,7 +25,7 @@ from raypp.registry import Options
 from raypp.training.distributed import total
 from raypp.training.loop import Loop, Phase, Trainee, autocast, set_up_torch, together
 from raypp.training.sinks import Row, Sink
-from raypp.training.system import System, adaptation_of, build_system, phases, uses_features
+from raypp.training.system import METRICS, System, adaptation_of, build_system, phases, uses_features
 
 
 @dataclass(frozen=True)
@@ -191,21 +191,22 @@ def validate(system: System, images: Tensor, labels: Tensor, config: Config, ran
     """Mean loss terms and accuracy on images after 8-bit rounding, over all workers' shares.
 
     Args:
-        images: uint8 (N, H, W, C); each worker takes every ``world``-th image.
+        images: uint8 (N, H, W, C); each worker takes every ``world``-th image, which may be none.
     """
     system.eval()
     context = autocast(config.train, images.device)
-    sums = torch.zeros(5, dtype=torch.float64, device=images.device)
+    names = ("loss", *METRICS)
+    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=images.device)
     mine_images, mine_labels = images[rank::world], labels[rank::world]
     for start in range(0, len(mine_images), config.train.eval_batch_size):
         chosen = slice(start, start + config.train.eval_batch_size)
         batch, target = as_input(mine_images[chosen]), mine_labels[chosen]
         with context():
             terms = system(batch, target, round_to_8bit=True)
-        means = torch.stack((terms.loss, *terms.metrics.values(), torch.ones_like(terms.loss)))
+        means = torch.stack((terms.loss, *(terms.metrics[name] for name in METRICS), torch.ones_like(terms.loss)))
         sums += means.double() * len(target)
     *found, num = total(sums).tolist()
-    return {f"val_{name}": value / num for name, value in zip(("loss", *terms.metrics), found, strict=True)}
+    return {f"val_{name}": value / num for name, value in zip(names, found, strict=True)}
 
 
 class ProtectionTask:

@@ -110,7 +110,8 @@ class Task(Protocol):
         """The networks of a phase, freshly initialised from the seed."""
 
     def validate(self, trainee: Trainee, rank: int, world: int) -> Row:
-        """Numbers after an epoch, over all workers; the networks with the lowest ``val_loss`` are kept."""
+        """Numbers after an epoch, over all workers. The networks with the lowest ``val_loss`` are kept; where a task
+        gives none, the last."""
 
     def end(self, phase: Phase, trainee: Trainee) -> None:
         """A phase is over; ``trainee`` has the weights that were kept."""
@@ -221,10 +222,11 @@ class Loop:
                 part, resumed = (resumed or {}).get("part"), None
                 row = self.train_epoch(index, epoch, Part(**part) if part is not None else None)
                 row |= self.task.validate(self.trainee, self.sink.rank, self.sink.world)
-                if not math.isfinite(row["val_loss"]):
+                loss, least = row.get("val_loss"), self.best.get("val_loss")
+                if loss is not None and not math.isfinite(loss):
                     raise self.diverged(row["step"], row["lr"])
                 # "<=": of equal losses the later wins, as in the authors' released code.
-                row["best"] = not self.best or row["val_loss"] <= self.best["val_loss"]
+                row["best"] = loss is None or least is None or loss <= least
                 self.history.append(row)
                 if row["best"]:
                     self.best = row
