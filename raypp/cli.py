@@ -6,10 +6,12 @@ import contextlib
 import importlib
 import json
 import os
+import select
 import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,7 +23,7 @@ from cyclopts import App, CycloptsError, Parameter, validators  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 import raypp  # noqa: E402
-from raypp.errors import ConfigError, RayppError  # noqa: E402
+from raypp.errors import FAILURE, USAGE, ConfigError, RayppError  # noqa: E402
 from raypp.signals import told_by  # noqa: E402
 
 app = App(
@@ -48,6 +50,7 @@ ATTACK_HELP = (
     "Any setting of the suite is a flag, as --num_queries 500, any of an attack by its name, as "
     "--inverse.train.epochs 5, and any of the images, as --data.source.path FOLDER."
 )
+TRACEBACK = "RAYPP_TRACEBACK"  # in the environment: errors show where they arose, too
 TOLD_SECONDS = 10.0  # between two lines that say that a service does not answer
 
 
@@ -82,7 +85,7 @@ def train(
 
     merged = load_config(preset, config, settings)
     if resume and name is None:
-        raise RayppError("--resume needs --name, the run to continue")
+        raise ConfigError("--resume needs --name, the run to continue")
     return run_training(merged, _new_name(preset) if name is None else name, resume=resume, local=local, quiet=quiet)
 
 
@@ -239,7 +242,7 @@ def tune(
     from raypp.search import make_plan
 
     if resume and name is None:
-        raise RayppError("--resume needs --name, the search to continue")
+        raise ConfigError("--resume needs --name, the search to continue")
     name = f"tune-{_new_name(preset)}" if name is None else name
     file = None if config is None else str(config)
     plan = make_plan(preset, file, settings, storage=storage, name=name)
@@ -297,7 +300,7 @@ def attack(
     from raypp import ladder
 
     if resume and name is None:
-        raise RayppError("--resume needs --name, the attack run to continue")
+        raise ConfigError("--resume needs --name, the attack run to continue")
     bundles, settings = _without_settings(bundle)
     if len(bundles) > 1:
         raise ConfigError(
@@ -679,7 +682,7 @@ def _token(file: Path | None) -> str | None:
     try:
         return file.expanduser().read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise RayppError(f"token file {str(file)!r} cannot be read: {error}") from error
+        raise ConfigError(f"token file {str(file)!r} cannot be read: {error}") from error
 
 
 @app.command
@@ -806,7 +809,7 @@ def _from_ray(module: str, function: str, instead: str = "--local trains in this
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "ray":
             raise
-        raise RayppError(f"Ray is not installed here; {instead}") from None
+        raise ConfigError(f"Ray is not installed here; {instead}") from None
 
 
 def _new_name(preset: str) -> str:
@@ -947,25 +950,46 @@ def _print_numbers(console: Console, test: dict[str, Any], plain: dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; a user's mistake is one sentence on standard error and exit code 2."""
+    """Run the command line; an error is one sentence on standard error, and an exit code as in :mod:`raypp.errors`."""
     errors = Console(stderr=True)
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_none")
+        sys.stdout.flush()  # what a closed pipe does not take is noticed here, and not after the end
     except CycloptsError as error:
-        _fail(errors, " ".join(str(error).split()))
+        _fail(errors, " ".join(str(error).split()), USAGE)
     except RayppError as error:
-        _fail(errors, str(error))
-    except OSError as error:  # a full disk, say; what this project opens itself is named by its own errors
-        _fail(errors, str(error))
+        _fail(errors, str(error), error.exit_code)
+    except OSError as error:  # a full disk, say: what a user names is opened by code that has errors of its own
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            raise SystemExit(FAILURE) from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        hint = "" if os.environ.get(TRACEBACK) else f"; {TRACEBACK}=1 shows where"
+        _fail(errors, reason + hint, FAILURE)
     except KeyboardInterrupt as interrupt:
         told = str(interrupt) or "interrupted; what was finished is kept, and --resume continues a run"
         errors.print(told, markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(130) from None
 
 
-def _fail(console: Console, sentence: str) -> None:
+def _fail(console: Console, sentence: str, code: int) -> None:
+    if os.environ.get(TRACEBACK):
+        traceback.print_exc()
     console.print(f"raypp: {sentence}", style="red", highlight=False, markup=False, soft_wrap=True)
-    raise SystemExit(2)
+    raise SystemExit(code)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a closed pipe, as after ``| head``; nothing more is then written to it."""
+    try:
+        number = sys.stdout.fileno()
+    except OSError:  # it is no file, as in tests
+        return False
+    poll = select.poll()
+    poll.register(number, select.POLLOUT)
+    if not any(events & select.POLLERR for _, events in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return True
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
+import os
+import pickle
 import re
 import signal
 import subprocess
@@ -18,11 +21,14 @@ from conftest import LONG, Trained, tiny_flags, wait_until
 from PIL import Image
 
 import raypp
+from raypp.attacks.base import AttackError
 from raypp.bundle import verify
 from raypp.cli import app, main
 from raypp.config import presets
 from raypp.data import SOURCES
+from raypp.errors import BundleError, ConfigError, DataError, RayppError, StoppedError, StorageError, TrainingError
 from raypp.images import write_png
+from raypp.remote import RemoteError
 from raypp.storage import Storage
 from raypp.training.sinks import newest_first
 
@@ -231,6 +237,78 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("raypp: unknown preset 'cifra' (did you mean 'cifar10'?); allowed: cifar10")
     assert result.stderr.count("\n") == 1
+
+
+def test_every_error_has_its_exit_code(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def outcome(error: BaseException) -> tuple[object, str]:
+        def fail(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr("raypp.config.presets", fail)
+        with pytest.raises(SystemExit) as stopped:
+            main(["config"])
+        return stopped.value.code, capsys.readouterr().err
+
+    for kind, code in (
+        (RayppError, 1), (ConfigError, 2), (DataError, 2), (BundleError, 2), (StorageError, 2), (TrainingError, 1),
+        (StoppedError, 1), (RemoteError, 1), (AttackError, 1),
+    ):  # fmt: skip
+        assert outcome(kind("a reason")) == (code, "raypp: a reason\n")
+        pickled = pickle.loads(pickle.dumps(kind("a reason")))
+        assert (str(pickled), pickled.exit_code) == ("a reason", code)
+    assert outcome(StoppedError("the data", exit_code=2)) == (2, "raypp: the data\n")
+    assert pickle.loads(pickle.dumps(StoppedError("the data", exit_code=2))).exit_code == 2
+    assert outcome(OSError(28, "No space left on device")) == (
+        1, "raypp: OSError: [Errno 28] No space left on device; RAYPP_TRACEBACK=1 shows where\n"
+    )  # fmt: skip
+    assert outcome(ConnectionResetError("a line\nand more"))[0] == 1
+    assert outcome(BrokenPipeError("of a service"))[0] == 1
+    assert outcome(KeyboardInterrupt())[0] == 130
+    monkeypatch.setenv("RAYPP_TRACEBACK", "1")
+    for error in (OSError("a reason"), ConfigError("a reason")):
+        code, text = outcome(error)
+        assert code == (2 if isinstance(error, ConfigError) else 1)
+        assert text.startswith("Traceback (most recent call last):\n")
+        assert text.endswith("a reason\n")
+        assert "in fail\n" in text
+
+
+def test_a_full_disk_is_a_failure_at_run_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = []
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EROFS):
+
+        def fail(*_: object, number: int = number, **__: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(Path, "mkdir", fail)
+        with pytest.raises(StorageError) as raised:
+            Storage(tmp_path).write("file", b"")
+        codes.append(raised.value.exit_code)
+    assert codes == [1, 1, 1, 2, 2]
+
+
+def test_a_reader_who_leaves_ends_a_command_quietly(tmp_path: Path) -> None:
+    for arguments in (["config", "cifar10"], ["config"]):
+        read, write = os.pipe()
+        os.close(read)
+        with os.fdopen(write, "wb") as closed:
+            result = subprocess.run(
+                [sys.executable, "-m", "raypp.cli", *arguments], stdout=closed, stderr=PIPE, text=True, timeout=60
+            )
+        assert (result.returncode, result.stderr) == (1, ""), arguments
+
+
+def test_data_that_a_run_cannot_use_is_bad_input(capsys: Captured, tmp_path: Path) -> None:
+    flags = tiny_flags(tmp_path / "runs", data__num_val=60)
+    assert "cannot set 60 of 60 images aside" in refused(capsys, "train", "quickstart", "--local", *flags)
+
+
+def test_a_loss_that_diverges_is_a_failure_at_run_time(capsys: Captured, tmp_path: Path) -> None:
+    flags = tiny_flags(tmp_path / "runs", train__mode="plain", protection="plain", train__optimizer__lr="1e30")
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "quickstart", "--local", "--train.schedule", "constant", *flags])
+    assert stopped.value.code == 1
+    assert "the loss is not a finite number" in capsys.readouterr().err
 
 
 # Commands

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from raypp.attacks.base import Map
-from raypp.errors import ConfigError, RayppError
+from raypp.errors import ConfigError
 from raypp.registry import did_you_mean
 
 _loaded: dict[str, tuple[str, ModuleType]] = {}
@@ -34,7 +34,7 @@ def user_function(name: str, device: torch.device, search: str | None = None) ->
         search: folder in which a module is looked for first.
 
     Raises:
-        RayppError: it cannot be loaded; later, it fails or gives something else than uint8 (N, H', W', C').
+        ConfigError: it cannot be loaded; later, it fails or gives something else than uint8 (N, H', W', C').
     """
     module, _, attribute = name.rpartition(":")
     if not module or not attribute:
@@ -53,7 +53,7 @@ def user_function(name: str, device: torch.device, search: str | None = None) ->
             with _importing_from(folder, last=last):
                 protected = call(given)
         except (Exception, SystemExit) as error:  # whatever a user's function may raise
-            raise RayppError(f"function {name!r} failed: {_reason(error, loaded)}") from error
+            raise ConfigError(f"function {name!r} failed: {_reason(error, loaded)}") from error
         if not (
             isinstance(protected, np.ndarray)
             and protected.dtype == np.uint8
@@ -62,13 +62,13 @@ def user_function(name: str, device: torch.device, search: str | None = None) ->
             and protected.shape[3] in (1, 3)
             and protected.size
         ):
-            raise RayppError(
+            raise ConfigError(
                 f"function {name!r} gave {_described(protected)} for uint8 {shape}; it must give a NumPy array uint8 "
                 f"(N, H, W, C) with N = {len(images)} and 1 or 3 channels"
             )
         before = sizes.setdefault(shape[1:], protected.shape[1:])
         if protected.shape[1:] != before:
-            raise RayppError(
+            raise ConfigError(
                 f"function {name!r} gave images {protected.shape[1:]} after images {before}; it must give one size for "
                 "all"
             )

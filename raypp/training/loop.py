@@ -186,13 +186,14 @@ T = TypeVar("T")
 
 def together(step: Callable[[], T]) -> T:
     """Take a step on every worker; if it fails on one, all stop with the first one's reason and none waits for ever."""
-    problem: str | None = None
+    problem: tuple[str, int] | None = None
     try:
         done = step()
     except RayppError as error:
-        problem = str(error)
+        problem = str(error), error.exit_code
     if (problem := first_error(problem)) is not None:
-        raise StoppedError(problem)
+        message, code = problem
+        raise StoppedError(message, exit_code=code)
     return done
 
 
