@@ -287,15 +287,14 @@ def test_a_full_disk_is_a_failure_at_run_time(tmp_path: Path, monkeypatch: pytes
     assert codes == [1, 1, 1, 2, 2]
 
 
-def test_a_reader_who_leaves_ends_a_command_quietly(tmp_path: Path) -> None:
-    for arguments in (["config", "cifar10"], ["config"]):
-        read, write = os.pipe()
-        os.close(read)
-        with os.fdopen(write, "wb") as closed:
-            result = subprocess.run(
-                [sys.executable, "-m", "raypp.cli", *arguments], stdout=closed, stderr=PIPE, text=True, timeout=60
-            )
-        assert (result.returncode, result.stderr) == (1, ""), arguments
+@pytest.mark.parametrize("arguments", [["config", "cifar10"], ["config"]], ids=["text", "console"])
+def test_a_reader_who_leaves_ends_a_command_quietly(arguments: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as closed:
+        command = [sys.executable, "-m", "raypp.cli", *arguments]
+        result = subprocess.run(command, stdout=closed, stderr=PIPE, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (1, "")
 
 
 def test_data_that_a_run_cannot_use_is_bad_input(capsys: Captured, tmp_path: Path) -> None:
