@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from raypp.table1 import Result
 
 Settings = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+# What names the thing itself; settings may stand before it.
+First = Annotated[str, Parameter(allow_leading_hyphen=True)]
 SETTINGS_HELP = (
     "Any setting of the configuration is a flag: --train.alpha 0.01 --data.source.name parquet. "
     "`raypp config PRESET` prints them all with their values."
@@ -56,7 +58,7 @@ TOLD_SECONDS = 10.0  # between two lines that say that a service does not answer
 
 @app.command(help_epilogue=SETTINGS_HELP)
 def train(
-    preset: str,
+    preset: First,
     *settings: Settings,
     name: str | None = None,
     config: Path | None = None,
@@ -83,7 +85,8 @@ def train(
     """
     from raypp.config import load_config
 
-    merged = load_config(preset, config, settings)
+    preset, flags = _preset(preset, settings)
+    merged = load_config(preset, config, flags)
     if resume and name is None:
         raise ConfigError("--resume needs --name, the run to continue")
     return run_training(merged, _new_name(preset) if name is None else name, resume=resume, local=local, quiet=quiet)
@@ -212,7 +215,7 @@ def table1(
 
 @app.command(help_epilogue=SETTINGS_HELP)
 def tune(
-    preset: str,
+    preset: First,
     /,
     *settings: Settings,
     name: str | None = None,
@@ -243,9 +246,10 @@ def tune(
 
     if resume and name is None:
         raise ConfigError("--resume needs --name, the search to continue")
+    preset, flags = _preset(preset, settings)
     name = f"tune-{_new_name(preset)}" if name is None else name
     file = None if config is None else str(config)
-    plan = make_plan(preset, file, settings, storage=storage, name=name)
+    plan = make_plan(preset, file, flags, storage=storage, name=name)
     found: dict[str, Any] = _from_ray("raypp.cluster.tune", "run_search", "a search needs it")(
         plan, resume=resume, quiet=quiet
     )
@@ -318,6 +322,14 @@ def attack(
         name=_new_name("attack") if name is None else name,
     )
     return run_attacks(plan, resume=resume, local=local, quiet=quiet)
+
+
+def _preset(first: str, more: tuple[str, ...]) -> tuple[str, list[str]]:
+    """The preset among a command's words, wherever it stands, and all others, which have to be settings."""
+    others, settings = _without_settings((first, *more))
+    if not others:
+        raise ConfigError(f"no preset is given; `raypp config` lists them, and a setting such as {first} needs a value")
+    return others[0], [*others[1:], *settings]
 
 
 def _without_settings(words: tuple[str, ...]) -> tuple[list[str], list[str]]:
@@ -687,7 +699,7 @@ def _token(file: Path | None) -> str | None:
 
 @app.command
 def config(
-    preset: str | None = None,
+    preset: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     /,
     *settings: Settings,
     file: Annotated[Path | None, Parameter(name="--config")] = None,
@@ -711,8 +723,9 @@ def config(
             first = path.read_text().splitlines()[0].lstrip("# ")
             console.print(f"{name:<16} {first}", highlight=False, soft_wrap=True)
         return
-    sys.stdout.write(load_config(preset, file, settings).to_yaml())
-    if (search := load_tree(preset, file, settings, more=("search",)).get("search")) is not None:
+    preset, flags = _preset(preset, settings)
+    sys.stdout.write(load_config(preset, file, flags).to_yaml())
+    if (search := load_tree(preset, file, flags, more=("search",)).get("search")) is not None:
         sys.stdout.write(yaml.safe_dump({"search": search}, sort_keys=False))
 
 

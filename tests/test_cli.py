@@ -154,6 +154,9 @@ MISTAKES = {
     "missing value": ("config cifar10 --train.alpha", "--train.alpha needs a value, as in --train.alpha VALUE"),
     "stray word": ("config cifar10 alpha 3", "unexpected argument 'alpha'; a setting is written --section.key VALUE"),
     "no file": ("config cifar10 --config none.yaml", "config file 'none.yaml' cannot be read: No such file"),
+    "no preset among settings": ("train --train.alpha 1", "no preset is given; `raypp config` lists them"),
+    "misspelt switch before": ("train --locla quickstart", "no preset is given"),
+    "two presets": ("config cifar10 cifar100", "unexpected argument 'cifar100'; a setting is written --section.key"),
     "resume without name": ("train quickstart --resume --local", "--resume needs --name, the run to continue"),
     "resume of nothing": ("train quickstart --resume --local --name x", "there is no run 'x' to resume under"),
     "bad name": ("train quickstart --local --name ../x", "run name '../x' is not allowed; use letters, digits"),
@@ -338,6 +341,20 @@ def test_config_lists_presets_and_prints_what_a_run_would_use(capsys: Captured, 
     assert err == ""
     (tmp_path / "printed.yaml").write_text(out)
     assert run(capsys, "config", "printed.yaml")[0] == out, "what it prints is a preset"
+
+
+def test_settings_may_stand_before_the_preset(capsys: Captured, tmp_path: Path) -> None:
+    expected, _ = run(capsys, "config", "cifar10", "--train.epochs", 50, "--seed=3")
+    for words in (
+        ["--train.epochs", 50, "cifar10", "--seed=3"],
+        ["--seed=3", "--train.epochs", 50, "cifar10"],
+        ["--train.epochs", 50, "cifar10", "--seed", 3],
+    ):
+        assert run(capsys, "config", *words)[0] == expected
+    sentence = refused(capsys, "tune", "--search.num_trials", "none", "--name", "x", "quickstart")
+    assert "search.num_trials is 'none'" in sentence
+    sentence = refused(capsys, "train", "--train.epochs", "none", "--local", "--name", "x", "quickstart")
+    assert "train.epochs is 'none'" in sentence
 
 
 def test_data_ls_lists_every_source_and_option(capsys: Captured) -> None:
