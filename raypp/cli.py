@@ -6,10 +6,12 @@ import contextlib
 import importlib
 import json
 import os
+import select
 import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,7 +23,7 @@ from cyclopts import App, CycloptsError, Parameter, validators  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 import raypp  # noqa: E402
-from raypp.errors import ConfigError, RayppError  # noqa: E402
+from raypp.errors import FAILURE, USAGE, ConfigError, RayppError  # noqa: E402
 from raypp.signals import told_by  # noqa: E402
 
 app = App(
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from raypp.table1 import Result
 
 Settings = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+# What names the thing itself; settings may stand before it.
+First = Annotated[str, Parameter(allow_leading_hyphen=True)]
 SETTINGS_HELP = (
     "Any setting of the configuration is a flag: --train.alpha 0.01 --data.source.name parquet. "
     "`raypp config PRESET` prints them all with their values."
@@ -48,12 +52,13 @@ ATTACK_HELP = (
     "Any setting of the suite is a flag, as --num_queries 500, any of an attack by its name, as "
     "--inverse.train.epochs 5, and any of the images, as --data.source.path FOLDER."
 )
+TRACEBACK = "RAYPP_TRACEBACK"  # in the environment: errors show where they arose, too
 TOLD_SECONDS = 10.0  # between two lines that say that a service does not answer
 
 
 @app.command(help_epilogue=SETTINGS_HELP)
 def train(
-    preset: str,
+    preset: First,
     *settings: Settings,
     name: str | None = None,
     config: Path | None = None,
@@ -80,9 +85,10 @@ def train(
     """
     from raypp.config import load_config
 
-    merged = load_config(preset, config, settings)
+    preset, flags = _preset(preset, settings)
+    merged = load_config(preset, config, flags)
     if resume and name is None:
-        raise RayppError("--resume needs --name, the run to continue")
+        raise ConfigError("--resume needs --name, the run to continue")
     return run_training(merged, _new_name(preset) if name is None else name, resume=resume, local=local, quiet=quiet)
 
 
@@ -219,7 +225,7 @@ def table1(
 
 @app.command(help_epilogue=SETTINGS_HELP)
 def tune(
-    preset: str,
+    preset: First,
     /,
     *settings: Settings,
     name: str | None = None,
@@ -249,10 +255,11 @@ def tune(
     from raypp.search import make_plan
 
     if resume and name is None:
-        raise RayppError("--resume needs --name, the search to continue")
+        raise ConfigError("--resume needs --name, the search to continue")
+    preset, flags = _preset(preset, settings)
     name = f"tune-{_new_name(preset)}" if name is None else name
     file = None if config is None else str(config)
-    plan = make_plan(preset, file, settings, storage=storage, name=name)
+    plan = make_plan(preset, file, flags, storage=storage, name=name)
     found: dict[str, Any] = _from_ray("raypp.cluster.tune", "run_search", "a search needs it")(
         plan, resume=resume, quiet=quiet
     )
@@ -280,7 +287,8 @@ def attack(
     Parameters
     ----------
     bundle
-        Path or URI of a bundle to attack, where neither --function nor --folders names a victim; settings may follow.
+        Path or URI of a bundle to attack, where neither --function nor --folders names a victim; settings may stand
+        before and after it.
     function
         Attack a protection of yours instead: MODULE:NAME or FILE.py:NAME of a function from and to NumPy uint8
         (N, H, W, C).
@@ -306,14 +314,14 @@ def attack(
     from raypp import ladder
 
     if resume and name is None:
-        raise RayppError("--resume needs --name, the attack run to continue")
-    # Settings may stand alone, after --function or --folders, so the bundle is what comes first and is no flag.
-    settings = bundle
-    victim = None
-    if settings and not settings[0].startswith("--"):
-        victim, settings = settings[0], settings[1:]
+        raise ConfigError("--resume needs --name, the attack run to continue")
+    bundles, settings = _without_settings(bundle)
+    if len(bundles) > 1:
+        raise ConfigError(
+            f"name one bundle, found {' and '.join(map(repr, bundles))}; a setting is written --name VALUE"
+        )
     plan = ladder.make_plan(
-        bundle=victim,
+        bundle=bundles[0] if bundles else None,
         function=function,
         folders=folders,
         preset=preset,
@@ -324,6 +332,30 @@ def attack(
         name=_new_name("attack") if name is None else name,
     )
     return run_attacks(plan, resume=resume, local=local, quiet=quiet)
+
+
+def _preset(first: str, more: tuple[str, ...]) -> tuple[str, list[str]]:
+    """The preset among a command's words, wherever it stands, and all others, which have to be settings."""
+    others, settings = _without_settings((first, *more))
+    if not others:
+        raise ConfigError(f"no preset is given; `raypp config` lists them, and a setting such as {first} needs a value")
+    return others[0], [*others[1:], *settings]
+
+
+def _without_settings(words: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Split words into those that stand for themselves and settings, ``--name VALUE`` or ``--name=VALUE``."""
+    others: list[str] = []
+    settings: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            others.append(word)
+            continue
+        settings.append(word)
+        if "=" not in word and rest and not rest[0].startswith("--"):
+            settings.append(rest.pop(0))
+    return others, settings
 
 
 def run_attacks(plan: Plan, *, resume: bool = False, local: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -675,12 +707,12 @@ def _token(file: Path | None) -> str | None:
     try:
         return file.expanduser().read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise RayppError(f"token file {str(file)!r} cannot be read: {error}") from error
+        raise ConfigError(f"token file {str(file)!r} cannot be read: {error}") from error
 
 
 @app.command
 def config(
-    preset: str | None = None,
+    preset: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     /,
     *settings: Settings,
     file: Annotated[Path | None, Parameter(name="--config")] = None,
@@ -704,8 +736,9 @@ def config(
             first = path.read_text().splitlines()[0].lstrip("# ")
             console.print(f"{name:<16} {first}", highlight=False, soft_wrap=True)
         return
-    sys.stdout.write(load_config(preset, file, settings).to_yaml())
-    if (search := load_tree(preset, file, settings, more=("search",)).get("search")) is not None:
+    preset, flags = _preset(preset, settings)
+    sys.stdout.write(load_config(preset, file, flags).to_yaml())
+    if (search := load_tree(preset, file, flags, more=("search",)).get("search")) is not None:
         sys.stdout.write(yaml.safe_dump({"search": search}, sort_keys=False))
 
 
@@ -802,7 +835,7 @@ def _from_ray(module: str, function: str, instead: str = "--local trains in this
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "ray":
             raise
-        raise RayppError(f"Ray is not installed here; {instead}") from None
+        raise ConfigError(f"Ray is not installed here; {instead}") from None
 
 
 def _new_name(preset: str) -> str:
@@ -949,25 +982,46 @@ def _print_numbers(console: Console, test: dict[str, Any], plain: dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; a user's mistake is one sentence on standard error and exit code 2."""
+    """Run the command line; an error is one sentence on standard error, and an exit code as in :mod:`raypp.errors`."""
     errors = Console(stderr=True)
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_none")
+        sys.stdout.flush()  # what a closed pipe does not take is noticed here, and not after the end
     except CycloptsError as error:
-        _fail(errors, " ".join(str(error).split()))
+        _fail(errors, " ".join(str(error).split()), USAGE)
     except RayppError as error:
-        _fail(errors, str(error))
-    except OSError as error:  # a full disk, say; what this project opens itself is named by its own errors
-        _fail(errors, str(error))
+        _fail(errors, str(error), error.exit_code)
+    except OSError as error:  # a full disk, say: what a user names is opened by code that has errors of its own
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            raise SystemExit(FAILURE) from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        hint = "" if os.environ.get(TRACEBACK) else f"; {TRACEBACK}=1 shows where"
+        _fail(errors, reason + hint, FAILURE)
     except KeyboardInterrupt as interrupt:
         told = str(interrupt) or "interrupted; what was finished is kept, and --resume continues a run"
         errors.print(told, markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(130) from None
 
 
-def _fail(console: Console, sentence: str) -> None:
+def _fail(console: Console, sentence: str, code: int) -> None:
+    if os.environ.get(TRACEBACK):
+        traceback.print_exc()
     console.print(f"raypp: {sentence}", style="red", highlight=False, markup=False, soft_wrap=True)
-    raise SystemExit(2)
+    raise SystemExit(code)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a closed pipe, as after ``| head``; nothing more is then written to it."""
+    try:
+        number = sys.stdout.fileno()
+    except OSError:  # it is no file, as in tests
+        return False
+    poll = select.poll()
+    poll.register(number, select.POLLOUT)
+    if not any(events & select.POLLERR for _, events in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return True
 
 
 if __name__ == "__main__":

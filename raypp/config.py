@@ -14,9 +14,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from raypp.data import SOURCES
+from raypp.documents import DocumentError, load_yaml
 from raypp.errors import ConfigError
 from raypp.nets import ADAPTATIONS, BLOCK, CLASSIFIERS, FEATURES
 from raypp.protections import PROTECTIONS
@@ -97,10 +109,26 @@ class Constant(Section):
     name: Literal["constant"] = "constant"
 
 
+def scaled_milestones(milestones: Sequence[float], old_epochs: int, new_epochs: int) -> list[float]:
+    """Milestones of a training of ``old_epochs`` at the same shares of one of ``new_epochs``."""
+    return [_whole(round(milestone * new_epochs / old_epochs, 6)) for milestone in milestones]
+
+
+def _whole(value: float) -> float:
+    """A whole number as an integer, so that it is printed as one."""
+    return int(value) if value == int(value) else value
+
+
+PAPER_EPOCHS = 200  # of the default milestones
+Milestone = Annotated[float, Field(ge=0), AfterValidator(_whole), PlainSerializer(_whole, return_type=Any)]
+
+
 class MultiStep(Section):
     name: Literal["multistep"] = "multistep"
-    milestones: tuple[Annotated[int, Field(ge=0)], ...] = (60, 120, 160)
-    """Epochs, counted from 0, at whose start the learning rate is multiplied by ``gamma``."""
+    milestones: tuple[Milestone, ...] = (60, 120, 160)
+    """Epochs, counted from 0, after which the learning rate is multiplied by ``gamma``. They belong to the number of
+    epochs that they are stated with: another number, and a phase of another length, keep their shares of the whole.
+    The default is at 30, 60 and 80% of the epochs."""
     gamma: float = Field(0.2, gt=0, le=1)
 
 
@@ -110,6 +138,15 @@ class OneCycle(Section):
     """Share of all steps in which the learning rate rises linearly to ``lr``; it then falls linearly to ``final``."""
     final: float = Field(0.0, ge=0, le=1)
     """Learning rate after the last step, as a share of ``lr``."""
+
+
+def _default_milestones(schedule: Any, info: ValidationInfo) -> Any:
+    """Move milestones that nobody stated from the paper's number of epochs to the configured one."""
+    epochs = info.data.get("epochs")
+    if epochs is None or not isinstance(schedule, MultiStep) or "milestones" in schedule.model_fields_set:
+        return schedule
+    milestones = scaled_milestones(schedule.milestones, PAPER_EPOCHS, epochs)
+    return MultiStep(milestones=tuple(milestones), gamma=schedule.gamma)
 
 
 class Optimisation(Section):
@@ -122,7 +159,11 @@ class Optimisation(Section):
     eval_batch_size: int = Field(500, ge=1)
     """Images per evaluation step and worker."""
     optimizer: Optimizer = Optimizer()
-    schedule: Annotated[MultiStep | OneCycle | Constant, Field(discriminator="name")] = MultiStep()
+    schedule: Annotated[
+        MultiStep | OneCycle | Constant,
+        Field(discriminator="name", validate_default=True),
+        AfterValidator(_default_milestones),
+    ] = MultiStep()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """``auto`` takes bf16 autocast where the hardware has bf16 instructions."""
     channels_last: bool = True
@@ -141,8 +182,9 @@ class Optimisation(Section):
 
 class Train(Optimisation):
     mode: Literal["joint", "frozen", "plain"] = "joint"
-    """``joint``: protection and classifier together (the paper's words). ``frozen``: the classifier is trained on plain
-    images first and then fixed (the authors' released code). ``plain``: the classifier alone, the baseline."""
+    """``joint`` trains protection and classifier together. ``frozen`` trains the classifier on plain images first and
+    then the protection alone, as the authors' released code does; the paper's Eq. 3, too, minimises over the
+    protection's weights only. ``plain`` trains the classifier alone, the baseline."""
     alpha: float = Field(0.005, ge=0)
     """Weight of the feature distance in Eq. 4."""
     plain_epochs: int | None = Field(None, ge=1, le=1_000_000)
@@ -260,7 +302,9 @@ def load_config(preset: str | Path, file: str | Path | None = None, flags: tuple
     Raises:
         ConfigError: one sentence that names the key, the value and what is allowed.
     """
-    return validate(load_tree(preset, file, flags))
+    config = validate(load_tree(preset, file, flags))
+    check_milestones(config.train, "train")
+    return config
 
 
 def load_tree(
@@ -295,6 +339,24 @@ def validate(tree: dict[str, Any]) -> Config:
         raise ConfigError(sentence(error, tree)) from None
 
 
+def check_milestones(train: Optimisation, section: str) -> None:
+    """Refuse milestones that training ends before; raises ConfigError.
+
+    A check of what users write: stored configurations of earlier versions may hold such milestones.
+
+    Args:
+        section: where ``train`` stands, for the message.
+    """
+    if not isinstance(train.schedule, MultiStep):
+        return
+    late = [milestone for milestone in train.schedule.milestones if milestone >= train.epochs]
+    if late:
+        raise ConfigError(
+            f"{section}.schedule.milestones is {list(train.schedule.milestones)}, but training ends after "
+            f"{section}.epochs {train.epochs}; allowed are milestones less than {train.epochs}"
+        )
+
+
 def validate_data(tree: dict[str, Any]) -> Data:
     """Validate a ``data`` section by itself; raises ConfigError as :func:`validate` does."""
     try:
@@ -304,12 +366,14 @@ def validate_data(tree: dict[str, Any]) -> Data:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a file that holds a mapping; raises ConfigError with one sentence for what is wrong with it."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = load_yaml(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a date such as 2020-99-99
-        raise ConfigError(f"config file {str(path)!r} is no valid YAML: {' '.join(str(error).split())}") from error
+    except DocumentError as error:
+        what = "is no valid YAML" if error.syntax else "is not understood"
+        raise ConfigError(f"config file {str(path)!r} {what}: {error}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -318,7 +382,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Return ``base`` overlaid by ``over``; a section whose ``name`` changes starts afresh: other options apply."""
+    """Return ``base`` overlaid by ``over``.
+
+    A section whose ``name`` changes starts afresh, since other options apply. Milestones belong to the epochs that they
+    are stated with: where ``over`` changes ``epochs`` and states no milestones, they keep their shares of the training.
+    """
+    return _merge(base, over, scale=True)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any], *, scale: bool) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
@@ -329,10 +401,22 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
             value = {"name": value}
         if isinstance(old, dict) and isinstance(value, dict):
             fresh = "name" in value and "name" in old and value["name"] != old["name"]
-            merged[key] = value if fresh else merge(old, value)
+            merged[key] = value if fresh else _merge(old, value, scale=scale)
         else:
             merged[key] = value
-    return merged
+    return _with_scaled_milestones(base, over, merged) if scale else merged
+
+
+def _with_scaled_milestones(base: dict[str, Any], over: dict[str, Any], merged: dict[str, Any]) -> dict[str, Any]:
+    """``merged`` with the milestones of ``base`` moved to the epochs of ``over``, where both are stated."""
+    old, new, schedule, changes = base.get("epochs"), over.get("epochs"), merged.get("schedule"), over.get("schedule")
+    if not isinstance(schedule, dict) or (isinstance(changes, dict) and "milestones" in changes):
+        return merged
+    try:
+        milestones = scaled_milestones([float(m) for m in schedule["milestones"]], int(str(old)), int(str(new)))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):  # nothing to scale, or what validation refuses
+        return merged
+    return merged | {"schedule": schedule | {"milestones": milestones}}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -371,7 +455,11 @@ def parse_flags(flags: Sequence[str], roots: Iterable[str] | None = None) -> dic
             if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"--{key} needs a value, as in --{key} VALUE")
             text = rest.pop(0)
-        tree = merge(tree, nest(parts, _value(text)))
+        try:
+            value = _value(text)
+        except DocumentError as error:
+            raise ConfigError(f"--{key} is {text!r}: {error}") from error
+        tree = _merge(tree, nest(parts, value), scale=False)  # all flags are stated together
     return tree
 
 
@@ -381,9 +469,10 @@ def _value(text: str) -> Any:
         return None
     if text.startswith(("[", "{")):
         try:
-            return yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date and is none, as [2020-99-99]
-            return text
+            return load_yaml(text)
+        except DocumentError as error:
+            if not error.syntax:
+                raise
     return text
 
 

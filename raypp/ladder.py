@@ -28,8 +28,19 @@ from torch import Tensor, nn
 
 from raypp import bundle as bundles
 from raypp.attacks import ATTACKS
-from raypp.attacks.base import Access, Attack, AttackError, Map, TrainedAttack, fitted
-from raypp.config import Cluster, Config, Section, load_config, merge, parse_flags, read_yaml, sentence
+from raypp.attacks.base import Access, Attack, AttackError, Map, TrainedAttack, TrainedOptions, fitted
+from raypp.config import (
+    Cluster,
+    Config,
+    Section,
+    Seed,
+    check_milestones,
+    load_config,
+    merge,
+    parse_flags,
+    read_yaml,
+    sentence,
+)
 from raypp.errors import ConfigError, RayppError, StorageError
 from raypp.evaluation.metrics import chance_error
 from raypp.evaluation.scorecard import (
@@ -50,11 +61,11 @@ from raypp.evaluation.victim import Victim, VictimSpec, load_victim
 from raypp.nets.features import StateDict
 from raypp.progress import Display, GridDisplay, Shows
 from raypp.registry import Options, did_you_mean
-from raypp.runs import checked_name, environment, lock, open_run, stored, train_locally
+from raypp.runs import checked_name, environment, lock, one_at_a_time, open_run, refuse_foreign, stored, train_locally
 from raypp.signals import told_by
 from raypp.storage import Storage
 from raypp.training.distributed import first
-from raypp.training.loop import Loop, set_up_torch
+from raypp.training.loop import Loop, set_up_torch, together
 from raypp.training.sinks import LocalSink, Row, Sink
 
 SUITE, SCORECARD, SCORES, EXAMPLES = "suite.yaml", "scorecard.json", "scores.csv", "examples.safetensors"
@@ -64,6 +75,8 @@ CURVE = ((HALF_EPOCHS, 0.5, 1.0), (SIXTEENTH, 1.0, 1 / 16), (QUARTER, 1.0, 0.25)
 """Of each trained attack's further trainings: name, share of the epochs, share of the images."""
 HALF_EFFORT = "half the steps"
 JUDGE = "judge"
+SETTLED = ("seed", "num_queries", "num_images", "curve", "judge_epochs")
+"""Settings of a suite that a resumed run cannot change."""
 
 Outcome = dict[str, Any]
 
@@ -91,7 +104,7 @@ def _attacks(value: Any) -> Any:
 class Suite(Section):
     """Which attacks are run, how strong, and on how many images."""
 
-    seed: int = Field(0, ge=0, le=2**63 - 1)
+    seed: Seed = 0
     num_queries: int = Field(2000, ge=10)
     """Test images that are attacked, at most; all of the test split are the gallery."""
     num_images: int | None = Field(None, ge=20)
@@ -162,8 +175,6 @@ def make_plan(
     Raises:
         ConfigError: one sentence about the first thing that is not allowed.
     """
-    if sum(given is not None for given in (bundle, function, folders)) != 1:
-        raise ConfigError("name one victim: a bundle, --function MODULE:NAME, or --folders PLAIN PROTECTED")
     known = suites()
     if suite in known:
         tree = read_yaml(known[suite])
@@ -200,8 +211,14 @@ def make_plan(
         validated = Suite.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(sentence(error, tree, root=Suite)) from None
+    for options in validated.attacks:
+        if isinstance(options, TrainedOptions):
+            check_milestones(options.train, f"{options.name}.train")
     if not validated.attacks:
         raise ConfigError(f"the suite has no attacks; allowed: {', '.join(ATTACKS)}")
+    # Last, for a setting without its value would have taken the bundle's place.
+    if sum(victim is not None for victim in (bundle, function, folders)) != 1:
+        raise ConfigError("name one victim: a bundle, --function MODULE:NAME, or --folders PLAIN PROTECTED")
     config: dict[str, Any] | None = {"data": data} if data else None
     search = None
     if folders is not None and data:
@@ -264,8 +281,8 @@ def open_plan(plan: Plan, *, resume: bool) -> Iterator[tuple[Plan, Victim]]:
         else:
             before = stored(storage, SUITE, "victim", "suite")
             for key, was, new in (
-                ("victim", before["victim"], now["victim"]),
-                *((k, before["suite"][k], now["suite"][k]) for k in ("seed", "num_queries", "num_images", "curve")),
+                ("victim", _wherever(before["victim"]), _wherever(now["victim"])),
+                *((k, before["suite"][k], now["suite"][k]) for k in SETTLED),
                 *(
                     (k, before["suite"]["attacks"][k], v)
                     for k, v in now["suite"]["attacks"].items()
@@ -288,11 +305,18 @@ def open_plan(plan: Plan, *, resume: bool) -> Iterator[tuple[Plan, Victim]]:
         yield plan, victim
 
 
+def _wherever(spec: dict[str, Any]) -> dict[str, Any]:
+    """A victim without what the current folder alone decides; a function's own file is compared by its contents."""
+    config = {key: value for key, value in (spec["config"] or {}).items() if key != "cluster"}
+    return {key: value for key, value in spec.items() if key != "search"} | {"config": config}
+
+
 def _refuse_taken(storage: Storage) -> None:
     if storage.exists(SUITE):
         raise StorageError(f"{storage.uri} exists already; --resume continues it, another --name starts anew")
     if storage.exists("run.json"):
         raise StorageError(f"{storage.uri} holds a run of raypp train; take another --name")
+    refuse_foreign(storage, "an attack run")
 
 
 # One attack
@@ -401,14 +425,16 @@ def _train(
     def make(storage: Storage) -> Sink:
         return LocalSink(storage, display, victim.access.device)
 
-    full, history = _fit(attack, make(folder), 1.0, None)
+    sink = make(folder)
+    num_workers = sink.world
+    full, history = _fit(attack, sink, 1.0, None)
     attack.load(full)
     if first():
         _save_network(folder, full)
     curve = []
     if plan.suite.curve:
         for label, epochs, share in CURVE:
-            num = max(2, round(share * total)) if share < 1 else None
+            num = max(2, num_workers, round(share * total)) if share < 1 else None
             if epochs < 1 and round(epochs * attack.epochs) in (0, attack.epochs):
                 continue  # one epoch has no half: whether more of them would help stays unknown
             state, rows = _fit(attack, make(folder.folder(label.replace(" ", "_"))), epochs, num)
@@ -427,7 +453,7 @@ def _train(
 
 def _fit(attack: TrainedAttack, sink: Sink, epochs: float, num_images: int | None) -> tuple[StateDict, list[Row]]:
     task = attack.task(epochs, num_images)
-    task.share(sink.rank, sink.world)
+    together(lambda: task.share(sink.rank, sink.world))  # refuses fewer images than workers
     set_up_torch(task.train)
     done = Loop(task, sink).run()
     return attack.state(done.trainee), done.history
@@ -740,6 +766,16 @@ def load_judge(plan: Plan, victim: Victim) -> nn.Module | None:
 
 def _into_bundle(plan: Plan, card: dict[str, Any], quiet: bool) -> None:
     """Keep trained networks and scorecard in the bundle's private part, for serving."""
+    assert plan.spec.bundle is not None
+    try:
+        with one_at_a_time(Storage(plan.spec.bundle)):  # what is read is what the new one takes the place of
+            _merge_into_bundle(plan, card)
+    except StorageError as error:
+        if not quiet:
+            Display().warn(f"the bundle keeps no scorecard: {error}")
+
+
+def _merge_into_bundle(plan: Plan, card: dict[str, Any]) -> None:
     from safetensors.torch import load
 
     assert plan.spec.bundle is not None
@@ -752,11 +788,7 @@ def _into_bundle(plan: Plan, card: dict[str, Any], quiet: bool) -> None:
         folder = plan.folder(options.name)
         if folder.exists("network.safetensors"):
             networks[options.name] = (options.model_dump(mode="json"), load(folder.read("network.safetensors")))
-    try:
-        bundles.add_attacks(plan.spec.bundle, networks, card, files)
-    except StorageError as error:
-        if not quiet:
-            Display().warn(f"the bundle keeps no scorecard: {error}")
+    bundles.add_attacks(plan.spec.bundle, networks, card, files)
 
 
 def _with_stored(

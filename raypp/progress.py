@@ -105,7 +105,7 @@ class Display:
         self.console.print(
             f"{row['phase']:>6} epoch {row['epoch']:>3}/{row['epochs']}"
             f"  loss {row['train_loss']:.4f}{_scores(row, 'train_')}"
-            + (f"  val loss {row['val_loss']:.4f}{_scores(row, 'val_')}" if row["val_loss"] else "")
+            + (f"  val loss {row['val_loss']:.4f}{_scores(row, 'val_')}" if "val_loss" in row else "")
             + f"  {row['images_per_s']:,.0f} images/s  {row['seconds']:.0f} s"
             + ("  best" if row["best"] else ""),
             soft_wrap=True,

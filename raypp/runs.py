@@ -25,13 +25,13 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 import raypp
 from raypp import bundle, env, images, keys
-from raypp.config import Config, flatten, validate
+from raypp.config import Config, flatten, scaled_milestones, validate
 from raypp.data.loader import to_device
+from raypp.documents import DocumentError, load_json, load_yaml
 from raypp.errors import ConfigError, StorageError
 from raypp.evaluation.evaluate import evaluate
 from raypp.guard import Guard, calibrate
@@ -48,9 +48,15 @@ from raypp.training.system import System, build_system, phases, uses_features
 
 # What may differ when a run is resumed: how long, and on what; everything else would make it another run.
 RESUMABLE = (
-    "train.epochs", "train.eval_batch_size", "train.checkpoint_seconds", "train.adapt_threads", "data.num_test",
+    "train.epochs",
+    "train.eval_batch_size",
+    "train.checkpoint_seconds",
+    "train.adapt_threads",
+    "data.num_test",
+    "features.fallback",  # settled when the run began
     "cluster",
-)  # fmt: skip
+)
+MILESTONES = "train.schedule.milestones"
 NUM_PICTURED = 10
 NUM_GUARDED, NUM_SAMPLE, PART = 10_000, 32, 500  # images for the guard, for the sample, and at a time
 # Files that a run has before its configuration is written.
@@ -275,6 +281,7 @@ def _describe_features(config: Config) -> str:
         return "none"
     options = config.features.model_dump(mode="json")
     name, layer = options.pop("name"), options.pop("layer", "early block")
+    options.pop("fallback", None)  # what was taken in the end is named
     told = ", ".join(f"{key} {value}" for key, value in options.items())
     return f"{name}, {layer}" + (f" ({told})" if told else "")
 
@@ -300,16 +307,42 @@ def lock(storage: Storage, what: str) -> Iterator[None]:
         return
     import fcntl
 
-    try:
-        file: IO[str] = (storage.path / ".lock").open("a")
-    except OSError as error:
-        raise StorageError(f"cannot write {storage.path / '.lock'}: {error.strerror}") from error
-    with file:
+    with _opened(storage.path / ".lock") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StorageError(f"{what} is in use by another process; wait for it or take another --name") from None
         yield
+
+
+@contextmanager
+def one_at_a_time(storage: Storage) -> Iterator[None]:
+    """Wait until no other process changes a folder as a whole; freed when this process dies. Object stores have no
+    locks."""
+    if not storage.local:
+        yield
+        return
+    import fcntl
+
+    # Next to the folder, which is replaced by a new one.
+    with _opened(storage.path.with_name(f".{storage.path.name}.lock")) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _opened(path: Path) -> IO[str]:
+    try:
+        return path.open("a")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def refuse_foreign(storage: Storage, what: str) -> None:
+    """Raise StorageError where a folder that ``what`` would begin in holds anything already."""
+    if others := sorted(set(storage.names()) - {".lock"}):
+        raise StorageError(
+            f"{storage.uri} holds {others[0]!r}, which {what} has not written; take another --name, or an empty folder"
+        )
 
 
 def checked_name(name: str) -> str:
@@ -333,6 +366,10 @@ def same_configuration(config: Config, stored: dict[str, Any], run: Storage, nam
                 f"run {name!r} has trained {trained} epochs, train.epochs is {given['train.epochs']}; a run can end "
                 "sooner than it was started for, but not before what it has trained"
             )
+    if kept.get(MILESTONES) is not None and given.get(MILESTONES) is not None:
+        # Milestones move along with the epochs, as the other schedules do.
+        moved = scaled_milestones(kept[MILESTONES], kept["train.epochs"], given["train.epochs"])
+        kept[MILESTONES] = moved if given[MILESTONES] == moved else kept[MILESTONES]
     for key in sorted(given.keys() | kept.keys()):
         if any(key == free or key.startswith(free + ".") for free in RESUMABLE):
             continue
@@ -375,11 +412,12 @@ def _trained(run: Storage, phase: str) -> int:
 
 
 def stored(storage: Storage, file: str, *keys: str) -> dict[str, Any]:
-    """Read a run's own YAML or JSON (which is YAML too); raises StorageError if it is damaged or lacks a key."""
+    """Read a run's own YAML or JSON; raises StorageError if it is damaged or lacks a key."""
+    load = load_json if file.endswith(".json") else load_yaml
     try:
-        tree = yaml.safe_load(storage.read(file))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StorageError(f"{storage.uri}/{file} is damaged: {' '.join(str(error).split())}") from error
+        tree = load(storage.read(file))
+    except DocumentError as error:
+        raise StorageError(f"{storage.uri}/{file} is damaged: {error}") from error
     if not isinstance(tree, dict):
         raise StorageError(f"{storage.uri}/{file} is damaged: it holds no mapping")
     if lacking := [key for key in keys if key not in tree]:

@@ -11,6 +11,7 @@ NAME/search.json          written last
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -28,16 +29,16 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from raypp import bundle as bundles
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import Access, TrainedAttack
-from raypp.config import Config, Section, load_tree, merge, nest, sentence, validate
+from raypp.config import Config, Section, check_milestones, load_tree, merge, nest, sentence, validate
 from raypp.data.base import stratified_split
 from raypp.errors import ConfigError, RayppError, StoppedError, StorageError
 from raypp.evaluation.figures import as_png, new_figure
 from raypp.evaluation.scorecard import measure, nulls, share_found, summarise
 from raypp.evaluation.victim import Victim
 from raypp.progress import Shows
-from raypp.runs import Run, checked_name, lock, open_run, summary
+from raypp.runs import Run, checked_name, lock, open_run, refuse_foreign, stored, summary
 from raypp.storage import Storage
-from raypp.training.fit import limit, load_split
+from raypp.training.fit import check_features, limit, load_split
 from raypp.training.loop import Loop, set_up_torch
 from raypp.training.sinks import LocalSink
 
@@ -108,10 +109,11 @@ def _least(value: Any) -> Any:
     """A share in [0, 1], or how far below plain images."""
     if value is None:
         return None
-    share = str(value).replace(" ", "").removeprefix("plain-")
+    words = "".join(str(value).split())
+    share = words.removeprefix("plain-")
     try:
         if 0 <= float(share) <= 1:
-            return float(share) if share == str(value) else f"plain - {float(share):g}"
+            return float(share) if share == words else f"plain - {float(share)!r}"
     except ValueError:
         pass
     raise ValueError(f"{value!r} is not understood; allowed is a share from 0 to 1, or as in 'plain - 0.01'")
@@ -190,10 +192,20 @@ class Plan:
 
     def config_at(self, point: Point) -> Config:
         """The configuration of one point of the space; raises ConfigError where its settings do not go together."""
-        tree = merge(self.tree, {"cluster": {"storage": self.storage.folder(TRIALS).uri}})
+        settings: dict[str, Any] = {"cluster": {"storage": self.storage.folder(TRIALS).uri}}
         for key, value in point.items():
-            tree = merge(tree, nest(key.split("."), value))
-        return validate(tree)
+            settings = merge(settings, nest(key.split("."), value))
+        config = validate(merge(self.tree, settings))
+        check_milestones(config.train, "train")
+        return config
+
+    def corners(self) -> list[Point]:
+        """Each setting of the space at its ends or choices, all others as in the preset."""
+        return [
+            {key: value}
+            for key, values in self.search.space.items()
+            for value in ((values.low, values.high) if isinstance(values, Range) else values)
+        ]
 
     def dump(self) -> dict[str, Any]:
         """As plain data, from which :func:`restore` makes it again in another process."""
@@ -222,13 +234,13 @@ def make_plan(
         )
     search = validate_search(given)
     base = validate(tree)  # before the space, whose faults are then its own
+    check_milestones(base.train, "train")
     plan = Plan(base.model_dump(mode="json"), search, Storage(storage).folder(checked_name(name)))
-    for key, values in search.space.items():
-        for value in (values.low, values.high) if isinstance(values, Range) else values:
-            try:
-                plan.config_at({key: value})
-            except ConfigError as error:
-                raise ConfigError(f"search.space.{key}: {error}") from None
+    for point in plan.corners():
+        try:
+            plan.config_at(point)
+        except ConfigError as error:
+            raise ConfigError(f"search.space.{next(iter(point))}: {error}") from None
     if base.data.stream:
         raise ConfigError("data.stream is True; a search holds its images in memory, for the attack in every trial")
     if search.scheduler == "pbt" and (base.cluster.num_workers or 1) > 1:
@@ -245,7 +257,7 @@ def validate_search(tree: Any) -> Search:
     except ValidationError as error:
         raise ConfigError(sentence(error, {"search": tree}, root=_Root)) from None
     try:
-        attack_options(search)
+        check_milestones(attack_options(search).train, "search.attack.train")
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(("search.attack", *map(str, first["loc"])))
@@ -266,16 +278,24 @@ def open_search(plan: Plan, *, resume: bool) -> Iterator[bool]:
         StorageError: it exists already, or with ``resume`` does not, or was asked for other things.
     """
     storage = plan.storage
+    if not storage.exists(FILE):
+        if resume:
+            raise StorageError(f"{storage.uri} is no search to resume; leave out --resume to start it")
+        refuse_foreign(storage, "a search")
+    if not storage.exists(SUMMARY):
+        check_features(plan.config_at(point) for point in ({}, *plan.corners()))
     storage.create()
     with lock(storage, f"the search {storage.uri}"):
         begun = storage.exists(FILE)
         if begun and not resume:
             raise StorageError(f"{storage.uri} exists already; --resume continues it, another --name starts anew")
-        if resume and not begun:
-            raise StorageError(f"{storage.uri} is no search to resume; leave out --resume to start it")
         now = plan.dump()
         if begun:
-            before = yaml.safe_load(storage.read(FILE))
+            before = stored(storage, FILE, "settings", "search")
+            with contextlib.suppress(ConfigError):  # settings that have come since then have their default
+                before["settings"] = validate(before["settings"]).model_dump(mode="json")
+            # A run that has begun keeps its feature network, so that this may change.
+            before["settings"], now["settings"] = map(_without_fallback, (before["settings"], now["settings"]))
             for part in ("settings", "search"):
                 for key in sorted({*before[part], *now[part]}):
                     if key != "cluster" and before[part].get(key) != now[part].get(key):
@@ -287,6 +307,11 @@ def open_search(plan: Plan, *, resume: bool) -> Iterator[bool]:
         else:
             storage.write(FILE, yaml.safe_dump(now, sort_keys=False).encode())
         yield begun
+
+
+def _without_fallback(settings: dict[str, Any]) -> dict[str, Any]:
+    features = {key: value for key, value in settings["features"].items() if key != "fallback"}
+    return settings | {"features": features}
 
 
 # One trial

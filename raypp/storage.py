@@ -7,6 +7,7 @@ object visible only when it is complete, which gives the same promise.
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import shutil
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from raypp.errors import StorageError
+from raypp.errors import FAILURE, StorageError
 from raypp.registry import absolute
 
+FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of a disk, and of nothing that the user wrote
 JOBS_FOLDER = "/runtime_resources/working_dir_files/"  # where `ray job submit` unpacks what it was given
 
 
@@ -223,7 +225,8 @@ class Storage:
             where = self.folder(name).uri if name else self.uri
             # copytree collects (source, target, reason) of every file that it could not copy.
             reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror or str(error)
-            raise StorageError(f"cannot {verb} {where}: {reason.splitlines()[0]}") from error
+            code = FAILURE if error.errno in FAULTS else None
+            raise StorageError(f"cannot {verb} {where}: {reason.splitlines()[0]}", exit_code=code) from error
 
 
 def _local(uri: str) -> tuple[Any, str]:

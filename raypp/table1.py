@@ -19,16 +19,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from raypp.config import Config, flatten, load_tree, merge, parse_flags, presets, validate
+from raypp.config import Config, check_milestones, flatten, load_tree, merge, parse_flags, presets, validate
+from raypp.documents import load_yaml
 from raypp.errors import ConfigError, RayppError, StorageError
 from raypp.evaluation.figures import as_png, new_figure
 from raypp.progress import GridDisplay, Shows
 from raypp.registry import did_you_mean
-from raypp.runs import checked_name, lock, open_run, same_configuration, stored, summary, train_locally
+from raypp.runs import checked_name, lock, open_run, refuse_foreign, same_configuration, stored, summary, train_locally
 from raypp.signals import told_by
 from raypp.storage import Storage
+from raypp.training.fit import check_features
 from raypp.training.sinks import newest_first
 
 CELLS = "cells"
@@ -36,7 +36,8 @@ MAX_WIDTH = 1024  # of a classifier that is to have as many parameters as the pr
 FILES = ("table1.csv", "table1.md", "table1.png")
 # What a departure from the paper may lie in; alpha is what rows differ in.
 COMPARED = ("data.", "protection.", "classifier.", "features.", "train.")
-NOT_COMPARED = ("data.source.root", "train.alpha", "train.eval_batch_size")
+# What came of features.fallback is among the runs' warnings.
+NOT_COMPARED = ("data.source.root", "features.fallback", "train.alpha", "train.eval_batch_size")
 DECIDED = {
     "protection.name": "--methods",
     "train.alpha": "--methods",
@@ -107,7 +108,7 @@ class Result:
 def methods() -> dict[str, Method]:
     """Every row that the table can have, by name."""
     text = (resources.files("raypp") / "table1.yaml").read_text(encoding="utf-8")
-    return {row["name"]: Method(**(row | {"keep": tuple(row.get("keep", ()))})) for row in yaml.safe_load(text)}
+    return {row["name"]: Method(**(row | {"keep": tuple(row.get("keep", ()))})) for row in load_yaml(text)}
 
 
 def cells(
@@ -156,6 +157,7 @@ def _configure(base: dict[str, Any], method: Method, seed: int, storage: Storage
         settings = merge(settings, {"protection": kept})
     tree = merge(merge(base, settings), {"seed": seed, "cluster": {"storage": storage.folder(CELLS).uri}})
     config = validate(tree)
+    check_milestones(config.train, "train")
     if (config.cluster.num_workers or 1) > 1:
         raise ConfigError(
             f"cluster.num_workers is {config.cluster.num_workers}, allowed for table1 is 1: its cells run side by side"
@@ -220,6 +222,8 @@ def open_table(storage: Storage, name: str, *, resume: bool) -> Iterator[Storage
         raise StorageError(
             f"table {name!r} exists already in {folder.uri}; --resume goes on with it, another --name starts a new one"
         )
+    if not there:
+        refuse_foreign(folder, "a table")
     if folder.local:
         try:
             (folder.path / CELLS).mkdir(parents=True, exist_ok=True)
@@ -425,11 +429,15 @@ def _shown(value: Any) -> str:
     return "absent" if value is None else str(value)
 
 
+def _begun(config: Config, name: str) -> bool:
+    """Whether a cell has something to go on from."""
+    folder = Storage(config.cluster.storage).folder(name)
+    return folder.exists("summary.json") or bool(newest_first(folder))
+
+
 def train_cell(config: Config, name: str, display: Shows) -> dict[str, Any]:
     """Train one cell in this process, from its newest checkpoint if it has begun; returns its summary."""
-    run_folder = Storage(config.cluster.storage).folder(name)
-    begun = run_folder.exists("summary.json") or bool(newest_first(run_folder))
-    with open_run(config, name, resume=begun) as run:
+    with open_run(config, name, resume=_begun(config, name)) as run:
         for warning in run.warnings:
             display.warn(warning)
         return summary(run) or train_locally(run, display)
@@ -493,6 +501,7 @@ def table1(
     """
     root = Storage(storage)
     grid = cells(datasets, chosen, seeds, flags, root.folder(checked_name(name)))
+    check_features(cell.config for cell in grid if not _begun(cell.config, cell.name))
     with open_table(root, name, resume=resume) as folder:
         summaries: dict[str, dict[str, Any]] = {}
         failures: dict[str, str] = {}

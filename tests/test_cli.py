@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
+import os
+import pickle
 import re
 import signal
 import subprocess
@@ -18,11 +21,14 @@ from conftest import LONG, Trained, tiny_flags, wait_until
 from PIL import Image
 
 import raypp
+from raypp.attacks.base import AttackError
 from raypp.bundle import verify
 from raypp.cli import app, main
 from raypp.config import presets
 from raypp.data import SOURCES
+from raypp.errors import BundleError, ConfigError, DataError, RayppError, StoppedError, StorageError, TrainingError
 from raypp.images import write_png
+from raypp.remote import RemoteError
 from raypp.storage import Storage
 from raypp.training.sinks import newest_first
 
@@ -148,6 +154,9 @@ MISTAKES = {
     "missing value": ("config cifar10 --train.alpha", "--train.alpha needs a value, as in --train.alpha VALUE"),
     "stray word": ("config cifar10 alpha 3", "unexpected argument 'alpha'; a setting is written --section.key VALUE"),
     "no file": ("config cifar10 --config none.yaml", "config file 'none.yaml' cannot be read: No such file"),
+    "no preset among settings": ("train --train.alpha 1", "no preset is given; `raypp config` lists them"),
+    "misspelt switch before": ("train --locla quickstart", "no preset is given"),
+    "two presets": ("config cifar10 cifar100", "unexpected argument 'cifar100'; a setting is written --section.key"),
     "resume without name": ("train quickstart --resume --local", "--resume needs --name, the run to continue"),
     "resume of nothing": ("train quickstart --resume --local --name x", "there is no run 'x' to resume under"),
     "bad name": ("train quickstart --local --name ../x", "run name '../x' is not allowed; use letters, digits"),
@@ -178,6 +187,11 @@ MISTAKES = {
     "unknown suite": ("attack none --suite smal", "unknown suite 'smal' (did you mean 'small'?); allowed: quick"),
     "an attack's option": ("attack none --inverse.widht 3", "inverse.widht is"),
     "a suite's setting": ("attack none --num_querys 3", "unknown option --num_querys (did you mean 'num_queries'?)"),
+    "a key twice": ("config quickstart --config twice.yaml", "line 3: key 'train' is given twice, first in line 1"),
+    "a key twice in a preset": ("train twice.yaml --local", "line 3: key 'train' is given twice"),
+    "a key twice in a suite": ("attack none --suite twice.yaml", "line 3: key 'train' is given twice"),
+    "a key twice in a search": ("tune quickstart --config twice.yaml", "line 3: key 'train' is given twice"),
+    "a key twice in a table": ("table1 --datasets twice.yaml --local", "line 3: key 'train' is given twice"),
     "resume no attack": ("attack none --resume --local", "--resume needs --name, the attack run to continue"),
     "report of nothing": ("report", "no source is given; name attack runs, or bundles that were attacked"),
     "report of none": ("report none", "'none' holds no scorecard; `raypp attack` makes one"),
@@ -190,8 +204,29 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys: Captured, tmp_path: Path,
     write_png(tmp_path / "image.png", np.zeros((4, 4, 3), dtype=np.uint8))
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "x").write_text("")
+    (tmp_path / "twice.yaml").write_text("train: {alpha: 0.01}\nseed: 1\ntrain: {epochs: 1}\n")
     command, expected = MISTAKES[kind]
     assert expected in refused(capsys, *command.split())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(f"train {preset} --local" for preset in ("cifar10", "cifar100", "cifar10-small")),
+        "train cifar10-code --local --train.alpha 0.1",
+        "table1 --local",
+        "table1 --datasets cifar10-small --methods plain alpha-0.1 --local",
+    ],
+)
+@pytest.mark.usefixtures("offline")
+def test_the_papers_method_without_its_feature_network_is_refused_before_anything_is_written(
+    capsys: Captured, tmp_path: Path, command: str
+) -> None:
+    sentence = refused(capsys, *command.split())
+    assert "VGG-16's ImageNet weights, which the paper's method compares images with, cannot be had: no net" in sentence
+    assert "--features.weights FILE" in sentence
+    assert "--features.fallback allow" in sentence
+    assert {path.name for path in tmp_path.iterdir()} <= {"hub"}, "neither a run nor data"
 
 
 def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
@@ -205,6 +240,77 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("raypp: unknown preset 'cifra' (did you mean 'cifar10'?); allowed: cifar10")
     assert result.stderr.count("\n") == 1
+
+
+def test_every_error_has_its_exit_code(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def outcome(error: BaseException) -> tuple[object, str]:
+        def fail(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr("raypp.config.presets", fail)
+        with pytest.raises(SystemExit) as stopped:
+            main(["config"])
+        return stopped.value.code, capsys.readouterr().err
+
+    for kind, code in (
+        (RayppError, 1), (ConfigError, 2), (DataError, 2), (BundleError, 2), (StorageError, 2), (TrainingError, 1),
+        (StoppedError, 1), (RemoteError, 1), (AttackError, 1),
+    ):  # fmt: skip
+        assert outcome(kind("a reason")) == (code, "raypp: a reason\n")
+        pickled = pickle.loads(pickle.dumps(kind("a reason")))
+        assert (str(pickled), pickled.exit_code) == ("a reason", code)
+    assert outcome(StoppedError("the data", exit_code=2)) == (2, "raypp: the data\n")
+    assert pickle.loads(pickle.dumps(StoppedError("the data", exit_code=2))).exit_code == 2
+    assert outcome(OSError(28, "No space left on device")) == (
+        1, "raypp: OSError: [Errno 28] No space left on device; RAYPP_TRACEBACK=1 shows where\n"
+    )  # fmt: skip
+    assert outcome(ConnectionResetError("a line\nand more"))[0] == 1
+    assert outcome(BrokenPipeError("of a service"))[0] == 1
+    assert outcome(KeyboardInterrupt())[0] == 130
+    monkeypatch.setenv("RAYPP_TRACEBACK", "1")
+    for error in (OSError("a reason"), ConfigError("a reason")):
+        code, text = outcome(error)
+        assert code == (2 if isinstance(error, ConfigError) else 1)
+        assert text.startswith("Traceback (most recent call last):\n")
+        assert text.endswith("a reason\n")
+        assert "in fail\n" in text
+
+
+def test_a_full_disk_is_a_failure_at_run_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = []
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EROFS):
+
+        def fail(*_: object, number: int = number, **__: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(Path, "mkdir", fail)
+        with pytest.raises(StorageError) as raised:
+            Storage(tmp_path).write("file", b"")
+        codes.append(raised.value.exit_code)
+    assert codes == [1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("arguments", [["config", "cifar10"], ["config"]], ids=["text", "console"])
+def test_a_reader_who_leaves_ends_a_command_quietly(arguments: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as closed:
+        command = [sys.executable, "-m", "raypp.cli", *arguments]
+        result = subprocess.run(command, stdout=closed, stderr=PIPE, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+def test_data_that_a_run_cannot_use_is_bad_input(capsys: Captured, tmp_path: Path) -> None:
+    flags = tiny_flags(tmp_path / "runs", data__num_val=60)
+    assert "cannot set 60 of 60 images aside" in refused(capsys, "train", "quickstart", "--local", *flags)
+
+
+def test_a_loss_that_diverges_is_a_failure_at_run_time(capsys: Captured, tmp_path: Path) -> None:
+    flags = tiny_flags(tmp_path / "runs", train__mode="plain", protection="plain", train__optimizer__lr="1e30")
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "quickstart", "--local", "--train.schedule", "constant", *flags])
+    assert stopped.value.code == 1
+    assert "the loss is not a finite number" in capsys.readouterr().err
 
 
 # Commands
@@ -235,6 +341,20 @@ def test_config_lists_presets_and_prints_what_a_run_would_use(capsys: Captured, 
     assert err == ""
     (tmp_path / "printed.yaml").write_text(out)
     assert run(capsys, "config", "printed.yaml")[0] == out, "what it prints is a preset"
+
+
+def test_settings_may_stand_before_the_preset(capsys: Captured, tmp_path: Path) -> None:
+    expected, _ = run(capsys, "config", "cifar10", "--train.epochs", 50, "--seed=3")
+    for words in (
+        ["--train.epochs", 50, "cifar10", "--seed=3"],
+        ["--seed=3", "--train.epochs", 50, "cifar10"],
+        ["--train.epochs", 50, "cifar10", "--seed", 3],
+    ):
+        assert run(capsys, "config", *words)[0] == expected
+    sentence = refused(capsys, "tune", "--search.num_trials", "none", "--name", "x", "quickstart")
+    assert "search.num_trials is 'none'" in sentence
+    sentence = refused(capsys, "train", "--train.epochs", "none", "--local", "--name", "x", "quickstart")
+    assert "train.epochs is 'none'" in sentence
 
 
 def test_data_ls_lists_every_source_and_option(capsys: Captured) -> None:

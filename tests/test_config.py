@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raypp.config import Config, load_config, load_tree, merge, parse_flags, presets, read_yaml, validate, validate_data
+from raypp.documents import DocumentError, load_json, load_yaml
 from raypp.errors import ConfigError, RayppError
 
 
@@ -56,7 +58,9 @@ def test_paper_presets_hold_section_3a(name: str, num_val: int) -> None:
         "adversary": None,
     }  # fmt: skip
     assert config.classifier.model_dump() == {"name": "resnet20", "width": 16}
-    assert config.features.model_dump() == {"name": "vgg16", "weights": "torchvision", "layer": "relu2_2"}
+    assert config.features.model_dump() == {
+        "name": "vgg16", "weights": "torchvision", "layer": "relu2_2", "fallback": "refuse",
+    }  # fmt: skip
     train = config.train
     assert (train.mode, train.epochs, train.batch_size) == ("joint", 200, 128)
     assert train.optimizer.model_dump() == {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0005}
@@ -116,7 +120,7 @@ def test_flags_in_every_spelling() -> None:
         "train": {"alpha": "0.5", "batch_size": "8"},
         "data": {"num_test": None},
     }
-    for text in ("a=b", "2020-99-99", "0x_", "[a", "1e3", "yes", "-1", "", "null.png", "[2020-99-99]"):
+    for text in ("a=b", "2020-99-99", "0x_", "[a", "1e3", "yes", "-1", "", "null.png"):
         assert parse_flags([f"--data.source.path={text}"]) == {"data": {"source": {"path": text}}}
         assert parse_flags(["--data.source.path", text]) == {"data": {"source": {"path": text}}}
     assert parse_flags(["--data.source", "{name: folder, path: a=b}"])["data"]["source"]["path"] == "a=b"
@@ -146,7 +150,7 @@ def test_any_value_survives_a_flag(data: st.DataObject, equals: bool) -> None:
     )
     value = data.draw(values)
     text = "null" if value is None else str(list(value) if isinstance(value, tuple) else value)
-    start = ["--data.source", "{name: parquet, path: x}", "--train.schedule", "multistep"]
+    start = ["--data.source", "{name: parquet, path: x}", "--train.schedule", "multistep", "--train.epochs", "501"]
     if not equals and text.startswith("--"):
         return
     found: Any = make(*start, *([f"--{key}={text}"] if equals else [f"--{key}", text]))
@@ -254,6 +258,14 @@ MISTAKES = {
         ["--train.mode", "plain"],
         "train.mode 'plain' trains no protection, found 'learned'; allowed: 'plain'",
     ),
+    "an unknown fallback": (
+        ["--features", "vgg16", "--features.fallback", "alow"],
+        "features.fallback is 'alow': input should be 'refuse' or 'allow'",
+    ),
+    "a milestone after the end": (
+        ["--train.schedule", "{name: multistep, milestones: [2, 4]}"],
+        "train.schedule.milestones is [2, 4], but training ends after train.epochs 4; allowed are milestones less than",
+    ),
     "frozen mode with nothing to train": (
         ["--train.mode", "frozen", "--protection", "plain"],
         "train.mode 'frozen' trains the protection alone, and 'plain' has nothing to train",
@@ -285,10 +297,27 @@ FILES = {
     "train: {alpha: 1": "is no valid YAML",
     "\tx: 1": "is no valid YAML",
     "train: !!python/object/apply:os.getcwd []": "is no valid YAML",
-    "seed: 2020-99-99": "is no valid YAML",
+    "seed: 2020-99-99": "seed is 2020-99-99: input should be a valid integer",
     "- 1\n- 2": "holds a list; allowed is a mapping of sections",
     "just text": "holds a str; allowed is a mapping of sections",
-    "1: 2": "keys should be strings",
+    "1: 2": "line 1: key '1' is no text; allowed are names, or text in quotes",
+    "data: {on: 1, true: 2}": "line 1: key 'on' is no text",
+    "? [a]\n: 1": "line 1: key a list or mapping is no text",
+    "train: {alpha: 1}\nseed: 1\ntrain: {epochs: 1}": "line 3: key 'train' is given twice, first in line 1",
+    "train:\n  alpha: 1\n  epochs: 2\n  alpha: 1": "line 4: key 'alpha' is given twice, first in line 2",
+    "data: {source: {name: shapes, 'name': shapes}}": "line 1: key 'name' is given twice",
+    "a: [{b: 1, c: 2,\n b: 3}]": "line 2: key 'b' is given twice, first in line 1",
+    "a: &a {x: 1}\ntrain:\n  <<: *a\n  <<: *a": "line 4: key '<<' is given twice",
+    "seed: 1\n---\nseed: 2": "is no valid YAML: line 2, column 1: but found another document",
+    "train:\n\talpha: 1": "is no valid YAML: line 2, column 1: found character '\\t' that cannot start any token",
+    "train: &t {alpha: *t}": "line 1: it contains itself by an alias",
+    "train: &t [*t]": "line 1: it contains itself by an alias",
+    "train: *t": "is no valid YAML: line 1, column 8: found undefined alias 't'",
+    "\0": "is no valid YAML: at byte 1 it is no text",
+    "[" * 5000: "is no valid YAML: its sections are nested too deeply",
+    "\n".join(["x0: &x0 [1]", *(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]" for i in range(1, 9))]): (
+        "its aliases stand for more than 100,000 values"
+    ),
     "trian: {alpha: 1}": "unknown key 'trian' (did you mean 'train'?); allowed there: seed, data, protection",
     "train: {alpha: {}}": "train.alpha is {}: input should be a valid number",
     "data: {source: {name: shapes, num_tran: 3}}": "unknown key 'data.source.num_tran' (did you mean 'num_train'?)",
@@ -304,7 +333,7 @@ def test_a_bad_file_is_one_sentence(tmp_path: Path, text: str) -> None:
     sentence = refusal(file=file)
     assert FILES[text] in sentence
     assert "\n" not in sentence
-    if "YAML" in sentence or "holds" in sentence:
+    if "YAML" in sentence or "holds" in sentence or "line" in sentence:
         assert str(file) in sentence
 
 
@@ -317,6 +346,36 @@ def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     assert make(file=tmp_path / "empty.yaml") == make()
     assert "data is missing; it has no default" in refusal(preset=str(tmp_path / "empty.yaml"))
+
+
+def test_what_editors_and_shells_write_is_read(tmp_path: Path) -> None:
+    text = "train: {alpha: 0.25}\r\ndata: {source: {name: folder, path: 2024-01-05}}\r\n"
+    file = tmp_path / "mine.yaml"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "latin-1"):
+        file.write_bytes(text.encode(encoding))
+        config = make(file=file)
+        assert config.train.alpha == 0.25
+        assert config.data.source.model_dump()["path"] == str(Path("2024-01-05").absolute())
+    file.write_bytes("train: {alpha: 0.25}  # Größe".encode("latin-1"))
+    assert refusal(file=file) == f"config file {str(file)!r} is no valid YAML: at byte 27 it is no text in utf-8"
+
+
+def test_merge_keys_and_aliases_are_no_duplicates(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: &train {alpha: 0.25, epochs: 3}\n")
+    tree = load_yaml("one: &one {alpha: 0.25, epochs: 3}\ntwo: {<<: *one, alpha: 0.5}\nthree: *one\n")
+    assert tree["two"] == {"alpha": 0.5, "epochs": 3}
+    assert tree["three"] == tree["one"] == {"alpha": 0.25, "epochs": 3}
+
+
+def test_a_key_twice_in_a_flag_or_a_json_file_is_refused() -> None:
+    flags = ["--train.schedule", "{name: multistep, milestones: [1], milestones: [2]}"]
+    assert "line 1: key 'milestones' is given twice" in refusal(*flags)
+    with pytest.raises(DocumentError, match=r"^key 'a' is given twice$"):
+        load_json('{"b": {"a": 1, "c": 2, "a": 1}}')
+    with pytest.raises(DocumentError, match=r"line 1 column 2"):
+        load_json("{")
+    assert load_json(json.dumps({"a": {"b": [1, "\U0001f600"]}})) == {"a": {"b": [1, "\U0001f600"]}}
 
 
 def test_data_sections_are_validated_alone() -> None:

@@ -8,6 +8,8 @@ import json
 import re
 import shutil
 import signal
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,13 @@ from conftest import CPU, LONG, Trained
 from PIL import Image
 
 from raypp import ladder
-from raypp.bundle import load_plain_classifier, verify
+from raypp.bundle import load_plain_classifier, verify, write_manifest
 from raypp.cli import main, run_attacks
-from raypp.errors import RayppError, StorageError, ToldToStop
+from raypp.errors import ConfigError, RayppError, StorageError, ToldToStop
 from raypp.evaluation.metrics import chance_error, wilson_interval
 from raypp.evaluation.report import write_report
 from raypp.evaluation.scorecard import share_found, still_rising, summarise, verdict, worst
-from raypp.evaluation.victim import user_function
+from raypp.evaluation.user_function import user_function
 from raypp.images import write_png
 from raypp.progress import GridDisplay
 from raypp.storage import Storage
@@ -177,6 +179,7 @@ def test_resuming_runs_what_is_missing_and_nothing_else(
     [
         ({"num_queries": 10}, "num_queries"),
         ({"seed": 3}, "seed"),
+        ({"judge_epochs": 1}, "judge_epochs"),
         ({"attacks": {"inverse": {"width": 5}}}, "inverse"),
     ],
 )
@@ -332,6 +335,142 @@ def test_a_broken_function_is_named(tmp_path: Path, body: str, sentence: str) ->
     assert "\n" not in str(raised.value)
 
 
+FILES = {
+    "a dataclass": (
+        "mine.py",
+        """from __future__ import annotations
+from dataclasses import dataclass
+@dataclass
+class Settings:
+    top: int = 255
+def protect(images):
+    return Settings().top - images
+""",
+    ),
+    "pickled": (
+        "mine_pickled.py",
+        """import pickle
+class Settings:
+    top = 255
+def protect(images):
+    return pickle.loads(pickle.dumps(Settings())).top - images
+""",
+    ),
+    "a sibling": ("mine_sibling.py", "from helper_of_mine import top\ndef protect(images):\n    return top - images"),
+    "a late sibling": (
+        "mine_late.py",
+        "def protect(images):\n    import late_helper_of_mine\n    return late_helper_of_mine.top - images",
+    ),
+    "a guard": (
+        "mine_guard.py",
+        "def protect(images):\n    return 255 - images\nif __name__ == '__main__':\n    raise SystemExit(3)",
+    ),
+    "no identifier": ("my-own 2.py", "from dataclasses import dataclass\n@dataclass\nclass A:\n    top: int = 255\n"
+                      "def protect(images):\n    return A().top - images"),
+    "a module's name": ("random.py", "import random\nrandom.random()\ndef protect(images):\n    return 255 - images"),
+    "a package's name": ("torch.py", "import torch\ntorch.zeros(1)\ndef protect(images):\n    return 255 - images"),
+    "a module not yet imported": (
+        "colorsys.py", "import colorsys\nassert colorsys.rgb_to_hsv\ndef protect(images):\n    return 255 - images"
+    ),
+    "another encoding": (
+        "mine_latin.py", "# coding: latin-1\n# \xfc\ndef protect(images):\n    return 255 - images"
+    ),
+    "a lambda": ("mine_lambda.py", "protect = lambda images: 255 - images"),
+    "an instance": (
+        "mine_instance.py",
+        "class Invert:\n    def __call__(self, images):\n        return 255 - images\nprotect = Invert()",
+    ),
+    "a partial": (
+        "mine_partial.py",
+        "from functools import partial\ndef f(top, images):\n    return top - images\nprotect = partial(f, 255)",
+    ),
+    "a builtin": ("mine_builtin.py", "import numpy as np\nprotect = np.invert"),
+    "options": ("mine_options.py", "def protect(images, top=255, *, more=0):\n    return top - images"),
+    "one array for all": (
+        "mine_buffer.py",
+        "import numpy as np\nout = np.empty((2, 8, 8, 3), 'uint8')\ndef protect(images):\n"
+        "    return np.subtract(255, images, out=out)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_is_loaded_as_python_runs_it(tmp_path: Path, kind: str) -> None:
+    name, body = FILES[kind]
+    file = tmp_path / name
+    file.write_bytes(body.encode("latin-1"))
+    for helper in ("helper_of_mine", "late_helper_of_mine"):
+        (tmp_path / f"{helper}.py").write_text("top = 255")
+    path, known = list(sys.path), {k: sys.modules.get(k) for k in ("torch", "random", "numpy")}
+    try:
+        protect = user_function(f"{file}:protect", CPU)
+        images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+        first, second = protect(images), protect(images // 2)
+    finally:
+        for helper in ("helper_of_mine", "late_helper_of_mine"):
+            sys.modules.pop(helper, None)
+    assert torch.equal(first, 255 - images)
+    assert torch.equal(second, 255 - images // 2)
+    assert sys.path == path
+    assert {k: sys.modules.get(k) for k in known} == known
+    assert not list(tmp_path.glob(f"__pycache__/{file.stem}.*")), "no bytecode of it"
+
+
+def test_a_file_is_executed_once_for_each_of_its_versions(tmp_path: Path) -> None:
+    images = torch.zeros((1, 3, 8, 8), dtype=torch.uint8)
+    body = "calls = 0\ndef protect(images):\n    global calls\n    calls += 1\n    return images + calls"
+    where = function(tmp_path, body)
+    first = [int(user_function(where, CPU)(images)[0, 0, 0, 0]) for _ in range(2)]
+    function(tmp_path, body.replace("calls = 0", "calls = 5"))  # as long as before, in the same second
+    assert [*first, int(user_function(where, CPU)(images)[0, 0, 0, 0])] == [1, 2, 6]
+    (tmp_path / "other").mkdir()
+    other = function(tmp_path / "other", body.replace("calls = 0", "calls = 8"))
+    assert int(user_function(other, CPU)(images)[0, 0, 0, 0]) == 9
+    assert int(user_function(where, CPU)(images)[0, 0, 0, 0]) == 7, "the other file of its name changes nothing"
+
+
+def test_a_file_that_ends_python_or_misses_is_named(tmp_path: Path) -> None:
+    for body, sentence in (
+        ("x = 1\nimport sys\nsys.exit('done')", "cannot be loaded: SystemExit: done (mine.py, line 3)"),
+        ("x = 1\n\ny = 1 / 0", "cannot be loaded: ZeroDivisionError: division by zero (mine.py, line 3)"),
+        ("def f():\n    raise ValueError\nf()", "cannot be loaded: ValueError (mine.py, line 2)"),
+        ("def protect(images)\n  pass", "cannot be loaded: SyntaxError: expected ':' (mine.py, line 1)"),
+        ("def protec(images):\n    return images", "there is no 'protect' (did you mean 'protec'?)"),
+        ("class protect:\n    pass", "is a class; allowed is a function"),
+        ("protect = 5", "is of type int, which cannot be called"),
+        ("async def protect(images):\n    return images", "is asynchronous; allowed is a function"),
+        ("def protect():\n    pass", "does not take one argument, the images: too many positional"),
+        ("def protect(a, b):\n    pass", "does not take one argument, the images: missing a required argument: 'b'"),
+        ("from .helper import x", "cannot be loaded: ImportError: attempted relative import with no known parent"),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            user_function(function(tmp_path, body), CPU)
+        assert sentence in str(raised.value)
+        assert "\n" not in str(raised.value)
+    images = torch.zeros((2, 3, 8, 8), dtype=torch.uint8)
+    for body, sentence in (
+        ("import torch\ndef protect(images):\n    return torch.from_numpy(images)", "gave a tensor uint8 (2, 8, 8, 3)"),
+        ("def protect(images):\n    return images.tolist()", "gave list for uint8 (2, 8, 8, 3); it must give a NumPy"),
+        ("def protect(images):\n    yield images", "gave generator"),
+        ("def protect(images):\n    return images.astype('float32')", "gave float32 (2, 8, 8, 3)"),
+        ("def protect(images):\n    return images[:1]", "gave uint8 (1, 8, 8, 3)"),
+        ("import torch\nprotect = torch.nn.ReLU()", "failed: TypeError: relu()"),
+        ("def protect(images):\n\n    return images.nothing", "no attribute 'nothing' (mine.py, line 3)"),
+    ):
+        with pytest.raises(RayppError) as raised_later:
+            user_function(function(tmp_path, body), CPU)(images)
+        assert sentence in str(raised_later.value)
+        assert "\n" not in str(raised_later.value)
+    for where, sentence in (
+        (f"{tmp_path / 'none.py'}:protect", "there is no file"),
+        (f"{tmp_path / 'mine.py'}:", "is not understood; allowed is MODULE:NAME or FILE.py:NAME"),
+        (f"{tmp_path / 'mine.txt'}:protect", "names a file that is no .py"),
+        (f"{tmp_path}.py:protect", "there is no file"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(sentence)):
+            user_function(where, CPU)
+
+
 def test_a_function_may_work_in_place(tmp_path: Path) -> None:
     where = function(
         tmp_path, "import numpy as np\ndef protect(images):\n    return np.subtract(255, images, out=images)"
@@ -397,6 +536,11 @@ def test_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
         ({"attacks": {"invers": {}}}, "unknown attack 'invers'"),
         ({"attacks": {"inverse": {"widht": 3}}}, "inverse.widht is 3: extra inputs are not permitted"),
         ({"attacks": {"inverse": {"train": {"epochs": 0}}}}, "inverse.train.epochs is 0"),
+        (
+            {"attacks": {"itn": {"train": {"epochs": 5, "schedule": {"milestones": [2, 5]}}}}},
+            "itn.train.schedule.milestones is [2, 5], but training ends after itn.train.epochs 5",
+        ),
+        ({"seed": 2**31}, "seed is 2147483648: input should be less than 2147483648"),
         ({"attacks": {"inverse": 3}}, "attacks.inverse is 3; allowed is a mapping of its options"),
         ({"attacks": ["inverse"]}, "attacks is ['inverse']; allowed is a mapping of attacks to their options"),
         ({"attacks": {}}, "the suite has no attacks; allowed: "),
@@ -577,6 +721,61 @@ def test_a_weaker_attack_afterwards_does_not_make_a_bundle_look_better(
     assert "known_gallery" in (tmp_path / "report" / "report.html").read_text()
 
 
+def test_two_attack_runs_that_end_together_both_stay_in_a_bundle(
+    attacked: tuple[Path, Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, run_folder, card = attacked
+    bundle = shutil.copytree(original, tmp_path / "bundle")
+    shutil.rmtree(bundle / "private" / "attacks")
+    for name in ("scorecard.json", "scores.csv", "examples.safetensors"):
+        (bundle / "private" / name).unlink()
+    for part in (bundle / "private", bundle):
+        write_manifest(part)
+    names = ("known_gallery", "feature_reconstruction")
+    plans = [plan(tmp_path, name, SUITE | {"attacks": {name: {}}}, bundle=str(bundle)) for name in names]
+    cards = [card | {"attacks": {name: card["attacks"][name]}} for name in names]
+    for of in plans:
+        shutil.copytree(run_folder, of.storage.path)
+    second = threading.Thread(target=ladder._into_bundle, args=(plans[1], cards[1], True))
+    merge = ladder._with_stored
+
+    def slow(*arguments: Any) -> Any:
+        merged = merge(*arguments)
+        if threading.current_thread() is not second and not second.is_alive():
+            second.start()
+            second.join(0.5)  # as long as the first is under way it must not write
+        return merged
+
+    monkeypatch.setattr(ladder, "_with_stored", slow)
+    ladder._into_bundle(plans[0], cards[0], True)
+    second.join()
+    assert set(json.loads((bundle / "private" / "scorecard.json").read_text())["attacks"]) == set(names)
+    verify(bundle)
+
+
+def test_an_attack_run_does_not_begin_in_a_folder_of_something_else(trained: Trained, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "attack").mkdir(parents=True)
+    (tmp_path / "runs" / "attack" / "search.yaml").write_text("")
+    assert "holds 'search.yaml', which an attack run has not written" in refusal(tmp_path, bundle=str(trained.bundle))
+
+
+def test_a_function_may_be_attacked_further_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "mine_in_a_module.py").write_text(INVERT)
+    suite = SUITE | {"attacks": {"feature_reconstruction": {}}}
+    monkeypatch.syspath_prepend(tmp_path)
+    for folder, resume in ((tmp_path, False), (tmp_path / "elsewhere", True)):
+        monkeypatch.chdir(folder)
+        card = attack(of_function(tmp_path, function="mine_in_a_module:protect", suite=suite), resume=resume)
+        assert card["attacks"]["feature_reconstruction"]["status"] == "done"
+    with pytest.raises(StorageError, match="was started with another judge_epochs; resume it with the same"):
+        attack(
+            of_function(tmp_path, function="mine_in_a_module:protect", suite=suite | {"judge_epochs": 1}), resume=True
+        )
+
+
 def test_a_resumed_run_keeps_the_attacks_that_it_does_not_name(tmp_path: Path) -> None:
     first = {"feature_reconstruction": {}, "known_gallery": {}}
     attack(of_function(tmp_path, suite=SUITE | {"attacks": first}))
@@ -664,17 +863,38 @@ def test_a_report_leaves_other_files_alone(attacked: tuple[Path, Path, dict[str,
     write_report([str(attacked[0])], Storage(tmp_path / "new"))  # over an earlier one
 
 
-def test_settings_follow_whichever_victim_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the guide writes it: flags of images and attacks after --function and --folders, and after a bundle."""
+def test_settings_stand_anywhere_whichever_victim_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flags of images and attacks after --function and --folders, and before and after a bundle."""
+    monkeypatch.setenv("COLUMNS", "200")
     seen: list[ladder.Plan] = []
     monkeypatch.setattr("raypp.cli.run_attacks", lambda plan, **_: seen.append(plan))
     where = function(tmp_path)
     main(["attack", "--function", where, "--preset", "quickstart", "--data.source.num_train", "70", "--suite", "quick"])
     main(["attack", "--folders", "a", "b", "--suite", "quick", "--num_queries", "30", "--inverse.width", "4"])
-    main(["attack", "runs/x/bundle", "--suite", "quick", "--num_queries", "40"])
-    assert [p.spec.name for p in seen] == [where, str(Path("b").absolute()), str(Path("runs/x/bundle").absolute())]
-    assert [p.suite.num_queries for p in seen] == [500, 30, 40]
+    bundle = "runs/x/bundle"
+    for words in (
+        [bundle, "--suite", "quick", "--num_queries", "40"],
+        ["--num_queries", "40", bundle, "--suite", "quick"],
+        ["--num_queries=40", "--inverse.flip", "false", bundle, "--suite", "quick"],
+        ["--suite", "quick", "--num-queries", "40", "--inverse.crop_padding", "0", "--local", bundle],
+        ["--attacks", "inverse", "--num_queries", "40", bundle, "--curve", "no"],
+    ):
+        main(["attack", *words])
+    bundles = [str(Path(bundle).absolute())] * 5
+    assert [p.spec.name for p in seen] == [where, str(Path("b").absolute()), *bundles]
+    assert [p.suite.num_queries for p in seen] == [500, 30, *[40] * 5]
     assert seen[0].spec.config is not None
     assert seen[0].spec.config["data"]["source"]["num_train"] == 70
-    with pytest.raises(SystemExit):
-        main(["attack", "bundle", "another"])
+    for words, sentence in (
+        (["bundle", "another"], "name one bundle, found 'bundle' and 'another'; a setting is written --name VALUE"),
+        (["--num_queries", "500", "bundle", "another"], "name one bundle, found 'bundle' and 'another'"),
+        (["--curve", "bundle"], "curve is 'bundle': input should be a valid boolean"),
+        (["--num_queries", "500"], "name one victim: a bundle, --function MODULE:NAME, or --folders"),
+        (["bundle", "--num_queries"], "--num_queries needs a value"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["attack", *words])
+        assert stopped.value.code == 2
+        assert sentence in capsys.readouterr().err

@@ -22,6 +22,7 @@ ROOT = Path(raypp.__file__).parent
 FLOORS = [
     {"raypp"},
     {
+        "raypp.documents",
         "raypp.errors",
         "raypp.registry",
         "raypp.env",

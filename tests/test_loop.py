@@ -23,9 +23,9 @@ from conftest import CPU, LONG, Tiny, tiny_flags
 from rich.console import Console
 from torch import Tensor, nn
 
-from raypp.config import Config, load_config, validate
+from raypp.config import Config, MultiStep, Train, load_config, validate
 from raypp.data.loader import Batches
-from raypp.errors import StoppedError, StorageError, ToldToStop, TrainingError
+from raypp.errors import ConfigError, StoppedError, StorageError, ToldToStop, TrainingError
 from raypp.nets.features import VGG16Features
 from raypp.nets.vgg import RELU2_2, VGG16_LAYERS, vgg_features
 from raypp.progress import Display
@@ -195,12 +195,16 @@ def test_without_torchvisions_weights_a_plain_classifier_stands_in(
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.urlopen", offline)
-    config, phi, warning = prepare(tiny(features="vgg16"))
+    with pytest.raises(ConfigError, match=r"cannot be had: no network; give them as a file with"):
+        prepare(tiny(features="vgg16"))
+    config, phi, warning = prepare(tiny(features="vgg16", features__fallback="allow"))
     assert (config.features.name, phi) == ("plain_classifier", None)
     assert warning is not None
     assert "a departure from the paper" in warning
     unused, _, silent = prepare(tiny(features="vgg16", train__mode="plain", protection="plain"))
     assert (unused.features.name, silent) == ("vgg16", None), "a plain run needs no feature network"
+    unused, _, silent = prepare(load_config("cifar10-code"))
+    assert (unused.features.name, silent) == ("vgg16", None), "nor does a run with alpha 0"
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, "[17, 19]"), (3, "[16, 30]")])
@@ -380,6 +384,25 @@ def test_weights_that_are_no_numbers_are_not_kept(reference: Reference, tmp_path
     with pytest.raises(StoppedError, match=r"at step 1 .* last good checkpoint: none yet"):
         current[0].run()
     assert newest_first(Storage(tmp_path)) == []
+
+
+def test_a_worker_without_validation_images_counts_none(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(train__mode="plain", protection="plain", data__num_val=3)
+    data = load_data(config, CPU)
+    system = build_system(config, phases(config)[0], len(data.classes), (16, 16))
+    images, labels = data.val
+    alone = validate_system(system, images, labels, config, 0, 1)
+    shares: list[Tensor] = []
+
+    def added(share: Tensor) -> Tensor:
+        shares.append(share.clone())
+        return torch.stack(shares).sum(0)
+
+    monkeypatch.setattr("raypp.training.fit.total", added)
+    for rank in range(5):  # two of whom have no image
+        together = validate_system(system, images, labels, config, rank, 5)
+    assert shares[4].tolist() == [0] * 5
+    assert together == pytest.approx(alone)
 
 
 def test_the_checkpoint_just_written_is_never_pruned(tmp_path: Path) -> None:
@@ -584,6 +607,25 @@ def test_an_absurd_learning_rate_is_found_out(tiny: Tiny, tmp_path: Path) -> Non
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+def test_a_validation_loss_of_nought_is_shown() -> None:
+    text = io.StringIO()
+    display = Display(Console(file=text, width=500))
+    row = {
+        "phase": "own",
+        "epoch": 1,
+        "epochs": 2,
+        "train_loss": 1.0,
+        "images_per_s": 1.0,
+        "seconds": 1.0,
+        "best": True,
+    }
+    display.epoch(row | {"val_loss": 0.0})
+    display.epoch(row)
+    first, second = text.getvalue().splitlines()
+    assert "val loss 0.0000" in first
+    assert "val loss" not in second
+
+
 # Schedules and optimisers
 
 
@@ -592,6 +634,71 @@ def test_multistep_is_the_papers_table() -> None:
     table = {0: 0.1, 59.99: 0.1, 60: 0.02, 119.99: 0.02, 120: 0.004, 159.99: 0.004, 160: 0.0008, 199.99: 0.0008}
     for progress, expected in table.items():
         assert learning_rate(train, 200, progress) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("flags", "milestones"),
+    [
+        (["--train.epochs", "50"], (15, 30, 40)),
+        (["--train.epochs=50", "--train.schedule", "multistep"], (15, 30, 40)),
+        (["--train.epochs", "7"], (2.1, 4.2, 5.6)),
+        (["--train.epochs", "1"], (0.3, 0.6, 0.8)),
+        (["--train.epochs", "400"], (120, 240, 320)),
+        (["--train.epochs", "50", "--train.schedule.milestones", "[20, 45]"], (20, 45)),
+        (["--train.schedule.milestones", "[20, 45]", "--train.epochs", "50"], (20, 45)),
+        (["--train.epochs", "9", "--train.schedule.milestones", "[20]", "--train.epochs", "50"], (20,)),
+        (["--train.epochs", "50", "--train.schedule", "{name: multistep, milestones: []}"], ()),
+        (["--train.epochs", "50", "--train.schedule.gamma", "0.5"], (15, 30, 40)),
+    ],
+)
+def test_milestones_belong_to_the_epochs_that_they_are_stated_with(
+    flags: list[str], milestones: tuple[float, ...]
+) -> None:
+    train = load_config("cifar10", flags=flags).train
+    assert isinstance(train.schedule, MultiStep)
+    assert train.schedule.milestones == pytest.approx(milestones), "the merged configuration shows them"
+    gamma = train.schedule.gamma
+    for i, milestone in enumerate(milestones):
+        before = learning_rate(train, train.epochs, milestone - 0.01)
+        assert before == pytest.approx(0.1 * gamma**i, rel=1e-12)
+        assert learning_rate(train, train.epochs, milestone) == pytest.approx(0.1 * gamma ** (i + 1), rel=1e-12)
+    last = learning_rate(train, train.epochs, train.epochs - 0.01)
+    assert last == pytest.approx(0.1 * gamma ** len(milestones), rel=1e-12)
+
+
+def test_milestones_of_a_file_move_with_the_epochs_of_a_flag(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {epochs: 40, schedule: {milestones: [10, 30]}}\n")
+    schedules = [load_config("cifar10", file, flags).train.schedule for flags in ((), ("--train.epochs", "20"))]
+    assert [s.milestones for s in schedules if isinstance(s, MultiStep)] == [(10, 30), (5, 15)]
+    file.write_text("train: {epochs: 40}\n")
+    schedule = load_config("cifar10", file).train.schedule
+    assert isinstance(schedule, MultiStep)
+    assert schedule.milestones == (12, 24, 32)
+
+
+def test_milestones_that_nobody_states_lie_within_the_epochs() -> None:
+    switched = load_config("quickstart", flags=["--train.schedule", "multistep"]).train
+    for train in (switched, Train(epochs=4), Train.model_validate({"epochs": 4, "schedule": {"name": "multistep"}})):
+        assert isinstance(train.schedule, MultiStep)
+        assert train.schedule.milestones == pytest.approx((1.2, 2.4, 3.2))
+
+
+@pytest.mark.parametrize("mode", ["frozen", "joint"])
+def test_milestones_keep_their_shares_of_a_plain_phase(tiny: Tiny, tmp_path: Path, mode: str) -> None:
+    schedule = "{name: multistep, milestones: [1, 3], gamma: 0.5}"
+    config = tiny(train__mode=mode, train__epochs=4, train__plain_epochs=2, train__schedule=schedule)
+    rates = [row["lr"] for row in fit(config, Sink(tmp_path)).history]  # each in an epoch's last step
+    assert rates == pytest.approx([0.05, 0.025, 0.1, 0.05, 0.05, 0.025])
+
+
+def test_milestones_that_training_ends_before_are_refused() -> None:
+    for flags in (
+        ["--train.epochs", "50", "--train.schedule.milestones", "[20, 50]"],
+        ["--train.schedule.milestones", "[20, 300]"],
+    ):
+        with pytest.raises(ConfigError, match=r"^train.schedule.milestones is \[20, \d+\], but training ends after"):
+            load_config("cifar10", flags=flags)
 
 
 def test_one_cycle_rises_and_falls_linearly() -> None:
@@ -648,6 +755,8 @@ def test_muon_is_torchs_own_on_matrices_and_adamw_on_the_rest() -> None:
     ]
     optimizer = build_optimizer(options, [{"params": ours, "factor": 1.0}])
     assert isinstance(optimizer, Muon)
+    with pytest.raises(ValueError, match="Muon takes no closure"):
+        optimizer.step(lambda: 0.0)
     muon = torch.optim.Muon(
         theirs[:3], lr=0.01, momentum=0.95, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from http.client import IncompleteRead
 from pathlib import Path
 from urllib.error import URLError
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from raypp.errors import ConfigError
 from raypp.nets import CLASSIFIERS
-from raypp.nets.features import PlainClassifierFeatures, VGG16Features, load_vgg_slice
+from raypp.nets.features import PlainClassifierFeatures, UnavailableWeightsError, VGG16Features, load_vgg_slice
 from raypp.nets.normalise import IMAGENET_MEAN, IMAGENET_STD, Normalise
 from raypp.nets.resnet import ResNet20, ResNetOptions
 from raypp.nets.unet import UNet
@@ -285,12 +286,24 @@ def test_wrong_weights_are_refused_in_one_sentence(tmp_path: Path) -> None:
         assert "\n" not in str(raised.value)
 
 
-def test_without_network_or_cache_torchvisions_weights_are_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (URLError("no network"), "no network"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (IncompleteRead(b""), "IncompleteRead(0 bytes read)"),
+        (TimeoutError(), "TimeoutError"),
+        (RuntimeError("invalid hash value"), "what was downloaded in their place is another file"),
+    ],
+)
+def test_torchvisions_weights_that_cannot_be_had_say_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
 ) -> None:
     def offline(*_: object, **__: object) -> None:
-        raise URLError("no network")
+        raise error
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.urlopen", offline)
-    assert load_vgg_slice("torchvision") is None
+    with pytest.raises(UnavailableWeightsError) as raised:
+        load_vgg_slice("torchvision")
+    assert str(raised.value) == reason

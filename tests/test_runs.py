@@ -17,7 +17,7 @@ from conftest import CPU, LONG, Tiny, Trained, tiny_flags
 from PIL import Image
 
 from raypp.bundle import verify
-from raypp.config import Config, load_config, validate
+from raypp.config import Config, load_config, merge, validate
 from raypp.errors import ConfigError, RayppError, StorageError
 from raypp.keys import Key
 from raypp.progress import Display
@@ -249,6 +249,20 @@ def test_more_epochs_go_on_from_the_last(finished: tuple[Callable[..., Config], 
     verify(folder / "bundle")
 
 
+def test_milestones_move_with_the_epochs_of_a_resumed_run(tiny: Tiny, tmp_path: Path) -> None:
+    schedule = "{name: multistep, milestones: [1], gamma: 0.5}"
+    stated = tiny(train__mode="plain", protection="plain", train__schedule=schedule)
+    train(stated, "run")
+    tree = stated.model_dump(mode="json")
+    moved = validate(merge(tree, {"train": {"epochs": 4}}))
+    other = tiny(train__mode="plain", protection="plain", train__epochs=4, train__schedule=schedule.replace("1", "3"))
+    assert "train.schedule.milestones = [1], now it is [3]" in refusal(other, "run", resume=True)
+    train(moved, "run", resume=True)
+    assert [row["lr"] for row in timeless(tmp_path / "run")] == pytest.approx([0.1, 0.05, 0.05, 0.05])
+    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train"]
+    assert (stored["epochs"], stored["schedule"]["milestones"]) == (4, [2])
+
+
 def test_a_run_that_stopped_before_its_summary_only_writes_it(finished: tuple[Callable[..., Config], Path]) -> None:
     config, folder = finished
     whole = files(folder)
@@ -272,7 +286,10 @@ def test_a_resumed_run_keeps_the_feature_network_that_it_began_with(
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr("torch.hub.urlopen", offline)
-    config = tiny(features="vgg16", train__epochs=1)
+    refused = tiny(features="vgg16", train__epochs=1)
+    assert "take a stand-in, which is not the paper's method, with --features.fallback allow" in refusal(refused, "run")
+    assert not (tmp_path / "run").exists()
+    config = tiny(features="vgg16", features__fallback="allow", train__epochs=1)
     found = train(config, "run")
     assert found["features"] == "plain_classifier, early block"
     assert "a departure from the paper" in found["warnings"][0]
@@ -280,6 +297,12 @@ def test_a_resumed_run_keeps_the_feature_network_that_it_began_with(
     with open_run(config, "run", resume=True) as run:
         assert run.config.features.name == "plain_classifier"
         assert list(run.warnings) == found["warnings"]
+    before = yaml.safe_load(config.to_yaml())
+    del before["features"]["fallback"]  # as an earlier version stored it
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(before))
+    for again in (config, refused):
+        with open_run(again, "run", resume=True) as run:
+            assert run.config.features.name == "plain_classifier"
 
 
 def test_a_resumed_run_keeps_its_weights_of_the_feature_network(tiny: Tiny, tmp_path: Path) -> None:

@@ -243,3 +243,59 @@ def test_a_search_is_resumed_with_the_same_settings_only(tmp_path: Path) -> None
         other = plan(tmp_path, *flags)
         with pytest.raises(StorageError, match="was started with another"), search.open_search(other, resume=True):
             pass
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_search_without_its_feature_network_is_refused_before_its_folder_is_made(tmp_path: Path) -> None:
+    plan = make_plan("cifar10-small", storage=str(tmp_path / "runs"), name="s")
+    with pytest.raises(ConfigError, match=r"features.fallback allow"), search.open_search(plan, resume=False):
+        pass
+    assert not (tmp_path / "runs").exists()
+    # Alpha is 0 in the preset, and above 0 at one end of the space.
+    flags = ["--search.space.train.alpha", "{low: 0, high: 0.1}"]
+    plan = make_plan("cifar10-code", flags=flags, storage=str(tmp_path), name="c")
+    with pytest.raises(ConfigError, match=r"features.fallback allow"), search.open_search(plan, resume=False):
+        pass
+    allowed = make_plan("cifar10-small", flags=["--features.fallback", "allow"], storage=str(tmp_path), name="s")
+    with search.open_search(allowed, resume=False) as begun:
+        assert not begun
+    with search.open_search(allowed, resume=True) as begun:
+        assert begun
+
+
+def test_milestones_of_a_search_belong_to_its_epochs(tmp_path: Path) -> None:
+    plan = make_plan("cifar10", flags=["--train.epochs", "50"], storage=str(tmp_path), name="s")
+    first, second = (plan.config_at({"train.schedule": choice}) for choice in plan.search.space["train.schedule"])
+    assert first.train.schedule.model_dump()["milestones"] == (15, 30, 40)
+    assert second.train.schedule.name == "one_cycle"
+    shorter = plan.config_at({"train.schedule": {"name": "multistep"}, "train.epochs": 10})
+    assert shorter.train.schedule.model_dump()["milestones"] == (3, 6, 8)
+    late = ["--search.space.train.schedule", "[{name: multistep, milestones: [60]}]", "--train.epochs", "50"]
+    with pytest.raises(ConfigError, match=r"^search.space.train.schedule: train.schedule.milestones is \[60\], but"):
+        make_plan("cifar10", flags=late, storage=str(tmp_path), name="s")
+
+
+def test_a_search_does_not_begin_in_a_folder_of_something_else(tmp_path: Path) -> None:
+    asked = plan(tmp_path)
+    asked.storage.write("run.json", b"{}")
+    for resume in (False, True):
+        with pytest.raises(StorageError) as raised, search.open_search(asked, resume=resume):
+            pass
+        expected = (
+            "is no search to resume" if resume else "holds 'run.json', which a search has not written; take another"
+        )
+        assert expected in str(raised.value)
+    assert asked.storage.names() == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0.7", 0.7), (" 0.7", 0.7), ("0.7\n", 0.7), ("7e-1", 0.7), (0.7, 0.7), (1, 1.0), (None, None),
+        ("plain-0.01", "plain - 0.01"), (" plain  -\t0.01 ", "plain - 0.01"), ("plain - 1e-05", "plain - 1e-05"),
+    ],
+)  # fmt: skip
+def test_white_space_says_nothing_about_the_least_accuracy(text: Any, expected: Any) -> None:
+    found = search.validate_search({"space": {"seed": [1, 2]}, "min_accuracy": text})
+    assert found.min_accuracy == expected
+    assert found.margin == (float(expected.partition("-")[2]) if isinstance(expected, str) else None)

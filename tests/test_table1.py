@@ -185,6 +185,11 @@ def test_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert trained == []
     assert [(r.method.name, len(r.accuracies)) for r in fewer] == [("plain", 2), ("tanaka", 2)]
     assert "Tanaka" in (tmp_path / "table" / "table1.md").read_text()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "run.json").write_text("{}")
+    with pytest.raises(StorageError, match=r"holds 'run.json', which a table has not written; take another --name"):
+        run(tmp_path, ["plain"], name="notes")
+    assert [p.name for p in (tmp_path / "notes").iterdir()] == ["run.json"]
     with pytest.raises(StorageError, match="no table 'other' to resume"):
         run(tmp_path, ["plain"], name="other", resume=True)
     with pytest.raises(StorageError, match=r"run name '\.\./x' is not allowed"):
@@ -213,6 +218,25 @@ def test_a_cell_that_diverges_is_a_failure_not_a_crash(tmp_path: Path) -> None:
     )  # fmt: skip
     (sentence,) = results[0].failed
     assert "the loss is not a finite number at step" in sentence
+
+
+@pytest.mark.usefixtures("offline")
+def test_rows_that_need_no_feature_network_do_without_it(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def note(grid: Sequence[Cell], display: GridDisplay, ended: Any) -> None:
+        seen.extend(cell.name for cell in grid)
+
+    def table(methods: list[str], *flags: str) -> None:
+        table1(["cifar10"], methods, [0], flags, storage=tmp_path, name="-".join(methods), quiet=True, run=note)
+
+    table(["plain", "tanaka", "alpha-0"])
+    assert len(seen) == 3
+    with pytest.raises(ConfigError, match=r"features.fallback allow"):
+        table(["plain", "alpha-0.1"])
+    assert not (tmp_path / "plain-alpha-0.1").exists()
+    table(["plain", "alpha-0.1"], "--features.fallback", "allow")
+    assert len(seen) == 5
 
 
 @LONG

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import Access, Attack, AttackError, Map, TrainedAttack
-from raypp.config import MultiStep, load_config
+from raypp.config import load_config
 from raypp.data import SOURCES
 from raypp.evaluation.metrics import reidentify
 from raypp.evaluation.scorecard import RED
@@ -25,7 +26,7 @@ from raypp.protections import PROTECTIONS
 from raypp.runs import open_run
 from raypp.storage import Storage
 from raypp.training.fit import fit
-from raypp.training.loop import Loop
+from raypp.training.loop import Loop, learning_rate
 from raypp.training.sinks import LocalSink, Row
 
 Pictures = tuple[Tensor, Tensor]
@@ -318,13 +319,42 @@ def test_an_average_keeps_its_count(pictures: Pictures) -> None:
 def test_part_of_the_images_takes_as_many_steps(pictures: Pictures) -> None:
     attack = build("inverse", knows(pictures, identity), **SMALL, train={"epochs": 4, "batch_size": 45})
     full, quarter, half = attack.task(), attack.task(1.0, 135), attack.task(0.5)
-    assert (full.train.epochs, full.batches.num_batches) == (4, 12)
-    assert (quarter.train.epochs, quarter.batches.num_batches) == (16, 3)
-    assert half.train.epochs == 2
-    itn = build("itn", knows(pictures, identity), **SMALL, train={"epochs": 40, "schedule": {"milestones": [20, 30]}})
-    schedule = itn.task(0.5).train.schedule
-    assert isinstance(schedule, MultiStep)
-    assert schedule.milestones == (10, 15), "milestones keep their share of the whole"
+    assert (full.phases[0].epochs, full.batches.num_batches) == (4, 12)
+    assert (quarter.phases[0].epochs, quarter.batches.num_batches) == (16, 3)
+    assert half.phases[0].epochs == 2
+
+
+@pytest.mark.parametrize("name", ["itn", "unpaired_gan"])
+def test_milestones_keep_their_shares_of_a_shorter_training(pictures: Pictures, name: str) -> None:
+    train = {"epochs": 40, "schedule": {"name": "multistep", "milestones": [20, 30], "gamma": 0.5}}
+    sizes = SMALL if name == "itn" else {}
+    task = build(name, knows(pictures, identity), **sizes, train=train).task(0.5)
+    assert task.phases[0].epochs == 20
+    rates = [learning_rate(task.train, 20, progress) / task.train.optimizer.lr for progress in (9.9, 10, 14.9, 15)]
+    assert rates == pytest.approx([1, 0.5, 0.5, 0.25])
+
+
+def test_an_attacks_milestones_move_with_its_epochs() -> None:
+    options = ATTACKS.options("itn").model_validate({"name": "itn", "train": {"epochs": 20}})
+    assert options.train.schedule.milestones == (6, 12, 16)
+
+
+def test_a_worker_without_images_to_judge_by_counts_none(pictures: Pictures, monkeypatch: pytest.MonkeyPatch) -> None:
+    access = dataclasses.replace(knows(pictures, identity), images=pictures[0][:20], labels=pictures[1][:20])
+    task = build("inverse", access, **SMALL, train={"epochs": 1}).task()
+    trainee = task.build(task.phases[0])
+    alone = task.validate(trainee, 0, 1)
+    shares: list[Tensor] = []
+
+    def added(share: Tensor) -> Tensor:
+        shares.append(share.clone())
+        return torch.stack(shares).sum(0)
+
+    monkeypatch.setattr("raypp.attacks.inverse.total", added)
+    for rank in range(3):  # for two images
+        together = task.validate(trainee, rank, 3)
+    assert not shares[2].any()
+    assert together == pytest.approx(alone)
 
 
 def test_workers_share_every_batch(pictures: Pictures) -> None:

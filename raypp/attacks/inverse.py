@@ -178,7 +178,7 @@ class InverseTask:
     def __init__(
         self,
         attack: InverseAttack,
-        train: Optimisation,
+        epochs: int,
         num_images: int | None,
         source: Source,
         images: Tensor,
@@ -187,8 +187,8 @@ class InverseTask:
     ) -> None:
         """``at`` gives the places of training and validation images among ``images``; ``val`` is plain, protected."""
         options, access = attack.options, attack.access
-        self.attack, self.train, self.seed = attack, train, attack.seed
-        self.phases = [Phase(options.name, train.epochs)]
+        self.attack, self.train, self.seed = attack, options.train, attack.seed
+        self.phases = [Phase(options.name, epochs)]
         self.source, self.val, self.val_at = source, val, at[1]
         chosen = at[0][:num_images]
         self.images = images
@@ -228,26 +228,27 @@ class InverseTask:
         assert isinstance(trainee, InverseTrainee)
         plain, protected = (images[rank::world] for images in self.val)
         at = self.val_at[rank::world]
-        net = trainee.final.eval()
-        labels = self.labels[at] if self.labels is not None else None
-        estimates = _batched(net, protected, labels, self.train.eval_batch_size)
-        estimates = to_uint8(estimates).float() / 255
-        target = plain.float() / 255
-        originals = torch.arange(len(self.val[0]), device=plain.device)[rank::world]
-        one_class = torch.zeros(len(self.val[0]), dtype=torch.int64, device=plain.device)
-        ranks = reidentify(estimates, self.val[0].float() / 255, originals, one_class)
-        found = {
-            "loss": likeness(estimates, target, self.attack.options).loss.expand(len(plain)),
-            "psnr": psnr(estimates, target).clamp_max(MAX_PSNR),
-            "reidentified": ranks.top(1),
-        }
-        if min(target.shape[-2:]) >= LEAST_SIDE:
-            found["ssim"] = ssim(estimates, target)
-        sums = torch.stack(
-            [*(v.double().sum() for v in found.values()), plain.new_tensor(len(plain), dtype=torch.float64)]
-        )
+        names = ["loss", "psnr", "reidentified", *(["ssim"] if min(plain.shape[-2:]) >= LEAST_SIDE else [])]
+        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=plain.device)
+        if len(plain):  # of few images a worker may have none
+            net = trainee.final.eval()
+            labels = self.labels[at] if self.labels is not None else None
+            estimates = _batched(net, protected, labels, self.train.eval_batch_size)
+            estimates = to_uint8(estimates).float() / 255
+            target = plain.float() / 255
+            originals = torch.arange(len(self.val[0]), device=plain.device)[rank::world]
+            one_class = torch.zeros(len(self.val[0]), dtype=torch.int64, device=plain.device)
+            ranks = reidentify(estimates, self.val[0].float() / 255, originals, one_class)
+            scores = {
+                "loss": likeness(estimates, target, self.attack.options).loss.expand(len(plain)),
+                "psnr": psnr(estimates, target).clamp_max(MAX_PSNR),
+                "reidentified": ranks.top(1),
+            }
+            if "ssim" in names:
+                scores["ssim"] = ssim(estimates, target)
+            sums = torch.stack([*(scores[name].double().sum() for name in names), sums.new_tensor(len(plain))])
         *numbers, num = total(sums).tolist()
-        return {f"val_{name}": number / num for name, number in zip(found, numbers, strict=True)}
+        return {f"val_{name}": number / num for name, number in zip(names, numbers, strict=True)}
 
     def end(self, phase: Phase, trainee: Trainee) -> None:
         """One phase is all."""
@@ -345,13 +346,11 @@ class InverseAttack(TrainedAttack):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed)).to(images.device)
         num_val = _num_val(len(images))
         at = order[num_val:], order[:num_val]
-        train: Optimisation = self.options.train
-        epochs = max(1, round(train.epochs * share_epochs))
+        epochs = max(1, round(self.epochs * share_epochs))
         if num_images is not None and num_images < len(at[0]):  # as many steps on fewer images
             epochs = max(1, round(epochs * len(at[0]) / num_images))
-        train = train.model_copy(update={"epochs": epochs, "schedule": _scaled(train, epochs)})
         val = images[at[1]], val_protected(at[1])
-        return InverseTask(self, train, num_images, source, images, at, val)
+        return InverseTask(self, epochs, num_images, source, images, at, val)
 
     def _material(self) -> tuple[Tensor, Source, Callable[[Tensor], Tensor]]:
         """The attacker's plain images, how he protects them, and protected ones for validation by their places."""
@@ -400,14 +399,6 @@ def _num_val(num: int) -> int:
 
 def _in_parts(protect: Callable[[Tensor], Tensor], images: Tensor, size: int = 500) -> Tensor:
     return torch.cat([protect(part) for part in images.split(size)])
-
-
-def _scaled(train: Optimisation, epochs: int) -> Any:
-    """The schedule for another number of epochs: milestones keep their share of the whole."""
-    if not isinstance(train.schedule, MultiStep):
-        return train.schedule
-    milestones = tuple(round(m * epochs / train.epochs) for m in train.schedule.milestones)
-    return train.schedule.model_copy(update={"milestones": milestones})
 
 
 class Inverse(InverseAttack):

@@ -222,9 +222,9 @@ class GANTask:
 
     remedy = "learning rate (optimizer.lr)"
 
-    def __init__(self, attack: UnpairedGAN, train: Optimisation, num_images: int | None) -> None:
-        self.attack, self.train, self.seed = attack, train, attack.seed
-        self.phases = [Phase("unpaired_gan", train.epochs)]
+    def __init__(self, attack: UnpairedGAN, epochs: int, num_images: int | None) -> None:
+        self.attack, self.train, self.seed = attack, attack.options.train, attack.seed
+        self.phases = [Phase("unpaired_gan", epochs)]
         self.images, self.labels, self.ciphertexts, self.classes = (part[:num_images] for part in attack.material)
         digest = hashlib.sha256(self.images.cpu().contiguous().numpy().tobytes())
         if attack.access.protect is None:  # else it may draw a key for each image
@@ -248,7 +248,7 @@ class GANTask:
         return GANTrainee(self.attack, self.labels, self.ciphertexts, self.classes)
 
     def validate(self, trainee: Trainee, rank: int, world: int) -> Row:
-        return {"val_loss": 0.0}
+        return {}
 
     def end(self, phase: Phase, trainee: Trainee) -> None:
         """One phase is all."""
@@ -280,11 +280,10 @@ class UnpairedGAN(TrainedAttack):
     def task(self, share_epochs: float = 1.0, num_images: int | None = None) -> GANTask:
         if min(self.access.shape[1:]) < LEAST_SIDE:
             raise AttackError(f"attack unpaired_gan needs images with sides of at least {LEAST_SIDE} pixels")
-        train: Optimisation = self.options.train
-        epochs = max(1, round(train.epochs * share_epochs))
+        epochs = max(1, round(self.epochs * share_epochs))
         if num_images is not None and num_images < self.num_images:
             epochs = max(1, round(epochs * self.num_images / num_images))
-        return GANTask(self, train.model_copy(update={"epochs": epochs}), num_images)
+        return GANTask(self, epochs, num_images)
 
     @property
     def num_images(self) -> int:

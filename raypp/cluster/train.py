@@ -23,6 +23,7 @@ import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from raypp import errors
 from raypp.cluster.board import Events, Steps, following, put_up, seconds_to_stop, told_to_stop
 from raypp.config import Cluster, Config, validate
 from raypp.data.streaming import Batch, StreamLoader, bounded, datasets, held_out
@@ -115,7 +116,7 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
     if "told" in outcome:
         raise ToldToStop(outcome["told"])
     if "error" in outcome:
-        raise StoppedError(outcome["error"])
+        raise StoppedError(outcome["error"], exit_code=outcome["exit_code"])
     found: dict[str, Any] = outcome["summary"]
     return found
 
@@ -137,22 +138,22 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
     storage = Storage(arguments["run"])
     sink = TrainSink(storage, arguments["board"])
     phi: StateDict | None = arguments["phi"]
-    problem, found = None, {}
+    problem: dict[str, Any] | None = None
+    found: dict[str, Any] = {}
     try:
         key = stored_key(storage)
         load = (lambda: _streamed(config, ray.get(arguments["val"]), sink, key)) if config.data.stream else None
         result = fit(config, sink, phi, key, load)
     except StoppedError as error:
-        return {"error": str(error)}
+        return {"error": str(error), "exit_code": error.exit_code}
     except ToldToStop as told:
         return {"told": str(told)}
     if sink.rank == 0:
         try:
             found = conclude(Run(storage, config, phi, key, arguments["warnings"]), result, sink.device)
         except RayppError as error:
-            problem = str(error)
-    problem = first_error(problem)
-    return {"error": problem} if problem else {"summary": found}
+            problem = {"error": str(error), "exit_code": error.exit_code}
+    return first_error(problem) or {"summary": found}
 
 
 def _streamed(config: Config, val: Batch, sink: TrainSink, key: Key | None) -> TrainingData:
@@ -172,10 +173,13 @@ def run_trainer(trainer: TorchTrainer, max_failures: int, run: Storage, board: A
     except ray.train.WorkerGroupError as error:
         text = "\n".join(map(str, error.worker_failures.values())) or str(error)
         # What a user can mend may lie deep: a damaged image is met in a task that feeds the worker.
-        reasons = re.findall(r"raypp\.errors\.\w+: (.+)", text) or text.strip().splitlines()
+        known = re.findall(r"raypp\.errors\.(\w+): (.+)", text)
+        lines = text.strip().splitlines() or ["no reason is known"]
+        kind, reason = known[-1] if known else (TrainingError.__name__, lines[-1])
         raise TrainingError(
-            f"training stopped after {max_failures} restarts: {reasons[-1]}; newest checkpoint: "
-            f"{(newest_first(run) or ['none yet'])[0]}; --resume goes on from it"
+            f"training stopped after {max_failures} restarts: {reason}; newest checkpoint: "
+            f"{(newest_first(run) or ['none yet'])[0]}; --resume goes on from it",
+            exit_code=getattr(errors, kind).exit_code,
         ) from error
     except ray.train.TrainingFailedError as error:
         raise TrainingError(f"Ray Train gave up: {str(error).strip().splitlines()[-1]}") from error

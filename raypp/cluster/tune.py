@@ -30,7 +30,6 @@ from raypp.cluster.session import (
 
 import ray  # isort: skip
 import torch
-import yaml
 from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, Stopper, TuneConfig, Tuner
 from ray.tune.experiment import Trial
@@ -45,7 +44,7 @@ from raypp.cluster.train import train_on_ray
 from raypp.config import Config, validate
 from raypp.errors import RayppError, ToldToStop
 from raypp.progress import GridDisplay
-from raypp.runs import Run, conclude
+from raypp.runs import Run, conclude, stored
 from raypp.search import Plan, Range, Record, Search
 from raypp.signals import told_by
 from raypp.storage import Storage
@@ -174,7 +173,7 @@ def _make_way(plan: Plan, name: str, point: dict[str, Any]) -> None:
     """Remove what a trial did before it was redirected: with other settings, it is no longer its own."""
     trials = plan.storage.folder(search.TRIALS)
     if trials.folder(name).exists("config.yaml"):
-        was = yaml.safe_load(trials.folder(name).read("config.yaml"))
+        was = stored(trials.folder(name), "config.yaml", "train")
         now = plan.config_at(point).model_dump(mode="json")
         if was["train"] != now["train"]:
             trials.delete(name)

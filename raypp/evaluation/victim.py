@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +17,9 @@ from raypp import images as image_files
 from raypp.attacks.base import Access, Map
 from raypp.config import Config, merge, validate
 from raypp.data.base import ImageSet
-from raypp.errors import ConfigError, DataError, RayppError
+from raypp.errors import ConfigError, DataError
 from raypp.evaluation.metrics import LEAST_SIDE
+from raypp.evaluation.user_function import source_of, user_function
 from raypp.keys import Key
 from raypp.protections import PROTECTIONS
 from raypp.storage import Storage
@@ -204,76 +201,7 @@ def _function(spec: VictimSpec, num_queries: int, num_images: int | None, seed: 
     protect = user_function(spec.function, device, spec.search)
     access = Access(shape=(0, 0, 0), protect=protect, device=device)
     found = _measured_on(spec.function, access, config, None, num_queries, num_images, seed)
-    return replace(found, source=_source_of(spec.function))
-
-
-def _source_of(name: str) -> str | None:
-    module = name.rpartition(":")[0]
-    file = module if module.endswith(".py") else getattr(sys.modules.get(module), "__file__", None)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
-
-
-def user_function(name: str, device: torch.device, search: str | None = None) -> Map:
-    """Load ``module:name`` or ``file.py:name`` as a map of uint8 tensors (N, C, H, W).
-
-    Args:
-        search: folder in which a module is looked for first.
-
-    Raises:
-        RayppError: it cannot be imported; later, it fails or gives something else than uint8 (N, H', W', C').
-    """
-    module, _, attribute = name.rpartition(":")
-    if not module:
-        raise ConfigError(f"function {name!r} is not understood; allowed is MODULE:NAME or FILE.py:NAME")
-    try:
-        if module.endswith(".py"):
-            found = importlib.util.spec_from_file_location(Path(module).stem, module)
-            assert found is not None
-            assert found.loader is not None
-            loaded = importlib.util.module_from_spec(found)
-            found.loader.exec_module(loaded)
-        else:
-            if search is not None and search not in sys.path:
-                sys.path.insert(0, search)
-            loaded = importlib.import_module(module)
-        call: Callable[[Any], Any] = getattr(loaded, attribute)
-    except (Exception, SystemExit) as error:  # whatever a user's module may raise
-        raise ConfigError(f"function {name!r} cannot be loaded: {_said(error)}") from error
-
-    sizes: dict[tuple[int, ...], tuple[int, ...]] = {}
-
-    def protect(images: Tensor) -> Tensor:
-        given = images.permute(0, 2, 3, 1).cpu().numpy().copy()  # a function may work in place
-        try:
-            made = call(given)
-        except (Exception, SystemExit) as error:  # whatever a user's function may raise
-            raise RayppError(f"function {name!r} failed: {_said(error)}") from error
-        if not (
-            isinstance(made, np.ndarray)
-            and made.dtype == np.uint8
-            and made.ndim == 4
-            and len(made) == len(given)
-            and made.shape[3] in (1, 3)
-            and made.size
-        ):
-            what = f"{made.dtype} {made.shape}" if isinstance(made, np.ndarray) else type(made).__name__
-            raise RayppError(
-                f"function {name!r} gave {what} for uint8 {given.shape}; it must give a NumPy array uint8 (N, H, W, C) "
-                f"with N = {len(given)} and 1 or 3 channels"
-            )
-        before = sizes.setdefault(given.shape[1:], made.shape[1:])
-        if made.shape[1:] != before:
-            raise RayppError(
-                f"function {name!r} gave images {made.shape[1:]} after images {before}; it must give one size for all"
-            )
-        return torch.from_numpy(np.ascontiguousarray(made)).permute(0, 3, 1, 2).to(device)
-
-    return protect
-
-
-def _said(error: BaseException) -> str:
-    """A user's error in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return replace(found, source=source_of(spec.function))
 
 
 def _measured_on(

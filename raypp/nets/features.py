@@ -1,12 +1,14 @@
 """Feature networks phi_k of Eq. 6: frozen, and applied to plain and protected images alike.
 
 The paper names neither network nor layer. The authors' later released code uses torchvision's ImageNet VGG-16 up to
-relu2_2; that is our default. Where those weights cannot be had, the early block of a classifier trained on the same
-plain images stands in, and every run, bundle and model card says so.
+relu2_2; that is our default. Where those weights cannot be had, training stops. With ``features.fallback allow`` the
+early block of a classifier trained on the same plain images stands in, and every run, bundle and model card says so.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -29,6 +31,9 @@ class VGG16FeatureOptions(Options):
     """``torchvision`` (ImageNet weights, downloaded once), or the path of a .safetensors or .pt state dict."""
     layer: Literal["relu1_2", "relu2_2", "relu3_3"] = "relu2_2"
     """Whose output is compared; the authors' released code takes relu2_2."""
+    fallback: Literal["refuse", "allow"] = "refuse"
+    """What happens where torchvision's weights cannot be had: ``refuse`` stops before training, ``allow`` trains with
+    the early block of a plain classifier in their place, which is not the paper's method."""
 
 
 class VGG16Features(nn.Module):
@@ -76,18 +81,18 @@ class PlainClassifierFeatures(nn.Module):
         return x
 
 
-def load_vgg_slice(weights: str, layer: str = "relu2_2") -> StateDict | None:
-    """Return the state dict of VGG-16 up to ``layer``, or None where torchvision's weights cannot be had.
+class UnavailableWeightsError(ConfigError):
+    """Torchvision's weights are neither in torch's cache nor can they be downloaded; the message is the reason."""
+
+
+def load_vgg_slice(weights: str, layer: str = "relu2_2") -> StateDict:
+    """Return the state dict of VGG-16 up to ``layer``.
 
     Raises:
+        UnavailableWeightsError: torchvision's weights cannot be had.
         ConfigError: ``weights`` names a file that is missing, unreadable or of other shapes.
     """
-    if weights == "torchvision":
-        state = _torchvision_state()
-        if state is None:
-            return None
-    else:
-        state = _read_state(Path(weights))
+    state = _torchvision_state() if weights == "torchvision" else _read_state(Path(weights))
     state = {key.removeprefix("features."): value for key, value in state.items()}
     wanted = vgg_features(VGG16_LAYERS[: SLICES[layer]], 3, batch_norm=False).state_dict()
     for key, value in wanted.items():
@@ -119,19 +124,26 @@ def _read_state(path: Path) -> StateDict:
     return state
 
 
-def _torchvision_state() -> StateDict | None:
-    """ImageNet weights from torch's cache or the network; None when neither has them."""
+def _torchvision_state() -> StateDict:
+    """ImageNet weights from torch's cache or the network."""
+    from http.client import HTTPException
     from pickle import UnpicklingError
 
     from torchvision.models import VGG16_Weights
 
+    watched = sys.stderr.isatty()
     try:
-        state: StateDict = VGG16_Weights.IMAGENET1K_V1.get_state_dict(
-            progress=sys.stderr.isatty(), check_hash=True, weights_only=True
-        )
-    except OSError:  # no network
-        return None
+        # Torch says on standard output that it downloads.
+        with contextlib.redirect_stdout(sys.stderr if watched else io.StringIO()):
+            state: StateDict = VGG16_Weights.IMAGENET1K_V1.get_state_dict(
+                progress=watched, check_hash=True, weights_only=True
+            )
+    except (OSError, HTTPException) as error:  # no network, no place for them, or a download that broke off
+        reason = str(getattr(error, "reason", "") or error) or type(error).__name__
+        raise UnavailableWeightsError(" ".join(reason.split())) from error
     except (RuntimeError, UnpicklingError, EOFError) as error:
-        folder = torch.hub.get_dir()
+        folder = Path(torch.hub.get_dir())
+        if not (folder / "checkpoints" / Path(VGG16_Weights.IMAGENET1K_V1.url).name).exists():
+            raise UnavailableWeightsError("what was downloaded in their place is another file") from error
         raise ConfigError(f"torchvision's VGG-16 weights below {folder} are damaged; delete them there") from error
     return state

@@ -28,9 +28,9 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
-def first_error(message: str | None) -> str | None:
-    """Return the first worker's message that is not None: all workers stop for the same reason, none waits for ever."""
-    return next((m for m in gathered(message) if m is not None), None)
+def first_error(problem: T | None) -> T | None:
+    """Return the first worker's problem that is not None: all workers stop for the same reason, none waits for ever."""
+    return next((p for p in gathered(problem) if p is not None), None)
 
 
 def gathered(value: T) -> list[T]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,14 @@ from raypp.errors import ConfigError, DataError
 from raypp.images import to_uint8
 from raypp.keys import Key
 from raypp.nets import ADAPTATIONS, CLASSIFIERS, FEATURES
-from raypp.nets.features import StateDict, VGG16FeatureOptions, load_vgg_slice
+from raypp.nets.features import StateDict, UnavailableWeightsError, VGG16FeatureOptions, load_vgg_slice
 from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
+from raypp.registry import Options
 from raypp.training.distributed import total
 from raypp.training.loop import Loop, Phase, Trainee, autocast, set_up_torch, together
 from raypp.training.sinks import Row, Sink
-from raypp.training.system import System, adaptation_of, build_system, phases, uses_features
+from raypp.training.system import METRICS, System, adaptation_of, build_system, phases, uses_features
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,20 @@ def prepare(config: Config) -> tuple[Config, StateDict | None, str | None]:
     """Settle the feature network once, before workers start: configuration, its weights, and a warning or None.
 
     Raises:
-        ConfigError: weights were named and cannot be used.
+        ConfigError: its weights cannot be used, or cannot be had and ``features.fallback`` is "refuse".
     """
-    if not uses_features(config) or not isinstance(config.features, VGG16FeatureOptions):
+    features = config.features
+    if not uses_features(config) or not isinstance(features, VGG16FeatureOptions):
         return config, None, None
-    state = load_vgg_slice(config.features.weights, config.features.layer)
-    if state is not None:
-        return config, state, None
+    try:
+        return config, load_vgg_slice(features.weights, features.layer), None
+    except UnavailableWeightsError as error:
+        if features.fallback == "refuse":
+            raise ConfigError(
+                f"VGG-16's ImageNet weights, which the paper's method compares images with, cannot be had: {error}; "
+                "give them as a file with --features.weights FILE, or take a stand-in, which is not the paper's "
+                "method, with --features.fallback allow"
+            ) from error
     fallback = config.model_copy(update={"features": FEATURES.options("plain_classifier")(name="plain_classifier")})
     return (
         fallback,
@@ -71,6 +79,15 @@ def prepare(config: Config) -> tuple[Config, StateDict | None, str | None]:
             "features.layer has no effect (give features.weights a file to avoid it)"
         ),
     )
+
+
+def check_features(configs: Iterable[Config]) -> None:
+    """Raise ConfigError where training one of ``configs`` would find no feature network; loads each network once."""
+    checked: list[Options] = []
+    for config in configs:
+        if uses_features(config) and config.features not in checked:
+            prepare(config)
+            checked.append(config.features)
 
 
 def load_data(
@@ -174,21 +191,22 @@ def validate(system: System, images: Tensor, labels: Tensor, config: Config, ran
     """Mean loss terms and accuracy on images after 8-bit rounding, over all workers' shares.
 
     Args:
-        images: uint8 (N, H, W, C); each worker takes every ``world``-th image.
+        images: uint8 (N, H, W, C); each worker takes every ``world``-th image, which may be none.
     """
     system.eval()
     context = autocast(config.train, images.device)
-    sums = torch.zeros(5, dtype=torch.float64, device=images.device)
+    names = ("loss", *METRICS)
+    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=images.device)
     mine_images, mine_labels = images[rank::world], labels[rank::world]
     for start in range(0, len(mine_images), config.train.eval_batch_size):
         chosen = slice(start, start + config.train.eval_batch_size)
         batch, target = as_input(mine_images[chosen]), mine_labels[chosen]
         with context():
             terms = system(batch, target, round_to_8bit=True)
-        means = torch.stack((terms.loss, *terms.metrics.values(), torch.ones_like(terms.loss)))
+        means = torch.stack((terms.loss, *(terms.metrics[name] for name in METRICS), torch.ones_like(terms.loss)))
         sums += means.double() * len(target)
     *found, num = total(sums).tolist()
-    return {f"val_{name}": value / num for name, value in zip(("loss", *terms.metrics), found, strict=True)}
+    return {f"val_{name}": value / num for name, value in zip(names, found, strict=True)}
 
 
 class ProtectionTask:

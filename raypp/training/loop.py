@@ -111,7 +111,8 @@ class Task(Protocol):
         """The networks of a phase, freshly initialised from the seed."""
 
     def validate(self, trainee: Trainee, rank: int, world: int) -> Row:
-        """Numbers after an epoch, over all workers; the networks with the lowest ``val_loss`` are kept."""
+        """Numbers after an epoch, over all workers. The networks with the lowest ``val_loss`` are kept; where a task
+        gives none, the last."""
 
     def end(self, phase: Phase, trainee: Trainee) -> None:
         """A phase is over; ``trainee`` has the weights that were kept."""
@@ -133,12 +134,15 @@ class Trained:
 
 
 def learning_rate(train: Optimisation, epochs: int, progress: float) -> float:
-    """The learning rate after ``progress`` epochs (a fraction within an epoch counts) of ``epochs``."""
+    """The learning rate after ``progress`` epochs (a fraction within an epoch counts) of ``epochs``.
+
+    A phase of other length than ``train.epochs`` takes the schedule at the same shares of its epochs.
+    """
     schedule, peak = train.schedule, train.optimizer.lr
     if isinstance(schedule, Constant):
         return peak
     if isinstance(schedule, MultiStep):
-        return peak * schedule.gamma ** sum(progress >= m for m in schedule.milestones)
+        return peak * schedule.gamma ** sum(progress * train.epochs >= m * epochs for m in schedule.milestones)
     done = min(progress / epochs, 1.0)
     if done < schedule.warmup:
         return peak * done / schedule.warmup
@@ -183,13 +187,14 @@ T = TypeVar("T")
 
 def together(step: Callable[[], T]) -> T:
     """Take a step on every worker; if it fails on one, all stop with the first one's reason and none waits for ever."""
-    problem: str | None = None
+    problem: tuple[str, int] | None = None
     try:
         done = step()
     except RayppError as error:
-        problem = str(error)
+        problem = str(error), error.exit_code
     if (problem := first_error(problem)) is not None:
-        raise StoppedError(problem)
+        message, code = problem
+        raise StoppedError(message, exit_code=code)
     return done
 
 
@@ -221,10 +226,11 @@ class Loop:
                 part, resumed = (resumed or {}).get("part"), None
                 row = self.train_epoch(index, epoch, Part(**part) if part is not None else None)
                 row |= self.task.validate(self.trainee, self.sink.rank, self.sink.world)
-                if not math.isfinite(row["val_loss"]):
+                loss, least = row.get("val_loss"), self.best.get("val_loss")
+                if loss is not None and not math.isfinite(loss):
                     raise self.diverged(row["step"], row["lr"])
                 # "<=": of equal losses the later wins, as in the authors' released code.
-                row["best"] = not self.best or row["val_loss"] <= self.best["val_loss"]
+                row["best"] = loss is None or least is None or loss <= least
                 self.history.append(row)
                 if row["best"]:
                     self.best = row

@@ -33,6 +33,13 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Take one step by the gradients at hand.
+
+        Raises:
+            ValueError: a closure is given: it would give new gradients to a step that is half done.
+        """
+        if closure is not None:
+            raise ValueError("Muon takes no closure; compute the gradients before the step")
         for group in self.param_groups:
             alike: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
@@ -50,7 +57,7 @@ class Muon(torch.optim.AdamW):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.sub_(update.reshape(parameter.shape), alpha=size)
                     parameter.grad = None  # used up: AdamW passes over it
-        return super().step(closure)
+        return super().step()
 
     def _average(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]

@@ -41,9 +41,12 @@ def adaptation_of(config: Config) -> str:
     return PROTECTIONS.get(config.protection.name).adaptation if chosen == "auto" else chosen
 
 
+METRICS = ("classification_loss", "feature_distance", "accuracy")
+
+
 @dataclass
 class SystemTerms(Terms):
-    """Per-batch results; metrics are ``classification_loss``, ``feature_distance`` and ``accuracy``."""
+    """Per-batch results; metrics are :data:`METRICS`."""
 
     logits: Tensor
     protected: Tensor
@@ -115,7 +118,7 @@ class System(Trainee):
         if isinstance(self.classifier, AdaptedClassifier) and (penalty := self.classifier.penalty()) is not None:
             loss = loss + penalty
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
-        metrics = {"classification_loss": classification, "feature_distance": distance, "accuracy": accuracy}
+        metrics = dict(zip(METRICS, (classification, distance, accuracy), strict=True))
         return SystemTerms(loss, metrics, logits, protected)
 
 
