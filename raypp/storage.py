@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from raypp.errors import StorageError
+from raypp.errors import StorageError, first_line
 from raypp.registry import absolute
 
 JOBS_FOLDER = "/runtime_resources/working_dir_files/"  # where `ray job submit` unpacks what it was given
@@ -222,8 +222,9 @@ class Storage:
         except OSError as error:
             where = self.folder(name).uri if name else self.uri
             # copytree collects (source, target, reason) of every file that it could not copy.
-            reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror or str(error)
-            raise StorageError(f"cannot {verb} {where}: {reason.splitlines()[0]}") from error
+            causes = error.args[0] if isinstance(error, shutil.Error) and error.args else ()
+            reason = OSError(causes[0][2]) if causes else OSError(error.strerror) if error.strerror else error
+            raise StorageError(f"cannot {verb} {where}: {first_line(reason)}") from error
 
 
 def _local(uri: str) -> tuple[Any, str]:

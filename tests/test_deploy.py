@@ -192,7 +192,7 @@ def test_the_entrypoint_of_a_job_is_a_command_that_raypp_takes(name: str, tmp_pa
         assert load_config(words[2], flags=flags).cluster.storage.startswith("/shared/")
 
 
-@pytest.mark.parametrize("name", ["raypp/serve/serve_config.yaml", "deploy/kuberay/rayservice.yaml"])
+@pytest.mark.parametrize("name", ["serve_config.yaml", "deploy/kuberay/rayservice.yaml"])
 def test_services_that_others_reach_ask_for_a_token(name: str) -> None:
     tree = read(name)
     config = yaml.safe_load(tree["spec"]["serveConfigV2"]) if "spec" in tree else tree

@@ -42,9 +42,13 @@ class Here:
     """Both services in this process: what Ray's replicas do, without Ray."""
 
     def __init__(self, location: Path, tokens: Tokens | None = None) -> None:
-        self.live, self.tokens, self.limits = Live(location), tokens, Limits(body=200_000, images=16)
+        self.live, self.valid = Live(location, prepare=lambda served: None), tokens
+        self.limits = Limits(body=200_000, images=16)
         self.waiting = Waiting(20)
         self.seen: list[tuple[str, int, int]] = []
+
+    async def tokens(self) -> Tokens | None:
+        return self.valid
 
     def now(self) -> Served:
         return self.live.now
@@ -426,7 +430,8 @@ def test_tokens_count_as_the_file_has_them_now(
     tokens = TokenFile(str(path))
 
     class Asked(Here):
-        tokens = property(lambda self: tokens.now(), lambda self, value: None)  # type: ignore[assignment]
+        async def tokens(self) -> Tokens | None:
+            return tokens.now()
 
     here = Asked(trained.bundle)
     client = TestClient(classifier_api(lambda: here))

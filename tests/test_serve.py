@@ -73,7 +73,16 @@ def service(cluster: Cluster, trained: Trained, tmp_path_factory: pytest.TempPat
     with publishing(bundle, root / "shelf"):
         pass
     token = add_token(root / "tokens.json", "test", ["classify", "attack"])
-    arguments = ["raypp", "serve", str(root / "shelf"), "--port", str(PORT), "--tokens", str(root / "tokens.json")]
+    arguments = [
+        "raypp",
+        "serve",
+        str(root / "shelf"),
+        "--port",
+        str(PORT),
+        "--tokens",
+        str(root / "tokens.json"),
+        "--attack",
+    ]
     process = cluster.popen(arguments)
     url = f"http://127.0.0.1:{PORT}"
     wait_until(lambda: answers(f"{url}/classifier/v1/model") and answers(f"{url}/attack/v1"), process)
@@ -303,7 +312,6 @@ def test_clients_outlast_a_restart_of_the_whole_service(trained: Trained, tmp_pa
             str(trained.bundle),
             "--port",
             str(port),
-            "--no-attack",
         ]
         pipe = subprocess.PIPE
         running.append(subprocess.Popen(arguments, env=rest, stdout=pipe, stderr=pipe, text=True))
@@ -493,7 +501,7 @@ def test_haproxy_takes_the_requests_and_listens_here_only(trained: Trained, tmp_
     """On a Ray of its own. Its manager killed, HAProxy goes too, and another answers."""
     surroundings = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     program = str(Path(sys.executable).parent / "raypp")
-    arguments = [program, "serve", str(trained.bundle), "--no-attack", "--haproxy"]
+    arguments = [program, "serve", str(trained.bundle), "--haproxy"]
     port = free_port()
     process = subprocess.Popen(
         [*arguments, "--port", str(port)], env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -26,7 +26,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from raypp.cluster.board import Events, Steps, following, put_up, seconds_to_stop, told_to_stop
 from raypp.config import Cluster, Config, validate
 from raypp.data.streaming import Batch, StreamLoader, bounded, datasets, held_out
-from raypp.errors import RayppError, StoppedError, ToldToStop, TrainingError
+from raypp.errors import RayppError, StoppedError, ToldToStop, TrainingError, last_line
 from raypp.keys import Key
 from raypp.nets.features import StateDict
 from raypp.progress import Display
@@ -172,13 +172,13 @@ def run_trainer(trainer: TorchTrainer, max_failures: int, run: Storage, board: A
     except ray.train.WorkerGroupError as error:
         text = "\n".join(map(str, error.worker_failures.values())) or str(error)
         # What a user can mend may lie deep: a damaged image is met in a task that feeds the worker.
-        reasons = re.findall(r"raypp\.errors\.\w+: (.+)", text) or text.strip().splitlines()
+        reasons = re.findall(r"raypp\.errors\.\w+: (.+)", text) or text.strip().splitlines() or [type(error).__name__]
         raise TrainingError(
             f"training stopped after {max_failures} restarts: {reasons[-1]}; newest checkpoint: "
             f"{(newest_first(run) or ['none yet'])[0]}; --resume goes on from it"
         ) from error
     except ray.train.TrainingFailedError as error:
-        raise TrainingError(f"Ray Train gave up: {str(error).strip().splitlines()[-1]}") from error
+        raise TrainingError(f"Ray Train gave up: {last_line(error)}") from error
     outcome: dict[str, Any] = result.return_value
     return outcome
 
