@@ -149,9 +149,9 @@ def quickstart(*, local: bool = False, name: str | None = None, storage: Path = 
         (f"raypp protect {where}/bundle/public IMAGE_OR_FOLDER OUT", "what a client does, offline"),
         (f"raypp evaluate {where}/bundle", "measure the bundle again, from its files alone"),
         (f"raypp attack {where}/bundle", "every attack, larger"),
-        (f"raypp serve {storage}/latest/bundle", "classify over HTTP"),
         ("raypp train cifar10-small", "real images: downloads CIFAR-10 (or --data.source parquet)"),
         ("raypp config cifar10", "the paper's experiment, every number of it"),
+        (f"raypp serve {storage}/latest/bundle", "classify over HTTP"),
     ):
         console.print(f"  {escape(command):<58} [dim]{why}[/]", highlight=False, soft_wrap=True)
 

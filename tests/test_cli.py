@@ -340,13 +340,14 @@ def test_quickstart_says_what_to_do_next(capsys: Captured, tmp_path: Path, monke
     out, _ = run(capsys, "quickstart", "--local", "--name", "first", "--storage", "runs")
     assert "protected, 8 bit" in out
     next_steps = [line.split() for line in out.splitlines() if line.startswith("  raypp ")]
-    assert [words[1] for words in next_steps] == ["protect", "evaluate", "attack", "train", "config"]
+    assert [words[1] for words in next_steps] == ["protect", "evaluate", "attack", "train", "config", "serve"]
     write_png(tmp_path / "in.png", np.zeros((16, 16, 3), dtype=np.uint8))
     run(capsys, "protect", next_steps[0][2], "in.png", "out.png")
     run(capsys, "evaluate", next_steps[1][2])
     assert next_steps[2][2] + "/public" == next_steps[0][2]
     assert next_steps[3][2] in presets()
     run(capsys, "config", next_steps[4][2])
+    run(capsys, "serve", next_steps[5][2], "--write", "served.yaml")
 
 
 @LONG

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import json
 import re
+import subprocess
+import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
+import raypp
 from raypp.config import load_config
+from raypp.errors import ConfigError
 from raypp.search import make_plan
+from raypp.serve.run import ATTACK, CONFIG, template
 
 CLUSTERS = ("cluster.yaml", "deploy/cluster-on-premise.yaml")
 MANIFESTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "deploy/kuberay").glob("*.yaml"))
@@ -141,14 +147,14 @@ def test_kubernetes_understands_a_manifest(name: str) -> None:
         assert cluster.rayVersion == ray.__version__
     else:
         kubernetes_validate.validate(tree, KUBERNETES, strict=True)
-    for template in templates(tree):
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"} | template["metadata"]}
-        kubernetes_validate.validate(pod | {"spec": template["spec"]}, KUBERNETES, strict=True)
-        assert template["spec"]["securityContext"]["runAsNonRoot"]
-        if template["spec"]["containers"][0]["name"] != "ray-head":  # which asks Kubernetes for more pods
-            assert template["spec"]["automountServiceAccountToken"] is False
-        assert template["metadata"]["labels"] == {"app.kubernetes.io/part-of": "raypp"}  # the network policy's
-        for container in template["spec"]["containers"]:
+    for pod_template in templates(tree):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"} | pod_template["metadata"]}
+        kubernetes_validate.validate(pod | {"spec": pod_template["spec"]}, KUBERNETES, strict=True)
+        assert pod_template["spec"]["securityContext"]["runAsNonRoot"]
+        if pod_template["spec"]["containers"][0]["name"] != "ray-head":  # which asks Kubernetes for more pods
+            assert pod_template["spec"]["automountServiceAccountToken"] is False
+        assert pod_template["metadata"]["labels"] == {"app.kubernetes.io/part-of": "raypp"}  # the network policy's
+        for container in pod_template["spec"]["containers"]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert "memory" in container["resources"]["limits"]
 
@@ -199,6 +205,43 @@ def test_services_that_others_reach_ask_for_a_token(name: str) -> None:
     ServeDeploySchema.model_validate(config)
     for application in config["applications"]:
         assert config["http_options"]["host"] == "127.0.0.1" or application["args"]["tokens"]
+
+
+def test_the_shipped_configuration_needs_no_editing(tmp_path: Path) -> None:
+    """Its one setting is the bundle; attacks are off; what is behind # is what ``raypp serve --attack`` adds."""
+    config = read("serve_config.yaml")
+    ServeDeploySchema.model_validate(config)
+    (classifier,) = config["applications"]
+    assert (classifier["name"], classifier["route_prefix"]) == ("classifier", "/")
+    assert classifier["args"]["bundle"] == "runs/latest/bundle"
+    assert (config["http_options"]["host"], config["http_options"]["port"]) == ("127.0.0.1", 8000)
+    lines = (ROOT / "serve_config.yaml").read_text().splitlines()
+    begin = next(i for i, line in enumerate(lines) if line == "  # - name: attack")
+    shown = [line.replace("  # ", "  ", 1) for line in lines[begin:]]
+    _, attack = yaml.safe_load("\n".join(lines[:begin] + shown))["applications"]
+    assert attack["args"].pop("bundle") == "runs/latest/bundle"
+    assert attack["args"].pop("tokens") is None
+    assert attack == ATTACK
+
+
+def test_the_wheel_has_the_only_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout finds it at the top of the repository, an installed wheel in the package."""
+    assert [p.relative_to(ROOT).as_posix() for p in ROOT.glob("raypp/**/*.yaml") if p.name == CONFIG] == []
+    of_checkout = template()
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert [name for name in archive.namelist() if name.endswith(CONFIG)] == [f"raypp/serve/{CONFIG}"]
+        assert archive.read(f"raypp/serve/{CONFIG}") == (ROOT / CONFIG).read_bytes()
+        archive.extractall(tmp_path / "site-packages")
+    monkeypatch.setattr(raypp, "__file__", str(tmp_path / "site-packages" / "raypp" / "__init__.py"))
+    assert template() == of_checkout
+    (tmp_path / "site-packages" / "raypp" / "serve" / CONFIG).unlink()
+    with pytest.raises(ConfigError, match=r"serve_config\.yaml is missing"):
+        template()
 
 
 def read_toml() -> dict[str, Any]:

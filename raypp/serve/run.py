@@ -45,9 +45,11 @@ def template() -> dict[str, Any]:
     """The shipped ``serve_config.yaml``, from which both a cluster and ``raypp serve`` take what they deploy."""
     package = Path(raypp.__file__).parent
     places = (package / "serve" / CONFIG, package.parent / CONFIG)  # of an installed wheel, of a checkout
-    text = next(place.read_text() for place in places if place.is_file())
-    config: dict[str, Any] = yaml.safe_load(text)
-    return config
+    for place in places:
+        if place.is_file():
+            config: dict[str, Any] = yaml.safe_load(place.read_text())
+            return config
+    raise ConfigError(f"{CONFIG} is missing in {package.parent}; install raypp again")
 
 
 def configured(bundle: str, *, host: str, port: int, tokens: str | None, attack: bool = False) -> dict[str, Any]:
