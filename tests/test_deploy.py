@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -17,7 +18,7 @@ import kubernetes_validate
 import pytest
 import ray
 import yaml
-from conftest import ROOT
+from conftest import ROOT, Trained
 from packaging.requirements import Requirement
 from pydantic import BaseModel, ConfigDict, Field
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -26,8 +27,10 @@ from ray.serve.schema import ServeDeploySchema
 import raypp
 from raypp.config import load_config
 from raypp.errors import ConfigError
+from raypp.runs import point_latest
 from raypp.search import make_plan
 from raypp.serve.run import ATTACK, CONFIG, template
+from raypp.storage import Storage
 
 CLUSTERS = ("cluster.yaml", "deploy/cluster-on-premise.yaml")
 MANIFESTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "deploy/kuberay").glob("*.yaml"))
@@ -222,6 +225,68 @@ def test_the_shipped_configuration_needs_no_editing(tmp_path: Path) -> None:
     assert attack["args"].pop("bundle") == "runs/latest/bundle"
     assert attack["args"].pop("tokens") is None
     assert attack == ATTACK
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ({"bundle": "runs/none"}, "there is no 'runs/none' in {here} or in {root}; `raypp quickstart` makes"),
+        ({"bundle": "{here}/none"}, "{here}/none is neither a bundle nor a shelf of published ones"),
+        ({"bundle": "{run}"}, "{run} is a run; its bundle is {run}/bundle"),
+        ({"bundle": ""}, "a location is not understood: '' is empty; allowed is a path or a URI"),
+        ({"bundle": 7}, "bundle is 7: input should be a valid string"),
+        ({}, "bundle is missing; it has no default"),
+        ({"bundel": "x"}, "unknown key 'bundel' (did you mean 'bundle'?); allowed there: bundle, tokens"),
+        ({"bundle": "{run}/bundle", "max_images": 0}, "max_images is 0: input should be greater than or equal to 1"),
+        ({"bundle": "{run}/bundle", "tokens": "none.json"}, "there is no 'none.json' in {here} or in {root}"),
+        ({"bundle": "{run}/bundle", "tokens": "{here}/none.json"}, "token file '{here}/none.json' cannot be read"),
+        ({"bundle": "{run}/damaged"}, "was altered: private/classifier.json does not match its SHA-256"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+@pytest.mark.parametrize("name", ["classifier", "attack"])
+def test_what_cannot_be_deployed_is_one_sentence(
+    name: str, args: dict[str, Any], sentence: str, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serve shows a RayServeException by its message, anything else by its traceback."""
+    from ray.serve.exceptions import RayServeException
+
+    from raypp.serve import app
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained.bundle, tmp_path / "run" / "bundle")
+    damaged = shutil.copytree(trained.bundle, tmp_path / "run" / "damaged") / "private" / "classifier.json"
+    damaged.write_text(damaged.read_text() + " ")
+    places = {"here": str(tmp_path), "root": str(ROOT), "run": str(tmp_path / "run")}
+    filled = {key: value.format(**places) if isinstance(value, str) else value for key, value in args.items()}
+    with pytest.raises(RayServeException) as refusal:
+        getattr(app, f"build_{name}")(filled)
+    assert str(refusal.value).startswith(f"args of {name}: ")
+    assert sentence.format(**places) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_relative_bundle_is_found_from_where_ray_was_started_and_in_the_checkout(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where both have it, the folder in which Ray was started wins; replicas get an absolute path."""
+    from raypp.serve import app
+
+    started, checkout = tmp_path / "started", tmp_path / "checkout"
+    (checkout / "raypp").mkdir(parents=True)
+    started.mkdir()
+    monkeypatch.chdir(started)
+    monkeypatch.setattr(raypp, "__file__", str(checkout / "raypp" / "__init__.py"))
+    with pytest.raises(ConfigError, match=r"there is no 'runs/latest/bundle' in .*started or in .*checkout"):
+        app.located("runs/latest/bundle")
+    for folder in (checkout, started):
+        shutil.copytree(trained.bundle, folder / "runs" / "one" / "bundle")
+        point_latest(Storage(folder / "runs" / "one"))
+        assert app.located("runs/latest/bundle") == f"{folder}/runs/latest/bundle"
+        assert app.located("./runs/latest/bundle") == f"{folder}/runs/latest/bundle"
+    assert app.located("s3://bucket/bundle") == "s3://bucket/bundle"
+    assert app.located("/elsewhere") == "/elsewhere"
+    app.build_classifier({"bundle": "runs/latest/bundle"})
 
 
 def test_the_wheel_has_the_only_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -838,6 +838,10 @@ def test_what_is_called_latest_and_is_no_link_stays(tmp_path: Path, capsys: pyte
 def test_locations_that_are_neither_bundle_nor_shelf_are_named(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="is neither a bundle nor a shelf"):
         current(tmp_path)
+    (tmp_path / "run" / "bundle").mkdir(parents=True)
+    (tmp_path / "run" / "bundle" / "manifest.json").write_text("{}")
+    with pytest.raises(StorageError, match=r"/run is a run; its bundle is .*/run/bundle$"):
+        current(tmp_path / "run")
     (tmp_path / "live.json").write_text("x")
     with pytest.raises(StorageError, match=r"live\.json is damaged"):
         current(tmp_path)

@@ -28,6 +28,7 @@ from torch import Tensor  # noqa: E402
 
 from raypp.config import sentence  # noqa: E402
 from raypp.errors import ConfigError, RayppError, first_line  # noqa: E402
+from raypp.registry import absolute  # noqa: E402
 from raypp.remote import is_loopback  # noqa: E402
 from raypp.serve.auth import TokenFile, Tokens  # noqa: E402
 from raypp.serve.batching import Batches  # noqa: E402
@@ -36,7 +37,6 @@ from raypp.serve.index import Server  # noqa: E402
 from raypp.serve.ladder import online  # noqa: E402
 from raypp.serve.model import Live, Served, classify  # noqa: E402
 from raypp.serve.wire import Limits, Waiting  # noqa: E402
-from raypp.storage import Storage  # noqa: E402
 
 logger = logging.getLogger("raypp.serve")
 LEAST_SECONDS = 0.5  # between two looks for newer bundles that requests cause
@@ -300,13 +300,16 @@ def bind(name: str, arguments: Arguments) -> Application:
     return application
 
 
+NO_BUNDLE = "; `raypp quickstart` makes a first bundle, and `bundle` in serve_config.yaml names another one"
+
+
 def _built(name: str, args: dict[str, Any]) -> Application:
     """An application, its bundle loaded once here, so that what is wrong is one sentence in ``serve status``."""
     try:
         arguments = Arguments.model_validate(args)
         arguments = arguments.model_copy(
             update={
-                "bundle": located(arguments.bundle),
+                "bundle": located(arguments.bundle, NO_BUNDLE),
                 "tokens": located(arguments.tokens) if arguments.tokens is not None else None,
             }
         )
@@ -325,19 +328,24 @@ def _built(name: str, args: dict[str, Any]) -> Application:
     return application
 
 
-def located(location: str) -> str:
-    """A path as it is meant in ``serve_config.yaml``: absolute, or relative to where Ray was started, else to the
-    folder of the checkout that raypp runs from.
+def located(location: str, hint: str = "") -> str:
+    """A path as ``serve_config.yaml`` means it: absolute, or relative to where Ray was started, else to the checkout.
+
+    Args:
+        hint: what the error adds.
 
     Raises:
         ConfigError: nothing is there.
     """
-    uri = Storage(location).uri
+    try:
+        uri = absolute(location)
+    except ValueError as error:
+        raise ConfigError(f"a location is not understood: {error}") from error
     if "://" in uri or Path(location).expanduser().is_absolute():
         return uri
-    started, checkout = Path(uri), Path(raypp.__file__).parent.parent / location
-    found = next((path for path in (started, checkout) if path.exists()), None)
-    if found is None:
-        hint = "; `raypp quickstart` or `raypp train` makes one" if "latest" in Path(location).parts else ""
-        raise ConfigError(f"there is no {location!r} in {Path.cwd()} (where Ray was started) or in {checkout}{hint}")
-    return str(found)
+    folders = list(dict.fromkeys((Path(absolute(".")), Path(raypp.__file__).parent.parent)))
+    for folder in folders:
+        if (folder / location).exists():
+            return str(folder / location)
+    places = " or in ".join(map(str, folders))
+    raise ConfigError(f"there is no {location!r} in {places}{hint}")

@@ -244,6 +244,8 @@ def current(location: str | Path) -> Named:
             raise StorageError(f"{storage.uri}/{LIVE} is damaged; raypp publish writes it anew")
         return Named(storage.folder(f"versions/{version}").uri, version, named["published"])
     if not storage.exists(bundles.MANIFEST):
+        if storage.exists(f"bundle/{bundles.MANIFEST}"):
+            raise StorageError(f"{storage.uri} is a run; its bundle is {storage.folder('bundle').uri}")
         raise StorageError(f"{storage.uri} is neither a bundle nor a shelf of published ones")
     return Named(storage.uri, hashlib.sha256(storage.read(bundles.MANIFEST)).hexdigest()[:16], None)
 
