@@ -98,16 +98,15 @@ def run_training(
         for warning in run.warnings:
             display.warn(warning)
         found = summary(run)
-        finished = found is not None
-        if finished:
+        if found is not None:
             if not quiet:
                 display.console.print(f"run {name!r} is finished: nothing left to train", markup=False, highlight=False)
-        elif on_ray is None:
-            with told_by(display.stop, signal.SIGTERM):
-                found = train_locally(run, display)
         else:
-            found = on_ray(run, display)
-        if not finished:
+            if on_ray is None:
+                with told_by(display.stop, signal.SIGTERM):
+                    found = train_locally(run, display)
+            else:
+                found = on_ray(run, display)
             point_latest(run.storage)
         where = run.storage.uri
     if not quiet:

@@ -316,6 +316,12 @@ def test_train_evaluate_protect(capsys: Captured, tmp_path: Path, trained: Train
     )
     assert err == "run 'one' is finished: nothing left to train\n"
     assert f"{found['test']['accuracy']:.2%}" in out
+    latest = tmp_path / "runs" / "latest"  # what `serve deploy serve_config.yaml` serves
+    assert latest.readlink() == Path("one")
+    latest.unlink()
+    latest.symlink_to("gone")
+    run(capsys, "train", "quickstart", "--name", "two", "--local", *tiny_flags(tmp_path / "runs", train__epochs=1))
+    assert latest.readlink() == Path("two")
 
 
 def test_quiet_training_prints_nothing_and_its_settings_may_stand_anywhere(capsys: Captured, tmp_path: Path) -> None:

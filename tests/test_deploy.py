@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
 import raypp
+from raypp.cli import main
 from raypp.config import load_config
 from raypp.errors import ConfigError
 from raypp.runs import point_latest
@@ -307,6 +309,50 @@ def test_the_wheel_has_the_only_copy(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "site-packages" / "raypp" / "serve" / CONFIG).unlink()
     with pytest.raises(ConfigError, match=r"serve_config\.yaml is missing"):
         template()
+
+
+def test_a_ray_that_starts_here_leaves_no_token_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else `ray start` would ask for it after `raypp quickstart`, and `serve deploy` would be refused."""
+    from raypp.cluster.session import _bring_token
+
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def token(**surroundings: str) -> str | None:
+        with monkeypatch.context() as patch:
+            for name in names:
+                patch.delenv(name, raising=False)
+            for name, value in surroundings.items():
+                patch.setenv(name, value)
+            patch.setenv("RAY_AUTH_TOKEN", "")  # so that it is put back at the end
+            del os.environ["RAY_AUTH_TOKEN"]
+            os.environ.update(surroundings)
+            _bring_token()
+            return os.environ.get("RAY_AUTH_TOKEN")
+
+    own = token()
+    assert own is not None
+    assert len(own) == 64
+    assert own != token()
+    assert token(RAY_AUTH_TOKEN="mine") == "mine"
+    assert token(RAY_AUTH_TOKEN_PATH="file") is None
+    assert token(RAY_AUTH_MODE="token") is None
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("theirs")
+    assert token() is None
+
+
+def test_attacks_are_served_only_where_asked_for(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, flags in (("off.yaml", []), ("on.yaml", ["--attack"])):
+        main(["serve", str(trained.bundle), "--write", str(tmp_path / name), *flags])
+        applications = yaml.safe_load((tmp_path / name).read_text())["applications"]
+        assert [application["name"] for application in applications] == ["classifier", "attack"][: 1 + len(flags)]
+    with pytest.raises(SystemExit):
+        main(["serve", str(trained.bundle), "--no-attack", "--write", str(tmp_path / "no.yaml")])
+    main(["serve", "--help"])
+    assert "--no-attack" not in capsys.readouterr().out
 
 
 def read_toml() -> dict[str, Any]:

@@ -423,7 +423,7 @@ class Around:
                 if not given:  # Serve gives each request one and answers with it by itself
                     message.setdefault("headers", []).append((REQUEST_ID.lower().encode(), identifier.encode()))
             elif head and message["type"] == "http.response.body":
-                message = message | {"body": b""}
+                message = {**message, "body": b""}
             await send(message)
 
         try:

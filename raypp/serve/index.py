@@ -37,8 +37,10 @@ class Server(Starlette):
         self.classifier = classifier
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        below = str(scope.get("root_path", "")).endswith(CLASSIFIER)
-        await (self.classifier if below else super()).__call__(scope, receive, send)
+        if str(scope.get("root_path", "")).endswith(CLASSIFIER):
+            await self.classifier(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
 
 def index_api(running: Callable[[], Awaitable[Collection[str]]], observe: Observe | None = None) -> FastAPI:
