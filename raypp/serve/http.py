@@ -340,9 +340,7 @@ def _api(
         tokens = await service().tokens()
         if tokens is not None:
             tokens.check(request.headers.get("authorization"), scope)
-
-    async def readable(request: Request) -> None:
-        """What is not read is refused, and the type of the answer is chosen."""
+        # What is not read is refused, and the type of the answer is chosen.
         route = request.scope["route"]
         check_headers(request.headers, reads_body=request.method == "POST", tagged=304 in route.responses)
         check_query(
@@ -355,7 +353,7 @@ def _api(
     api = FastAPI(
         title=title, version=raypp.__version__, description=what, docs_url="/docs", redoc_url=None,
         redirect_slashes=False,  # to an address that the client's Host header names, before its token is looked at
-        dependencies=[Depends(allowed), Depends(readable), Depends(bearer)],  # the last so that OpenAPI names it
+        dependencies=[Depends(allowed), Depends(bearer)],  # the latter so that OpenAPI names it
     )  # fmt: skip
     api.add_middleware(Around, observe=observe, root="/docs")
     add_problems(api)
