@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import raypp
 from raypp.config import Config, read_yaml
-from raypp.errors import BundleError, ConfigError, StorageError
+from raypp.errors import BundleError, ConfigError, StorageError, first_line
 from raypp.evaluation.metrics import chance_error
 from raypp.guard import Guard, restore
 from raypp.keys import FILE, Key
@@ -307,7 +307,7 @@ def load_public(location: str | Path, key: Key | None = None) -> PublicBundle:
             if min(height, width) < 1 or about["channels"] not in (1, 3):
                 raise ValueError(f"it reads no images of {height} x {width} with {about['channels']} channels")
         except (ConfigError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise BundleError(f"the protection in {str(location)!r} cannot be built: {_line(error)}") from error
+            raise BundleError(f"the protection in {str(location)!r} cannot be built: {first_line(error)}") from error
     protection.eval().requires_grad_(False)
     return PublicBundle(protection, about["channels"], (height, width), about)
 
@@ -335,7 +335,7 @@ def load_private(location: str | Path) -> PrivateBundle:
             found = folder / "guard.json"
             guard = restore(_read_json(found)) if found.is_file() else None
         except (ConfigError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise BundleError(f"the classifier in {str(location)!r} cannot be built: {_line(error)}") from error
+            raise BundleError(f"the classifier in {str(location)!r} cannot be built: {first_line(error)}") from error
         try:
             config = read_yaml(folder / "config.yaml")
         except ConfigError as error:
@@ -364,7 +364,9 @@ def load_plain_classifier(location: str | Path) -> nn.Module | None:
             )
             net.load_state_dict(load(file.read_bytes()))
         except (ConfigError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise BundleError(f"the plain classifier in {str(location)!r} cannot be built: {_line(error)}") from error
+            raise BundleError(
+                f"the plain classifier in {str(location)!r} cannot be built: {first_line(error)}"
+            ) from error
     net.eval().requires_grad_(False)
     return net
 
@@ -491,7 +493,3 @@ def _contiguous(state: StateDict) -> dict[str, Tensor]:
 
 def _json(data: Any) -> bytes:
     return (json.dumps(data, indent=2) + "\n").encode()
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0]

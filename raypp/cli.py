@@ -98,7 +98,7 @@ def run_training(
     """Train a run and print what came of it; returns its summary."""
     from raypp.evaluation.metrics import chance_error
     from raypp.progress import Display
-    from raypp.runs import open_run, summary, train_locally
+    from raypp.runs import open_run, point_latest, summary, train_locally
 
     on_ray = None if local else _from_ray("raypp.cluster.train", "train_on_ray")
     with open_run(config, name, resume=resume) as run, Display(quiet=quiet) as display:
@@ -108,11 +108,13 @@ def run_training(
         if found is not None:
             if not quiet:
                 display.console.print(f"run {name!r} is finished: nothing left to train", markup=False, highlight=False)
-        elif on_ray is None:
-            with told_by(display.stop, signal.SIGTERM):
-                found = train_locally(run, display)
         else:
-            found = on_ray(run, display)
+            if on_ray is None:
+                with told_by(display.stop, signal.SIGTERM):
+                    found = train_locally(run, display)
+            else:
+                found = on_ray(run, display)
+            point_latest(run.storage)
         where = run.storage.uri
     if not quiet:
         _print_results(found, where)
@@ -164,6 +166,7 @@ def quickstart(*, local: bool = False, name: str | None = None, storage: Path = 
         (f"raypp attack {where}/bundle", "every attack, larger"),
         ("raypp train cifar10-small", "real images: downloads CIFAR-10 (or --data.source parquet)"),
         ("raypp config cifar10", "the paper's experiment, every number of it"),
+        (f"raypp serve {storage}/latest/bundle", "classify over HTTP"),
     ):
         console.print(f"  {escape(command):<58} [dim]{why}[/]", highlight=False, soft_wrap=True)
 
@@ -474,11 +477,11 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     tokens: str | None = None,
-    attack: bool = True,
+    attack: Annotated[bool, Parameter(negative="")] = False,
     haproxy: bool = False,
     write: Path | None = None,
 ) -> None:
-    """Serve a bundle's classifier, and the attacks on it, over HTTP until interrupted.
+    """Serve a bundle's classifier over HTTP until interrupted.
 
     Parameters
     ----------
@@ -491,7 +494,7 @@ def serve(
     tokens
         Token file (see `raypp token`): every request then needs one.
     attack
-        Whether the attacks are served too.
+        Also serve the attacks on the bundle, to all who can reach the service.
     haproxy
         Let Ray's HAProxy take the requests in place of its own proxy: more than twice as many a second of one image.
     write
@@ -524,7 +527,7 @@ def serve(
             url = stack.enter_context(serving(config, haproxy=haproxy))
             running = stack.pop_all()
         with running:
-            said = [(a["name"], f"{url}{a['route_prefix']}/docs") for a in config["applications"]]
+            said = [(a["name"], f"{url}/{a['name']}/docs") for a in config["applications"]]
             said += [("metrics", found)] if (found := metrics_of()) is not None else []
             for name, where in said:
                 console.print(f"{name:<11} {where}", markup=False, highlight=False, soft_wrap=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -90,15 +90,18 @@ def services(urls: Sequence[str], *, token: str | None = None, key: str | Path |
         RayppError: a service does not answer, or serves a protection that cannot be used.
     """
     found: list[Service] = []
-    for given in urls:
-        name, equals, url = given.partition("=")
-        if not equals or "/" in name:
-            name = url = given
-        if name in {service.name for service in found}:
-            raise ConfigError(f"two services are called {name!r}; write NAME={url} to tell them apart")
-        service = Service(name, Client(url, token=token, key=key, patience=10.0))
-        service.ask()
-        found.append(service)
+    with ExitStack() as clients:
+        for given in urls:
+            name, equals, url = given.partition("=")
+            if not equals or "/" in name:
+                name = url = given
+            if name in {service.name for service in found}:
+                raise ConfigError(f"two services are called {name!r}; write NAME={url} to tell them apart")
+            client = clients.enter_context(Client(url, token=token, key=key, patience=10.0))
+            service = Service(name, client)
+            service.ask()
+            found.append(service)
+        clients.pop_all()  # now they are the services' own
     return found
 
 

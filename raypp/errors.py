@@ -14,6 +14,18 @@ of raypp. The codes of all commands:
 FAILURE, USAGE = 1, 2
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its type where the message is empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def last_line(error: Exception) -> str:
+    """The last line of an error's message, or the name of its type where the message is empty."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
+
+
 class RayppError(Exception):
     """Base of every error a user can cause and mend; by itself a failure at run time.
 

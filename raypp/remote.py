@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -41,6 +42,7 @@ NPY = "application/x-npy"
 NPY_HEADER = 1024  # bytes, and more than one takes
 MAX_ARCHIVE = 2**30  # bytes of a public part, before and after unpacking
 MOST_ANEW = 2  # times that a request is made anew since another bundle has become live
+MAX_DOUBLINGS = 10  # of the wait between two tries, which has its limit long before
 LONGEST_WAIT = 30.0  # seconds between two tries
 CONNECT_SECONDS = 5.0  # for a connection: a host that is not there shall be known before a request would have ended
 QUIET_SECONDS = 1.0  # of trying again that nobody is told of
@@ -134,7 +136,7 @@ class _Session:
         if token is not None:
             self._headers["Authorization"] = f"Bearer {token}"
         self._bundle: tuple[str, PublicBundle] | None = None
-        self._limits: tuple[int, int] | None = None
+        self._limits: tuple[str, tuple[int, int]] | None = None  # by the protection that they belong to
         # A proxy of the environment must not see what is meant for this machine.
         self.trust_env = not is_loopback(parts.hostname)
 
@@ -191,7 +193,7 @@ class _Session:
         kept = held is not None and (self._cache / held / MANIFEST).is_file()
         headers = {"If-None-Match": f'"{held}"'} if kept else {}
         answer = yield from self.get("/classifier/v1/protection", headers)
-        identifier = answer.headers.get("etag", "").strip('"')
+        identifier = answer.headers.get("etag", "").strip().removeprefix("W/").strip('"')  # proxies weaken it
         self._bundle = known = identifier, self._take(identifier, answer.content)
         return known
 
@@ -203,16 +205,18 @@ class _Session:
         """
         if wanted < 1:
             raise ConfigError(f"batch is {wanted}; allowed is 1 or more")
-        if self._limits is None:
-            yield from self.protection()  # what is wrong with it is worth more to know than what is wrong with limits
+        # First the protection: what is wrong with it is worth more to know than what is wrong with limits.
+        identifier, _ = yield from self.protection()
+        if self._limits is None or self._limits[0] != identifier:  # another bundle may take images of another size
             about = yield from self.model()
             try:
                 upload, limits = about["upload"], about["limits"]
                 size = upload["height"] * upload["width"] * upload["channels"]
-                self._limits = int(limits["images"]), (int(limits["body_bytes"]) - NPY_HEADER) // int(size)
+                images, bytes_of_body = int(limits["images"]), int(limits["body_bytes"])
+                self._limits = identifier, (images, (bytes_of_body - NPY_HEADER) // int(size))
             except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
                 raise RemoteError(f"{self.url} does not say what it takes; is it a raypp classifier?") from error
-        return max(1, min(wanted, *self._limits))
+        return max(1, min(wanted, *self._limits[1]))
 
     def _take(self, identifier: str, archive: bytes) -> PublicBundle:
         """Check a public part, keep it on disk and load it."""
@@ -307,6 +311,10 @@ class _Session:
                 anew += 1
                 yield from self.protection(anew=True)
                 continue
+            if answer.status_code == 413 and len(images) > 1:  # a newer bundle takes larger images, or fewer of them
+                self._limits = None
+                halves = yield from self._classify_halves(images, errors)
+                return halves
             problem = _problem(answer)
             refused = _refused(answer, len(kept)) if errors is not None and problem.code == "not-protected" else []
             if errors is None or not refused:
@@ -315,6 +323,19 @@ class _Session:
                 errors[kept[place]] = RemoteError(
                     "the service takes its protected form for a plain image", problem.status, problem.code
                 )
+
+    def _classify_halves(self, images: Sequence[Image], errors: Errors | None) -> Step:
+        """As :meth:`classify`, in two requests."""
+        middle = len(images) // 2
+        predictions = []
+        for begin, part in ((0, images[:middle]), (middle, images[middle:])):
+            errors_of_part: Errors | None = None
+            if errors is not None:
+                errors_of_part = {k - begin: error for k, error in errors.items() if 0 <= k - begin < len(part)}
+            predictions += yield from self.classify(part, errors_of_part)
+            if errors is not None and errors_of_part is not None:
+                errors |= {k + begin: error for k, error in errors_of_part.items()}
+        return predictions
 
     def attacks(self) -> Step:
         answer = yield from self.get("/attack/v1")
@@ -418,7 +439,9 @@ class Client:
             on_error: called with each image that cannot be read, or whose protected form the service takes for a plain
                 image, and why; the others go on. By default the error is raised.
         """
-        for part in _batches(images, self._do(self._session.batch(batch))):
+        remaining = iter(images)
+        # The size of each batch is asked for again: another bundle may have become live.
+        while part := list(islice(remaining, self._do(self._session.batch(batch)))):
             errors: Errors | None = None if on_error is None else {}
             yield from self._do(self._session.classify(part, errors))
             _tell(on_error, part, errors)
@@ -492,7 +515,8 @@ class AsyncClient:
         self, images: Iterable[Image], batch: int = BATCH, on_error: Callable[[Image, RayppError], None] | None = None
     ) -> AsyncIterator[tuple[Image, Prediction]]:
         """See :meth:`Client.stream`."""
-        for part in _batches(images, await self._do(self._session.batch(batch))):
+        remaining = iter(images)
+        while part := list(islice(remaining, await self._do(self._session.batch(batch)))):
             errors: Errors | None = None if on_error is None else {}
             for found in await self._do(self._session.classify(part, errors)):
                 yield found
@@ -554,7 +578,7 @@ def _wait(answer: httpx.Response | Exception | None, tries: int) -> float:
     """Seconds until the next try: what the service asks for, else twice as long each time, with chance in it."""
     asked = answer.headers.get("retry-after", "") if isinstance(answer, httpx.Response) else ""
     least = min(float(asked), LONGEST_WAIT) if asked.isascii() and asked.isdigit() else 0.0
-    return float(least + random.uniform(0.5, 1.0) * min(0.1 * 2**tries, 5.0))
+    return float(least + random.uniform(0.5, 1.0) * min(0.1 * 2 ** min(tries, MAX_DOUBLINGS), 5.0))
 
 
 def _reason(error: Exception | None) -> str:
@@ -656,17 +680,6 @@ def _npy(images: Pixels) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, images, allow_pickle=False)
     return buffer.getvalue()
-
-
-def _batches(images: Iterable[Image], size: int) -> Iterator[list[Image]]:
-    part: list[Image] = []
-    for image in images:
-        part.append(image)
-        if len(part) == size:
-            yield part
-            part = []
-    if part:
-        yield part
 
 
 def _read(image: Image, number: int) -> Pixels:

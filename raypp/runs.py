@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ NUM_GUARDED, NUM_SAMPLE, PART = 10_000, 32, 500  # images for the guard, for the
 # Files that a run has before its configuration is written.
 OURS = {".lock", "run.json", "features.safetensors", "private"}
 KEY = f"private/{keys.FILE}"
+LATEST = "latest"  # the link beside runs that names the one that finished last
 
 
 @dataclass(frozen=True)
@@ -347,11 +349,31 @@ def refuse_foreign(storage: Storage, what: str) -> None:
 
 def checked_name(name: str) -> str:
     """The name of a run or a table, if it may be one; raises StorageError."""
+    if name == LATEST:
+        raise StorageError(f"run name {LATEST!r} is not allowed: it is the link to the run that finished last")
     if not name or name.startswith(".") or not all(c.isalnum() or c in "-_.+" for c in name):
         raise StorageError(
             f"run name {name!r} is not allowed; use letters, digits and - _ . +, not beginning with a dot"
         )
     return name
+
+
+def point_latest(run: Storage) -> None:
+    """Have the link ``latest`` beside a finished run name it, by one rename; object stores have no links.
+
+    Nothing happens where something else has that name, or where the file system has no links.
+    """
+    if not run.local:
+        return
+    link = run.path.with_name(LATEST)
+    aside = link.with_name(f".{LATEST}.{uuid.uuid4().hex[:8]}.tmp")
+    if link.exists() and not link.is_symlink():
+        return
+    try:
+        aside.symlink_to(run.path.name)
+        aside.replace(link)
+    except OSError:
+        aside.unlink(missing_ok=True)
 
 
 def same_configuration(config: Config, stored: dict[str, Any], run: Storage, name: str) -> None:

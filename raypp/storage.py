@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from raypp.errors import FAILURE, StorageError
+from raypp.errors import FAILURE, StorageError, first_line
 from raypp.registry import absolute
 
 FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of a disk, and of nothing that the user wrote
@@ -224,9 +224,10 @@ class Storage:
         except OSError as error:
             where = self.folder(name).uri if name else self.uri
             # copytree collects (source, target, reason) of every file that it could not copy.
-            reason = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror or str(error)
+            causes = error.args[0] if isinstance(error, shutil.Error) and error.args else ()
+            reason = OSError(causes[0][2]) if causes else OSError(error.strerror) if error.strerror else error
             code = FAILURE if error.errno in FAULTS else None
-            raise StorageError(f"cannot {verb} {where}: {reason.splitlines()[0]}", exit_code=code) from error
+            raise StorageError(f"cannot {verb} {where}: {first_line(reason)}", exit_code=code) from error
 
 
 def _local(uri: str) -> tuple[Any, str]:

@@ -436,6 +436,12 @@ def test_train_evaluate_protect(capsys: Captured, tmp_path: Path, trained: Train
     )
     assert err == "run 'one' is finished: nothing left to train\n"
     assert f"{found['test']['accuracy']:.2%}" in out
+    latest = tmp_path / "runs" / "latest"  # what `serve deploy serve_config.yaml` serves
+    assert latest.readlink() == Path("one")
+    latest.unlink()
+    latest.symlink_to("gone")
+    run(capsys, "train", "quickstart", "--name", "two", "--local", *tiny_flags(tmp_path / "runs", train__epochs=1))
+    assert latest.readlink() == Path("two")
 
 
 def test_quiet_training_prints_nothing_and_its_settings_may_stand_anywhere(capsys: Captured, tmp_path: Path) -> None:
@@ -460,13 +466,14 @@ def test_quickstart_says_what_to_do_next(capsys: Captured, tmp_path: Path, monke
     out, _ = run(capsys, "quickstart", "--local", "--name", "first", "--storage", "runs")
     assert "protected, 8 bit" in out
     next_steps = [line.split() for line in out.splitlines() if line.startswith("  raypp ")]
-    assert [words[1] for words in next_steps] == ["protect", "evaluate", "attack", "train", "config"]
+    assert [words[1] for words in next_steps] == ["protect", "evaluate", "attack", "train", "config", "serve"]
     write_png(tmp_path / "in.png", np.zeros((16, 16, 3), dtype=np.uint8))
     run(capsys, "protect", next_steps[0][2], "in.png", "out.png")
     run(capsys, "evaluate", next_steps[1][2])
     assert next_steps[2][2] + "/public" == next_steps[0][2]
     assert next_steps[3][2] in presets()
     run(capsys, "config", next_steps[4][2])
+    run(capsys, "serve", next_steps[5][2], "--write", "served.yaml")
 
 
 @LONG

@@ -317,7 +317,7 @@ def test_a_job_without_a_place_for_its_results_says_so(nodes: Nodes, tmp_path: P
 
 def test_what_is_deployed_answers(nodes: Nodes, trained: Trained, tmp_path: Path) -> None:
     """``serve deploy`` of the shipped file, on a free port and with tokens."""
-    config = yaml.safe_load((ROOT / "raypp" / "serve" / "serve_config.yaml").read_text())
+    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     token = add_token(tmp_path / "tokens.json", "test", ["classify", "attack"])
     config["http_options"]["port"] = free_port()
     config["applications"] = config["applications"][:1]

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +19,20 @@ import kubernetes_validate
 import pytest
 import ray
 import yaml
-from conftest import ROOT
+from conftest import ROOT, Trained
 from packaging.requirements import Requirement
 from pydantic import BaseModel, ConfigDict, Field
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
+import raypp
+from raypp.cli import main
 from raypp.config import load_config
+from raypp.errors import ConfigError
+from raypp.runs import point_latest
 from raypp.search import make_plan
+from raypp.serve.run import ATTACK, CONFIG, template
+from raypp.storage import Storage
 
 CLUSTERS = ("cluster.yaml", "deploy/cluster-on-premise.yaml")
 MANIFESTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "deploy/kuberay").glob("*.yaml"))
@@ -141,14 +152,14 @@ def test_kubernetes_understands_a_manifest(name: str) -> None:
         assert cluster.rayVersion == ray.__version__
     else:
         kubernetes_validate.validate(tree, KUBERNETES, strict=True)
-    for template in templates(tree):
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"} | template["metadata"]}
-        kubernetes_validate.validate(pod | {"spec": template["spec"]}, KUBERNETES, strict=True)
-        assert template["spec"]["securityContext"]["runAsNonRoot"]
-        if template["spec"]["containers"][0]["name"] != "ray-head":  # which asks Kubernetes for more pods
-            assert template["spec"]["automountServiceAccountToken"] is False
-        assert template["metadata"]["labels"] == {"app.kubernetes.io/part-of": "raypp"}  # the network policy's
-        for container in template["spec"]["containers"]:
+    for pod_template in templates(tree):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"} | pod_template["metadata"]}
+        kubernetes_validate.validate(pod | {"spec": pod_template["spec"]}, KUBERNETES, strict=True)
+        assert pod_template["spec"]["securityContext"]["runAsNonRoot"]
+        if pod_template["spec"]["containers"][0]["name"] != "ray-head":  # which asks Kubernetes for more pods
+            assert pod_template["spec"]["automountServiceAccountToken"] is False
+        assert pod_template["metadata"]["labels"] == {"app.kubernetes.io/part-of": "raypp"}  # the network policy's
+        for container in pod_template["spec"]["containers"]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert "memory" in container["resources"]["limits"]
 
@@ -192,13 +203,156 @@ def test_the_entrypoint_of_a_job_is_a_command_that_raypp_takes(name: str, tmp_pa
         assert load_config(words[2], flags=flags).cluster.storage.startswith("/shared/")
 
 
-@pytest.mark.parametrize("name", ["raypp/serve/serve_config.yaml", "deploy/kuberay/rayservice.yaml"])
+@pytest.mark.parametrize("name", ["serve_config.yaml", "deploy/kuberay/rayservice.yaml"])
 def test_services_that_others_reach_ask_for_a_token(name: str) -> None:
     tree = read(name)
     config = yaml.safe_load(tree["spec"]["serveConfigV2"]) if "spec" in tree else tree
     ServeDeploySchema.model_validate(config)
     for application in config["applications"]:
         assert config["http_options"]["host"] == "127.0.0.1" or application["args"]["tokens"]
+
+
+def test_the_shipped_configuration_needs_no_editing(tmp_path: Path) -> None:
+    """Its one setting is the bundle; attacks are off; what is behind # is what ``raypp serve --attack`` adds."""
+    config = read("serve_config.yaml")
+    ServeDeploySchema.model_validate(config)
+    (classifier,) = config["applications"]
+    assert (classifier["name"], classifier["route_prefix"]) == ("classifier", "/")
+    assert classifier["args"]["bundle"] == "runs/latest/bundle"
+    assert (config["http_options"]["host"], config["http_options"]["port"]) == ("127.0.0.1", 8000)
+    lines = (ROOT / "serve_config.yaml").read_text().splitlines()
+    begin = next(i for i, line in enumerate(lines) if line == "  # - name: attack")
+    shown = [line.replace("  # ", "  ", 1) for line in lines[begin:]]
+    _, attack = yaml.safe_load("\n".join(lines[:begin] + shown))["applications"]
+    assert attack["args"].pop("bundle") == "runs/latest/bundle"
+    assert attack["args"].pop("tokens") is None
+    assert attack == ATTACK
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ({"bundle": "runs/none"}, "there is no 'runs/none' in {here} or in {root}; `raypp quickstart` makes"),
+        ({"bundle": "{here}/none"}, "{here}/none is neither a bundle nor a shelf of published ones"),
+        ({"bundle": "{run}"}, "{run} is a run; its bundle is {run}/bundle"),
+        ({"bundle": ""}, "a location is not understood: '' is empty; allowed is a path or a URI"),
+        ({"bundle": 7}, "bundle is 7: input should be a valid string"),
+        ({}, "bundle is missing; it has no default"),
+        ({"bundel": "x"}, "unknown key 'bundel' (did you mean 'bundle'?); allowed there: bundle, tokens"),
+        ({"bundle": "{run}/bundle", "max_images": 0}, "max_images is 0: input should be greater than or equal to 1"),
+        ({"bundle": "{run}/bundle", "tokens": "none.json"}, "there is no 'none.json' in {here} or in {root}"),
+        ({"bundle": "{run}/bundle", "tokens": "{here}/none.json"}, "token file '{here}/none.json' cannot be read"),
+        ({"bundle": "{run}/damaged"}, "was altered: private/classifier.json does not match its SHA-256"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+@pytest.mark.parametrize("name", ["classifier", "attack"])
+def test_what_cannot_be_deployed_is_one_sentence(
+    name: str, args: dict[str, Any], sentence: str, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serve shows a RayServeException by its message, anything else by its traceback."""
+    from ray.serve.exceptions import RayServeException
+
+    from raypp.serve import app
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained.bundle, tmp_path / "run" / "bundle")
+    damaged = shutil.copytree(trained.bundle, tmp_path / "run" / "damaged") / "private" / "classifier.json"
+    damaged.write_text(damaged.read_text() + " ")
+    places = {"here": str(tmp_path), "root": str(ROOT), "run": str(tmp_path / "run")}
+    filled = {key: value.format(**places) if isinstance(value, str) else value for key, value in args.items()}
+    with pytest.raises(RayServeException) as refusal:
+        getattr(app, f"build_{name}")(filled)
+    assert str(refusal.value).startswith(f"args of {name}: ")
+    assert sentence.format(**places) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_relative_bundle_is_found_from_where_ray_was_started_and_in_the_checkout(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where both have it, the folder in which Ray was started wins; replicas get an absolute path."""
+    from raypp.serve import app
+
+    started, checkout = tmp_path / "started", tmp_path / "checkout"
+    (checkout / "raypp").mkdir(parents=True)
+    started.mkdir()
+    monkeypatch.chdir(started)
+    monkeypatch.setattr(raypp, "__file__", str(checkout / "raypp" / "__init__.py"))
+    with pytest.raises(ConfigError, match=r"there is no 'runs/latest/bundle' in .*started or in .*checkout"):
+        app.located("runs/latest/bundle")
+    for folder in (checkout, started):
+        shutil.copytree(trained.bundle, folder / "runs" / "one" / "bundle")
+        point_latest(Storage(folder / "runs" / "one"))
+        assert app.located("runs/latest/bundle") == f"{folder}/runs/latest/bundle"
+        assert app.located("./runs/latest/bundle") == f"{folder}/runs/latest/bundle"
+    assert app.located("s3://bucket/bundle") == "s3://bucket/bundle"
+    assert app.located("/elsewhere") == "/elsewhere"
+    app.build_classifier({"bundle": "runs/latest/bundle"})
+
+
+def test_the_wheel_has_the_only_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout finds it at the top of the repository, an installed wheel in the package."""
+    assert [p.relative_to(ROOT).as_posix() for p in ROOT.glob("raypp/**/*.yaml") if p.name == CONFIG] == []
+    of_checkout = template()
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert [name for name in archive.namelist() if name.endswith(CONFIG)] == [f"raypp/serve/{CONFIG}"]
+        assert archive.read(f"raypp/serve/{CONFIG}") == (ROOT / CONFIG).read_bytes()
+        archive.extractall(tmp_path / "site-packages")
+    monkeypatch.setattr(raypp, "__file__", str(tmp_path / "site-packages" / "raypp" / "__init__.py"))
+    assert template() == of_checkout
+    (tmp_path / "site-packages" / "raypp" / "serve" / CONFIG).unlink()
+    with pytest.raises(ConfigError, match=r"serve_config\.yaml is missing"):
+        template()
+
+
+def test_a_ray_that_starts_here_leaves_no_token_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else `ray start` would ask for it after `raypp quickstart`, and `serve deploy` would be refused."""
+    from raypp.cluster.session import _bring_token
+
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def token(**surroundings: str) -> str | None:
+        with monkeypatch.context() as patch:
+            for name in names:
+                patch.delenv(name, raising=False)
+            for name, value in surroundings.items():
+                patch.setenv(name, value)
+            patch.setenv("RAY_AUTH_TOKEN", "")  # so that it is put back at the end
+            del os.environ["RAY_AUTH_TOKEN"]
+            os.environ.update(surroundings)
+            _bring_token()
+            return os.environ.get("RAY_AUTH_TOKEN")
+
+    own = token()
+    assert own is not None
+    assert len(own) == 64
+    assert own != token()
+    assert token(RAY_AUTH_TOKEN="mine") == "mine"
+    assert token(RAY_AUTH_TOKEN_PATH="file") is None
+    assert token(RAY_AUTH_MODE="token") is None
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("theirs")
+    assert token() is None
+
+
+def test_attacks_are_served_only_where_asked_for(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, flags in (("off.yaml", []), ("on.yaml", ["--attack"])):
+        main(["serve", str(trained.bundle), "--write", str(tmp_path / name), *flags])
+        applications = yaml.safe_load((tmp_path / name).read_text())["applications"]
+        assert [application["name"] for application in applications] == ["classifier", "attack"][: 1 + len(flags)]
+    with pytest.raises(SystemExit):
+        main(["serve", str(trained.bundle), "--no-attack", "--write", str(tmp_path / "no.yaml")])
+    main(["serve", "--help"])
+    assert "--no-attack" not in capsys.readouterr().out
 
 
 def read_toml() -> dict[str, Any]:

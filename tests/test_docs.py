@@ -199,7 +199,7 @@ def test_quickstart_ends_with_a_bundle_and_what_to_do_next(tmp_path: Path) -> No
     arguments = [str(Path(sys.executable).parent / "raypp"), *shlex.split(quickstart, comments=True)[1:]]
     result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
-    (folder,) = (tmp_path / "runs").iterdir()
+    (folder,) = {path.resolve() for path in (tmp_path / "runs").iterdir()}  # `latest` is a link to it
     assert (folder / "bundle" / "public" / "protection.safetensors").exists()
     assert (folder / "protected.png").exists()
     assert "protected, 8 bit" in result.stdout

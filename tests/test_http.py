@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import io
 import json
 import logging
 import shutil
+import threading
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import Trained, tiny_flags
 from PIL import Image
+from safetensors.torch import load, save
 from starlette.testclient import TestClient
 from torch import Tensor
 
@@ -28,13 +32,14 @@ from raypp.config import load_config
 from raypp.errors import BundleError, ConfigError, StorageError
 from raypp.images import encode_png
 from raypp.progress import Display
-from raypp.runs import open_run, train_locally
+from raypp.runs import open_run, point_latest, train_locally
 from raypp.serve import model
 from raypp.serve.auth import TokenFile, Tokens, add_token
 from raypp.serve.http import Offered, ServedAttack, attack_api, classifier_api, offer
 from raypp.serve.ladder import online
-from raypp.serve.model import Live, Served, classify, current, in_few_sizes, publishing
+from raypp.serve.model import Live, Served, classify, current, in_few_sizes, load_served, publishing
 from raypp.serve.wire import Limits, RefusedError, Waiting
+from raypp.storage import Storage
 from raypp.training.fit import load_split
 
 
@@ -42,9 +47,13 @@ class Here:
     """Both services in this process: what Ray's replicas do, without Ray."""
 
     def __init__(self, location: Path, tokens: Tokens | None = None) -> None:
-        self.live, self.tokens, self.limits = Live(location), tokens, Limits(body=200_000, images=16)
+        self.live, self.valid = Live(location, prepare=lambda served: None), tokens
+        self.limits = Limits(body=200_000, images=16)
         self.waiting = Waiting(20)
         self.seen: list[tuple[str, int, int]] = []
+
+    async def tokens(self) -> Tokens | None:
+        return self.valid
 
     def now(self) -> Served:
         return self.live.now
@@ -426,7 +435,8 @@ def test_tokens_count_as_the_file_has_them_now(
     tokens = TokenFile(str(path))
 
     class Asked(Here):
-        tokens = property(lambda self: tokens.now(), lambda self, value: None)  # type: ignore[assignment]
+        async def tokens(self) -> Tokens | None:
+            return tokens.now()
 
     here = Asked(trained.bundle)
     client = TestClient(classifier_api(lambda: here))
@@ -453,6 +463,37 @@ def test_tokens_count_as_the_file_has_them_now(
         with pytest.raises(SystemExit):
             main(["token", name, "--file", str(tmp_path / "one.json"), "--revoke"])
         assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_slow_token_file_holds_up_no_other_request(trained: Trained, tmp_path: Path) -> None:
+    """A replica looks at the file in a thread: beside a look that hangs, the event loop goes on."""
+    from raypp.serve.app import _Replica
+
+    path = tmp_path / "tokens.json"
+    add_token(path, "first", ["classify"])
+    looking, done = threading.Event(), threading.Event()
+
+    class Slow(TokenFile):
+        def now(self) -> Tokens:
+            looking.set()
+            assert done.wait(10)
+            return super().now()
+
+    replica = _Replica.__new__(_Replica)
+    replica._tokens = Slow(str(path))
+
+    async def ask() -> list[str]:
+        asked = asyncio.create_task(replica.tokens())
+        while not looking.is_set():
+            await asyncio.sleep(0.001)
+        done.set()  # reached only if the loop runs while the file is looked at
+        tokens = await asked
+        assert tokens is not None
+        return [name for name, _, _ in tokens.entries]
+
+    assert asyncio.run(ask()) == ["first"]
+    replica._tokens = None
+    assert asyncio.run(replica.tokens()) is None
 
 
 def test_a_service_that_others_can_reach_needs_tokens(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
@@ -704,9 +745,103 @@ def test_nothing_is_published_into_a_bundle(trained: Trained, other: Path, tmp_p
     assert not (tmp_path / "new" / "live.json").exists()
 
 
+def test_a_bundle_that_is_attacked_again_while_it_is_loaded_is_of_one_version(
+    attacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scorecard, attack networks and public part are those of one manifest, whenever the others come."""
+    location = shutil.copytree(attacked, tmp_path / "bundle")
+    old = {path: path.read_bytes() for path in location.rglob("*") if path.is_file()}
+    card, network = location / "private" / "scorecard.json", location / "private" / "attacks" / "inverse.safetensors"
+
+    def attack_again() -> None:
+        scorecard = json.loads(old[card])
+        scorecard["num_queries"] = 99
+        card.write_text(json.dumps(scorecard))
+        weights = {name: weight + 1 for name, weight in load(old[network]).items()}
+        network.write_bytes(save(weights))
+        for part in ("private", ""):
+            write_manifest(location / part)
+
+    def restore() -> None:
+        for path, data in old.items():
+            path.write_bytes(data)
+
+    def is_one(served: Served) -> bool:
+        assert served.attack_material is not None
+        assert served.scorecard is not None
+        new = served.scorecard["num_queries"] == 99
+        assert (served.attack_material.networks["inverse"] == old[network]) is not new
+        assert served.version == hashlib.sha256((location / "manifest.json").read_bytes()).hexdigest()[:16]
+        return new
+
+    for step in ("load_private", "verify", "load_public"):  # the moment at which the other attack run writes
+        whole = getattr(model.bundles, step)
+        calls: list[int] = []
+
+        def meanwhile(*arguments: Any, whole: Any = whole, calls: list[int] = calls) -> Any:
+            result = whole(*arguments)
+            calls.append(1)
+            if len(calls) == 1:
+                attack_again()
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(model.bundles, step, meanwhile)
+            assert is_one(load_served(location, attacks=True))
+        restore()
+    assert not is_one(load_served(location, attacks=True))
+    here = Here(location)
+    served = here.now()
+    before = online(served)["inverse"][0](served.private.sample[:2])
+    attack_again()  # between what the replica loads and what it makes of that
+    assert torch.equal(online(served)["inverse"][0](served.private.sample[:2]), before)
+    with pytest.raises(ValueError, match="attacks=True"):
+        online(load_served(location))
+
+
+def test_a_bundle_that_is_replaced_each_time_is_given_up(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = iter(range(100))
+    monkeypatch.setattr(model, "_manifest", lambda location: str(next(numbers)).encode())
+    with pytest.raises(StorageError, match="was replaced by another one each of 3 times it was read"):
+        load_served(trained.bundle)
+
+
+def test_a_link_to_a_bundle_is_followed_when_it_points_to_another_one(
+    trained: Trained, other: Path, tmp_path: Path
+) -> None:
+    """As ``runs/latest`` does: what is served names the run itself."""
+    for name, bundle in (("one", trained.bundle), ("two", other)):
+        shutil.copytree(bundle, tmp_path / name / "bundle")
+    point_latest(Storage(tmp_path / "one"))
+    here = Here(tmp_path / "latest" / "bundle")
+    client = TestClient(classifier_api(lambda: here))
+    assert client.get("/v1/model").json()["bundle"] == "one/bundle"
+    assert here.now().location == str(tmp_path / "one" / "bundle")
+    point_latest(Storage(tmp_path / "two"))
+    assert here.live.refresh()
+    assert client.get("/v1/model").json()["bundle"] == "two/bundle"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "one", "two"]
+
+
+def test_what_is_called_latest_and_is_no_link_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "latest").mkdir()
+    (tmp_path / "run").mkdir()
+    point_latest(Storage(tmp_path / "run"))
+    assert not (tmp_path / "latest").is_symlink()
+    with pytest.raises(SystemExit):
+        main(["train", "quickstart", "--local", "--name", "latest", "--cluster.storage", str(tmp_path)])
+    assert "run name 'latest' is not allowed: it is the link to the run that finished last" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
 def test_locations_that_are_neither_bundle_nor_shelf_are_named(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="is neither a bundle nor a shelf"):
         current(tmp_path)
+    (tmp_path / "run" / "bundle").mkdir(parents=True)
+    (tmp_path / "run" / "bundle" / "manifest.json").write_text("{}")
+    with pytest.raises(StorageError, match=r"/run is a run; its bundle is .*/run/bundle$"):
+        current(tmp_path / "run")
     (tmp_path / "live.json").write_text("x")
     with pytest.raises(StorageError, match=r"live\.json is damaged"):
         current(tmp_path)

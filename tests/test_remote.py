@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -27,7 +28,7 @@ from raypp.cli import _printable, main
 from raypp.client import protect_images
 from raypp.errors import BundleError, ConfigError, DataError
 from raypp.images import write_png
-from raypp.remote import AsyncClient, Client, RemoteError, is_loopback
+from raypp.remote import AsyncClient, Client, RemoteError, _wait, is_loopback
 from raypp.serve.http import classifier_api
 from raypp.serve.model import publishing
 from raypp.serve.run import publish
@@ -373,3 +374,119 @@ def test_arguments_are_checked(cache: Path) -> None:
         Client("https://example.org", token="é")
     loopback = {"127.0.0.1": True, "::1": True, "[::1]": True, "localhost": True, "0.0.0.0": False, "x.org": False}
     assert {host: is_loopback(host) for host in loopback} == loopback
+
+
+def test_limits_are_those_of_the_bundle_that_is_live(
+    trained: Trained, tmp_path: Path, cache: Path, images: list[np.ndarray]
+) -> None:
+    """Also where they change in the middle of a stream, and where the service learns of the bundle first."""
+    other = shutil.copytree(trained.bundle, tmp_path / "other")
+    about = other / "public" / "protection.json"
+    about.write_text(about.read_text() + "\n")  # another public part
+    for part in ("public", ""):
+        write_manifest(other / part)
+    with publishing(trained.bundle, tmp_path / "shelf"):
+        pass
+    here = Here(tmp_path / "shelf")
+    faulty = Faulty(here)
+
+    def sizes() -> list[int]:
+        uploads = [np.load(io.BytesIO(body)) for body in faulty.bodies if body]
+        faulty.bodies.clear()
+        return [len(upload) for upload in uploads]
+
+    with running(faulty.app) as url, Client(url, cache=cache) as client:
+        stream = client.stream(images * 3, batch=5)
+        assert len([next(stream) for _ in range(5)]) == 5
+        with publishing(other, tmp_path / "shelf"):
+            pass
+        assert here.live.refresh()
+        here.limits = replace(here.limits, images=2)  # as of larger images
+        labels = [prediction.label for _, prediction in stream]
+        assert labels == expected(trained.bundle, images) * 2
+        # 5 before; 5 refused, and sent in halves until they fit; what is left by the new limit.
+        assert sizes() == [5, 5, 2, 3, 1, 2, 2, 2, 1]
+        assert [p.label for p in client.classify(images)] == expected(trained.bundle, images)
+        assert sizes() == [2, 2, 1]
+
+
+def test_an_image_that_is_left_out_is_named_when_a_batch_is_halved(
+    trained: Trained, cache: Path, images: list[np.ndarray]
+) -> None:
+    here = Here(trained.bundle)
+    faulty = Faulty(here)
+    errors: list[object] = []
+    with running(faulty.app) as url, Client(url, cache=cache) as client:
+        client.classify(images)  # knows the limits
+        here.limits = replace(here.limits, images=2)
+        mixed = [images[0], b"no image", images[2], images[3], b"none either"]
+        found = list(client.stream(mixed, on_error=lambda image, error: errors.append(image)))
+    assert errors == [b"no image", b"none either"]
+    assert [p.label for _, p in found] == [expected(trained.bundle, images)[i] for i in (0, 2, 3)]
+    assert all(image is mixed[i] for (image, _), i in zip(found, (0, 2, 3), strict=True))
+
+
+def test_one_image_that_is_too_large_is_no_endless_loop(
+    trained: Trained, cache: Path, images: list[np.ndarray]
+) -> None:
+    here = Here(trained.bundle)
+    here.limits = replace(here.limits, body=100)
+    with running(Faulty(here).app) as url, Client(url, cache=cache) as client, pytest.raises(RemoteError) as raised:
+        client.classify(images)
+    assert raised.value.status == 413
+
+
+@pytest.mark.parametrize("tries", [0, 1, 7, 1024, 10**6])
+def test_the_wait_between_two_tries_has_a_limit(tries: int) -> None:
+    assert 0.05 <= _wait(None, tries) <= 5
+    assert 2 <= _wait(httpx.Response(503, headers={"Retry-After": "2"}), tries) <= 7
+
+
+@pytest.mark.parametrize("form", ['W/"{}"', ' W/"{}" ', '"{}"'])
+def test_an_entity_tag_that_a_proxy_has_weakened_names_the_protection(
+    trained: Trained, cache: Path, images: list[np.ndarray], form: str
+) -> None:
+    faulty = Faulty(Here(trained.bundle))
+
+    @faulty.app.middleware("http")
+    async def weaken(request: Request, call):  # type: ignore[no-untyped-def]
+        answer = await call(request)
+        if "etag" in answer.headers:
+            answer.headers["etag"] = form.format(answer.headers["etag"].strip('"'))
+        return answer
+
+    with running(faulty.app) as url, Client(url, cache=cache) as client:
+        assert [p.label for p in client.classify(images)] == expected(trained.bundle, images)
+        client._session._bundle = None
+        client._session.pin = next(path.name for path in cache.iterdir())
+        assert client.protection()[0] == client._session.pin  # by If-None-Match
+        assert faulty.answers[-1] == ("/classifier/v1/protection", 304)
+
+
+def test_a_demo_that_does_not_start_leaves_no_client_open(
+    trained: Trained, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is wrong with a later service: it does not answer, its name is taken, its URL is none."""
+    from raypp import demo
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    opened: list[Client] = []
+
+    class Watched(Client):
+        def __init__(self, url: str, **options: object) -> None:
+            super().__init__(url, **options)
+            opened.append(self)
+
+    monkeypatch.setattr(demo, "Client", Watched)
+    here = Here(trained.bundle)
+    app = FastAPI()
+    app.mount("/classifier", classifier_api(lambda: here))
+    with running(app) as url:
+        for second in ("b=http://", f"a={url}", f"b={url}/elsewhere"):
+            with pytest.raises((ConfigError, RemoteError)):
+                demo.services([f"a={url}", second])
+        assert len(opened) >= 4
+        assert all(client._http.is_closed for client in opened)
+        (service,) = demo.services([url])
+        assert not service.client._http.is_closed
+        service.client.close()

@@ -32,16 +32,19 @@ import pytest
 import torch
 import yaml
 from browser import chromium, write_video
-from conftest import METRICS, Cluster, Trained, free_port, wait_until
+from conftest import METRICS, ROOT, Cluster, Trained, free_port, tiny_flags, wait_until
 from playwright.sync_api import Locator
 
 from raypp import ladder
 from raypp.bundle import load_private, write_manifest
 from raypp.cli import main
+from raypp.config import load_config
 from raypp.images import decode
 from raypp.remote import Client, RemoteError
+from raypp.runs import point_latest
 from raypp.serve.auth import add_token
 from raypp.serve.model import load_served, publishing
+from raypp.storage import Storage
 
 pytestmark = pytest.mark.ray
 
@@ -73,7 +76,16 @@ def service(cluster: Cluster, trained: Trained, tmp_path_factory: pytest.TempPat
     with publishing(bundle, root / "shelf"):
         pass
     token = add_token(root / "tokens.json", "test", ["classify", "attack"])
-    arguments = ["raypp", "serve", str(root / "shelf"), "--port", str(PORT), "--tokens", str(root / "tokens.json")]
+    arguments = [
+        "raypp",
+        "serve",
+        str(root / "shelf"),
+        "--port",
+        str(PORT),
+        "--tokens",
+        str(root / "tokens.json"),
+        "--attack",
+    ]
     process = cluster.popen(arguments)
     url = f"http://127.0.0.1:{PORT}"
     wait_until(lambda: answers(f"{url}/classifier/v1/model") and answers(f"{url}/attack/v1"), process)
@@ -303,7 +315,6 @@ def test_clients_outlast_a_restart_of_the_whole_service(trained: Trained, tmp_pa
             str(trained.bundle),
             "--port",
             str(port),
-            "--no-attack",
         ]
         pipe = subprocess.PIPE
         running.append(subprocess.Popen(arguments, env=rest, stdout=pipe, stderr=pipe, text=True))
@@ -493,7 +504,7 @@ def test_haproxy_takes_the_requests_and_listens_here_only(trained: Trained, tmp_
     """On a Ray of its own. Its manager killed, HAProxy goes too, and another answers."""
     surroundings = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     program = str(Path(sys.executable).parent / "raypp")
-    arguments = [program, "serve", str(trained.bundle), "--no-attack", "--haproxy"]
+    arguments = [program, "serve", str(trained.bundle), "--haproxy"]
     port = free_port()
     process = subprocess.Popen(
         [*arguments, "--port", str(port)], env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -565,7 +576,10 @@ def test_the_written_configuration_is_what_serve_deploys(trained: Trained, tmp_p
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
     from ray.serve.schema import ServeDeploySchema
 
-    main(["serve", str(trained.bundle), "--write", str(tmp_path / "serve.yaml"), "--port", "9000"])
+    main(["serve", str(trained.bundle), "--write", str(tmp_path / "default.yaml")])
+    default = yaml.safe_load((tmp_path / "default.yaml").read_text())
+    assert [application["name"] for application in default["applications"]] == ["classifier"]
+    main(["serve", str(trained.bundle), "--write", str(tmp_path / "serve.yaml"), "--port", "9000", "--attack"])
     config = yaml.safe_load((tmp_path / "serve.yaml").read_text())
     schema = ServeDeploySchema.model_validate(config)
     for application in schema.applications:  # as Ray builds them from the file
@@ -575,3 +589,122 @@ def test_the_written_configuration_is_what_serve_deploys(trained: Trained, tmp_p
     assert [application.name for application in schema.applications] == ["classifier", "attack"]
     assert {application.args["bundle"] for application in schema.applications} == {str(trained.bundle)}
     assert (config["http_options"]["host"], config["http_options"]["port"]) == ("127.0.0.1", 9000)
+
+
+@dataclass
+class Checkout:
+    """A copy of the repository as a clone has it, whose preset ``quickstart`` is tiny, and a user of it."""
+
+    root: Path
+    surroundings: dict[str, str]
+
+    def run(self, *words: str, seconds: float = 300) -> str:
+        """The standard output of a command that must end well."""
+        done = subprocess.run(
+            words, env=self.surroundings, cwd=self.root, capture_output=True, text=True, timeout=seconds
+        )
+        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def status(self) -> dict[str, Any]:
+        applications: dict[str, Any] = yaml.safe_load(self.run("serve", "status"))["applications"]
+        return applications
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    root = tmp_path / "clone"
+    root.mkdir()
+    for name in ("raypp", "serve_config.yaml", "pyproject.toml", "README.md"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, root / name)
+    preset = load_config("quickstart", flags=tiny_flags(tmp_path / "unused"))
+    (root / "raypp" / "presets" / "quickstart.yaml").write_text(preset.to_yaml())
+    surroundings = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    surroundings |= {
+        "HOME": str(tmp_path / "home"),  # a user who has never started Ray
+        "PYTHONPATH": str(root),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{surroundings['PATH']}",
+    }
+    (tmp_path / "home").mkdir()
+    return Checkout(root, surroundings)
+
+
+def test_the_four_commands_of_a_fresh_clone(checkout: Checkout, tmp_path: Path) -> None:
+    """Nothing is edited but the port. Then another bundle, by the one setting, and a wrong one."""
+    from raypp.images import write_png
+
+    port, dashboard = free_port(), free_port()
+    checkout.surroundings["RAY_DASHBOARD_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
+    shipped = (checkout.root / "serve_config.yaml").read_text()
+    assert shipped.count("port: 8000") == 1
+    mine = shipped.replace("port: 8000", f"port: {port}")
+    config = checkout.root / "serve_config.yaml"
+    config.write_text(mine)
+    write_png(tmp_path / "image.png", images(1)[0])
+    url = f"http://127.0.0.1:{port}"
+
+    checkout.run("raypp", "quickstart")
+    (run,) = {path.resolve() for path in (checkout.root / "runs").iterdir()}
+    start = ["ray", "start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}",
+             f"--dashboard-agent-listen-port={free_port()}"]  # fmt: skip
+    head = subprocess.Popen(
+        start, env=checkout.surroundings, cwd=checkout.root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_until(lambda: answers(f"http://127.0.0.1:{dashboard}/api/version", 200), head)
+
+        def deploy(text: str) -> None:
+            config.write_text(text)
+            checkout.run("serve", "deploy", "serve_config.yaml")
+
+        deploy(mine)
+        wait_until(lambda: answers(f"{url}/classifier/v1/model", 200), head)
+        out = checkout.run("raypp", "classify", url, str(tmp_path / "image.png"))
+        assert out.startswith(f"{tmp_path / 'image.png'}  ")
+        assert httpx.get(f"{url}/classifier/v1/model").json()["bundle"] == f"{run.name}/bundle"
+
+        index = httpx.get(f"{url}/")
+        assert index.status_code == 200
+        assert [service["docs"] for service in index.json()["services"]] == ["/classifier/docs"]
+        assert "--attack" in index.json()["hint"]
+        assert httpx.head(f"{url}/").headers["Content-Length"] == index.headers["Content-Length"]
+        assert httpx.get(f"{url}/classifier").headers["Location"] == "/classifier/docs"
+        assert httpx.get(f"{url}/attack/v1").json()["type"] == "urn:raypp:problem:attack-service-off"
+
+        # A run that finishes later is taken over.
+        second = shutil.copytree(run, run.with_name("second"))
+        for path in ("public/protection.json", "MODEL_CARD.md"):
+            (second / "bundle" / path).write_text((second / "bundle" / path).read_text() + "\n")
+        for part in ("public", ""):
+            write_manifest(second / "bundle" / part)
+        point_latest(Storage(second))
+        wait_until(lambda: httpx.get(f"{url}/classifier/v1/model").json()["bundle"] == "second/bundle", head)
+
+        # Another bundle is one setting, and a wrong one is one sentence.
+        bundle = "bundle: &bundle runs/latest/bundle"
+        assert mine.count(bundle) == 1
+        deploy(mine.replace(bundle, f"bundle: {run}/bundle"))
+        wait_until(lambda: answers_with_bundle(url, f"{run.name}/bundle"), head)
+        deploy(mine.replace(bundle, "bundle: runs/none"))
+        wait_until(lambda: checkout.status()["classifier"]["status"] == "DEPLOY_FAILED", head)
+        _, sentence = checkout.status()["classifier"]["message"].strip().splitlines()
+        assert f"there is no 'runs/none' in {checkout.root}; `raypp quickstart` makes a first bundle" in sentence
+    finally:
+        family = psutil.Process(head.pid).children(recursive=True)
+        head.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            head.wait(timeout=20)
+        for process in [*family, psutil.Process(head.pid)] if head.poll() is None else family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def answers_with_bundle(url: str, name: str) -> bool:
+    try:
+        return bool(httpx.get(f"{url}/classifier/v1/model", timeout=5).json()["bundle"] == name)
+    except (httpx.HTTPError, ValueError, KeyError):
+        return False

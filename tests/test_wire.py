@@ -171,6 +171,17 @@ def test_images_are_counted_before_one_is_decoded() -> None:
     assert refused(body + b"PK\x03\x04 and a zip", kind) == (400, "bad-form")
 
 
+def test_a_form_of_too_many_images_names_the_whole_limit() -> None:
+    """Not what is left of it after the files before."""
+    for files in ([3, 2], [1, 1, 1, 2], [4, 1]):
+        body, kind = form(*(("image", npy(batch(num))) for num in files))
+        with pytest.raises(RefusedError) as refusal:
+            read(body, kind)
+        assert (refusal.value.status, refusal.value.code) == (413, "too-many-images")
+        assert "more than the 4 images allowed" in str(refusal.value)
+    assert len(read(*form(("image", npy(batch(3))), ("image", IMAGE)))[0]) == 4
+
+
 def test_a_plain_image_is_read_only_where_it_is_asked_for() -> None:
     with_plain = form(("image", IMAGE), ("plain", IMAGE))
     assert refused(*with_plain) == (422, "unknown-field")

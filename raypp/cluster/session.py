@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raypp import env
-from raypp.errors import ConfigError
+from raypp.errors import ConfigError, first_line
 
 env.apply()
 
@@ -118,8 +120,20 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
+def _bring_token() -> None:
+    """Give a Ray that starts here a token of its own, where there is none yet.
+
+    Ray would write one to the user's home, after which every later `ray start` asks for tokens and its clients, such as
+    `serve deploy`, are refused until RAY_AUTH_MODE is set.
+    """
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if not any(name in os.environ for name in names) and not (Path.home() / ".ray" / "auth_token").exists():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # for as long as this process lives: Ray keeps it
+
+
 def _start(num_cpus: int) -> None:
     global _started_here
+    _bring_token()
     try:
         with _on_loopback():
             ray.init(
@@ -131,6 +145,7 @@ def _start(num_cpus: int) -> None:
             )
     except Exception as error:  # Ray raises a bare Exception when its processes do not come up in time
         ray.shutdown()
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"Ray did not start on this machine: {reason}; --local trains without it") from error
+        raise ConfigError(
+            f"Ray did not start on this machine: {first_line(error)}; --local trains without it"
+        ) from error
     _started_here = True

@@ -18,7 +18,7 @@ import torch
 
 from raypp.cluster.board import put_up, seconds_to_stop, taken, told_to_stop
 from raypp.config import Cluster
-from raypp.errors import RayppError, ToldToStop
+from raypp.errors import RayppError, ToldToStop, first_line
 from raypp.progress import GridDisplay, Row
 from raypp.signals import told_by
 
@@ -122,7 +122,7 @@ def _outcome(reference: Any) -> Outcome:
         cause = error.cause or error
         return {"error": f"it failed: {type(cause).__name__}: {' '.join(str(cause).split())}"}
     except ray.exceptions.RayError as error:
-        return {"error": f"its worker died too often: {str(error).strip().splitlines()[0]}"}
+        return {"error": f"its worker died too often: {first_line(error)}"}
     return found
 
 

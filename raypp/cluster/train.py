@@ -27,7 +27,7 @@ from raypp import errors
 from raypp.cluster.board import Events, Steps, following, put_up, seconds_to_stop, told_to_stop
 from raypp.config import Cluster, Config, validate
 from raypp.data.streaming import Batch, StreamLoader, bounded, datasets, held_out
-from raypp.errors import RayppError, StoppedError, ToldToStop, TrainingError
+from raypp.errors import RayppError, StoppedError, ToldToStop, TrainingError, last_line
 from raypp.keys import Key
 from raypp.nets.features import StateDict
 from raypp.progress import Display
@@ -174,7 +174,7 @@ def run_trainer(trainer: TorchTrainer, max_failures: int, run: Storage, board: A
         text = "\n".join(map(str, error.worker_failures.values())) or str(error)
         # What a user can mend may lie deep: a damaged image is met in a task that feeds the worker.
         known = re.findall(r"raypp\.errors\.(\w+): (.+)", text)
-        lines = text.strip().splitlines() or ["no reason is known"]
+        lines = text.strip().splitlines() or [type(error).__name__]
         kind, reason = known[-1] if known else (TrainingError.__name__, lines[-1])
         raise TrainingError(
             f"training stopped after {max_failures} restarts: {reason}; newest checkpoint: "
@@ -182,7 +182,7 @@ def run_trainer(trainer: TorchTrainer, max_failures: int, run: Storage, board: A
             exit_code=getattr(errors, kind).exit_code,
         ) from error
     except ray.train.TrainingFailedError as error:
-        raise TrainingError(f"Ray Train gave up: {str(error).strip().splitlines()[-1]}") from error
+        raise TrainingError(f"Ray Train gave up: {last_line(error)}") from error
     outcome: dict[str, Any] = result.return_value
     return outcome
 

@@ -19,7 +19,7 @@ from pydantic import field_validator
 
 from raypp import registry
 from raypp.data.base import Labels, Record, Source, Split, decode_all
-from raypp.errors import DataError
+from raypp.errors import DataError, first_line
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
@@ -236,7 +236,7 @@ def _naming(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise DataError(f"{path} cannot be read as Parquet ({reason})") from error
 
 

@@ -17,7 +17,7 @@ import torch
 from pydantic import AfterValidator
 from torch import Tensor, nn
 
-from raypp.errors import ConfigError
+from raypp.errors import ConfigError, first_line
 from raypp.nets.normalise import Normalise
 from raypp.nets.vgg import SLICES, VGG16_LAYERS, vgg_features
 from raypp.registry import Options, absolute
@@ -117,7 +117,7 @@ def _read_state(path: Path) -> StateDict:
             return load_file(path)
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each reader raises types of its own
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(f"features.weights {str(path)!r} cannot be read as a state dict: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ConfigError(f"features.weights {str(path)!r} holds no state dict, that is tensors by name")

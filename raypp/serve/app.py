@@ -1,4 +1,4 @@
-"""The two services on Ray Serve: what ``serve_config.yaml`` and ``raypp serve`` deploy."""
+"""The services on Ray Serve: what ``serve_config.yaml`` and ``raypp serve`` deploy."""
 
 from __future__ import annotations
 
@@ -6,28 +6,34 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import raypp
 from raypp import env
 
 env.apply()
 
 import torch  # noqa: E402
 from fastapi import FastAPI  # noqa: E402
-from pydantic import BaseModel, ConfigDict, Field  # noqa: E402
+from pydantic import BaseModel, ConfigDict, Field, ValidationError  # noqa: E402
 from ray import serve  # noqa: E402
 from ray.serve import Application  # noqa: E402
 from ray.serve.config import AutoscalingConfig, BackpressureConfig  # noqa: E402
+from ray.serve.exceptions import RayServeException  # noqa: E402
 from ray.serve.metrics import Counter, Histogram  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from raypp.errors import ConfigError  # noqa: E402
+from raypp.config import sentence  # noqa: E402
+from raypp.errors import ConfigError, RayppError, first_line  # noqa: E402
+from raypp.registry import absolute  # noqa: E402
 from raypp.remote import is_loopback  # noqa: E402
 from raypp.serve.auth import TokenFile, Tokens  # noqa: E402
 from raypp.serve.batching import Batches  # noqa: E402
 from raypp.serve.http import Offered, ServedAttack, attack_api, classifier_api, offer  # noqa: E402
+from raypp.serve.index import Server  # noqa: E402
 from raypp.serve.ladder import online  # noqa: E402
 from raypp.serve.model import Live, Served, classify  # noqa: E402
 from raypp.serve.wire import Limits, Waiting  # noqa: E402
@@ -37,6 +43,7 @@ LEAST_SECONDS = 0.5  # between two looks for newer bundles that requests cause
 # Between two turns of Python's threads, 5 ms by itself: the thread that computes asks for a turn after every operation,
 # and the one that reads requests would keep it waiting for as long each time.
 TURN_SECONDS = 0.0002
+STATUS_SECONDS = 2.0  # for which Serve's own list of what runs is kept
 STUCK = 4  # times as long as a request may take: a computation of that length ends no more
 STATUS_BOUNDARIES = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000]
 
@@ -47,7 +54,7 @@ class Arguments(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     bundle: str
-    """A bundle, or a shelf of published ones (see ``raypp publish``), on any storage path."""
+    """A bundle, or a shelf of published ones (see ``raypp publish``), on any storage path; see :func:`located`."""
     tokens: str | None = None
     """Path of a token file (see ``raypp token``); needed where the service can be reached from elsewhere."""
     max_body: int = Field(Limits.body, ge=1024)
@@ -82,7 +89,8 @@ class _Replica:
                 "(see raypp token), or http_options.host to 127.0.0.1"
             )
         self._tokens = TokenFile(arguments.tokens) if arguments.tokens is not None else None
-        self.live = Live(arguments.bundle, prepare=self.prepare)
+        self.live = Live(arguments.bundle, prepare=self.prepares())
+        logger.warning("bundle %s, version %s, is served", self.live.now.location, self.live.now.version)
         if self.live.now.guard is None:
             logger.warning("bundle %s has no guard: plain images are not refused", self.live.now.version)
         self._computer = ThreadPoolExecutor(1, "raypp-compute")
@@ -94,12 +102,13 @@ class _Replica:
         self._images = Counter("raypp_images_total", "Images of answered requests.", tags)
         self._seconds = Histogram("raypp_request_ms", "Time to answer.", STATUS_BOUNDARIES, ("route",))
 
-    def prepare(self, served: Served) -> Any:
-        """What this service needs of a bundle before it takes over."""
+    def prepares(self) -> Callable[[Served], Any] | None:
+        """What makes of a bundle what this service needs, before it takes over."""
+        return None
 
-    @property
-    def tokens(self) -> Tokens | None:
-        return self._tokens.now() if self._tokens is not None else None
+    async def tokens(self) -> Tokens | None:
+        # In a thread: the file may lie on a network, and looking at it would hold up every other request.
+        return await asyncio.to_thread(self._tokens.now) if self._tokens is not None else None
 
     def now(self) -> Served:
         return self.live.now
@@ -150,7 +159,7 @@ class _Replica:
             before = self.live.rejected
             # Not in the thread that computes: loading takes long, and requests go on meanwhile.
             if await self._refreshed():
-                logger.warning("bundle %s is live", self.live.now.version)
+                logger.warning("bundle %s, version %s, is live", self.live.now.location, self.live.now.version)
             elif self.live.rejected is not None and self.live.rejected != before:
                 logger.error("bundle %(version)s is not taken over: %(reason)s", self.live.rejected)
 
@@ -183,12 +192,33 @@ def _servable() -> Any:
     return serve.get_replica_context().servable_object
 
 
-def _classifier_app() -> FastAPI:
-    return classifier_api(_servable, lambda *what: _servable().observe(*what))
+def _observe(route: str, status: int, num_images: int, seconds: float) -> None:
+    _servable().observe(route, status, num_images, seconds)
+
+
+def _classifier_app() -> Server:
+    return Server(classifier_api(_servable, _observe), Running().names, _observe)
 
 
 def _attack_app() -> FastAPI:
-    return attack_api(_servable, lambda *what: _servable().observe(*what))
+    return attack_api(_servable, _observe)
+
+
+class Running:
+    """The names of the applications that Serve runs, asked for at most every two seconds, however many ask."""
+
+    def __init__(self) -> None:
+        self._names: Collection[str] = ()
+        self._until = 0.0
+        self._lock = asyncio.Lock()
+
+    async def names(self) -> Collection[str]:
+        async with self._lock:
+            if time.monotonic() > self._until:
+                applications = (await asyncio.to_thread(serve.status)).applications
+                self._names = [name for name, about in applications.items() if about.status == "RUNNING"]
+                self._until = time.monotonic() + STATUS_SECONDS
+        return self._names
 
 
 @serve.deployment(
@@ -231,8 +261,8 @@ class ClassifierDeployment(_Replica):
 class AttackDeployment(_Replica):
     """Reconstructs plain images with the attacks that a bundle keeps of its attack run."""
 
-    def prepare(self, served: Served) -> Offered:
-        return offer(served, online(served))
+    def prepares(self) -> Callable[[Served], Any]:
+        return lambda served: offer(served, online(served))
 
     async def offered(self, protection: str | None) -> Offered | None:
         served = await self.served(protection)
@@ -245,19 +275,77 @@ class AttackDeployment(_Replica):
         return found
 
 
-def build_classifier(arguments: Arguments) -> Application:
-    """The application ``classifier``."""
-    return _bound(ClassifierDeployment, arguments)
+def build_classifier(args: dict[str, Any]) -> Application:
+    """The application ``classifier``, for ``serve deploy``: ``args`` is what stands in the file."""
+    return _built("classifier", args)
 
 
-def build_attack(arguments: Arguments) -> Application:
-    """The application ``attack``."""
-    return _bound(AttackDeployment, arguments)
+def build_attack(args: dict[str, Any]) -> Application:
+    """The application ``attack``, likewise."""
+    return _built("attack", args)
 
 
-def _bound(deployment: Any, given: Arguments | dict[str, Any]) -> Application:
-    arguments = Arguments.model_validate(given)  # ``serve deploy`` gives what stands in the file
+DEPLOYMENTS: dict[str, Any] = {"classifier": ClassifierDeployment, "attack": AttackDeployment}
+
+
+def bind(name: str, arguments: Arguments) -> Application:
+    """The application of one of ``DEPLOYMENTS``.
+
+    Raises:
+        ConfigError: the token file is missing or damaged; here, not in every replica.
+    """
     if arguments.tokens is not None:
-        Tokens.read(arguments.tokens)  # a mistake is met here, not in every replica
-    application: Application = deployment.bind(arguments)
+        Tokens.read(arguments.tokens)
+    application: Application = DEPLOYMENTS[name].bind(arguments)
     return application
+
+
+NO_BUNDLE = "; `raypp quickstart` makes a first bundle, and `bundle` in serve_config.yaml names another one"
+
+
+def _built(name: str, args: dict[str, Any]) -> Application:
+    """An application, its bundle loaded once here, so that what is wrong is one sentence in ``serve status``."""
+    try:
+        arguments = Arguments.model_validate(args)
+        arguments = arguments.model_copy(
+            update={
+                "bundle": located(arguments.bundle, NO_BUNDLE),
+                "tokens": located(arguments.tokens) if arguments.tokens is not None else None,
+            }
+        )
+        application = bind(name, arguments)
+        served = Live(arguments.bundle).now
+    except ValidationError as error:
+        raise RayServeException(f"args of {name}: {sentence(error, args, root=Arguments)}") from None
+    except RayppError as error:
+        raise RayServeException(f"args of {name}: {error}") from None
+    except Exception as error:  # whatever a damaged bundle makes its loader raise
+        raise RayServeException(
+            f"args of {name}: bundle {arguments.bundle!r} cannot be loaded: {first_line(error)}"
+        ) from error
+    _log_as_serve()
+    logger.warning("%s serves bundle %s, version %s", name, served.location, served.version)
+    return application
+
+
+def located(location: str, hint: str = "") -> str:
+    """A path as ``serve_config.yaml`` means it: absolute, or relative to where Ray was started, else to the checkout.
+
+    Args:
+        hint: what the error adds.
+
+    Raises:
+        ConfigError: nothing is there.
+    """
+    try:
+        uri = absolute(location)
+    except ValueError as error:
+        raise ConfigError(f"a location is not understood: {error}") from error
+    if "://" in uri or Path(location).expanduser().is_absolute():
+        return uri
+    folders = list(dict.fromkeys((Path(absolute(".")), Path(raypp.__file__).parent.parent)))
+    for folder in folders:
+        if (folder / location).exists():
+            return str(folder / location)
+    places = " or in ".join(map(str, folders))
+    raise ConfigError(f"there is no {location!r} in {places}{hint}")

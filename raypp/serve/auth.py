@@ -8,6 +8,7 @@ import hmac
 import json
 import logging
 import secrets
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ class TokenFile:
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self._lock = threading.Lock()  # several requests look at the same time, each in a thread
         self._mark = self._look()
         self._tokens = Tokens.read(path)
 
@@ -85,17 +87,19 @@ class TokenFile:
         return found.st_mtime_ns, found.st_size, found.st_ino
 
     def now(self) -> Tokens:
-        mark = self._look()
-        if mark is None and self._mark is not None:  # a store that is away for a moment locks nobody out
-            self._mark = None
-            logger.error("token file %r is gone; the tokens it held stay valid until it is back", self._path)
-        if mark not in (None, self._mark):
-            self._mark = mark
-            try:
-                self._tokens = Tokens.read(self._path)
-            except ConfigError as error:
-                logger.error("%s; the tokens it held before stay valid", error)
-        return self._tokens
+        """The tokens; looks at the file, so not for an event loop."""
+        with self._lock:
+            mark = self._look()
+            if mark is None and self._mark is not None:  # a store that is away for a moment locks nobody out
+                self._mark = None
+                logger.error("token file %r is gone; the tokens it held stay valid until it is back", self._path)
+            if mark not in (None, self._mark):
+                self._mark = mark
+                try:
+                    self._tokens = Tokens.read(self._path)
+                except ConfigError as error:
+                    logger.error("%s; the tokens it held before stay valid", error)
+            return self._tokens
 
 
 def add_token(path: Path, name: str, scopes: Sequence[str]) -> str:

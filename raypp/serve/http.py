@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -35,8 +36,10 @@ from raypp.attacks.base import Threat
 from raypp.errors import RayppError
 from raypp.evaluation.metrics import LEAST_SIDE, chance_error, psnr, ssim
 from raypp.images import Pixels, encode_png
+from raypp.registry import did_you_mean
 from raypp.serve.auth import Tokens
 from raypp.serve.model import Served
+from raypp.serve.request_checks import accepted, check_headers, check_query, names_tag, shown
 from raypp.serve.wire import MULTIPART, NPY, PNG, Limits, RefusedError, Shape, Waiting, read_body, read_images
 
 PROBLEM = "application/problem+json"
@@ -59,8 +62,10 @@ class Classifying(Protocol):
     """What answers the classifier's requests."""
 
     limits: Limits
-    tokens: Tokens | None
     waiting: Waiting
+
+    async def tokens(self) -> Tokens | None:
+        """The tokens that are valid now; None where none is asked for."""
 
     def now(self) -> Served: ...
 
@@ -108,7 +113,9 @@ class Attacking(Protocol):
     """What answers the attack service's requests."""
 
     limits: Limits
-    tokens: Tokens | None
+
+    async def tokens(self) -> Tokens | None:
+        """The tokens that are valid now; None where none is asked for."""
 
     def rejected(self) -> dict[str, str] | None:
         """What was published last but does not work, and why."""
@@ -176,8 +183,10 @@ def classifier_api(service: Callable[[], Classifying], observe: Observe | None =
         asked = service()
         served = asked.now()
         tag = f'"{served.protection}"'
-        headers = {"ETag": tag, MODEL_HEADER: served.version, "Cache-Control": "no-cache"}
-        if tag in request.headers.get("if-none-match", ""):
+        headers = {"ETag": tag, MODEL_HEADER: served.version, "Cache-Control": "no-cache", "Accept-Ranges": "none"}
+        if not names_tag(request.headers.get("if-match", "*"), tag, weakly=False):
+            raise RefusedError(412, "other-version", f"If-Match names another protection than {tag}, which is live")
+        if names_tag(request.headers.get("if-none-match", ""), tag, weakly=True):
             return Response(status_code=304, headers=headers)
         return Response(served.archive, media_type="application/zip", headers=headers)
 
@@ -192,6 +201,7 @@ def classifier_api(service: Callable[[], Classifying], observe: Observe | None =
         test = served.private.metrics.get("test", {})
         about = {
             "version": served.version,
+            "bundle": served.name,
             "protection": served.protection,
             "classes": list(served.classes),
             "upload": {"height": served.shape[0], "width": served.shape[1], "channels": served.shape[2], "bits": 8},
@@ -266,7 +276,7 @@ def attack_api(service: Callable[[], Attacking], observe: Observe | None = None)
             except RayppError as error:
                 raise RefusedError(422, "attack-does-not-apply", str(error)) from error
         pixels = made.cpu().permute(0, 2, 3, 1).numpy()
-        if request.headers.get("accept", "").split(",")[0].strip() == PNG:
+        if request.state.media_type == PNG:
             return Response(encode_png(pixels[0]), media_type=PNG, headers={MODEL_HEADER: served.version})
         scores = await asyncio.to_thread(_compare, pixels, plain)
         pngs = await asyncio.to_thread(lambda: [base64.b64encode(encode_png(image)).decode() for image in pixels])
@@ -328,17 +338,31 @@ def _api(
 
     async def allowed(request: Request) -> None:
         """Before parameters are looked at: who has no token is told nothing else."""
-        tokens = service().tokens
+        tokens = await service().tokens()
         if tokens is not None:
             tokens.check(request.headers.get("authorization"), scope)
+        # What is not read is refused, and the type of the answer is chosen.
+        route = request.scope["route"]
+        check_headers(request.headers, reads_body=request.method == "POST", tagged=304 in route.responses)
+        check_query(
+            (name for name, _ in request.query_params.multi_items()),
+            [parameter.alias for parameter in route.dependant.query_params],
+        )
+        offered = list(route.responses.get(200, {}).get("content", {}))
+        request.state.media_type = accepted(request.headers.getlist("accept"), offered)
 
     api = FastAPI(
         title=title, version=raypp.__version__, description=what, docs_url="/docs", redoc_url=None,
         redirect_slashes=False,  # to an address that the client's Host header names, before its token is looked at
         dependencies=[Depends(allowed), Depends(bearer)],  # the latter so that OpenAPI names it
     )  # fmt: skip
+    api.add_middleware(Around, observe=observe, root="/docs")
+    add_problems(api)
+    return api
 
-    api.add_middleware(_Around, observe=observe)
+
+def add_problems(api: FastAPI) -> None:
+    """Have every error answered by a problem document."""
 
     @api.exception_handler(RefusedError)
     async def refused(request: Request, error: RefusedError) -> Response:
@@ -347,24 +371,37 @@ def _api(
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return problem(request, 422, "bad-parameter", f"{where}: {first['msg'].lower()}")
+        reason = f"{first['msg'][0].lower()}{first['msg'][1:]}"
+        sentence = f"{first['loc'][0]} parameter {first['loc'][-1]} is {shown(str(first['input']))}: {reason}"
+        return problem(request, 422, "bad-parameter", sentence)
 
     @api.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
-        return problem(request, error.status_code, "http", str(error.detail), dict(error.headers or {}))
+        headers, path = dict(error.headers or {}), request.url.path
+        sentence = str(error.detail)
+        if error.status_code == 404:
+            root = request.scope.get("root_path", "")
+            known = sorted({root + route.path for route in api.routes if isinstance(route, APIRoute)})
+            listed = f"; {root}/docs lists what there is" if api.docs_url is not None else ""
+            sentence = f"there is nothing at {shown(path)}{did_you_mean(path, known)}{listed}"
+        elif error.status_code == 405:
+            methods = {word.strip() for word in headers.get("Allow", "").split(",")}
+            headers["Allow"] = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
+            sentence = f"{shown(request.method)} is not read at {shown(path)}; allowed: {headers['Allow']}"
+        return problem(request, error.status_code, "http", sentence, headers)
 
-    return api
 
-
-class _Around:
-    """Gives every request a number, counts and logs it, and answers for defects of ours.
+class Around:
+    """Gives every request a number, counts and logs it, answers HEAD as GET, and answers for defects of ours.
 
     Plain ASGI: Starlette's middleware of functions takes a task and two queues for each request.
+
+    Args:
+        root: where a request of the application's own address is sent on to; None where a route answers it.
     """
 
-    def __init__(self, app: ASGIApp, observe: Observe | None) -> None:
-        self.app, self.observe = app, observe
+    def __init__(self, app: ASGIApp, observe: Observe | None, root: str | None = None) -> None:
+        self.app, self.observe, self.root = app, observe, root
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -373,6 +410,8 @@ class _Around:
         began = time.perf_counter()
         given = Headers(scope=scope).get(REQUEST_ID, "")
         identifier = given if REQUEST_ID_FORM.fullmatch(given) else uuid.uuid4().hex
+        method, head = scope["method"], scope["method"] == "HEAD"
+        scope = {**scope, "method": "GET"} if head else scope
         state = scope["state"] = {**scope.get("state", {}), "identifier": identifier, "num_images": 0}
         status: int | None = None
 
@@ -382,6 +421,8 @@ class _Around:
                 status = message["status"]
                 if not given:  # Serve gives each request one and answers with it by itself
                     message.setdefault("headers", []).append((REQUEST_ID.lower().encode(), identifier.encode()))
+            elif head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             await send(message)
 
         try:
@@ -395,7 +436,7 @@ class _Around:
                 self.observe(route, status or 0, state["num_images"], seconds)
             if logger.isEnabledFor(logging.INFO):
                 line = {
-                    "request": identifier, "method": scope["method"], "route": route, "status": status,
+                    "request": identifier, "method": method, "route": route, "status": status,
                     "images": state["num_images"], "ms": round(1000 * seconds, 2),
                 }  # fmt: skip
                 logger.info("%s", json.dumps(line))
@@ -409,6 +450,10 @@ class _Around:
             await send(message)
 
         try:
+            if self.root is not None and scope["method"] == "GET" and _is_root(scope):
+                there = Response(status_code=307, headers={"Location": scope.get("root_path", "") + self.root})
+                await there(scope, receive, sending)
+                return
             await self.app(scope, receive, sending)
         except ClientDisconnect:
             scope["state"]["gone"] = True
@@ -418,6 +463,11 @@ class _Around:
                 raise  # only breaking the answer off tells the client
             answer = problem(Request(scope), 500, "defect", "the service failed; its log has the reason")
             await answer(scope, receive, sending)
+
+
+def _is_root(scope: Scope) -> bool:
+    """Whether a request is for the application's own address, with or without a slash."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", "")) in ("", "/")
 
 
 def problem(
@@ -532,10 +582,12 @@ _PROBLEM_SCHEMA = {
 }  # fmt: skip
 _MEANING = {
     400: "The request cannot be read.", 401: "No valid token.", 403: "The token lacks the scope.",
-    404: "There is no such attack.", 405: "Another method is needed.", 408: "It took too long.",
-    409: "Protected with a protection that is not served.", 413: "Too large or too many.",
-    415: "A type of content that is not read.", 422: "No image of the right shape, or not a protected one.",
-    500: "A defect.", 503: "Busy: come back after Retry-After.",
+    404: "There is no such attack.", 405: "Another method is needed.", 406: "Accept allows no type of answer.",
+    408: "It took too long.", 409: "Protected with a protection that is not served.",
+    412: "A condition names another version.", 413: "Too large or too many.",
+    415: "A type or an encoding of content that is not read.", 417: "An expectation that is not known.",
+    422: "No image of the right shape, not a protected one, or a parameter or field that is not known.",
+    500: "A defect.", 501: "A transfer encoding that is not read.", 503: "Busy: come back after Retry-After.",
 }  # fmt: skip
 _BY_THE_PROXY = {408, 500, 503}  # Serve's proxy may answer before or instead of a replica: by a sentence, no document
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -561,6 +613,7 @@ CLASSIFIED = {
 }
 MODEL = {
     "version": "0123456789abcdef",
+    "bundle": "first/bundle",
     "protection": "sha256 of the protection's manifest",
     "classes": ["airplane", "ship"],
     "upload": {"height": 32, "width": 32, "channels": 3, "bits": 8},

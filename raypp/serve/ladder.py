@@ -10,12 +10,11 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from raypp import bundle as bundles
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import Access, Attack, AttackError, Map, TrainedAttack
 from raypp.attacks.white_box import WhiteBoxOptions
+from raypp.bundle import PublicBundle
 from raypp.serve.model import Served, in_few_sizes
-from raypp.storage import Storage
 
 MOST = {"white_box": 4}
 """Images of one request where each costs much."""
@@ -34,32 +33,35 @@ def online(served: Served) -> dict[str, tuple[Run, int]]:
     """
     listed = (served.scorecard or {}).get("attacks", {})
     done = {name: found for name, found in listed.items() if found["status"] == "done"}
-    access = _access(served)
+    material = served.attack_material
+    if material is None:
+        raise ValueError("the bundle was loaded without what its attacks are made of: load_served(..., attacks=True)")
+    access = _access(served, material.public)
     networks: dict[str, Map] = {}
     found: dict[str, tuple[Run, int]] = {}
-    with Storage(served.location).download("private") as folder:  # a bundle not attacked has no attacks/ in it
-        for name in sorted(done, key=lambda n: bool(ATTACKS.get(n).after)):
-            kind: type[Attack] = ATTACKS.get(name)
-            options = ATTACKS.options(name).model_validate(done[name]["options"])
-            if isinstance(options, WhiteBoxOptions):
-                options = options.model_copy(update={"steps": min(options.steps, STEPS), "restarts": 0})
-            earlier = {n: networks[n] for n in kind.after if n in networks}
-            try:
-                learned = issubclass(kind, TrainedAttack)
-                attack = kind(options, replace(access, earlier=earlier or None), learned=learned)
-                if isinstance(attack, TrainedAttack):
-                    attack.load(load((folder / "attacks" / f"{name}.safetensors").read_bytes()))
-                    networks[name] = attack.reconstruct
-                attack.prepare()
-            except (AttackError, OSError):
-                continue
-            run = partial(in_few_sizes, attack.reconstruct) if learned else attack.reconstruct
-            found[name] = (run, MOST.get(name, 256))
+    for name in sorted(done, key=lambda n: bool(ATTACKS.get(n).after)):
+        kind: type[Attack] = ATTACKS.get(name)
+        options = ATTACKS.options(name).model_validate(done[name]["options"])
+        if isinstance(options, WhiteBoxOptions):
+            options = options.model_copy(update={"steps": min(options.steps, STEPS), "restarts": 0})
+        earlier = {n: networks[n] for n in kind.after if n in networks}
+        learned = issubclass(kind, TrainedAttack)
+        if learned and name not in material.networks:
+            continue
+        try:
+            attack = kind(options, replace(access, earlier=earlier or None), learned=learned)
+            if isinstance(attack, TrainedAttack):
+                attack.load(load(material.networks[name]))
+                networks[name] = attack.reconstruct
+            attack.prepare()
+        except AttackError:
+            continue
+        run = partial(in_few_sizes, attack.reconstruct) if learned else attack.reconstruct
+        found[name] = (run, MOST.get(name, 256))
     return found
 
 
-def _access(served: Served) -> Access:
-    public = bundles.load_public(served.location)
+def _access(served: Served, public: PublicBundle) -> Access:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     protection = public.protection.to(device)
 

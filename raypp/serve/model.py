@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +33,17 @@ from raypp.storage import Storage
 
 LIVE = "live.json"
 RETRY_SECONDS = 60.0  # until a bundle that did not work is tried again
+MAX_READS = 3  # of a bundle that is replaced while it is read
 NUM_KEPT = 3  # bundles in memory: clients that protected with an earlier one are still answered
 EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file in an archive, so that equal parts are equal bytes
+
+
+@dataclass(frozen=True)
+class AttackMaterial:
+    """A bundle's public part, with its key, and the weights of its attack networks by the attacks' names."""
+
+    public: bundles.PublicBundle
+    networks: dict[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,7 @@ class Served:
         archive: the public part as a zip file.
         shape: (H, W, C) of protected images.
         plain: (H, W, C) of the images that they are made of.
+        attack_material: what attacks are made of, read together with the scorecard; None where it was not asked for.
     """
 
     location: str
@@ -61,6 +72,12 @@ class Served:
     private: bundles.PrivateBundle
     card: str
     scorecard: dict[str, Any] | None
+    attack_material: AttackMaterial | None = None
+
+    @property
+    def name(self) -> str:
+        """The last two parts of where it lies, such as ``first/bundle``: without the machine's paths."""
+        return "/".join(urlsplit(self.location).path.rstrip("/").split("/")[-2:])
 
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:
@@ -81,12 +98,39 @@ def in_few_sizes(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor
     return function(torch.cat([images, padding]))[: len(images)]
 
 
-def load_served(location: str | Path, device: torch.device | None = None) -> Served:
+def load_served(location: str | Path, device: torch.device | None = None, *, attacks: bool = False) -> Served:
     """Load a bundle and check that it does what it did when it was made.
+
+    Everything is of one version: a bundle that is attacked again meanwhile is read again.
+
+    Args:
+        attacks: also load what its attacks are made of.
 
     Raises:
         BundleError: it is missing, altered or incomplete, or its classifier gives other answers.
+        StorageError: it is replaced by another one each time that it is read.
     """
+    for _ in range(MAX_READS):
+        before = _manifest(location)
+        try:
+            served = _load(location, device, attacks)
+        except (RayppError, OSError):
+            if _manifest(location) == before:
+                raise
+        else:
+            if _manifest(location) == before:
+                return served
+    raise StorageError(f"bundle {str(location)!r} was replaced by another one each of {MAX_READS} times it was read")
+
+
+def _manifest(location: str | Path) -> bytes | None:
+    try:
+        return Storage(location).read(bundles.MANIFEST)
+    except StorageError:
+        return None
+
+
+def _load(location: str | Path, device: torch.device | None, attacks: bool) -> Served:
     with Storage(location).download("") as folder:
         private = bundles.load_private(folder)
         bundles.verify(folder)
@@ -101,6 +145,11 @@ def load_served(location: str | Path, device: torch.device | None = None) -> Ser
         card = (folder / "MODEL_CARD.md").read_text()
         found = folder / "private" / "scorecard.json"
         scorecard = json.loads(found.read_text()) if found.is_file() else None
+        material = None
+        if attacks:
+            files = sorted((folder / "private" / "attacks").glob("*.safetensors"))
+            networks = {file.stem: file.read_bytes() for file in files}
+            material = AttackMaterial(bundles.load_public(folder), networks)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier = folded(private.classifier, private.sample[:8].float() / 255)
     classifier = classifier.to(device).to(memory_format=torch.channels_last)
@@ -122,6 +171,7 @@ def load_served(location: str | Path, device: torch.device | None = None) -> Ser
         private,
         card,
         scorecard,
+        material,
     )
 
 
@@ -185,6 +235,8 @@ def current(location: str | Path) -> Named:
         StorageError: neither is there, or it cannot be read.
     """
     storage = Storage(location)
+    if storage.local:  # through links such as runs/latest, so that all files are read of the same run
+        storage = Storage(storage.path.resolve())
     if storage.exists(LIVE):
         named = _named(storage)
         version = named["version"]
@@ -192,6 +244,8 @@ def current(location: str | Path) -> Named:
             raise StorageError(f"{storage.uri}/{LIVE} is damaged; raypp publish writes it anew")
         return Named(storage.folder(f"versions/{version}").uri, version, named["published"])
     if not storage.exists(bundles.MANIFEST):
+        if storage.exists(f"bundle/{bundles.MANIFEST}"):
+            raise StorageError(f"{storage.uri} is a run; its bundle is {storage.folder('bundle').uri}")
         raise StorageError(f"{storage.uri} is neither a bundle nor a shelf of published ones")
     return Named(storage.uri, hashlib.sha256(storage.read(bundles.MANIFEST)).hexdigest()[:16], None)
 
@@ -254,7 +308,7 @@ class Live:
             self._refuse(named, error)
 
     def _load(self, where: str) -> Served:
-        served = load_served(where, self.device)
+        served = load_served(where, self.device, attacks=self.prepare is not None)
         if self.prepare is not None:
             self._prepared[served.version] = self.prepare(served)
         return served
@@ -334,7 +388,7 @@ def publishing(
     Raises:
         RayppError: the bundle does not work, and nothing has changed; or the shelf cannot be written.
     """
-    served = load_served(bundle)
+    served = load_served(bundle, attacks=check is not None)
     if check is not None:
         try:
             check(served)

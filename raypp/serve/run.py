@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import os
@@ -11,15 +12,15 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from raypp.errors import BundleError, ConfigError, RayppError, StorageError
+import raypp
+from raypp.errors import BundleError, ConfigError, RayppError, StorageError, first_line, last_line
 from raypp.remote import Client, RemoteError, is_loopback
 from raypp.serve.auth import Tokens
 from raypp.serve.haproxy import settings
@@ -28,6 +29,13 @@ from raypp.serve.model import Published, current, publishing
 from raypp.storage import Storage
 
 CONFIG = "serve_config.yaml"
+ATTACK: dict[str, Any] = {
+    "name": "attack",
+    "route_prefix": "/attack",
+    "import_path": "raypp.serve.app:build_attack",
+    "args": {"max_images": 32},
+}
+"""What ``--attack`` adds; in the shipped file the same lines are behind a #."""
 LOOK_SECONDS = 0.5
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 ANSWER_SECONDS = 10.0  # for which a service that is published to may not answer
@@ -35,11 +43,16 @@ ANSWER_SECONDS = 10.0  # for which a service that is published to may not answer
 
 def template() -> dict[str, Any]:
     """The shipped ``serve_config.yaml``, from which both a cluster and ``raypp serve`` take what they deploy."""
-    found: dict[str, Any] = yaml.safe_load((resources.files("raypp.serve") / CONFIG).read_text())
-    return found
+    package = Path(raypp.__file__).parent
+    places = (package / "serve" / CONFIG, package.parent / CONFIG)  # of an installed wheel, of a checkout
+    for place in places:
+        if place.is_file():
+            config: dict[str, Any] = yaml.safe_load(place.read_text())
+            return config
+    raise ConfigError(f"{CONFIG} is missing in {package.parent}; install raypp again")
 
 
-def configured(bundle: str, *, host: str, port: int, tokens: str | None, attack: bool = True) -> dict[str, Any]:
+def configured(bundle: str, *, host: str, port: int, tokens: str | None, attack: bool = False) -> dict[str, Any]:
     """``serve_config.yaml`` for one bundle or shelf.
 
     Raises:
@@ -59,7 +72,8 @@ def configured(bundle: str, *, host: str, port: int, tokens: str | None, attack:
         Tokens.read(tokens)
     config = template()
     config["http_options"] |= {"host": host, "port": port}
-    config["applications"] = [a for a in config["applications"] if attack or a["name"] != "attack"]
+    if attack:
+        config["applications"].append(copy.deepcopy(ATTACK))
     for application in config["applications"]:
         application["args"] |= {"bundle": where, "tokens": tokens}
     return config
@@ -98,9 +112,6 @@ def serving(config: dict[str, Any], *, haproxy: bool = False) -> Iterator[str]:
         options = dict(config["http_options"])
         host, port = options["host"], options["port"]
         _refuse_taken(host, port)
-        builders: dict[str, Callable[[app.Arguments], Any]] = {
-            "classifier": app.build_classifier, "attack": app.build_attack,
-        }  # fmt: skip
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         try:
             serve.start(
@@ -109,11 +120,11 @@ def serving(config: dict[str, Any], *, haproxy: bool = False) -> Iterator[str]:
                 logging_config=LoggingConfig(**config["logging_config"]),
             )
         except RayError as error:
-            reason = COLOURS.sub("", str(error)).strip().splitlines()[-1]
+            reason = COLOURS.sub("", last_line(error))
             raise RayppError(f"Serve's proxy does not start: {reason}; logs/serve in Ray's folder has why") from error
         try:
             for application in config["applications"]:
-                built = builders[application["name"]](app.Arguments(**application["args"]))
+                built = app.bind(application["name"], app.Arguments(**application["args"]))
                 try:
                     serve.run(
                         built,
@@ -177,7 +188,7 @@ def _interruptible() -> Iterator[None]:
 
 def _why(status: str, error: Exception) -> str:
     reasons = re.findall(r"raypp\.errors\.\w+: ([^\\\n]+)", status)
-    return reasons[-1] if reasons else str(error).splitlines()[0]
+    return reasons[-1] if reasons else first_line(error)
 
 
 def _refuse_taken(host: str, port: int) -> None:

@@ -24,8 +24,9 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from raypp.errors import DataError, RayppError
+from raypp.errors import DataError, RayppError, first_line
 from raypp.images import Pixels, decode
+from raypp.registry import did_you_mean
 
 PNG, NPY, MULTIPART = "image/png", "application/x-npy", "multipart/form-data"
 PNG_SIGNATURE, NPY_SIGNATURE = b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
@@ -36,6 +37,7 @@ SMALL_CHUNKS = {b"gAMA": 4, b"sRGB": 1, b"cHRM": 32, b"pHYs": 9, b"tIME": 7, b"s
 """What else a PNG may hold, once, and of at most how many bytes: how to show it. Text, EXIF, a profile or many of these
 can carry more of an original than its image."""
 DECODED_AT_ONCE = 2**15  # values of PNG images: ten of 32 x 32
+MAX_TEXT_FIELDS = 16  # that are looked at, for their names in an answer
 MAX_PART_HEADER = 512  # bytes of a form's part: its field and a file's name
 
 T = TypeVar("T")
@@ -155,11 +157,12 @@ async def read_images(
     if kind == MULTIPART:
         shapes = {"image": shape} | ({"plain": plain} if plain is not None else {})
         return await _multipart(body, content_type, shapes, limits)
-    given = f"Content-Type {kind!r} is not read here" if kind else "there is no Content-Type"
+    sent = f"Content-Type {kind[:60]!r} is not read here" if kind else "there is no Content-Type"
     raise RefusedError(
         415,
         "unsupported-type",
-        f"{given}; allowed are {PNG}, {NPY} and {MULTIPART} (lossy formats destroy what the classifier reads)",
+        f"{sent}; allowed are {PNG}, {NPY} and {MULTIPART} (lossy formats destroy what the classifier reads)",
+        {"Accept": f"{PNG}, {NPY}, {MULTIPART}"},
     )
 
 
@@ -169,42 +172,51 @@ async def _multipart(
     async def stream() -> AsyncGenerator[bytes, None]:
         yield body
 
+    boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
+    if not boundary:
+        raise RefusedError(
+            400, "bad-form", f"Content-Type {MULTIPART} names no boundary; let your HTTP library write the header"
+        )
+    allowed = " and ".join(repr(name) for name in shapes)
     parser = MultiPartParser(
-        Headers({"content-type": content_type}), stream(), max_files=2 * limits.images, max_fields=0,
+        Headers({"content-type": content_type}), stream(), max_files=2 * limits.images, max_fields=MAX_TEXT_FIELDS,
         max_part_size=limits.body,
     )  # fmt: skip
     parser.spool_max_size = limits.body + 1  # in memory: no image is ever written to disk
     try:
         form = await parser.parse()
     except (MultiPartException, MultipartParseError, KeyError, ValueError, UnicodeError) as error:
-        reason = getattr(error, "message", "") or str(error) or type(error).__name__
+        reason = getattr(error, "message", "") or first_line(error)
+        if reason.startswith("Too many files"):
+            raise _too_many(limits) from error
+        if reason.startswith("Too many fields"):
+            raise RefusedError(
+                422, "unknown-field", f"the form has more than {MAX_TEXT_FIELDS} text fields; allowed are files in "
+                f"{allowed}",
+            ) from error  # fmt: skip
         raise RefusedError(400, "bad-form", f"the form cannot be read: {reason}") from error
     # Batches as they are, which takes no decoding; PNG files when it is known that they are not too many.
     found: dict[str, list[Pixels | bytes]] = {name: [] for name in shapes}
     counts = dict.fromkeys(shapes, 0)
     try:
-        boundary = parse_options_header(content_type)[1][b"boundary"]
         if not body.rstrip(b"\r\n").endswith(b"--" + boundary + b"--"):
             raise RefusedError(400, "bad-form", "the form cannot be read: something follows its end, or it has none")
         for name, value in form.multi_items():
-            if name not in found or not isinstance(value, UploadFile):
-                allowed = " and ".join(repr(known) for known in shapes)
+            if not isinstance(value, UploadFile):
                 raise RefusedError(
-                    422, "unknown-field", f"the form has a field {name[:50]!r}; allowed are files in {allowed}"
-                )
-            headers = {key.lower(): text for key, text in value.headers.items()}
-            if (
-                not headers.keys() <= {"content-disposition", "content-type"}
-                or sum(map(len, headers.values())) > MAX_PART_HEADER
-            ):
-                raise RefusedError(
-                    422, "metadata", f"a file of field {name!r} has headers that may tell more than its image does; "
-                    "allowed are Content-Disposition and Content-Type, short ones",
+                    422, "unknown-field", f"the form has a text field {name[:50]!r}; allowed are files (parts with a "
+                    f"filename) in {allowed}",
                 )  # fmt: skip
-            data = await value.read()
-            left = Limits(limits.body, limits.images - counts[name])
+            if name not in found:
+                raise RefusedError(
+                    422, "unknown-field", f"the form has a file in field {name[:50]!r}{did_you_mean(name, shapes)}; "
+                    f"allowed are files in {allowed}",
+                )  # fmt: skip
             where = f"file {len(found[name]) + 1} of field {name!r}"
-            part = _npy(data, where, shapes[name], left) if data.startswith(NPY_SIGNATURE) else data
+            _check_part(value.headers, where)
+            data = await value.read()
+            is_npy = data.startswith(NPY_SIGNATURE)
+            part = _npy(data, where, shapes[name], limits, counts[name]) if is_npy else data
             found[name].append(part)
             counts[name] += 1 if isinstance(part, bytes) else len(part)
             if counts[name] > limits.images:
@@ -230,6 +242,23 @@ async def _multipart(
     values = sum(math.prod(shapes[name]) for name in both for part in found[name] if isinstance(part, bytes))
     read = await _aside(lambda: {name: images(name) for name in both}, values)
     return read["image"], read.get("plain")
+
+
+def _check_part(headers: Headers, where: str) -> None:
+    """Refuse a form's part that is a form itself, or whose headers have room for more than an image's name."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind.startswith("multipart/"):
+        raise RefusedError(
+            415, "unsupported-type", f"{where} is {kind[:60]!r}, several parts in one; send each image as a file of "
+            "the form itself",
+        )  # fmt: skip
+    others = sorted({name.lower() for name in headers.keys()} - {"content-disposition", "content-type"})  # noqa: SIM118
+    if others or sum(map(len, headers.values())) > MAX_PART_HEADER:
+        extra = f"the header {others[0][:50]!r}" if others else "long headers"
+        raise RefusedError(
+            422, "metadata", f"{where} has {extra}, which may tell more than its image does; allowed are "
+            "Content-Disposition and Content-Type, short ones",
+        )  # fmt: skip
 
 
 async def _aside(function: Callable[[], T], values: int) -> T:
@@ -330,8 +359,8 @@ def _npy_header(header: bytes) -> tuple[Any, Any, tuple[Any, ...]]:
     return found["descr"], found["fortran_order"], tuple(found["shape"])
 
 
-def _npy(data: bytes, where: str, shape: Shape, limits: Limits) -> Pixels:
-    """A NumPy file of uint8 (H, W, C) or (N, H, W, C), in C order."""
+def _npy(data: bytes, where: str, shape: Shape, limits: Limits, num_before: int = 0) -> Pixels:
+    """A NumPy file of uint8 (H, W, C) or (N, H, W, C), in C order; ``num_before`` images came before it."""
     if not data.startswith(NPY_SIGNATURE) or len(data) < 12:
         raise RefusedError(422, "not-npy", f"{where} is no NumPy file")
     major, wide = data[6], data[6] >= 2
@@ -352,7 +381,7 @@ def _npy(data: bytes, where: str, shape: Shape, limits: Limits) -> Pixels:
             422, "wrong-shape", f"{where} has shape {dims[:6]}; this classifier reads {_said(shape)}, one or a batch"
         )
     num = dims[0] if len(dims) == 4 else 1
-    if num > limits.images:
+    if num_before + num > limits.images:
         raise _too_many(limits)
     values = memoryview(data)[begin + length :]
     if len(values) != num * math.prod(shape):

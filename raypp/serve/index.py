@@ -1,0 +1,91 @@
+"""The server's own address: which services run, where their documentation is, and how the attacks are switched on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Collection
+from html import escape
+
+from fastapi import FastAPI, Request, Response
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.types import Receive, Scope, Send
+
+import raypp
+from raypp.serve.http import Around, Observe, add_problems
+from raypp.serve.request_checks import accepted
+from raypp.serve.wire import RefusedError
+
+CLASSIFIER, ATTACK = "/classifier", "/attack"
+SERVICES = {"classifier": "Classifies protected images.", "attack": "Shows what attackers make of protected images."}
+SWITCH_ON = "The attack service is off: raypp serve BUNDLE --attack, or the lines of serve_config.yaml, switch it on."
+JSON, HTML = "application/json", "text/html"
+
+
+class Server(Starlette):
+    """The classifier below ``/classifier``, and an index at the server's own address.
+
+    Where Serve itself has the application below ``/classifier`` (an older configuration's ``route_prefix``) the
+    classifier answers alone.
+    """
+
+    def __init__(
+        self, classifier: FastAPI, running: Callable[[], Awaitable[Collection[str]]], observe: Observe
+    ) -> None:
+        super().__init__(routes=[Mount(CLASSIFIER, classifier), Mount("/", index_api(running, observe))])
+        self.router.redirect_slashes = False
+        self.classifier = classifier
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if str(scope.get("root_path", "")).endswith(CLASSIFIER):
+            await self.classifier(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+def index_api(running: Callable[[], Awaitable[Collection[str]]], observe: Observe | None = None) -> FastAPI:
+    """The index; ``running`` gives the names of the services that run now."""
+    api = FastAPI(title="raypp", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    api.add_middleware(Around, observe=observe)
+    add_problems(api)
+
+    @api.get("/")
+    async def index(request: Request) -> Response:
+        media_type = accepted(request.headers.getlist("accept"), (JSON, HTML))
+        root, names = request.scope.get("root_path", ""), await running()
+        services = [
+            {"name": name, "about": about, "docs": f"{root}/{name}/docs", "openapi": f"{root}/{name}/openapi.json"}
+            for name, about in SERVICES.items()
+            if name in names
+        ]
+        hint = None if "attack" in names else SWITCH_ON
+        if media_type == HTML:
+            return Response(_page(services, hint), media_type=HTML)
+        answer = {"raypp": raypp.__version__, "services": services} | ({"hint": hint} if hint is not None else {})
+        return Response(json.dumps(answer), media_type=JSON)
+
+    @api.get(CLASSIFIER)
+    async def classifier(request: Request) -> Response:
+        return Response(status_code=307, headers={"Location": f"{request.scope.get('root_path', '')}{CLASSIFIER}/docs"})
+
+    @api.api_route(ATTACK, methods=["GET", "POST"])
+    @api.api_route(ATTACK + "/{rest:path}", methods=["GET", "POST"])
+    async def attack() -> Response:
+        # Serve sends requests here only while it has no application for them.
+        raise RefusedError(404, "attack-service-off", SWITCH_ON)
+
+    return api
+
+
+def _page(services: list[dict[str, str]], hint: str | None) -> str:
+    lines = [
+        f'<li><a href="{escape(service["docs"])}">{escape(service["name"])}</a>: {escape(service["about"])}</li>'
+        for service in services
+    ]
+    more = f"<p>{escape(hint)}</p>" if hint is not None else ""
+    style = "body{font-family:system-ui,sans-serif;max-width:40rem;margin:3rem auto;padding:0 1rem;line-height:1.5}"
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>raypp</title><style>{style}</style></head>'
+        f"<body><h1>raypp {escape(raypp.__version__)}</h1><p>The services that run here, with their documentation:</p>"
+        f"<ul>{''.join(lines)}</ul>{more}</body></html>"
+    )
