@@ -763,6 +763,10 @@ def check(source: str, /, *options: Settings, image_size: tuple[int, int] | None
         counts.add_row(escape(label), f"{num:,}", f"{report.test.counts[label]:,}")
     console.print(counts)
     console.print(f"test images that are also training images: {report.num_shared:,}", highlight=False)
+    for split, part in (("train", report.train), ("test", report.test)):
+        if lacking := [label for label, num in part.counts.items() if not num]:
+            sentence = f"classes without images in {split}: {', '.join(lacking)}"
+            console.print(sentence, style="yellow", highlight=False, markup=False, soft_wrap=True)
     for part in (report.train, report.test):
         for sentence in part.unreadable:
             console.print(sentence, style="red", highlight=False, markup=False, soft_wrap=True)

@@ -166,7 +166,7 @@ def test_what_is_no_image_is_refused(data: bytes) -> None:
     ],
 )
 def test_no_pixels_are_refused(data: bytes) -> None:
-    with pytest.raises(DataError, match="nothing is not an image"):
+    with pytest.raises(DataError, match=r"nothing is (not an image|a damaged (PPM|GIF|BMP) image)"):
         images.decode(data, name="nothing")
 
 

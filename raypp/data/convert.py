@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raypp.data import SOURCES
-from raypp.data.base import THREADS_FROM, Fingerprint, Record, Source, Split, num_threads
+from raypp.data.base import THREADS_FROM, Fingerprint, Record, Source, Split, check_labels, num_threads
 from raypp.errors import DataError, StorageError
 from raypp.images import Pixels, encode_png
 from raypp.storage import new_folder
@@ -151,7 +151,7 @@ def check(source: Source) -> Report:
     """Read every image of a source once, in bounded memory, and report instead of stopping at the first bad one.
 
     Raises:
-        DataError: the source as a whole, or its labels, cannot be read.
+        DataError: the source as a whole, or its labels, cannot be read, or a split has images of one class alone.
     """
     train, in_train = _check_split(source, "train")
     test, in_test = _check_split(source, "test")
@@ -178,6 +178,8 @@ def _check_split(source: Source, split: Split) -> tuple[SplitReport, dict[bytes,
         labels.append(record.label)
         fingerprint.add(record.image)
     classes = source.classes
+    if labels and not num_unreadable:
+        check_labels(labels, split, classes)
     counts = np.bincount(np.asarray(labels, dtype=np.int64), minlength=len(classes))
     report = SplitReport(
         num_images=len(labels),
