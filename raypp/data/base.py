@@ -194,7 +194,7 @@ def check_names(names: Iterable[str], where: str) -> tuple[str, ...]:
             raise DataError(f"{where} has the class name {name!r} twice; allowed are names that differ")
         if like is not None:
             raise DataError(
-                f"{where} has the class names {ascii(like)} and {ascii(name)}, which look the same; rename one of them"
+                f"{where} has the class names {like!a} and {name!a}, which look the same; rename one of them"
             )
         seen[plain_name(name)] = name
     if len(classes) < 2:
