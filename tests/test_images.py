@@ -365,7 +365,7 @@ def test_png_without_an_end_is_damaged() -> None:
     with pytest.raises(DataError, match="damaged PNG image: it ends before its last chunk"):
         images.decode(png(8, 8, 8, 2, rows_of(pixels), end=False), name="x")
     doubled = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 8, 2, 0, 0, 0))
-    with pytest.raises(DataError, match=r"damaged PNG image: it has a chunk 'IHDR' that is not known or stands there twice"):
+    with pytest.raises(DataError, match=r"damaged PNG image: it has a chunk 'IHDR' that is not known"):
         images.decode(png(8, 8, 8, 2, rows_of(pixels), before=doubled), name="x")
 
 

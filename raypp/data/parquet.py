@@ -303,8 +303,10 @@ class Parquet(Source):
         """Yield (name, label, encoded image) of each row of a group, few of them in memory at a time."""
         row = 0
         with self._open(group.path) as file, _naming(group.path):
-            batches = file.iter_batches(ROWS_AT_A_TIME, row_groups=[group.index], columns=[column])
-            for batch in batches:
+            # pyarrow cannot cut arrays of views.
+            views = "view" in str(file.schema_arrow.field(column).type)
+            num = max(1, len(group.labels)) if views else ROWS_AT_A_TIME
+            for batch in file.iter_batches(num, row_groups=[group.index], columns=[column]):
                 for data in _image_bytes(batch.column(0), group.path, column):
                     yield f"{group.path} row {group.first + row}", int(group.labels[row]), data.as_py()
                     row += 1
