@@ -109,7 +109,8 @@ def statistics(images: Tensor) -> Tensor:
 
 
 def _parts(images: Tensor) -> tuple[Tensor, ...]:
-    return images.split(max(1, PART_VALUES // max(1, images.shape[1:].numel())))
+    parts: tuple[Tensor, ...] = images.split(max(1, PART_VALUES // max(1, images.shape[1:].numel())))
+    return parts
 
 
 def _statistics(images: Tensor) -> Tensor:

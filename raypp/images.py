@@ -96,8 +96,8 @@ def decode(
                 f"{name} is {image.height} x {image.width} pixels, more than the {max_pixels} pixels allowed"
             )
         image.load()
-        image = _upright(_flatten(image, name, essential), _orientation(image, kind, essential))
-        pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
+        flat = _upright(_flatten(image, name, essential), _orientation(image, kind, essential))
+        pixels = np.array(flat.convert("L" if channels == 1 else "RGB"))
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

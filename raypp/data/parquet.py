@@ -47,13 +47,13 @@ class RowGroup(NamedTuple):
 
     Attributes:
         path: within the source's filesystem.
-        index: of the row group in the file.
+        number: of the row group in the file.
         first: its first row in the file.
         labels: int64, one per row.
     """
 
     path: str
-    index: int
+    number: int
     first: int
     labels: Labels
 
@@ -306,7 +306,7 @@ class Parquet(Source):
             # pyarrow cannot cut arrays of views.
             views = "view" in str(file.schema_arrow.field(column).type)
             num = max(1, len(group.labels)) if views else ROWS_AT_A_TIME
-            for batch in file.iter_batches(num, row_groups=[group.index], columns=[column]):
+            for batch in file.iter_batches(num, row_groups=[group.number], columns=[column]):
                 for data in _image_bytes(batch.column(0), group.path, column):
                     yield f"{group.path} row {group.first + row}", int(group.labels[row]), data.as_py()
                     row += 1

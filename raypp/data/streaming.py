@@ -54,8 +54,8 @@ def _(source: Parquet, seed: int) -> ray.data.Dataset:
     items = [group._replace(labels=group.labels.tobytes())._asdict() for group in (groups[i] for i in order)]
 
     def read_rows(batch: Batch) -> Iterator[Batch]:
-        for path, index, first, labels in zip(*(batch[key] for key in RowGroup._fields), strict=True):
-            group = RowGroup(str(path), int(index), int(first), np.frombuffer(labels, np.int64))
+        for path, number, first, labels in zip(*(batch[key] for key in RowGroup._fields), strict=True):
+            group = RowGroup(str(path), int(number), int(first), np.frombuffer(labels, np.int64))
             rows = source.read(group, column)
             while some := list(itertools.islice(rows, ROWS_AT_A_TIME)):
                 names, numbers, data = zip(*some, strict=True)

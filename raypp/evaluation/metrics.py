@@ -217,7 +217,8 @@ def reidentify(
 def in_parts(values: Tensor, images: Tensor | None = None) -> tuple[Tensor, ...]:
     """Split ``values`` (N, ...) into the parts in which ``images`` (N, ...) are compared."""
     images = values if images is None else images
-    return values.split(max(1, PART_VALUES // max(1, images.shape[1:].numel())))
+    parts: tuple[Tensor, ...] = values.split(max(1, PART_VALUES // max(1, images.shape[1:].numel())))
+    return parts
 
 
 def _rank(
