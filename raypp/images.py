@@ -279,7 +279,7 @@ def find_images(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise DataError(f"{printable(path)} does not exist")
-    files = sorted(file for file in _walk(path, frozenset()) if is_image(file))
+    files = sorted(file for file in walk(path) if is_image(file))
     if not files:
         raise DataError(f"{printable(path)} holds no image, that is no file ending in {', '.join(sorted(SUFFIXES))}")
     return files
@@ -301,8 +301,11 @@ def printable(path: str | Path) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _walk(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
-    """Every file below a folder; ``above`` are the real paths of the folders that led here."""
+def walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Yield every file below a folder that is not passed over; links are followed, except to a folder that holds them.
+
+    ``above`` are the real paths of the folders that led here.
+    """
     above |= {folder.resolve()}
     try:
         entries = sorted(folder.iterdir())
@@ -313,7 +316,7 @@ def _walk(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
             continue
         if entry.is_dir():
             if not (entry.is_symlink() and (holds(entry, entry) or entry.resolve() in above)):
-                yield from _walk(entry, above)
+                yield from walk(entry, above)
         else:
             yield entry
 

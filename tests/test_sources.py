@@ -519,6 +519,27 @@ def test_parquet_that_a_writer_left_behind_is_passed_over(tmp_path: Path, place:
     assert (source.num_images("train"), source.num_images("test")) == (2, 2)
 
 
+@pytest.mark.parametrize("uri", [False, True])
+def test_parquet_links(tmp_path: Path, uri: bool) -> None:
+    """pyarrow alone follows a loop 40 deep and counts the files each time."""
+    for place in ("set/train/a", "set/test/a", "more/b"):
+        write_parquet(tmp_path / f"{place}.parquet", structs(noise(2)), [0, 1])
+    (tmp_path / "set/train/linked").symlink_to(tmp_path / "more")
+    (tmp_path / "set/train/loop").symlink_to("..")
+    path = (tmp_path / "set").as_uri() if uri else tmp_path / "set"
+    assert (build("parquet", path=path).num_images("train"), build("parquet", path=path).num_images("test")) == (4, 2)
+    (tmp_path / "set/train/gone.parquet").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(DataError, match=r"train/gone\.parquet is a link to a file or folder that does not exist"):
+        build("parquet", path=path).load("train")
+
+
+def test_parquet_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    both(tmp_path, structs(noise(2)), [0, 1])
+    (tmp_path / os.fsdecode(b"train-caf\xe9.parquet")).write_bytes((next(tmp_path.glob("train*"))).read_bytes())
+    with pytest.raises(DataError, match=r"name is not UTF-8; rename it"):
+        build("parquet", path=tmp_path).load("train")
+
+
 def test_parquet_columns_twice_are_refused(tmp_path: Path) -> None:
     table = pa.table([structs(noise(2)), [0, 1], [1, 0]], names=["img", "label", "label"])
     pq.write_table(table, tmp_path / "train.parquet")

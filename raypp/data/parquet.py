@@ -21,6 +21,7 @@ from pydantic import field_validator
 from raypp import registry
 from raypp.data.base import Labels, Record, Source, Split, check_names, decode_all
 from raypp.errors import DataError
+from raypp.images import printable, walk
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
@@ -112,8 +113,7 @@ class Parquet(Source):
             if info.type == pafs.FileType.File:
                 paths = [root]
             else:
-                infos = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
-                paths = sorted(i.path for i in infos if i.is_file and i.path.lower().endswith(SUFFIXES))
+                paths = sorted(path for path in self._all_files() if path.lower().endswith(SUFFIXES))
         found: dict[str, list[str]] = {}
         for path in paths:
             parts = self._parts(path)
@@ -126,6 +126,18 @@ class Parquet(Source):
             if words:
                 found.setdefault(words[-1], []).append(path)
         return found
+
+    def _all_files(self) -> list[str]:
+        """Every file below the path; raises DataError for a link that leads nowhere."""
+        filesystem, root = self._location
+        if not (isinstance(filesystem, pafs.LocalFileSystem) and Path(root).is_dir()):
+            infos = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+            return [info.path for info in infos if info.is_file]
+        files = list(walk(Path(root)))  # pyarrow follows links to folders that hold them, 40 deep
+        for file in files:
+            if not file.exists():
+                raise DataError(f"{printable(file)} is a link to a file or folder that does not exist")
+        return [file.as_posix() for file in files]
 
     def _parts(self, path: str) -> list[str]:
         """The names of the folders below the source's path, and the file's."""
@@ -332,7 +344,7 @@ def _naming(path: str) -> Iterator[None]:
     """Turn what pyarrow raises for a missing or damaged file into a DataError that names it."""
     try:
         yield
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise DataError(f"{path} holds a file or folder whose name is not UTF-8; rename it") from error
     except (OSError, pa.ArrowException) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
