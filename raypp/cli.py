@@ -784,7 +784,7 @@ def convert(source: str, out: Path, /, *options: Settings, image_size: tuple[int
 
 @data_app.command
 def check(source: str, /, *options: Settings, image_size: tuple[int, int] | None = None) -> None:
-    """Read every image of a source and count; exit code 1 if some are unreadable.
+    """Read every image of a source in full and count; exit code 1 if some are damaged or a split cannot be used.
 
     Parameters
     ----------
@@ -812,8 +812,12 @@ def check(source: str, /, *options: Settings, image_size: tuple[int, int] | None
         counts.add_row(escape(label), f"{num:,}", f"{report.test.counts[label]:,}")
     console.print(counts)
     console.print(f"test images that are also training images: {report.num_shared:,}", highlight=False)
+    for split, part in (("train", report.train), ("test", report.test)):
+        if lacking := [label for label, num in part.counts.items() if not num]:
+            sentence = f"classes without images in {split}: {', '.join(lacking)}"
+            console.print(sentence, style="yellow", highlight=False, markup=False, soft_wrap=True)
     for part in (report.train, report.test):
-        for sentence in part.unreadable:
+        for sentence in (*part.unreadable, *([part.problem] if part.problem else [])):
             console.print(sentence, style="red", highlight=False, markup=False, soft_wrap=True)
     if not report.readable:
         raise SystemExit(1)
@@ -1009,6 +1013,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _fail(console: Console, sentence: str, code: int) -> None:
     if os.environ.get(TRACEBACK):
         traceback.print_exc()
+    sentence = sentence.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")  # names of files
     console.print(f"raypp: {sentence}", style="red", highlight=False, markup=False, soft_wrap=True)
     raise SystemExit(code)
 

@@ -20,6 +20,7 @@ BINS = 16
 LEAST = 100  # images of each kind, both to fit to and to set the threshold by
 REFUSED = 0.001  # of protected images, at most, on those that the threshold is set by
 RIDGE = 1e-3
+PART_VALUES = 2**22  # values of images whose statistics are computed at a time; each takes some 30 bytes meanwhile
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,12 @@ class Guard:
 
     def scores(self, images: Tensor) -> Tensor:
         """Scores float64 (N,) of images uint8 (N, C, H, W)."""
-        standard = (statistics(images) - self.mean.to(images.device)) / self.scale.to(images.device)
-        scores: Tensor = standard.clamp(-10, 10) @ self.weights.to(images.device) + self.bias
+        return self.scores_of(statistics(images))
+
+    def scores_of(self, values: Tensor) -> Tensor:
+        """Scores float64 (N,) of images whose :func:`statistics` are ``values`` (N, K)."""
+        standard = (values - self.mean.to(values.device)) / self.scale.to(values.device)
+        scores: Tensor = standard.clamp(-10, 10) @ self.weights.to(values.device) + self.bias
         return scores
 
     def looks_protected(self, images: Tensor) -> Tensor:
@@ -78,13 +83,12 @@ def calibrate(plain: Tensor, protected: Tensor, test_plain: Tensor, test_protect
     half = len(plain) // 2
     if half < LEAST or not len(test_plain):
         return None
-    fit_plain, fit_protected = _variants(plain[:half]), protected[:half]
-    x = torch.cat((statistics(fit_protected), statistics(fit_plain)))
+    x = torch.cat((statistics(protected[:half]), _statistics_of_variants(plain[:half])))
     mean, scale = x.mean(0), x.std(0).clamp_min(1e-6)
-    weights, bias = _logistic(((x - mean) / scale).clamp(-10, 10), len(fit_protected))
+    weights, bias = _logistic(((x - mean) / scale).clamp(-10, 10), half)
     unset = Guard(mean.cpu(), scale.cpu(), weights.cpu(), bias, 0.0, {}, {})
     lowest = float(unset.scores(protected[half:]).quantile(REFUSED))
-    highest = float(unset.scores(_variants(plain[half:])).quantile(1 - REFUSED))
+    highest = float(unset.scores_of(_statistics_of_variants(plain[half:])).quantile(1 - REFUSED))
     # Between the two where they are apart; else as many protected images as allowed are refused.
     threshold = (lowest + highest) / 2 if highest < lowest else lowest
     guard = Guard(mean.cpu(), scale.cpu(), weights.cpu(), bias, threshold, {}, {})
@@ -97,7 +101,19 @@ def calibrate(plain: Tensor, protected: Tensor, test_plain: Tensor, test_protect
 
 def statistics(images: Tensor) -> Tensor:
     """What the score is made of, float64 (N, K), of images uint8 (N, C, H, W) of any size: per channel the histogram
-    and the mean steps to neighbours one, two and four pixels away, and across channels the mean difference."""
+    and the mean steps to neighbours one, two and four pixels away, and across channels the mean difference.
+
+    Memory holds ``PART_VALUES`` values at a time.
+    """
+    return torch.cat([_statistics(part) for part in _parts(images)])
+
+
+def _parts(images: Tensor) -> tuple[Tensor, ...]:
+    parts: tuple[Tensor, ...] = images.split(max(1, PART_VALUES // max(1, images.shape[1:].numel())))
+    return parts
+
+
+def _statistics(images: Tensor) -> Tensor:
     values = images.float()
     num, channels = images.shape[:2]
     rows = torch.arange(num * channels, device=images.device).view(num, channels, 1)
@@ -118,13 +134,18 @@ def statistics(images: Tensor) -> Tensor:
     return torch.cat(parts, dim=1).double()
 
 
-def _variants(plain: Tensor) -> Tensor:
-    """Plain images as clients send them by mistake: as they are, magnified, grey, negative."""
+def _statistics_of_variants(plain: Tensor) -> Tensor:
+    """Statistics (4N, K) of plain images as clients send them by mistake: as they are, magnified, grey, negative."""
+    parts = [[_statistics(variant) for variant in _variants(part)] for part in _parts(plain)]
+    return torch.cat([torch.cat(variants) for variants in zip(*parts, strict=True)])
+
+
+def _variants(plain: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     height, width = plain.shape[2:]
     part = plain[:, :, height // 4 : height - height // 4, width // 4 : width - width // 4].float()
     magnified = F.interpolate(part, size=(height, width), mode="bilinear").round().to(torch.uint8)
     grey = plain.float().mean(1, keepdim=True).round().to(torch.uint8).expand_as(plain)
-    return torch.cat((plain, magnified, grey, 255 - plain))
+    return plain, magnified, grey, 255 - plain
 
 
 def _logistic(x: Tensor, num_protected: int) -> tuple[Tensor, float]:

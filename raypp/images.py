@@ -7,15 +7,18 @@ place decides what an image is and refuses, by name, what is not.
 from __future__ import annotations
 
 import io
+import re
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps, UnidentifiedImageError
 
 from raypp.errors import DataError, StorageError
+from raypp.image_formats import DamagedError, Essence, essence, exif_orientation, is_unread, kind_of
 
 if TYPE_CHECKING:
     import torch
@@ -26,11 +29,33 @@ Pixels = npt.NDArray[np.uint8]
 # A closed list: Pillow also knows formats that start other programs (EPS) or that nobody sends.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"},
+    ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm".split()  # noqa: SIM905
 )
 
-UNREAD = frozenset({".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".dng", ".cr2", ".nef"})
-"""Suffixes of images that Pillow does not read everywhere: passing them over in silence would lose data."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each EXIF orientation."""
+
+UNREAD = frozenset(
+    ".heic .heics .heif .avif .avifs .jp2 .j2k .jpx .jxl .jxr .svg .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf "  # noqa: SIM905
+    ".psd .xcf .tga .exr .hdr .ico .icns .pcx .dds .pam".split()
+)
+"""Suffixes of images that are not read here: passing them over in silence would lose data."""
+
+IGNORED_FOLDERS = frozenset(
+    {"__MACOSX", "@eaDir", "__pycache__", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
+)
+"""Folders that systems and file managers add, with thumbnails and copies."""
+
+# A download that was numbered (c.png.1), or that kept the query of its address (d.jpg?w=300).
+DOWNLOADED = re.compile(r"(\.[a-z0-9]+)(?:\.\d+|[?&#;@].*|\s*\(\d+\))$")
 
 
 def decode(
@@ -44,7 +69,8 @@ def decode(
     """Decode the bytes of one image file into the picture that a viewer would show.
 
     The EXIF orientation is applied, transparency is laid on white, 16-bit grey (and float grey in 0..1) is scaled to
-    8 bits, CMYK becomes RGB. Of an animation the first frame is taken.
+    8 bits, CMYK becomes RGB. Of an animation the first frame is taken. Metadata that the picture does not need is not
+    read.
 
     Args:
         data: the file's bytes.
@@ -57,40 +83,86 @@ def decode(
         uint8 array (H, W, channels).
 
     Raises:
-        DataError: not an image, damaged, truncated, empty or too large.
+        DataError: not an image, damaged (see :mod:`raypp.image_formats`), truncated, empty or too large.
     """
+    kind = kind_of(data[:64])
+    if kind is None:
+        raise DataError(f"{name} is not an image in one of the formats {', '.join(FORMATS)}")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        essential = essence(data, kind)
+        image = _open(essential.data, kind)
         if image.width * image.height > max_pixels:
             raise DataError(
                 f"{name} is {image.height} x {image.width} pixels, more than the {max_pixels} pixels allowed"
             )
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        pixels = np.array(_flatten(image, name).convert("L" if channels == 1 else "RGB"))
+        flat = _upright(_flatten(image, name, essential), _orientation(image, kind, essential))
+        pixels = np.array(flat.convert("L" if channels == 1 else "RGB"))
     except DataError:
         raise
-    except UnidentifiedImageError as error:
-        raise DataError(f"{name} is not an image in one of the formats {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{name} has more than the {max_pixels} pixels allowed") from error
+    except DamagedError as error:
+        raise DataError(f"{name} is a damaged {kind} image: {error}") from error
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name} is a damaged {kind} image: its header cannot be read") from error
     except Exception as error:  # on damaged bytes Pillow's decoders raise a dozen types, KeyError among them
-        raise DataError(f"{name} is a damaged image ({error or type(error).__name__})") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{name} is a damaged {kind} image: {reason}") from error
     pixels = pixels.reshape(*pixels.shape[:2], channels)
     return pixels if size is None else fit(pixels, size)
 
 
-def _flatten(image: Image.Image, name: str) -> Image.Image:
+def _open(data: bytes, kind: str) -> ImageFile.ImageFile:
+    image = Image.open(io.BytesIO(data), formats=(kind,))
+    image.decodermaxblock = max(image.decodermaxblock, len(data))  # else Pillow may stop before a PNG's last checksum
+    return image
+
+
+def _flatten(image: Image.Image, name: str, essential: Essence) -> Image.Image:
     """Return the opaque 8-bit form of a loaded image; refuse deep grey whose range is not 0..65535 or 0..1."""
     if image.mode.startswith("I") or image.mode == "F":
         values, top = np.asarray(image), 1 if image.mode == "F" else 65535
         if not (values.min() >= 0 and values.max() <= top):  # also refuses NaN
             raise DataError(f"{name} has grey values from {values.min()} to {values.max()}, allowed is 0 to {top}")
-        return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+        flat = np.rint(values * (255 / top)).astype(np.uint8)
+        if essential.key is not None:
+            flat[values == essential.key[0]] = 255
+        return Image.fromarray(flat)
+    if essential.key is not None:
+        return _white_where(image, essential)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA"))
     return image
+
+
+def _white_where(image: Image.Image, essential: Essence) -> Image.Image:
+    """Lay a grey PNG of 1 to 8 bits or an RGB PNG on white where it has the color that is declared transparent."""
+    assert essential.key is not None
+    flat = np.array(image.convert("L" if len(essential.key) == 1 else "RGB"))
+    values = flat.astype(np.int64).reshape(*flat.shape[:2], -1)
+    if essential.bits == 16:  # Pillow keeps the upper eight bits; taken for the other byte order, the lower ones
+        lower = _open(essential.data, "PNG")
+        lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
+        values = 256 * values + np.asarray(lower)
+    key = np.array(essential.key)
+    if essential.bits < 8:
+        key = key * 255 // (2**essential.bits - 1)
+    flat[(values == key).all(2)] = 255
+    return Image.fromarray(flat)
+
+
+def _orientation(image: Image.Image, kind: str, essential: Essence) -> int:
+    """The EXIF orientation; that of TIFF is applied by Pillow as it loads the image."""
+    if kind == "WEBP":
+        return exif_orientation(image.info.get("exif") or b"") or 1
+    return essential.orientation
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    turn = TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
 
 
 def fit(image: Pixels, size: tuple[int, int]) -> Pixels:
@@ -193,28 +265,86 @@ def grid(rows: list[Pixels], *, labels: list[str] | None = None, scale: int = 4)
 
 
 def find_images(path: Path) -> list[Path]:
-    """Return the image files below ``path``, sorted; a file gives itself, hidden files and folders are passed over.
+    """Return the image files below ``path``, sorted; a file gives itself.
+
+    Links to files and folders are followed, except to a folder that holds the link. A file is an image by its suffix,
+    or by its first bytes where the suffix says nothing. Hidden files and folders, and those of ``IGNORED_FOLDERS``, are
+    passed over.
 
     Raises:
-        DataError: ``path`` does not exist, no file below it has the suffix of an image, one is of a format that is not
-            read here, or one is a link that leads nowhere.
+        DataError: ``path`` does not exist, no file below it is an image, one is of a format that is not read here, or
+            one is a link that leads nowhere.
     """
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise DataError(f"{path} does not exist")
-    found = sorted(
-        file
-        for file in path.rglob("*")
-        if file.suffix.lower() in SUFFIXES
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        and file.is_file()
-    )
-    for file in path.rglob("*"):
-        if file.suffix.lower() in UNREAD and not file.name.startswith("."):
-            raise DataError(f"{file} is an image in a format that is not read here; convert it, or move it away")
-        if file.suffix.lower() in SUFFIXES and file.is_symlink() and not file.exists():
-            raise DataError(f"{file} is a link to a file that does not exist")
-    if not found:
-        raise DataError(f"{path} holds no image, that is no file ending in {', '.join(sorted(SUFFIXES))}")
-    return found
+        raise DataError(f"{printable(path)} does not exist")
+    files = sorted(file for file in walk(path) if is_image(file))
+    if not files:
+        raise DataError(f"{printable(path)} holds no image, that is no file ending in {', '.join(sorted(SUFFIXES))}")
+    return files
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a file or folder of this name is passed over: hidden, or a file manager's."""
+    return name.startswith(".") or name in IGNORED_FOLDERS
+
+
+def holds(folder: Path, entry: Path) -> bool:
+    """Whether ``entry``, as its path says, lies in ``folder`` or is it, wherever links lead."""
+    return entry.parent.resolve().is_relative_to(folder.resolve())
+
+
+def printable(path: str | Path) -> str:
+    """The path as text that any terminal and file takes: bytes that are no UTF-8 and control characters escaped."""
+    text = str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Yield every file below a folder that is not passed over; links are followed, except to a folder that holds them.
+
+    ``above`` are the real paths of the folders that led here.
+    """
+    above |= {folder.resolve()}
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"{printable(folder)} cannot be read: {error.strerror}") from error
+    for entry in entries:
+        if is_ignored(entry.name):
+            continue
+        if entry.is_dir():
+            if not (entry.is_symlink() and (holds(entry, entry) or entry.resolve() in above)):
+                yield from walk(entry, above)
+        else:
+            yield entry
+
+
+def is_image(file: Path) -> bool:
+    """Whether a file is an image; raises DataError where it is one that cannot be read."""
+    suffix = file.suffix.lower()
+    downloaded = DOWNLOADED.search(file.name.lower())
+    suffixes = {suffix, downloaded[1]} if downloaded else {suffix}
+    if not file.exists() and file.is_symlink():
+        if suffixes & (SUFFIXES | {""}):
+            raise DataError(f"{printable(file)} is a link to a file or folder that does not exist")
+        return False
+    if not file.is_file():  # a socket or a pipe
+        return False
+    if suffixes & UNREAD:
+        raise _unread(file)
+    if suffixes & SUFFIXES:
+        return True
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(64)
+    except OSError as error:
+        raise DataError(f"{printable(file)} cannot be read: {error.strerror}") from error
+    if is_unread(start):
+        raise _unread(file)
+    return kind_of(start) is not None
+
+
+def _unread(file: Path) -> DataError:
+    return DataError(f"{printable(file)} is an image in a format that is not read here; convert it, or move it away")

@@ -20,11 +20,22 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 from raypp.errors import ConfigError
 
 
+def _is_utf8(text: str) -> bool:
+    return _escaped(text) == text
+
+
+def _escaped(text: str) -> str:
+    """Text whose bytes that are no UTF-8 are escaped."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def absolute(location: str | Path) -> str:
     """Make a local path absolute; leave a URI as it is; raises ValueError where there is none."""
     text = str(location)
     if not text.strip():
         raise ValueError(f"{text!r} is empty; allowed is a path or a URI")
+    if not _is_utf8(text):
+        raise ValueError(f"{_escaped(text)!r} is not UTF-8; allowed are names that can be written as text")
     if "://" in text:
         if re.match(r"[^/@]*:[^/@]*@", text.partition("://")[2]):
             raise ValueError(

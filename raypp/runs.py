@@ -31,11 +31,11 @@ from torch import Tensor
 import raypp
 from raypp import bundle, env, images, keys
 from raypp.config import Config, flatten, scaled_milestones, validate
-from raypp.data.loader import to_device
+from raypp.data.loader import images_at_a_time, to_device
 from raypp.documents import DocumentError, load_json, load_yaml
 from raypp.errors import ConfigError, StorageError
 from raypp.evaluation.evaluate import evaluate
-from raypp.guard import Guard, calibrate
+from raypp.guard import LEAST, Guard, calibrate
 from raypp.keys import Key
 from raypp.nets.features import StateDict
 from raypp.progress import Shows
@@ -59,7 +59,8 @@ RESUMABLE = (
 )
 MILESTONES = "train.schedule.milestones"
 NUM_PICTURED = 10
-NUM_GUARDED, NUM_SAMPLE, PART = 10_000, 32, 500  # images for the guard, for the sample, and at a time
+NUM_GUARDED, NUM_SAMPLE = 10_000, 32  # images for the guard and for the sample
+GUARDED_BYTES = 2**28  # of images for the guard, of each kind
 # Files that a run has before its configuration is written.
 OURS = {".lock", "run.json", "features.safetensors", "private"}
 KEY = f"private/{keys.FILE}"
@@ -212,8 +213,10 @@ def _for_serving(system: System, val: Tensor, test: Tensor) -> tuple[Guard | Non
     Args:
         val, test: plain images uint8 (N, H, W, C).
     """
-    plain = [images[:NUM_GUARDED].permute(0, 3, 1, 2) for images in (val, test)]
-    protected = [torch.cat([system.protection.protect(part) for part in p.split(PART)]) for p in plain]
+    num = min(NUM_GUARDED, max(2 * LEAST, GUARDED_BYTES // val[0].numel()))
+    plain = [images[:num].permute(0, 3, 1, 2) for images in (val, test)]
+    together = images_at_a_time(val)
+    protected = [torch.cat([system.protection.protect(part) for part in p.split(together)]) for p in plain]
     guard = None
     if system.protection.hides:
         guard = calibrate(plain[0], protected[0], plain[1], protected[1])

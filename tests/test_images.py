@@ -1,6 +1,9 @@
 """Decoding, fitting and writing images: what comes out is what a viewer shows, and what is refused is named."""
 
 import io
+import os
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -166,7 +169,7 @@ def test_what_is_no_image_is_refused(data: bytes) -> None:
     ],
 )
 def test_no_pixels_are_refused(data: bytes) -> None:
-    with pytest.raises(DataError, match="nothing is not an image"):
+    with pytest.raises(DataError, match=r"nothing is (not an image|a damaged (PPM|GIF|BMP) image)"):
         images.decode(data, name="nothing")
 
 
@@ -284,3 +287,268 @@ def test_find_images(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty holds no image"):
         images.find_images(tmp_path / "empty")
+
+
+# What a file says about itself
+
+
+def chunk(kind: bytes, content: bytes, checksum_error: int = 0) -> bytes:
+    checksum = zlib.crc32(kind + content) ^ checksum_error
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
+def png(
+    width: int,
+    height: int,
+    bits: int,
+    color: int,
+    rows: bytes,
+    *,
+    before: bytes = b"",
+    cut: int = 0,
+    interlaced: int = 0,
+    end: bool = True,
+) -> bytes:
+    """A PNG file of unfiltered ``rows``, the last ``cut`` bytes of whose packed data are missing."""
+    packed = zlib.compress(rows)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, interlaced))
+    data = chunk(b"IDAT", packed[: len(packed) - cut])
+    return b"\x89PNG\r\n\x1a\n" + header + before + data + (chunk(b"IEND", b"") if end else b"")
+
+
+def rows_of(samples: np.ndarray) -> bytes:
+    return b"".join(b"\0" + row.tobytes() for row in samples)
+
+
+def flip_bit(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+def exif(*entries: tuple[int, int, int, bytes], extra: bytes = b"") -> bytes:
+    """A little-endian EXIF block of (tag, type, count, four bytes), ``extra`` behind them."""
+    packed = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + packed + bytes(4) + extra
+
+
+def with_segment(jpeg: bytes, marker: int, content: bytes) -> bytes:
+    return jpeg[:2] + b"\xff" + bytes([marker]) + struct.pack(">H", len(content) + 2) + content + jpeg[2:]
+
+
+TURNED = (0x112, 3, 1, struct.pack("<HH", 6, 0))
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_png_with_a_wrong_checksum_is_damaged_where_it_decides_on_the_picture(interlaced: bool) -> None:
+    pixels = noise(16, 16)
+    rows = rows_of(pixels)
+    if interlaced:  # seven passes of the pixels
+        passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+        rows = b"".join(rows_of(pixels[y::dy, x::dx]) for x, y, dx, dy in passes)
+    text = chunk(b"tEXt", b"a\0hello", checksum_error=1)
+    whole = png(16, 16, 8, 2, rows, interlaced=int(interlaced))
+    assert np.array_equal(images.decode(whole, name="x"), pixels)
+    assert np.array_equal(
+        images.decode(png(16, 16, 8, 2, rows, before=text, interlaced=int(interlaced)), name="x"), pixels
+    )
+    assert np.array_equal(images.decode(whole + b"bytes behind the image", name="x"), pixels)
+    checksum_at = len(whole) - 12 - 4
+    for damaged in (flip_bit(whole, checksum_at), flip_bit(whole, 29), flip_bit(whole, 60), flip_bit(whole, -1)):
+        with pytest.raises(DataError, match=r"x is a damaged PNG image: the checksum of its chunk 'I(HDR|DAT|END)'"):
+            images.decode(damaged, name="x")
+    half = len(whole) // 2
+    with pytest.raises(DataError, match="x is a damaged PNG image"):
+        images.decode(whole[:half] + bytes(len(whole) - half), name="x")
+
+
+def test_png_without_an_end_is_damaged() -> None:
+    pixels = noise(8, 8)
+    with pytest.raises(DataError, match="damaged PNG image: it ends before its last chunk"):
+        images.decode(png(8, 8, 8, 2, rows_of(pixels), end=False), name="x")
+    doubled = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 8, 2, 0, 0, 0))
+    with pytest.raises(DataError, match=r"damaged PNG image: it has a chunk 'IHDR' that is not known"):
+        images.decode(png(8, 8, 8, 2, rows_of(pixels), before=doubled), name="x")
+
+
+@pytest.mark.parametrize("side", [4, 32, 300])
+@pytest.mark.parametrize("cut", range(1, 9))
+def test_png_whose_packed_data_ends_early_is_damaged(side: int, cut: int) -> None:
+    """All pixels are there; what is missing is the checksum of the data, the end of the stream, or both."""
+    with pytest.raises(DataError, match="x is a damaged PNG image"):
+        images.decode(png(side, side, 8, 2, rows_of(noise(side, side)), cut=cut), name="x")
+
+
+def test_png_data_behind_the_pixels_is_passed_over() -> None:
+    pixels = noise(8, 8)
+    assert np.array_equal(images.decode(png(8, 8, 8, 2, rows_of(pixels) + bytes(40)), name="x"), pixels)
+
+
+def test_metadata_that_cannot_be_read_does_not_matter() -> None:
+    pixels = noise(8, 8)
+    profile = chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(3_000_000)))
+    text = chunk(b"zTXt", b"a\0\0" + zlib.compress(b"x" * 5_000_000))
+    for before in (profile, text, chunk(b"eXIf", b"II*\0\xff\xff\xff\xff"), chunk(b"gAMA", b""), chunk(b"pHYs", b"1")):
+        assert np.array_equal(images.decode(png(8, 8, 8, 2, rows_of(pixels), before=before), name="x"), pixels)
+    jpeg = encoded(Image.fromarray(pixels), "JPEG")
+    expected = images.decode(jpeg, name="x")
+    for marker, content in (
+        (0xE1, b"Exif\0\0" + b"rubbish"),
+        (0xE2, b"MPF\0" + b"II*\0" + bytes(4)),
+        (0xE2, b"ICC_PROFILE\0\x01\x02" + bytes(5)),
+        (0xED, b"Photoshop 3.0\x008BIM\x04"),
+        (0xE0, b"JFIF\0"),
+        (0xFE, b"\xff\xd9 a comment that holds an end marker"),
+    ):
+        assert np.array_equal(images.decode(with_segment(jpeg, marker, content), name="x"), expected), content
+
+
+def test_orientation_is_read_beside_metadata_that_cannot_be_read() -> None:
+    pixels = noise(8, 6)
+    rotated = np.rot90(pixels, -1)
+    odd = exif(TURNED, (0x11A, 10, 1, struct.pack("<I", 38)), extra=struct.pack("<ii", -1, 0))
+    far = exif((0x10F, 2, 500, struct.pack("<I", 60_000)), TURNED)
+    xmp = b'<x tiff:Orientation="6"/>'
+    for block in (odd, far):
+        jpeg = with_segment(encoded(Image.fromarray(pixels), "JPEG"), 0xE1, b"Exif\0\0" + block)
+        assert images.decode(jpeg, name="x").shape == (6, 8, 3)
+        assert np.array_equal(
+            images.decode(png(6, 8, 8, 2, rows_of(pixels), before=chunk(b"eXIf", block)), name="x"), rotated
+        )
+        webp = encoded(Image.fromarray(pixels), "WEBP", lossless=True, exif=b"Exif\0\0" + block)
+        assert np.array_equal(images.decode(webp, name="x"), rotated)
+    raw = b"\nexif\n" + b"%8d\n" % len(odd) + odd.hex().encode()
+    for before in (
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
+        chunk(b"tEXt", b"Raw profile type exif\0" + raw),
+        chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(raw)),
+    ):
+        assert np.array_equal(images.decode(png(6, 8, 8, 2, rows_of(pixels), before=before), name="x"), rotated)
+    jpeg = with_segment(encoded(Image.fromarray(pixels), "JPEG"), 0xE1, b"http://ns.adobe.com/xap/1.0/\0" + xmp)
+    assert images.decode(jpeg, name="x").shape == (6, 8, 3)
+    wrong = exif((0x112, 3, 1, struct.pack("<HH", 9, 0)))
+    assert np.array_equal(
+        images.decode(png(6, 8, 8, 2, rows_of(pixels), before=chunk(b"eXIf", wrong)), name="x"), pixels
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 1}])
+def test_jpeg_without_its_end_marker_is_damaged(options: dict[str, object]) -> None:
+    data = encoded(Image.fromarray(noise(48, 48)), "JPEG", **options)
+    whole = images.decode(data, name="x")
+    assert np.array_equal(images.decode(data + b"a second picture \xff\xd8\xff", name="x"), whole)
+    half = len(data) // 2
+    for damaged in (data[:-2], data[:-1], data[:half], data[:half] + bytes(half)):
+        with pytest.raises(DataError, match="x is a damaged JPEG image: it has no end marker"):
+            images.decode(damaged, name="x")
+
+
+def test_jpeg_that_lacks_a_part_between_restart_markers_is_damaged() -> None:
+    data = encoded(Image.fromarray(noise(64, 64)), "JPEG", restart_marker_blocks=1)
+    begin, end = data.index(b"\xff\xd2"), data.index(b"\xff\xd4")
+    with pytest.raises(DataError, match="x is a damaged JPEG image: a part of its image data is missing"):
+        images.decode(data[:begin] + data[end:], name="x")
+
+
+def test_first_picture_of_a_camera_file_of_several() -> None:
+    pictures = [Image.fromarray(noise(16, 16, seed=seed)) for seed in (0, 1)]
+    data = encoded(pictures[0], "MPO", save_all=True, append_images=pictures[1:])
+    first = Image.open(io.BytesIO(data)).convert("RGB")
+    assert np.array_equal(images.decode(data, name="x"), np.asarray(first))
+    animated = encoded(pictures[0], "PNG", save_all=True, append_images=pictures[1:])
+    assert np.array_equal(images.decode(animated, name="x"), noise(16, 16))
+
+
+def test_gif_without_its_end_marker_is_damaged() -> None:
+    frames = [Image.fromarray(noise(8, 8, seed=seed)) for seed in (0, 1)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    whole = images.decode(data, name="x")
+    assert np.array_equal(images.decode(data + b"more", name="x"), whole)
+    for damaged in (data[:-1], data[: len(data) * 3 // 4], data[:-20] + bytes(20)):
+        with pytest.raises(DataError, match="x is a damaged GIF image: it has no end marker"):
+            images.decode(damaged, name="x")
+
+
+def test_webp_shorter_than_it_says_is_damaged() -> None:
+    data = encoded(Image.fromarray(noise(8, 8)), "WEBP", exif=exif(TURNED))
+    with pytest.raises(DataError, match="x is a damaged WEBP image: it is shorter than its header says"):
+        images.decode(data[:-1], name="x")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_grey_level_declared_transparent_is_white(bits: int) -> None:
+    top = 2**bits - 1
+    levels = np.arange(2 ** min(bits, 4)) * (257 if bits == 16 else 1)
+    if bits == 16:
+        levels[5] = levels[4] + 1  # the same eight bits
+    kind = ">u2" if bits == 16 else "u1"
+    packed = levels.astype(kind) if bits >= 8 else np.packbits((levels[:, None] >> np.arange(bits)[::-1]) & 1)
+    hidden = 4 if bits > 2 else 1
+    transparency = chunk(b"tRNS", struct.pack(">H", levels[hidden]))
+    data = png(len(levels), 1, bits, 0, rows_of(packed[None]), before=transparency)
+    expected = np.rint(levels * (255 / top)).astype(int)
+    expected[hidden] = 255
+    for channels in (1, 3):
+        assert images.decode(data, name="x", channels=channels)[0, :, 0].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_color_declared_transparent_is_white(bits: int) -> None:
+    kind, scale = (">u2", 257) if bits == 16 else ("u1", 1)
+    colors = np.array([[9, 8, 7], [9, 8, 6], [1, 2, 3]], dtype=np.int64) * scale
+    if bits == 16:
+        colors[1] = colors[0] + (0, 0, 1)  # the same eight bits
+    transparency = chunk(b"tRNS", struct.pack(">3H", *colors[0]))
+    data = png(3, 1, bits, 2, rows_of(colors.astype(kind).reshape(1, -1)), before=transparency)
+    second = [9, 8, 7 if bits == 16 else 6]
+    assert images.decode(data, name="x").tolist() == [[[255, 255, 255], second, [1, 2, 3]]]
+
+
+def test_a_format_that_cannot_be_read_is_called_damaged_and_not_unknown() -> None:
+    with pytest.raises(DataError, match=r"photo\.png is a damaged PNG image: "):
+        images.decode(b"\x89PNG\r\n\x1a\n" + bytes(40), name="photo.png")
+    with pytest.raises(DataError, match=r"photo\.jpg is a damaged JPEG image: "):
+        images.decode(b"\xff\xd8\xff\xe0" + bytes(40), name="photo.jpg")
+
+
+def test_files_are_images_by_suffix_or_by_content(tmp_path: Path) -> None:
+    data, jpeg = encoded(Image.fromarray(noise(4, 4))), encoded(Image.fromarray(noise(4, 4)), "JPEG")
+    names = ("a.jpe", "b", "c.png.1", "d.jpg?w=300", "e.PNG", "f.jpg (1)", "g.bak", "h.apng", "i.png.part")
+    for name in names:
+        (tmp_path / name).write_bytes(jpeg if "j" in name else data)
+    for name in ("Thumbs.db", ".DS_Store", "readme", "labels.csv", "x.png.json", "empty", "notes.txt"):
+        (tmp_path / name).write_bytes(b"" if name == "empty" else b"some text")
+    for folder in ("__MACOSX", "@eaDir", ".cache"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "z.png").write_bytes(data)
+    (tmp_path / "z.png.2").write_bytes(b"<html>an error page</html>")
+    found = [file.name for file in images.find_images(tmp_path)]
+    assert found == sorted([*names, "z.png.2"])
+
+
+@pytest.mark.parametrize("start", [b"\0\0\0\x18ftypheic", b"\0\0\0\x1cftypavif", b"\0\0\0\x0cJXL \r\n\x87\n"])
+def test_an_image_that_is_not_read_here_is_refused_without_a_suffix_too(tmp_path: Path, start: bytes) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "IMG_0001").write_bytes(start + bytes(40))
+    with pytest.raises(DataError, match="IMG_0001 is an image in a format that is not read here"):
+        images.find_images(tmp_path)
+
+
+def test_links_are_followed_once_and_loops_are_not(tmp_path: Path) -> None:
+    for name in ("set/a/1.png", "set/a/deep/2.png", "elsewhere/3.png", "elsewhere/more/4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    a = tmp_path / "set" / "a"
+    (a / "linked").symlink_to(tmp_path / "elsewhere")
+    (a / "up").symlink_to("..")
+    (a / "self").symlink_to(".")
+    (a / "deep" / "top").symlink_to(tmp_path)
+    (tmp_path / "elsewhere" / "back").symlink_to(a)
+    found = [file.relative_to(a).as_posix() for file in images.find_images(a)]
+    assert found == ["1.png", "deep/2.png", "linked/3.png", "linked/more/4.png"]
+    (a / "gone").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(DataError, match="gone is a link to a file or folder that does not exist"):
+        images.find_images(a)
+
+
+def test_names_that_no_terminal_takes_are_escaped() -> None:
+    assert images.printable(os.fsdecode(b"caf\xe9\n\x1b[1m.png")) == r"caf\xe9\n\x1b[1m.png"
+    assert images.printable("café 猫.png") == "café 猫.png"

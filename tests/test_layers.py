@@ -28,6 +28,7 @@ FLOORS = [
         "raypp.env",
         "raypp.signals",
         "raypp.images",
+        "raypp.image_formats",
         "raypp.storage",
         "raypp.progress",
         "raypp.keys",

@@ -16,6 +16,9 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 from torchvision.models import alexnet
 
+from raypp.attacks.base import Access
+from raypp.data import loader
+from raypp.evaluation import metrics, scorecard
 from raypp.evaluation.evaluate import evaluate
 from raypp.evaluation.metrics import (
     ALEXNET,
@@ -24,6 +27,7 @@ from raypp.evaluation.metrics import (
     edge_maps,
     load_lpips,
     lpips,
+    pixels,
     psnr,
     reidentify,
     ssim,
@@ -31,6 +35,7 @@ from raypp.evaluation.metrics import (
     ssim_lab,
     wilson_interval,
 )
+from raypp.evaluation.victim import Victim
 from raypp.protections.learned import Learned, LearnedOptions
 from raypp.protections.plain import Plain, PlainOptions
 
@@ -246,6 +251,50 @@ def test_duplicates_in_a_gallery_do_not_count_against_the_attacker() -> None:
     assert reidentify(image, gallery, torch.tensor([4]), torch.zeros(5, dtype=torch.int64)).all.item() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_distances_that_float32_cannot_tell_apart_are_told_apart(dtype: torch.dtype) -> None:
+    """Three neighbours: one level nearer than the original, as near as it, one level farther."""
+    query = torch.full((1, 3, 32, 32), 130, dtype=torch.uint8)
+    original = torch.zeros_like(query)
+    original[0, 0, 0, :2] = torch.tensor([1, 0], dtype=torch.uint8)
+    nearer, equal, farther = original.clone(), original.clone(), original.clone()
+    nearer[0, 1, 5, 5] = 1
+    equal[0, 0, 0, :2] = torch.tensor([0, 1], dtype=torch.uint8)
+    farther[0, 0, 0, 0] = 0
+    labels = torch.zeros(2, dtype=torch.int64)
+    ranks = []
+    for other in (nearer, equal, farther):
+        estimate, gallery = query, torch.cat((original, other))
+        if dtype == torch.float32:
+            estimate, gallery = estimate.float() / 255, gallery.float() / 255
+        ranks.append(reidentify(estimate, gallery, torch.tensor([0]), labels).all.item())
+    assert ranks == [1, 1, 0]
+
+
+def test_reidentification_in_parts_gives_the_same_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    gallery = torch.randint(0, 256, (50, 3, 12, 12), dtype=torch.uint8)
+    estimates = torch.randint(0, 256, (20, 3, 12, 12), dtype=torch.uint8)
+    truth, labels = torch.arange(20) * 2, torch.arange(50) % 3
+
+    def edges(images: torch.Tensor) -> torch.Tensor:
+        return edge_maps(images.float() / 255)
+
+    whole = [reidentify(estimates, gallery, truth, labels, *kind) for kind in ((), (edges,))]
+    monkeypatch.setattr(metrics, "PART_VALUES", 7 * gallery[0].numel())
+    sizes = []
+
+    def counted(images: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(images))
+        return pixels(images)
+
+    in_parts = [reidentify(estimates, gallery, truth, labels, kind) for kind in (counted, edges)]
+    assert max(sizes) == 7
+    for one, other in zip(whole, in_parts, strict=True):
+        assert torch.equal(one.all, other.all)
+        assert torch.equal(one.same_class, other.same_class)
+    assert len(set(whole[0].all.tolist())) > 5
+
+
 @given(num=st.integers(2, 400), seed=st.integers(0, 100))
 @settings(max_examples=20, deadline=None)
 def test_the_bootstrap_interval_is_near_the_normal_one(num: int, seed: int) -> None:
@@ -288,3 +337,46 @@ def test_who_cannot_tell_images_apart_has_found_none() -> None:
     edges = edge_maps(torch.full((3, 3, 12, 12), 0.5))[:, :, None, None]
     ranks = reidentify(edges, edge_maps(gallery)[:, :, None, None], truth, labels)
     assert ranks.all.tolist() == [18, 18, 19]
+
+
+def test_leakage_in_parts_gives_the_same_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attacks on images of 224 x 224 would else take tens of gigabytes."""
+    gallery = torch.randint(0, 256, (40, 3, 12, 12), dtype=torch.uint8)
+    own, own_labels = torch.randint(0, 256, (30, 3, 12, 12), dtype=torch.uint8), torch.arange(30) % 3
+    truth, labels = torch.arange(10) * 4, torch.arange(40) % 3
+    access = Access(shape=(3, 12, 12), images=own, labels=own_labels)
+    plain = gallery[truth]
+    victim = Victim("x", "x", access, plain, 255 - plain, labels[truth], gallery, labels, truth, ("a", "b", "c"))
+    judge = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 144, 3))
+
+    def measured() -> list[dict[str, torch.Tensor]]:
+        nulls = scorecard.nulls(victim)
+        return [nulls, *(scorecard.measure(images, victim, judge) for images in nulls.values())]
+
+    whole = measured()
+    assert set(whole[0]) == {"mean image", "random image", "class mean", "nearest training image", "protected image"}
+    assert torch.equal(whole[0]["mean image"][3], own.double().mean(0).round().to(torch.uint8))
+    assert torch.equal(whole[0]["class mean"][1], own[own_labels == 1].double().mean(0).round().to(torch.uint8))
+    distances = (plain[:, None].double() - own[None].double()).square().sum((2, 3, 4))
+    assert torch.equal(whole[0]["nearest training image"], own[distances.argmin(1)])
+    monkeypatch.setattr(metrics, "PART_VALUES", 7 * gallery[0].numel())
+    in_parts = measured()
+    for one, other in zip(whole, in_parts, strict=True):
+        assert one.keys() == other.keys()
+        for name, values in one.items():
+            assert torch.allclose(values.double(), other[name].double(), atol=1e-6), name
+
+
+def test_large_images_are_measured_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    class Counting(Plain):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(images))
+            return super().forward(images)
+
+    images, labels = torch.zeros(100, 32, 32, 3, dtype=torch.uint8), torch.zeros(100, dtype=torch.int64)
+    classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 1024, 2))
+    monkeypatch.setattr(loader, "PIXELS_AT_A_TIME", 30 * 1024)
+    assert evaluate(Counting(PlainOptions()), classifier, images, labels)["num_images"] == 100
+    assert sizes == [30, 30, 30, 10]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 from conftest import Cluster, Trained, wait_until
 
 from raypp.bundle import load_public
+from raypp.data import SOURCES
 from raypp.images import encode_png
 from raypp.runs import RESUMABLE
 from raypp.storage import Storage
@@ -178,6 +181,59 @@ def test_a_stream_trains_as_well_as_memory(cluster: Cluster, tmp_path: Path, par
     assert summary["test"]["accuracy"] > 0.9
 
 
+STREAM_IN_FULL = """
+import json, sys
+from raypp.cluster.session import session
+from raypp.config import load_config
+from raypp.data.streaming import bounded, datasets
+with session():
+    for name, folder in json.loads(sys.argv[1]):
+        flags = ["--data.stream", "true", "--data.image_size", "[8, 8]", "--data.num_val", "1"]
+        flags += ["--data.source.name", name, "--data.source.path", folder]
+        rows = datasets(load_config("quickstart", flags=flags))
+        for part in (*rows, *rows):
+            part.context.execution_options = bounded()
+            print("ROWS", json.dumps([[int(row["label"]), row["image"].tolist()] for row in part.iter_rows()]))
+"""
+
+
+def test_a_stream_gives_what_memory_reads(cluster: Cluster, tmp_path: Path) -> None:
+    """Files of different storage, labels in folder names, files without rows, names that are no UTF-8; in one order."""
+    random = np.random.default_rng(0)
+
+    def write(path: Path, labels: pa.Array | None, kind: pa.DataType | None = None, num: int = 6) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pngs = [encode_png(image) for image in random.integers(0, 256, (num, 8, 8, 3), dtype=np.uint8)]
+        columns = {"img": pa.array(pngs, kind)} | ({} if labels is None else {"label": labels})
+        pq.write_table(pa.table(columns), path, row_group_size=4 if kind is None else 10)
+
+    words = pa.array(["a", "b", "c"] * 2)
+    for split in ("train", "test"):
+        write(tmp_path / f"mixed/{split}-0.parquet", words)
+        write(tmp_path / f"mixed/{split}-1.parquet", words.dictionary_encode())
+        write(tmp_path / f"mixed/{split}-2.parquet", words.cast(pa.string_view()), pa.binary_view())
+        write(tmp_path / f"mixed/{split}-3.parquet", pa.array([], pa.null()), pa.null(), num=0)
+        for label in ("0", "1"):
+            write(tmp_path / f"column/{split}/label={label}/x.parquet", pa.array([0, 1, 2] * 2))
+            write(tmp_path / f"folders/{split}/label={label}/x.parquet", None)
+            folder = tmp_path / "files" / split / label / os.fsdecode(b"caf\xe9")
+            folder.mkdir(parents=True)
+            for i in range(4):
+                (folder / f"{i}").write_bytes(encode_png(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)))
+    sets = [("parquet", str(tmp_path / name)) for name in ("mixed", "column", "folders")]
+    sets.append(("folder", str(tmp_path / "files")))
+    result = cluster.run([sys.executable, "-c", STREAM_IN_FULL, json.dumps(sets)])
+    assert result.returncode == 0, result.stdout + result.stderr
+    streams = [json.loads(line[5:]) for line in result.stdout.splitlines() if line.startswith("ROWS ")]
+    for i, (name, path) in enumerate(sets):
+        source = SOURCES.build(SOURCES.options(name)(name=name, path=path), size=(8, 8), channels=3)
+        memory = source.load("train")
+        train, val, *again = streams[4 * i : 4 * i + 4]
+        assert [train, val] == again, "another order the second time"
+        expected = [[int(label), image.tolist()] for label, image in zip(memory.labels, memory.images, strict=True)]
+        assert sorted(train + val) == sorted(expected), path
+
+
 def test_a_damaged_image_in_a_stream_is_named(cluster: Cluster, tmp_path: Path, parquet: Path) -> None:
     table = pq.read_table(parquet / "train-1.parquet").to_pylist()
     table[17]["img"]["bytes"] = table[17]["img"]["bytes"][:60]
@@ -186,7 +242,7 @@ def test_a_damaged_image_in_a_stream_is_named(cluster: Cluster, tmp_path: Path, 
     assert result.returncode == 2
     message = " ".join(result.stderr.split())
     assert "train-1.parquet" in message
-    assert "damaged image" in message
+    assert "row 17 is a damaged PNG image" in message
     assert "Traceback" not in message
 
 

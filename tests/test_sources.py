@@ -3,8 +3,10 @@
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import pickle
+import time
 import urllib.error
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision import datasets
 
-from raypp.data import SOURCES, base
+from raypp.data import SOURCES, base, parquet
 from raypp.data.base import ImageSet, Record, Source, Split, check_memory, stratified_split
 from raypp.data.cifar import Cifar10, Cifar100
 from raypp.data.convert import check, convert, describe
@@ -192,6 +194,113 @@ def test_cifar_without_network_says_what_was_tried(
     assert "data.source.root can point at an existing copy" in message
 
 
+def test_cifar_is_downloaded_once_by_processes_that_start_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cifar(tmp_path / "origin", monkeypatch, datasets.CIFAR10)
+    calls = tmp_path / "calls"
+
+    def download(url: str, root: Path, **_: object) -> None:
+        with calls.open("a") as file:
+            file.write("x")
+        for name in sorted(os.listdir(tmp_path / "origin" / "cifar-10-batches-py")):
+            target = Path(root) / "cifar-10-batches-py" / name
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(b"half a file")
+            time.sleep(0.02)
+            target.write_bytes((tmp_path / "origin" / "cifar-10-batches-py" / name).read_bytes())
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", download)
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+
+    def read() -> None:
+        try:
+            results.put(build("cifar10", root=tmp_path / "data").load("test").labels.tolist())
+        except Exception as error:
+            results.put(repr(error))
+
+    processes = [context.Process(target=read) for _ in range(3)]
+    for process in processes:
+        process.start()
+    assert [results.get(timeout=60) for _ in processes] == [[2, 0, 1]] * 3
+    for process in processes:
+        process.join()
+    assert calls.read_text() == "x"
+
+
+def test_cifar_files_that_cannot_be_unpickled_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar(tmp_path, monkeypatch, datasets.CIFAR10)
+    path = tmp_path / "cifar-10-batches-py" / "test_batch"
+    for content in (b"", b"no pickle"):
+        path.write_bytes(content)
+        monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", hashlib.md5(content).hexdigest()]])
+        with pytest.raises(DataError, match=r"cifar-10-batches-py"):
+            build("cifar10", root=tmp_path, download=False).load("test")
+
+
+def test_cifar_in_a_folder_that_cannot_be_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar(tmp_path, monkeypatch, datasets.CIFAR10)
+    (tmp_path / ".download.lock").mkdir()  # as in a read-only folder, which root could write all the same
+    assert build("cifar10", root=tmp_path).load("test").labels.tolist() == [2, 0, 1]
+
+
+# Memory
+
+
+@pytest.mark.parametrize("path", ["/", "/pod/container"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_in_the_page_cache_are_memory_that_may_be_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, path: str
+) -> None:
+    limit, used, cached = base.CGROUP_FILES[version]
+    root = tmp_path / "memory" if version == 1 else tmp_path
+    folder = root / path.strip("/")
+    folder.mkdir(parents=True, exist_ok=True)
+    own = tmp_path / "own"
+    own.write_text(f"3:cpu:/\n2:memory:{path}\n" if version == 1 else f"0::{path}\n")
+    monkeypatch.setattr(base, "CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(base, "OWN_CGROUPS", own)
+    (folder / limit).write_text("1000000\n")
+    (folder / used).write_text("900000\n")
+    assert base.available_memory() == 100_000
+    (folder / "memory.stat").write_text(f"anon 5\n{cached} 700000\n")
+    assert base.available_memory() == 800_000
+    (folder / "memory.stat").write_text("damaged")
+    assert base.available_memory() == 100_000
+    (folder / limit).write_text("max\n")
+    assert (base.available_memory() or 0) > 1_000_000
+    if folder != root:
+        (root / limit).write_text("500000")
+        (root / used).write_text("400000")
+        assert base.available_memory() == 100_000, "the outer group's limit holds too"
+
+
+# Classes
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a"], r"x has the single class 'a'; allowed are two classes or more"),
+        ([], r"x has no class; allowed are two"),
+        (["a", "b", "a"], r"x has the class name 'a' twice"),
+        (["cat", "cat "], r"x has the class names 'cat' and 'cat ', which look the same"),
+        (["caf\u00e9", "cafe\u0301"], r"which look the same"),
+        (["a", ""], r"allowed are names of printable UTF-8"),
+        (["a", "b\nc"], r"'b\\\\nc'; allowed are names of printable UTF-8"),
+        (["a", "b\udce9"], r"'b\\\\xe9'; allowed are names of printable UTF-8"),
+    ],
+)
+def test_class_names_that_cannot_be_told_apart_or_written_are_refused(names: list[str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        base.check_names(names, "x")
+
+
+def test_class_names_that_differ_in_case_are_two() -> None:
+    assert base.check_names(["a", "A"], "x") == ("a", "A")
+
+
 # Parquet
 
 
@@ -201,7 +310,8 @@ def write_parquet(
     metadata = {"huggingface": json.dumps({"info": {"features": features}})} if features else None
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table({image: images, **({"label": labels} if labels is not None else {}), **columns})
-    pq.write_table(table.replace_schema_metadata(metadata), path, row_group_size=2)
+    views = "view" in str(table.schema)  # which pyarrow cannot cut
+    pq.write_table(table.replace_schema_metadata(metadata), path, row_group_size=len(table) or 1 if views else 2)
 
 
 def structs(images: np.ndarray) -> pa.Array:
@@ -218,7 +328,7 @@ def test_parquet_of_the_hub(tmp_path: Path) -> None:
     features = {"img": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["ant", "bee"]}}
     write_parquet(tmp_path / "test-of-time/train-00000-of-00002.parquet", structs(images[:3]), [0, 1, 0], features)
     write_parquet(tmp_path / "test-of-time/train-00001-of-00002.parquet", structs(images[3:]), [1, 1], features)
-    write_parquet(tmp_path / "test-of-time/validation-00000-of-00001.parquet", structs(images[:1]), [1], features)
+    write_parquet(tmp_path / "test-of-time/validation-00000-of-00001.parquet", structs(images[:2]), [1, 0], features)
     write_parquet(tmp_path / "test-of-time/.train-copy.parquet", structs(images), [0] * 5, features)
     source = build("parquet", path=str(tmp_path))
     assert isinstance(source, Parquet)
@@ -228,7 +338,7 @@ def test_parquet_of_the_hub(tmp_path: Path) -> None:
     assert np.array_equal(train.images, images)
     assert train.labels.tolist() == [0, 1, 0, 1, 1]
     assert train.classes == ("ant", "bee")
-    assert source.load("test").labels.tolist() == [1], "validation stands in where there is no test"
+    assert source.load("test").labels.tolist() == [1, 0], "validation stands in where there is no test"
     write_parquet(tmp_path / "test/0.parquet", structs(images[:2]), [1, 0], features)
     assert build("parquet", path=tmp_path.as_uri()).load("test").labels.tolist() == [1, 0]
 
@@ -275,17 +385,17 @@ def test_parquet_wrong_labels_are_named(tmp_path: Path, labels: list[Any], messa
 
 def test_parquet_wrong_images_are_named(tmp_path: Path) -> None:
     pngs = [encode_png(image) for image in noise(5)]
-    both(tmp_path, pa.array([{"bytes": b, "path": ""} for b in (*pngs[:3], b"no", None)]), [0] * 5)
+    both(tmp_path, pa.array([{"bytes": b, "path": ""} for b in (*pngs[:3], b"no", None)]), [0, 1] * 2 + [0])
     with pytest.raises(DataError, match=r"train-00000-of-00001\.parquet row 3 is not an image"):
         build("parquet", path=str(tmp_path)).load("train")
-    both(tmp_path, pa.array([*[{"bytes": b, "path": ""} for b in pngs[:4]], None]), [0] * 5)
+    both(tmp_path, pa.array([*[{"bytes": b, "path": ""} for b in pngs[:4]], None]), [0, 1] * 2 + [0])
     with pytest.raises(DataError, match="row 4 holds no image bytes"):
         build("parquet", path=str(tmp_path)).load("train")
-    both(tmp_path, pa.array([encode_png(noise(1, side)[0]) for side in (4, 4, 4, 5, 5)]), [0] * 5)
+    both(tmp_path, pa.array([encode_png(noise(1, side)[0]) for side in (4, 4, 4, 5, 5)]), [0, 1] * 2 + [0])
     with pytest.raises(DataError, match=r"row 3 is 5 x 5 pixels where .* are 4 x 4; set data\.image_size"):
         build("parquet", path=str(tmp_path)).load("train")
     assert build("parquet", path=str(tmp_path), size=(4, 4)).load("train").images.shape == (5, 4, 4, 3)
-    both(tmp_path, pa.array([[1, 2]] * 5), [0] * 5)
+    both(tmp_path, pa.array([[1, 2]] * 5), [0, 1] * 2 + [0])
     with pytest.raises(DataError, match=r"image column 'img' is list<.*>, allowed is binary or a struct with bytes"):
         build("parquet", path=str(tmp_path)).load("train")
 
@@ -309,6 +419,150 @@ def test_parquet_wrong_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "train.parquet").write_bytes(data)
     with pytest.raises(DataError, match=r"train\.parquet"):
         build("parquet", path=str(tmp_path / "train.parquet")).load("train")
+
+
+def test_parquet_labels_in_folder_names(tmp_path: Path) -> None:
+    """Hive's layout, as Spark writes it: the files lack the column; where they have it, they are right."""
+    for split in ("train", "test"):
+        for label in ("cat", "test", "d%20g"):
+            write_parquet(tmp_path / f"a/{split}/label={label}/part-0.parquet", structs(noise(2)), None)
+            write_parquet(tmp_path / f"b/{split}/label={label}/part-0.parquet", structs(noise(2)), [0, 1])
+        for label in ("1", "0"):
+            write_parquet(tmp_path / f"c/split={split}/label={label}/part-0.parquet", structs(noise(2)), None)
+    words = build("parquet", path=str(tmp_path / "a")).load("train")
+    assert (words.classes, words.labels.tolist()) == (("cat", "d g", "test"), [0, 0, 1, 1, 2, 2])
+    columns = build("parquet", path=str(tmp_path / "b")).load("test")
+    assert (columns.classes, columns.labels.tolist()) == (("0", "1"), [0, 1] * 3)
+    numbers = build("parquet", path=str(tmp_path / "c")).load("train")
+    assert (numbers.classes, numbers.labels.tolist()) == (("0", "1"), [0, 0, 1, 1])
+    write_parquet(tmp_path / f"a/train/label={parquet.NO_VALUE}/part-0.parquet", structs(noise(2)), None)
+    with pytest.raises(DataError, match="row 0: label is null"):
+        build("parquet", path=str(tmp_path / "a")).load("train")
+
+
+def test_parquet_strings_in_one_split_and_integers_in_the_other_are_refused(tmp_path: Path) -> None:
+    images = structs(noise(4))
+    for first, second in ((["a", "b"] * 2, [0, 1] * 2), ([0, 1] * 2, ["0", "1"] * 2)):
+        write_parquet(tmp_path / "train.parquet", images, first)
+        write_parquet(tmp_path / "test.parquet", images, second)
+        with pytest.raises(DataError, match=r"test\.parquet: column 'label' holds (integers|strings) where .*train"):
+            build("parquet", path=tmp_path).load("test")
+        with pytest.raises(DataError, match="holds"):
+            build("parquet", path=tmp_path, classes=("0", "1")).load("test")
+
+
+def test_parquet_class_names_twice_are_refused(tmp_path: Path) -> None:
+    features = {"label": {"_type": "ClassLabel", "names": ["x", "x", "z"]}}
+    both(tmp_path, structs(noise(3)), [0, 1, 2], features=features)
+    with pytest.raises(DataError, match=r"train-.*\.parquet has the class name 'x' twice"):
+        build("parquet", path=tmp_path).load("train")
+    both(tmp_path, structs(noise(3)), ["x", "x ", "z"])
+    with pytest.raises(DataError, match=r"'x' and 'x ', which look the same"):
+        build("parquet", path=tmp_path).load("train")
+
+
+def test_parquet_views_and_other_storage_of_the_same_values(tmp_path: Path) -> None:
+    pngs = [encode_png(image) for image in noise(4)]
+    labels = ["b", "a", "b", "a"]
+    size = max(map(len, pngs))
+    kinds = {
+        "view": (pa.array(pngs, pa.binary_view()), pa.array(labels, pa.string_view())),
+        "large": (pa.array(pngs, pa.large_binary()), pa.array(labels, pa.large_string())),
+        "fixed": (pa.array([png + bytes(size - len(png)) for png in pngs], pa.binary(size)), pa.array(labels)),
+        "struct": (
+            pa.array([{"bytes": png} for png in pngs], pa.struct([("bytes", pa.binary_view())])),
+            pa.array(labels).dictionary_encode(),
+        ),
+        "dictionary": (pa.array(pngs).dictionary_encode(), pa.array(labels, pa.string_view())),
+    }
+    for name, columns in kinds.items():
+        both(tmp_path / name, *columns)
+        loaded = build("parquet", path=tmp_path / name).load("train")
+        assert np.array_equal(loaded.images, noise(4)), name
+        assert (loaded.classes, loaded.labels.tolist()) == (("a", "b"), [1, 0, 1, 0]), name
+
+
+def test_parquet_files_of_different_storage_are_one_set(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train-0.parquet", structs(noise(2)), pa.array(["b", "a"]))
+    write_parquet(tmp_path / "train-1.parquet", structs(noise(2)), pa.array(["c", "a"]).dictionary_encode())
+    write_parquet(tmp_path / "train-2.parquet", structs(noise(2)), pa.array(["b", "c"], pa.large_string()))
+    write_parquet(tmp_path / "test.parquet", structs(noise(2)), pa.array(["a", "c"], pa.string_view()))
+    source = build("parquet", path=tmp_path)
+    assert source.load("train").labels.tolist() == [1, 0, 2, 0, 1, 2]
+    assert source.load("test").labels.tolist() == [0, 2]
+
+
+def test_parquet_without_rows_is_passed_over(tmp_path: Path) -> None:
+    nothing = pa.array([], pa.null())
+    write_parquet(tmp_path / "train-0.parquet", nothing, nothing)
+    write_parquet(tmp_path / "train-1.parquet", structs(noise(3)), [0, 1, 2])
+    write_parquet(tmp_path / "train-2.parquet", nothing, None)
+    write_parquet(tmp_path / "test-0.parquet", structs(noise(3)), [0, 1, 2])
+    write_parquet(tmp_path / "test-1.parquet", nothing, nothing)
+    source = build("parquet", path=tmp_path)
+    assert source.load("train").labels.tolist() == source.load("test").labels.tolist() == [0, 1, 2]
+    for path in (tmp_path / "train-1.parquet", tmp_path / "test-0.parquet"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"the train split of data source 'parquet' has no images"):
+        build("parquet", path=tmp_path).load("train")
+
+
+@pytest.mark.parametrize("place", ["_temporary/0/x.parquet", "_x.parquet", ".hidden/x.parquet", "a/_tmp/b/x.parquet"])
+@pytest.mark.parametrize("uri", [False, True])
+def test_parquet_that_a_writer_left_behind_is_passed_over(tmp_path: Path, place: str, uri: bool) -> None:
+    for split in ("train", "test"):
+        write_parquet(tmp_path / f"_set/{split}/part-0.parquet", structs(noise(2)), [0, 1])
+        write_parquet(tmp_path / f"_set/{split}/{place}", structs(noise(2)), [0, 1])
+        (tmp_path / f"_set/{split}/_SUCCESS").touch()
+    folder = tmp_path / "_set"
+    source = build("parquet", path=folder.as_uri() if uri else folder)
+    assert (source.num_images("train"), source.num_images("test")) == (2, 2)
+
+
+@pytest.mark.parametrize("uri", [False, True])
+def test_parquet_links(tmp_path: Path, uri: bool) -> None:
+    """pyarrow alone follows a loop 40 deep and counts the files each time."""
+    for place in ("set/train/a", "set/test/a", "more/b"):
+        write_parquet(tmp_path / f"{place}.parquet", structs(noise(2)), [0, 1])
+    (tmp_path / "set/train/linked").symlink_to(tmp_path / "more")
+    (tmp_path / "set/train/loop").symlink_to("..")
+    path = (tmp_path / "set").as_uri() if uri else tmp_path / "set"
+    assert (build("parquet", path=path).num_images("train"), build("parquet", path=path).num_images("test")) == (4, 2)
+    (tmp_path / "set/train/gone.parquet").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(DataError, match=r"train/gone\.parquet is a link to a file or folder that does not exist"):
+        build("parquet", path=path).load("train")
+
+
+def test_parquet_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    both(tmp_path, structs(noise(2)), [0, 1])
+    (tmp_path / os.fsdecode(b"train-caf\xe9.parquet")).write_bytes((next(tmp_path.glob("train*"))).read_bytes())
+    with pytest.raises(DataError, match=r"name is not UTF-8; rename it"):
+        build("parquet", path=tmp_path).load("train")
+
+
+def test_parquet_columns_twice_are_refused(tmp_path: Path) -> None:
+    table = pa.table([structs(noise(2)), [0, 1], [1, 0]], names=["img", "label", "label"])
+    pq.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"train\.parquet has the column 'label' twice"):
+        build("parquet", path=tmp_path).load("train")
+    write_parquet(tmp_path / "train.parquet", structs(noise(2)), [0, 1])
+    images = pa.table([structs(noise(2)), structs(noise(2)), [1, 0]], names=["img", "img", "label"])
+    pq.write_table(images, tmp_path / "test.parquet")
+    with pytest.raises(DataError, match=r"test\.parquet has the column 'img' twice"):
+        build("parquet", path=tmp_path).load("test")
+
+
+def test_a_split_of_one_class_is_refused(tmp_path: Path) -> None:
+    features = {"label": {"_type": "ClassLabel", "names": ["a", "b"]}}
+    write_parquet(tmp_path / "train.parquet", structs(noise(3)), [1, 1, 1], features)
+    write_parquet(tmp_path / "test.parquet", structs(noise(3)), [0, 1, 1], features)
+    source = build("parquet", path=tmp_path)
+    with pytest.raises(DataError, match=r"every image of the train split has the class 'b'; allowed are two"):
+        source.load("train")
+    report = check(source)
+    assert not report.readable
+    assert report.train.problem is not None
+    assert report.test.problem is None
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason=f"no CIFAR-10 at {SHARED}")
@@ -351,13 +605,13 @@ def test_folder_with_a_class_called_test_is_read(tmp_path: Path) -> None:
 
 
 def test_images_that_cannot_be_read_here_are_named(tmp_path: Path) -> None:
-    write_folder(tmp_path, {"train/a": 2, "test/a": 1})
+    write_folder(tmp_path, {"train/a": 2, "train/b": 2, "test/a": 1})
     (tmp_path / "train" / "a" / "photo.HEIC").write_bytes(b"x")
     with pytest.raises(DataError, match=r"photo\.HEIC is an image in a format that is not read here"):
         build("folder", path=tmp_path).load("train")
     (tmp_path / "train" / "a" / "photo.HEIC").unlink()
     (tmp_path / "train" / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    with pytest.raises(DataError, match=r"gone\.png is a link to a file that does not exist"):
+    with pytest.raises(DataError, match=r"gone\.png is a link to a file or folder that does not exist"):
         build("folder", path=tmp_path).load("train")
 
 
@@ -374,7 +628,7 @@ def test_parquet_files_that_name_classes_otherwise_are_refused(tmp_path: Path) -
 
 @pytest.mark.parametrize("test_name", ["test", "val", "validation"])
 def test_folder_with_splits(tmp_path: Path, test_name: str) -> None:
-    write_folder(tmp_path, {"train/dog": 2, "train/cat": 3, f"{test_name}/dog": 1})
+    write_folder(tmp_path, {"train/dog": 2, "train/cat": 3, f"{test_name}/dog": 1, f"{test_name}/cat": 1})
     Image.fromarray(noise(1, 4, seed=9)[0]).save(tmp_path / "train/cat/photo.JPEG")
     (tmp_path / "train/cat/notes.txt").write_text("not an image")
     (tmp_path / "train/cat/.hidden.png").write_text("not an image")
@@ -385,8 +639,8 @@ def test_folder_with_splits(tmp_path: Path, test_name: str) -> None:
     assert train.classes == ("cat", "dog")
     assert train.labels.tolist() == [0, 0, 0, 0, 1, 1]
     assert np.array_equal(train.images[4:], noise(2))
-    assert source.files("test") == [(str(tmp_path / test_name / "dog/0.png"), 1)]
-    assert source.load("test").labels.tolist() == [1]
+    assert source.files("test")[1] == (str(tmp_path / test_name / "dog/0.png"), 1)
+    assert source.load("test").labels.tolist() == [0, 1]
 
 
 def test_folder_without_splits_is_divided_once_and_for_all(tmp_path: Path) -> None:
@@ -416,26 +670,91 @@ def test_folder_refusals(tmp_path: Path) -> None:
     (tmp_path / "train/empty").mkdir()
     with pytest.raises(DataError, match="train/empty holds no image"):
         build("folder", path=tmp_path).load("train")
-    write_folder(tmp_path / "flat", {"a": 4})
+    write_folder(tmp_path / "flat", {"a": 2, "b": 2})
     with pytest.raises(DataError, match=r"test_fraction 0\.1 of the 4 images .* leaves none for testing"):
         build("folder", path=tmp_path / "flat").load("train")
 
 
 def test_folder_unreadable_image_is_named(tmp_path: Path) -> None:
-    write_folder(tmp_path, {"train/a": 3, "test/a": 1})
+    write_folder(tmp_path, {"train/a": 3, "train/b": 1, "test/a": 1})
     whole = (tmp_path / "train/a/1.png").read_bytes()
     (tmp_path / "train/a/1.png").write_bytes(whole[:-30])
-    with pytest.raises(DataError, match=r"train/a/1\.png is a damaged image \("):
+    with pytest.raises(DataError, match=r"train/a/1\.png is a damaged PNG image: it ends"):
         build("folder", path=tmp_path).load("train")
 
 
 def test_large_images_are_read_in_threads_in_the_same_order(tmp_path: Path) -> None:
     images = noise(80, 40)  # noise does not compress: every file has over 4 KB, and there are more than one block
     for i, image in enumerate(images):
-        (tmp_path / "train/a").mkdir(parents=True, exist_ok=True)
-        write_png(tmp_path / f"train/a/{i:03}.png", image)
+        path = tmp_path / f"train/{'ab'[i // 40]}/{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_png(path, image)
     assert (tmp_path / "train/a/000.png").stat().st_size > base.THREADS_FROM
     assert np.array_equal(build("folder", path=tmp_path).load("train").images, images)
+
+
+def test_folder_one_level_too_high_or_too_low_is_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"photos/cat": 20, "photos/dog": 20})
+    with pytest.raises(DataError, match=r"single class folder 'photos', .* it holds cat, dog: .* one level too high"):
+        build("folder", path=tmp_path).load("train")
+    with pytest.raises(DataError, match=r"holds no folders, .* it holds images: .* one level too low"):
+        build("folder", path=tmp_path / "photos/cat").load("train")
+    assert build("folder", path=tmp_path / "photos").num_images("train") == 36
+
+
+def test_folder_images_without_a_class_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"train/a": 2, "train/b": 2, "test/a": 1, "test/b": 1})
+    (tmp_path / "overview.png").write_bytes(encode_png(noise(1)[0]))
+    (tmp_path / "train" / "readme.txt").write_text("no image")
+    assert build("folder", path=tmp_path).num_images("train") == 4
+    (tmp_path / "train" / "loose.png").write_bytes(encode_png(noise(1)[0]))
+    with pytest.raises(DataError, match=r"train/loose\.png is an image outside the class folders"):
+        build("folder", path=tmp_path).load("train")
+
+
+def test_folder_names_in_two_unicode_forms_are_one_class(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"train/caf\u00e9": 2, "train/tea": 2, "test/cafe\u0301": 1, "test/tea": 1})
+    source = build("folder", path=tmp_path)
+    assert source.classes == ("caf\u00e9", "tea")
+    assert source.load("test").labels.tolist() == [0, 1]
+    write_folder(tmp_path, {"train/cafe\u0301": 1})
+    with pytest.raises(DataError, match=r"'caf\u00e9' twice"):
+        build("folder", path=tmp_path).load("train")
+
+
+def test_folder_names_that_are_not_utf8(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"train/a": 2, "train/b": 2, "test/a": 1, "test/b": 1})
+    name = os.fsdecode(b"caf\xe9")
+    (tmp_path / "train/a" / name).mkdir()
+    (tmp_path / "train/a" / name / f"{name}.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"train/a/caf\\xe9/caf\\xe9\.png is not an image"):
+        build("folder", path=tmp_path).load("train")
+    write_folder(tmp_path, {f"train/{name}": 1})
+    with pytest.raises(DataError, match=r"class name 'caf\\\\xe9'; allowed are names of printable UTF-8"):
+        build("folder", path=tmp_path).load("train")
+
+
+def test_folder_links(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"set/train/a": 2, "set/train/b": 2, "set/test/a": 1, "set/test/b": 1, "more": 3})
+    (tmp_path / "set/train/a/linked").symlink_to(tmp_path / "more")
+    (tmp_path / "set/train/b/loop").symlink_to("..")
+    (tmp_path / "set/train/all").symlink_to("..")
+    (tmp_path / "set/test/c").symlink_to(tmp_path / "set")
+    source = build("folder", path=tmp_path / "set")
+    assert source.classes == ("a", "b")
+    assert (source.num_images("train"), source.num_images("test")) == (7, 2)
+    (tmp_path / "set/train/latest").symlink_to("a")
+    with pytest.raises(DataError, match=r"train/a and .*train/latest are the same folder; remove the link"):
+        build("folder", path=tmp_path / "set").load("train")
+    (tmp_path / "set/train/latest").unlink()
+    (tmp_path / "set/train/gone").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(DataError, match=r"train/gone is a link to a file or folder that does not exist"):
+        build("folder", path=tmp_path / "set").load("train")
+
+
+def test_folder_of_file_managers_is_no_class(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"a": 10, "b": 10, "__MACOSX/a": 3, "@eaDir": 2})
+    assert build("folder", path=tmp_path).classes == ("a", "b")
 
 
 # ls, convert, check
@@ -481,7 +800,7 @@ def test_convert_writes_the_layout_of_the_hub(tmp_path: Path) -> None:
 
 
 def test_convert_refuses_what_is_taken_and_leaves_nothing_half_done(tmp_path: Path) -> None:
-    write_folder(tmp_path / "in", {"train/a": 3, "test/a": 1})
+    write_folder(tmp_path / "in", {"train/a": 3, "train/b": 1, "test/a": 1})
     source = build("folder", path=tmp_path / "in")
     with pytest.raises(StorageError, match="in exists and is not an empty folder"):
         convert(source, tmp_path / "in")
@@ -497,7 +816,7 @@ def test_convert_refuses_what_is_taken_and_leaves_nothing_half_done(tmp_path: Pa
 
 
 def test_check_counts_and_lists_instead_of_stopping(tmp_path: Path) -> None:
-    write_folder(tmp_path, {"train/a": 30, "train/b": 3, "test/b": 2}, seed=1)
+    write_folder(tmp_path, {"train/a": 30, "train/b": 3, "test/a": 1, "test/b": 2}, seed=1)
     same = (tmp_path / "train/a/0.png").read_bytes()
     for copy in ("train/a/1.png", "train/b/0.png", "test/b/1.png"):
         (tmp_path / copy).write_bytes(same)
@@ -505,7 +824,7 @@ def test_check_counts_and_lists_instead_of_stopping(tmp_path: Path) -> None:
     report = check(source)
     assert report.readable
     assert report.train.counts == {"a": 30, "b": 3}
-    assert report.test.counts == {"a": 0, "b": 2}
+    assert report.test.counts == {"a": 1, "b": 2}
     assert (report.train.num_images, report.train.shape) == (33, (4, 4, 3))
     assert (report.train.num_duplicates, report.test.num_duplicates, report.num_shared) == (2, 0, 1)
     assert report.train.fingerprint == source.load("train").fingerprint()

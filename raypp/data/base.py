@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ import numpy.typing as npt
 
 from raypp import registry
 from raypp.errors import DataError
-from raypp.images import Pixels, decode
+from raypp.images import Pixels, decode, printable
 
 Split = Literal["train", "test"]
 Labels = npt.NDArray[np.int64]
@@ -30,11 +31,12 @@ Item = tuple[str, int, bytes | Path | None]
 # than decoding (32 x 32 JPEG: 59 us an image in one thread, 133 us in two; 224 x 224: 447 us and 261 us; 2 cores).
 THREADS_FROM = 4096
 
-CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-"""Where Linux says what a container may take and has taken, version 2 and 1."""
+CGROUP_ROOT, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+CGROUP_FILES = {
+    2: ("memory.max", "memory.current", "inactive_file"),
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Where Linux says what a container may take and has taken, and which part of memory.stat it can free at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +142,11 @@ class Source(ABC):
             yield record
 
     def load(self, split: Split) -> ImageSet:
-        """Read a whole split into memory; raises DataError for the first image that cannot be used."""
+        """Read a whole split into memory.
+
+        Raises:
+            DataError: for the first image that cannot be used, or if the split has fewer than two classes.
+        """
         num = self.num_images(split)
         images: Pixels | None = None
         if self.size is not None:
@@ -157,7 +163,49 @@ class Source(ABC):
             labels[i] = record.label
         if images is None:
             raise DataError(f"the {split} split of data source {self.options.name!r} has no images")
+        check_labels(labels, split, self.classes)
         return ImageSet(images, labels, self.classes)
+
+
+def check_labels(labels: npt.ArrayLike, split: Split, classes: tuple[str, ...]) -> None:
+    """Raise DataError if the images of a split have fewer than two classes: nothing can be learned or measured then."""
+    present = np.unique(np.asarray(labels))
+    if len(present) == 1:
+        raise DataError(
+            f"every image of the {split} split has the class {classes[present[0]]!r}; allowed are two classes or more"
+        )
+
+
+def check_names(names: Iterable[str], where: str) -> tuple[str, ...]:
+    """Return class names if they are two or more that can be written and told apart; raises DataError.
+
+    Args:
+        where: what holds the names, such as "train.parquet".
+    """
+    classes = tuple(names)
+    seen: dict[str, str] = {}
+    for name in classes:
+        if not name.strip() or not printable(name) == name:
+            raise DataError(
+                f"{where} has the class name {printable(name)!r}; allowed are names of printable UTF-8 characters"
+            )
+        like = seen.get(plain_name(name))
+        if like == name:
+            raise DataError(f"{where} has the class name {name!r} twice; allowed are names that differ")
+        if like is not None:
+            raise DataError(
+                f"{where} has the class names {like!a} and {name!a}, which look the same; rename one of them"
+            )
+        seen[plain_name(name)] = name
+    if len(classes) < 2:
+        listed = f"the single class {classes[0]!r}" if classes else "no class"
+        raise DataError(f"{where} has {listed}; allowed are two classes or more")
+    return classes
+
+
+def plain_name(name: str) -> str:
+    """A class name in one Unicode form, without space around it: macOS writes accents as characters of their own."""
+    return " ".join(unicodedata.normalize("NFC", name).split())
 
 
 def decode_all(items: Iterable[Item], *, size: tuple[int, int] | None, channels: int) -> Iterator[Record]:
@@ -219,10 +267,40 @@ def available_memory() -> int | None:
         return None
     fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
     free = [int(fields["MemAvailable"].split()[0]) * 1024]
-    for limit, used in CGROUPS:
+    for folder, version in _cgroups():
+        limit, used, cached = CGROUP_FILES[version]
         with contextlib.suppress(OSError, ValueError):  # ValueError: "max", which is no limit
-            free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+            in_use = int((folder / used).read_text()) - _cached_bytes(folder / "memory.stat", cached)
+            free.append(int((folder / limit).read_text()) - max(0, in_use))
     return max(0, min(free))
+
+
+def _cgroups() -> Iterator[tuple[Path, int]]:
+    """Folders of the memory control groups that this process is in, innermost first, with their version."""
+    try:
+        lines = OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        lines = ["0::/", "0:memory:/"]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, version = CGROUP_ROOT, 2
+        elif "memory" in controllers.split(","):
+            root, version = CGROUP_ROOT / "memory", 1
+        else:
+            continue
+        inner = root / path.lstrip("/")
+        # In a container the path is often that of the host, and only the root is there.
+        yield from ((folder, version) for folder in (inner, *inner.parents) if folder.is_relative_to(root))
+
+
+def _cached_bytes(stat: Path, field: str) -> int:
+    """Bytes of files that nobody has read of late: the kernel gives them up before it refuses memory."""
+    try:
+        fields = dict(line.split() for line in stat.read_text().splitlines())
+        return int(fields.get(field, 0))
+    except (OSError, ValueError):
+        return 0
 
 
 def stratified_split(labels: npt.ArrayLike, num_val: int, seed: int) -> tuple[Labels, Labels]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import pickle
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -54,8 +58,9 @@ class _Cifar(Source):
             dataset = getattr(datasets, self.dataset)
             root = Path(self.options.root)
             try:
-                self._opened[split] = dataset(root, train=split == "train", download=self.options.download)
-            except (RuntimeError, OSError) as error:
+                with _only_one(root) if self.options.download else contextlib.nullcontext():
+                    self._opened[split] = dataset(root, train=split == "train", download=self.options.download)
+            except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, tarfile.TarError, KeyError) as error:
                 if self.options.download:
                     tried = f"downloading {dataset.url} failed ({error})"
                 else:
@@ -64,6 +69,20 @@ class _Cifar(Source):
                     f"{_defect(dataset, root)} and {tried}; data.source.root can point at an existing copy"
                 ) from error
         return self._opened[split]
+
+
+@contextlib.contextmanager
+def _only_one(root: Path) -> Iterator[None]:
+    """Let one process or thread of this machine at a time download and extract: torchvision does neither atomically."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        file = (root / ".download.lock").open("a")
+    except OSError:  # a folder that cannot be written holds the data set, or torchvision says what is wrong
+        yield
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _defect(dataset: Any, root: Path) -> str:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raypp.data import SOURCES
-from raypp.data.base import THREADS_FROM, Fingerprint, Record, Source, Split, num_threads
+from raypp.data.base import THREADS_FROM, Fingerprint, Record, Source, Split, check_labels, num_threads
 from raypp.errors import DataError, StorageError
 from raypp.images import Pixels, encode_png
 from raypp.storage import new_folder
@@ -122,6 +122,7 @@ class SplitReport:
         unreadable: why images cannot be used, a sentence each, the first 20.
         num_unreadable: how many there are.
         fingerprint: that of the loaded :class:`ImageSet`, or None if any image is unreadable.
+        problem: why the split as a whole cannot be used, a sentence.
     """
 
     num_images: int
@@ -131,6 +132,7 @@ class SplitReport:
     unreadable: tuple[str, ...]
     num_unreadable: int
     fingerprint: str | None
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,8 @@ class Report:
 
     @property
     def readable(self) -> bool:
-        """Whether every image of both splits can be used."""
-        return self.train.num_unreadable == self.test.num_unreadable == 0
+        """Whether every image of both splits, and each split as a whole, can be used."""
+        return not any(part.num_unreadable or part.problem for part in (self.train, self.test))
 
 
 def check(source: Source) -> Report:
@@ -178,6 +180,11 @@ def _check_split(source: Source, split: Split) -> tuple[SplitReport, dict[bytes,
         labels.append(record.label)
         fingerprint.add(record.image)
     classes = source.classes
+    problem = None
+    try:
+        check_labels(labels, split, classes)
+    except DataError as error:
+        problem = str(error)
     counts = np.bincount(np.asarray(labels, dtype=np.int64), minlength=len(classes))
     report = SplitReport(
         num_images=len(labels),
@@ -187,5 +194,6 @@ def _check_split(source: Source, split: Split) -> tuple[SplitReport, dict[bytes,
         unreadable=tuple(unreadable),
         num_unreadable=num_unreadable,
         fingerprint=None if num_unreadable or shape is None else fingerprint.hexdigest(shape, labels, classes),
+        problem=problem,
     )
     return report, seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Literal
 from pydantic import Field
 
 from raypp import registry
-from raypp.data.base import Record, Source, Split, decode_all, stratified_split
+from raypp.data.base import Record, Source, Split, check_names, decode_all, stratified_split
 from raypp.errors import DataError
-from raypp.images import find_images
+from raypp.images import find_images, holds, is_ignored, is_image, printable
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")
@@ -23,7 +24,7 @@ class Folder(Source):
 
     They may also be called ``training``, and ``testing``, ``val``, ``valid`` or ``validation``, in any case. Class
     folders without a train folder above them are split into train and test by ``test_fraction``. Hidden files and files
-    that are no images are passed over.
+    that are no images are passed over; an image outside a class folder is refused.
     """
 
     class Options(registry.Options):
@@ -71,8 +72,17 @@ class Folder(Source):
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
-        """Names of the class folders, sorted; raises DataError if there are none."""
-        return tuple(_class_folders(self._train_root))
+        """Names of the class folders, sorted; raises DataError if there are fewer than two, or two look the same."""
+        root = self._train_root
+        folders = _class_folders(root)
+        if len(folders) == 1:
+            inside = [printable(entry.name) for entry in sorted(folders[0].iterdir()) if _is_folder(entry)]
+            hint = f"; it holds {', '.join(inside[:5])}: is data.source.path one level too high?" if inside else ""
+            raise DataError(
+                f"{printable(root)} has the single class folder {printable(folders[0].name)!r}, allowed are two or "
+                f"more{hint}"
+            )
+        return check_names(map(_class_name, folders), printable(root))
 
     def files(self, split: Split) -> list[tuple[str, int]]:
         """Return (path, label) of every image of ``split``, sorted by class and path.
@@ -104,23 +114,47 @@ class Folder(Source):
 
     def _listed(self, root: Path) -> list[tuple[str, int]]:
         files: list[tuple[str, int]] = []
-        for name in _class_folders(root):
+        for folder in _class_folders(root):
+            name = _class_name(folder)
             if name not in self.classes:
-                raise DataError(f"{root / name} is a class that {self._train_root} does not have")
+                raise DataError(
+                    f"{printable(folder)} is a class that {printable(self._train_root)} does not have; it has "
+                    f"{', '.join(self.classes[:5])}{', ...' * (len(self.classes) > 5)}"
+                )
             label = self.classes.index(name)
-            files += [(str(file), label) for file in find_images(root / name)]
+            files += [(str(file), label) for file in find_images(folder)]
         return files
 
     def num_images(self, split: Split) -> int:
         return len(self.files(split))
 
     def _read(self, split: Split) -> Iterator[Record]:
-        items = ((path, label, Path(path)) for path, label in self.files(split))
+        items = ((printable(path), label, Path(path)) for path, label in self.files(split))
         return decode_all(items, size=self.size, channels=self.channels)
 
 
-def _class_folders(root: Path) -> list[str]:
-    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise DataError(f"{root} holds no folders, allowed is one per class")
-    return names
+def _class_folders(root: Path) -> list[Path]:
+    """The folders in ``root``, sorted by class name; raises DataError for what has no class."""
+    entries = [entry for entry in root.iterdir() if not is_ignored(entry.name)]
+    folders = sorted((entry for entry in entries if _is_folder(entry)), key=_class_name)
+    loose = sorted(entry for entry in entries if not entry.is_dir() and is_image(entry))
+    if not folders:
+        hint = "; it holds images: is data.source.path one level too low?" if loose else ""
+        raise DataError(f"{printable(root)} holds no folders, allowed is one per class{hint}")
+    if loose:
+        raise DataError(f"{printable(loose[0])} is an image outside the class folders; move it into one, or away")
+    targets: dict[Path, Path] = {}
+    for folder in folders:
+        first = targets.setdefault(folder.resolve(), folder)
+        if first is not folder:
+            raise DataError(f"{printable(first)} and {printable(folder)} are the same folder; remove the link")
+    return folders
+
+
+def _is_folder(entry: Path) -> bool:
+    """Whether an entry is a folder to read: a link to a folder that holds the link is none."""
+    return entry.is_dir() and not is_ignored(entry.name) and not (entry.is_symlink() and holds(entry, entry))
+
+
+def _class_name(folder: Path) -> str:
+    return unicodedata.normalize("NFC", folder.name)

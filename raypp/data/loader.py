@@ -15,6 +15,8 @@ from torch import Tensor
 
 from raypp.errors import DataError
 
+PIXELS_AT_A_TIME = 2**21  # of images that networks read without training: 2,048 of 32 x 32, 41 of 224 x 224
+
 
 class Batches(Protocol):
     """One epoch after another of training batches on one worker."""
@@ -33,6 +35,13 @@ def to_device(images: np.ndarray, labels: np.ndarray, device: torch.device) -> t
 def as_input(images: Tensor) -> Tensor:
     """uint8 (N, H, W, C) to float32 (N, C, H, W) in [0, 1]; the result is channels-last in memory."""
     return images.permute(0, 3, 1, 2).float() / 255
+
+
+def images_at_a_time(images: Tensor, most: int = 500) -> int:
+    """Return how many images uint8 (N, H, W, C) a network may read together without training: ``most``, or fewer where
+    they are large. A network's memory grows with the pixels that it reads."""
+    height, width = images.shape[1:3]
+    return max(1, min(most, PIXELS_AT_A_TIME // max(1, height * width)))
 
 
 def generator(*numbers: int) -> torch.Generator:

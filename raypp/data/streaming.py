@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterator
 from functools import singledispatch
@@ -23,12 +24,12 @@ from torch import Tensor
 
 from raypp.config import Config
 from raypp.data import SOURCES
-from raypp.data.base import Source
+from raypp.data.base import Source, check_labels
 from raypp.data.folder import Folder
 from raypp.data.loader import Augmentation, as_input, generator, to_device
-from raypp.data.parquet import Parquet
+from raypp.data.parquet import ROWS_AT_A_TIME, Parquet, RowGroup
 from raypp.errors import ConfigError, DataError
-from raypp.images import decode
+from raypp.images import decode, printable
 
 Batch = dict[str, np.ndarray]
 IN_FLIGHT_BYTES = 128 * 2**20  # per dataset, in Ray's object store
@@ -46,33 +47,31 @@ def encoded(source: Source, seed: int) -> ray.data.Dataset:  # noqa: ARG001 (its
 
 @encoded.register
 def _(source: Parquet, seed: int) -> ray.data.Dataset:
-    image, label = source.columns()
-    for path in source.files("train"):
-        source.labels(path)  # refuses a wrong label by file and row, before anything starts
-    shuffle = ray.data.FileShuffleConfig(seed=seed, reseed_after_execution=True)
-    rows = ray.data.read_parquet(
-        source.files("train"),
-        filesystem=source.filesystem,
-        columns=[image, label],
-        include_paths=True,
-        shuffle=shuffle,
-    )
-    index = {name: i for i, name in enumerate(source.classes)}
+    column = source.columns()[0]
+    groups = list(source.groups("train"))  # refuses a wrong label by file and row, before anything starts
+    check_labels(np.concatenate([group.labels for group in groups]), "train", source.classes)
+    order = np.random.default_rng(seed).permutation(len(groups))
+    items = [group._replace(labels=group.labels.tobytes())._asdict() for group in (groups[i] for i in order)]
 
-    def name_rows(batch: Batch) -> Batch:
-        cells = batch[image]
-        values = [c["bytes"] if isinstance(c, dict) else c for c in cells]
-        labels = [index[v] if isinstance(v, str) else v for v in batch[label].tolist()]
-        return {"name": batch["path"], "label": np.asarray(labels), "bytes": np.asarray(values, dtype=object)}
+    def read_rows(batch: Batch) -> Iterator[Batch]:
+        for path, number, first, labels in zip(*(batch[key] for key in RowGroup._fields), strict=True):
+            group = RowGroup(str(path), int(number), int(first), np.frombuffer(labels, np.int64))
+            rows = source.read(group, column)
+            while some := list(itertools.islice(rows, ROWS_AT_A_TIME)):
+                names, numbers, data = zip(*some, strict=True)
+                cells = np.empty(len(data), dtype=object)
+                cells[:] = [cell or b"" for cell in data]
+                yield {"name": np.array(list(map(os.fsencode, names))), "label": np.array(numbers), "bytes": cells}
 
-    return rows.map_batches(name_rows, batch_format="numpy")
+    return ray.data.from_items(items).map_batches(read_rows, batch_format="numpy", batch_size=1)
 
 
 @encoded.register
 def _(source: Folder, seed: int) -> ray.data.Dataset:
     files = source.files("train")
+    check_labels([label for _, label in files], "train", source.classes)
     order = np.random.default_rng(seed).permutation(len(files))
-    return ray.data.from_items([{"name": files[i][0], "label": files[i][1]} for i in order])
+    return ray.data.from_items([{"name": os.fsencode(files[i][0]), "label": files[i][1]} for i in order])
 
 
 def datasets(config: Config) -> tuple[ray.data.Dataset, ray.data.Dataset]:
@@ -129,9 +128,11 @@ def held_out(rows: ray.data.Dataset) -> Batch:
 
 
 def bounded() -> ray.data.ExecutionOptions:
-    """Execution options that bound the blocks in flight: by default they fill a share of the machine."""
+    """Execution options that bound the blocks in flight: by default they fill a share of the machine. Blocks come in
+    the order of the files."""
     limits = ray.data.ExecutionResources.for_limits(object_store_memory=IN_FLIGHT_BYTES)
-    return ray.data.ExecutionOptions(resource_limits=limits)
+    # In order, so that an epoch that is taken up again passes over the images that were trained on.
+    return ray.data.ExecutionOptions(resource_limits=limits, preserve_order=True)
 
 
 def _val_share(config: Config, source: Source) -> float:
@@ -143,21 +144,28 @@ def _val_share(config: Config, source: Source) -> float:
 
 def _decode(batch: Batch, *, val: bool, share: float, key: int, size: tuple[int, int], channels: int) -> Batch:
     images, labels = [], []
-    in_rows = "bytes" in batch
-    for i, (name, label) in enumerate(zip(batch["name"], batch["label"], strict=True)):
-        data = batch["bytes"][i] if in_rows else Path(name).read_bytes()
-        called = f"an image with label {label} in {name}" if in_rows else str(name)
+    for i, (encoded_name, label) in enumerate(zip(batch["name"], batch["label"], strict=True)):
+        path = os.fsdecode(encoded_name)
+        name = printable(path)
+        data = batch["bytes"][i] if "bytes" in batch else _read_file(path, name)
         if not data:
-            raise DataError(f"{called} has no bytes")
+            raise DataError(f"{name} holds no image bytes")
         if (_draw(data, key) < share) != val:
             continue
-        images.append(decode(data, name=called, size=size, channels=channels))
+        images.append(decode(data, name=name, size=size, channels=channels))
         labels.append(int(label))
     shape = (0, *size, channels)
     return {
         "image": np.stack(images) if images else np.empty(shape, dtype=np.uint8),
         "label": np.asarray(labels, dtype=np.int64),
     }
+
+
+def _read_file(path: str, name: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{name} cannot be read: {error.strerror}") from error
 
 
 def _draw(data: bytes, key: int) -> float:
@@ -197,7 +205,8 @@ class StreamLoader:
         ).hexdigest()
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        # A stream has no places to go back to: what was trained on is read again and passed over.
+        # A stream has no places to go back to: what was trained on is read again and passed over. Every epoch reads in
+        # the same order and shuffles in the buffer by a seed of its own.
         seed = self._config.seed
         batches = _batches(
             ray.train.get_dataset_shard("train"),

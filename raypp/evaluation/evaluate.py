@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from raypp.bundle import MANIFEST, load_private, load_public
 from raypp.config import flatten, merge, parse_flags, validate
-from raypp.data.loader import as_input, to_device
+from raypp.data.loader import as_input, images_at_a_time, to_device
 from raypp.errors import BundleError, ConfigError, DataError
 from raypp.evaluation.metrics import psnr, ssim, wilson_interval
 from raypp.images import through_jpeg, to_uint8
@@ -37,6 +37,7 @@ def evaluate(
     Args:
         images: uint8 (N, H, W, C) on the device of the networks.
         labels: int64 (N,).
+        batch_size: images at a time; of large images fewer, see :func:`raypp.data.loader.images_at_a_time`.
         jpeg: also measure what is classified after a JPEG of this quality: ``accuracy_jpeg`` with its interval.
 
     Returns:
@@ -51,6 +52,7 @@ def evaluate(
     correct = correct_float = correct_jpeg = saturated = num_values = 0
     similarities: list[Tensor] = []
     distances: list[Tensor] = []
+    batch_size = images_at_a_time(images, batch_size)
     for start in range(0, len(images), batch_size):
         plain, target = as_input(images[start : start + batch_size]), labels[start : start + batch_size]
         as_float = protection(plain)

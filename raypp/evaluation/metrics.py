@@ -6,6 +6,7 @@ Images are float N x C x H x W in [0, 1] throughout.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,8 +21,10 @@ ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's name for the weights that 
 LEAST_SIDE = 11  # of SSIM's window
 LPIPS_SIDE = 32
 BOOTSTRAP_VALUES = 2**20  # drawn at a time
-TIE, SAME = 1e-5, 1e-9  # float32's rounding of a distance, float64's of a product
-BATCH = 1000  # images compared at a time, which bounds memory
+TIE = 1e-12  # float64's rounding of a squared distance, relative to the squared lengths it is computed from
+SAME = 1e-9  # float64's rounding of a product
+BATCH = 1000  # images that LPIPS compares at a time
+PART_VALUES = 2**25  # values of images that are compared in float64 at a time, which bounds memory
 SSIM_VALUES = 2**16  # values of a batch of SSIM, which takes some 40 times their size: more of them leave the cache
 
 
@@ -180,34 +183,66 @@ class Ranks:
         return (self.all < num).float()
 
 
-def reidentify(estimates: Tensor, gallery: Tensor, truth: Tensor, labels: Tensor) -> Ranks:
-    """Look estimates up in a gallery by squared distance of pixels.
+def pixels(images: Tensor) -> Tensor:
+    """Values of each image, float64 (N, D); those of uint8 images stay whole numbers, whose distances are exact."""
+    return images.flatten(1).double()
+
+
+def reidentify(
+    estimates: Tensor,
+    gallery: Tensor,
+    truth: Tensor,
+    labels: Tensor,
+    features: Callable[[Tensor], Tensor] = pixels,
+) -> Ranks:
+    """Look estimates up in a gallery by squared distance of their features, in bounded memory.
 
     Args:
         estimates: (N, C, H, W).
-        gallery: (M, C, H, W), the originals among them.
+        gallery: (M, C, H, W) of the same type, the originals among them.
         truth: int64 (N,), each original's place in the gallery.
         labels: int64 (M,), the gallery's classes.
+        features: gives float64 (n, D) of images (n, C, H, W).
 
     Returns:
         ranks; images equally near as the original count against it, unless they are the same image: who cannot tell two
         images apart has found neither.
     """
-    flat = gallery.flatten(1).float()
-    lengths = flat.square().sum(1)
+    parts = [
+        _rank(*part, gallery, labels, features)
+        for part in zip(in_parts(estimates), in_parts(truth, estimates), strict=True)
+    ]
+    return Ranks(torch.cat([ranks for ranks, _ in parts]), torch.cat([ranks for _, ranks in parts]))
+
+
+def in_parts(values: Tensor, images: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Split ``values`` (N, ...) into the parts in which ``images`` (N, ...) are compared."""
+    images = values if images is None else images
+    parts: tuple[Tensor, ...] = values.split(max(1, PART_VALUES // max(1, images.shape[1:].numel())))
+    return parts
+
+
+def _rank(
+    estimates: Tensor, truth: Tensor, gallery: Tensor, labels: Tensor, features: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The ranks of one part of the estimates, among the whole gallery and among the original's class."""
+    queries, originals = features(estimates), features(gallery[truth])
     # The same image is told by its product with one random direction.
-    direction = torch.randn(flat.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    marks = flat.double() @ direction.to(flat.device)
-    ranks, ranks_same = [], []
-    for start in range(0, len(estimates), BATCH):
-        chosen = truth[start : start + BATCH]
-        # |e - g|^2 without |e|^2, which is the same for the whole gallery.
-        distance = lengths - 2 * estimates[start : start + BATCH].flatten(1).float() @ flat.t()
-        nearer = distance <= distance.gather(1, chosen[:, None]) + TIE
-        nearer &= (marks[None] - marks[chosen][:, None]).abs() > SAME
-        ranks.append(nearer.sum(1))
-        ranks_same.append((nearer & (labels[None] == labels[chosen][:, None])).sum(1))
-    return Ranks(torch.cat(ranks), torch.cat(ranks_same))
+    direction = torch.randn(queries.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    direction = direction.to(queries.device)
+    marks = (originals @ direction)[:, None]
+    # |e - g|^2 without |e|^2, which is the same for the whole gallery.
+    lengths = originals.square().sum(1)
+    own = (lengths - 2 * (queries * originals).sum(1))[:, None]
+    tie = TIE * (lengths + queries.square().sum(1))[:, None]
+    ranks, ranks_same = torch.zeros_like(truth), torch.zeros_like(truth)
+    for part, classes in zip(in_parts(gallery), in_parts(labels, gallery), strict=True):
+        others = features(part)
+        nearer = others.square().sum(1) - 2 * queries @ others.t() <= own + tie
+        nearer &= ((others @ direction)[None] - marks).abs() > SAME
+        ranks += nearer.sum(1)
+        ranks_same += (nearer & (classes[None] == labels[truth][:, None])).sum(1)
+    return ranks, ranks_same
 
 
 def bootstrap_interval(

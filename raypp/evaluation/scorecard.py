@@ -18,6 +18,7 @@ from raypp.evaluation.metrics import (
     bootstrap_interval,
     edge_correlation,
     edge_maps,
+    in_parts,
     lpips,
     psnr,
     reidentify,
@@ -31,7 +32,7 @@ MAX_PSNR = 60.0  # dB: an exact reconstruction would make a mean infinite
 AMBER, RED = 0.05, 0.20
 MIN_QUERIES = 200  # attacked images; with fewer, chance alone moves a share across a threshold
 RISE = 0.01  # of SSIM, and of the share found: a curve that rises by less between its last two points is flat
-PART = 500
+PART, JUDGED_PIXELS = 500, 2**21  # images that the judge reads at a time, at most, and their pixels
 SHARES = ("reidentified", "reidentified_edges", "reidentified_top5", "reidentified_same_class", "accuracy")
 """Metrics that are 0 or 1 for each image."""
 
@@ -53,29 +54,48 @@ def measure(estimates: Tensor, victim: Victim, judge: nn.Module | None = None) -
         judge: a classifier trained on plain images apart from the victim; None leaves ``accuracy`` out.
     """
     num = len(estimates)
-    made, originals = estimates.to(victim.plain.device).float() / 255, victim.plain[:num].float() / 255
+    estimates = estimates.to(victim.plain.device)
     truth, labels = victim.truth[:num], victim.gallery_labels
-    gallery = victim.gallery.float() / 255
-    ranks = reidentify(made, gallery, truth, labels)
-    edges = [edge_maps(part)[:, :, None, None].float() for part in (made, gallery)]
+    ranks = reidentify(estimates, victim.gallery, truth, labels)
+    ranks_edges = reidentify(estimates, victim.gallery, truth, labels, _edges)
+    parts = [
+        _compare(*pair, judge if victim.classes else None)
+        for pair in zip(in_parts(estimates), in_parts(victim.plain[:num]), strict=True)
+    ]
+    scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    predictions = scores.pop("predictions", None)
+    scores |= {
+        "reidentified": ranks.top(1),
+        "reidentified_top5": ranks.top(5),
+        "reidentified_edges": ranks_edges.top(1),
+    }
+    if victim.classes:
+        scores["reidentified_same_class"] = (ranks.same_class == 0).float()
+        if predictions is not None:
+            scores["accuracy"] = (predictions == victim.labels[:num]).float()
+    return {name: values.float().cpu() for name, values in scores.items()}
+
+
+def _edges(images: Tensor) -> Tensor:
+    return edge_maps(images.float() / 255)
+
+
+def _compare(estimates: Tensor, originals: Tensor, judge: nn.Module | None) -> Scores:
+    """Metrics of pairs of uint8 images (n, C, H, W), and the judge's ``predictions`` of the estimates."""
+    made, originals = estimates.float() / 255, originals.float() / 255
     scores = {
         "psnr": psnr(made, originals).clamp_max(MAX_PSNR),
         "ssim": ssim(made, originals),
         "ssim_lab": ssim_lab(made, originals),
         "ssim_invariant": ssim_invariant(made, originals),
         "edges": edge_correlation(made, originals).float(),
-        "reidentified": ranks.top(1),
-        "reidentified_top5": ranks.top(5),
-        "reidentified_edges": reidentify(edges[0], edges[1], truth, labels).top(1),
     }
     if (distances := lpips(made, originals)) is not None:
         scores["lpips"] = distances
-    if victim.classes:
-        scores["reidentified_same_class"] = (ranks.same_class == 0).float()
-        if judge is not None:
-            found = torch.cat([judge(part).argmax(1) for part in made.split(PART)])
-            scores["accuracy"] = (found == victim.labels[:num]).float()
-    return {name: values.float().cpu() for name, values in scores.items()}
+    if judge is not None:
+        num_together = max(1, min(PART, JUDGED_PIXELS // made[0, 0].numel()))
+        scores["predictions"] = torch.cat([judge(part).argmax(1) for part in made.split(num_together)])
+    return scores
 
 
 def summarise(scores: Scores, seed: int = 0) -> dict[str, dict[str, float]]:
@@ -103,30 +123,47 @@ def nulls(victim: Victim, seed: int = 0) -> dict[str, Tensor]:
     own = victim.access.images
     assert own is not None
     own = own.to(plain.device)
-    mean = own.double().mean(0)
+    mean = _mean(own)
     random = torch.Generator().manual_seed(seed)
     found = {
         "mean image": mean.expand(len(plain), *mean.shape),
-        "random image": own[torch.randint(len(own), (len(plain),), generator=random).to(plain.device)].double(),
+        "random image": own[torch.randint(len(own), (len(plain),), generator=random).to(plain.device)],
     }
     labels = victim.access.labels
     if victim.classes and labels is not None:
         labels = labels.to(plain.device)
-        means = torch.stack(
-            [own[labels == c].double().mean(0) if (labels == c).any() else mean for c in range(len(victim.classes))]
-        )
-        found["class mean"] = means[victim.labels]
-    nearest = []
-    flat = own.flatten(1).float()
-    lengths = flat.square().sum(1)
-    for part in plain.split(PART):
-        nearest.append((lengths - 2 * part.flatten(1).float() @ flat.t()).argmin(1))
-    found["nearest training image"] = own[torch.cat(nearest)].double()
+        means = [_mean(own, labels == c) if (labels == c).any() else mean for c in range(len(victim.classes))]
+        found["class mean"] = torch.stack(means)[victim.labels]
+    found["nearest training image"] = own[torch.cat([_nearest(part, own) for part in in_parts(plain)])]
     height, width = plain.shape[2:]
     protected = victim.protected[:, :, :height, :width]
     if protected.shape == plain.shape:
-        found["protected image"] = protected.double()
-    return {name: images.round().clamp(0, 255).to(torch.uint8) for name, images in found.items()}
+        found["protected image"] = protected
+    return found
+
+
+def _mean(images: Tensor, chosen: Tensor | None = None) -> Tensor:
+    """The mean image uint8 (C, H, W) of images uint8 (N, C, H, W), or of those that ``chosen`` bool (N,) names."""
+    chosen = torch.ones(len(images), dtype=torch.bool, device=images.device) if chosen is None else chosen
+    total = torch.zeros(images.shape[1:], dtype=torch.float64, device=images.device)
+    for part, mask in zip(in_parts(images), in_parts(chosen, images), strict=True):
+        total += part[mask].sum(0, dtype=torch.float64)
+    return (total / chosen.sum()).round().to(torch.uint8)
+
+
+def _nearest(images: Tensor, others: Tensor) -> Tensor:
+    """Index int64 (n,) of the one of ``others`` that is nearest to each image, both uint8."""
+    queries = images.flatten(1).float()
+    least = torch.full((len(images),), torch.inf, device=images.device)
+    nearest = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    start = 0
+    for part in in_parts(others):
+        flat = part.flatten(1).float()
+        distances, index = (flat.square().sum(1) - 2 * queries @ flat.t()).min(1)
+        nearest = torch.where(distances < least, index + start, nearest)
+        least = torch.minimum(least, distances)
+        start += len(part)
+    return nearest
 
 
 def share_found(summary: dict[str, dict[str, float]]) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 from raypp.config import Config, Optimisation
 from raypp.data import SOURCES
 from raypp.data.base import ImageSet, stratified_split
-from raypp.data.loader import Augmentation, Batches, DeviceLoader, as_input, to_device
+from raypp.data.loader import Augmentation, Batches, DeviceLoader, as_input, images_at_a_time, to_device
 from raypp.errors import ConfigError, DataError
 from raypp.images import to_uint8
 from raypp.keys import Key
@@ -198,8 +198,9 @@ def validate(system: System, images: Tensor, labels: Tensor, config: Config, ran
     names = ("loss", *METRICS)
     sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=images.device)
     mine_images, mine_labels = images[rank::world], labels[rank::world]
-    for start in range(0, len(mine_images), config.train.eval_batch_size):
-        chosen = slice(start, start + config.train.eval_batch_size)
+    num_together = images_at_a_time(images, config.train.eval_batch_size)
+    for start in range(0, len(mine_images), num_together):
+        chosen = slice(start, start + num_together)
         batch, target = as_input(mine_images[chosen]), mine_labels[chosen]
         with context():
             terms = system(batch, target, round_to_8bit=True)
