@@ -1,126 +1,184 @@
 """How much training, attacks and serving lose beside another process that keeps the cores busy.
 
-Every measurement is a process of its own, alone or beside as many busy processes as there are cores; rounds are
-interleaved. A scheduler that is fair to threads leaves half of the machine (the *fair share*) to a computation that has
-as many threads. raypp as shipped should lose at most 5% alone, and keep at least half of its fair share beside others.
+Each contestant is a process of its own that computes for ``--seconds`` when told to, alone or beside as many busy
+processes as there are cores; rounds are interleaved. A scheduler that is fair to threads leaves a computation half of
+the machine beside as many busy threads (its *fair share*). As shipped, nothing should lose more than 5% alone, and
+everything should keep at least half of its fair share: 0.25 of its speed alone.
 
-- *train*: `raypp train quickstart --local`, shortened; images/s of its plain and its joint epoch.
-- *attack*: `raypp attack BUNDLE --attacks inverse --local` on the bundle of that run; images/s of its last epoch.
-- *serve*: batches of one image through the classifier in one process, with a replica's number of threads.
+- *train*: raypp's training loop, joint step of the preset ``cifar10-small`` in batches of 128, random images.
+- *attack*: training steps of the inverse network of the suite ``quick`` in its batches, random images of 32 x 32.
+- *serve*: ResNet-20 on one image at a time.
 
-The settings: *shipped* (threads adapt), *fixed* (`train.adapt_threads false`), *passive* (fixed, and threads that wait
-sleep at once: `OMP_WAIT_POLICY=PASSIVE`), *one thread*. Serving knows shipped (one thread) and fixed (all cores).
+The settings: *shipped* (threads adapt in training and attacks, serving has one), *fixed* (all cores), *passive* (fixed,
+and threads that wait sleep at once: ``OMP_WAIT_POLICY=PASSIVE``), *one thread*.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common import Spread, describe, finish, interleave, machine, ratio, show_table
+from _common import (
+    RayppLoop,
+    Spread,
+    describe,
+    device_batches,
+    feature_weights,
+    finish,
+    interleave,
+    joint_config,
+    machine,
+    quiet_sink,
+    ratio,
+    show_table,
+)
 
 from raypp import env
+from raypp.attacks.inverse import InverseNetwork
 from raypp.config import load_config
+from raypp.ladder import make_plan
 from raypp.nets import CLASSIFIERS
+from raypp.training.loop import build_optimizer
+from raypp.training.threads import AdaptiveThreads
 
-FIXED = ["--train.adapt_threads", "false"]
-SETTINGS: dict[str, tuple[list[str], dict[str, str]]] = {
-    "shipped": ([], {}),
-    "fixed": (FIXED, {}),
-    "passive": (FIXED, {"OMP_WAIT_POLICY": "PASSIVE"}),
-    "one thread": ([], {"OMP_NUM_THREADS": "1"}),
-}
-SHORT = ["--train.epochs", "1", "--train.plain_epochs", "1", "--data.source.num_train", "2000"]
-SERVE_SECONDS = 3.0
+WORK = ("train", "attack", "serve")
+SETTINGS = ("shipped", "fixed", "passive", "one thread")
+CPU = torch.device("cpu")
+STEPS = 1  # between two looks at the clock
+SETTLE_SECONDS = 2.0  # before a measurement: threads adapt once a second
+
+Steps = Callable[[], int]
+"""Computes for a moment; returns the number of images."""
 
 
 @contextmanager
-def busy_processes(num: int) -> Iterator[None]:
-    """Run ``num`` processes that do nothing but take a core each."""
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(num)]
+def train_steps(adapt: bool) -> Iterator[Steps]:
+    """raypp's own loop; it adapts its threads by itself."""
+    config = joint_config("cifar10-small", adapt_threads=adapt)
+    with quiet_sink(CPU) as sink, AdaptiveThreads(adapt) as threads:
+        loop = RayppLoop(config, feature_weights(None), sink)
+        loop.feed(device_batches(config, STEPS, sink))
+        loop._loop.threads = threads
+
+        def steps() -> int:
+            loop.epoch()
+            return STEPS * config.train.batch_size
+
+        yield steps
+
+
+@contextmanager
+def attack_steps(adapt: bool) -> Iterator[Steps]:
+    """Forward, L1 loss, backward and optimizer of an inverse network."""
+    options: Any = make_plan(bundle="none", suite="quick", name="none").suite.options("inverse")
+    network = InverseNetwork((3, 32, 32), (3, 32, 32), options)
+    groups = [{"params": list(network.parameters()), "factor": 1.0}]
+    optimizer = build_optimizer(options.train.optimizer, groups)
+    images = torch.rand(options.train.batch_size, 3, 32, 32)
+    with AdaptiveThreads(adapt) as threads:
+
+        def steps() -> int:
+            optimizer.zero_grad()
+            (network(images) - images).abs().mean().backward()
+            optimizer.step()
+            threads.update()
+            return len(images)
+
+        yield steps
+
+
+@contextmanager
+def serve_steps(adapt: bool) -> Iterator[Steps]:  # noqa: ARG001 (a replica has a fixed number of threads)
+    """One image through a classifier."""
+    network = CLASSIFIERS.build(load_config("cifar10-small").classifier, num_classes=10).eval()
+    image = torch.rand(1, 3, 32, 32)
+
+    def steps() -> int:
+        with torch.inference_mode():
+            network(image)
+        return 1
+
+    yield steps
+
+
+KINDS = {"train": train_steps, "attack": attack_steps, "serve": serve_steps}
+
+
+def compute(work: str, setting: str, seconds: float) -> None:
+    """Compute for ``seconds`` at each line of standard input, and print images/s."""
+    adapt = setting == "shipped" and work != "serve"
+    if setting == "one thread" or (setting == "shipped" and work == "serve"):
+        torch.set_num_threads(1)
+    with KINDS[work](adapt) as steps:
+        for _ in sys.stdin:
+            settled = time.perf_counter() + SETTLE_SECONDS
+            while time.perf_counter() < settled:
+                steps()
+            num, began = 0, time.perf_counter()
+            while (taken := time.perf_counter() - began) < seconds:
+                num += steps()
+            print(num / taken, flush=True)
+
+
+@contextmanager
+def contestant(work: str, setting: str, seconds: float) -> Iterator[subprocess.Popen[str]]:
+    """A process that runs :func:`compute`."""
+    variables = {"OMP_WAIT_POLICY": "PASSIVE"} if setting == "passive" else {}
+    command = [sys.executable, __file__, "--compute", work, setting, "--seconds", str(seconds)]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, env=os.environ | variables, stdin=pipe, stdout=pipe, text=True)
     try:
-        yield
+        yield process
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
 
 
-def run(arguments: list[str], variables: dict[str, str]) -> str:
-    """Run this Python with ``arguments`` and return what it prints."""
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, env=os.environ | variables, check=True, capture_output=True, text=True).stdout
+def measure(process: subprocess.Popen[str], beside: bool) -> float:
+    """Let a contestant compute once, alone or beside busy processes; return images/s."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    busy = [sys.executable, "-c", "while True: pass"]
+    competitors = [subprocess.Popen(busy) for _ in range(env.num_cores() if beside else 0)]
+    try:
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return float(process.stdout.readline())
+    finally:
+        for competitor in competitors:
+            competitor.kill()
+            competitor.wait()
 
 
-def train(setting: str, folder: Path, beside: bool) -> float:
-    """Return images/s over both epochs of a shortened quickstart run below ``folder``."""
-    flags, variables = SETTINGS[setting]
-    with tempfile.TemporaryDirectory(dir=folder) as storage, busy_processes(env.num_cores() if beside else 0):
-        where = ["--name", "run", "--cluster.storage", storage]
-        run(["-m", "raypp.cli", "train", "quickstart", "--local", "--quiet", *where, *SHORT, *flags], variables)
-        rows = [json.loads(line) for line in (Path(storage) / "run" / "metrics.jsonl").read_text().splitlines()]
-    return sum(row["images_per_s"] * row["seconds"] for row in rows) / sum(row["seconds"] for row in rows)
-
-
-def attack(setting: str, folder: Path, beside: bool) -> float:
-    """Return images/s of the inverse network's last epoch against the bundle ``folder``/victim/bundle."""
-    flags, variables = SETTINGS[setting]
-    flags = [flag.replace("--train.", "--inverse.train.") for flag in flags]
-    with tempfile.TemporaryDirectory(dir=folder) as storage, busy_processes(env.num_cores() if beside else 0):
-        where = ["--name", "run", "--storage", storage, "--suite", "quick", "--attacks", "inverse"]
-        bundle = str(folder / "victim" / "bundle")
-        run(["-m", "raypp.cli", "attack", bundle, "--local", "--quiet", *where, *flags], variables)
-        result = json.loads((Path(storage) / "run" / "attacks" / "inverse" / "result.json").read_text())
-    return float(result["history"][-1]["images_per_s"])
-
-
-def serve(setting: str, _: Path, beside: bool) -> float:
-    """Return images/s of a classifier, one image at a time."""
-    threads = 1 if setting == "shipped" else env.num_cores()
-    with busy_processes(env.num_cores() if beside else 0):
-        return float(run([__file__, "--classify", str(threads)], {}))
-
-
-def classify(threads: int) -> float:
-    """Classify one image after the other for some seconds; return images/s."""
-    torch.set_num_threads(threads)
-    net = CLASSIFIERS.build(load_config("cifar10-small").classifier, num_classes=10).eval()
-    image, num = torch.rand(1, 3, 32, 32), 0
-    with torch.inference_mode():
-        for _ in range(20):
-            net(image)
-        began = time.perf_counter()
-        while time.perf_counter() - began < SERVE_SECONDS:
-            net(image)
-            num += 1
-    return num / (time.perf_counter() - began)
-
-
-def measure(name: str, settings: list[str], work: Callable[[str, Path, bool], float], folder: Path, rounds: int) -> Any:
-    """Measure one kind of work with every setting, alone and beside others, print the table and return it."""
-    contestants = {
-        f"{setting}, {'beside' if beside else 'alone'}": partial(work, setting, folder, beside)
-        for setting in settings
-        for beside in (False, True)
-    }
-    speeds = interleave(contestants, rounds)
-    alone = speeds["fixed, alone"]
-    ratios = {key: ratio(speed, alone) for key, speed in speeds.items()}
-    rows = [[key, f"{speed.median:,.0f}", str(speed), f"{ratios[key].median:.2f}", _range(ratios[key])]
-            for key, speed in speeds.items()]  # fmt: skip
-    show_table(f"{name}: images/s, {rounds} rounds", ["", "median", "min - max", "of fixed, alone", "min - max"], rows)
-    return {key: {"images_per_s": speeds[key].to_json(), "of_fixed_alone": ratios[key].to_json()} for key in speeds}
+def compare(work: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure one kind of work with every setting, print the table and return it."""
+    with ExitStack() as stack:
+        processes = {s: stack.enter_context(contestant(work, s, options.seconds)) for s in options.settings}
+        for process in processes.values():
+            measure(process, False)  # imports and warms up
+        contestants = {
+            f"{setting}, {'beside' if beside else 'alone'}": partial(measure, process, beside)
+            for setting, process in processes.items()
+            for beside in (False, True)
+        }
+        speeds = interleave(contestants, options.rounds)
+    best = speeds["fixed, alone"] if work != "serve" else speeds["shipped, alone"]
+    ratios = {key: ratio(speed, best) for key, speed in speeds.items()}
+    rows = [
+        [key, f"{s.median:,.0f}", str(s), f"{ratios[key].median:.2f}", _range(ratios[key])] for key, s in speeds.items()
+    ]
+    reference = "of fixed, alone" if work != "serve" else "of shipped, alone"
+    show_table(f"{work}: images/s, {options.rounds} rounds", ["", "median", "min - max", reference, "min - max"], rows)
+    return {key: {"images_per_s": speeds[key].to_json(), "ratio": ratios[key].to_json()} for key in speeds}
 
 
 def _range(values: Spread) -> str:
@@ -129,28 +187,21 @@ def _range(values: Spread) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--work", nargs="+", choices=["train", "attack", "serve"], default=["train", "attack", "serve"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of one measurement")
+    parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
+    parser.add_argument(
+        "--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="with fixed and shipped"
+    )
     parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--classify", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--compute", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.classify:
-        print(classify(options.classify))
+    if options.compute:
+        compute(*options.compute, options.seconds)
         return
     start = machine()
     print(describe(start) + "\n")
-    results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="raypp-bench-") as scratch:
-        folder = Path(scratch)
-        if "train" in options.work:
-            results["train"] = measure("train", list(SETTINGS), train, folder, options.rounds)
-        if "attack" in options.work:
-            where = ["--name", "victim", "--cluster.storage", scratch]
-            run(["-m", "raypp.cli", "train", "quickstart", "--local", "--quiet", *where, *SHORT], {})
-            results["attack"] = measure("attack", list(SETTINGS), attack, folder, options.rounds)
-        if "serve" in options.work:
-            results["serve"] = measure("serve", ["shipped", "fixed"], serve, folder, options.rounds)
-    finish(options.json, "contention", start, results)
+    finish(options.json, "contention", start, {work: compare(work, options) for work in options.work})
 
 
 if __name__ == "__main__":
