@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import yaml
 
 MAX_NODES = 100_000  # of a document with its aliases written out
 TIMESTAMP, MERGE, TEXT = (f"tag:yaml.org,2002:{name}" for name in ("timestamp", "merge", "str"))
+
+
+NUMBERS = tuple(f"tag:yaml.org,2002:{name}" for name in ("int", "float"))
+DECIMAL = r"(?![-+]?0[0-9_])(?!.*:)"  # begins the pattern of a number: no octal one, none of base 60
 
 
 class DocumentError(ValueError):
@@ -24,11 +29,18 @@ class DocumentError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe, and without dates: no setting is one, and a folder may be called 2024-01-05."""
+    """Safe, and without dates: no setting is one, and a folder may be called 2024-01-05.
+
+    Nor does it read 010 as eight or 1:30 as ninety, as YAML 1.1 has it: they are text.
+    """
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != TIMESTAMP]
+    first: [
+        (tag, re.compile(DECIMAL + pattern.pattern, pattern.flags) if tag in NUMBERS else pattern)
+        for tag, pattern in resolvers
+        if tag != TIMESTAMP
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 

@@ -1,8 +1,8 @@
 """The structure of image files: what says that one is damaged, and what of it decides on the picture.
 
-PNG has a checksum for each chunk and for the image data, JPEG and GIF have an end marker, WebP states its length. These
-are checked here. Metadata that the picture does not need is left out, so that no fault in it is a fault of the image;
-the EXIF orientation is read by itself.
+PNG has a checksum for each chunk and for the image data, JPEG and GIF have an end marker, WebP states its length,
+and packed image data of TIFF may have a checksum. These are checked here. Metadata that the picture does not need is
+left out, so that no fault in it is a fault of the image; the EXIF orientation is read by itself.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import hashlib
 import re
 import struct
 import zlib
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TRANSPARENCY = b"tRNS"
@@ -24,13 +24,16 @@ CHANNELS = {GREY: 1, RGB: 3}
 PNG_SENTINEL = hashlib.sha512(b"not image data").digest()
 TEXT_BYTES = 2**16  # of a text that may hold an orientation
 
+TIFF_COMPRESSION, TIFF_DEFLATE = 259, (8, 32946)
+TIFF_PARTS = ((273, 279), (324, 325))  # tags of offsets and lengths, of strips and of tiles
+TIFF_BLOCK = 2**20  # bytes that are unpacked at a time
 EXIF, XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 JFIF = b"\xff\xe0\x00\x10JFIF\0\x01\x01\0\0\x01\0\x01\0\0"
 SOI, EOI, SOS, DRI, COM, ADOBE = 0xD8, 0xD9, 0xDA, 0xDD, 0xFE, 0xEE
 # A marker within a scan's data; 00 stands for a byte FF of the data, and FF may be repeated before a marker.
 JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff])")
 XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:\s*=\s*[\"']|>)\s*([1-8])")
-PPM = re.compile(rb"P[4-6]\s+(?:#[^\n]*\n\s*)*\d+\s")
+PPM = re.compile(rb"P[1-6]\s+(?:#[^\n]*\n\s*)*\d+\s")
 
 
 class DamagedError(Exception):
@@ -75,7 +78,11 @@ def kind_of(data: bytes) -> str | None:
 def is_unread(data: bytes) -> bool:
     """Whether the first bytes (32 suffice) declare an image in a format that is not read here: HEIC, AVIF, JXL, ..."""
     families = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"avif", b"avis", b"mif1", b"msf1", b"crx ")
-    return (data[4:8] == b"ftyp" and data[8:12] in families) or data[4:8] in (b"jP  ", b"JXL ") or data[:4] == b"8BPS"
+    return (
+        (data[4:8] == b"ftyp" and data[8:12] in families)
+        or data[4:8] in (b"jP  ", b"JXL ")
+        or data[:4] in (b"8BPS", b"\0\0\1\0")
+    )
 
 
 def essence(data: bytes, kind: str) -> Essence:
@@ -89,6 +96,31 @@ def essence(data: bytes, kind: str) -> Essence:
     if kind == "WEBP" and len(data) < 8 + int.from_bytes(data[4:8], "little"):
         raise DamagedError("it is shorter than its header says")
     return Essence(data)
+
+
+def check_tiff(data: bytes, tags: Mapping[int, Any]) -> None:
+    """Check the zlib checksums of a TIFF's first picture, where it is compressed so; raises DamagedError.
+
+    Args:
+        tags: values by the numbers of the TIFF specification.
+    """
+    if tags.get(TIFF_COMPRESSION) not in TIFF_DEFLATE:
+        return
+    for offsets, lengths in TIFF_PARTS:
+        for start, length in zip(_as_tuple(tags.get(offsets)), _as_tuple(tags.get(lengths)), strict=False):
+            inflator, packed = zlib.decompressobj(), data[start : start + length]
+            try:
+                while packed and not inflator.eof:
+                    inflator.decompress(packed, TIFF_BLOCK)
+                    packed = inflator.unconsumed_tail
+            except zlib.error as error:
+                raise DamagedError("its image data or their checksum is wrong") from error
+            if not inflator.eof:
+                raise DamagedError("its image data ends early")
+
+
+def _as_tuple(value: Any) -> tuple[int, ...]:
+    return () if value is None else value if isinstance(value, tuple) else (value,)
 
 
 def exif_orientation(exif: bytes) -> int | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import unicodedata
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps, UnidentifiedImageError
 
 from raypp.errors import DataError, StorageError
-from raypp.image_formats import DamagedError, Essence, essence, exif_orientation, is_unread, kind_of
+from raypp.image_formats import DamagedError, Essence, check_tiff, essence, exif_orientation, is_unread, kind_of
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,7 @@ TURNS = {
 }
 """What undoes each EXIF orientation."""
 
+JOINERS = "\u200c\u200d"
 UNREAD = frozenset(
     ".heic .heics .heif .avif .avifs .jp2 .j2k .jpx .jxl .jxr .svg .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf "  # noqa: SIM905
     ".psd .xcf .tga .exr .hdr .ico .icns .pcx .dds .pam".split()
@@ -86,6 +88,8 @@ def decode(
         DataError: not an image, damaged (see :mod:`raypp.image_formats`), truncated, empty or too large.
     """
     kind = kind_of(data[:64])
+    if not data:
+        raise DataError(f"{name} is empty")
     if kind is None:
         raise DataError(f"{name} is not an image in one of the formats {', '.join(FORMATS)}")
     try:
@@ -95,6 +99,8 @@ def decode(
             raise DataError(
                 f"{name} is {image.height} x {image.width} pixels, more than the {max_pixels} pixels allowed"
             )
+        if kind == "TIFF":
+            check_tiff(data, image.tag_v2)  # type: ignore[attr-defined]
         image.load()
         flat = _upright(_flatten(image, name, essential), _orientation(image, kind, essential))
         pixels = np.array(flat.convert("L" if channels == 1 else "RGB"))
@@ -296,9 +302,16 @@ def holds(folder: Path, entry: Path) -> bool:
 
 
 def printable(path: str | Path) -> str:
-    """The path as text that any terminal and file takes: bytes that are no UTF-8 and control characters escaped."""
+    """The path as text that any terminal and file takes.
+
+    Bytes that are no UTF-8, control characters and those that turn the direction of writing are escaped. Spaces of
+    every kind stay, and so do the joiners that Persian, Hindi and emoji need.
+    """
     text = str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(
+        c if c.isprintable() or unicodedata.category(c) == "Zs" or c in JOINERS else c.encode("unicode_escape").decode()
+        for c in text
+    )
 
 
 def walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:

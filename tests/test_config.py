@@ -427,3 +427,12 @@ def test_yaml_round_trip(
     assert again == config
     assert again.to_yaml() == config.to_yaml()
     assert (again.train.alpha, again.data.image_size, again.seed) == (alpha, size, seed)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("010", "010"), ("1:30", "1:30"), ("1:30.5", "1:30.5"), ("10", 10), ("0", 0), ("-3", -3), ("0x10", 16),
+     ("0.5", 0.5), ("1.0e-3", 0.001)],
+)  # fmt: skip
+def test_numbers_are_read_as_people_write_them(text: str, value: object) -> None:
+    assert load_yaml(f"a: {text}\n") == {"a": value}

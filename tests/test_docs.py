@@ -53,10 +53,10 @@ def test_guides_are_readable_by_this_test() -> None:
 SHORT_TRAINING = {"--train.epochs": "1", "--train.plain_epochs": "1", "--data.source.num_train": "1000"}
 SHORT = {
     "data convert": {"--num_train": "600", "--num_test": "200"},
+    "--name first-search": SHORT_TRAINING | {"--search.scheduler": "none", "--search.num_attacked": "1"},
     "--name first": {},
     "--name own": {"--train.epochs": "1", "--train.plain_epochs": "1", "--data.num_val": "50"},
     "--name streamed": {"--train.epochs": "1", "--train.plain_epochs": "1", "--data.num_val": "50"},
-    "--name first-search": SHORT_TRAINING | {"--search.scheduler": "none", "--search.num_attacked": "1"},
     "--name few": {"--inverse.train.epochs": "1"},
     "--name mine": {"--data.source.num_train": "1000"},
     "train quickstart": SHORT_TRAINING,
@@ -111,7 +111,7 @@ def check_attack(words: list[str]) -> None:
 
 def check_tune(words: list[str]) -> None:
     search = _json("runs/first-search/search.json")
-    assert search["trials"] == {"finished": 4}
+    assert search["trials"] == {"done": 4}
     assert search["front"]
     verify(Path("runs/first-search/best/knee"))
 

@@ -152,9 +152,7 @@ def test_damaged_bytes_raise_nothing_but_a_data_error(data: st.DataObject) -> No
         assert result.ndim == 3
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS-Adobe-3.0 EPSF-3.0"]
-)
+@pytest.mark.parametrize("data", [b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS-Adobe-3.0 EPSF-3.0"])
 def test_what_is_no_image_is_refused(data: bytes) -> None:
     with pytest.raises(DataError, match=r"note\.txt is not an image in one of the formats PNG, "):
         images.decode(data, name="note.txt")
@@ -552,3 +550,27 @@ def test_links_are_followed_once_and_loops_are_not(tmp_path: Path) -> None:
 def test_names_that_no_terminal_takes_are_escaped() -> None:
     assert images.printable(os.fsdecode(b"caf\xe9\n\x1b[1m.png")) == r"caf\xe9\n\x1b[1m.png"
     assert images.printable("café 猫.png") == "café 猫.png"
+
+
+@pytest.mark.parametrize("compression", ["tiff_adobe_deflate", "tiff_deflate"])
+def test_a_tiff_whose_packed_pixels_are_damaged_is_refused(compression: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 30, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "TIFF", compression=compression)
+    data = file.getvalue()
+    assert (images.decode(data, name="a.tif") == pixels).all()
+    third = len(data) // 3
+    with pytest.raises(DataError, match=r"a\.tif is a damaged TIFF image"):
+        images.decode(data[:third] + bytes(third) + data[2 * third :], name="a.tif")
+
+
+def test_an_empty_file_and_an_ascii_ppm() -> None:
+    with pytest.raises(DataError, match=r"^a is empty$"):
+        images.decode(b"", name="a")
+    assert images.decode(b"P3\n1 1\n255\n1 2 3\n", name="a").tolist() == [[[1, 2, 3]]]
+
+
+def test_names_of_all_languages_stay_and_what_writes_over_a_terminal_is_escaped() -> None:
+    for name in ("می\u200cخواهم", "New\u00a0York", "a\u3000b", "👨\u200d👩", "été"):
+        assert images.printable(name) == name
+    assert images.printable("a\nb\x1b[2J\u202ec") == "a\\nb\\x1b[2J\\u202ec"

@@ -287,9 +287,9 @@ def test_files_in_the_page_cache_are_memory_that_may_be_taken(
         (["a", "b", "a"], r"x has the class name 'a' twice"),
         (["cat", "cat "], r"x has the class names 'cat' and 'cat ', which look the same"),
         (["caf\u00e9", "cafe\u0301"], r"which look the same"),
-        (["a", ""], r"allowed are names of printable UTF-8"),
-        (["a", "b\nc"], r"'b\\\\nc'; allowed are names of printable UTF-8"),
-        (["a", "b\udce9"], r"'b\\\\xe9'; allowed are names of printable UTF-8"),
+        (["a", ""], r"allowed are names in UTF-8 without control"),
+        (["a", "b\nc"], r"'b\\nc'; allowed are names in UTF-8 without control"),
+        (["a", "b\udce9"], r"'b\\xe9'; allowed are names in UTF-8 without control"),
     ],
 )
 def test_class_names_that_cannot_be_told_apart_or_written_are_refused(names: list[str], message: str) -> None:
@@ -730,7 +730,7 @@ def test_folder_names_that_are_not_utf8(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train/a/caf\\xe9/caf\\xe9\.png is not an image"):
         build("folder", path=tmp_path).load("train")
     write_folder(tmp_path, {f"train/{name}": 1})
-    with pytest.raises(DataError, match=r"class name 'caf\\\\xe9'; allowed are names of printable UTF-8"):
+    with pytest.raises(DataError, match=r"class name 'caf\\xe9'; allowed are names in UTF-8 without control"):
         build("folder", path=tmp_path).load("train")
 
 
@@ -861,3 +861,21 @@ def test_an_empty_split_is_refused_and_checked() -> None:
     with pytest.raises(DataError, match="the train split of data source 'shapes' has no images"):
         source.load("train")
     assert check(source).train.shape is None
+
+
+def test_a_link_gives_no_image_a_second_class_or_split(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
+    for split in ("train", "test"):
+        for label in ("cat", "dog"):
+            (tmp_path / split / label).mkdir(parents=True)
+            write_png(tmp_path / split / label / "0.png", pixels)
+    source = SOURCES.build(SOURCES.options("folder").model_validate({"name": "folder", "path": str(tmp_path)}))
+    assert [source.num_images(split) for split in ("train", "test")] == [2, 2]
+    link = tmp_path / "train" / "dog" / "more"
+    link.symlink_to(tmp_path / "train" / "cat")
+    with pytest.raises(DataError, match=r"more/0\.png is an image of .*cat too, by a link; an image has one class"):
+        SOURCES.build(source.options).num_images("train")
+    link.unlink()
+    link.symlink_to(tmp_path / "test" / "dog")
+    with pytest.raises(DataError, match="is an image of the training split too, by a link"):
+        SOURCES.build(source.options).num_images("test")

@@ -187,7 +187,7 @@ def check_names(names: Iterable[str], where: str) -> tuple[str, ...]:
     for name in classes:
         if not name.strip() or not printable(name) == name:
             raise DataError(
-                f"{where} has the class name {printable(name)!r}; allowed are names of printable UTF-8 characters"
+                f"{where} has the class name '{printable(name)}'; allowed are names in UTF-8 without control characters"
             )
         like = seen.get(plain_name(name))
         if like == name:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -92,7 +92,7 @@ class Folder(Source):
         """
         if self._train_root == self._root:
             return self._divided[split]
-        return self._listed(self._train_root if split == "train" else self._test_root)
+        return self._listed(self._train_root) if split == "train" else self._test_files
 
     @property
     def _test_root(self) -> Path:
@@ -112,8 +112,18 @@ class Folder(Source):
         train, test = stratified_split([label for _, label in files], num_test, self.options.seed)
         return {"train": [files[i] for i in train], "test": [files[i] for i in test]}
 
+    @cached_property
+    def _test_files(self) -> list[tuple[str, int]]:
+        files = self._listed(self._test_root)
+        trained = set(_real_paths(Path(file) for file, _ in self._listed(self._train_root)))
+        for (file, _), real in zip(files, _real_paths(Path(file) for file, _ in files), strict=True):
+            if real in trained:
+                raise DataError(f"{printable(file)} is an image of the training split too, by a link; remove the link")
+        return files
+
     def _listed(self, root: Path) -> list[tuple[str, int]]:
         files: list[tuple[str, int]] = []
+        holder: dict[Path, Path] = {}
         for folder in _class_folders(root):
             name = _class_name(folder)
             if name not in self.classes:
@@ -122,7 +132,14 @@ class Folder(Source):
                     f"{', '.join(self.classes[:5])}{', ...' * (len(self.classes) > 5)}"
                 )
             label = self.classes.index(name)
-            files += [(str(file), label) for file in find_images(folder)]
+            images = find_images(folder)
+            for file, real in zip(images, _real_paths(images), strict=True):
+                other = holder.setdefault(real, folder)
+                if other != folder:
+                    raise DataError(
+                        f"{printable(file)} is an image of {printable(other)} too, by a link; an image has one class"
+                    )
+                files.append((str(file), label))
         return files
 
     def num_images(self, split: Split) -> int:
@@ -131,6 +148,15 @@ class Folder(Source):
     def _read(self, split: Split) -> Iterator[Record]:
         items = ((printable(path), label, Path(path)) for path, label in self.files(split))
         return decode_all(items, size=self.size, channels=self.channels)
+
+
+def _real_paths(files: Iterable[Path]) -> Iterator[Path]:
+    """Where files lie when all links are followed; each folder is looked up once."""
+    folders: dict[Path, Path] = {}
+    for file in files:
+        if file.parent not in folders:
+            folders[file.parent] = file.parent.resolve()
+        yield file.resolve() if file.is_symlink() else folders[file.parent] / file.name
 
 
 def _class_folders(root: Path) -> list[Path]:
