@@ -1,8 +1,8 @@
-"""How much training, attacks and serving lose beside another process that keeps the cores busy.
+"""How much training, attacks and serving lose to another process that keeps the cores busy.
 
-Each contestant is a process of its own that computes for ``--seconds`` when told to, alone or beside as many busy
+Each contestant is a process of its own that computes for ``--seconds`` on request, alone or contended by as many busy
 processes as there are cores; rounds are interleaved. A scheduler that is fair to threads leaves a computation half of
-the machine beside as many busy threads (its *fair share*). As shipped, nothing should lose more than 5% alone, and
+the machine if as many other threads are busy (its *fair share*). As shipped, nothing should lose more than 5% alone, and
 everything should keep at least half of its fair share: 0.25 of its speed alone.
 
 - *train*: raypp's training loop, joint step of the preset ``cifar10-small`` in batches of 128, random images.
@@ -143,12 +143,12 @@ def contestant(work: str, setting: str, seconds: float) -> Iterator[subprocess.P
         process.wait()
 
 
-def measure(process: subprocess.Popen[str], beside: bool) -> float:
-    """Let a contestant compute once, alone or beside busy processes; return images/s."""
+def measure(process: subprocess.Popen[str], contended: bool) -> float:
+    """Let a contestant compute once, alone or contended by busy processes; return images/s."""
     assert process.stdin is not None
     assert process.stdout is not None
     busy = [sys.executable, "-c", "while True: pass"]
-    competitors = [subprocess.Popen(busy) for _ in range(env.num_cores() if beside else 0)]
+    competitors = [subprocess.Popen(busy) for _ in range(env.num_cores() if contended else 0)]
     try:
         process.stdin.write("\n")
         process.stdin.flush()
@@ -166,9 +166,9 @@ def compare(work: str, options: argparse.Namespace) -> dict[str, Any]:
         for process in processes.values():
             measure(process, False)  # imports and warms up
         contestants = {
-            f"{setting}, {'beside' if beside else 'alone'}": partial(measure, process, beside)
+            f"{setting}, {'contended' if contended else 'alone'}": partial(measure, process, contended)
             for setting, process in processes.items()
-            for beside in (False, True)
+            for contended in (False, True)
         }
         speeds = interleave(contestants, options.rounds)
     best = speeds["fixed, alone"] if work != "serve" else speeds["shipped, alone"]
