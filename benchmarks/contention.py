@@ -2,8 +2,8 @@
 
 Each contestant is a process of its own that computes for ``--seconds`` on request, alone or contended by as many busy
 processes as there are cores; rounds are interleaved. A scheduler that is fair to threads leaves a computation half of
-the machine if as many other threads are busy (its *fair share*). As shipped, nothing should lose more than 5% alone, and
-everything should keep at least half of its fair share: 0.25 of its speed alone.
+the machine if as many other threads are busy (its *fair share*). As shipped, nothing should lose more than 5% alone,
+and everything should keep at least half of its fair share: 0.25 of its speed alone.
 
 - *train*: raypp's training loop, joint step of the preset ``cifar10-small`` in batches of 128, random images.
 - *attack*: training steps of the inverse network of the suite ``quick`` in its batches, random images of 32 x 32.
