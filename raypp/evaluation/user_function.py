@@ -97,7 +97,7 @@ def _import(name: str, module: str, file: Path | None) -> ModuleType:
 
 
 class _Source(SourceFileLoader):
-    """Compiles a file as it is now, and leaves no bytecode beside it."""
+    """Compiles a file as it is now, and writes no bytecode."""
 
     def get_code(self, fullname: str) -> CodeType:
         code: CodeType = self.source_to_code(self.get_data(self.path), self.path)

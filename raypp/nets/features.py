@@ -1,7 +1,7 @@
 """Feature networks phi_k of Eq. 6: frozen, and applied to plain and protected images alike.
 
 The paper names neither network nor layer. The authors' later released code uses torchvision's ImageNet VGG-16 up to
-relu2_2; that is our default. Where those weights cannot be had, training stops. With ``features.fallback allow`` the
+relu2_2; that is our default. Without those weights training stops. With ``features.fallback allow`` the
 early block of a classifier trained on the same plain images stands in, and every run, bundle and model card says so.
 """
 
@@ -32,7 +32,7 @@ class VGG16FeatureOptions(Options):
     layer: Literal["relu1_2", "relu2_2", "relu3_3"] = "relu2_2"
     """Whose output is compared; the authors' released code takes relu2_2."""
     fallback: Literal["refuse", "allow"] = "refuse"
-    """What happens where torchvision's weights cannot be had: ``refuse`` stops before training, ``allow`` trains with
+    """What happens without torchvision's weights: ``refuse`` stops before training, ``allow`` trains with
     the early block of a plain classifier in their place, which is not the paper's method."""
 
 
