@@ -165,7 +165,7 @@ def compare(work: str, options: argparse.Namespace) -> dict[str, Any]:
         processes = {s: stack.enter_context(contestant(work, s, options.seconds)) for s in options.settings}
         for process in processes.values():
             measure(process, False)  # imports and warms up
-        contestants = {
+        contestants: dict[str, Callable[[], float]] = {
             f"{setting}, {'contended' if contended else 'alone'}": partial(measure, process, contended)
             for setting, process in processes.items()
             for contended in (False, True)
@@ -197,7 +197,8 @@ def main() -> None:
     parser.add_argument("--compute", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.compute:
-        compute(*options.compute, options.seconds)
+        work, setting = options.compute
+        compute(work, setting, options.seconds)
         return
     start = machine()
     print(describe(start) + "\n")

@@ -289,7 +289,7 @@ def test_table1_outlives_a_killed_cell(cluster: Cluster, tmp_path: Path) -> None
 def test_what_may_differ_on_resume_is_in_the_configuration() -> None:
     from raypp.config import load_config
 
-    tree = load_config("quickstart").model_dump()
+    tree = load_config("cifar10").model_dump()  # whose features have all settings
     for key in RESUMABLE:
         node: Any = tree
         for part in key.split("."):
