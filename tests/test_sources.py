@@ -438,6 +438,10 @@ def test_parquet_labels_in_folder_names(tmp_path: Path) -> None:
     write_parquet(tmp_path / f"a/train/label={parquet.NO_VALUE}/part-0.parquet", structs(noise(2)), None)
     with pytest.raises(DataError, match="row 0: label is null"):
         build("parquet", path=str(tmp_path / "a")).load("train")
+    for split in ("train", "test"):
+        write_parquet(tmp_path / f"d/{split}/label=0/label=1/part-0.parquet", structs(noise(2)), None)
+    with pytest.raises(DataError, match=r"label=0/label=1.* two folders give column 'label', one '0', one '1'"):
+        build("parquet", path=str(tmp_path / "d")).load("train")
 
 
 def test_parquet_strings_in_one_split_and_integers_in_the_other_are_refused(tmp_path: Path) -> None:

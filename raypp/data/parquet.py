@@ -145,6 +145,19 @@ class Parquet(Source):
         relative = path.rpartition("/")[2] if path == root else path[len(root) :]
         return relative.strip("/").split("/")
 
+    def _partition(self, path: str) -> dict[str, str]:
+        """Columns that folders of Hive's layout give a file, as in ``label=cat/part-0.parquet``; raises DataError for
+        a column with two values."""
+        columns: dict[str, str] = {}
+        for part in self._parts(path)[:-1]:
+            quoted, equals, value = part.partition("=")
+            name = unquote(quoted)
+            if equals and columns.setdefault(name, unquote(value)) != unquote(value):
+                raise DataError(
+                    f"{path}: two folders give column {name!r}, one {columns[name]!r}, one {unquote(value)!r}"
+                )
+        return columns
+
     def files(self, split: Split) -> list[str]:
         """Return the split's paths within :attr:`filesystem`, sorted; raises DataError if there are none."""
         found = self._files.get(split) or (self._files.get("validation") if split == "test" else None)
@@ -176,7 +189,7 @@ class Parquet(Source):
         path, schema = self._first
         names = list(schema.names)
         if field == "label_column":
-            names += _partition(self._parts(path))
+            names += self._partition(path)
         for name in [wanted] if wanted else usual:
             if name in names:
                 _refuse_twice(schema, name, path)
@@ -264,7 +277,7 @@ class Parquet(Source):
             num = file.metadata.num_rows
             if not num:
                 return pa.chunked_array([], pa.int64())
-            partition = _partition(self._parts(path))
+            partition = self._partition(path)
             if column in partition and column not in file.schema_arrow.names:
                 return self._partition_labels(path, partition[column], num)
             _has(file, column, path)
@@ -285,7 +298,7 @@ class Parquet(Source):
             raise DataError(f"{path} row 0: label is null")
         column = self.columns()[1]
         paths = [path for files in self._files.values() for path in files]
-        values = [part[column] for path in paths if column in (part := _partition(self._parts(path)))]
+        values = [part[column] for path in paths if column in (part := self._partition(path))]
         if all(INTEGER.fullmatch(value) for value in values):
             return pa.chunked_array([pa.repeat(pa.scalar(int(value), pa.int64()), num)])
         return pa.chunked_array([pa.repeat(pa.scalar(value, pa.large_string()), num)])
@@ -362,12 +375,6 @@ def _names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
 
 def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def _partition(parts: list[str]) -> dict[str, str]:
-    """Columns that folders of Hive's layout give, as in ``label=cat/part-0.parquet``."""
-    pairs = [part.split("=", 1) for part in parts[:-1] if "=" in part]
-    return {unquote(name): unquote(value) for name, value in pairs}
 
 
 def _image_bytes(chunk: Any, path: str, column: str) -> Any:
