@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import secrets
 import socket
@@ -19,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from commands import Command, fork_server
 
 from raypp import env
 from raypp.config import Config, load_config
@@ -31,6 +31,8 @@ torch.set_num_threads(1)
 # Containers often forbid to keep bytecode. Each process that tests start would compile all of torch and Ray anew.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Every Ray of the tests asks for this token. Ray reads the mode while it is imported, also where commands are forked.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -114,10 +116,8 @@ def _files(folder: Path) -> dict[Path, bytes]:
 
 @pytest.fixture(scope="session")
 def processes() -> ForkServerContext:
-    """Starts processes that have imported already what takes seconds; an optimiser's first step imports dynamo."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "raypp.runs"])
-    return context
+    """Starts processes that have imported already what takes seconds."""
+    return fork_server()
 
 
 class Cluster:
@@ -128,7 +128,7 @@ class Cluster:
 
     def __init__(self, client: dict[str, str], head: subprocess.Popen[bytes]) -> None:
         self.client, self.head = client, head
-        self.started: list[subprocess.Popen[str]] = []
+        self.started: list[Command] = []
 
     def training_workers(self) -> list[psutil.Process]:
         return self.processes("RayTrainWorker")
@@ -142,22 +142,21 @@ class Cluster:
                     found.append(process)
         return found
 
-    def popen(self, arguments: list[str]) -> subprocess.Popen[str]:
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(arguments, env=self.client, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
-        self.started.append(process)
-        return process
+    def popen(self, arguments: list[str]) -> Command:
+        command = Command(arguments, self.client)
+        self.started.append(command)
+        return command
 
     def run(self, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(arguments, env=self.client, capture_output=True, text=True, timeout=400, cwd=ROOT)
+        command = self.popen(arguments)
+        out, err = command.communicate(timeout=400)
+        return subprocess.CompletedProcess(arguments, command.wait(), out, err)
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     env.apply()
     client = os.environ | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_ADDRESS": f"127.0.0.1:{PORT}",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{DASHBOARD}",
     }
@@ -171,19 +170,21 @@ def cluster() -> Iterator[Cluster]:
     surroundings = {key: value for key, value in client.items() if key != "RAY_ADDRESS"}
     # --block keeps the whole node below one process of ours: "ray stop" would end other clusters on this machine too.
     head = subprocess.Popen(start, env=surroundings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    family: list[psutil.Process] = []
+    made = Cluster(client, head)
     try:
         wait_until(lambda: listens(PORT) and listens(DASHBOARD), head, 120)
-        made = Cluster(client, head)
         yield made
-        family = psutil.Process(head.pid).children(recursive=True)
-        for process in made.started:  # what a failed test has left running
-            process.kill()
     finally:
-        head.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            head.wait(timeout=10)
-        for process in [*family, psutil.Process(head.pid)] if head.poll() is None else family:
+        for command in made.started:  # what a failed test has left running
+            command.kill()
+        kill_family(head.pid)
+
+
+def kill_family(pid: int) -> None:
+    """Kill a process and all that it started: a Ray that is asked to end takes ten seconds."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        for process in [*parent.children(recursive=True), parent]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
