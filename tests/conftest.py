@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 from commands import Command, fork_server
+from hypothesis import settings
 
 from raypp import env
 from raypp.config import Config, load_config
@@ -28,6 +29,11 @@ from raypp.training.fit import Fit, fit
 from raypp.training.sinks import LocalSink
 
 torch.set_num_threads(1)
+settings.register_profile("dev", max_examples=20, deadline=None)
+settings.register_profile("ci", max_examples=150, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+few_examples = settings(max_examples=settings().max_examples // 4)
+"""Of an expensive test."""
 # Containers often forbid to keep bytecode. Each process that tests start would compile all of torch and Ray anew.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -36,9 +42,7 @@ os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
-PORT, DASHBOARD, METRICS = 26379, 28265, 28270
-LONG = pytest.mark.ray
-"""Left out of the fast tests, with those that need a cluster."""
+FAST_SECONDS = 2.0
 TINY = {
     "data.source.num_train": "60",
     "data.source.num_test": "30",
@@ -57,6 +61,32 @@ TINY = {
 }
 
 Tiny = Callable[..., Config]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have tests that use the same Ray run in the same process."""
+    for item in items:
+        if item.get_closest_marker("ray") and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a test that takes more than :data:`FAST_SECONDS` and has no marker that says so."""
+    began, waited = time.monotonic(), _seconds_without_cpu()
+    yield
+    seconds = time.monotonic() - began - (_seconds_without_cpu() - waited)
+    if seconds > FAST_SECONDS and not any(item.get_closest_marker(name) for name in ("ray", "slow")):
+        pytest.fail(f"takes {seconds:.1f} s; mark it as slow, or make it faster than {FAST_SECONDS} s", pytrace=False)
+
+
+def _seconds_without_cpu() -> float:
+    """For how long this thread was ready to run while other processes had the cores; 0.0 where Linux does not say."""
+    try:
+        return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
 
 
 @pytest.fixture(autouse=True)
@@ -126,8 +156,8 @@ class Cluster:
     It listens on loopback only and asks every client for its token.
     """
 
-    def __init__(self, client: dict[str, str], head: subprocess.Popen[bytes]) -> None:
-        self.client, self.head = client, head
+    def __init__(self, client: dict[str, str], head: subprocess.Popen[bytes], metrics_port: int) -> None:
+        self.client, self.head, self.metrics_port = client, head, metrics_port
         self.started: list[Command] = []
 
     def training_workers(self) -> list[psutil.Process]:
@@ -156,28 +186,30 @@ class Cluster:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     env.apply()
+    port, dashboard, agent, metrics = (free_port() for _ in range(4))
     client = os.environ | {
-        "RAY_ADDRESS": f"127.0.0.1:{PORT}",
-        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{DASHBOARD}",
+        "RAY_ADDRESS": f"127.0.0.1:{port}",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
     }
     scripts = Path(sys.executable).parent
     client["PATH"] = f"{scripts}{os.pathsep}{client['PATH']}"
     start = [
-        "ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={PORT}",
-        "--dashboard-host=127.0.0.1", f"--dashboard-port={DASHBOARD}", f"--dashboard-agent-listen-port={DASHBOARD + 1}",
-        f"--metrics-export-port={METRICS}", "--disable-usage-stats",
+        "ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={port}",
+        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+        f"--metrics-export-port={metrics}", "--disable-usage-stats",
     ]  # fmt: skip
     surroundings = {key: value for key, value in client.items() if key != "RAY_ADDRESS"}
     # --block keeps the whole node below one process of ours: "ray stop" would end other clusters on this machine too.
     head = subprocess.Popen(start, env=surroundings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    made = Cluster(client, head)
+    made = Cluster(client, head, metrics)
     try:
-        wait_until(lambda: listens(PORT) and listens(DASHBOARD), head, 120)
+        wait_until(lambda: listens(port) and listens(dashboard), head, 120)
         yield made
     finally:
         for command in made.started:  # what a failed test has left running
             command.kill()
         kill_family(head.pid)
+        head.wait()
 
 
 def kill_family(pid: int) -> None:

@@ -281,7 +281,7 @@ JSON = st.recursive(
 @given(
     data=st.fixed_dictionaries({"schema": JSON, "files": JSON | st.dictionaries(st.text(max_size=9), JSON, max_size=2)})
 )
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_manifest_breaks_the_reader(tmp_path: Path, data: Any) -> None:
     (tmp_path / MANIFEST).write_text(json.dumps(data))
     refusal(load_public, tmp_path)

@@ -17,7 +17,7 @@ from subprocess import PIPE
 import numpy as np
 import pytest
 import yaml
-from conftest import LONG, Trained, tiny_flags, wait_until
+from conftest import Trained, tiny_flags, wait_until
 from PIL import Image
 
 import raypp
@@ -463,7 +463,7 @@ def test_quiet_training_prints_only_errors_and_its_settings_may_stand_anywhere(
     assert (stored["seed"], stored["data"]["source"]["num_train"]) == (3, 60)
 
 
-@LONG
+@pytest.mark.slow
 def test_quickstart_says_what_to_do_next(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own sizes take minutes, so the preset of that name is made tiny."""
     main(["config", "quickstart", *tiny_flags(tmp_path / "unused")])
@@ -484,7 +484,7 @@ def test_quickstart_says_what_to_do_next(capsys: Captured, tmp_path: Path, monke
     run(capsys, "serve", next_steps[5][2], "--write", "served.yaml")
 
 
-@LONG
+@pytest.mark.slow
 def test_a_local_run_that_is_told_to_stop_writes_a_checkpoint_first(tmp_path: Path) -> None:
     flags = ["--local", "--name", "told", *tiny_flags(tmp_path, train__epochs=100_000)]
     process = subprocess.Popen(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from raypp.config import Config, load_config, load_tree, merge, parse_flags, presets, read_yaml, validate, validate_data
@@ -133,7 +133,6 @@ WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size
 
 
 @given(data=st.data(), equals=st.booleans())
-@settings(max_examples=150, deadline=None)
 def test_any_value_survives_a_flag(data: st.DataObject, equals: bool) -> None:
     key, values = data.draw(
         st.sampled_from(
@@ -162,7 +161,6 @@ def test_any_value_survives_a_flag(data: st.DataObject, equals: bool) -> None:
 @given(
     words=st.lists(st.one_of(st.text(max_size=12), st.sampled_from(["--seed", "--train.alpha", "--data", "--train"])))
 )
-@settings(max_examples=200, deadline=None)
 def test_no_command_line_breaks_the_parser(words: list[str]) -> None:
     """Whatever stands there is a configuration or an error that was meant."""
     with contextlib.suppress(RayppError):
@@ -411,7 +409,6 @@ def test_relative_paths_are_settled_at_once(tmp_path: Path, monkeypatch: pytest.
     skips=st.none() | st.integers(0, 3),
     seed=st.integers(0, 2**31 - 1),
 )
-@settings(max_examples=50, deadline=None)
 def test_yaml_round_trip(
     alpha: float, milestones: list[int], size: tuple[int, int] | None, skips: int | None, seed: int
 ) -> None:

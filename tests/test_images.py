@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
@@ -42,7 +42,6 @@ def attempt(data: bytes) -> np.ndarray | DataError:
     mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK"]),
     channels=st.sampled_from([1, 3]),
 )
-@settings(max_examples=60, deadline=None)
 def test_every_mode_and_size_decodes_to_the_asked_form(height: int, width: int, mode: str, channels: int) -> None:
     picture = Image.fromarray(noise(height, width)).convert("L" if mode == "I;16" else "RGB").convert(mode)
     data = encoded(picture, "TIFF" if mode == "CMYK" else "PNG")
@@ -138,7 +137,6 @@ def test_every_cut_is_refused_by_name_or_lost_nothing(kind: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
 def test_damaged_bytes_raise_nothing_but_a_data_error(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]))
     damaged = bytearray(encoded(Image.fromarray(noise(6, 6)), kind))
@@ -195,7 +193,6 @@ def test_bombs_are_refused(side: int) -> None:
     shape=st.tuples(st.integers(1, 50), st.integers(1, 50), st.sampled_from([1, 3])),
     size=st.tuples(st.integers(1, 50), st.integers(1, 50)),
 )
-@settings(max_examples=60, deadline=None)
 def test_fit_gives_the_size_and_keeps_flat_colour(shape: tuple[int, int, int], size: tuple[int, int]) -> None:
     fitted = images.fit(np.full(shape, 77, dtype=np.uint8), size)
     assert fitted.shape == (*size, shape[2])

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CPU, LONG, Trained
+from conftest import CPU, Trained
 from PIL import Image
 
 from raypp import ladder
@@ -214,7 +214,7 @@ def test_a_training_runs_folder_is_no_place_for_attacks(trained: Trained, tmp_pa
         attack(plan(tmp_path, bundle=str(trained.bundle)))
 
 
-@LONG
+@pytest.mark.slow
 def test_a_ladder_that_is_told_to_stop_goes_on_from_its_checkpoint(trained: Trained, tmp_path: Path) -> None:
     whole = attack(plan(tmp_path, "whole", bundle=str(shutil.copytree(trained.bundle, tmp_path / "bundle"))))
 
@@ -235,7 +235,7 @@ def test_a_ladder_that_is_told_to_stop_goes_on_from_its_checkpoint(trained: Trai
     assert again["attacks"]["inverse"]["scores"] == whole["attacks"]["inverse"]["scores"]
 
 
-@LONG
+@pytest.mark.slow
 def test_an_attack_that_is_killed_goes_on_from_its_checkpoint(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -493,7 +493,7 @@ def write_folders(tmp_path: Path, num: int = 60) -> tuple[str, str]:
     return str(tmp_path / "plain"), str(tmp_path / "protected")
 
 
-@LONG
+@pytest.mark.slow
 def test_two_folders_can_be_attacked(tmp_path: Path) -> None:
     folders = write_folders(tmp_path)
     settings = {"width": 8, "depth": 1, "loss": "mse", "ssim_weight": 0, "ema": 0}
@@ -698,7 +698,7 @@ def test_a_report_of_nothing_is_refused(trained: Trained, tmp_path: Path) -> Non
 # What must not happen to a bundle's reputation
 
 
-@LONG
+@pytest.mark.slow
 def test_a_weaker_attack_afterwards_does_not_make_a_bundle_look_better(
     attacked: tuple[Path, Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -797,7 +797,7 @@ def test_a_resumed_run_refuses_another_version_of_its_victim(tmp_path: Path) -> 
 # What must not be called flat, or found
 
 
-@LONG
+@pytest.mark.slow
 def test_one_epoch_has_no_half_so_its_curve_is_not_flat(tmp_path: Path) -> None:
     folders = write_folders(tmp_path)
     inverse = {"width": 4, "depth": 1, "train": {"epochs": 1, "batch_size": 10}}
@@ -815,7 +815,7 @@ def test_an_optimisation_has_a_curve_too(attacked: tuple[Path, Path, dict[str, A
     assert found["lower_bound"]  # ten queries say nothing about a hundredth
 
 
-@LONG
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [0, 77])
 def test_a_protection_that_says_nothing_is_not_broken(tmp_path: Path, value: int) -> None:
     """Equal answers for all images: whoever cannot tell images apart has found none."""
@@ -829,7 +829,7 @@ def test_a_protection_that_says_nothing_is_not_broken(tmp_path: Path, value: int
     assert card["attacks"]["known_gallery"]["found"] <= 0.1
 
 
-@LONG
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body",
     [

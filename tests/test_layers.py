@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import LONG, Trained, tiny_flags
+from conftest import Trained, tiny_flags
 
 import raypp
 from raypp.images import write_png
@@ -217,7 +217,7 @@ main(["train", "quickstart", "--name", "other", *flags])
 """
 
 
-@LONG
+@pytest.mark.slow
 def test_without_ray_and_network_everything_but_the_cluster_works(trained: Trained, tmp_path: Path) -> None:
     write_png(tmp_path / "image.png", np.zeros((16, 16, 3), dtype=np.uint8))
     flags = tiny_flags(tmp_path / "runs", train__epochs=1)

@@ -20,7 +20,7 @@ import torch
 import uvicorn
 from conftest import Trained
 from fastapi import FastAPI, Request, Response
-from test_http import Here
+from services import Here
 
 import raypp
 from raypp.bundle import MANIFEST, PublicBundle, load_private, load_public, write_manifest

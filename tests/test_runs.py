@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CPU, LONG, Tiny, Trained, tiny_flags
+from conftest import CPU, Tiny, Trained, tiny_flags
 from PIL import Image
 
 from raypp.bundle import verify
@@ -126,7 +126,7 @@ def try_to_create(tree: dict[str, Any], name: str, start: Any, outcome: Any, end
         outcome.put(str(error))
 
 
-@LONG
+@pytest.mark.slow
 def test_of_two_processes_that_create_one_name_one_wins(processes: ForkServerContext, tiny: Tiny) -> None:
     tree = tiny().model_dump(mode="json")
     start, outcome, end = processes.Barrier(2), processes.Queue(), processes.Event()
@@ -148,7 +148,7 @@ def hold(tree: dict[str, Any], name: str, held: Any, release: Any) -> None:
         release.wait(60)
 
 
-@LONG
+@pytest.mark.slow
 def test_a_run_in_use_by_another_process_is_refused(
     processes: ForkServerContext, finished: tuple[Callable[..., Config], Path]
 ) -> None:

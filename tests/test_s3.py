@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import CPU, LONG, free_port, listens, tiny_flags, wait_until
+from conftest import CPU, free_port, listens, tiny_flags, wait_until
 
 from raypp.bundle import load_private, load_public
 from raypp.config import load_config
@@ -80,7 +80,7 @@ def test_a_bucket_that_is_not_there_is_one_sentence(s3: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
-@LONG
+@pytest.mark.slow
 def test_a_run_its_data_and_its_bundle_live_there(s3: Any, tmp_path: Path) -> None:
     """Trained, taken up past a damaged checkpoint, attacked, reported and published without a local copy."""
     random = np.random.default_rng(0)

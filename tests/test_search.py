@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import LONG, Trained, tiny_flags
+from conftest import Trained, tiny_flags
 from PIL import Image
 
 from raypp import search
@@ -207,7 +207,7 @@ def test_a_trial_is_trained_attacked_and_kept(tmp_path: Path) -> None:
     assert [r["trial"] for r in search.records_of(asked)] == ["t1", "t2", "t3"]
 
 
-@LONG
+@pytest.mark.slow
 def test_the_quick_attack_tells_protections_apart(tmp_path: Path, trained: Trained) -> None:
     """Images that are not protected at all leak everything, and more than the class tells."""
     flags = tiny_flags(tmp_path, protection="plain", train__mode="plain", train__epochs=1)

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import LONG, TINY
+from cifar_files import write_cifar
+from conftest import TINY
 from PIL import Image
-from test_sources import write_cifar
 from torchvision import datasets
 
 from raypp.cli import app
@@ -118,7 +118,7 @@ def test_settings_that_no_cell_can_have_are_refused(tmp_path: Path) -> None:
         cells(["quickstart"], ["plain"], [-1], (), Storage(tmp_path))
 
 
-@LONG
+@pytest.mark.slow
 def test_every_method_trains_and_stands_in_the_table(tmp_path: Path) -> None:
     chosen = ["alpha-0", "alpha-0.01", "plain", "tanaka", "pixel", "pixel-per-image", "ele", "etc", "gan"]
     results = run(tmp_path, chosen)
@@ -239,7 +239,7 @@ def test_rows_that_need_no_feature_network_do_without_it(tmp_path: Path) -> None
     assert len(seen) == 5
 
 
-@LONG
+@pytest.mark.slow
 def test_the_cifar100_preset_trains_on_torchvisions_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar(tmp_path / "data", monkeypatch, datasets.CIFAR100, num=60)
     flags = {

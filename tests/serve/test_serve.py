@@ -32,7 +32,7 @@ import pytest
 import torch
 import yaml
 from browser import chromium, write_video
-from conftest import METRICS, ROOT, Cluster, Trained, free_port, tiny_flags, wait_until
+from conftest import ROOT, Cluster, Trained, free_port, tiny_flags, wait_until
 from playwright.sync_api import Locator
 
 from raypp import ladder
@@ -47,8 +47,6 @@ from raypp.serve.model import load_served, publishing
 from raypp.storage import Storage
 
 pytestmark = pytest.mark.ray
-
-PORT = 28000
 
 
 @dataclass
@@ -76,18 +74,19 @@ def service(cluster: Cluster, trained: Trained, tmp_path_factory: pytest.TempPat
     with publishing(bundle, root / "shelf"):
         pass
     token = add_token(root / "tokens.json", "test", ["classify", "attack"])
+    port = free_port()
     arguments = [
         "raypp",
         "serve",
         str(root / "shelf"),
         "--port",
-        str(PORT),
+        str(port),
         "--tokens",
         str(root / "tokens.json"),
         "--attack",
     ]
     process = cluster.popen(arguments)
-    url = f"http://127.0.0.1:{PORT}"
+    url = f"http://127.0.0.1:{port}"
     wait_until(lambda: answers(f"{url}/classifier/v1/model") and answers(f"{url}/attack/v1"), process)
     yield Service(url, root / "shelf", bundle, token, root / "cache")
     process.send_signal(signal.SIGTERM)
@@ -301,7 +300,7 @@ def test_a_bundle_that_does_not_work_never_becomes_live(
 def test_clients_outlast_a_restart_of_the_whole_service(trained: Trained, tmp_path: Path) -> None:
     """A service on a Ray of its own, killed with its head under load and started again: no request fails."""
     rest = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    port = PORT + 2
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     service = Service(url, trained.bundle, trained.bundle, None, tmp_path / "cache")
     running: list[subprocess.Popen[str]] = []
@@ -396,8 +395,9 @@ def test_the_demo_shows_what_is_sent_and_what_attackers_see(service: Service, cl
     reddish = images(2)[1] // 2 + np.array([127, 0, 64], dtype=np.uint8)
     write_video(tmp_path / "camera.y4m", reddish)
     (tmp_path / "token").write_text(str(service.token))
-    address = f"http://127.0.0.1:{PORT + 1}"
-    arguments = ["raypp", "demo", f"one={service.url}", f"two={service.url}", "--port", str(PORT + 1)]
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    arguments = ["raypp", "demo", f"one={service.url}", f"two={service.url}", "--port", str(port)]
     process = cluster.popen([*arguments, "--token-file", str(tmp_path / "token")])
     try:
         wait_until(lambda: answers(address, 200), process)
@@ -468,11 +468,11 @@ def shown(picture: Locator) -> np.ndarray:
     return decode(base64.b64decode(source.partition(",")[2]), name="picture")
 
 
-def test_monitoring_counts_requests_and_images(service: Service) -> None:
+def test_monitoring_counts_requests_and_images(service: Service, cluster: Cluster) -> None:
     """On Ray's metrics endpoint, by route and status."""
 
     def counted(name: str, **labels: str) -> float:
-        text = httpx.get(f"http://127.0.0.1:{METRICS}/metrics", timeout=30).text
+        text = httpx.get(f"http://127.0.0.1:{cluster.metrics_port}/metrics", timeout=30).text
         found = [line for line in text.splitlines() if line.startswith(f"ray_{name}{{")]
         wanted = [f'{key}="{value}"' for key, value in labels.items()]
         return sum(float(line.rpartition(" ")[2]) for line in found if all(label in line for label in wanted))
@@ -491,13 +491,14 @@ def test_monitoring_counts_requests_and_images(service: Service) -> None:
 
 def test_nothing_listens_beyond_this_machine(service: Service, cluster: Cluster) -> None:
     family = psutil.Process(cluster.head.pid).children(recursive=True)
+    port = httpx.URL(service.url).port
     listening = {
         (c.laddr.ip, c.laddr.port)
         for process in family
         for c in process.net_connections("inet")
-        if c.status == psutil.CONN_LISTEN and c.laddr.port == PORT
+        if c.status == psutil.CONN_LISTEN and c.laddr.port == port
     }
-    assert listening == {("127.0.0.1", PORT)}
+    assert listening == {("127.0.0.1", port)}
 
 
 def test_haproxy_takes_the_requests_and_listens_here_only(trained: Trained, tmp_path: Path) -> None:

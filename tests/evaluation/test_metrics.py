@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LONG
-from hypothesis import given, settings
+from conftest import few_examples
+from hypothesis import given
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
@@ -84,7 +84,6 @@ def pairs(draw: st.DrawFn) -> tuple[Array, Array]:
 
 
 @given(pair=pairs())
-@settings(max_examples=60, deadline=None)
 def test_psnr_and_ssim_are_scikit_images(pair: tuple[Array, Array]) -> None:
     a, b = pair
     with np.errstate(divide="ignore"):
@@ -94,7 +93,6 @@ def test_psnr_and_ssim_are_scikit_images(pair: tuple[Array, Array]) -> None:
 
 
 @given(pair=pairs())
-@settings(max_examples=60, deadline=None)
 def test_the_labs_ssim_is_scikit_images_default(pair: tuple[Array, Array]) -> None:
     a, b = pair
     expected = [
@@ -124,7 +122,6 @@ def test_each_image_has_its_own_number() -> None:
 
 
 @given(num=st.integers(1, 5000), share=st.floats(0, 1))
-@settings(max_examples=100, deadline=None)
 def test_wilson_interval_solves_its_equation(num: int, share: float) -> None:
     """Its ends are where a proportion's distance to the estimate is 1.96 standard errors at that proportion."""
     successes = round(share * num)
@@ -296,7 +293,7 @@ def test_reidentification_in_parts_gives_the_same_ranks(monkeypatch: pytest.Monk
 
 
 @given(num=st.integers(2, 400), seed=st.integers(0, 100))
-@settings(max_examples=20, deadline=None)
+@few_examples
 def test_the_bootstrap_interval_is_near_the_normal_one(num: int, seed: int) -> None:
     values = np.random.default_rng(seed).normal(3, 2, num)
     low, high = bootstrap_interval(values)
@@ -307,7 +304,7 @@ def test_the_bootstrap_interval_is_near_the_normal_one(num: int, seed: int) -> N
     assert bootstrap_interval(values) == (low, high)
 
 
-@LONG
+@pytest.mark.slow
 def test_lpips_where_its_weights_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """AlexNet's published weights cannot be had everywhere; LPIPS's own heads come with its package."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))

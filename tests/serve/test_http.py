@@ -21,6 +21,7 @@ import torch
 from conftest import Trained, tiny_flags
 from PIL import Image
 from safetensors.torch import load, save
+from services import NPY, PNG, Here, npy, protected
 from starlette.testclient import TestClient
 from torch import Tensor
 
@@ -35,47 +36,12 @@ from raypp.progress import Display
 from raypp.runs import open_run, point_latest, train_locally
 from raypp.serve import model
 from raypp.serve.auth import TokenFile, Tokens, add_token
-from raypp.serve.http import Offered, ServedAttack, attack_api, classifier_api, offer
+from raypp.serve.http import attack_api, classifier_api
 from raypp.serve.ladder import online
 from raypp.serve.model import Live, Served, classify, current, in_few_sizes, load_served, publishing
-from raypp.serve.wire import Limits, RefusedError, Waiting
+from raypp.serve.wire import RefusedError, Waiting
 from raypp.storage import Storage
 from raypp.training.fit import load_split
-
-
-class Here:
-    """Both services in this process: what Ray's replicas do, without Ray."""
-
-    def __init__(self, location: Path, tokens: Tokens | None = None) -> None:
-        self.live, self.valid = Live(location, prepare=lambda served: None), tokens
-        self.limits = Limits(body=200_000, images=16)
-        self.waiting = Waiting(20)
-        self.seen: list[tuple[str, int, int]] = []
-
-    async def tokens(self) -> Tokens | None:
-        return self.valid
-
-    def now(self) -> Served:
-        return self.live.now
-
-    def rejected(self) -> dict[str, str] | None:
-        return self.live.rejected
-
-    async def served(self, protection: str | None) -> Served | None:
-        return self.live.of(protection)
-
-    async def predict(self, served: Served, images: Tensor) -> tuple[Tensor, Tensor]:
-        return classify([(served, images)])[0]
-
-    async def offered(self, protection: str | None) -> Offered | None:
-        served = self.live.of(protection)
-        return offer(served, online(served)) if served is not None else None
-
-    async def reconstruct(self, attack: ServedAttack, images: Tensor) -> Tensor:
-        return attack.run(images)
-
-    def observe(self, route: str, status: int, num_images: int, seconds: float) -> None:
-        self.seen.append((route, status, num_images))
 
 
 @pytest.fixture(scope="module")
@@ -108,20 +74,6 @@ def here(trained: Trained) -> Here:
 @pytest.fixture
 def client(here: Here) -> TestClient:
     return TestClient(classifier_api(lambda: here, here.observe))
-
-
-def protected(bundle: Path, num: int = 4) -> np.ndarray:
-    """Protected images of the bundle's own sample, uint8 (N, H, W, C)."""
-    return load_private(bundle).sample[:num].permute(0, 2, 3, 1).numpy()
-
-
-def npy(images: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, images)
-    return file.getvalue()
-
-
-NPY, PNG = {"Content-Type": "application/x-npy"}, {"Content-Type": "image/png"}
 
 
 def test_few_sizes_of_batches_reach_a_network() -> None:

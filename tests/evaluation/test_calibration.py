@@ -8,15 +8,14 @@ makes them differ: four standard errors of the difference, and rounding.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LONG
-from test_attacks import build, victim
+from conftest import ROOT
+from methods import build, victim
 from torch import Tensor
 
 from raypp.attacks.base import Access
@@ -24,7 +23,7 @@ from raypp.evaluation.metrics import psnr, ssim, ssim_lab
 from raypp.images import decode
 from raypp.keys import Key
 
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
+SHARED = ROOT.parent / "shared" / "data" / "cifar10"
 NUM = 1000
 
 pytestmark = pytest.mark.skipif(not SHARED.exists(), reason="the shared CIFAR-10 is not at hand")
@@ -113,7 +112,7 @@ CIPHERS: dict[str, tuple[str, dict[str, bool], tuple[float, float, float]]] = {
 }
 
 
-@LONG
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CIPHERS)
 def test_protected_images_score_as_published(name: str, cifar: Images) -> None:
     """One key gives other means than the next; the published ones are of one, ours of eight."""

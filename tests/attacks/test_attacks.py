@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import LONG
-from hypothesis import given, settings
+from conftest import ROOT, few_examples
+from hypothesis import given
 from hypothesis import strategies as st
+from methods import build, victim
 from torch import Tensor
 
 from raypp.attacks import ATTACKS
-from raypp.attacks.base import Access, Attack, AttackError, Map, Threat
+from raypp.attacks.base import Access, AttackError, Map, Threat
 from raypp.evaluation.metrics import psnr, reidentify, ssim
 from raypp.images import decode
 from raypp.keys import Key
-from raypp.protections import PROTECTIONS
 
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "cifar10" / "test-00000-of-00001.parquet"
+SHARED = ROOT.parent / "shared" / "data" / "cifar10" / "test-00000-of-00001.parquet"
 CIPHERS: list[tuple[str, dict[str, Any]]] = [
     ("pixel", {}),
     ("pixel", {"colour_shuffle": True}),
@@ -43,16 +42,6 @@ def photos() -> Tensor:
     coarse = torch.rand(1000, 3, 8, 8)
     smooth = torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bilinear")
     return (smooth * 255).round().to(torch.uint8)
-
-
-def victim(name: str, key: Key | None = None, **options: Any) -> Any:
-    chosen = PROTECTIONS.options(name).model_validate({"name": name, **options})
-    return PROTECTIONS.build(chosen, channels=3, key=key or Key.generate())
-
-
-def build(name: str, access: Access, **options: Any) -> Attack:
-    attack: Attack = ATTACKS.build(ATTACKS.options(name).model_validate({"name": name, **options}), access)
-    return attack
 
 
 def hashed(images: Tensor) -> Tensor:
@@ -113,7 +102,7 @@ def test_chosen_plaintexts_decrypt_every_image_exactly(name: str, options: dict[
     width=st.integers(8, 24),
     secret=st.binary(min_size=32, max_size=32),
 )
-@settings(max_examples=40, deadline=None)
+@few_examples
 def test_chosen_plaintexts_of_other_sizes(
     case: tuple[str, dict[str, Any]], height: int, width: int, secret: bytes
 ) -> None:
@@ -286,7 +275,7 @@ def test_a_codebook_holds_the_mean_of_those_who_share_an_image(photos: Tensor) -
     assert torch.equal(attack.reconstruct(near), estimates[:5])
 
 
-@LONG
+@pytest.mark.slow
 def test_a_codebook_draws_what_ssim_likes_better_than_the_mean(photos: Tensor) -> None:
     """Of the images that it is fitted to: it takes thousands for each protected one to hold for others."""
     similar = []

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from conftest import Trained
 from httpx import Response
+from services import Here, npy
 from starlette.testclient import TestClient
-from test_http import Here, npy
 
 from raypp import ladder
 from raypp.images import encode_png

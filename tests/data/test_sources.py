@@ -1,11 +1,12 @@
 """Sources read what is there, refuse by name what is not right, and survive a round trip through Parquet."""
 
+from __future__ import annotations
+
 import hashlib
 import io
 import json
 import multiprocessing
 import os
-import pickle
 import time
 import urllib.error
 from pathlib import Path
@@ -15,7 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from cifar_files import noise, write_cifar
+from conftest import ROOT
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision import datasets
@@ -30,11 +33,7 @@ from raypp.data.shapes import Shapes
 from raypp.errors import ConfigError, DataError, StorageError
 from raypp.images import encode_png, write_png
 
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "cifar10"
-
-
-def noise(num: int, side: int = 4, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (num, side, side, 3), dtype=np.uint8)
+SHARED = ROOT.parent / "shared" / "data" / "cifar10"
 
 
 def build(name: str, size: tuple[int, int] | None = None, channels: int = 3, **options: Any) -> Source:
@@ -71,7 +70,6 @@ def test_subset_keeps_pairs() -> None:
 
 
 @given(labels=st.lists(st.integers(0, 5), min_size=1, max_size=80), data=st.data(), seed=st.integers(0, 3))
-@settings(max_examples=100, deadline=None)
 def test_stratified_split_is_exact(labels: list[int], data: st.DataObject, seed: int) -> None:
     num_val = data.draw(st.integers(0, len(labels) - 1))
     train, val = stratified_split(labels, num_val, seed)
@@ -117,31 +115,6 @@ def test_registry() -> None:
 
 
 # CIFAR
-
-
-def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, dataset: Any, num: int = 3) -> np.ndarray:
-    """Write ``num`` images (a multiple of three) a file in torchvision's own layout, which it then expects."""
-    folder = root / dataset.base_folder
-    folder.mkdir(parents=True)
-    images = noise(num * (len(dataset.train_list) + 1), 32)
-    fine = dataset is datasets.CIFAR100
-
-    def write(name: str, content: dict[str, Any]) -> str:
-        data = pickle.dumps(content)
-        (folder / name).write_bytes(data)
-        return hashlib.md5(data).hexdigest()
-
-    lists = []
-    for i, (name, _) in enumerate([*dataset.train_list, *dataset.test_list]):
-        flat = images[num * i : num * i + num].transpose(0, 3, 1, 2).reshape(3, -1)
-        drawn = [2, 0, 1] * (num // 3)
-        labels = {"fine_labels": drawn, "coarse_labels": [0] * num} if fine else {"labels": drawn}
-        lists.append([name, write(name, {"data": flat, **labels})])
-    meta = {**dataset.meta, "md5": write(dataset.meta["filename"], {dataset.meta["key"]: ["ant", "bee", "cow"]})}
-    monkeypatch.setattr(dataset, "train_list", lists[:-1])
-    monkeypatch.setattr(dataset, "test_list", lists[-1:])
-    monkeypatch.setattr(dataset, "meta", meta)
-    return images
 
 
 @pytest.mark.parametrize(("source", "dataset"), [(Cifar10, datasets.CIFAR10), (Cifar100, datasets.CIFAR100)])

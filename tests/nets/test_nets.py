@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from conftest import ROOT, few_examples
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
@@ -25,7 +26,7 @@ from raypp.nets.vgg import RELU2_2, VGG16_LAYERS, VGG16BN, VGG16BNOptions, vgg_f
 from raypp.protections import PROTECTIONS
 from raypp.protections.learned import Learned, LearnedOptions
 
-SHARED_VGG = Path(__file__).parents[2] / "shared" / "data" / "vgg19-relu2_2-normalised.safetensors"
+SHARED_VGG = ROOT.parent / "shared" / "data" / "vgg19-relu2_2-normalised.safetensors"
 
 
 def count(module: nn.Module) -> int:
@@ -97,7 +98,7 @@ def test_skips_deeper_than_the_net_are_refused() -> None:
     depth=st.integers(1, 3),
     data=st.data(),
 )
-@settings(max_examples=25, deadline=None)
+@few_examples
 def test_unet_keeps_any_shape(height: int, width: int, channels: int, depth: int, data: st.DataObject) -> None:
     unet = UNet(channels, 2, depth, data.draw(st.integers(0, depth))).eval()
     images = torch.rand(2, channels, height, width)

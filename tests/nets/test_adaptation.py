@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LONG
 from torch import nn
 
 from raypp.keys import Key
@@ -103,7 +102,7 @@ def test_shuffled_blocks_can_be_put_back() -> None:
         torch.testing.assert_close(net(shuffled), straight)
 
 
-@LONG
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tanaka", "ele", "etc", "pixel"])
 def test_a_classifier_learns_through_every_keyed_protection(name: str) -> None:
     """Sixteen random pictures, each its own class, are told apart after protection."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
@@ -267,7 +267,6 @@ def test_a_body_that_stops_coming_is_given_up() -> None:
     assert raised.value.status == 408
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_mutated_bodies_are_read_or_refused(data: st.DataObject) -> None:
     """Nothing but a refusal ever comes of a damaged body."""

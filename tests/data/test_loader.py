@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -36,7 +36,6 @@ def seen(batches: DeviceLoader, epoch: int) -> list[list[int]]:
 
 
 @given(num=st.integers(1, 60), batch_size=st.integers(2, 20), epoch=st.integers(0, 50))
-@settings(max_examples=60, deadline=None)
 def test_an_epoch_is_full_batches_of_different_images(num: int, batch_size: int, epoch: int) -> None:
     batches = loader(num, batch_size)
     found = seen(batches, epoch)
@@ -64,7 +63,6 @@ def test_epochs_and_seeds_differ_and_repeat_exactly() -> None:
     flip=st.booleans(),
     epoch=st.integers(0, 9),
 )
-@settings(max_examples=60, deadline=None)
 def test_workers_share_the_batches_of_one(
     num: int, world: int, share: int, padding: int, flip: bool, epoch: int
 ) -> None:
@@ -109,7 +107,6 @@ def crop_and_flip(image: np.ndarray, padding: int, dy: int, dx: int, flip: bool)
     flip=st.booleans(),
     seed=st.integers(0, 100),
 )
-@settings(max_examples=60, deadline=None)
 def test_crop_and_flip(height: int, width: int, channels: int, padding: int, flip: bool, seed: int) -> None:
     images = noise(5, height, width, channels)
     augmentation = Augmentation(padding, flip)

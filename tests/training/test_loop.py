@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CPU, LONG, Tiny, tiny_flags
+from conftest import CPU, Tiny, tiny_flags
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -901,7 +901,7 @@ def two_workers(processes: ForkServerContext, tmp_path_factory: pytest.TempPathF
     return folder
 
 
-@LONG
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BATCH_NORMS)
 def test_synchronised_batch_norm_is_that_of_the_whole_batch(two_workers: Path, name: str) -> None:
     whole = batch_norm_results(*batch_norm_case(BATCH_NORMS[name]))
@@ -916,7 +916,7 @@ def test_synchronised_batch_norm_is_that_of_the_whole_batch(two_workers: Path, n
         assert torch.equal(parts[0][key], parts[1][key])
 
 
-@LONG
+@pytest.mark.slow
 def test_two_workers_have_the_gradient_of_one(two_workers: Path, tmp_path: Path) -> None:
     config = cases(tmp_path)["sync"]
     whole = gradients(config, load_data(config, CPU), slice(0, 20), synchronise=False)
@@ -928,7 +928,7 @@ def test_two_workers_have_the_gradient_of_one(two_workers: Path, tmp_path: Path)
     assert any(not torch.allclose(halves[0][key], value, rtol=0.1) for key, value in whole.items())
 
 
-@LONG
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sync", "local", "code"])
 def test_two_workers_that_were_told_to_stop_end_as_if_they_had_not_been(two_workers: Path, name: str) -> None:
     for rank in range(WORLD):
@@ -949,7 +949,7 @@ def losses(history: list[Row]) -> dict[str, list[float]]:
     return {key: [row[key] for row in history] for key in history[0] if key.endswith(("loss", "distance"))}
 
 
-@LONG
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "tolerance"), [("sync", 1e-3), ("local", 0.2)])
 def test_two_workers_train_as_one(two_workers: Path, tmp_path: Path, name: str, tolerance: float) -> None:
     """Synchronised, rounding is all that differs; otherwise each worker normalises by its own half of a batch."""
@@ -966,7 +966,7 @@ def test_two_workers_train_as_one(two_workers: Path, tmp_path: Path, name: str, 
     assert (together["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-3)) == (name == "sync")
 
 
-@LONG
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_on_one_worker_stops_all(two_workers: Path) -> None:
     messages = {(two_workers / f"poisoned_{rank}.txt").read_text() for rank in range(WORLD)}
     assert len(messages) == 1

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -222,7 +223,9 @@ def test_a_stream_gives_what_memory_reads(cluster: Cluster, tmp_path: Path) -> N
                 (folder / f"{i}").write_bytes(encode_png(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)))
     sets = [("parquet", str(tmp_path / name)) for name in ("mixed", "column", "folders")]
     sets.append(("folder", str(tmp_path / "files")))
-    result = cluster.run([sys.executable, "-c", STREAM_IN_FULL, json.dumps(sets)])
+    result = subprocess.run(
+        [sys.executable, "-c", STREAM_IN_FULL, json.dumps(sets)], env=cluster.client, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     streams = [json.loads(line[5:]) for line in result.stdout.splitlines() if line.startswith("ROWS ")]
     for i, (name, path) in enumerate(sets):

@@ -14,18 +14,18 @@ import numpy as np
 import psutil
 import pytest
 import schemathesis
-from conftest import LONG, Trained
+from conftest import Trained
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, status_code_conformance
-from test_http import Here, npy, protected
+from services import Here, npy, protected
 
 from raypp import ladder
 from raypp.images import encode_png
 from raypp.serve.http import attack_api, classifier_api
 
-pytestmark = LONG
+pytestmark = pytest.mark.slow
 
 NUM = 10_000
 MOST_GROWTH = 64 * 2**20  # bytes: of 10,000 answers, what the allocator keeps
@@ -154,7 +154,6 @@ def test_ten_thousand_damaged_bodies(which: str, here: Here) -> None:
     assert growth < MOST_GROWTH
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=400), st.sampled_from(["image/png", "application/x-npy", "multipart/form-data; boundary=x"]))
 def test_bytes_that_are_nothing(body: bytes, kind: str) -> None:
     """No body that is made up is an image."""

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -44,7 +44,6 @@ def distance(protected: np.ndarray, plain: np.ndarray) -> float:
 
 
 @given(num=st.integers(1, 6), classes=st.integers(2, 9), scale=st.floats(0, 30), seed=st.integers(0, 1000))
-@settings(max_examples=60, deadline=None)
 def test_equation_5(num: int, classes: int, scale: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     logits, labels = rng.normal(0, scale, (num, classes)), rng.integers(0, classes, num)
@@ -53,7 +52,6 @@ def test_equation_5(num: int, classes: int, scale: float, seed: int) -> None:
 
 
 @given(shape=st.tuples(*[st.integers(1, 5)] * 4), scale=st.floats(0, 100), seed=st.integers(0, 1000))
-@settings(max_examples=60, deadline=None)
 def test_equation_6(shape: tuple[int, ...], scale: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     a, b = rng.normal(0, scale, shape), rng.normal(0, 1, shape)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, LONG, tiny_flags
+from conftest import CPU, tiny_flags
 from torch import Tensor
 
 from raypp.attacks import ATTACKS
@@ -101,7 +101,7 @@ INVERSES: dict[str, dict[str, Any]] = {
 }
 
 
-@LONG
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INVERSES)
 def test_an_inverse_network_breaks_the_identity_and_not_a_hash(name: str, pictures: Pictures, tmp_path: Path) -> None:
     attack = build(name, knows(pictures, identity), **INVERSES[name])
@@ -114,7 +114,7 @@ def test_an_inverse_network_breaks_the_identity_and_not_a_hash(name: str, pictur
     assert share_found(attack, pictures, hashed) < 0.05
 
 
-@LONG
+@pytest.mark.slow
 def test_alpha_zero_breaks(pictures: Pictures, tmp_path: Path) -> None:
     """Images protected without a feature distance stay invertible."""
     flags = tiny_flags(
@@ -127,7 +127,7 @@ def test_alpha_zero_breaks(pictures: Pictures, tmp_path: Path) -> None:
     assert share_found(attack, pictures, protection.protect) > RED
 
 
-@LONG
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tanaka", "pixel"])
 def test_own_keys_teach_nothing_about_anothers(name: str, pictures: Pictures, tmp_path: Path) -> None:
     """Under a key of the victim's, an attacker who knows the algorithm is near the null."""
@@ -144,7 +144,7 @@ def test_own_keys_teach_nothing_about_anothers(name: str, pictures: Pictures, tm
     assert share_found(attack, pictures, under(Key(bytes(32)))) < 0.3
 
 
-@LONG
+@pytest.mark.slow
 @pytest.mark.parametrize(("style", "structure"), [("dcgan", "none"), ("dcgan", "pixel"), ("dcgan", "block"),
                                                   ("sia", "none"), ("sia", "shuffled_block")])  # fmt: skip
 def test_every_form_of_the_unpaired_gan_trains(style: str, structure: str, pictures: Pictures, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_every_form_of_the_unpaired_gan_trains(style: str, structure: str, pictu
     assert attack.reconstruct(few[0]).shape == few[0].shape
 
 
-@LONG
+@pytest.mark.slow
 def test_the_unpaired_gan_learns_what_natural_images_look_like(pictures: Pictures, tmp_path: Path) -> None:
     """Darkened images become as bright as the attacker's own; from a hash it draws nothing that finds an original."""
     plain = pictures[0][:KNOWN].float().mean()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -53,7 +53,6 @@ def pictures(seed: int, num: int, height: int, width: int, channels: int = 3) ->
     channels=st.sampled_from([1, 3]),
     secret=st.binary(min_size=32, max_size=32),
 )
-@settings(max_examples=150, deadline=None)
 def test_unprotect_gives_back_every_value(
     case: tuple[str, dict[str, Any]], size: tuple[int, int], num: int, channels: int, secret: bytes
 ) -> None:

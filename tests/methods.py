@@ -1,0 +1,20 @@
+"""Protections and attacks by their names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raypp.attacks import ATTACKS
+from raypp.attacks.base import Access, Attack
+from raypp.keys import Key
+from raypp.protections import PROTECTIONS
+
+
+def victim(name: str, key: Key | None = None, **options: Any) -> Any:
+    chosen = PROTECTIONS.options(name).model_validate({"name": name, **options})
+    return PROTECTIONS.build(chosen, channels=3, key=key or Key.generate())
+
+
+def build(name: str, access: Access, **options: Any) -> Attack:
+    attack: Attack = ATTACKS.build(ATTACKS.options(name).model_validate({"name": name, **options}), access)
+    return attack

@@ -1,0 +1,65 @@
+"""Both services in the tests' own process, and what is sent to them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from raypp.bundle import load_private
+from raypp.serve.auth import Tokens
+from raypp.serve.http import Offered, ServedAttack, offer
+from raypp.serve.ladder import online
+from raypp.serve.model import Live, Served, classify
+from raypp.serve.wire import Limits, Waiting
+
+
+class Here:
+    """Both services in this process: what Ray's replicas do, without Ray."""
+
+    def __init__(self, location: Path, tokens: Tokens | None = None) -> None:
+        self.live, self.valid = Live(location, prepare=lambda served: None), tokens
+        self.limits = Limits(body=200_000, images=16)
+        self.waiting = Waiting(20)
+        self.seen: list[tuple[str, int, int]] = []
+
+    async def tokens(self) -> Tokens | None:
+        return self.valid
+
+    def now(self) -> Served:
+        return self.live.now
+
+    def rejected(self) -> dict[str, str] | None:
+        return self.live.rejected
+
+    async def served(self, protection: str | None) -> Served | None:
+        return self.live.of(protection)
+
+    async def predict(self, served: Served, images: Tensor) -> tuple[Tensor, Tensor]:
+        return classify([(served, images)])[0]
+
+    async def offered(self, protection: str | None) -> Offered | None:
+        served = self.live.of(protection)
+        return offer(served, online(served)) if served is not None else None
+
+    async def reconstruct(self, attack: ServedAttack, images: Tensor) -> Tensor:
+        return attack.run(images)
+
+    def observe(self, route: str, status: int, num_images: int, seconds: float) -> None:
+        self.seen.append((route, status, num_images))
+
+
+def protected(bundle: Path, num: int = 4) -> np.ndarray:
+    """Protected images of the bundle's own sample, uint8 (N, H, W, C)."""
+    return load_private(bundle).sample[:num].permute(0, 2, 3, 1).numpy()
+
+
+def npy(images: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, images)
+    return file.getvalue()
+
+
+NPY, PNG = {"Content-Type": "application/x-npy"}, {"Content-Type": "image/png"}
