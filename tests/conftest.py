@@ -65,10 +65,11 @@ Tiny = Callable[..., Config]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have tests that use the same Ray run in the same process."""
+    """Have tests that use the same Ray, and those of a file, which share what it builds, run in the same process."""
     for item in items:
-        if item.get_closest_marker("ray") and not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+        if not item.get_closest_marker("xdist_group"):
+            group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.hookimpl(wrapper=True)

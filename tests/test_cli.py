@@ -290,7 +290,9 @@ def test_a_full_disk_is_a_failure_at_run_time(tmp_path: Path, monkeypatch: pytes
     assert codes == [1, 1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("arguments", [["config", "cifar10"], ["config"]], ids=["text", "console"])
+@pytest.mark.parametrize(
+    "arguments", [pytest.param(["config", "cifar10"], marks=pytest.mark.slow), ["config"]], ids=["text", "console"]
+)
 def test_a_reader_who_leaves_ends_a_command_quietly(arguments: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)

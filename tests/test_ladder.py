@@ -72,6 +72,7 @@ def attacked(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return bundle, folder / "runs" / "attack", card
 
 
+@pytest.mark.slow
 def test_the_scorecard_holds_every_attack_beside_its_nulls(attacked: tuple[Path, Path, dict[str, Any]]) -> None:
     _, folder, card = attacked
     assert card == json.loads((folder / "scorecard.json").read_text())
@@ -112,6 +113,7 @@ def test_the_scorecard_holds_every_attack_beside_its_nulls(attacked: tuple[Path,
     )
 
 
+@pytest.mark.slow
 def test_scores_are_there_image_by_image(attacked: tuple[Path, Path, dict[str, Any]]) -> None:
     _, folder, card = attacked
     rows = list(csv.DictReader(io.StringIO((folder / "scores.csv").read_text())))
@@ -123,6 +125,7 @@ def test_scores_are_there_image_by_image(attacked: tuple[Path, Path, dict[str, A
     assert {row["attack"] for row in rows if row["attack"].startswith("null")} == {f"null: {n}" for n in card["nulls"]}
 
 
+@pytest.mark.slow
 def test_the_bundle_keeps_networks_and_verdict(attacked: tuple[Path, Path, dict[str, Any]], trained: Trained) -> None:
     bundle, _, card = attacked
     public = [(part / "public" / "manifest.json").read_bytes() for part in (bundle, trained.bundle)]
@@ -140,6 +143,7 @@ def test_the_bundle_keeps_networks_and_verdict(attacked: tuple[Path, Path, dict[
     assert not any("attack" in path.name for path in (bundle / "public").rglob("*"))
 
 
+@pytest.mark.slow
 def test_a_stored_network_reconstructs_as_it_did(attacked: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
     from safetensors.torch import load
 
@@ -158,6 +162,7 @@ def test_a_mistake_leaves_no_folder(tmp_path: Path, resume: bool) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_resuming_runs_what_is_missing_and_nothing_else(
     attacked: tuple[Path, Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -174,6 +179,7 @@ def test_resuming_runs_what_is_missing_and_nothing_else(
     assert again["attacks"]["inverse"]["scores"] == card["attacks"]["inverse"]["scores"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "what"),
     [
@@ -192,6 +198,7 @@ def test_a_resumed_run_stays_what_it_was(
         attack(plan(tmp_path, suite=SUITE | change, bundle=str(bundle)), resume=True)
 
 
+@pytest.mark.slow
 def test_a_damaged_file_of_a_run_is_named(attacked: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
     bundle, folder, _ = attacked
     kept = shutil.copytree(folder, tmp_path / "runs" / "attack")
@@ -656,6 +663,7 @@ def test_a_summary_of_known_values() -> None:
 # The report
 
 
+@pytest.mark.slow
 def test_the_report_is_one_page_that_needs_nothing_else(
     attacked: tuple[Path, Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -721,6 +729,7 @@ def test_a_weaker_attack_afterwards_does_not_make_a_bundle_look_better(
     assert "known_gallery" in (tmp_path / "report" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_two_attack_runs_that_end_together_both_stay_in_a_bundle(
     attacked: tuple[Path, Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -759,6 +768,7 @@ def test_an_attack_run_does_not_begin_in_a_folder_of_something_else(trained: Tra
     assert "holds 'search.yaml', which an attack run has not written" in refusal(tmp_path, bundle=str(trained.bundle))
 
 
+@pytest.mark.slow
 def test_a_function_may_be_attacked_further_from_another_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -776,6 +786,7 @@ def test_a_function_may_be_attacked_further_from_another_folder(
         )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_attacks_that_it_does_not_name(tmp_path: Path) -> None:
     first = {"feature_reconstruction": {}, "known_gallery": {}}
     attack(of_function(tmp_path, suite=SUITE | {"attacks": first}))
@@ -809,6 +820,7 @@ def test_one_epoch_has_no_half_so_its_curve_is_not_flat(tmp_path: Path) -> None:
     assert "not known for inverse" in (tmp_path / "runs" / "attack" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_an_optimisation_has_a_curve_too(attacked: tuple[Path, Path, dict[str, Any]]) -> None:
     found = attacked[2]["attacks"]["white_box"]
     assert [point["what"] for point in found["curve"]] == ["half the steps", "everything"]
@@ -855,6 +867,7 @@ def test_an_attack_that_needs_the_cloud_says_so_before_it_trains(tmp_path: Path)
     assert "conditional = true needs the cloud's classifier" in card["attacks"]["inverse"]["note"]
 
 
+@pytest.mark.slow
 def test_a_report_leaves_other_files_alone(attacked: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
     (tmp_path / "holiday.png").write_text("mine")
     with pytest.raises(StorageError, match="holds other files; give a new or empty folder"):

@@ -158,6 +158,7 @@ def test_a_service_that_is_none_is_said_to_be_so(trained: Trained, cache: Path, 
                 client.classify(images)
 
 
+@pytest.mark.slow
 def test_faults_are_retried_and_patience_ends(trained: Trained, cache: Path, images: list[np.ndarray]) -> None:
     faulty = Faulty(Here(trained.bundle))
     with running(faulty.app) as url:

@@ -249,6 +249,7 @@ def test_more_epochs_go_on_from_the_last(finished: tuple[Callable[..., Config], 
     verify(folder / "bundle")
 
 
+@pytest.mark.slow
 def test_milestones_move_with_the_epochs_of_a_resumed_run(tiny: Tiny, tmp_path: Path) -> None:
     schedule = "{name: multistep, milestones: [1], gamma: 0.5}"
     stated = tiny(train__mode="plain", protection="plain", train__schedule=schedule)

@@ -155,6 +155,7 @@ def test_rank_correlation_is_spearmans() -> None:
     assert search.rank_correlation([(1.0, 1.0), (1.0, 2.0), (1.0, 3.0)]) is None
 
 
+@pytest.mark.slow
 def test_table_and_pictures(tmp_path: Path) -> None:
     records = [record(str(i), 0.1 * i, 0.05 * i, psnr=12.0) for i in range(1, 8)]
     schedules = [{"name": "constant"}, {"name": "one_cycle", "warmup": 0.5}]
@@ -190,6 +191,7 @@ def train(run: Any, display: Any) -> dict[str, Any]:
     return train_locally(run, Display(quiet=True), torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_a_trial_is_trained_attacked_and_kept(tmp_path: Path) -> None:
     asked = plan(tmp_path, "--search.attack", "{width: 4, train: {epochs: 1}}")
     display = Display(quiet=True)

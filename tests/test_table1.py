@@ -61,7 +61,10 @@ def test_the_papers_rows_hold_the_papers_numbers() -> None:
     }
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "cifar10-small", "quickstart"])
+@pytest.mark.parametrize(
+    "dataset",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("cifar10", "cifar100", "cifar10-small")), "quickstart"],
+)
 def test_every_row_is_a_configuration_of_every_preset(tmp_path: Path, dataset: str) -> None:
     found = cells([dataset], list(methods()), [0, 1], (), Storage(tmp_path))
     assert len(found) == 2 * len(methods())
@@ -151,6 +154,7 @@ def test_every_method_trains_and_stands_in_the_table(tmp_path: Path) -> None:
                 assert bytes.fromhex(secret) not in data, path
 
 
+@pytest.mark.slow
 def test_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
     trained: list[str] = []
 
@@ -196,6 +200,7 @@ def test_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
         run(tmp_path, ["plain"], name="../x")
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     """One cell's worker dies for good, as far as the table can see; the other trains."""
 

@@ -225,7 +225,7 @@ def test_minimum_difference_is_its_description(photos: Tensor) -> None:
 # Known gallery
 
 
-@pytest.mark.parametrize("name", ["tanaka", "learned"])
+@pytest.mark.parametrize("name", ["tanaka", pytest.param("learned", marks=pytest.mark.slow)])
 def test_a_gallery_betrays_every_deterministic_protection(name: str, photos: Tensor) -> None:
     protection = victim(name, **({"width": 8, "depth": 2} if name == "learned" else {}))
     if name == "learned":  # a few steps away from its initial grey

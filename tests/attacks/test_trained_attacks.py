@@ -193,6 +193,7 @@ def differentiable(strength: float) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.sigmoid(strength * (0.5 - images))
 
 
+@pytest.mark.slow
 def test_the_white_box_inverts_what_is_differentiable(pictures: Pictures) -> None:
     forward = differentiable(4)
 
@@ -243,6 +244,7 @@ def test_without_an_oracle_the_pairs_are_all_there_is(pictures: Pictures, tmp_pa
         build("inverse", Access((3, 16, 16), images=images))
 
 
+@pytest.mark.slow
 def test_the_class_can_be_told(pictures: Pictures, tmp_path: Path) -> None:
     asked: list[int] = []
 

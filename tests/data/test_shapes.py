@@ -71,6 +71,7 @@ def test_options_are_validated(option: dict[str, int]) -> None:
         Shapes.Options.model_validate(option)
 
 
+@pytest.mark.slow
 def test_colour_alone_does_not_tell_the_class() -> None:
     def features(images: ImageSet) -> np.ndarray:
         pixels = images.images.reshape(len(images), -1, 3) / 255

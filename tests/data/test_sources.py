@@ -542,6 +542,7 @@ def test_a_split_of_one_class_is_refused(tmp_path: Path) -> None:
     assert report.test.problem is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason=f"no CIFAR-10 at {SHARED}")
 def test_parquet_reads_cifar10_as_published() -> None:
     source = build("parquet", path=str(SHARED))

@@ -94,6 +94,7 @@ TABLE: dict[str, tuple[Callable[[Images], Tensor], tuple[float, float, float]]] 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE)
 def test_standard_reconstructions_score_as_published(name: str, cifar: Images) -> None:
     made, published = TABLE[name]

@@ -316,6 +316,7 @@ def encoding(protection: Learned) -> dict[str, nn.Parameter]:
     return {n: p for n, p in protection.named_parameters() if n.endswith("weight") and any(part in n for part in parts)}
 
 
+@pytest.mark.slow
 @ENCODERS
 @pytest.mark.parametrize(("levels", "most"), [(2, 8), (3, 27)])
 def test_a_code_bounds_how_many_images_there_are(levels: int, most: int, encoder: dict[str, int] | None) -> None:

@@ -263,6 +263,7 @@ def test_attacks_are_listed_and_carried_out(attacked: Path) -> None:
     assert (scores["psnr"], scores["ssim"]) == (60.0, 1.0)
 
 
+@pytest.mark.slow
 def test_attacks_that_are_not_there_or_ask_too_much_are_refused(attacked: Path, trained: Trained) -> None:
     client = TestClient(attack_api(lambda: Here(attacked)))
     images = protected(attacked, 8)
@@ -457,6 +458,7 @@ def test_a_service_that_others_can_reach_needs_tokens(trained: Trained, capsys: 
 # What is live
 
 
+@pytest.mark.slow
 def test_a_published_bundle_takes_over_and_the_one_before_still_answers(
     trained: Trained, other: Path, tmp_path: Path
 ) -> None:
@@ -619,6 +621,7 @@ def test_a_disk_that_fails_once_costs_no_bundle(
     assert (live.now.version, live.rejected) == (published.version, None)
 
 
+@pytest.mark.slow
 def test_publishing_what_is_live_keeps_what_was_before_it(trained: Trained, other: Path, tmp_path: Path) -> None:
     shelf = tmp_path / "shelf"
     with publishing(trained.bundle, shelf) as first:
@@ -633,6 +636,7 @@ def test_publishing_what_is_live_keeps_what_was_before_it(trained: Trained, othe
     assert (current(shelf).version, back.previous) == (first.version, None)
 
 
+@pytest.mark.slow
 def test_attacks_on_the_bundle_before_are_answered_while_one_takes_over(
     attacked: Path, other: Path, tmp_path: Path
 ) -> None:
@@ -651,6 +655,7 @@ def test_attacks_on_the_bundle_before_are_answered_while_one_takes_over(
     assert client.post("/v1/feature_reconstruction", content=body, headers=NPY).status_code == 404
 
 
+@pytest.mark.slow
 def test_a_bundle_that_breaks_its_loader_is_not_taken_over(
     trained: Trained, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -697,6 +702,7 @@ def test_nothing_is_published_into_a_bundle(trained: Trained, other: Path, tmp_p
     assert not (tmp_path / "new" / "live.json").exists()
 
 
+@pytest.mark.slow
 def test_a_bundle_that_is_attacked_again_while_it_is_loaded_is_of_one_version(
     attacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,7 +119,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 # Modes
 
 
-@pytest.mark.parametrize("mode", ["plain", "joint", "frozen"])
+@pytest.mark.parametrize(
+    "mode", ["plain", pytest.param("joint", marks=pytest.mark.slow), pytest.param("frozen", marks=pytest.mark.slow)]
+)
 def test_training_lowers_the_loss(mode: str, tiny: Tiny, tmp_path: Path) -> None:
     changes = {"protection": "plain"} if mode == "plain" else {}
     config = tiny(
@@ -216,7 +218,7 @@ def test_any_size_and_grey(tiny: Tiny, tmp_path: Path, channels: int, size: str)
     assert result.system.protection(images).shape == images.shape
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "auto"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow), "auto"])
 def test_precision(tiny: Tiny, tmp_path: Path, precision: str, reference: Reference) -> None:
     config = tiny(train__precision=precision, train__epochs=1)
     row = fit(config, Sink(tmp_path)).history[0]
@@ -236,6 +238,7 @@ def test_the_same_seed_gives_the_same_run(reference: Reference, tmp_path: Path) 
     assert same(again.system.own_state(), reference.fit.system.own_state())
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_run(reference: Reference, tmp_path: Path) -> None:
     other = fit(reference.config.model_copy(update={"seed": 1}), Sink(tmp_path))
     assert other.history[0]["train_loss"] != reference.fit.history[0]["train_loss"]
@@ -257,6 +260,7 @@ class Misleading:
             yield images, (labels + 1) % 10 if epoch >= self.since else labels
 
 
+@pytest.mark.slow
 def test_the_lowest_validation_loss_is_what_is_left(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny(
         train__mode="plain", protection="plain", train__epochs=5, train__batch_size=10, train__schedule="constant",
@@ -299,7 +303,7 @@ def test_metrics_lines_are_the_history(reference: Reference) -> None:
 # Interruption
 
 
-@pytest.mark.parametrize("after", [1, 2, 4])
+@pytest.mark.parametrize("after", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_an_interrupted_run_ends_as_if_it_had_not_been(reference: Reference, tmp_path: Path, after: int) -> None:
     with pytest.raises(InterruptedRun):
         fit(reference.config, Sink(tmp_path, dies_after=after))
@@ -332,7 +336,12 @@ def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
 # Asked after each of two steps, and twice at an epoch's end: once before validation, once behind it.
 @pytest.mark.parametrize(
     ("at", "name"),
-    [(1, "epoch_0000_part_500000"), (4, "epoch_0001"), (5, "epoch_0001_part_500000"), (13, "epoch_0003_part_500000")],
+    [
+        (1, "epoch_0000_part_500000"),
+        pytest.param(4, "epoch_0001", marks=pytest.mark.slow),
+        pytest.param(5, "epoch_0001_part_500000", marks=pytest.mark.slow),
+        pytest.param(13, "epoch_0003_part_500000", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.usefixtures("every_step")
 def test_a_run_that_was_told_to_stop_ends_as_if_it_had_not_been(
@@ -346,6 +355,7 @@ def test_a_run_that_was_told_to_stop_ends_as_if_it_had_not_been(
     assert same(newest(tmp_path), newest(reference.folder))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("every_step")
 def test_checkpoints_within_epochs_are_as_many_as_asked_for(reference: Reference, tmp_path: Path) -> None:
     written: list[str] = []
@@ -415,6 +425,7 @@ def test_the_checkpoint_just_written_is_never_pruned(tmp_path: Path) -> None:
     assert checkpoint_name(2, 1 / 3) == "epoch_0002_part_333333"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("every_step")
 def test_a_part_of_an_epoch_goes_on_in_other_batches(reference: Reference, tmp_path: Path) -> None:
     """Another number of workers may make other batches: the part that is done stays about the same."""
@@ -684,6 +695,7 @@ def test_milestones_that_nobody_states_lie_within_the_epochs() -> None:
         assert train.schedule.milestones == pytest.approx((1.2, 2.4, 3.2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["frozen", "joint"])
 def test_milestones_keep_their_shares_of_a_plain_phase(tiny: Tiny, tmp_path: Path, mode: str) -> None:
     schedule = "{name: multistep, milestones: [1, 3], gamma: 0.5}"
