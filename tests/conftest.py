@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,13 @@ class Trained:
     @property
     def bundle(self) -> Path:
         return self.run / "bundle"
+
+    @cached_property
+    def live(self) -> Any:
+        """The bundle as a service holds it, a :class:`raypp.serve.model.Live`."""
+        from services import load_live
+
+        return load_live(self.bundle)
 
 
 @pytest.fixture(scope="session")

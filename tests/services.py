@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from pathlib import Path
 
@@ -16,11 +17,20 @@ from raypp.serve.model import Live, Served, classify
 from raypp.serve.wire import Limits, Waiting
 
 
-class Here:
-    """Both services in this process: what Ray's replicas do, without Ray."""
+def load_live(location: Path) -> Live:
+    return Live(location, prepare=lambda served: None)
 
-    def __init__(self, location: Path, tokens: Tokens | None = None) -> None:
-        self.live, self.valid = Live(location, prepare=lambda served: None), tokens
+
+class Here:
+    """Both services in this process: what Ray's replicas do, without Ray.
+
+    Args:
+        bundle: its folder, or one that has been loaded already.
+    """
+
+    def __init__(self, bundle: Path | Live, tokens: Tokens | None = None) -> None:
+        self.live = copy.copy(bundle) if isinstance(bundle, Live) else load_live(bundle)
+        self.valid = tokens
         self.limits = Limits(body=200_000, images=16)
         self.waiting = Waiting(20)
         self.seen: list[tuple[str, int, int]] = []

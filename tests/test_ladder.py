@@ -294,6 +294,7 @@ def of_function(tmp_path: Path, name: str = "attack", **more: Any) -> ladder.Pla
     return plan(tmp_path, name, preset="quickstart", function=where, **({"flags": IMAGES} | more))
 
 
+@pytest.mark.slow
 def test_any_function_can_be_attacked(tmp_path: Path) -> None:
     attacks = {"feature_reconstruction": {}, "known_gallery": {}, "chosen_plaintext": {}, "white_box": {}}
     card = attack(of_function(tmp_path, suite=SUITE | {"attacks": attacks, "judge_epochs": 1}))
@@ -305,6 +306,7 @@ def test_any_function_can_be_attacked(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "attack" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_judge_that_cannot_be_trained_is_said_so(tmp_path: Path) -> None:
     settings = [*IMAGES, "--data.num_val", "60"]
     suite = SUITE | {"attacks": {"feature_reconstruction": {}}, "judge_epochs": 1}

@@ -87,7 +87,7 @@ def expected(bundle: Path, images: list[np.ndarray]) -> list[str]:
 def test_every_form_of_image_is_protected_and_classified(
     trained: Trained, tmp_path: Path, cache: Path, images: list[np.ndarray]
 ) -> None:
-    faulty = Faulty(Here(trained.bundle))
+    faulty = Faulty(Here(trained.live))
     files = [tmp_path / f"{i}.png" for i in range(len(images))]
     for file, image in zip(files, images, strict=True):
         write_png(file, image)
@@ -111,13 +111,13 @@ def test_the_asynchronous_client_does_the_same(trained: Trained, cache: Path, im
             both = await asyncio.gather(client.classify(images), client.classify(images[::-1]))
             return [[p.label for p in found] for found in both]
 
-    with running(Faulty(Here(trained.bundle)).app) as url:
+    with running(Faulty(Here(trained.live)).app) as url:
         first, second = asyncio.run(ask(url))
     assert first == second[::-1] == expected(trained.bundle, images)
 
 
 def test_the_protection_is_fetched_once_and_kept(trained: Trained, cache: Path, images: list[np.ndarray]) -> None:
-    faulty = Faulty(Here(trained.bundle))
+    faulty = Faulty(Here(trained.live))
     with running(faulty.app) as url:
         pin = None
         for _ in range(3):
@@ -135,7 +135,7 @@ def test_the_protection_is_fetched_once_and_kept(trained: Trained, cache: Path, 
 
 def test_requests_keep_to_what_the_service_takes(trained: Trained, cache: Path) -> None:
     """Its limits are asked for, and each image is fitted as soon as it has been read."""
-    here = Here(trained.bundle)
+    here = Here(trained.live)
     here.limits = replace(here.limits, images=3)
     faulty = Faulty(here)
     many = list(np.random.default_rng(0).integers(0, 256, (7, 40, 30, 3), dtype=np.uint8))
@@ -149,7 +149,7 @@ def test_requests_keep_to_what_the_service_takes(trained: Trained, cache: Path) 
 
 
 def test_a_service_that_is_none_is_said_to_be_so(trained: Trained, cache: Path, images: list[np.ndarray]) -> None:
-    faulty = Faulty(Here(trained.bundle))
+    faulty = Faulty(Here(trained.live))
     with running(faulty.app) as url, Client(url, cache=cache) as client:
         client.classify(images)
         for body in ("x", "[]", '{"images": 3}', '{"images": [], "model": "m"}'):
@@ -160,7 +160,7 @@ def test_a_service_that_is_none_is_said_to_be_so(trained: Trained, cache: Path, 
 
 @pytest.mark.slow
 def test_faults_are_retried_and_patience_ends(trained: Trained, cache: Path, images: list[np.ndarray]) -> None:
-    faulty = Faulty(Here(trained.bundle))
+    faulty = Faulty(Here(trained.live))
     with running(faulty.app) as url:
         with Client(url, cache=cache) as client:
             client.protection()
@@ -206,7 +206,7 @@ def test_one_bad_image_of_a_folder_costs_no_other(
     (folder / "03.png").write_bytes(b"no image")
     (folder / "69.png").write_bytes(b"")
     read = [i for i in range(70) if i not in (3, 69)]
-    here = Here(trained.bundle)
+    here = Here(trained.live)
     here.live._kept = [replace(here.now(), guard=Picky())]  # type: ignore[arg-type]
     hidden = protect_images(load_public(trained.bundle), pixels)
     taken = [i for i in read if hidden[i, 0, 0, 0] % 2 == 1]
@@ -226,7 +226,7 @@ def test_one_bad_image_of_a_folder_costs_no_other(
 
 
 def test_an_untrue_list_of_refused_images_ends_it(trained: Trained, cache: Path, images: list[np.ndarray]) -> None:
-    faulty = Faulty(Here(trained.bundle))
+    faulty = Faulty(Here(trained.live))
     with running(faulty.app) as url, Client(url, cache=cache) as client:
         client.model(), client.protection()
         for places in ("[]", "[5]", '["0"]', "7"):
@@ -237,6 +237,7 @@ def test_an_untrue_list_of_refused_images_ends_it(trained: Trained, cache: Path,
                 list(client.stream(images, on_error=lambda *_: None))
 
 
+@pytest.mark.slow
 def test_a_bundle_that_takes_over_costs_no_request(trained: Trained, tmp_path: Path, images: list[np.ndarray]) -> None:
     other = shutil.copytree(trained.bundle, tmp_path / "other")
     about = other / "public" / "protection.json"
@@ -260,7 +261,7 @@ def test_a_bundle_that_takes_over_costs_no_request(trained: Trained, tmp_path: P
 
 
 def test_a_pinned_client_takes_no_other_protection(trained: Trained, cache: Path, images: list[np.ndarray]) -> None:
-    faulty = Faulty(Here(trained.bundle))
+    faulty = Faulty(Here(trained.live))
     with running(faulty.app) as url:
         with Client(url, cache=cache) as client:
             identifier, _ = client.protection()
@@ -294,7 +295,7 @@ def test_a_protection_that_is_not_what_it_says_is_refused(
     trained: Trained, cache: Path, images: list[np.ndarray], change, sentence: str
 ) -> None:  # type: ignore[no-untyped-def]
     files = {p.name: p.read_bytes() for p in (trained.bundle / "public").iterdir()}
-    here = Here(trained.bundle)
+    here = Here(trained.live)
     tag = {"ETag": f'"{here.now().protection}"'}
     faulty = Faulty(here)
     with running(faulty.app) as url, Client(url, cache=cache) as client:
@@ -336,7 +337,7 @@ def test_what_comes_out_as_it_went_in_is_not_sent(
         return hidden
 
     flat = np.full((16, 16, 3), 128, np.uint8)
-    faulty = Faulty(Here(trained.bundle))
+    faulty = Faulty(Here(trained.live))
     with running(faulty.app) as url, Client(url, cache=cache) as client:
         monkeypatch.setattr("raypp.remote.protect_images", leaves)
         with pytest.raises(DataError, match="image 4 comes out of the protection as it went in; nothing was sent"):
@@ -349,7 +350,7 @@ def test_what_comes_out_as_it_went_in_is_not_sent(
 
 
 def test_a_service_is_asked_what_it_serves_before_one_publishes_to_it(trained: Trained, tmp_path: Path) -> None:
-    faulty = Faulty(Here(trained.bundle))
+    faulty = Faulty(Here(trained.live))
     with running(faulty.app) as url:
         for answer in (b"{}", b"[]"):
             faulty.faults = [Response(answer, media_type="application/json")]
@@ -377,6 +378,7 @@ def test_arguments_are_checked(cache: Path) -> None:
     assert {host: is_loopback(host) for host in loopback} == loopback
 
 
+@pytest.mark.slow
 def test_limits_are_those_of_the_bundle_that_is_live(
     trained: Trained, tmp_path: Path, cache: Path, images: list[np.ndarray]
 ) -> None:
@@ -414,7 +416,7 @@ def test_limits_are_those_of_the_bundle_that_is_live(
 def test_an_image_that_is_left_out_is_named_when_a_batch_is_halved(
     trained: Trained, cache: Path, images: list[np.ndarray]
 ) -> None:
-    here = Here(trained.bundle)
+    here = Here(trained.live)
     faulty = Faulty(here)
     errors: list[object] = []
     with running(faulty.app) as url, Client(url, cache=cache) as client:
@@ -430,7 +432,7 @@ def test_an_image_that_is_left_out_is_named_when_a_batch_is_halved(
 def test_one_image_that_is_too_large_is_no_endless_loop(
     trained: Trained, cache: Path, images: list[np.ndarray]
 ) -> None:
-    here = Here(trained.bundle)
+    here = Here(trained.live)
     here.limits = replace(here.limits, body=100)
     with running(Faulty(here).app) as url, Client(url, cache=cache) as client, pytest.raises(RemoteError) as raised:
         client.classify(images)
@@ -447,7 +449,7 @@ def test_the_wait_between_two_tries_has_a_limit(tries: int) -> None:
 def test_an_entity_tag_that_a_proxy_has_weakened_names_the_protection(
     trained: Trained, cache: Path, images: list[np.ndarray], form: str
 ) -> None:
-    faulty = Faulty(Here(trained.bundle))
+    faulty = Faulty(Here(trained.live))
 
     @faulty.app.middleware("http")
     async def weaken(request: Request, call):  # type: ignore[no-untyped-def]
@@ -479,7 +481,7 @@ def test_a_demo_that_does_not_start_leaves_no_client_open(
             opened.append(self)
 
     monkeypatch.setattr(demo, "Client", Watched)
-    here = Here(trained.bundle)
+    here = Here(trained.live)
     app = FastAPI()
     app.mount("/classifier", classifier_api(lambda: here))
     with running(app) as url:

@@ -11,11 +11,8 @@ from typing import Any
 
 import pytest
 from conftest import Cluster, tiny_flags, wait_until
-from ray.tune import ExperimentAnalysis
-from ray.tune.schedulers import TrialScheduler
 
 from raypp.bundle import load_private, load_public
-from raypp.cluster.tune import _scheduler
 from raypp.search import make_plan
 from raypp.storage import Storage
 from raypp.training.sinks import newest_first
@@ -42,6 +39,8 @@ def table(folder: Path) -> list[dict[str, Any]]:
 
 def test_a_search_outlives_its_driver(cluster: Cluster, tmp_path: Path) -> None:
     """And a lost worker; trials that diverge are told and stop nothing."""
+    from ray.tune import ExperimentAnalysis  # seconds, also where no test of this file is chosen
+
     folder = tmp_path / "search"
     space = (
         "{train.alpha: {low: 0.01, high: 1.0, log: true}, train.optimizer.lr: [0.05, 1.0e+12], protection.skips: null, "
@@ -165,6 +164,10 @@ def test_a_population_passes_its_best_networks_on(cluster: Cluster, tmp_path: Pa
 
 
 def test_nobody_takes_over_a_network_that_is_finished(tmp_path: Path) -> None:
+    from ray.tune.schedulers import TrialScheduler
+
+    from raypp.cluster.tune import _scheduler
+
     rates = (
         "{train.optimizer.lr: {low: 0.01, high: 0.1}, train.alpha: null, protection.skips: null, train.schedule: null}"
     )

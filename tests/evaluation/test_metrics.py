@@ -12,9 +12,7 @@ import torch
 from conftest import few_examples
 from hypothesis import given
 from hypothesis import strategies as st
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
-from torchvision.models import alexnet
 
 from raypp.attacks.base import Access
 from raypp.data import loader
@@ -44,6 +42,8 @@ Array = np.ndarray
 
 def reference(a: Array, b: Array) -> tuple[list[float], list[float]]:
     """PSNR and SSIM (Wang's form) of float images (N, C, H, W), one by one."""
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
     similarity = [
         structural_similarity(
             x,
@@ -94,6 +94,8 @@ def test_psnr_and_ssim_are_scikit_images(pair: tuple[Array, Array]) -> None:
 
 @given(pair=pairs())
 def test_the_labs_ssim_is_scikit_images_default(pair: tuple[Array, Array]) -> None:
+    from skimage.metrics import structural_similarity
+
     a, b = pair
     expected = [
         structural_similarity(x, y, data_range=1, channel_axis=0)
@@ -313,6 +315,8 @@ def test_lpips_where_its_weights_exist(tmp_path: Path, monkeypatch: pytest.Monke
     assert lpips(a, a) is None, "nothing is downloaded"
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     torch.manual_seed(0)
+    from torchvision.models import alexnet
+
     torch.save(alexnet(weights=None).state_dict(), tmp_path / "hub" / "checkpoints" / ALEXNET)
     load_lpips.cache_clear()
     near, far = lpips(a, (a + 0.02 * torch.randn(a.shape)).clamp(0, 1)), lpips(a, 1 - a)

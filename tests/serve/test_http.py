@@ -68,7 +68,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(trained: Trained) -> Here:
-    return Here(trained.bundle)
+    return Here(trained.live)
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_an_image_that_does_not_look_protected_is_refused(trained: Trained) -> N
     hidden = load_public(trained.bundle).protection.protect(shapes)
     fitted = guard.calibrate(shapes[:400], hidden[:400], shapes[400:], hidden[400:])
     assert fitted is not None
-    here = Here(trained.bundle)
+    here = Here(trained.live)
     here.live._kept = [replace(here.now(), guard=fitted)]
     client = TestClient(classifier_api(lambda: here))
     good = fitted.looks_protected(hidden).nonzero().flatten()
@@ -275,7 +275,7 @@ def test_attacks_that_are_not_there_or_ask_too_much_are_refused(attacked: Path, 
     answer = client.post("/v1/inverse", files=other_shape)
     assert answer.status_code == 422
     assert "'plain' holds 2 images" in answer.json()["detail"]
-    none = TestClient(attack_api(lambda: Here(trained.bundle)))
+    none = TestClient(attack_api(lambda: Here(trained.live)))
     assert none.get("/v1").json()["attacks"] == []
 
 
@@ -348,7 +348,7 @@ def test_tokens_open_what_they_are_for(trained: Trained, tmp_path: Path) -> None
     reader, attacker = add_token(file, "reader", ["classify"]), add_token(file, "attacker", ["attack", "classify"])
     assert file.stat().st_mode & 0o777 == 0o600
     assert reader not in file.read_text()
-    here = Here(trained.bundle, Tokens.read(str(file)))
+    here = Here(trained.live, Tokens.read(str(file)))
     classifier, attacks = TestClient(classifier_api(lambda: here)), TestClient(attack_api(lambda: here))
     for path in ("/v1/model", "/v1/protection"):
         assert classifier.get(path).status_code == 401
@@ -418,6 +418,7 @@ def test_tokens_count_as_the_file_has_them_now(
         assert sentence in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_a_slow_token_file_holds_up_no_other_request(trained: Trained, tmp_path: Path) -> None:
     """A replica looks at the file in a thread: beside a look that hangs, the event loop goes on."""
     from raypp.serve.app import _Replica
@@ -515,6 +516,7 @@ def break_classifier(bundle: Path) -> None:
         write_manifest(bundle / part)
 
 
+@pytest.mark.slow
 def test_a_bundle_that_does_not_work_is_not_published(trained: Trained, other: Path, tmp_path: Path) -> None:
     shelf = tmp_path / "shelf"
     with publishing(trained.bundle, shelf):
@@ -564,6 +566,7 @@ def test_what_becomes_live_and_does_not_work_is_not_taken_over(trained: Trained,
     assert here.now() is before
 
 
+@pytest.mark.slow
 def test_a_replica_that_starts_beside_a_bad_bundle_serves_the_one_before(
     trained: Trained, other: Path, tmp_path: Path
 ) -> None:
@@ -577,6 +580,7 @@ def test_a_replica_that_starts_beside_a_bad_bundle_serves_the_one_before(
     assert here.rejected()["version"] == published.version  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_storage_that_is_away_when_a_replica_starts_is_asked_again(
     trained: Trained, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -600,6 +604,7 @@ def test_storage_that_is_away_when_a_replica_starts_is_asked_again(
     assert (live.now.version, live.rejected) == (published.version, None)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fails_once_costs_no_bundle(
     trained: Trained, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,7 +45,7 @@ def file_field(name: str, more: bytes = b"") -> tuple[bytes, bytes]:
 
 @pytest.fixture(scope="module")
 def here(trained: Trained) -> Here:
-    return Here(trained.bundle)
+    return Here(trained.live)
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +152,7 @@ def test_headers_that_are_not_read(
     problem(client.post(CLASSIFY, content=NPY_BODY, headers=NPY | headers), status, code, *words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "headers",
     [
@@ -344,7 +345,7 @@ def test_a_form_of_an_attack_names_both_fields(attack: TestClient) -> None:
 def test_who_has_no_token_is_told_nothing_else(trained: Trained) -> None:
     from raypp.serve.auth import Tokens
 
-    here = Here(trained.bundle, Tokens((("a", b"", frozenset()),)))
+    here = Here(trained.live, Tokens((("a", b"", frozenset()),)))
     client = TestClient(classifier_api(lambda: here))
     headers = NPY | {"Content-Encoding": "gzip"}
     problem(client.post(f"{CLASSIFY}?x=1", content=b"x", headers=headers), 401, "no-token")

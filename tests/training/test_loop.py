@@ -231,6 +231,7 @@ def test_precision(tiny: Tiny, tmp_path: Path, precision: str, reference: Refere
 # Repeatability and selection
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(reference: Reference, tmp_path: Path) -> None:
     again = fit(reference.config, Sink(tmp_path))
     assert timeless(again.history) == timeless(reference.fit.history)
