@@ -14,22 +14,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-import torch
 from commands import Command, fork_server
 from hypothesis import settings
 
 from raypp import env
-from raypp.config import Config, load_config
-from raypp.progress import Display
-from raypp.runs import open_run, train_locally
-from raypp.training.fit import Fit, fit
-from raypp.training.sinks import LocalSink
 
-torch.set_num_threads(1)
+if TYPE_CHECKING:  # torch takes seconds, and the process that only hands tests to others does not need it
+    from raypp.config import Config
+    from raypp.serve.model import Live
+    from raypp.training.fit import Fit
+
 settings.register_profile("dev", max_examples=20, deadline=None)
 settings.register_profile("ci", max_examples=150, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
@@ -41,7 +39,6 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Every Ray of the tests asks for this token. Ray reads the mode while it is imported, also where commands are forked.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
-CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
 FAST_SECONDS = 2.0
 TINY = {
@@ -61,7 +58,7 @@ TINY = {
     "train.schedule": "{name: one_cycle, warmup: 0.25, final: 0.0}",
 }
 
-Tiny = Callable[..., Config]
+Tiny = Callable[..., "Config"]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -94,7 +91,16 @@ def _seconds_without_cpu() -> float:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """What a test itself draws depends neither on the process (torch's first seed is random) nor on other tests."""
+    import torch
+
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def tiny_flags(storage: Path, **changes: object) -> list[str]:
@@ -110,6 +116,8 @@ def tiny_flags(storage: Path, **changes: object) -> list[str]:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Tiny:
     """Makes tiny configurations whose runs lie in ``tmp_path``."""
+    from raypp.config import load_config
+
     return lambda **changes: load_config("quickstart", flags=tiny_flags(tmp_path, **changes))
 
 
@@ -126,8 +134,8 @@ class Trained:
         return self.run / "bundle"
 
     @cached_property
-    def live(self) -> Any:
-        """The bundle as a service holds it, a :class:`raypp.serve.model.Live`."""
+    def live(self) -> Live:
+        """The bundle as a service holds it."""
         from services import load_live
 
         return load_live(self.bundle)
@@ -136,13 +144,22 @@ class Trained:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     """One tiny joint run; tests copy what they change, an attack's bundle too."""
+    import torch
+
+    from raypp.config import load_config
+    from raypp.progress import Display
+    from raypp.runs import open_run, train_locally
+    from raypp.training.fit import fit
+    from raypp.training.sinks import LocalSink
+
+    cpu = torch.device("cpu")
     storage = tmp_path_factory.mktemp("runs")
     config = load_config("quickstart", flags=tiny_flags(storage))
     display = Display(quiet=True)
     with open_run(config, "tiny") as run:
-        train_locally(run, display, CPU)
+        train_locally(run, display, cpu)
         # The run is over, so this only takes up its last checkpoint.
-        left = fit(run.config, LocalSink(run.storage, display, CPU), run.phi)
+        left = fit(run.config, LocalSink(run.storage, display, cpu), run.phi)
     made = Trained(config, storage / "tiny", left)
     before = _files(made.run)
     yield made

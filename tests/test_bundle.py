@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, Trained, tiny_flags
+from conftest import Trained, tiny_flags
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -353,7 +353,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     storage = tmp_path_factory.mktemp("keyed")
     config = load_config("quickstart", flags=tiny_flags(storage, train__epochs=1, protection="tanaka"))
     with open_run(config, "run") as run:
-        train_locally(run, Display(quiet=True), CPU)
+        train_locally(run, Display(quiet=True), torch.device("cpu"))
     return storage / "run" / "bundle"
 
 

@@ -229,6 +229,7 @@ def test_the_papers_method_without_its_feature_network_is_refused_before_anythin
     assert {path.name for path in tmp_path.iterdir()} <= {"hub"}, "neither a run nor data"
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
     result = subprocess.run(
         [str(Path(sys.executable).parent / "raypp"), "config", "cifra"],
@@ -290,6 +291,7 @@ def test_a_full_disk_is_a_failure_at_run_time(tmp_path: Path, monkeypatch: pytes
     assert codes == [1, 1, 1, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [pytest.param(["config", "cifar10"], marks=pytest.mark.slow), ["config"]], ids=["text", "console"]
 )
@@ -402,6 +404,7 @@ def test_data_check_reports_what_is_unreadable_with_exit_code_1(capsys: Captured
     assert not CONTROL.search(out)
 
 
+@pytest.mark.slow
 def test_train_evaluate_protect(capsys: Captured, tmp_path: Path, trained: Trained) -> None:
     out, err = run(capsys, "train", "quickstart", "--name", "one", "--local", *tiny_flags(tmp_path / "runs"))
     folder = tmp_path / "runs" / "one"

@@ -402,6 +402,7 @@ def test_relative_paths_are_settled_at_once(tmp_path: Path, monkeypatch: pytest.
     assert make("--cluster.storage", "s3://bucket/x").cluster.storage == "s3://bucket/x"
 
 
+@pytest.mark.slow
 @given(
     alpha=st.floats(0, 1e6),
     milestones=st.lists(st.integers(0, 500), max_size=4),

@@ -301,6 +301,7 @@ def test_a_relative_bundle_is_found_from_where_ray_was_started_and_in_the_checko
     app.build_classifier({"bundle": "runs/latest/bundle"})
 
 
+@pytest.mark.slow
 def test_the_wheel_has_the_only_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkout finds it at the top of the repository, an installed wheel in the package."""
     assert [p.relative_to(ROOT).as_posix() for p in ROOT.glob("raypp/**/*.yaml") if p.name == CONFIG] == []

@@ -99,6 +99,7 @@ def test_few_validation_images_give_a_bundle_without_a_guard(trained: Trained) -
     assert load_private(trained.bundle).guard is None
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(
     pictures: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

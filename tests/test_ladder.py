@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CPU, Trained
+from conftest import Trained
 from PIL import Image
 
 from raypp import ladder
@@ -412,7 +412,7 @@ def test_a_file_is_loaded_as_python_runs_it(tmp_path: Path, kind: str) -> None:
         (tmp_path / f"{helper}.py").write_text("top = 255")
     path, known = list(sys.path), {k: sys.modules.get(k) for k in ("torch", "random", "numpy")}
     try:
-        protect = user_function(f"{file}:protect", CPU)
+        protect = user_function(f"{file}:protect", torch.device("cpu"))
         images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
         first, second = protect(images), protect(images // 2)
     finally:
@@ -429,13 +429,15 @@ def test_a_file_is_executed_once_for_each_of_its_versions(tmp_path: Path) -> Non
     images = torch.zeros((1, 3, 8, 8), dtype=torch.uint8)
     body = "calls = 0\ndef protect(images):\n    global calls\n    calls += 1\n    return images + calls"
     where = function(tmp_path, body)
-    first = [int(user_function(where, CPU)(images)[0, 0, 0, 0]) for _ in range(2)]
+    first = [int(user_function(where, torch.device("cpu"))(images)[0, 0, 0, 0]) for _ in range(2)]
     function(tmp_path, body.replace("calls = 0", "calls = 5"))  # as long as before, in the same second
-    assert [*first, int(user_function(where, CPU)(images)[0, 0, 0, 0])] == [1, 2, 6]
+    assert [*first, int(user_function(where, torch.device("cpu"))(images)[0, 0, 0, 0])] == [1, 2, 6]
     (tmp_path / "other").mkdir()
     other = function(tmp_path / "other", body.replace("calls = 0", "calls = 8"))
-    assert int(user_function(other, CPU)(images)[0, 0, 0, 0]) == 9
-    assert int(user_function(where, CPU)(images)[0, 0, 0, 0]) == 7, "the other file of its name changes nothing"
+    assert int(user_function(other, torch.device("cpu"))(images)[0, 0, 0, 0]) == 9
+    assert int(user_function(where, torch.device("cpu"))(images)[0, 0, 0, 0]) == 7, (
+        "the other file of its name changes nothing"
+    )
 
 
 def test_a_file_that_ends_python_or_misses_is_named(tmp_path: Path) -> None:
@@ -453,7 +455,7 @@ def test_a_file_that_ends_python_or_misses_is_named(tmp_path: Path) -> None:
         ("from .helper import x", "cannot be loaded: ImportError: attempted relative import with no known parent"),
     ):
         with pytest.raises(ConfigError) as raised:
-            user_function(function(tmp_path, body), CPU)
+            user_function(function(tmp_path, body), torch.device("cpu"))
         assert sentence in str(raised.value)
         assert "\n" not in str(raised.value)
     images = torch.zeros((2, 3, 8, 8), dtype=torch.uint8)
@@ -467,7 +469,7 @@ def test_a_file_that_ends_python_or_misses_is_named(tmp_path: Path) -> None:
         ("def protect(images):\n\n    return images.nothing", "no attribute 'nothing' (mine.py, line 3)"),
     ):
         with pytest.raises(RayppError) as raised_later:
-            user_function(function(tmp_path, body), CPU)(images)
+            user_function(function(tmp_path, body), torch.device("cpu"))(images)
         assert sentence in str(raised_later.value)
         assert "\n" not in str(raised_later.value)
     for where, sentence in (
@@ -477,7 +479,7 @@ def test_a_file_that_ends_python_or_misses_is_named(tmp_path: Path) -> None:
         (f"{tmp_path}.py:protect", "there is no file"),
     ):
         with pytest.raises(ConfigError, match=re.escape(sentence)):
-            user_function(where, CPU)
+            user_function(where, torch.device("cpu"))
 
 
 def test_a_function_may_work_in_place(tmp_path: Path) -> None:
@@ -487,7 +489,7 @@ def test_a_function_may_work_in_place(tmp_path: Path) -> None:
     for channels in (1, 3):
         images = torch.randint(0, 256, (4, channels, 16, 16), dtype=torch.uint8)
         before = images.clone()
-        made = user_function(where, CPU)(images)
+        made = user_function(where, torch.device("cpu"))(images)
         assert torch.equal(images, before)
         assert torch.equal(made, 255 - before)
 
@@ -796,6 +798,7 @@ def test_a_resumed_run_keeps_the_attacks_that_it_does_not_name(tmp_path: Path) -
     assert set(card["attacks"]) == {"feature_reconstruction", "known_gallery", "minimum_difference"}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_refuses_another_version_of_its_victim(tmp_path: Path) -> None:
     first = {"feature_reconstruction": {}}
     attack(of_function(tmp_path, suite=SUITE | {"attacks": first}))
@@ -862,6 +865,7 @@ def test_protected_images_of_another_shape_are_attacked(tmp_path: Path, body: st
     assert card["attacks"]["feature_reconstruction"]["found"] > 0.5
 
 
+@pytest.mark.slow
 def test_an_attack_that_needs_the_cloud_says_so_before_it_trains(tmp_path: Path) -> None:
     inverse = {"width": 4, "depth": 1, "conditional": True, "train": {"epochs": 1, "batch_size": 10}}
     card = attack(of_function(tmp_path, suite=SUITE | {"attacks": {"inverse": inverse}}))

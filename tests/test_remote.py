@@ -194,6 +194,7 @@ class Picky:
         return images[:, 0, 0, 0] % 2 == 1
 
 
+@pytest.mark.slow
 def test_one_bad_image_of_a_folder_costs_no_other(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +280,7 @@ def archive(files: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> b
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -305,6 +307,7 @@ def test_a_protection_that_is_not_what_it_says_is_refused(
     assert len(faulty.bodies) == 1  # nothing was sent
 
 
+@pytest.mark.slow
 def test_a_service_that_asks_for_plain_images_gets_none(cache: Path, images: list[np.ndarray], tmp_path: Path) -> None:
     """A cloud cannot talk its clients out of protecting."""
     from conftest import tiny_flags
@@ -413,6 +416,7 @@ def test_limits_are_those_of_the_bundle_that_is_live(
         assert sizes() == [2, 2, 1]
 
 
+@pytest.mark.slow
 def test_an_image_that_is_left_out_is_named_when_a_batch_is_halved(
     trained: Trained, cache: Path, images: list[np.ndarray]
 ) -> None:
@@ -445,6 +449,7 @@ def test_the_wait_between_two_tries_has_a_limit(tries: int) -> None:
     assert 2 <= _wait(httpx.Response(503, headers={"Retry-After": "2"}), tries) <= 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ['W/"{}"', ' W/"{}" ', '"{}"'])
 def test_an_entity_tag_that_a_proxy_has_weakened_names_the_protection(
     trained: Trained, cache: Path, images: list[np.ndarray], form: str
@@ -466,6 +471,7 @@ def test_an_entity_tag_that_a_proxy_has_weakened_names_the_protection(
         assert faulty.answers[-1] == ("/classifier/v1/protection", 304)
 
 
+@pytest.mark.slow
 def test_a_demo_that_does_not_start_leaves_no_client_open(
     trained: Trained, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CPU, Tiny, Trained, tiny_flags
+from conftest import Tiny, Trained, tiny_flags
 from PIL import Image
 
 from raypp.bundle import verify
@@ -29,7 +29,7 @@ from raypp.training.sinks import newest_first
 def train(config: Config, name: str, *, resume: bool = False) -> dict[str, Any]:
     with open_run(config, name, resume=resume) as run:
         found = summary(run)
-        return train_locally(run, Display(quiet=True), CPU) if found is None else found
+        return train_locally(run, Display(quiet=True), torch.device("cpu")) if found is None else found
 
 
 def refusal(config: Config, name: str, *, resume: bool = False) -> str:
@@ -218,6 +218,7 @@ def test_a_run_does_not_end_before_what_it_has_trained(finished: tuple[Callable[
     assert files(folder) == before
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_ended_with_what_it_has(finished: tuple[Callable[..., Config], Path]) -> None:
     """What a run that was started for 9 epochs and stopped after 2 holds, ended there without a step more."""
     config, folder = finished
@@ -236,6 +237,7 @@ def test_a_stopped_run_is_ended_with_what_it_has(finished: tuple[Callable[..., C
     verify(folder / "bundle")
 
 
+@pytest.mark.slow
 def test_more_epochs_go_on_from_the_last(finished: tuple[Callable[..., Config], Path]) -> None:
     config, folder = finished
     before = timeless(folder)
@@ -264,6 +266,7 @@ def test_milestones_move_with_the_epochs_of_a_resumed_run(tiny: Tiny, tmp_path: 
     assert (stored["epochs"], stored["schedule"]["milestones"]) == (4, [2])
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_before_its_summary_only_writes_it(finished: tuple[Callable[..., Config], Path]) -> None:
     config, folder = finished
     whole = files(folder)
@@ -277,6 +280,7 @@ def test_a_run_that_stopped_before_its_summary_only_writes_it(finished: tuple[Ca
         assert again[name] == whole[name]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_feature_network_that_it_began_with(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,6 +310,7 @@ def test_a_resumed_run_keeps_the_feature_network_that_it_began_with(
             assert run.config.features.name == "plain_classifier"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_weights_of_the_feature_network(tiny: Tiny, tmp_path: Path) -> None:
     from test_loop import same, vgg_slice
 
@@ -319,6 +324,7 @@ def test_a_resumed_run_keeps_its_weights_of_the_feature_network(tiny: Tiny, tmp_
         assert same(dict(run.phi), vgg_slice())
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_data_leaves_the_name_free(tiny: Tiny, tmp_path: Path) -> None:
     assert refusal(tiny(data__num_train=100), "run") == "data.num_train is 100, but there are only 40 images"
     train(tiny(data__num_train=20, train__epochs=1), "run")
@@ -339,6 +345,7 @@ def test_first_of_each_class_takes_turns() -> None:
     assert first_of_each_class(labels, 100).tolist() == [2, 3, 0, 4, 5, 1, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["another key", "no key"])
 def test_a_run_is_not_resumed_with_another_key(tiny: Tiny, tmp_path: Path, damage: str) -> None:
     config = tiny(protection="tanaka", train__epochs=1)

@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import CPU, free_port, listens, tiny_flags, wait_until
+import torch
+from conftest import free_port, listens, tiny_flags, wait_until
 
 from raypp.bundle import load_private, load_public
 from raypp.config import load_config
@@ -101,13 +102,13 @@ def test_a_run_its_data_and_its_bundle_live_there(s3: Any, tmp_path: Path) -> No
 
     run_folder = Storage(s3("runs")).folder("one")
     with open_run(load_config("quickstart", flags=flags(2)), "one") as run:
-        train_locally(run, Display(quiet=True), CPU)
+        train_locally(run, Display(quiet=True), torch.device("cpu"))
     assert newest_first(run_folder) == ["epoch_0003", "epoch_0002"]
 
     state = f"checkpoints/{newest_first(run_folder)[0]}/state.pt"
     run_folder.write(state, run_folder.read(state)[:-50])  # as an upload that broke off would leave it
     with open_run(load_config("quickstart", flags=flags(3)), "one", resume=True) as run:
-        train_locally(run, Display(quiet=True), CPU)
+        train_locally(run, Display(quiet=True), torch.device("cpu"))
     rows = [json.loads(line) for line in run_folder.read("metrics.jsonl").splitlines()]
     assert [(row["phase"], row["epoch"]) for row in rows] == [("plain", 1), ("joint", 1), ("joint", 2), ("joint", 3)]
 

@@ -61,6 +61,7 @@ def test_the_papers_rows_hold_the_papers_numbers() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dataset",
     [*(pytest.param(name, marks=pytest.mark.slow) for name in ("cifar10", "cifar100", "cifar10-small")), "quickstart"],
@@ -77,6 +78,7 @@ def test_every_row_is_a_configuration_of_every_preset(tmp_path: Path, dataset: s
             assert cell.config.protection == load_config(dataset).protection
 
 
+@pytest.mark.slow
 def test_the_matched_baseline_has_as_many_parameters(tmp_path: Path) -> None:
     ours, matched = cells(["cifar10"], ["alpha-0.005", "plain-matched"], [0], (), Storage(tmp_path))
     wanted = num_parameters(ours.config)
@@ -216,6 +218,7 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None
     assert "## Runs that failed\n\n- quickstart-plain-seed0: its worker died too often" in text
 
 
+@pytest.mark.slow
 def test_a_cell_that_diverges_is_a_failure_not_a_crash(tmp_path: Path) -> None:
     results = table1(
         ["quickstart"], ["plain"], [0], (*FLAGS, "--train.optimizer.lr", "1e12"),
@@ -225,6 +228,7 @@ def test_a_cell_that_diverges_is_a_failure_not_a_crash(tmp_path: Path) -> None:
     assert "the loss is not a finite number at step" in sentence
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("offline")
 def test_rows_that_need_no_feature_network_do_without_it(tmp_path: Path) -> None:
     seen: list[str] = []
@@ -262,6 +266,7 @@ def test_the_cifar100_preset_trains_on_torchvisions_files(tmp_path: Path, monkey
     assert (tmp_path / "t" / "cells" / "cifar100-ele-seed0" / "bundle" / "public").is_dir()
 
 
+@pytest.mark.slow
 def test_departures_name_what_differs_from_the_paper(tmp_path: Path) -> None:
     grid = cells(["cifar10-small"], ["plain", "alpha-0.005"], [0], ("--train.epochs", "3"), Storage(tmp_path))
     summaries = {grid[1].name: {"warnings": ["the feature network is another"]}}

@@ -164,6 +164,7 @@ def test_feature_reconstruction_does_not_care_for_keys(keys: str, photos: Tensor
     assert torch.equal(attack.reconstruct(protected), attack.reconstruct(photos))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.exists(), reason="the shared CIFAR-10 is not at hand")
 def test_feature_reconstruction_shows_the_edges_of_pixel_based_images(photos: Tensor) -> None:
     """SSIM .31 +- .02 in the lab's form, .33 in Wang's; PSNR below that of the mean image."""
@@ -241,6 +242,7 @@ def test_a_gallery_betrays_every_deterministic_protection(name: str, photos: Ten
     assert torch.equal(attack.reconstruct(protection.protect(photos[:100])), photos[:100])
 
 
+@pytest.mark.slow
 def test_a_gallery_does_not_betray_what_is_random_per_image(photos: Tensor) -> None:
     """Noise that has nothing to do with the image is confirmed by chance only."""
     generator = torch.Generator().manual_seed(1)

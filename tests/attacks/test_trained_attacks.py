@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, tiny_flags
+from conftest import tiny_flags
 from torch import Tensor
 
 from raypp.attacks import ATTACKS
@@ -63,7 +63,7 @@ def build(name: str, access: Access, **options: Any) -> Any:
 
 
 def train(attack: TrainedAttack, folder: Path, share: float = 1.0, num: int | None = None) -> list[Row]:
-    done = Loop(attack.task(share, num), LocalSink(Storage(folder), Display(quiet=True), CPU)).run()
+    done = Loop(attack.task(share, num), LocalSink(Storage(folder), Display(quiet=True), torch.device("cpu"))).run()
     attack.load(attack.state(done.trainee))
     attack.prepare()
     return done.history
@@ -121,7 +121,7 @@ def test_alpha_zero_breaks(pictures: Pictures, tmp_path: Path) -> None:
         tmp_path, train__alpha=0, train__epochs=4, train__optimizer__lr=0.02, data__source__num_train=600
     )
     with open_run(load_config("quickstart", flags=flags), "visible") as run:
-        protection = fit(run.config, LocalSink(run.storage, Display(quiet=True), CPU)).system.protection
+        protection = fit(run.config, LocalSink(run.storage, Display(quiet=True), torch.device("cpu"))).system.protection
     attack = build("inverse", knows(pictures, protection.protect), **INVERSES["inverse"])
     train(attack, tmp_path / "attack")
     assert share_found(attack, pictures, protection.protect) > RED
@@ -259,6 +259,7 @@ def test_the_class_can_be_told(pictures: Pictures, tmp_path: Path) -> None:
     assert asked == [200]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protected", [(3, 16, 16), (6, 16, 16), (1, 20, 20), (3, 8, 9), (3, 64, 64)])
 @pytest.mark.parametrize(
     "options", [{}, {"patch": 1, "places": 0}, {"patch": 3}, {"standardise": False}, {"conditional": True}]

@@ -84,6 +84,7 @@ def test_colour_alone_does_not_tell_the_class() -> None:
     assert accuracy < 0.3
 
 
+@pytest.mark.slow
 def test_the_shape_does_tell_the_class() -> None:
     # Distance to the nearest of 2000 outlines after centring; a convolutional net reaches 99 % in two epochs.
     def outlines(images: ImageSet) -> np.ndarray:

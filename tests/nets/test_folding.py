@@ -26,7 +26,9 @@ def num_left(network: nn.Module) -> int:
     return sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
 
 
-@pytest.mark.parametrize("name", list(CLASSIFIERS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "vgg16_bn" else name for name in CLASSIFIERS]
+)
 def test_a_folded_classifier_answers_the_same(name: str) -> None:
     torch.manual_seed(0)
     network = normalised(CLASSIFIERS.build(CLASSIFIERS.options(name)(), num_classes=10))
@@ -75,6 +77,7 @@ def test_what_cannot_be_folded_stays(kind: type[nn.Module]) -> None:
     assert num_left(folded(network, images)) == num_left(network)
 
 
+@pytest.mark.slow
 def test_other_threads_compute_meanwhile() -> None:
     """A replica folds the next bundle's classifier while it answers with the live one."""
     torch.manual_seed(0)

@@ -41,6 +41,7 @@ def random_slice(seed: int = 0) -> dict[str, torch.Tensor]:
 # Sizes
 
 
+@pytest.mark.slow
 def test_parameter_counts_are_the_published_ones() -> None:
     assert count(UNet(3, 64, 4)) == 34_527_171
     assert count(ResNet20(ResNetOptions(), num_classes=10)) == 269_722
@@ -138,6 +139,7 @@ def test_learned_output_is_float32_under_bfloat16() -> None:
         assert learned(torch.rand(2, 3, 8, 8)).dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "side"), [("resnet20", 16), ("resnet20", 13), ("vgg16_bn", 32)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_classifiers_read_any_size_and_channels(name: str, side: int, channels: int) -> None:
@@ -190,6 +192,7 @@ def test_normalisation_is_inside_the_nets() -> None:
 LAYERS = [("relu1_2", 4, (64, 16, 20)), ("relu2_2", 9, (128, 8, 10)), ("relu3_3", 16, (256, 4, 5))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layer", "end", "shape"), LAYERS, ids=[name for name, _, _ in LAYERS])
 def test_a_slice_is_torchvisions_up_to_its_layer(tmp_path: Path, layer: str, end: int, shape: tuple[int, ...]) -> None:
     from torchvision.models.vgg import cfgs, make_layers

@@ -58,6 +58,7 @@ def test_connections_to_replicas_are_kept_and_silent_clients_are_not() -> None:
     assert "3600s" not in kept
 
 
+@pytest.mark.slow
 def test_rays_own_configuration_has_what_is_mended() -> None:
     """Another Ray may name its sections otherwise: then somebody has to look."""
     templates = pytest.importorskip("ray.serve._private.haproxy_templates")

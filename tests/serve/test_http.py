@@ -489,6 +489,7 @@ def test_a_published_bundle_takes_over_and_the_one_before_still_answers(
     assert here.now() is before
 
 
+@pytest.mark.slow
 def test_damaged_attacks_are_not_published(attacked: Path, tmp_path: Path) -> None:
     """Else the classifier would take over and the attack service would not."""
     broken = shutil.copytree(attacked, tmp_path / "broken")
@@ -547,6 +548,7 @@ def test_a_bundle_that_does_not_work_is_not_published(trained: Trained, other: P
     assert "somebody else's" in (shelf / "live.json").read_text()
 
 
+@pytest.mark.slow
 def test_what_becomes_live_and_does_not_work_is_not_taken_over(trained: Trained, other: Path, tmp_path: Path) -> None:
     shelf = tmp_path / "shelf"
     with publishing(trained.bundle, shelf):
@@ -697,6 +699,7 @@ def test_a_bundle_that_breaks_its_loader_is_not_taken_over(
     assert live.now is before
 
 
+@pytest.mark.slow
 def test_nothing_is_published_into_a_bundle(trained: Trained, other: Path, tmp_path: Path) -> None:
     target = shutil.copytree(other, tmp_path / "bundle")
     with pytest.raises(BundleError, match="is a bundle itself"), publishing(trained.bundle, target):

@@ -148,6 +148,7 @@ def test_what_may_be_passed_over_cannot_hold_another_image() -> None:
         assert refused(body.replace(end, end + more), kind) == (422, "metadata")
 
 
+@pytest.mark.slow
 def test_a_png_holds_its_image_and_nothing_more() -> None:
     head, rows = IMAGE[:33], b"".join(b"\0" + bytes(SHAPE[1] * SHAPE[2]) for _ in range(SHAPE[0]))
     end = chunk(b"IEND", b"")

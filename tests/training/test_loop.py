@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CPU, Tiny, tiny_flags
+from conftest import Tiny, tiny_flags
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -53,7 +53,7 @@ class Sink(LocalSink):
 
     def __init__(self, folder: Path, dies_after: int | None = None) -> None:
         self.text = io.StringIO()
-        super().__init__(Storage(folder), Display(Console(file=self.text, width=500)), CPU)
+        super().__init__(Storage(folder), Display(Console(file=self.text, width=500)), torch.device("cpu"))
         self.dies_after = dies_after
 
     def report(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
@@ -209,6 +209,7 @@ def test_without_torchvisions_weights_a_plain_classifier_stands_in(
     assert (unused.features.name, silent) == ("vgg16", None), "nor does a run with alpha 0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("channels", "size"), [(1, "[17, 19]"), (3, "[16, 30]")])
 def test_any_size_and_grey(tiny: Tiny, tmp_path: Path, channels: int, size: str) -> None:
     config = tiny(data__channels=channels, data__image_size=size, train__epochs=1)
@@ -218,12 +219,13 @@ def test_any_size_and_grey(tiny: Tiny, tmp_path: Path, channels: int, size: str)
     assert result.system.protection(images).shape == images.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow), "auto"])
 def test_precision(tiny: Tiny, tmp_path: Path, precision: str, reference: Reference) -> None:
     config = tiny(train__precision=precision, train__epochs=1)
     row = fit(config, Sink(tmp_path)).history[0]
     exact = reference.fit.history[0]["train_loss"]  # the plain phase does not depend on the epochs that follow
-    bf16 = precision == "bf16" or (precision == "auto" and bf16_is_fast(CPU))
+    bf16 = precision == "bf16" or (precision == "auto" and bf16_is_fast(torch.device("cpu")))
     assert (row["train_loss"] == exact) != bf16
     assert row["train_loss"] == pytest.approx(exact, rel=0.02)
 
@@ -267,7 +269,7 @@ def test_the_lowest_validation_loss_is_what_is_left(tiny: Tiny, tmp_path: Path) 
         train__mode="plain", protection="plain", train__epochs=5, train__batch_size=10, train__schedule="constant",
         train__optimizer__lr=0.02, data__source__num_train=220,
     )  # fmt: skip
-    data = load_data(config, CPU)
+    data = load_data(config, torch.device("cpu"))
     misleading = dataclasses.replace(data, train=Misleading(data.train, since=3))
     result = fit(config, Sink(tmp_path), load=lambda: misleading)
     losses = [row["val_loss"] for row in result.history]
@@ -335,6 +337,7 @@ def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Asked after each of two steps, and twice at an epoch's end: once before validation, once behind it.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("at", "name"),
     [
@@ -389,7 +392,7 @@ def test_weights_that_are_no_numbers_are_not_kept(reference: Reference, tmp_path
     current: list[loop.Loop] = []
     train = reference.config.train.model_copy(update={"checkpoint_seconds": 1e-9})
     config = reference.config.model_copy(update={"train": train})
-    data = load_data(config, CPU)
+    data = load_data(config, torch.device("cpu"))
     task = ProtectionTask(config, data, None, None)
     current.append(loop.Loop(task, Ruined(tmp_path)))
     with pytest.raises(StoppedError, match=r"at step 1 .* last good checkpoint: none yet"):
@@ -399,7 +402,7 @@ def test_weights_that_are_no_numbers_are_not_kept(reference: Reference, tmp_path
 
 def test_a_worker_without_validation_images_counts_none(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny(train__mode="plain", protection="plain", data__num_val=3)
-    data = load_data(config, CPU)
+    data = load_data(config, torch.device("cpu"))
     system = build_system(config, phases(config)[0], len(data.classes), (16, 16))
     images, labels = data.val
     alone = validate_system(system, images, labels, config, 0, 1)
@@ -434,7 +437,7 @@ def test_a_part_of_an_epoch_goes_on_in_other_batches(reference: Reference, tmp_p
         fit(reference.config, Stopped(tmp_path, 5))
     train = reference.config.train.model_copy(update={"batch_size": reference.config.train.batch_size // 2})
     other = reference.config.model_copy(update={"train": train})
-    data = load_data(other, CPU)
+    data = load_data(other, torch.device("cpu"))
     seen: list[int] = []
 
     class Watched:
@@ -492,7 +495,7 @@ def test_every_damage_is_found_and_named(reference: Reference, tmp_path: Path, d
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("damage", [flip_a_byte, delete_sums])
+@pytest.mark.parametrize("damage", [flip_a_byte, pytest.param(delete_sums, marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_costs_an_epoch_and_a_warning(
     reference: Reference, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
@@ -553,6 +556,7 @@ def test_a_checkpoint_of_other_networks_is_refused(reference: Reference, tmp_pat
         fit(reference.config.model_copy(update={"protection": protection}), Sink(folder))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoints(
     reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -600,7 +604,7 @@ class Poisoned:
 
 
 def test_a_loss_that_is_no_number_stops_at_its_step(reference: Reference, tmp_path: Path) -> None:
-    data = load_data(reference.config, CPU)
+    data = load_data(reference.config, torch.device("cpu"))
     poisoned = dataclasses.replace(data, train=Poisoned(data.train, at=(2, 1)))  # the second joint epoch's last step
     with pytest.raises(TrainingError) as raised:
         fit(reference.config, Sink(tmp_path), load=lambda: poisoned)
@@ -749,6 +753,7 @@ def test_sgd_is_the_papers() -> None:
     assert weight.item() == pytest.approx(value, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_adamw(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny(train__optimizer__name="adamw", train__optimizer__lr=0.001, train__epochs=1)
     optimizer = build_optimizer(config.train.optimizer, [nn.Parameter(torch.zeros(1))])
@@ -861,7 +866,10 @@ def work(rank: int, folder: Path, trees: dict[str, Any]) -> None:
     assert flat.isfinite().all()
     config = validate(trees["sync"])
     half = slice(10 * rank, 10 * rank + 10)
-    torch.save(gradients(config, load_data(config, CPU), half, synchronise=True), folder / f"gradients_{rank}.pt")
+    torch.save(
+        gradients(config, load_data(config, torch.device("cpu")), half, synchronise=True),
+        folder / f"gradients_{rank}.pt",
+    )
     for name, tree in trees.items():
         result = fit(validate(tree), Sink(folder / name))
         torch.save({"history": result.history, "state": result.system.own_state()}, folder / f"{name}_{rank}.pt")
@@ -875,7 +883,7 @@ def work(rank: int, folder: Path, trees: dict[str, Any]) -> None:
         torch.save(
             {"history": result.history, "state": result.system.own_state()}, folder / f"{name}_resumed_{rank}.pt"
         )
-    data = load_data(config, CPU, rank, WORLD)
+    data = load_data(config, torch.device("cpu"), rank, WORLD)
     if rank:
         data = dataclasses.replace(data, train=Poisoned(data.train, at=(1, 1)))
     try:
@@ -932,7 +940,7 @@ def test_synchronised_batch_norm_is_that_of_the_whole_batch(two_workers: Path, n
 @pytest.mark.slow
 def test_two_workers_have_the_gradient_of_one(two_workers: Path, tmp_path: Path) -> None:
     config = cases(tmp_path)["sync"]
-    whole = gradients(config, load_data(config, CPU), slice(0, 20), synchronise=False)
+    whole = gradients(config, load_data(config, torch.device("cpu")), slice(0, 20), synchronise=False)
     halves = [torch.load(two_workers / f"gradients_{rank}.pt", weights_only=True) for rank in range(WORLD)]
     assert whole.keys() == halves[0].keys()
     for key, value in whole.items():

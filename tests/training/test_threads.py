@@ -42,6 +42,7 @@ def test_threads_converge_beside_busy_threads() -> None:
     assert now == 8
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.skipif(env.num_cores() != 2 or not threads.STAT.exists(), reason="needs Linux and exactly two cores")
 def test_a_busy_process_takes_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
