@@ -278,6 +278,7 @@ def test_what_cannot_be_deployed_is_one_sentence(
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.slow
 def test_a_relative_bundle_is_found_from_where_ray_was_started_and_in_the_checkout(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,6 +146,7 @@ def test_constraints_are_shares_or_below_plain(tmp_path: Path) -> None:
     assert search.least_accuracy(plan(tmp_path).search, None) is None
 
 
+@pytest.mark.slow
 def test_rank_correlation_is_spearmans() -> None:
     from scipy.stats import spearmanr
 

@@ -234,6 +234,7 @@ def test_the_white_box_finds_nothing_where_gradients_say_nothing(pictures: Pictu
 # What trained attacks have in common
 
 
+@pytest.mark.slow
 def test_without_an_oracle_the_pairs_are_all_there_is(pictures: Pictures, tmp_path: Path) -> None:
     images, labels = pictures
     access = Access((3, 16, 16), images=images[:100], labels=labels[:100], pairs=(images[:100], 255 - images[:100]))

@@ -80,6 +80,7 @@ def test_what_is_not_understood_does_not_start() -> None:
         mended(CONFIG.replace("*:8404", "unix@/tmp/s"))
 
 
+@pytest.mark.slow
 def test_a_cluster_decides_by_its_start(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
