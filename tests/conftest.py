@@ -65,9 +65,9 @@ Tiny = Callable[..., "Config"]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Have tests that use the same Ray, and those of a file, which share what it builds, run in the same process."""
     for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
-            item.add_marker(pytest.mark.xdist_group(group))
+        file, _, _ = item.nodeid.partition("::")
+        group = "cluster" if "cluster" in getattr(item, "fixturenames", ()) else file
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -149,11 +149,6 @@ def epochs_of(folder: Path) -> list[tuple[str, int]]:
     return [(row["phase"], row["epoch"]) for row in rows_of(folder)]
 
 
-def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was learned, without how fast."""
-    return [{k: v for k, v in row.items() if k not in {"seconds", "images_per_s"}} for row in rows]
-
-
 def train_flags(tmp_path: Path, name: str, epochs: int, **changes: object) -> list[str]:
     changes = {"data__source__num_train": 1000, "train__epochs": epochs} | changes
     return ["quickstart", "--name", name, *tiny_flags(tmp_path, **changes)]
@@ -188,7 +183,8 @@ def test_a_search_waits_for_nodes_and_spreads_over_them(head: Nodes, tmp_path: P
     assert (tmp_path / "search" / "report" / "report.html").stat().st_size > 10_000
 
 
-def test_a_run_shrinks_and_grows_with_its_cluster(nodes: Nodes, tmp_path: Path) -> None:
+def test_a_run_outlives_a_node_a_stopped_job_and_a_killed_driver(nodes: Nodes, tmp_path: Path) -> None:
+    """It shrinks and grows with its cluster, and no epoch that was checkpointed is trained again."""
     folder = tmp_path / "elastic"
     changes = {"train__plain_epochs": 1, "cluster__num_workers": 2, "cluster__min_workers": 1}
     # More epochs than any machine trains while a node starts and Ray looks for it; what is left is cut off.
@@ -196,18 +192,36 @@ def test_a_run_shrinks_and_grows_with_its_cluster(nodes: Nodes, tmp_path: Path) 
     wait_until(lambda: len(rows_of(folder)) >= 3, process)
     assert {row["world"] for row in rows_of(folder)} == {2}
     nodes.kill(3)
-    kept = rows_of(folder)[:-1]
+    before_shrinking = rows_of(folder)[:-1]
     wait_until(lambda: rows_of(folder)[-1]["world"] == 1, process)
     nodes.start(3)
     wait_until(lambda: rows_of(folder)[-1]["world"] == 2, process)
-    nodes.stop("elastic", process)
+
+    output = nodes.stop("elastic", process)
+    assert f"stopped after checkpoint {newest_first(Storage(folder))[0]}, as told; --resume goes on from it" in output
     stopped = rows_of(folder)
-    epochs = len(stopped) + 1
-    nodes.done(nodes.job("train", *train_flags(tmp_path, "elastic", epochs, **changes), "--resume"))
+    time.sleep(3)
+    assert rows_of(folder) == stopped, "a stopped job still trains"
+
+    arguments = [*train_flags(tmp_path, "elastic", len(stopped) + 20, **changes), "--resume"]
+    process = nodes.job("train", *arguments)
+    wait_until(lambda: len(rows_of(folder)) >= len(stopped) + 2, process)
+    (driver,) = [
+        part
+        for part in psutil.Process(nodes.running[1].pid).children(recursive=True)
+        if "jobs/train.py" in part.cmdline() and "python" in part.name()
+    ]
+    driver.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    before_the_end = rows_of(folder)
+    assert len(before_the_end) < len(stopped) + 21, "the run was over before its driver was killed"
+
+    nodes.done(nodes.job("train", *arguments))
     rows = rows_of(folder)
-    assert epochs_of(folder) == [("plain", 1), *(("joint", n + 1) for n in range(epochs))]
-    assert rows[: len(kept)] == kept
-    assert rows[: len(stopped)] == stopped
+    assert epochs_of(folder) == [("plain", 1), *(("joint", n + 1) for n in range(len(stopped) + 20))]
+    for kept in (before_shrinking, stopped, before_the_end):
+        assert rows[: len(kept)] == kept, "an epoch that was checkpointed was trained again"
     assert [world for world, _ in itertools.groupby(row["world"] for row in rows)] == [2, 1, 2]
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["best"]["val_loss"] == min(row["val_loss"] for row in rows if row["phase"] == "joint")
@@ -230,38 +244,14 @@ def test_a_run_of_fixed_size_waits_for_another_node(nodes: Nodes, tmp_path: Path
     assert {row["world"] for row in rows} == {2}
 
 
-def test_a_stopped_job_and_a_dead_driver_are_resumed(nodes: Nodes, tmp_path: Path) -> None:
-    folder = tmp_path / "driver"
-    flags = train_flags(tmp_path, "driver", 10, cluster__num_workers=1)
-    process = nodes.job("train", *flags, submission="stopped")
-    wait_until(lambda: len(rows_of(folder)) >= 2, process)
-    told = nodes.stop("stopped", process)
-    assert f"stopped after checkpoint {newest_first(Storage(folder))[0]}, as told; --resume goes on from it" in told
-    stopped = rows_of(folder)
-    assert len(stopped) < 11
-    time.sleep(3)
-    assert rows_of(folder) == stopped, "a stopped job still trains"
-
-    process = nodes.job("train", *flags, "--resume")
-    wait_until(lambda: len(rows_of(folder)) >= len(stopped) + 2, process)
-    (driver,) = [
-        part
-        for part in psutil.Process(nodes.running[1].pid).children(recursive=True)
-        if "jobs/train.py" in part.cmdline() and "python" in part.name()
-    ]
-    driver.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode == 1
-    before = rows_of(folder)
-    nodes.done(nodes.job("train", *flags, "--resume"))
-    rows = rows_of(folder)
-    assert epochs_of(folder) == [("plain", 1), *(("joint", n + 1) for n in range(10))]
-    assert rows[: len(before)] == before, "an epoch that was checkpointed was trained again"
-    nodes.done(nodes.job("train", *train_flags(tmp_path, "whole", 10, cluster__num_workers=1)))
-    assert numbers(rows) == numbers(rows_of(tmp_path / "whole")), "it ends otherwise than if nothing had happened"
+def table_flags(storage: Path) -> list[str]:
+    flags = ["--datasets", "quickstart", "--methods", "plain", "etc", "--seeds", "0", "--name", "table"]
+    pairs = zip(*[iter(tiny_flags(storage))] * 2, strict=True)
+    settings = [word for pair in pairs if pair[0] not in ("--cluster.storage", "--train.alpha") for word in pair]
+    return [*flags, "--storage", str(storage), *settings]
 
 
-def test_attacks_outlive_a_node(nodes: Nodes, trained: Trained, tmp_path: Path) -> None:
+def test_attacks_and_a_table_outlive_a_node(nodes: Nodes, trained: Trained, tmp_path: Path) -> None:
     epochs = 150
     inverse = {"width": 4, "depth": 2, "train": {"epochs": epochs, "batch_size": 10}}
     suite = {"num_queries": 20, "curve": False, "judge_epochs": 0}
@@ -271,6 +261,7 @@ def test_attacks_outlive_a_node(nodes: Nodes, trained: Trained, tmp_path: Path) 
     bundle = shutil.copytree(trained.bundle, tmp_path / "bundle")  # the attack writes its verdict into it
     arguments = [str(bundle), "--suite", str(file), "--name", "a", "--storage", str(tmp_path)]
     process = nodes.job("attack", *arguments)
+    table = nodes.job("table1", *table_flags(tmp_path))
     trains = tmp_path / "a" / "attacks" / "inverse"
     wait_until(lambda: len(rows_of(trains)) >= 2, process)
     lost = next(number for number in (2, 3) if nodes.holds(number, "ray::_call"))
@@ -291,22 +282,11 @@ def test_attacks_outlive_a_node(nodes: Nodes, trained: Trained, tmp_path: Path) 
         assert scores["ssim"]["mean"] == pytest.approx(found["scores"]["ssim"]["mean"], abs=0.02), name
     loss = rows_of(tmp_path / "undisturbed" / "attacks" / "inverse")[-1]["train_loss"]
     assert rows[-1]["train_loss"] == pytest.approx(loss, rel=0.05)
+    nodes.done(table)
+    assert "EtC" in (tmp_path / "table" / "table1.md").read_text()
+    assert len(list((tmp_path / "table").glob("**/summary.json"))) == 2
     nodes.done(nodes.job("report", str(tmp_path / "a"), "--out", str(tmp_path / "report")))
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
-
-
-def test_a_table_fills_its_cells_over_the_nodes(nodes: Nodes, tmp_path: Path) -> None:
-    flags = ["--datasets", "quickstart", "--methods", "plain", "etc", "--seeds", "0", "--name", "table"]
-    settings = [
-        flag
-        for pair in zip(*[iter(tiny_flags(tmp_path))] * 2, strict=True)
-        if pair[0] not in ("--cluster.storage", "--train.alpha")
-        for flag in pair
-    ]
-    nodes.done(nodes.job("table1", *flags, "--storage", str(tmp_path), *settings))
-    text = (tmp_path / "table" / "table1.md").read_text()
-    assert "EtC" in text
-    assert len(list((tmp_path / "table").glob("**/summary.json"))) == 2
 
 
 def test_a_job_without_a_place_for_its_results_says_so(nodes: Nodes, tmp_path: Path) -> None:

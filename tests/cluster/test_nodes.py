@@ -30,7 +30,7 @@ from raypp.cli import main
 from raypp.serve.auth import add_token
 from raypp.serve.haproxy import settings
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.network_namespace]
 
 NUM_NODES = 3  # a head without work, as in a cluster's usual configuration, and two with a replica each
 SUBNET = "10.213.57"  # of the bridge between them

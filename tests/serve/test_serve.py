@@ -387,6 +387,7 @@ def test_too_many_requests_are_told_to_come_back(service: Service) -> None:
         assert len(client.classify(images(2))) == 2
 
 
+@pytest.mark.browser
 def test_the_demo_shows_what_is_sent_and_what_attackers_see(service: Service, cluster: Cluster, tmp_path: Path) -> None:
     """Clicked through in a browser; the page asks nobody but this machine."""
     from raypp.images import write_png
@@ -648,8 +649,15 @@ def test_the_four_commands_of_a_fresh_clone(checkout: Checkout, tmp_path: Path) 
     write_png(tmp_path / "image.png", images(1)[0])
     url = f"http://127.0.0.1:{port}"
 
-    checkout.run("raypp", "quickstart")
-    (run,) = {path.resolve() for path in (checkout.root / "runs").iterdir()}
+    output = checkout.run("raypp", "quickstart")
+    assert "protected, 8 bit" in output
+    assert "\nNext\n" in output
+    (run,) = {path.resolve() for path in (checkout.root / "runs").iterdir()}  # `latest` is a link to it
+    assert (run / "bundle" / "public" / "protection.safetensors").exists()
+    assert (run / "protected.png").exists()
+    assert set(json.loads((run / "attack" / "scorecard.json").read_text())["attacks"]) == {
+        "feature_reconstruction", "inverse", "known_gallery",
+    }  # fmt: skip
     start = ["ray", "start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}",
              f"--dashboard-agent-listen-port={free_port()}"]  # fmt: skip
     head = subprocess.Popen(
