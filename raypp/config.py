@@ -436,9 +436,13 @@ def parse_flags(flags: Sequence[str], roots: Iterable[str] | None = None) -> dic
 
     Args:
         roots: what a key may begin with; by default a section of the configuration.
+
+    Raises:
+        ConfigError: a flag is not understood, or a setting is given twice.
     """
     known = list(Config.model_fields if roots is None else roots)
     tree: dict[str, Any] = {}
+    settings: dict[tuple[str, ...], Any] = {}
     rest = list(flags)
     while rest:
         flag = rest.pop(0)
@@ -459,8 +463,28 @@ def parse_flags(flags: Sequence[str], roots: Iterable[str] | None = None) -> dic
             value = _value(text)
         except DocumentError as error:
             raise ConfigError(f"--{key} is {text!r}: {error}") from error
+        _add_settings(settings, tuple(parts), value)
         tree = _merge(tree, nest(parts, value), scale=False)  # all flags are stated together
     return tree
+
+
+def _add_settings(settings: dict[tuple[str, ...], Any], path: tuple[str, ...], value: Any) -> None:
+    """Add what a flag sets to what others set, by paths of keys; raises ConfigError for a setting that is there."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            _add_settings(settings, (*path, *key.split(".")), part)
+        return
+    for earlier, earlier_value in settings.items():
+        (outer, name), (inner, _) = sorted([(earlier, earlier_value), (path, value)], key=lambda pair: len(pair[0]))
+        if inner[: len(outer)] != outer:
+            continue
+        # A bare name stands for {name: ...}, whose other keys may be given by themselves; null leaves a section out.
+        if inner != outer and isinstance(name, str | None) and inner[len(outer)] != "name":
+            continue
+        raise ConfigError(
+            f"{'.'.join(inner)} is given twice, first as {earlier_value}, then as {value}; allowed is once"
+        )
+    settings[path] = value
 
 
 def _value(text: str) -> Any:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -104,6 +104,12 @@ def tiny_flags(storage: Path, **changes: object) -> list[str]:
         settings = {key: value for key, value in settings.items() if not key.startswith("protection.")}
     pairs = [(f"--{key}", value) for key, value in settings.items()]
     return [word for pair in pairs for word in pair] + ["--cluster.storage", str(storage)]
+
+
+def override(flags: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Flags with their values, those of ``others`` in place of those of the same setting: a flag is given once."""
+    pairs = dict(zip(flags[::2], flags[1::2], strict=True)) | dict(zip(others[::2], others[1::2], strict=True))
+    return [word for pair in pairs.items() for word in pair]
 
 
 @pytest.fixture

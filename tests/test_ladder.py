@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CPU, Trained
+from conftest import CPU, Trained, override
 from PIL import Image
 
 from raypp import ladder
@@ -306,7 +306,7 @@ def test_any_function_can_be_attacked(tmp_path: Path) -> None:
 
 
 def test_a_judge_that_cannot_be_trained_is_said_so(tmp_path: Path) -> None:
-    settings = [*IMAGES, "--data.num_val", "60"]
+    settings = override(IMAGES, ["--data.num_val", "60"])
     suite = SUITE | {"attacks": {"feature_reconstruction": {}}, "judge_epochs": 1}
     card = attack(of_function(tmp_path, suite=suite, flags=settings))
     assert "cannot set 60 of 60 images aside" in card["judge_note"]
