@@ -279,6 +279,17 @@ def test_a_mistake_is_one_sentence(kind: str) -> None:
     assert "\n" not in sentence
 
 
+def test_a_key_of_another_method_names_that_method() -> None:
+    for flag, owners in (
+        ("features.fallback", "features is 'plain_classifier', and only 'vgg16' has that key"),
+        ("data.source.path", "data.source is 'shapes', and only 'parquet' or 'folder' has that key"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^unknown key '{flag}'; allowed there: name.*; {owners}$"):
+            load_config("quickstart", flags=[f"--{flag}", "x"])
+    with pytest.raises(ConfigError, match=r"allowed there: name$"):
+        load_config("quickstart", flags=["--features.nothing", "x"])
+
+
 def test_the_weights_option_names_itself() -> None:
     sentence = refusal("--features.weights", "[5]", preset="cifar10")
     assert sentence == "features.weights is [5]: input should be a valid string"
