@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from subprocess import PIPE
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import Trained, tiny_flags, wait_until
@@ -406,6 +408,19 @@ def test_data_check_reports_what_is_unreadable_with_exit_code_1(capsys: Captured
     assert err == ""
     assert f"{bad} is not an image" in out
     assert not CONTROL.search(out)
+
+
+def test_data_check_names_what_is_not_read_and_refuses_an_empty_split(capsys: Captured, tmp_path: Path) -> None:
+    run(capsys, "data", "convert", "shapes", "set", "--num_train", 30, "--num_test", 10, "--image-size", 16, 16)
+    test = tmp_path / "set" / "test-00000-of-00001.parquet"
+    shutil.copy(test, tmp_path / "set" / "part-0.parquet")
+    out, _ = run(capsys, "data", "check", "parquet", "--path", "set")
+    assert f"not read, since they belong to no split that is used: {tmp_path / 'set' / 'part-0.parquet'}" in out
+    pq.write_table(pq.read_table(test)[:0], test)
+    with pytest.raises(SystemExit) as raised:
+        main(["data", "check", "parquet", "--path", "set"])
+    assert raised.value.code == 1
+    assert "the test split has no images; allowed are images of two classes or more" in capsys.readouterr().out
 
 
 def test_train_evaluate_protect(capsys: Captured, tmp_path: Path, trained: Trained) -> None:

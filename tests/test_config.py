@@ -471,3 +471,15 @@ def test_yaml_round_trip(
 )  # fmt: skip
 def test_numbers_are_read_as_people_write_them(text: str, value: object) -> None:
     assert load_yaml(f"a: {text}\n") == {"a": value}
+
+
+def test_a_number_with_zeros_before_it_is_decimal_in_a_file_and_in_a_flag(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("seed: 010\n")
+    assert (
+        load_config("quickstart", tmp_path / "a.yaml").seed
+        == load_config("quickstart", None, ["--seed", "010"]).seed
+        == 10
+    )
+    (tmp_path / "b.yaml").write_text("seed: 1:30\n")
+    with pytest.raises(ConfigError, match=r"seed is '1:30'"):
+        load_config("quickstart", tmp_path / "b.yaml")

@@ -24,7 +24,8 @@ class Folder(Source):
 
     They may also be called ``training``, and ``testing``, ``val``, ``valid`` or ``validation``, in any case. Class
     folders without a train folder above them are split into train and test by ``test_fraction``. Hidden files and files
-    that are no images are passed over; an image outside a class folder is refused.
+    that are no images are passed over; an image outside a class folder is refused, and so are class folders that hold
+    splits, or class folders of the same names.
     """
 
     class Options(registry.Options):
