@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -193,7 +194,8 @@ def _check_splits(root: Path, folders: list[Path]) -> None:
     """Raise DataError if class folders hold split folders: images for testing would be trained on."""
     above = root.parent if root.name.lower() in TRAIN_NAMES else root
     for folder in folders:
-        inside = [entry for entry in folder.iterdir() if _is_folder(entry)]
+        with os.scandir(folder) as entries:  # which knows folders without looking each file up
+            inside = [path for entry in entries if entry.is_dir() and _is_folder(path := Path(entry.path))]
         names = {entry.name.lower() for entry in inside if any(map(is_image, walk(entry)))}
         splits = names & {*TRAIN_NAMES, *TEST_NAMES}
         both = splits & set(TRAIN_NAMES) and splits & set(TEST_NAMES)
