@@ -816,6 +816,10 @@ def check(source: str, /, *options: Settings, image_size: tuple[int, int] | None
         if lacking := [label for label, num in part.counts.items() if not num]:
             sentence = f"classes without images in {split}: {', '.join(lacking)}"
             console.print(sentence, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    if report.unused:
+        more = f" and {len(report.unused) - 20} more" if len(report.unused) > 20 else ""
+        sentence = f"not read, since they belong to no split that is used: {', '.join(report.unused[:20])}{more}"
+        console.print(sentence, style="yellow", highlight=False, markup=False, soft_wrap=True)
     for part in (report.train, report.test):
         for sentence in (*part.unreadable, *([part.problem] if part.problem else [])):
             console.print(sentence, style="red", highlight=False, markup=False, soft_wrap=True)

@@ -34,6 +34,8 @@ from raypp.nets import ADAPTATIONS, BLOCK, CLASSIFIERS, FEATURES
 from raypp.protections import PROTECTIONS
 from raypp.registry import Location, Options, Registry, did_you_mean
 
+REGISTRIES = {"source": SOURCES, "protection": PROTECTIONS, "classifier": CLASSIFIERS, "features": FEATURES}
+"""Methods by the section that names one."""
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Side = Annotated[int, Field(ge=1)]
 
@@ -436,9 +438,13 @@ def parse_flags(flags: Sequence[str], roots: Iterable[str] | None = None) -> dic
 
     Args:
         roots: what a key may begin with; by default a section of the configuration.
+
+    Raises:
+        ConfigError: a flag is not understood, or a setting is given twice.
     """
     known = list(Config.model_fields if roots is None else roots)
     tree: dict[str, Any] = {}
+    settings: dict[tuple[str, ...], Any] = {}
     rest = list(flags)
     while rest:
         flag = rest.pop(0)
@@ -459,8 +465,28 @@ def parse_flags(flags: Sequence[str], roots: Iterable[str] | None = None) -> dic
             value = _value(text)
         except DocumentError as error:
             raise ConfigError(f"--{key} is {text!r}: {error}") from error
+        _add_settings(settings, tuple(parts), value)
         tree = _merge(tree, nest(parts, value), scale=False)  # all flags are stated together
     return tree
+
+
+def _add_settings(settings: dict[tuple[str, ...], Any], path: tuple[str, ...], value: Any) -> None:
+    """Add what a flag sets to what others set, by paths of keys; raises ConfigError for a setting that is there."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            _add_settings(settings, (*path, *key.split(".")), part)
+        return
+    for earlier, earlier_value in settings.items():
+        (outer, name), (inner, _) = sorted([(earlier, earlier_value), (path, value)], key=lambda pair: len(pair[0]))
+        if inner[: len(outer)] != outer:
+            continue
+        # A bare name stands for {name: ...}, whose other keys may be given by themselves; null leaves a section out.
+        if inner != outer and isinstance(name, str | None) and inner[len(outer)] != "name":
+            continue
+        raise ConfigError(
+            f"{'.'.join(inner)} is given twice, first as {earlier_value}, then as {value}; allowed is once"
+        )
+    settings[path] = value
 
 
 def _value(text: str) -> Any:
@@ -504,7 +530,7 @@ def sentence(
         siblings = _allowed_keys(loc[:-1], tree, root or Config)
         close = difflib.get_close_matches(loc[-1], siblings, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-        return f"unknown key {key!r}{hint}; allowed there: {', '.join(siblings)}"
+        return f"unknown key {key!r}{hint}; allowed there: {', '.join(siblings)}{_owners(loc, tree)}"
     if first["type"] == "missing":
         return f"{key} is missing; it has no default"
     reason = first["msg"].removeprefix("Value error, ")
@@ -513,6 +539,20 @@ def sentence(
     value = first["input"]
     shown = value if isinstance(value, str) and re.fullmatch(r"[-+.\d][-+.\deE]*", value) else repr(value)
     return f"{key} is {shown}: {reason[0].lower()}{reason[1:]}"
+
+
+def _owners(loc: list[str], tree: dict[str, Any]) -> str:
+    """Which methods have a key that the chosen one lacks; an empty string if none has it."""
+    *above, key = loc
+    registry = REGISTRIES.get(above[-1]) if above else None
+    owners = [name for name in registry or () if registry and key in registry.options(name).model_fields]
+    if not owners:
+        return ""
+    node: Any = tree
+    for part in above:
+        node = node.get(part, {}) if isinstance(node, dict) else {}
+    name = node.get("name") if isinstance(node, dict) else node
+    return f"; {'.'.join(above)} is {name!r}, and only {' or '.join(map(repr, owners))} has that key"
 
 
 def _allowed_keys(loc: list[str], tree: dict[str, Any], model: type[BaseModel]) -> list[str]:
@@ -524,8 +564,7 @@ def _allowed_keys(loc: list[str], tree: dict[str, Any], model: type[BaseModel]) 
         choices = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
         name = node.get("name") if isinstance(node, dict) else None
         if Options in choices:
-            registry = {"source": SOURCES, "protection": PROTECTIONS, "classifier": CLASSIFIERS, "features": FEATURES}
-            model = registry[part].options(str(name))
+            model = REGISTRIES[part].options(str(name))
         else:
             named = [m for m in choices if "name" in m.model_fields and m.model_fields["name"].default == name]
             model = (named or choices)[0]

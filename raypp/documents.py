@@ -31,7 +31,8 @@ class DocumentError(ValueError):
 class _Loader(yaml.SafeLoader):
     """Safe, and without dates: no setting is one, and a folder may be called 2024-01-05.
 
-    Nor does it read 010 as eight or 1:30 as ninety, as YAML 1.1 has it: they are text.
+    Nor does it read 010 as eight or 1:30 as ninety, as YAML 1.1 has it. They stay text: a setting that is a number
+    reads 010 as ten, as in a flag, and refuses 1:30.
     """
 
 

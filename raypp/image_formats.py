@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TRANSPARENCY = b"tRNS"
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
-GREY, RGB = 0, 2  # PNG's numbers of color types
-CHANNELS = {GREY: 1, RGB: 3}
+GREY, RGB, PALETTE = 0, 2, 3  # PNG's numbers of color types
+CHANNELS = {GREY: 1, RGB: 3, PALETTE: 1, 4: 2, 6: 4}
+ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+"""First row and column, and steps between rows and between columns, of each pass of an interlaced PNG."""
 # Pillow refuses image data that ends early, but not data that lacks only its checksum. Bytes that follow are then taken
 # for the checksum, which is wrong; image data that is complete ends before them.
 PNG_SENTINEL = hashlib.sha512(b"not image data").digest()
@@ -26,14 +28,32 @@ TEXT_BYTES = 2**16  # of a text that may hold an orientation
 
 TIFF_COMPRESSION, TIFF_DEFLATE = 259, (8, 32946)
 TIFF_PARTS = ((273, 279), (324, 325))  # tags of offsets and lengths, of strips and of tiles
-TIFF_BLOCK = 2**20  # bytes that are unpacked at a time
+BLOCK = 2**20  # bytes that are unpacked at a time
 EXIF, XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 JFIF = b"\xff\xe0\x00\x10JFIF\0\x01\x01\0\0\x01\0\x01\0\0"
 SOI, EOI, SOS, DRI, COM, ADOBE = 0xD8, 0xD9, 0xDA, 0xDD, 0xFE, 0xEE
+ADOBE_BYTES = 12  # of Adobe's segment, whose last one names the color transform
 # A marker within a scan's data; 00 stands for a byte FF of the data, and FF may be repeated before a marker.
 JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff])")
 XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:\s*=\s*[\"']|>)\s*([1-8])")
 PPM = re.compile(rb"P[1-6]\s+(?:#[^\n]*\n\s*)*\d+\s")
+SVG = re.compile(
+    rb"(?:\xef\xbb\xbf)?(?:\s|<\?[^>]*>|<!--(?:(?!-->).)*-->)*<(?:!DOCTYPE\s+svg|(?:svg:)?svg)[\s>]",
+    re.DOTALL | re.IGNORECASE,
+)
+EPS = re.compile(rb"%!PS-Adobe-[\d.]+ EPSF|\xc5\xd0\xd3\xc6")
+START_BYTES = 1024  # of a file, by which its format is told
+
+UNREAD_FAMILIES = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"avif", b"avis", b"mif1", b"msf1", b"crx ")
+# fmt: off
+UNREAD_STARTS = (
+    b"\xff\x0a", b"\xff\x4f\xff\x51", b"II\xbc",  # JPEG XL and JPEG 2000 without a container, JPEG XR
+    b"8BPS", b"\0\0\1\0", b"icns", b"gimp xcf", b"DDS ", b"\n\5\1\x08", b"BPG\xfb", b"FLIF", b"qoif",
+    b"PF\n", b"Pf\n", b"PF\r\n", b"Pf\r\n", b"P7\n", b"\x8aMNG", b"\x8bJNG", b"/* XPM */", b"AT&TFORM",
+    b"\x76\x2f\x31\x01", b"#?RADIANCE", b"#?RGBE", b"SIMPLE  =", b"\x93NUMPY",
+    b"II*\0\x10\0\0\0CR", b"IIU\0", b"IIRO", b"IIRS", b"MMOR", b"FUJIFILM",  # of cameras
+)
+# fmt: on
 
 
 class DamagedError(Exception):
@@ -48,12 +68,16 @@ class Essence(NamedTuple):
         orientation: EXIF's, 1 to 8.
         key: the PNG color that is transparent: one number of grey or three of RGB, as they stand in the file.
         bits: of a PNG's samples.
+        packed: a PNG's image data, compressed.
+        num_bytes: what they must unpack to at least.
     """
 
     data: bytes
     orientation: int = 1
     key: tuple[int, ...] | None = None
     bits: int = 8
+    packed: bytes = b""
+    num_bytes: int = 0
 
 
 def kind_of(data: bytes) -> str | None:
@@ -76,12 +100,14 @@ def kind_of(data: bytes) -> str | None:
 
 
 def is_unread(data: bytes) -> bool:
-    """Whether the first bytes (32 suffice) declare an image in a format that is not read here: HEIC, AVIF, JXL, ..."""
-    families = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"avif", b"avis", b"mif1", b"msf1", b"crx ")
+    """Whether the first START_BYTES declare an image in a format that is not read here: HEIC, AVIF, JXL, SVG, ..."""
     return (
-        (data[4:8] == b"ftyp" and data[8:12] in families)
+        data.startswith(UNREAD_STARTS)
+        or (data[4:8] == b"ftyp" and data[8:12] in UNREAD_FAMILIES)
         or data[4:8] in (b"jP  ", b"JXL ")
-        or data[:4] in (b"8BPS", b"\0\0\1\0")
+        or data[128:132] == b"DICM"
+        or SVG.match(data) is not None
+        or EPS.match(data) is not None
     )
 
 
@@ -98,6 +124,33 @@ def essence(data: bytes, kind: str) -> Essence:
     return Essence(data)
 
 
+def check_png(essential: Essence) -> None:
+    """Check that a PNG's image data unpack to all of its pixels; raises DamagedError.
+
+    Pillow takes data that end soundly but early for black pixels.
+    """
+    inflator, packed, missing = zlib.decompressobj(), essential.packed, essential.num_bytes
+    try:
+        while missing > 0 and not inflator.eof:
+            values = inflator.decompress(packed, min(missing, BLOCK))
+            if not values and not inflator.unconsumed_tail:
+                break
+            packed, missing = inflator.unconsumed_tail, missing - len(values)
+    except zlib.error as error:
+        raise DamagedError("its image data or their checksum is wrong") from error
+    if missing > 0:
+        raise DamagedError("its image data ends early")
+
+
+def _png_bytes(width: int, height: int, bits: int, interlaced: bool) -> int:
+    """What a PNG's image data unpack to; ``bits`` are those of a pixel. Each row begins with its filter's number."""
+    num = 0
+    for top, left, down, right in ADAM7 if interlaced else ((0, 0, 1, 1),):
+        rows, columns = -(-(height - top) // down), -(-(width - left) // right)
+        num += rows * (1 + -(-columns * bits // 8)) if rows > 0 and columns > 0 else 0
+    return num
+
+
 def check_tiff(data: bytes, tags: Mapping[int, Any]) -> None:
     """Check the zlib checksums of a TIFF's first picture, where it is compressed so; raises DamagedError.
 
@@ -111,7 +164,7 @@ def check_tiff(data: bytes, tags: Mapping[int, Any]) -> None:
             inflator, packed = zlib.decompressobj(), data[start : start + length]
             try:
                 while packed and not inflator.eof:
-                    inflator.decompress(packed, TIFF_BLOCK)
+                    inflator.decompress(packed, BLOCK)
                     packed = inflator.unconsumed_tail
             except zlib.error as error:
                 raise DamagedError("its image data or their checksum is wrong") from error
@@ -145,7 +198,7 @@ def exif_orientation(exif: bytes) -> int | None:
 def _png(data: bytes) -> Essence:
     header: tuple[int, ...] | None = None
     kept, texts, packed = [PNG_SIGNATURE], [], []
-    transparency = b""
+    transparency, palette = b"", False
     orientation: int | None = None
     for kind, content, chunk, sound in _png_chunks(data):
         critical = not kind[0] & 0x20
@@ -160,13 +213,20 @@ def _png(data: bytes) -> Essence:
         if kind == PNG_TRANSPARENCY and header[3] in (GREY, RGB):
             transparency = content
         elif kind == b"IDAT":
+            if header[3] == PALETTE and not palette:
+                raise DamagedError("it has no palette before its image data")
             packed.append(content)
         elif kind == b"IEND":
-            packed.append(PNG_SENTINEL)
-            image_data = b"".join(packed)
+            image_data = b"".join([*packed, PNG_SENTINEL])
             # Pillow does not look at this checksum, and those of the file are right.
             kept += [len(image_data).to_bytes(4, "big"), b"IDAT", image_data, bytes(4), chunk]
         elif critical or kind == PNG_TRANSPARENCY:
+            if kind == b"PLTE":
+                palette = True
+                if header[3] == PALETTE and (not content or len(content) % 3 or len(content) > 3 * 256):
+                    raise DamagedError(
+                        f"its palette has {len(content)} bytes, allowed are 3 for each of 1 to 256 colors"
+                    )
             kept.append(chunk)
         elif kind == b"eXIf" and sound:
             orientation = orientation or exif_orientation(content)
@@ -180,7 +240,8 @@ def _png(data: bytes) -> Essence:
         key = tuple(
             value & (2 ** header[2] - 1) for value in struct.unpack(f">{len(transparency) // 2}H", transparency)
         )
-    return Essence(b"".join(kept), orientation or 1, key, header[2])
+    num_bytes = _png_bytes(header[0], header[1], header[2] * CHANNELS.get(header[3], 0), bool(header[6]))
+    return Essence(b"".join(kept), orientation or 1, key, header[2], b"".join(packed), num_bytes)
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bytes, bool]]:
@@ -243,7 +304,7 @@ def _jpeg(data: bytes) -> Essence:
         elif marker == 0xE1:
             exif = content if exif is None and content.startswith(EXIF) else exif
             xmp = content if xmp is None and content.startswith(XMP) else xmp
-        elif not (0xE2 <= marker <= 0xEF or marker == COM) or (marker == ADOBE and content.startswith(b"Adobe")):
+        elif not (0xE2 <= marker <= 0xEF or marker == COM) or (marker == ADOBE and _is_adobe(content)):
             kept.append(b"\xff" + match[1] + data[at:end])
         at = end
         if marker == DRI and len(content) == 2:
@@ -258,6 +319,10 @@ def _jpeg(data: bytes) -> Essence:
     if orientation is None and xmp:
         orientation = _xmp_orientation(xmp)
     return Essence(b"".join([*kept, b"\xff\xd9"]), orientation or 1)
+
+
+def _is_adobe(content: bytes) -> bool:
+    return content.startswith(b"Adobe") and len(content) >= ADOBE_BYTES
 
 
 def _end_of_scan(data: bytes, start: int, interval: int) -> int:

@@ -19,7 +19,17 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps, UnidentifiedImageError
 
 from raypp.errors import DataError, StorageError
-from raypp.image_formats import DamagedError, Essence, check_tiff, essence, exif_orientation, is_unread, kind_of
+from raypp.image_formats import (
+    START_BYTES,
+    DamagedError,
+    Essence,
+    check_png,
+    check_tiff,
+    essence,
+    exif_orientation,
+    is_unread,
+    kind_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +56,10 @@ TURNS = {
 
 JOINERS = "\u200c\u200d"
 UNREAD = frozenset(
-    ".heic .heics .heif .avif .avifs .jp2 .j2k .jpx .jxl .jxr .svg .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf "  # noqa: SIM905
-    ".psd .xcf .tga .exr .hdr .ico .icns .pcx .dds .pam".split()
+    ".heic .heics .heif .hif .avif .avifs .jp2 .j2k .j2c .jpc .jpf .jpm .jpx .jph .jhc .jls .jxl .jxr .wdp .svg .svgz "  # noqa: SIM905
+    ".eps .epsf .epsi .emf .wmf .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef .srw .x3f .erf .kdc .mrw .3fr .iiq "
+    ".psd .psb .xcf .tga .exr .hdr .ico .cur .icns .pcx .dds .pam .pfm .phm .qoi .bpg .flif .mng .jng .xbm .xpm .wbmp "
+    ".ras .sgi .pict .djvu .dcm .dicom .fits .fit .fts .npy .npz".split()
 )
 """Suffixes of images that are not read here: passing them over in silence would lose data."""
 
@@ -101,6 +113,8 @@ def decode(
             )
         if kind == "TIFF":
             check_tiff(data, image.tag_v2)  # type: ignore[attr-defined]
+        elif kind == "PNG":
+            check_png(essential)
         image.load()
         flat = _upright(_flatten(image, name, essential), _orientation(image, kind, essential))
         pixels = np.array(flat.convert("L" if channels == 1 else "RGB"))
@@ -113,7 +127,7 @@ def decode(
     except UnidentifiedImageError as error:
         raise DataError(f"{name} is a damaged {kind} image: its header cannot be read") from error
     except Exception as error:  # on damaged bytes Pillow's decoders raise a dozen types, KeyError among them
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or "its data cannot be decoded"
         raise DataError(f"{name} is a damaged {kind} image: {reason}") from error
     pixels = pixels.reshape(*pixels.shape[:2], channels)
     return pixels if size is None else fit(pixels, size)
@@ -274,8 +288,8 @@ def find_images(path: Path) -> list[Path]:
     """Return the image files below ``path``, sorted; a file gives itself.
 
     Links to files and folders are followed, except to a folder that holds the link. A file is an image by its suffix,
-    or by its first bytes where the suffix says nothing. Hidden files and folders, and those of ``IGNORED_FOLDERS``, are
-    passed over.
+    or by its first bytes where the suffix says nothing. Where images have no suffix, an empty file without one is an
+    image too, a damaged one. Hidden files and folders, and those of ``IGNORED_FOLDERS``, are passed over.
 
     Raises:
         DataError: ``path`` does not exist, no file below it is an image, one is of a format that is not read here, or
@@ -285,7 +299,14 @@ def find_images(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise DataError(f"{printable(path)} does not exist")
-    files = sorted(file for file in walk(path) if is_image(file))
+    files, empty = [], []
+    for file in walk(path):
+        if is_image(file):
+            files.append(file)
+        elif not file.suffix and file.is_file() and not file.stat().st_size:
+            empty.append(file)
+    bare = {file.parent for file in files if not file.suffix}
+    files = sorted(files + [file for file in empty if file.parent in bare])
     if not files:
         raise DataError(f"{printable(path)} holds no image, that is no file ending in {', '.join(sorted(SUFFIXES))}")
     return files
@@ -351,7 +372,7 @@ def is_image(file: Path) -> bool:
         return True
     try:
         with file.open("rb") as opened:
-            start = opened.read(64)
+            start = opened.read(START_BYTES)
     except OSError as error:
         raise DataError(f"{printable(file)} cannot be read: {error.strerror}") from error
     if is_unread(start):

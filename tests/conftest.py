@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing.context import ForkServerContext
@@ -63,11 +63,9 @@ Tiny = Callable[..., "Config"]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have tests that use the same Ray, and those of a file, which share what it builds, run in the same process."""
-    for item in items:
-        file, _, _ = item.nodeid.partition("::")
-        group = "cluster" if "cluster" in getattr(item, "fixturenames", ()) else file
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Begin with the files that use Ray: they take longest, so that all processes end at about the same time."""
+    with_ray = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: item.path not in with_ray)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -111,6 +109,12 @@ def tiny_flags(storage: Path, **changes: object) -> list[str]:
         settings = {key: value for key, value in settings.items() if not key.startswith("protection.")}
     pairs = [(f"--{key}", value) for key, value in settings.items()]
     return [word for pair in pairs for word in pair] + ["--cluster.storage", str(storage)]
+
+
+def override(flags: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Flags with their values, those of ``others`` in place of those of the same setting: a flag is given once."""
+    pairs = dict(zip(flags[::2], flags[1::2], strict=True)) | dict(zip(others[::2], others[1::2], strict=True))
+    return [word for pair in pairs.items() for word in pair]
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from subprocess import PIPE
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import Trained, tiny_flags, wait_until
@@ -152,6 +154,11 @@ MISTAKES = {
     "misspelt switch": ("train quickstart --locla", "--locla"),
     "wrong value": ("config cifar10 --train.alpha much", "train.alpha is 'much': input should be a valid number"),
     "missing value": ("config cifar10 --train.alpha", "--train.alpha needs a value, as in --train.alpha VALUE"),
+    "flag twice": ("config cifar10 --train.alpha 0.1 --train.alpha 0.2", "train.alpha is given twice, first as 0.1"),
+    "option of a source twice": ("data check shapes --num_train 3 --num-train 3", "num_train is given twice, first"),
+    "an attack's flag twice": ("attack none --num_queries 3 --num_queries=4", "num_queries is given twice"),
+    "a table's flag twice": ("table1 --local --train.epochs 1 --train.epochs 2", "train.epochs is given twice"),
+    "a search's flag twice": ("tune quickstart --search.num_trials 1 --search.num_trials 2", "is given twice"),
     "stray word": ("config cifar10 alpha 3", "unexpected argument 'alpha'; a setting is written --section.key VALUE"),
     "no file": ("config cifar10 --config none.yaml", "config file 'none.yaml' cannot be read: No such file"),
     "no preset among settings": ("train --train.alpha 1", "no preset is given; `raypp config` lists them"),
@@ -310,9 +317,10 @@ def test_data_that_a_run_cannot_use_is_bad_input(capsys: Captured, tmp_path: Pat
 
 
 def test_a_loss_that_diverges_is_a_failure_at_run_time(capsys: Captured, tmp_path: Path) -> None:
-    flags = tiny_flags(tmp_path / "runs", train__mode="plain", protection="plain", train__optimizer__lr="1e30")
+    changes = {"train__schedule": "constant", "train__optimizer__lr": "1e30"}
+    flags = tiny_flags(tmp_path / "runs", train__mode="plain", protection="plain", **changes)
     with pytest.raises(SystemExit) as stopped:
-        main(["train", "quickstart", "--local", "--train.schedule", "constant", *flags])
+        main(["train", "quickstart", "--local", *flags])
     assert stopped.value.code == 1
     assert "the loss is not a finite number" in capsys.readouterr().err
 
@@ -402,6 +410,19 @@ def test_data_check_reports_what_is_unreadable_with_exit_code_1(capsys: Captured
     assert err == ""
     assert f"{bad} is not an image" in out
     assert not CONTROL.search(out)
+
+
+def test_data_check_names_what_is_not_read_and_refuses_an_empty_split(capsys: Captured, tmp_path: Path) -> None:
+    run(capsys, "data", "convert", "shapes", "set", "--num_train", 30, "--num_test", 10, "--image-size", 16, 16)
+    test = tmp_path / "set" / "test-00000-of-00001.parquet"
+    shutil.copy(test, tmp_path / "set" / "part-0.parquet")
+    out, _ = run(capsys, "data", "check", "parquet", "--path", "set")
+    assert f"not read, since they belong to no split that is used: {tmp_path / 'set' / 'part-0.parquet'}" in out
+    pq.write_table(pq.read_table(test)[:0], test)
+    with pytest.raises(SystemExit) as raised:
+        main(["data", "check", "parquet", "--path", "set"])
+    assert raised.value.code == 1
+    assert "the test split has no images; allowed are images of two classes or more" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -335,10 +335,7 @@ TURNED = (0x112, 3, 1, struct.pack("<HH", 6, 0))
 @pytest.mark.parametrize("interlaced", [False, True])
 def test_png_with_a_wrong_checksum_is_damaged_where_it_decides_on_the_picture(interlaced: bool) -> None:
     pixels = noise(16, 16)
-    rows = rows_of(pixels)
-    if interlaced:  # seven passes of the pixels
-        passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-        rows = b"".join(rows_of(pixels[y::dy, x::dx]) for x, y, dx, dy in passes)
+    rows = passes_of(pixels) if interlaced else rows_of(pixels)
     text = chunk(b"tEXt", b"a\0hello", checksum_error=1)
     whole = png(16, 16, 8, 2, rows, interlaced=int(interlaced))
     assert np.array_equal(images.decode(whole, name="x"), pixels)
@@ -370,6 +367,51 @@ def test_png_whose_packed_data_ends_early_is_damaged(side: int, cut: int) -> Non
     """All pixels are there; what is missing is the checksum of the data, the end of the stream, or both."""
     with pytest.raises(DataError, match="x is a damaged PNG image"):
         images.decode(png(side, side, 8, 2, rows_of(noise(side, side)), cut=cut), name="x")
+
+
+def passes_of(samples: np.ndarray) -> bytes:
+    """The rows of an interlaced PNG: seven passes of the pixels."""
+    passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+    parts = (samples[y::dy, x::dx] for x, y, dx, dy in passes)
+    return b"".join(rows_of(part) for part in parts if part.size)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 2), (9, 7), (64, 8)])
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_png_whose_sound_data_hold_too_few_pixels_is_damaged(height: int, width: int, interlaced: bool) -> None:
+    """Pillow gives black pixels for those that lack."""
+    pixels = noise(height, width)
+    rows = passes_of(pixels) if interlaced else rows_of(pixels)
+    whole = png(width, height, 8, 2, rows, interlaced=int(interlaced))
+    assert np.array_equal(images.decode(whole, name="x"), pixels)
+    for short in (rows[: len(rows) // 2], rows[:-1], b""):
+        with pytest.raises(DataError, match=r"^x is a damaged PNG image: its image data ends early$"):
+            images.decode(png(width, height, 8, 2, short, interlaced=int(interlaced)), name="x")
+
+
+@pytest.mark.parametrize(("color", "channels"), [(0, 1), (2, 3), (3, 1), (4, 2), (6, 4)])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("interlaced", [0, 1])
+def test_a_png_of_any_depth_may_hold_its_pixels_and_no_fewer(
+    color: int, channels: int, bits: int, interlaced: int
+) -> None:
+    if bits not in {0: (1, 2, 4, 8, 16), 3: (1, 2, 4, 8)}.get(color, (8, 16)):
+        return
+    palette = chunk(b"PLTE", bytes(3 * 2**bits)) if color == 3 else b""
+    width = height = 11
+    parts = [(2, 2), (2, 1), (1, 3), (3, 3), (3, 6), (6, 5), (5, 11)] if interlaced else [(11, 11)]  # rows, columns
+    num = sum(rows * (1 + -(-columns * bits * channels // 8)) for rows, columns in parts)
+    whole = png(width, height, bits, color, bytes(num), before=palette, interlaced=interlaced)
+    assert images.decode(whole, name="x").shape == (height, width, 3)
+    with pytest.raises(DataError, match="damaged PNG image: its image data ends early"):
+        images.decode(png(width, height, bits, color, bytes(num - 1), before=palette, interlaced=interlaced), name="x")
+
+
+@pytest.mark.parametrize("colors", [None, 0, 257])
+def test_a_png_without_a_palette_of_its_colors_is_damaged(colors: int | None) -> None:
+    palette = b"" if colors is None else chunk(b"PLTE", bytes(3 * colors))
+    with pytest.raises(DataError, match=r"^x is a damaged PNG image: it(s palette has \d+ bytes,| has no palette) "):
+        images.decode(png(4, 4, 8, 3, rows_of(noise(4, 4, 1)), before=palette), name="x")
 
 
 def test_png_data_behind_the_pixels_is_passed_over() -> None:
@@ -443,6 +485,16 @@ def test_jpeg_that_lacks_a_part_between_restart_markers_is_damaged() -> None:
         images.decode(data[:begin] + data[end:], name="x")
 
 
+def test_an_adobe_segment_that_is_too_short_does_not_matter() -> None:
+    jpeg = encoded(Image.fromarray(noise(16, 16)), "JPEG")
+    jpeg = jpeg[:2] + jpeg[20:]  # without JFIF's segment, which decides alone
+    for content in (b"Adobe\0", b"Adobe\0d\0\0\0\0"):
+        assert np.array_equal(images.decode(with_segment(jpeg, 0xEE, content), name="x"), images.decode(jpeg, name="x"))
+    assert not np.array_equal(  # a whole one counts: it says that the colors are RGB
+        images.decode(with_segment(jpeg, 0xEE, b"Adobe\0d\0\0\0\0\0"), name="x"), images.decode(jpeg, name="x")
+    )
+
+
 def test_first_picture_of_a_camera_file_of_several() -> None:
     pictures = [Image.fromarray(noise(16, 16, seed=seed)) for seed in (0, 1)]
     data = encoded(pictures[0], "MPO", save_all=True, append_images=pictures[1:])
@@ -509,8 +561,8 @@ def test_files_are_images_by_suffix_or_by_content(tmp_path: Path) -> None:
     names = ("a.jpe", "b", "c.png.1", "d.jpg?w=300", "e.PNG", "f.jpg (1)", "g.bak", "h.apng", "i.png.part")
     for name in names:
         (tmp_path / name).write_bytes(jpeg if "j" in name else data)
-    for name in ("Thumbs.db", ".DS_Store", "readme", "labels.csv", "x.png.json", "empty", "notes.txt"):
-        (tmp_path / name).write_bytes(b"" if name == "empty" else b"some text")
+    for name in ("Thumbs.db", ".DS_Store", "readme", "labels.csv", "x.png.json", "notes.txt"):
+        (tmp_path / name).write_bytes(b"some text")
     for folder in ("__MACOSX", "@eaDir", ".cache"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "z.png").write_bytes(data)
@@ -519,12 +571,55 @@ def test_files_are_images_by_suffix_or_by_content(tmp_path: Path) -> None:
     assert found == sorted([*names, "z.png.2"])
 
 
-@pytest.mark.parametrize("start", [b"\0\0\0\x18ftypheic", b"\0\0\0\x1cftypavif", b"\0\0\0\x0cJXL \r\n\x87\n"])
+def test_an_empty_file_without_a_suffix_is_an_image_where_images_have_none(tmp_path: Path) -> None:
+    for name in ("a/IMG_0001", "b/c.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(encoded(Image.fromarray(noise(4, 4))))
+    for name in ("a/IMG_0002", "a/log.txt", "b/placeholder"):
+        (tmp_path / name).touch()
+    found = [file.relative_to(tmp_path).as_posix() for file in images.find_images(tmp_path)]
+    assert found == ["a/IMG_0001", "a/IMG_0002", "b/c.png"]
+
+
+UNREAD_STARTS = {
+    "heic": b"\0\0\0\x18ftypheic",
+    "avif": b"\0\0\0\x1cftypavif",
+    "jxl": b"\0\0\0\x0cJXL \r\n\x87\n",
+    "naked jxl": b"\xff\x0a\xfa\x7f",
+    "naked jpeg 2000": b"\xff\x4f\xff\x51\0\x2f",
+    "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "svg with a declaration": b"\xef\xbb\xbf<?xml version='1.0'?>\n<!-- a drawing -->\n<svg width='1'>",
+    "svg with a document type": b"<?xml version='1.0'?><!DOCTYPE svg PUBLIC '-' [ <!ENTITY a 'b'> ]>",
+    "fits": b"SIMPLE  =                    T",
+    "eps": b"%!PS-Adobe-3.0 EPSF-3.0",
+    "npy": b"\x93NUMPY\1\0",
+    "qoi": b"qoif\0\0\0\1",
+    "pfm": b"PF\n1 1\n-1.0\n",
+    "dicom": bytes(128) + b"DICM",
+    "exr": b"\x76\x2f\x31\x01",
+}
+
+
+@pytest.mark.parametrize("start", UNREAD_STARTS.values(), ids=UNREAD_STARTS)
 def test_an_image_that_is_not_read_here_is_refused_without_a_suffix_too(tmp_path: Path, start: bytes) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
     (tmp_path / "IMG_0001").write_bytes(start + bytes(40))
     with pytest.raises(DataError, match="IMG_0001 is an image in a format that is not read here"):
         images.find_images(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".qoi", ".pfm", ".EPS", ".jpc", ".dcm", ".npy", ".fits", ".svgz", ".heif"])
+def test_an_image_that_is_not_read_here_is_refused_by_its_suffix(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / f"b{suffix}").write_bytes(b"")
+    with pytest.raises(DataError, match=f"b{suffix} is an image in a format that is not read here"):
+        images.find_images(tmp_path)
+
+
+def test_a_page_with_a_drawing_in_it_is_no_image(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "index.html").write_bytes(b"<!DOCTYPE html><html><body><svg width='1'></svg></body></html>")
+    assert [file.name for file in images.find_images(tmp_path)] == ["a.png"]
 
 
 def test_links_are_followed_once_and_loops_are_not(tmp_path: Path) -> None:

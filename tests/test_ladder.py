@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import Trained
+from conftest import Trained, override
 from PIL import Image
 
 from raypp import ladder
@@ -308,7 +308,7 @@ def test_any_function_can_be_attacked(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_judge_that_cannot_be_trained_is_said_so(tmp_path: Path) -> None:
-    settings = [*IMAGES, "--data.num_val", "60"]
+    settings = override(IMAGES, ["--data.num_val", "60"])
     suite = SUITE | {"attacks": {"feature_reconstruction": {}}, "judge_epochs": 1}
     card = attack(of_function(tmp_path, suite=suite, flags=settings))
     assert "cannot set 60 of 60 images aside" in card["judge_note"]
@@ -423,6 +423,27 @@ def test_a_file_is_loaded_as_python_runs_it(tmp_path: Path, kind: str) -> None:
     assert sys.path == path
     assert {k: sys.modules.get(k) for k in known} == known
     assert not list(tmp_path.glob(f"__pycache__/{file.stem}.*")), "no bytecode of it"
+
+
+def test_a_file_has_arguments_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that parses them as it is imported, or as it is called, does not see those of raypp."""
+    arguments = ["raypp", "attack", "--function", "mine.py:protect"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    body = """import argparse
+parser = argparse.ArgumentParser()
+parser.add_argument("--top", type=int, default=255)
+top = parser.parse_args().top
+def protect(images):
+    return parser.parse_args().top - images
+"""
+    images = torch.zeros((1, 3, 8, 8), dtype=torch.uint8)
+    for where in (function(tmp_path, body), "arguments_of_mine:protect"):
+        (tmp_path / "arguments_of_mine.py").write_text(body)
+        assert bool((user_function(where, CPU, str(tmp_path))(images) == 255).all())
+    sys.modules.pop("arguments_of_mine")
+    assert sys.argv is arguments
+    with pytest.raises(ConfigError, match=r"cannot be loaded: SystemExit: \['.*mine\.py'\]"):
+        user_function(function(tmp_path, "import sys\nsys.exit(str(sys.argv))"), CPU)
 
 
 def test_a_file_is_executed_once_for_each_of_its_versions(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import Trained, tiny_flags
+from conftest import Trained, override, tiny_flags
 from PIL import Image
 
 from raypp import search
@@ -25,7 +25,7 @@ from raypp.storage import Storage
 def plan(tmp_path: Path, *flags: str, name: str = "s") -> search.Plan:
     given = [flag for flag in tiny_flags(tmp_path) if flag not in ("--cluster.storage", str(tmp_path))]
     given += ["--search.space.protection.skips", "[0, 1, 2]"]  # of a U-Net of depth 2
-    return make_plan("quickstart", None, [*given, *flags], storage=str(tmp_path), name=name)
+    return make_plan("quickstart", None, override(given, flags), storage=str(tmp_path), name=name)
 
 
 def record(trial: str, accuracy: float, leakage: float, **others: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cifar_files import write_cifar
-from conftest import TINY
+from conftest import TINY, override
 from PIL import Image
 from torchvision import datasets
 
@@ -44,7 +44,7 @@ def grid(tmp_path: Path, chosen: Sequence[str], datasets: Sequence[str] = ("quic
 def run(tmp_path: Path, chosen: Sequence[str], **options: Any) -> list[Result]:
     options = {"seeds": (0,), "run": run_locally, "name": "table", "quiet": True, **options}
     seeds = options.pop("seeds")
-    return table1(["quickstart"], chosen, seeds, (*FLAGS, "--train.epochs", "1"), storage=tmp_path, **options)
+    return table1(["quickstart"], chosen, seeds, override(FLAGS, ["--train.epochs", "1"]), storage=tmp_path, **options)
 
 
 def test_the_papers_rows_hold_the_papers_numbers() -> None:
@@ -221,7 +221,7 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_a_cell_that_diverges_is_a_failure_not_a_crash(tmp_path: Path) -> None:
     results = table1(
-        ["quickstart"], ["plain"], [0], (*FLAGS, "--train.optimizer.lr", "1e12"),
+        ["quickstart"], ["plain"], [0], override(FLAGS, ["--train.optimizer.lr", "1e12"]),
         storage=tmp_path, name="table", quiet=True, run=run_locally,
     )  # fmt: skip
     (sentence,) = results[0].failed

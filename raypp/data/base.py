@@ -123,6 +123,10 @@ class Source(ABC):
     def _read(self, split: Split) -> Iterator[Record]:
         """Yield the images of ``split`` in their fixed order."""
 
+    def unused(self) -> tuple[str, ...]:
+        """Return what lies beside the splits and looks like data, but belongs to none that is read."""
+        return ()
+
     def records(self, split: Split) -> Iterator[Record]:
         """Yield the images of ``split`` one by one, in bounded memory.
 
@@ -145,7 +149,7 @@ class Source(ABC):
         """Read a whole split into memory.
 
         Raises:
-            DataError: for the first image that cannot be used, or if the split has fewer than two classes.
+            DataError: for the first image that cannot be used, or if the split has no image or one class.
         """
         num = self.num_images(split)
         images: Pixels | None = None
@@ -161,15 +165,16 @@ class Source(ABC):
                 images = np.empty((num, *record.image.shape), dtype=np.uint8)
             images[i] = record.image
             labels[i] = record.label
-        if images is None:
-            raise DataError(f"the {split} split of data source {self.options.name!r} has no images")
-        check_labels(labels, split, self.classes)
+        check_labels(labels, split, self.classes if num else ())
+        assert images is not None
         return ImageSet(images, labels, self.classes)
 
 
 def check_labels(labels: npt.ArrayLike, split: Split, classes: tuple[str, ...]) -> None:
-    """Raise DataError if the images of a split have fewer than two classes: nothing can be learned or measured then."""
+    """Raise DataError if a split has no image or one class: nothing can be learned or measured then."""
     present = np.unique(np.asarray(labels))
+    if not len(present):
+        raise DataError(f"the {split} split has no images; allowed are images of two classes or more")
     if len(present) == 1:
         raise DataError(
             f"every image of the {split} split has the class {classes[present[0]]!r}; allowed are two classes or more"

@@ -137,11 +137,12 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Both splits, and how many test images have the pixels of a train image."""
+    """Both splits, how many test images have the pixels of a train image, and what belongs to no split."""
 
     train: SplitReport
     test: SplitReport
     num_shared: int
+    unused: tuple[str, ...] = ()
 
     @property
     def readable(self) -> bool:
@@ -157,7 +158,8 @@ def check(source: Source) -> Report:
     """
     train, in_train = _check_split(source, "train")
     test, in_test = _check_split(source, "test")
-    return Report(train, test, num_shared=sum(num for key, num in in_test.items() if key in in_train))
+    num_shared = sum(num for key, num in in_test.items() if key in in_train)
+    return Report(train, test, num_shared, source.unused())
 
 
 def _check_split(source: Source, split: Split) -> tuple[SplitReport, dict[bytes, int]]:
@@ -181,10 +183,11 @@ def _check_split(source: Source, split: Split) -> tuple[SplitReport, dict[bytes,
         fingerprint.add(record.image)
     classes = source.classes
     problem = None
-    try:
-        check_labels(labels, split, classes)
-    except DataError as error:
-        problem = str(error)
+    if labels or not num_unreadable:  # else each image has its sentence
+        try:
+            check_labels(labels, split, classes)
+        except DataError as error:
+            problem = str(error)
     counts = np.bincount(np.asarray(labels, dtype=np.int64), minlength=len(classes))
     report = SplitReport(
         num_images=len(labels),

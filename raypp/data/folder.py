@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -13,7 +14,7 @@ from pydantic import Field
 from raypp import registry
 from raypp.data.base import Record, Source, Split, check_names, decode_all, stratified_split
 from raypp.errors import DataError
-from raypp.images import find_images, holds, is_ignored, is_image, printable
+from raypp.images import SUFFIXES, find_images, holds, is_ignored, is_image, printable, walk
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")
@@ -24,7 +25,8 @@ class Folder(Source):
 
     They may also be called ``training``, and ``testing``, ``val``, ``valid`` or ``validation``, in any case. Class
     folders without a train folder above them are split into train and test by ``test_fraction``. Hidden files and files
-    that are no images are passed over; an image outside a class folder is refused.
+    that are no images are passed over; an image outside a class folder is refused, and so are class folders that hold
+    splits, or class folders of the same names.
     """
 
     class Options(registry.Options):
@@ -82,6 +84,8 @@ class Folder(Source):
                 f"{printable(root)} has the single class folder {printable(folders[0].name)!r}, allowed are two or "
                 f"more{hint}"
             )
+        _check_splits(root, folders)
+        _check_level(root, folders)
         return check_names(map(_class_name, folders), printable(root))
 
     def files(self, split: Split) -> list[tuple[str, int]]:
@@ -99,6 +103,13 @@ class Folder(Source):
         if (found := self._split_folder(TEST_NAMES)) is not None:
             return found
         raise DataError(f"{self._root} has a train folder and no test folder, allowed is {', '.join(TEST_NAMES)}")
+
+    def unused(self) -> tuple[str, ...]:
+        if self._train_root == self._root:
+            return ()
+        read = (self._train_root, self._test_root)
+        entries = [entry for entry in sorted(self._root.iterdir()) if not is_ignored(entry.name) and entry not in read]
+        return tuple(printable(entry) for entry in entries if entry.is_dir() or entry.suffix.lower() in SUFFIXES)
 
     @cached_property
     def _divided(self) -> dict[Split, list[tuple[str, int]]]:
@@ -134,6 +145,8 @@ class Folder(Source):
             label = self.classes.index(name)
             images = find_images(folder)
             for file, real in zip(images, _real_paths(images), strict=True):
+                if holder.get(real) == folder:
+                    continue  # a link to an image of the same class
                 other = holder.setdefault(real, folder)
                 if other != folder:
                     raise DataError(
@@ -175,6 +188,62 @@ def _class_folders(root: Path) -> list[Path]:
         if first is not folder:
             raise DataError(f"{printable(first)} and {printable(folder)} are the same folder; remove the link")
     return folders
+
+
+def _check_splits(root: Path, folders: list[Path]) -> None:
+    """Raise DataError if class folders hold split folders: images for testing would be trained on."""
+    above = root.parent if root.name.lower() in TRAIN_NAMES else root
+    for folder in folders:
+        with os.scandir(folder) as entries:  # which knows folders without looking each file up
+            inside = [path for entry in entries if entry.is_dir() and _is_folder(path := Path(entry.path))]
+        names = {entry.name.lower() for entry in inside if any(map(is_image, walk(entry)))}
+        splits = names & {*TRAIN_NAMES, *TEST_NAMES}
+        both = splits & set(TRAIN_NAMES) and splits & set(TEST_NAMES)
+        if splits and (splits == names or both):
+            raise DataError(
+                f"{printable(folder)} holds {' and '.join(sorted(splits))}; split folders stand above class folders, "
+                f"as in {printable(above)}/train/{printable(folder.name)}"
+            )
+
+
+def _check_level(root: Path, folders: list[Path]) -> None:
+    """Raise DataError if what look like class folders hold the class folders: the labels would be wrong."""
+    names_of_first: list[str] | None = None
+    for folder in folders:
+        names_inside = _first_names(_image_places(folder))
+        if not names_inside or (names_of_first is not None and names_inside != names_of_first):
+            return
+        names_of_first = names_inside
+    if len(folders) > 1 and names_of_first:
+        raise DataError(
+            f"the folders in {printable(root)} ({_listing([folder.name for folder in folders])}) hold no images but "
+            f"folders of the same names ({_listing(names_of_first)}): is data.source.path one level too high? Allowed "
+            "are class folders that hold images, or folders of different names"
+        )
+
+
+def _image_places(folder: Path) -> list[tuple[str, ...]]:
+    """Below a folder, the sorted paths of those that hold images themselves; only () if it does so itself."""
+    if any(is_image(entry) for entry in folder.iterdir() if not entry.is_dir() and not is_ignored(entry.name)):
+        return [()]
+    places: set[tuple[str, ...]] = set()
+    for file in walk(folder):
+        place = file.relative_to(folder).parts[:-1]
+        if place not in places and is_image(file):
+            places.add(place)
+    return sorted(places)
+
+
+def _first_names(places: list[tuple[str, ...]]) -> list[str]:
+    """The names of the first level at which folders differ."""
+    for names in zip(*places, strict=False):
+        if len(set(names)) > 1:
+            return sorted(set(names))
+    return []
+
+
+def _listing(names: list[str]) -> str:
+    return ", ".join(map(printable, names[:5])) + ", ..." * (len(names) > 5)
 
 
 def _is_folder(entry: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from pydantic import field_validator
 from raypp import registry
 from raypp.data.base import Labels, Record, Source, Split, check_names, decode_all
 from raypp.errors import DataError, first_line
-from raypp.images import printable, walk
+from raypp.images import DOWNLOADED, printable, walk
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
@@ -106,26 +107,42 @@ class Parquet(Source):
 
     @cached_property
     def _files(self) -> dict[str, list[str]]:
-        """Sorted paths by split word: train, test, validation."""
+        """Sorted paths by split word: train, test, validation; those without one under the empty word."""
         filesystem, root = self._location
         with _naming(self.options.path):
             info = filesystem.get_file_info(root)
-            if info.type == pafs.FileType.File:
-                paths = [root]
-            else:
-                paths = sorted(path for path in self._all_files() if path.lower().endswith(SUFFIXES))
+            paths = [root] if info.type == pafs.FileType.File else sorted(self._all_files())
         found: dict[str, list[str]] = {}
+        word_of: dict[str, str] = {}
+        local = isinstance(filesystem, pafs.LocalFileSystem)
         for path in paths:
             parts = self._parts(path)
             if path != root and any(part.startswith((".", "_")) for part in parts):
                 continue
+            if path != root and not path.lower().endswith(SUFFIXES):
+                _refuse_download(path)
+                if any(f"{suffix}." in parts[-1].lower() for suffix in SUFFIXES):
+                    found.setdefault("", []).append(path)
+                continue
             # The last word counts: train/part-0.parquet is train, and so is test-of-time/train-0.parquet. The value in
             # label=test is a class.
-            named = "/".join(part for part in parts if "=" not in part or part.startswith("split="))
-            words = [SPLIT_WORDS[w] for w in re.findall(r"[a-z]+", named.lower()) if w in SPLIT_WORDS]
-            if words:
-                found.setdefault(words[-1], []).append(path)
+            named = "/".join(part.lower() for part in parts if "=" not in part or part.lower().startswith("split="))
+            words = [SPLIT_WORDS[w] for w in re.findall(r"[a-z]+", named) if w in SPLIT_WORDS]
+            word = words[-1] if words else ""
+            real = os.path.realpath(path) if local else path
+            other = word_of.get(real) if word else None
+            if other == word:
+                continue  # a link to a file that is there already
+            if other is not None and "train" in (word, other):
+                raise DataError(f"{printable(path)} is a file of the {other} split too, by a link; remove the link")
+            word_of[real] = word
+            found.setdefault(word, []).append(path)
         return found
+
+    def unused(self) -> tuple[str, ...]:
+        splits = self._files
+        validation = splits.get("validation", []) if "test" in splits else []
+        return tuple(map(printable, sorted(splits.get("", []) + validation)))
 
     def _all_files(self) -> list[str]:
         """Every file below the path; raises DataError for a link that leads nowhere."""
@@ -162,7 +179,9 @@ class Parquet(Source):
         """Return the split's paths within :attr:`filesystem`, sorted; raises DataError if there are none."""
         found = self._files.get(split) or (self._files.get("validation") if split == "test" else None)
         if not found:
-            raise DataError(f"{self.options.path} has no Parquet file with {split!r} in its name")
+            others = [printable(path) for paths in self._files.values() for path in paths]
+            listed = f"; it has {', '.join(others[:5])}{', ...' * (len(others) > 5)}" if others else ""
+            raise DataError(f"{self.options.path} has no Parquet file with {split!r} in its name{listed}")
         return found
 
     @cached_property
@@ -194,6 +213,8 @@ class Parquet(Source):
             if name in names:
                 _refuse_twice(schema, name, path)
                 return name
+        if not names:
+            raise DataError(f"{self.options.path} has no rows in its training files")
         tried = repr(wanted) if wanted else " or ".join(map(repr, usual))
         raise DataError(f"{path} has no column {tried}; set data.source.{field} to one of {', '.join(names)}")
 
@@ -297,7 +318,7 @@ class Parquet(Source):
         if value in ("", NO_VALUE):
             raise DataError(f"{path} row 0: label is null")
         column = self.columns()[1]
-        paths = [path for files in self._files.values() for path in files]
+        paths = [path for word, files in self._files.items() if word for path in files]
         values = [part[column] for path in paths if column in (part := self._partition(path))]
         if all(INTEGER.fullmatch(value) for value in values):
             return pa.chunked_array([pa.repeat(pa.scalar(int(value), pa.int64()), num)])
@@ -311,17 +332,20 @@ class Parquet(Source):
         return total
 
     def groups(self, split: Split) -> Iterator[RowGroup]:
-        """Yield every row group of ``split`` with its labels; raises DataError for a label or column that is wrong."""
+        """Yield the row groups of ``split`` that have rows, with their labels; raises DataError for a label or column
+        that is wrong."""
         column = self.columns()[0]
         for path in self.files(split):
             labels = self.labels(path)
             first = 0
             with self._open(path) as file:
-                if len(labels):
-                    _has(file, column, path)
+                if not len(labels):  # such a file may have no columns either
+                    continue
+                _has(file, column, path)
                 sizes = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
             for index, num in enumerate(sizes):
-                yield RowGroup(path, index, first, labels[first : first + num])
+                if num:
+                    yield RowGroup(path, index, first, labels[first : first + num])
                 first += num
 
     def read(self, group: RowGroup, column: str) -> Iterator[tuple[str, int, bytes | None]]:
@@ -362,6 +386,17 @@ def _naming(path: str) -> Iterator[None]:
     except (OSError, pa.ArrowException) as error:
         reason = first_line(error)
         raise DataError(f"{path} cannot be read as Parquet ({reason})") from error
+
+
+def _refuse_download(path: str) -> None:
+    """Raise DataError for a Parquet file whose download was numbered or kept its query, as in train.parquet.1."""
+    name = path.rpartition("/")[2]
+    match = DOWNLOADED.search(name.lower())
+    if match is not None and match[1] in SUFFIXES:
+        raise DataError(
+            f"{printable(path)} is a download under another name; rename it to {printable(name[: match.end(1)])}, or "
+            "move it away if that file is there"
+        )
 
 
 def _names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:

@@ -49,7 +49,8 @@ def encoded(source: Source, seed: int) -> ray.data.Dataset:  # noqa: ARG001 (its
 def _(source: Parquet, seed: int) -> ray.data.Dataset:
     column = source.columns()[0]
     groups = list(source.groups("train"))  # refuses a wrong label by file and row, before anything starts
-    check_labels(np.concatenate([group.labels for group in groups]), "train", source.classes)
+    labels = np.concatenate([np.empty(0, np.int64), *(group.labels for group in groups)])
+    check_labels(labels, "train", source.classes)
     order = np.random.default_rng(seed).permutation(len(groups))
     items = [group._replace(labels=group.labels.tobytes())._asdict() for group in (groups[i] for i in order)]
 

@@ -41,7 +41,7 @@ def user_function(name: str, device: torch.device, search: str | None = None) ->
         raise ConfigError(f"function {name!r} is not understood; allowed is MODULE:NAME or FILE.py:NAME")
     file = Path(module) if module.endswith(".py") else None
     folder, last = (str(file.parent), _is_taken(file)) if file is not None else (search, False)
-    with _importing_from(folder, last=last):
+    with _as_script(str(file or module), folder, last=last):
         loaded = _import(name, module, file)
         call = _callable(name, loaded, attribute)
     sizes: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -50,7 +50,7 @@ def user_function(name: str, device: torch.device, search: str | None = None) ->
         given = images.permute(0, 2, 3, 1).cpu().numpy().copy()  # a function may work in place
         shape = given.shape
         try:
-            with _importing_from(folder, last=last):
+            with _as_script(str(file or module), folder, last=last):
                 protected = call(given)
         except (Exception, SystemExit) as error:  # whatever a user's function may raise
             raise ConfigError(f"function {name!r} failed: {_reason(error, loaded)}") from error
@@ -149,15 +149,16 @@ def _is_taken(file: Path) -> bool:
 
 
 @contextmanager
-def _importing_from(folder: str | None, *, last: bool) -> Iterator[None]:
-    """Have imports look into a folder first, as they do for a script; ``last`` where the file's own name is taken."""
-    if folder is None:
-        yield
-        return
-    sys.path.insert(len(sys.path) if last else 0, folder)
+def _as_script(name: str, folder: str | None, *, last: bool) -> Iterator[None]:
+    """Give a user's code what Python gives a script: no arguments but its name, and imports that look into a folder
+    first; ``last`` where the file's own name is taken."""
+    arguments, sys.argv = sys.argv, [name]
+    if folder is not None:
+        sys.path.insert(len(sys.path) if last else 0, folder)
     try:
         yield
     finally:
+        sys.argv = arguments
         if folder in sys.path:
             del sys.path[len(sys.path) - 1 - sys.path[::-1].index(folder) if last else sys.path.index(folder)]
 

@@ -13,7 +13,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -353,12 +353,20 @@ def _api(
 
     api = FastAPI(
         title=title, version=raypp.__version__, description=what, docs_url="/docs", redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,  # to an address that the client's Host header names, before its token is looked at
         dependencies=[Depends(allowed), Depends(bearer)],  # the latter so that OpenAPI names it
     )  # fmt: skip
-    api.add_middleware(Around, observe=observe, root="/docs")
+    pages = {"/docs": "text/html", "/openapi.json": "application/json"}
+    api.add_middleware(Around, observe=observe, root="/docs", pages=pages)
     add_problems(api)
     return api
+
+
+def check_bare(request: Request) -> None:
+    """Refuse a request that asks for more than an address by itself; raises RefusedError."""
+    check_headers(request.headers, reads_body=False, tagged=False)
+    check_query((name for name, _ in request.query_params.multi_items()), ())
 
 
 def add_problems(api: FastAPI) -> None:
@@ -366,7 +374,7 @@ def add_problems(api: FastAPI) -> None:
 
     @api.exception_handler(RefusedError)
     async def refused(request: Request, error: RefusedError) -> Response:
-        return problem(request, error.status, error.code, str(error), error.headers, error.more)
+        return _refusal(request, error)
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -398,10 +406,13 @@ class Around:
 
     Args:
         root: where a request of the application's own address is sent on to; None where a route answers it.
+        pages: addresses that FastAPI answers by itself, without the checks of routes, and the type of their content.
     """
 
-    def __init__(self, app: ASGIApp, observe: Observe | None, root: str | None = None) -> None:
-        self.app, self.observe, self.root = app, observe, root
+    def __init__(
+        self, app: ASGIApp, observe: Observe | None, root: str | None = None, pages: Mapping[str, str] | None = None
+    ) -> None:
+        self.app, self.observe, self.root, self.pages = app, observe, root, pages or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -450,11 +461,7 @@ class Around:
             await send(message)
 
         try:
-            if self.root is not None and scope["method"] == "GET" and _is_root(scope):
-                there = Response(status_code=307, headers={"Location": scope.get("root_path", "") + self.root})
-                await there(scope, receive, sending)
-                return
-            await self.app(scope, receive, sending)
+            await (self._own_answer(scope) or self.app)(scope, receive, sending)
         except ClientDisconnect:
             scope["state"]["gone"] = True
         except Exception:  # a defect of ours: the log has the trace, the client a number to ask about
@@ -464,10 +471,25 @@ class Around:
             answer = problem(Request(scope), 500, "defect", "the service failed; its log has the reason")
             await answer(scope, receive, sending)
 
+    def _own_answer(self, scope: Scope) -> Response | None:
+        """The answer to a request that no route is asked for: one that is sent on, or refused."""
+        path = str(scope["path"]).removeprefix(scope.get("root_path", ""))
+        to_root = self.root is not None and path in ("", "/")
+        if scope["method"] != "GET" or not (to_root or path in self.pages):
+            return None
+        request = Request(scope)
+        try:
+            check_bare(request)
+            if path in self.pages:
+                accepted(request.headers.getlist("accept"), (self.pages[path],))
+        except RefusedError as error:
+            return _refusal(request, error)
+        there = f"{scope.get('root_path', '')}{self.root}"
+        return Response(status_code=307, headers={"Location": there}) if to_root else None
 
-def _is_root(scope: Scope) -> bool:
-    """Whether a request is for the application's own address, with or without a slash."""
-    return str(scope["path"]).removeprefix(scope.get("root_path", "")) in ("", "/")
+
+def _refusal(request: Request, error: RefusedError) -> Response:
+    return problem(request, error.status, error.code, str(error), error.headers, error.more)
 
 
 def problem(

@@ -6,13 +6,13 @@ import json
 from collections.abc import Awaitable, Callable, Collection
 from html import escape
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
 import raypp
-from raypp.serve.http import Around, Observe, add_problems
+from raypp.serve.http import Around, Observe, add_problems, check_bare
 from raypp.serve.request_checks import accepted
 from raypp.serve.wire import RefusedError
 
@@ -49,7 +49,7 @@ def index_api(running: Callable[[], Awaitable[Collection[str]]], observe: Observ
     api.add_middleware(Around, observe=observe)
     add_problems(api)
 
-    @api.get("/")
+    @api.get("/", dependencies=[Depends(check_bare)])
     async def index(request: Request) -> Response:
         media_type = accepted(request.headers.getlist("accept"), (JSON, HTML))
         root, names = request.scope.get("root_path", ""), await running()
@@ -64,7 +64,7 @@ def index_api(running: Callable[[], Awaitable[Collection[str]]], observe: Observ
         answer = {"raypp": raypp.__version__, "services": services} | ({"hint": hint} if hint is not None else {})
         return Response(json.dumps(answer), media_type=JSON)
 
-    @api.get(CLASSIFIER)
+    @api.get(CLASSIFIER, dependencies=[Depends(check_bare)])
     async def classifier(request: Request) -> Response:
         return Response(status_code=307, headers={"Location": f"{request.scope.get('root_path', '')}{CLASSIFIER}/docs"})
 

@@ -12,6 +12,8 @@ from raypp.serve.wire import RefusedError
 
 ONCE = ("authorization", "content-type", "content-range", "expect", "raypp-protection")
 """Headers of which two would contradict each other."""
+DIGESTS = ("content-digest", "repr-digest", "digest", "content-md5")
+"""Headers that state what a body hashes to: a client that sends one expects damage on the way to be noticed."""
 MEDIA_RANGE = re.compile(r"([^\s/;,]+)/([^\s/;,]+)")
 QUALITY = re.compile(r"q\s*=\s*(\d+(?:\.\d*)?|\.\d+)", re.IGNORECASE)
 ENTITY_TAG = re.compile(r'(W/)?("[^"]*")')
@@ -55,6 +57,12 @@ def check_headers(headers: Headers, *, reads_body: bool, tagged: bool) -> None:
         raise RefusedError(
             400, "partial-body", "Content-Range is not read here: a request holds the whole body; leave the header out"
         )
+    for name in DIGESTS:
+        if name in headers:
+            raise RefusedError(
+                400, "digest-not-read", f"{_title(name)} is not checked here, and damage would stay unseen; leave the "
+                "header out",
+            )  # fmt: skip
     if tagged:
         return
     if headers.get("if-match", "*").strip() != "*":
@@ -135,4 +143,4 @@ def _words(values: Iterable[str]) -> list[str]:
 
 
 def _title(name: str) -> str:
-    return "-".join(part.capitalize() for part in name.split("-"))
+    return "-".join(part.capitalize() for part in name.split("-")).replace("Md5", "MD5")

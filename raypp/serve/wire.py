@@ -29,6 +29,8 @@ from raypp.images import Pixels, decode
 from raypp.registry import did_you_mean
 
 PNG, NPY, MULTIPART = "image/png", "application/x-npy", "multipart/form-data"
+ANY = "application/octet-stream"  # what clients state who know nothing of a file
+PART_TYPES = ("", ANY, PNG, NPY)
 PNG_SIGNATURE, NPY_SIGNATURE = b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
 GREY, RGB = 0, 2  # PNG's colour types
 MAX_NPY_HEADER = 1024
@@ -213,9 +215,9 @@ async def _multipart(
                     f"allowed are files in {allowed}",
                 )  # fmt: skip
             where = f"file {len(found[name]) + 1} of field {name!r}"
-            _check_part(value.headers, where)
+            kind = _part_type(value.headers, where)
             data = await value.read()
-            is_npy = data.startswith(NPY_SIGNATURE)
+            is_npy = kind == NPY or (kind != PNG and data.startswith(NPY_SIGNATURE))
             part = _npy(data, where, shapes[name], limits, counts[name]) if is_npy else data
             found[name].append(part)
             counts[name] += 1 if isinstance(part, bytes) else len(part)
@@ -244,8 +246,9 @@ async def _multipart(
     return read["image"], read.get("plain")
 
 
-def _check_part(headers: Headers, where: str) -> None:
-    """Refuse a form's part that is a form itself, or whose headers have room for more than an image's name."""
+def _part_type(headers: Headers, where: str) -> str:
+    """The type that a form's part states, one of ``PART_TYPES``; refuses others, among them forms within the form, and
+    headers with room for more than an image's name."""
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind.startswith("multipart/"):
         raise RefusedError(
@@ -259,6 +262,12 @@ def _check_part(headers: Headers, where: str) -> None:
             422, "metadata", f"{where} has {extra}, which may tell more than its image does; allowed are "
             "Content-Disposition and Content-Type, short ones",
         )  # fmt: skip
+    if kind not in PART_TYPES:
+        raise RefusedError(
+            415, "unsupported-type", f"{where} is {kind[:60]!r}, which is not read here; allowed are {PNG} and {NPY}, "
+            f"or {ANY}, which may be either",
+        )  # fmt: skip
+    return kind
 
 
 async def _aside(function: Callable[[], T], values: int) -> T:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Cluster, Trained, wait_until
+from conftest import Cluster, Trained, override, wait_until
 
 from raypp.bundle import load_public
 from raypp.data import SOURCES
@@ -36,7 +36,7 @@ TINY = [
 
 def command(tmp_path: Path, name: str, *flags: str, epochs: int = 2, preset: str = "quickstart") -> list[str]:
     storage = ["--cluster.storage", str(tmp_path), "--train.epochs", str(epochs)]
-    return ["raypp", "train", preset, "--name", name, *TINY, *storage, *flags]
+    return ["raypp", "train", preset, "--name", name, *override([*TINY, *storage], flags)]
 
 
 def history(run_folder: Path) -> list[dict[str, Any]]:
@@ -273,7 +273,7 @@ def test_storage_that_becomes_unwritable_loses_nothing(cluster: Cluster, tmp_pat
 
 def test_table1_outlives_a_killed_cell(cluster: Cluster, tmp_path: Path) -> None:
     table = tmp_path / "table"
-    flags = [*TINY, "--data.source.num_train", "2000", "--train.epochs", "4", "--cluster.max_failures", "1"]
+    flags = override(TINY, ["--data.source.num_train", "2000", "--train.epochs", "4", "--cluster.max_failures", "1"])
     grid = ["--datasets", "quickstart", "--methods", "plain", "tanaka", "--storage", str(tmp_path), "--name", "table"]
     process = cluster.popen(["raypp", "table1", *grid, *flags])
     victim_cell = table / "cells" / "quickstart-tanaka-seed0"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cluster, tiny_flags, wait_until
+from conftest import Cluster, override, tiny_flags, wait_until
 
 from raypp.bundle import load_private, load_public
 from raypp.search import make_plan
@@ -25,7 +25,7 @@ def command(tmp_path: Path, name: str, *flags: str, **changes: object) -> list[s
     given += ["--search.attack", "{width: 4, train: {epochs: 1}}", "--search.suite", "null"]
     if "--search.space" not in flags:
         given += ["--search.space.protection.skips", "[0, 1, 2]"]  # of a U-Net of depth 2
-    return ["raypp", "tune", "quickstart", "--storage", str(tmp_path), "--name", name, *given, *flags]
+    return ["raypp", "tune", "quickstart", "--storage", str(tmp_path), "--name", name, *override(given, flags)]
 
 
 def results(folder: Path) -> dict[str, Path]:

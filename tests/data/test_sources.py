@@ -480,8 +480,80 @@ def test_parquet_without_rows_is_passed_over(tmp_path: Path) -> None:
     assert source.load("train").labels.tolist() == source.load("test").labels.tolist() == [0, 1, 2]
     for path in (tmp_path / "train-1.parquet", tmp_path / "test-0.parquet"):
         path.unlink()
-    with pytest.raises(DataError, match=r"the train split of data source 'parquet' has no images"):
+    with pytest.raises(DataError, match=r"the train split has no images; allowed are images of two"):
         build("parquet", path=tmp_path).load("train")
+
+
+def test_parquet_without_rows_and_columns_is_passed_over(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        pq.write_table(pa.table({}), tmp_path / f"{split}-0.parquet")
+        write_parquet(tmp_path / f"{split}-1.parquet", structs(noise(3)), [0, 1, 2])
+        pq.write_table(pa.table({}), tmp_path / f"{split}-2.parquet")
+    source = build("parquet", path=tmp_path)
+    assert isinstance(source, Parquet)
+    assert check(source).readable
+    assert source.load("train").labels.tolist() == [0, 1, 2]
+    # What a stream reads too.
+    assert [Path(group.path).name for group in source.groups("train")] == ["train-1.parquet"] * 2
+    (tmp_path / "train-1.parquet").unlink()
+    with pytest.raises(DataError, match=r"has no rows in its training files"):
+        check(build("parquet", path=tmp_path))
+
+
+def test_a_split_without_images_is_a_problem(tmp_path: Path) -> None:
+    """Training refuses it, and so does a check."""
+    write_parquet(tmp_path / "train.parquet", structs(noise(3)), [0, 1, 2])
+    write_parquet(tmp_path / "test.parquet", structs(noise(3))[:0], pa.array([], pa.int64()))
+    report = check(build("parquet", path=tmp_path))
+    assert report.test.problem == "the test split has no images; allowed are images of two classes or more"
+    assert not report.readable
+
+
+@pytest.mark.parametrize("uri", [False, True])
+def test_parquet_files_that_are_not_read_are_named(tmp_path: Path, uri: bool) -> None:
+    both(tmp_path, structs(noise(2)), [0, 1])
+    names = ["part-0.parquet", "eval.parquet", "dev.pq", "validation.parquet", "train.parquet.gz"]
+    for name in (*names, "README.md", "_x.parquet"):
+        (tmp_path / name).write_bytes(next(tmp_path.glob("train*")).read_bytes())
+    source = build("parquet", path=tmp_path.as_uri() if uri else tmp_path)
+    assert source.num_images("train") == 2
+    assert [Path(path).name for path in check(source).unused] == sorted(names)
+
+
+@pytest.mark.parametrize("name", ["train.parquet.1", "b-train.PARQUET?download=true", "test/x.parquet (1)"])
+def test_parquet_downloaded_under_another_name_is_refused(tmp_path: Path, name: str) -> None:
+    both(tmp_path, structs(noise(2)), [0, 1])
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(
+        DataError, match=r"is a download under another name; rename it to [-\w]+\.(parquet|PARQUET), or"
+    ):
+        build("parquet", path=tmp_path).num_images("train")
+
+
+def test_parquet_without_a_test_file_lists_what_there_is(tmp_path: Path) -> None:
+    for name in ("train", "dev"):
+        write_parquet(tmp_path / f"{name}.parquet", structs(noise(2)), [0, 1])
+    with pytest.raises(DataError, match=r"no Parquet file with 'test' in its name; it has .*dev\.parquet"):
+        build("parquet", path=tmp_path).load("test")
+
+
+@pytest.mark.parametrize("word", ["SPLIT", "Split", "split"])
+def test_parquet_splits_in_folder_names_of_any_case(tmp_path: Path, word: str) -> None:
+    for split in ("train", "test"):
+        write_parquet(tmp_path / f"{word}={split}/part-0.parquet", structs(noise(2)), [0, 1])
+    source = build("parquet", path=tmp_path)
+    assert (source.num_images("train"), source.num_images("test")) == (2, 2)
+
+
+def test_parquet_files_linked_twice_count_once_and_in_one_split(tmp_path: Path) -> None:
+    both(tmp_path, structs(noise(2)), [0, 1])
+    train = next(tmp_path.glob("train*"))
+    (tmp_path / "train-latest.parquet").symlink_to(train)
+    assert build("parquet", path=tmp_path).num_images("train") == 2
+    (tmp_path / "test-more.parquet").symlink_to(train)
+    with pytest.raises(DataError, match=r"is a file of the test split too, by a link; remove the link"):
+        build("parquet", path=tmp_path).num_images("train")
 
 
 @pytest.mark.parametrize("place", ["_temporary/0/x.parquet", "_x.parquet", ".hidden/x.parquet", "a/_tmp/b/x.parquet"])
@@ -680,6 +752,60 @@ def test_folder_one_level_too_high_or_too_low_is_refused(tmp_path: Path) -> None
     assert build("folder", path=tmp_path / "photos").num_images("train") == 36
 
 
+@pytest.mark.parametrize(
+    "above", ["{}", "train/{}", "{}/photos", "{0}/{0}"], ids=["alone", "in train", "deeper", "deeper by another name"]
+)
+@pytest.mark.parametrize("names", [("2023", "2024"), ("a", "b", "c")])
+def test_class_folders_that_hold_the_same_class_folders_are_refused(
+    tmp_path: Path, above: str, names: tuple[str, ...]
+) -> None:
+    write_folder(tmp_path, {f"{above.format(name)}/{label}": 10 for name in names for label in ("cat", "dog")})
+    if above.startswith("train"):
+        write_folder(tmp_path, {"test/cat": 1, "test/dog": 1})
+    with pytest.raises(DataError, match=r"hold no images but folders of the same names \(cat, dog\): is .* too high"):
+        build("folder", path=tmp_path).load("train")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"cat/images": 10, "dog/images": 10},  # one folder in each
+        {"cat/tabby": 10, "cat/siamese": 10, "dog/poodle": 10, "dog/pug": 10},
+        {"cat": 10, "cat/old": 10, "cat/new": 10, "dog/old": 10, "dog/new": 10},  # images of a class itself
+        {"cat/old": 10, "cat/new": 10, "dog/old": 10},
+    ],
+)
+def test_class_folders_with_folders_of_their_own_are_read(tmp_path: Path, layout: dict[str, int]) -> None:
+    write_folder(tmp_path, layout)
+    source = build("folder", path=tmp_path)
+    assert source.classes == ("cat", "dog")
+    assert source.num_images("train") + source.num_images("test") == sum(layout.values())
+
+
+@pytest.mark.parametrize("inside", [("train", "test"), ("Training", "val"), ("test",), ("train", "test", "extra")])
+@pytest.mark.parametrize("root", ["", "train"])
+def test_splits_below_classes_are_refused(tmp_path: Path, inside: tuple[str, ...], root: str) -> None:
+    write_folder(tmp_path / root, {f"{label}/{split}": 5 for label in ("cat", "dog") for split in inside})
+    with pytest.raises(DataError, match=r"cat holds .*; split folders stand above class folders, as in .*/train/cat"):
+        build("folder", path=tmp_path).load("train")
+
+
+def test_folders_beside_the_splits_are_named(tmp_path: Path) -> None:
+    write_folder(tmp_path, {f"{split}/{label}": 1 for split in ("train", "test", "val", "more") for label in "ab"})
+    (tmp_path / "overview.png").write_bytes(encode_png(noise(1)[0]))
+    (tmp_path / "README.md").touch()
+    source = build("folder", path=tmp_path)
+    assert [Path(path).name for path in check(source).unused] == ["more", "overview.png", "val"]
+
+
+def test_images_linked_twice_within_a_class_count_once(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"set/train/a": 2, "set/train/b": 2, "set/test/a": 1, "set/test/b": 1, "more": 3})
+    for name in ("first", "second"):
+        (tmp_path / "set/train/a" / name).symlink_to(tmp_path / "more")
+    (tmp_path / "set/train/b/latest.png").symlink_to("0.png")
+    assert build("folder", path=tmp_path / "set").num_images("train") == 7
+
+
 def test_folder_images_without_a_class_are_refused(tmp_path: Path) -> None:
     write_folder(tmp_path, {"train/a": 2, "train/b": 2, "test/a": 1, "test/b": 1})
     (tmp_path / "overview.png").write_bytes(encode_png(noise(1)[0]))
@@ -836,7 +962,7 @@ class Fixed(Source):
 def test_an_empty_split_is_refused_and_checked() -> None:
     source = Fixed(Shapes.Options())
     source.given = []
-    with pytest.raises(DataError, match="the train split of data source 'shapes' has no images"):
+    with pytest.raises(DataError, match="the train split has no images; allowed are images of two"):
         source.load("train")
     assert check(source).train.shape is None
 

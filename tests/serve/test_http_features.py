@@ -139,6 +139,10 @@ def test_two_headers_of_encodings_are_one_list(client: TestClient) -> None:
         ({"Expect": "200-ok"}, 417, "unsupported-expectation", ["Expect '200-ok'", "100-continue"]),
         ({"If-Match": '"abc"'}, 412, "no-version", ["If-Match"]),
         ({"If-None-Match": "*"}, 412, "no-version", ["If-None-Match"]),
+        ({"Content-Digest": "sha-256=:AAAA:"}, 400, "digest-not-read", ["Content-Digest", "leave the header out"]),
+        ({"Repr-Digest": "sha-256=:AAAA:"}, 400, "digest-not-read", ["Repr-Digest"]),
+        ({"Digest": "sha-256=AAAA"}, 400, "digest-not-read", ["Digest"]),
+        ({"Content-MD5": "AAAA"}, 400, "digest-not-read", ["Content-MD5"]),
         ({"Accept": "text/html"}, 406, "not-acceptable", ["Accept 'text/html'", "application/json"]),
         ({"Accept": "application/xml, image/*"}, 406, "not-acceptable", ["application/json"]),
         ({"Accept": "application/json;q=0"}, 406, "not-acceptable", ["application/json"]),
@@ -245,6 +249,12 @@ def test_requests_without_parameters_take_none(client: TestClient, attack: TestC
         (form(file_field("")), FORM, 422, "unknown-field", ["''"]),
         (form(file_field("image", b"\r\nContent-Type: multipart/mixed; boundary=YY")), FORM, 415, "unsupported-type",
          ["file 1 of field 'image' is 'multipart/mixed'"]),
+        (form(file_field("image", b"\r\nContent-Type: image/jpeg")), FORM, 415, "unsupported-type",
+         ["file 1 of field 'image' is 'image/jpeg'", "allowed are image/png and application/x-npy"]),
+        (form(IMAGE_PART, file_field("image", b"\r\nContent-Type: Text/Plain; charset=x")), FORM, 415,
+         "unsupported-type", ["file 2 of field 'image' is 'text/plain'"]),
+        (form(file_field("image", b"\r\nContent-Type: image/png")), FORM, 422, "not-png", ["is no PNG image"]),
+        (form((IMAGE_PART[0], PNG_BODY)), FORM, 422, "not-npy", ["is no NumPy file"]),
         (form(file_field("image", b"\r\nContent-Transfer-Encoding: base64")), FORM, 422, "metadata",
          ["'content-transfer-encoding'"]),
         (form(file_field("image", b"\r\nContent-Encoding: gzip")), FORM, 422, "metadata", ["'content-encoding'"]),
@@ -336,6 +346,12 @@ def test_an_attack_names_what_it_cannot_answer_in(attack: TestClient) -> None:
     problem(answer, 406, "not-acceptable", "'image/webp'", "application/json, image/png")
 
 
+@pytest.mark.parametrize("kind", [b"application/octet-stream", b"Application/X-NPY; a=b", b""])
+def test_a_part_of_a_form_states_its_type_or_none(client: TestClient, kind: bytes) -> None:
+    body = form(file_field("image", b"\r\nContent-Type: " + kind if kind else b""))
+    assert client.post(CLASSIFY, content=body, headers=FORM).status_code == 200
+
+
 def test_a_form_of_an_attack_names_both_fields(attack: TestClient) -> None:
     body = form(IMAGE_PART, file_field("plane"))
     answer = attack.post("/v1/feature_reconstruction", content=body, headers=FORM)
@@ -396,6 +412,30 @@ def test_the_classifier_is_below_its_own_address(here: Here) -> None:
     problem(client.get("/nothing"), 404, "http", "'/nothing'")
     problem(client.post("/"), 405, "http", "'POST'", "GET, HEAD")
     problem(client.get("/", headers={"Accept": "image/png"}), 406, "not-acceptable", "text/html")
+
+
+@pytest.mark.parametrize("path", ["/", "/classifier", "/classifier/", "/classifier/docs", "/classifier/openapi.json"])
+def test_pages_take_neither_parameters_nor_conditions(here: Here, path: str) -> None:
+    client = server(here, "classifier")
+    problem(client.get(f"{path}?verbose=1"), 422, "unknown-parameter", "'verbose'", "takes none")
+    problem(client.request("GET", path, content=b"x"), 400, "body-not-read", "body")
+    for headers, status, code in (
+        ({"Content-Encoding": "gzip"}, 415, "unsupported-encoding"),
+        ({"If-Match": '"a"'}, 412, "no-version"),
+        ({"Content-Digest": "sha-256=:AAAA:"}, 400, "digest-not-read"),
+        ({"Expect": "200-ok"}, 417, "unsupported-expectation"),
+    ):
+        problem(client.get(path, headers=headers), status, code)
+        assert client.head(path, headers=headers).status_code == status
+    assert client.get(path, headers={"Accept": "*/*", "Range": "bytes=0-9"}).status_code in (200, 307)
+    assert client.get(f"{path.rstrip('/')}/oauth2-redirect?code=1").status_code == 404
+
+
+def test_pages_name_the_type_that_they_have(here: Here) -> None:
+    client = server(here, "classifier")
+    for path, kind in (("docs", "text/html"), ("openapi.json", "application/json")):
+        answer = client.get(f"/classifier/{path}", headers={"Accept": "image/png"})
+        problem(answer, 406, "not-acceptable", f"allowed: {kind}")
 
 
 def test_an_attack_service_that_is_off_says_how_it_is_switched_on(here: Here) -> None:

@@ -662,7 +662,7 @@ def test_multistep_is_the_papers_table() -> None:
         (["--train.epochs", "400"], (120, 240, 320)),
         (["--train.epochs", "50", "--train.schedule.milestones", "[20, 45]"], (20, 45)),
         (["--train.schedule.milestones", "[20, 45]", "--train.epochs", "50"], (20, 45)),
-        (["--train.epochs", "9", "--train.schedule.milestones", "[20]", "--train.epochs", "50"], (20,)),
+        (["--train", "{epochs: 50}", "--train.schedule.milestones", "[20]"], (20,)),
         (["--train.epochs", "50", "--train.schedule", "{name: multistep, milestones: []}"], ()),
         (["--train.epochs", "50", "--train.schedule.gamma", "0.5"], (15, 30, 40)),
     ],
