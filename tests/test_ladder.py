@@ -439,11 +439,11 @@ def protect(images):
     images = torch.zeros((1, 3, 8, 8), dtype=torch.uint8)
     for where in (function(tmp_path, body), "arguments_of_mine:protect"):
         (tmp_path / "arguments_of_mine.py").write_text(body)
-        assert bool((user_function(where, CPU, str(tmp_path))(images) == 255).all())
+        assert bool((user_function(where, torch.device("cpu"), str(tmp_path))(images) == 255).all())
     sys.modules.pop("arguments_of_mine")
     assert sys.argv is arguments
     with pytest.raises(ConfigError, match=r"cannot be loaded: SystemExit: \['.*mine\.py'\]"):
-        user_function(function(tmp_path, "import sys\nsys.exit(str(sys.argv))"), CPU)
+        user_function(function(tmp_path, "import sys\nsys.exit(str(sys.argv))"), torch.device("cpu"))
 
 
 def test_a_file_is_executed_once_for_each_of_its_versions(tmp_path: Path) -> None:

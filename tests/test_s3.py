@@ -50,6 +50,7 @@ def s3() -> Iterator[Any]:
             process.wait()
 
 
+@pytest.mark.slow
 def test_a_folder_behaves_as_a_local_one(s3: Any, tmp_path: Path) -> None:
     storage = Storage(s3("folder"))
     assert not storage.exists("a/b.txt")
@@ -75,6 +76,7 @@ def test_a_folder_behaves_as_a_local_one(s3: Any, tmp_path: Path) -> None:
         storage.read("a/b.txt")
 
 
+@pytest.mark.slow
 def test_a_bucket_that_is_not_there_is_one_sentence(s3: Any) -> None:
     with pytest.raises(StorageError, match=r"^cannot write s3://another/runs/x") as caught:
         Storage(s3("runs").replace("bucket", "another")).write("x", b"")

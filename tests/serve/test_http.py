@@ -234,6 +234,7 @@ def test_the_model_says_what_it_is(attacked: Path) -> None:
     assert about["rejected"] is None
 
 
+@pytest.mark.slow
 def test_attacks_are_listed_and_carried_out(attacked: Path) -> None:
     here = Here(attacked)
     client = TestClient(attack_api(lambda: here, here.observe))
@@ -772,6 +773,7 @@ def test_a_bundle_that_is_replaced_each_time_is_given_up(trained: Trained, monke
         load_served(trained.bundle)
 
 
+@pytest.mark.slow
 def test_a_link_to_a_bundle_is_followed_when_it_points_to_another_one(
     trained: Trained, other: Path, tmp_path: Path
 ) -> None:

@@ -92,6 +92,7 @@ def test_head_answers_as_get_without_a_body(client: TestClient, path: str) -> No
     assert int(head.headers["Content-Length"]) == len(whole.content)
 
 
+@pytest.mark.slow
 def test_head_of_the_attack_service(attack: TestClient) -> None:
     head = attack.head("/v1")
     assert (head.status_code, head.content) == (200, b"")

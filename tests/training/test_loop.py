@@ -149,6 +149,7 @@ def test_training_lowers_the_loss(mode: str, tiny: Tiny, tmp_path: Path) -> None
     assert sink.text.getvalue().count("\n") == len(result.history), "a line per epoch"
 
 
+@pytest.mark.slow
 def test_frozen_mode_keeps_every_bit_of_the_plain_classifier(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny(train__mode="frozen")
     result = fit(config, Sink(tmp_path))
