@@ -28,7 +28,8 @@ if TYPE_CHECKING:  # torch takes seconds, and the process that only hands tests 
     from raypp.serve.model import Live
     from raypp.training.fit import Fit
 
-settings.register_profile("dev", max_examples=20, deadline=None)
+DEV_EXAMPLES = 20
+settings.register_profile("dev", max_examples=DEV_EXAMPLES, deadline=None)
 settings.register_profile("ci", max_examples=150, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 few_examples = settings(max_examples=settings().max_examples // 4)
@@ -63,9 +64,11 @@ Tiny = Callable[..., "Config"]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that use Ray: they take longest, so that all processes end at about the same time."""
-    with_ray = {item.path for item in items if item.get_closest_marker("ray")}
-    items.sort(key=lambda item: item.path not in with_ray)
+    """Begin with the tests that use Ray, one after the other in one process; tests of a file share its fixtures."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    for item in items:
+        group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -74,7 +77,9 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     began, waited = time.monotonic(), _seconds_without_cpu()
     yield
     seconds = time.monotonic() - began - (_seconds_without_cpu() - waited)
-    if seconds > FAST_SECONDS and not any(item.get_closest_marker(name) for name in ("ray", "slow")):
+    many_examples = settings().max_examples > DEV_EXAMPLES and hasattr(getattr(item, "obj", None), "hypothesis")
+    allowed = many_examples or any(item.get_closest_marker(name) for name in ("ray", "slow"))
+    if seconds > FAST_SECONDS and not allowed:
         pytest.fail(f"takes {seconds:.1f} s; mark it as slow, or make it faster than {FAST_SECONDS} s", pytrace=False)
 
 
