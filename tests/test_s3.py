@@ -97,7 +97,11 @@ def test_a_run_its_data_and_its_bundle_live_there(s3: Any, tmp_path: Path) -> No
 
     def flags(epochs: int) -> list[str]:
         settings = tiny_flags(tmp_path, train__epochs=epochs, data__num_test="null")
-        kept = [pair for pair in zip(settings[::2], settings[1::2], strict=True) if "source" not in pair[0]]
+        kept = [
+            pair
+            for pair in zip(settings[::2], settings[1::2], strict=True)
+            if not pair[0].startswith(("--data.source", "--cluster.storage"))
+        ]
         kept += [("--data.source.name", "parquet"), ("--data.source.path", s3("data"))]
         kept += [("--cluster.storage", s3("runs"))]
         return [word for pair in kept for word in pair]

@@ -19,6 +19,7 @@ import pytest
 from conftest import Cluster, Trained, override, wait_until
 
 from raypp.bundle import load_public
+from raypp.cli import main
 from raypp.data import SOURCES
 from raypp.images import encode_png
 from raypp.runs import RESUMABLE
@@ -82,7 +83,8 @@ def test_a_worker_killed_within_an_epoch_costs_what_came_after_the_newest_checkp
 
 def test_a_killed_driver_is_resumed_past_a_damaged_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
     folder = tmp_path / "orphan"
-    arguments = command(tmp_path, "orphan", "--cluster.num_workers", "1", "--data.source.num_train", "2000", epochs=4)
+    flags = ("--cluster.num_workers", "1", "--data.source.num_train", "2000", "--train.adapt_threads", "false")
+    arguments = command(tmp_path, "orphan", *flags, epochs=4)
     process = cluster.popen(arguments)
     wait_until(lambda: len(history(folder)) >= 3, process)
     process.send_signal(signal.SIGKILL)
@@ -111,6 +113,14 @@ def test_a_killed_driver_is_resumed_past_a_damaged_checkpoint(cluster: Cluster, 
     assert again.returncode == 0
     assert "is finished: nothing left to train" in " ".join(again.stderr.split())
     assert epochs_of(folder) == expected(4)
+
+    main([*command(tmp_path, "whole", *flags, epochs=4)[1:], "--local"])
+    assert learned(folder) == learned(tmp_path / "whole"), "it ends otherwise than if nothing had happened"
+
+
+def learned(run_folder: Path) -> list[dict[str, Any]]:
+    """The history without how fast it was made."""
+    return [{k: v for k, v in row.items() if k not in {"seconds", "images_per_s"}} for row in history(run_folder)]
 
 
 def test_a_run_that_is_told_to_stop_says_what_is_kept(cluster: Cluster, tmp_path: Path) -> None:
