@@ -125,6 +125,8 @@ def override(flags: Sequence[str], others: Sequence[str]) -> list[str]:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Tiny:
     """Makes tiny configurations whose runs lie in ``tmp_path``."""
+    import torch._dynamo  # noqa: F401 (an optimizer's first step imports it, for seconds that are no test's own)
+
     from raypp.config import load_config
 
     return lambda **changes: load_config("quickstart", flags=tiny_flags(tmp_path, **changes))
