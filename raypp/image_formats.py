@@ -42,7 +42,7 @@ SVG = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 EPS = re.compile(rb"%!PS-Adobe-[\d.]+ EPSF|\xc5\xd0\xd3\xc6")
-START_BYTES = 1024  # of a file, by which its format is told
+START_BYTES = 1024  # of a file, enough to detect its format
 
 UNREAD_FAMILIES = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"avif", b"avis", b"mif1", b"msf1", b"crx ")
 # fmt: off

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import io
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from raypp import ladder
 from raypp.bundle import load_private
 from raypp.serve.auth import Tokens
 from raypp.serve.http import Offered, ServedAttack, offer
@@ -73,3 +77,12 @@ def npy(images: np.ndarray) -> bytes:
 
 
 NPY, PNG = {"Content-Type": "application/x-npy"}, {"Content-Type": "image/png"}
+
+
+def attack_copy(bundle: Path, folder: Path, attacks: dict[str, Any]) -> Path:
+    """Copy a bundle into a folder and run attacks on the copy, ten images each; returns the copy."""
+    copied = shutil.copytree(bundle, folder / "bundle")
+    suite = folder / "suite.yaml"
+    suite.write_text(json.dumps({"num_queries": 10, "curve": False, "judge_epochs": 0, "attacks": attacks}))
+    ladder.attack(ladder.make_plan(bundle=str(copied), suite=str(suite), name="a", storage=folder), quiet=True)
+    return copied

@@ -124,7 +124,7 @@ class Source(ABC):
         """Yield the images of ``split`` in their fixed order."""
 
     def unused(self) -> tuple[str, ...]:
-        """Return what lies beside the splits and looks like data, but belongs to none that is read."""
+        """Return paths in the source that look like data and belong to no split that is read."""
         return ()
 
     def records(self, split: Split) -> Iterator[Record]:

@@ -364,7 +364,7 @@ def _api(
 
 
 def check_bare(request: Request) -> None:
-    """Refuse a request that asks for more than an address by itself; raises RefusedError."""
+    """Refuse a request that has a query, a body or headers that are not read; raises RefusedError."""
     check_headers(request.headers, reads_body=False, tagged=False)
     check_query((name for name, _ in request.query_params.multi_items()), ())
 
@@ -406,7 +406,7 @@ class Around:
 
     Args:
         root: where a request of the application's own address is sent on to; None where a route answers it.
-        pages: addresses that FastAPI answers by itself, without the checks of routes, and the type of their content.
+        pages: media types by path of the pages that FastAPI serves without the checks of our routes.
     """
 
     def __init__(

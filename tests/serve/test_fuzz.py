@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import shutil
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -19,9 +17,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, status_code_conformance
-from services import Here, npy, protected
+from services import Here, attack_copy, npy, protected
 
-from raypp import ladder
 from raypp.images import encode_png
 from raypp.serve.http import attack_api, classifier_api
 
@@ -35,11 +32,7 @@ MOST_GROWTH = 64 * 2**20  # bytes: of 10,000 answers, what the allocator keeps
 def here(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Here:
     """A bundle with one attack."""
     root = tmp_path_factory.mktemp("fuzz")
-    bundle = shutil.copytree(trained.bundle, root / "bundle")
-    suite = root / "suite.yaml"
-    attacks: dict[str, object] = {"feature_reconstruction": {}}
-    suite.write_text(json.dumps({"num_queries": 10, "curve": False, "judge_epochs": 0, "attacks": attacks}))
-    ladder.attack(ladder.make_plan(bundle=str(bundle), suite=str(suite), name="a", storage=root), quiet=True)
+    bundle = attack_copy(trained.bundle, root, {"feature_reconstruction": {}})
     return Here(bundle)
 
 

@@ -21,7 +21,7 @@ import torch
 from conftest import Trained, tiny_flags
 from PIL import Image
 from safetensors.torch import load, save
-from services import NPY, PNG, Here, npy, protected
+from services import NPY, PNG, Here, attack_copy, npy, protected
 from starlette.testclient import TestClient
 from torch import Tensor
 
@@ -48,13 +48,12 @@ from raypp.training.fit import load_split
 def attacked(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle that a quick suite has attacked."""
     root = tmp_path_factory.mktemp("attacked")
-    bundle = shutil.copytree(trained.bundle, root / "bundle")
-    suite = root / "suite.yaml"
     inverse = {"width": 4, "depth": 2, "train": {"epochs": 1, "batch_size": 10}}
-    attacks = {"feature_reconstruction": {}, "inverse": inverse, "white_box": {"steps": 2}, "known_gallery": {}}
-    suite.write_text(json.dumps({"num_queries": 10, "curve": False, "judge_epochs": 0, "attacks": attacks}))
-    ladder.attack(ladder.make_plan(bundle=str(bundle), suite=str(suite), name="a", storage=root), quiet=True)
-    return bundle
+    return attack_copy(
+        trained.bundle,
+        root,
+        {"feature_reconstruction": {}, "inverse": inverse, "white_box": {"steps": 2}, "known_gallery": {}},
+    )
 
 
 @pytest.fixture(scope="module")

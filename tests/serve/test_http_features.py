@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
-import shutil
 import zlib
 from typing import Any
 
@@ -12,10 +10,9 @@ import numpy as np
 import pytest
 from conftest import Trained
 from httpx import Response
-from services import Here, npy
+from services import Here, attack_copy, npy
 from starlette.testclient import TestClient
 
-from raypp import ladder
 from raypp.images import encode_png
 from raypp.serve.http import attack_api, classifier_api
 from raypp.serve.index import SWITCH_ON, Server
@@ -57,11 +54,7 @@ def client(here: Here) -> TestClient:
 def attack(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> TestClient:
     """The attack service of a bundle with one attack, ``feature_reconstruction``."""
     root = tmp_path_factory.mktemp("attacked")
-    bundle = shutil.copytree(trained.bundle, root / "bundle")
-    suite = root / "suite.yaml"
-    attacks: dict[str, object] = {"feature_reconstruction": {}}
-    suite.write_text(json.dumps({"num_queries": 10, "curve": False, "judge_epochs": 0, "attacks": attacks}))
-    ladder.attack(ladder.make_plan(bundle=str(bundle), suite=str(suite), name="a", storage=root), quiet=True)
+    bundle = attack_copy(trained.bundle, root, {"feature_reconstruction": {}})
     attacked = Here(bundle)
     return TestClient(attack_api(lambda: attacked), follow_redirects=False)
 

@@ -34,8 +34,8 @@ import yaml
 from browser import chromium, write_video
 from conftest import ROOT, Cluster, Trained, free_port, tiny_flags, wait_until
 from playwright.sync_api import Locator
+from services import attack_copy
 
-from raypp import ladder
 from raypp.bundle import load_private, write_manifest
 from raypp.cli import main
 from raypp.config import load_config
@@ -65,12 +65,8 @@ class Service:
 def service(cluster: Cluster, trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """``raypp serve`` of a shelf with an attacked bundle, on the test cluster, with tokens."""
     root = tmp_path_factory.mktemp("serve")
-    bundle = shutil.copytree(trained.bundle, root / "bundle")
-    suite = root / "suite.yaml"
     inverse = {"width": 4, "depth": 2, "train": {"epochs": 1, "batch_size": 10}}
-    attacks = {"feature_reconstruction": {}, "inverse": inverse}
-    suite.write_text(json.dumps({"num_queries": 10, "curve": False, "judge_epochs": 0, "attacks": attacks}))
-    ladder.attack(ladder.make_plan(bundle=str(bundle), suite=str(suite), name="a", storage=root), quiet=True)
+    bundle = attack_copy(trained.bundle, root, {"feature_reconstruction": {}, "inverse": inverse})
     with publishing(bundle, root / "shelf"):
         pass
     token = add_token(root / "tokens.json", "test", ["classify", "attack"])
