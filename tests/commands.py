@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from tempfile import mkdtemp
@@ -23,6 +24,7 @@ def fork_server() -> ForkServerContext:
     """Starts processes that have imported :data:`PRELOADED`; an optimizer's first step imports dynamo."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    forkserver.ensure_running()
     return context
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import psutil
 import pytest
 from commands import Command, fork_server
 from hypothesis import settings
+from zygote import ProcessTree, start_zygote, variables
 
 from raypp import env
 
@@ -187,41 +189,44 @@ def processes() -> ForkServerContext:
     return fork_server()
 
 
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Path]:
+    """The socket of the process from which Ray's are forked."""
+    folder = Path(tempfile.mkdtemp(prefix="zygote-"))  # a short path, as those of sockets are
+    fork_server()  # begins to import, too
+    process = start_zygote(folder)
+    yield folder / "socket"
+    process.kill()
+    process.wait()
+    shutil.rmtree(folder)
+
+
 class Cluster:
     """A head node of two CPUs on this machine, and the environment of its clients.
 
     It listens on loopback only and asks every client for its token.
     """
 
-    def __init__(self, client: dict[str, str], head: subprocess.Popen[bytes], metrics_port: int) -> None:
+    def __init__(self, client: dict[str, str], head: ProcessTree, metrics_port: int) -> None:
         self.client, self.head, self.metrics_port = client, head, metrics_port
         self.started: list[Command] = []
 
     def training_workers(self) -> list[psutil.Process]:
-        return self.processes("RayTrainWorker")
+        return self.head.processes("RayTrainWorker")
 
-    def processes(self, title: str) -> list[psutil.Process]:
-        """Processes of this cluster whose title, which Ray sets to what they run, holds ``title``."""
-        found = []
-        for process in psutil.Process(self.head.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if title in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
-
-    def popen(self, arguments: list[str]) -> Command:
-        command = Command(arguments, self.client)
+    def popen(self, arguments: list[str], folder: Path = ROOT) -> Command:
+        command = Command(arguments, self.client, folder)
         self.started.append(command)
         return command
 
-    def run(self, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-        command = self.popen(arguments)
+    def run(self, arguments: list[str], folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+        command = self.popen(arguments, folder)
         out, err = command.communicate(timeout=400)
         return subprocess.CompletedProcess(arguments, command.wait(), out, err)
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def cluster(zygote: Path) -> Iterator[Cluster]:
     env.apply()
     port, dashboard, agent, metrics = (free_port() for _ in range(4))
     client = os.environ | {
@@ -235,9 +240,9 @@ def cluster() -> Iterator[Cluster]:
         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
         f"--metrics-export-port={metrics}", "--disable-usage-stats",
     ]  # fmt: skip
-    surroundings = {key: value for key, value in client.items() if key != "RAY_ADDRESS"}
+    surroundings = {key: value for key, value in client.items() if key != "RAY_ADDRESS"} | variables(zygote)
     # --block keeps the whole node below one process of ours: "ray stop" would end other clusters on this machine too.
-    head = subprocess.Popen(start, env=surroundings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    head = ProcessTree(zygote, start, surroundings)
     made = Cluster(client, head, metrics)
     try:
         wait_until(lambda: listens(port) and listens(dashboard), head, 120)
@@ -245,17 +250,7 @@ def cluster() -> Iterator[Cluster]:
     finally:
         for command in made.started:  # what a failed test has left running
             command.kill()
-        kill_family(head.pid)
-        head.wait()
-
-
-def kill_family(pid: int) -> None:
-    """Kill a process and all that it started: a Ray that is asked to end takes ten seconds."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(pid)
-        for process in [*parent.children(recursive=True), parent]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        head.kill()
 
 
 @pytest.fixture
@@ -281,7 +276,9 @@ def listens(port: int) -> bool:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[Any], seconds: float = 240) -> None:
+def wait_until(
+    condition: Callable[[], bool], process: subprocess.Popen[Any] | Command | ProcessTree, seconds: float = 240
+) -> None:
     """Wait for a condition while a process runs; fail with its output if it ends first."""
     end = time.monotonic() + seconds
     while not condition():

@@ -8,7 +8,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +184,7 @@ def test_the_commands_of_the_guides(cluster: Cluster, tmp_path: Path, monkeypatc
             if words[1] in WITHOUT_RAY or "--local" in words:
                 main(words[1:])  # a process of its own would spend most of its time on importing torch
             else:
-                result = subprocess.run(words, env=cluster.client, capture_output=True, text=True, timeout=400)
+                result = cluster.run(words, tmp_path)
                 assert result.returncode == 0, f"{page}: {line}\n{result.stdout}\n{result.stderr}"
             CHECKS[words[1]](words)
     torch.set_num_threads(threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from commands import Command
 from conftest import free_port, listens, tiny_flags, wait_until
+from zygote import variables
 
 from raypp.bundle import load_private, load_public
 from raypp.config import load_config
@@ -136,12 +139,13 @@ def test_a_run_its_data_and_its_bundle_live_there(s3: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.ray
-def test_workers_of_ray_keep_their_checkpoints_there(s3: Any, tmp_path: Path) -> None:
+def test_workers_of_ray_keep_their_checkpoints_there(s3: Any, zygote: Path, tmp_path: Path) -> None:
     """Started by the command itself, so that they have this process' keys."""
-    command = [str(Path(sys.executable).parent / "raypp"), "train", "quickstart", "--name", "ray"]
+    command = ["raypp", "train", "quickstart", "--name", "ray"]
     flags = [word if word != str(tmp_path) else s3("ray") for word in tiny_flags(tmp_path, train__epochs=3)]
-    result = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
+    process = Command([*command, *flags], os.environ | variables(zygote))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
     folder = Storage(s3("ray")).folder("ray")
     assert newest_first(folder) == ["epoch_0004", "epoch_0003"]
     rows = [json.loads(line) for line in folder.read("metrics.jsonl").splitlines()]
@@ -150,17 +154,18 @@ def test_workers_of_ray_keep_their_checkpoints_there(s3: Any, tmp_path: Path) ->
 
 
 @pytest.mark.ray
-def test_a_search_lives_there(s3: Any, tmp_path: Path) -> None:
+def test_a_search_lives_there(s3: Any, zygote: Path, tmp_path: Path) -> None:
     """Trials, Tune's own state and the bundles that are handed over; and it is finished when asked again."""
     settings = [
         word for word in tiny_flags(tmp_path, train__epochs=1) if word not in ("--cluster.storage", str(tmp_path))
     ]
-    command = [str(Path(sys.executable).parent / "raypp"), "tune", "quickstart", "--storage", s3("searches")]
+    command = ["raypp", "tune", "quickstart", "--storage", s3("searches")]
     flags = ["--name", "search", "--search.num_trials", "2", "--search.scheduler", "none", "--search.suite", "null"]
     flags += ["--search.attack", "{width: 4, train: {epochs: 1}}", "--search.space.protection.skips", "[0, 1, 2]"]
     for resume in ([], ["--resume"]):
-        result = subprocess.run([*command, *flags, *settings, *resume], capture_output=True, text=True, timeout=500)
-        assert result.returncode == 0, result.stdout + result.stderr
+        process = Command([*command, *flags, *settings, *resume], os.environ | variables(zygote))
+        out, err = process.communicate(timeout=500)
+        assert process.returncode == 0, out + err
     folder = Storage(s3("searches")).folder("search")
     assert len(folder.read("trials.csv").decode().splitlines()) == 3
     assert folder.exists("front.png")

@@ -37,6 +37,7 @@ from raypp.serve.index import Server  # noqa: E402
 from raypp.serve.ladder import online  # noqa: E402
 from raypp.serve.model import Live, Served, classify  # noqa: E402
 from raypp.serve.wire import Limits, Waiting  # noqa: E402
+from raypp.storage import JOBS_FOLDER  # noqa: E402
 
 logger = logging.getLogger("raypp.serve")
 LEAST_SECONDS = 0.5  # between two looks for newer bundles that requests cause
@@ -300,6 +301,10 @@ def bind(name: str, arguments: Arguments) -> Application:
     return application
 
 
+COPIED = (
+    "bundle %s lies in a copy of a folder that Ray made, so a later run does not take its place: name the bundle by an "
+    "absolute path, or set RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 where `uv run ray start --block` made the copy"
+)
 NO_BUNDLE = "; `raypp quickstart` makes a first bundle, and `bundle` in serve_config.yaml names another one"
 
 
@@ -325,6 +330,8 @@ def _built(name: str, args: dict[str, Any]) -> Application:
         ) from error
     _log_as_serve()
     logger.warning("%s serves bundle %s, version %s", name, served.location, served.version)
+    if JOBS_FOLDER in served.location:
+        logger.warning(COPIED, served.location)
     return application
 
 

@@ -5,7 +5,6 @@ Nobody works on the head, as in the shipped configurations; the two others have 
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import json
@@ -23,10 +22,10 @@ from typing import Any
 
 import httpx
 import numpy as np
-import psutil
 import pytest
 import yaml
 from conftest import ROOT, Trained, free_port, tiny_flags, wait_until
+from zygote import ProcessTree, variables
 
 from raypp import env, ladder
 from raypp.bundle import load_private, load_public
@@ -42,23 +41,29 @@ PIPE = subprocess.PIPE
 class Nodes:
     """Three nodes with addresses 127.0.0.1 to .3, and the environment of their clients."""
 
-    def __init__(self, log: Path) -> None:
-        self.log, self.port, self.dashboard = log, free_port(), free_port()
+    def __init__(self, zygote: Path) -> None:
+        self.zygote, self.port, self.dashboard = zygote, free_port(), free_port()
         scripts = Path(sys.executable).parent
-        self.client = os.environ | {
-            "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_ADDRESS": f"127.0.0.1:{self.port}",
-            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard}",
-            "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{self.dashboard}",  # for `serve`
-            # A node that left is noticed sooner than on a cluster whose network may pause for a while.
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
-        }
+        self.client = (
+            os.environ
+            | variables(zygote)
+            | {
+                "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN": secrets.token_hex(32),
+                "RAY_ADDRESS": f"127.0.0.1:{self.port}",
+                "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard}",
+                "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{self.dashboard}",  # for `serve`
+                # A node that left is noticed sooner than on a cluster whose network may pause for a while.
+                "RAY_health_check_period_ms": "1000",
+                "RAY_health_check_failure_threshold": "3",
+                "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
+            }
+        )
         # A folder for each node, as on machines of their own: in a shared one they unpack a job's package over each
         # other, under the feet of its driver. A short one: sockets lie there.
         self.folder = Path(tempfile.mkdtemp(prefix="ray-"))
-        self.running: dict[int, subprocess.Popen[bytes]] = {}
+        self.running: dict[int, ProcessTree] = {}
 
     def start(self, number: int) -> None:
         """Start node 1, the head, or another."""
@@ -74,27 +79,17 @@ class Nodes:
         else:
             arguments += [f"--address=127.0.0.1:{self.port}", "--num-cpus=1"]
         surroundings = {key: value for key, value in self.client.items() if key != "RAY_ADDRESS"}
-        path = self.log / f"node{number}.log"
-        with path.open("wb") as log:
-            self.running[number] = subprocess.Popen(arguments, env=surroundings, stdout=log, stderr=log)
+        made = self.running[number] = ProcessTree(self.zygote, arguments, surroundings)
         # One after the other: nodes that start beside each other on two cores give up waiting for themselves.
-        wait_until(lambda: "Ray runtime started" in path.read_text(), self.running[number], 120)
+        wait_until(lambda: "Ray runtime started" in made.output()[0], made, 120)
 
     def kill(self, number: int) -> None:
         """End a node as a spot instance ends that nobody warned: everything at once."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(self.running.pop(number).pid)
-            for part in [*process.children(recursive=True), process]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    part.kill()
+        self.running.pop(number).kill()
 
     def holds(self, number: int, title: str) -> bool:
         """Whether a process of a node has a title, which Ray sets to what it runs, that holds ``title``."""
-        for process in psutil.Process(self.running[number].pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if title in " ".join(process.cmdline()):
-                    return True
-        return False
+        return bool(self.running[number].processes(title))
 
     def job(self, name: str, *more: str, submission: str | None = None) -> subprocess.Popen[str]:
         """Submit the job as its docstring says, with other arguments than its example's."""
@@ -119,9 +114,9 @@ class Nodes:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+def head(zygote: Path) -> Iterator[Nodes]:
     env.apply()
-    made = Nodes(tmp_path_factory.mktemp("nodes"))
+    made = Nodes(zygote)
     try:
         made.start(1)
         yield made
@@ -150,7 +145,7 @@ def epochs_of(folder: Path) -> list[tuple[str, int]]:
 
 
 def train_flags(tmp_path: Path, name: str, epochs: int, **changes: object) -> list[str]:
-    changes = {"data__source__num_train": 1000, "train__epochs": epochs} | changes
+    changes = {"train__epochs": epochs} | changes
     return ["quickstart", "--name", name, *tiny_flags(tmp_path, **changes)]
 
 
@@ -183,66 +178,55 @@ def test_a_search_waits_for_nodes_and_spreads_over_them(head: Nodes, tmp_path: P
     assert (tmp_path / "search" / "report" / "report.html").stat().st_size > 10_000
 
 
-def test_a_run_outlives_a_node_a_stopped_job_and_a_killed_driver(nodes: Nodes, tmp_path: Path) -> None:
-    """It shrinks and grows with its cluster, and no epoch that was checkpointed is trained again."""
-    folder = tmp_path / "elastic"
-    changes = {"train__plain_epochs": 1, "cluster__num_workers": 2, "cluster__min_workers": 1}
+def test_a_run_outlives_nodes_a_stopped_job_and_a_killed_driver(nodes: Nodes, tmp_path: Path) -> None:
+    """Elastic, it shrinks and grows with its cluster; of a fixed size, it waits. No epoch that was checkpointed is
+    trained again."""
+    folder = tmp_path / "run"
+    kept: list[list[dict[str, Any]]] = []  # what there was before each of these events
+    changes = {"data__source__num_train": 300, "train__plain_epochs": 1, "cluster__num_workers": 2}
     # More epochs than any machine trains while a node starts and Ray looks for it; what is left is cut off.
-    process = nodes.job("train", *train_flags(tmp_path, "elastic", 5000, **changes), submission="elastic")
+    arguments = train_flags(tmp_path, "run", 5000, **changes, cluster__min_workers=1)
+    process = nodes.job("train", *arguments, submission="elastic")
     wait_until(lambda: len(rows_of(folder)) >= 3, process)
     assert {row["world"] for row in rows_of(folder)} == {2}
     nodes.kill(3)
-    before_shrinking = rows_of(folder)[:-1]
+    kept.append(rows_of(folder)[:-1])
     wait_until(lambda: rows_of(folder)[-1]["world"] == 1, process)
     nodes.start(3)
     wait_until(lambda: rows_of(folder)[-1]["world"] == 2, process)
 
     output = nodes.stop("elastic", process)
     assert f"stopped after checkpoint {newest_first(Storage(folder))[0]}, as told; --resume goes on from it" in output
-    stopped = rows_of(folder)
+    kept.append(rows_of(folder))
     time.sleep(3)
-    assert rows_of(folder) == stopped, "a stopped job still trains"
+    assert rows_of(folder) == kept[-1], "a stopped job still trains"
 
     # Of a fixed size from here on: Ray 2.60 lets an elastic run wait for 3 minutes after a driver that was killed.
-    arguments = [*train_flags(tmp_path, "elastic", len(stopped) + 20, cluster__num_workers=2), "--resume"]
+    epochs = len(kept[-1]) + 40
+    arguments = [*train_flags(tmp_path, "run", epochs, **changes), "--resume"]
     process = nodes.job("train", *arguments)
-    wait_until(lambda: len(rows_of(folder)) >= len(stopped) + 2, process)
-    (driver,) = [
-        part
-        for part in psutil.Process(nodes.running[1].pid).children(recursive=True)
-        if "jobs/train.py" in part.cmdline() and "python" in part.name()
-    ]
+    wait_until(lambda: len(rows_of(folder)) >= len(kept[-1]) + 2, process)
+    nodes.kill(3)
+    wait_until(lambda: not nodes.holds(2, "RayTrainWorker"), process)
+    kept.append(rows_of(folder))
+    nodes.start(3)
+    wait_until(lambda: len(rows_of(folder)) > len(kept[-1]), process)
+    (driver,) = [part for part in nodes.running[1].processes("jobs/train.py") if "python" in part.name()]
     driver.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode == 1
-    before_the_end = rows_of(folder)
-    assert len(before_the_end) < len(stopped) + 21, "the run was over before its driver was killed"
+    kept.append(rows_of(folder))
+    assert len(kept[-1]) < epochs + 1, "the run was over before its driver was killed"
 
     nodes.done(nodes.job("train", *arguments))
     rows = rows_of(folder)
-    assert epochs_of(folder) == [("plain", 1), *(("joint", n + 1) for n in range(len(stopped) + 20))]
-    for kept in (before_shrinking, stopped, before_the_end):
-        assert rows[: len(kept)] == kept, "an epoch that was checkpointed was trained again"
+    assert epochs_of(folder) == [("plain", 1), *(("joint", n + 1) for n in range(epochs))]
+    for before in kept:
+        assert rows[: len(before)] == before, "an epoch that was checkpointed was trained again"
     assert [world for world, _ in itertools.groupby(row["world"] for row in rows)] == [2, 1, 2]
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["best"]["val_loss"] == min(row["val_loss"] for row in rows if row["phase"] == "joint")
     assert load_public(folder / "bundle").image_size == (16, 16)
-
-
-def test_a_run_of_fixed_size_waits_for_another_node(nodes: Nodes, tmp_path: Path) -> None:
-    folder = tmp_path / "fixed"
-    process = nodes.job("train", *train_flags(tmp_path, "fixed", 30, cluster__num_workers=2))
-    wait_until(lambda: len(rows_of(folder)) >= 3, process)
-    nodes.kill(3)
-    wait_until(lambda: not nodes.holds(2, "RayTrainWorker"), process)
-    kept = rows_of(folder)
-    assert len(kept) < 31
-    nodes.start(3)
-    nodes.done(process)
-    rows = rows_of(folder)
-    assert rows[: len(kept)] == kept
-    assert epochs_of(folder) == [("plain", 1), *(("joint", n + 1) for n in range(30))]
-    assert {row["world"] for row in rows} == {2}
 
 
 def table_flags(storage: Path) -> list[str]:

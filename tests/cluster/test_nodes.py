@@ -24,6 +24,7 @@ import psutil
 import pytest
 import yaml
 from conftest import Trained, wait_until
+from zygote import ProcessTree, variables
 
 from raypp.bundle import load_private
 from raypp.cli import main
@@ -48,7 +49,8 @@ class Nodes:
     """Namespaces ``raypp-test-0``, the head, and so on; node i has the address SUBNET.(i + 1)."""
 
     environment: dict[str, str]
-    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    zygote: Path
+    started: list[ProcessTree] = field(default_factory=list)
 
     def run(self, node: int, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = ["ip", "netns", "exec", f"{BRIDGE}-{node}", *arguments]
@@ -56,11 +58,11 @@ class Nodes:
 
     def start(self, node: int, proxy: dict[str, str], *options: str) -> None:
         command = [
-            "ip", "netns", "exec", f"{BRIDGE}-{node}", "ray", "start", "--block", "--disable-usage-stats",
-            f"--node-ip-address={address(node)}", "--object-store-memory=100000000", *options,
+            "ray", "start", "--block", "--disable-usage-stats", f"--node-ip-address={address(node)}",
+            "--object-store-memory=100000000", *options,
         ]  # fmt: skip
-        quiet = subprocess.DEVNULL
-        self.started.append(subprocess.Popen(command, env=self.environment | proxy, stdout=quiet, stderr=quiet))
+        environment = self.environment | variables(self.zygote) | proxy
+        self.started.append(ProcessTree(self.zygote, command, environment, namespace=f"{BRIDGE}-{node}"))
 
     def kill(self, node: int) -> None:
         """End everything on a node at once, as a machine that loses its power."""
@@ -84,7 +86,7 @@ def address(node: int) -> str:
 
 
 @pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[Nodes]:
+def nodes(zygote: Path, tmp_path: Path) -> Iterator[Nodes]:
     """A Ray cluster over three namespaces, each with an HAProxy of its own."""
     try:
         ip("netns", "add", BRIDGE)
@@ -98,7 +100,7 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
-    made = Nodes(environment)
+    made = Nodes(environment, zygote)
     with ExitStack() as stack:
         stack.callback(ip, "link", "del", BRIDGE)
         ip("addr", "add", f"{SUBNET}.254/24", "dev", BRIDGE)

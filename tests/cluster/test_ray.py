@@ -30,6 +30,7 @@ pytestmark = pytest.mark.ray
 
 TINY = [
     "--data.source.num_train", "400", "--data.source.num_test", "100", "--data.num_val", "80",
+    "--data.image_size", "[16, 16]",
     "--protection.width", "4", "--protection.depth", "2", "--train.batch_size", "32",
     "--train.plain_epochs", "1", "--train.precision", "fp32",
 ]  # fmt: skip
@@ -57,7 +58,7 @@ def test_a_worker_killed_within_an_epoch_costs_what_came_after_the_newest_checkp
     cluster: Cluster, tmp_path: Path
 ) -> None:
     run = Storage(tmp_path / "killed")
-    flags = ("--cluster.num_workers", "2", "--data.source.num_train", "3000", "--train.checkpoint_seconds", "0.5")
+    flags = ("--cluster.num_workers", "2", "--data.source.num_train", "2000", "--train.checkpoint_seconds", "0.5")
     process = cluster.popen(command(tmp_path, "killed", *flags, epochs=4))
 
     def within_an_epoch() -> bool:
@@ -78,12 +79,12 @@ def test_a_worker_killed_within_an_epoch_costs_what_came_after_the_newest_checkp
     rows = history(tmp_path / "killed")
     assert epochs_of(tmp_path / "killed") == expected(4)
     assert {row["world"] for row in rows} == {2}
-    assert load_public(tmp_path / "killed" / "bundle").image_size == (32, 32)
+    assert load_public(tmp_path / "killed" / "bundle").image_size == (16, 16)
 
 
 def test_a_killed_driver_is_resumed_past_a_damaged_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
     folder = tmp_path / "orphan"
-    flags = ("--cluster.num_workers", "1", "--data.source.num_train", "2000", "--train.adapt_threads", "false")
+    flags = ("--cluster.num_workers", "1", "--data.source.num_train", "1500", "--train.adapt_threads", "false")
     arguments = command(tmp_path, "orphan", *flags, epochs=4)
     process = cluster.popen(arguments)
     wait_until(lambda: len(history(folder)) >= 3, process)
@@ -261,7 +262,7 @@ def test_a_damaged_image_in_a_stream_is_named(cluster: Cluster, tmp_path: Path, 
 
 def test_storage_that_becomes_unwritable_loses_nothing(cluster: Cluster, tmp_path: Path) -> None:
     folder = tmp_path / "full"
-    arguments = command(tmp_path, "full", "--cluster.num_workers", "1", "--data.source.num_train", "2000", epochs=4)
+    arguments = command(tmp_path, "full", "--cluster.num_workers", "1", "--data.source.num_train", "1500", epochs=4)
     arguments += ["--cluster.max_failures", "0"]
     process = cluster.popen(arguments)
     wait_until(lambda: len(history(folder)) >= 2, process)
@@ -288,7 +289,7 @@ def test_table1_outlives_a_killed_cell(cluster: Cluster, tmp_path: Path) -> None
     process = cluster.popen(["raypp", "table1", *grid, *flags])
     victim_cell = table / "cells" / "quickstart-tanaka-seed0"
     wait_until(lambda: len(history(victim_cell)) >= 1, process)
-    cluster.processes("ray::_call")[0].kill()
+    cluster.head.processes("ray::_call")[0].kill()
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
     assert epochs_of(victim_cell) == [("joint", n + 1) for n in range(4)]
@@ -309,7 +310,7 @@ def test_what_may_differ_on_resume_is_in_the_configuration() -> None:
             node = node[part]
 
 
-EPOCHS = 150
+EPOCHS = 60
 
 
 def write_suite(folder: Path, epochs: int) -> Path:
@@ -340,7 +341,7 @@ def test_attacks_outlive_killed_workers(
     process = cluster.popen([*attack_command(trained, tmp_path, EPOCHS), *flags])
     inverse = tmp_path / "a" / "attacks" / "inverse"
     wait_until(lambda: len(history(inverse)) >= 2, process)
-    for victim in cluster.processes(title)[-1 if flags else 0 :]:
+    for victim in cluster.head.processes(title)[-1 if flags else 0 :]:
         victim.kill()
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
@@ -371,6 +372,6 @@ def test_attacks_that_are_told_to_stop_write_a_checkpoint_first(
     assert (newest / "checkpoint.json").stat().st_mtime > told - 1  # an epoch may have ended just before
     assert not (inverse / "result.json").exists()
     end = time.monotonic() + 60
-    while cluster.processes(title):
+    while cluster.head.processes(title):
         assert time.monotonic() < end, "workers outlive their driver"
         time.sleep(0.2)

@@ -50,7 +50,7 @@ def test_a_search_outlives_its_driver(cluster: Cluster, tmp_path: Path) -> None:
     arguments = command(tmp_path, "search", *flags)
     process = cluster.popen(arguments)
     wait_until(lambda: len(results(folder)) >= 1, process)
-    lost = cluster.processes("ImplicitFunc")
+    lost = cluster.head.processes("ImplicitFunc")
     lost[0].kill()  # a worker that is lost: its trial starts again
     wait_until(lambda: len(results(folder)) >= 4, process)
     process.send_signal(signal.SIGKILL)
@@ -94,7 +94,7 @@ def test_a_search_outlives_its_driver(cluster: Cluster, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("workers", "num"), [(1, 2), (2, 1)])
 def test_a_search_that_is_told_to_stop_loses_nothing(cluster: Cluster, tmp_path: Path, workers: int, num: int) -> None:
     """Its trials write checkpoints first, and go on from them."""
-    trials, epochs = tmp_path / "told" / "trials", 40
+    trials, epochs = tmp_path / "told" / "trials", 20
     flags = ["--cluster.num_workers", str(workers), "--search.num_trials", str(num), "--search.scheduler", "none"]
     arguments = command(tmp_path, "told", *flags, train__epochs=epochs)
 
@@ -186,7 +186,7 @@ def test_budgets_end_a_search_and_every_trial_is_told(cluster: Cluster, tmp_path
     attacks = {"feature_reconstruction": {}, "inverse": {"width": 4, "train": {"epochs": 1}}}
     suite.write_text(json.dumps({"num_queries": 20, "curve": False, "judge_epochs": 0, "attacks": attacks}))
     flags = [
-        "--search.num_trials", "1000", "--search.scheduler", "median", "--search.max_minutes", "0.6",
+        "--search.num_trials", "1000", "--search.scheduler", "median", "--search.max_minutes", "0.3",
         "--search.min_accuracy", "plain - 1.0", "--search.suite", str(suite), "--search.num_attacked", "1",
     ]  # fmt: skip
     result = cluster.run(command(tmp_path, "budget", *flags))

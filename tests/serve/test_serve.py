@@ -8,6 +8,7 @@ import contextlib
 import io
 import ipaddress
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -35,6 +36,7 @@ from browser import chromium, write_video
 from conftest import ROOT, Cluster, Trained, free_port, tiny_flags, wait_until
 from playwright.sync_api import Locator
 from services import attack_copy
+from zygote import ProcessTree, variables
 
 from raypp.bundle import load_private, write_manifest
 from raypp.cli import main
@@ -47,6 +49,7 @@ from raypp.serve.model import load_served, publishing
 from raypp.storage import Storage
 
 pytestmark = pytest.mark.ray
+PROGRAM = str(Path(sys.executable).parent / "raypp")
 
 
 @dataclass
@@ -254,7 +257,7 @@ def test_nothing_is_lost_while_bundles_change_and_a_replica_dies(
         assert time.monotonic() < end, [load.outcomes for load in loads]
         time.sleep(0.1)
     done = sum(load.outcomes["right"] for load in loads)
-    (replica,) = cluster.processes("ServeReplica:classifier:")
+    (replica,) = cluster.head.processes("ServeReplica:classifier:")
     replica.kill()
     end = time.monotonic() + 120
     while sum(load.outcomes["right"] for load in loads) < done + 40:
@@ -293,34 +296,18 @@ def test_a_bundle_that_does_not_work_never_becomes_live(
     (service.shelf / "live.json").write_bytes(live)
 
 
-def test_clients_outlast_a_restart_of_the_whole_service(trained: Trained, tmp_path: Path) -> None:
+def test_clients_outlast_a_restart_of_the_whole_service(zygote: Path, trained: Trained, tmp_path: Path) -> None:
     """A service on a Ray of its own, killed with its head under load and started again: no request fails."""
     rest = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     service = Service(url, trained.bundle, trained.bundle, None, tmp_path / "cache")
-    running: list[subprocess.Popen[str]] = []
+    running: list[ProcessTree] = []
 
     def start() -> None:
-        arguments = [
-            sys.executable,
-            "-m",
-            "raypp.cli",
-            "serve",
-            str(trained.bundle),
-            "--port",
-            str(port),
-        ]
-        pipe = subprocess.PIPE
-        running.append(subprocess.Popen(arguments, env=rest, stdout=pipe, stderr=pipe, text=True))
+        arguments = [PROGRAM, "serve", str(trained.bundle), "--port", str(port)]
+        running.append(ProcessTree(zygote, arguments, rest | variables(zygote)))
         wait_until(lambda: answers(f"{url}/classifier/v1/model", 200), running[-1])
-
-    def kill() -> None:
-        family = [*psutil.Process(running[-1].pid).children(recursive=True), psutil.Process(running[-1].pid)]
-        for process in reversed(family):  # the driver first: it would tidy up
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        running[-1].communicate(timeout=60)
 
     start()
     try:
@@ -333,7 +320,7 @@ def test_clients_outlast_a_restart_of_the_whole_service(trained: Trained, tmp_pa
         time.sleep(3)
         done = [load.outcomes["right"] for load in loads]
         assert min(done) > 0
-        kill()
+        running[-1].kill()  # all at once: the driver would tidy up
         assert not answers(f"{url}/classifier/v1/model", 200)
         start()
         wait_until(
@@ -349,6 +336,7 @@ def test_clients_outlast_a_restart_of_the_whole_service(trained: Trained, tmp_pa
             running[-1].send_signal(signal.SIGTERM)
             out, err = running[-1].communicate(timeout=90)
             assert running[-1].returncode in {0, 130}, out + err  # 130 where it had not yet said that it runs
+            running[-1].kill()
 
 
 def test_too_many_requests_are_told_to_come_back(service: Service) -> None:
@@ -487,31 +475,27 @@ def test_monitoring_counts_requests_and_images(service: Service, cluster: Cluste
 
 
 def test_nothing_listens_beyond_this_machine(service: Service, cluster: Cluster) -> None:
-    family = psutil.Process(cluster.head.pid).children(recursive=True)
     port = httpx.URL(service.url).port
     listening = {
         (c.laddr.ip, c.laddr.port)
-        for process in family
+        for process in cluster.head.processes()
         for c in process.net_connections("inet")
         if c.status == psutil.CONN_LISTEN and c.laddr.port == port
     }
     assert listening == {("127.0.0.1", port)}
 
 
-def test_haproxy_takes_the_requests_and_listens_here_only(trained: Trained, tmp_path: Path) -> None:
+def test_haproxy_takes_the_requests_and_listens_here_only(zygote: Path, trained: Trained, tmp_path: Path) -> None:
     """On a Ray of its own. Its manager killed, HAProxy goes too, and another answers."""
     surroundings = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    program = str(Path(sys.executable).parent / "raypp")
-    arguments = [program, "serve", str(trained.bundle), "--haproxy"]
     port = free_port()
-    process = subprocess.Popen(
-        [*arguments, "--port", str(port)], env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    arguments = [PROGRAM, "serve", str(trained.bundle), "--haproxy", "--port", str(port)]
+    process = ProcessTree(zygote, arguments, surroundings | variables(zygote))
     address = f"http://127.0.0.1:{port}"
 
     def running(title: str) -> list[psutil.Process]:
         found = []
-        for child in psutil.Process(process.pid).children(recursive=True):
+        for child in process.processes():
             with contextlib.suppress(psutil.Error):
                 if title in "".join(child.cmdline()[:1]) and child.status() != psutil.STATUS_ZOMBIE:
                     found.append(child)
@@ -533,7 +517,7 @@ def test_haproxy_takes_the_requests_and_listens_here_only(trained: Trained, tmp_
         classifies()
         beyond = {  # of all of Ray
             where.port: name
-            for name, where in heard(psutil.Process(process.pid).children(recursive=True))
+            for name, where in heard(process.processes())
             if not ipaddress.ip_address(where.ip.removeprefix("::ffff:")).is_loopback
         }
         assert set(beyond.values()) == {
@@ -564,6 +548,7 @@ def test_haproxy_takes_the_requests_and_listens_here_only(trained: Trained, tmp_
     finally:
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=90)
+        process.kill()
     assert process.returncode == 0, out + err
     assert "Traceback" not in err
     assert "failed" not in out + err  # Ray of Serve's end
@@ -610,7 +595,7 @@ class Checkout:
 
 
 @pytest.fixture
-def checkout(tmp_path: Path) -> Checkout:
+def checkout(zygote: Path, tmp_path: Path) -> Checkout:
     root = tmp_path / "clone"
     root.mkdir()
     for name in ("raypp", "serve_config.yaml", "pyproject.toml", "README.md"):
@@ -622,9 +607,12 @@ def checkout(tmp_path: Path) -> Checkout:
     preset = load_config("quickstart", flags=tiny_flags(tmp_path / "unused"))
     (root / "raypp" / "presets" / "quickstart.yaml").write_text(preset.to_yaml())
     surroundings = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    surroundings |= variables(zygote)
     surroundings |= {
         "HOME": str(tmp_path / "home"),  # a user who has never started Ray
-        "PYTHONPATH": str(root),
+        "PYTHONPATH": f"{root}{os.pathsep}{surroundings['PYTHONPATH']}",
+        # A Ray below the `uv run` that runs the tests would take a copy of the folder for each application.
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{surroundings['PATH']}",
     }
     (tmp_path / "home").mkdir()
@@ -656,9 +644,7 @@ def test_the_four_commands_of_a_fresh_clone(checkout: Checkout, tmp_path: Path) 
     }  # fmt: skip
     start = ["ray", "start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}",
              f"--dashboard-agent-listen-port={free_port()}"]  # fmt: skip
-    head = subprocess.Popen(
-        start, env=checkout.surroundings, cwd=checkout.root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    head = ProcessTree(Path(checkout.surroundings["ZYGOTE"]), start, checkout.surroundings, checkout.root)
     try:
         wait_until(lambda: answers(f"http://127.0.0.1:{dashboard}/api/version", 200), head)
 
@@ -699,13 +685,25 @@ def test_the_four_commands_of_a_fresh_clone(checkout: Checkout, tmp_path: Path) 
         _, sentence = checkout.status()["classifier"]["message"].strip().splitlines()
         assert f"there is no 'runs/none' in {checkout.root}; `raypp quickstart` makes a first bundle" in sentence
     finally:
-        family = psutil.Process(head.pid).children(recursive=True)
-        head.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            head.wait(timeout=20)
-        for process in [*family, psutil.Process(head.pid)] if head.poll() is None else family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        head.kill()
+
+
+def test_a_bundle_in_a_copy_that_ray_made_is_told(trained: Trained, tmp_path: Path) -> None:
+    """As an application below `uv run ray start --block` would be given one: later runs are not taken over."""
+    from raypp.serve import app
+
+    copied = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0" / "runs" / "latest" / "bundle"
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ray.serve").addHandler(handler)
+    try:
+        app.build_classifier({"bundle": str(trained.bundle)})
+        assert not any("RAY_ENABLE_UV_RUN_RUNTIME_ENV=0" in record for record in records)
+        app.build_classifier({"bundle": str(shutil.copytree(trained.bundle, copied))})
+        assert any("RAY_ENABLE_UV_RUN_RUNTIME_ENV=0" in record for record in records)
+    finally:
+        logging.getLogger("ray.serve").removeHandler(handler)
 
 
 def answers_with_bundle(url: str, name: str) -> bool:

@@ -1,0 +1,250 @@
+"""A process that has imported torch and other large packages, and from which processes of Ray are forked.
+
+A worker of Ray imports for 3 to 7 seconds before it does anything, and a training run starts five and more. Forked from
+the zygote it takes one second. What it runs is what Ray started it with; only the imports are done already.
+``zygote_hook/sitecustomize.py`` passes on what a process was started with, and waits for the end of the forked one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import json
+import os
+import runpy
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+from zygote_client import ask
+
+ROOT = Path(__file__).parents[1]
+HOOK = Path(__file__).parent / "zygote_hook"
+# Not Ray, which reads the worker's job from the environment while it is imported, and not raypp: workers of a job
+# import the one that the job has brought. Both together take a second.
+PRELOADED = [
+    "torch._dynamo", "torchvision", "pandas", "scipy.stats", "pyarrow.dataset", "pyarrow.parquet", "pydantic.v1",
+    "aiohttp", "grpc", "jsonschema", "requests", "fsspec", "optuna", "tensorboardX", "safetensors.torch", "PIL.Image",
+    "jinja2", "rich.progress", "fastapi", "uvicorn", "colorful", "httpx", "opentelemetry.metrics",
+    "sklearn.linear_model",
+]  # fmt: skip
+
+
+def variables(zygote: Path) -> dict[str, str]:
+    """Environment variables of a process whose Ray has its processes forked by a zygote."""
+    return {"ZYGOTE": str(zygote), "PYTHONPATH": _python_path()}
+
+
+def _python_path() -> str:
+    return os.pathsep.join([str(HOOK), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
+
+
+def start_zygote(folder: Path) -> subprocess.Popen[bytes]:
+    """Start a zygote whose socket is ``folder / "socket"``; it ends when this process does."""
+    environment = os.environ | {"PYTHONPATH": _python_path()}
+    process = subprocess.Popen([sys.executable, __file__, str(folder / "socket")], env=environment)
+    while not (folder / "socket").exists():
+        assert process.poll() is None, "the zygote has ended"
+        time.sleep(0.05)
+    return process
+
+
+class ProcessTree:
+    """A command below a zygote of its own: all that it starts, at whatever remove, is below :attr:`pid`.
+
+    It has the methods of :class:`subprocess.Popen` that tests use.
+
+    Args:
+        namespace: of the network, which everything lives in.
+    """
+
+    def __init__(
+        self,
+        zygote: Path,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        working_folder: Path = ROOT,
+        *,
+        namespace: str = "",
+    ) -> None:
+        self.args, self.returncode = list(command), None
+        folder = Path(tempfile.mkdtemp(prefix="zygote-"))
+        self._outputs = [folder / "stdout", folder / "stderr"]
+        arguments = [__file__, str(folder / "socket"), namespace, *command]
+        request = {"arguments": arguments, "environment": dict(environment), "folder": str(working_folder)}
+        with open(os.devnull) as null, ExitStack() as stack:
+            outputs = [stack.enter_context(path.open("wb")) for path in self._outputs]
+            self._client = ask(str(zygote), request, [null.fileno(), *(file.fileno() for file in outputs)])
+        self.pid = int.from_bytes(self._client.recv(4), "big")
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            try:
+                code = self._client.recv(4, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return None
+            self.returncode = int.from_bytes(code, "big") if code else 1
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send one of SIGTERM and SIGINT to the command."""
+        os.kill(self.pid, number)
+
+    def output(self) -> tuple[str, str]:
+        """What it has written so far to standard output and standard error."""
+        out, err = (path.read_text() for path in self._outputs)
+        return out, err
+
+    def communicate(self, timeout: float = 60) -> tuple[str, str]:
+        """Wait for the end; return all that it wrote."""
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            assert time.monotonic() < end, f"{self.args} does not end: {self.output()}"
+            time.sleep(0.05)
+        return self.output()
+
+    def processes(self, title: str = "") -> list[psutil.Process]:
+        """Processes below it whose title, which Ray sets to what they run, holds ``title``."""
+        found = []
+        for process in psutil.Process(self.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if title in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    def kill(self) -> None:
+        """Kill all of its processes at once: a Ray that is asked to end takes ten seconds."""
+        with suppress(psutil.NoSuchProcess):
+            for process in [psutil.Process(self.pid), *self.processes()]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+        self._client.close()
+        shutil.rmtree(self._outputs[0].parent, ignore_errors=True)
+
+
+class Zygote:
+    """Forks a process for each client of its socket, until a command ends or, without one, its parent has."""
+
+    def __init__(self, path: str, namespace: str = "", *command: str) -> None:
+        if namespace:
+            enter(namespace)
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(f"{path}.new")
+        self.listener.listen(128)
+        self.clients: dict[int, socket.socket] = {}
+        self.watch = selectors.DefaultSelector()
+        self.watch.register(self.listener, selectors.EVENT_READ)
+        self.parent = os.getppid()
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self.ended, wake = socket.socketpair()
+        wake.setblocking(False)
+        self.ended.setblocking(False)
+        self.wake = wake
+        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        self.watch.register(self.ended, selectors.EVENT_READ)
+        for name in PRELOADED:
+            importlib.import_module(name)
+        assert "ray" not in sys.modules
+        Path(f"{path}.new").rename(path)
+        os.environ["ZYGOTE"] = path
+        self.command = subprocess.Popen(command) if command else None
+        if self.command is not None:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda number, _: self.command.send_signal(number))
+
+    def serve(self) -> int:
+        while True:
+            for key, _ in self.watch.select(timeout=1):
+                if key.fileobj is self.listener:
+                    self.fork()
+                elif key.fileobj is self.ended:
+                    self.ended.recv(4096)
+                else:  # a client is gone: what was forked for it goes too
+                    self.watch.unregister(key.fileobj)
+                    os.kill(key.data, signal.SIGKILL)
+            if self.command is not None and self.command.poll() is not None:
+                return self.command.returncode
+            if self.command is None and os.getppid() != self.parent:
+                return 0
+            for pid in list(self.clients):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    code = os.waitstatus_to_exitcode(status)
+                    client = self.clients.pop(pid)
+                    if client in {key.fileobj for key in self.watch.get_map().values()}:
+                        self.watch.unregister(client)
+                        client.sendall((code if code >= 0 else 128 - code).to_bytes(4, "big"))
+                    client.close()
+
+    def fork(self) -> None:
+        client, _ = self.listener.accept()
+        size, files, _, _ = socket.recv_fds(client, 4, 3)
+        request = json.loads(client.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
+        pid = os.fork()
+        if pid == 0:
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGCHLD, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self.watch.close()
+            for open_socket in (self.listener, self.ended, self.wake, client, *self.clients.values()):
+                open_socket.close()
+            run(request, files)
+        for file in files:
+            os.close(file)
+        client.sendall(pid.to_bytes(4, "big"))
+        self.clients[pid] = client
+        self.watch.register(client, selectors.EVENT_READ, pid)
+
+
+def enter(namespace: str) -> None:
+    """Have this process, and what it starts, live in a network namespace."""
+    import ctypes
+
+    with open(f"/run/netns/{namespace}") as file:
+        assert ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0x40000000) == 0, os.strerror(ctypes.get_errno())
+
+
+def run(request: dict[str, Any], files: list[int]) -> None:
+    """Be the process that would have run the request's script."""
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    sys.argv = request["arguments"]
+    script = Path(sys.argv[0]).resolve()
+    paths = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    own = str(Path(__file__).parent)
+    sys.path[:] = [str(script.parent), *paths, *(path for path in sys.path if path not in {*before, own})]
+    code = 0
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(Zygote(*sys.argv[1:]).serve())

@@ -1,0 +1,56 @@
+"""Has a process of Ray forked by the zygote (:mod:`zygote`) instead of importing everything itself.
+
+Python imports this file when it starts, where the folder is on ``PYTHONPATH``. It changes only processes that run a
+script of Ray or of ``jobs/``, and only where ``ZYGOTE`` names the zygote's socket.
+"""
+
+import json
+import os
+import sys
+
+SETUP = "/ray/_private/workers/setup_worker.py"
+FORKED = (
+    "/ray/_private/workers/default_worker.py",
+    "/ray/_private/log_monitor.py",
+    "/ray/autoscaler/_private/monitor.py",
+    "/ray/dashboard/dashboard.py",
+    "/bin/ray",
+    "/bin/raypp",
+    "/bin/serve",
+)
+
+
+def _request() -> "dict[str, object] | None":
+    """What this process was started to run; None where it has to run that itself."""
+    arguments, variables = sys.orig_argv[1:], {}
+    while arguments and arguments[0] in ("-u", "-B"):
+        del arguments[0]
+    if not arguments:
+        return None
+    if arguments[0].endswith(SETUP):  # sets up a worker's environment and then runs default_worker.py
+        name = "--serialized-runtime-env-context="
+        (context,) = [json.loads(part[len(name) :]) for part in arguments if part.startswith(name)] or [{}]
+        if context.get("command_prefix") or context.get("py_executable", sys.executable) != sys.executable:
+            return None
+        variables = context.get("env_vars") or {}
+        arguments = [part for part in arguments[1:] if not part.startswith((name, "--language="))]
+    if not (arguments and (arguments[0].endswith(FORKED) or arguments[0].startswith("jobs/"))):
+        return None
+    return {"arguments": arguments, "environment": os.environ | variables, "folder": os.getcwd()}
+
+
+def _fork(request: "dict[str, object]") -> None:
+    import signal
+
+    from zygote_client import ask
+
+    with ask(os.environ["ZYGOTE"], request, [0, 1, 2]) as zygote:
+        pid = int.from_bytes(zygote.recv(4), "big")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: os.kill(pid, number))
+        code = zygote.recv(4)
+    os._exit(int.from_bytes(code, "big") if code else 1)
+
+
+if "ZYGOTE" in os.environ and (_found := _request()) is not None:
+    _fork(_found)
