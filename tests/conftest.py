@@ -66,11 +66,11 @@ Tiny = Callable[..., "Config"]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests that use Ray, one after the other in one process; tests of a file share its fixtures."""
+    """Begin with the tests that use Ray, which take longest; tests of a file share its fixtures."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
     for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+        file = item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(f"ray-{file}" if item.get_closest_marker("ray") else file))
 
 
 @pytest.hookimpl(wrapper=True)

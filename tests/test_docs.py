@@ -47,12 +47,18 @@ def test_guides_are_readable_by_this_test() -> None:
     assert all(commands(page) for page in GUIDES)
 
 
-# Settings that shorten a guide's command here. The run `first` and its attack are as a reader starts them.
-SHORT_TRAINING = {"--train.epochs": "1", "--train.plain_epochs": "1", "--data.source.num_train": "1000"}
+# Settings that shorten a guide's command here. The run `first` has the network and the epochs that a reader's has.
+SMALL = {"--data.image_size": "[16, 16]"}
+SHORT_TRAINING = SMALL | {"--train.epochs": "1", "--train.plain_epochs": "1", "--data.source.num_train": "600"}
+FEW_JUDGED = {"--data.source.num_train": "3100", "--data.num_val": "100", "--data.source.num_test": "500"}
 SHORT = {
     "data convert": {"--num_train": "600", "--num_test": "200"},
-    "--name first-search": SHORT_TRAINING | {"--search.scheduler": "none", "--search.num_attacked": "1"},
-    "--name first": {},
+    "--name first-search": SHORT_TRAINING | {
+        "--search.scheduler": "none", "--search.num_attacked": "1", "--search.attack": "{width: 4, train: {epochs: 1}}",
+    },
+    "--name first-attack": {"--inverse.train.epochs": "1"},
+    "--name first --resume": FEW_JUDGED | {"--train.epochs": "5"},
+    "--name first": FEW_JUDGED,
     "--name own": {"--train.epochs": "1", "--train.plain_epochs": "1", "--data.num_val": "50"},
     "--name streamed": {"--train.epochs": "1", "--train.plain_epochs": "1", "--data.num_val": "50"},
     "--name few": {"--inverse.train.epochs": "1"},
@@ -63,10 +69,14 @@ SHORT = {
 
 
 def shortened(line: str) -> list[str]:
-    """The words of a guide's command, with the settings of ``SHORT`` that it does not have itself."""
+    """The words of a guide's command with the settings of ``SHORT``."""
     words = shlex.split(line, comments=True)
-    settings = next((s for key, s in SHORT.items() if key in line), {})
-    return words + [word for pair in settings.items() if pair[0] not in words for word in pair]
+    for name, value in next((settings for key, settings in SHORT.items() if key in line), {}).items():
+        if name in words:
+            words[words.index(name) + 1] = value
+        else:
+            words += [name, value]
+    return words
 
 
 def _json(path: str) -> dict[str, Any]:
@@ -126,7 +136,7 @@ def check_protect(words: list[str]) -> None:
     assert len(images) == (len(list((ROOT / "docs" / "images").glob("*.png"))) if target.is_dir() else 1)
     for path in images:
         with Image.open(path) as image:
-            assert image.size == (32, 32)
+            assert image.size == ((16, 16) if "--key" in words else (32, 32))
 
 
 def check_data(words: list[str]) -> None:
