@@ -47,18 +47,26 @@ def test_guides_are_readable_by_this_test() -> None:
     assert all(commands(page) for page in GUIDES)
 
 
-# Settings that shorten a guide's command here. The run `first` has the network and the epochs that a reader's has.
+# Settings that shorten a guide's command here. The run `first` has smaller images than a reader's, and as many epochs.
 SMALL = {"--data.image_size": "[16, 16]"}
 SHORT_TRAINING = SMALL | {"--train.epochs": "1", "--train.plain_epochs": "1", "--data.source.num_train": "600"}
-FEW_JUDGED = {"--data.source.num_train": "3100", "--data.num_val": "100", "--data.source.num_test": "500"}
+FIRST = SMALL | {
+    "--protection.depth": "2",
+    "--data.source.num_train": "3100",
+    "--data.num_val": "100",
+    "--data.source.num_test": "500",
+}
 SHORT = {
     "data convert": {"--num_train": "600", "--num_test": "200"},
-    "--name first-search": SHORT_TRAINING | {
-        "--search.scheduler": "none", "--search.num_attacked": "1", "--search.attack": "{width: 4, train: {epochs: 1}}",
+    "--name first-search": SHORT_TRAINING
+    | {
+        "--search.scheduler": "none",
+        "--search.num_attacked": "1",
+        "--search.attack": "{width: 4, train: {epochs: 1}}",
     },
     "--name first-attack": {"--inverse.train.epochs": "1"},
-    "--name first --resume": FEW_JUDGED | {"--train.epochs": "5"},
-    "--name first": FEW_JUDGED,
+    "--name first --resume": FIRST | {"--train.epochs": "5"},
+    "--name first": FIRST,
     "--name own": {"--train.epochs": "1", "--train.plain_epochs": "1", "--data.num_val": "50"},
     "--name streamed": {"--train.epochs": "1", "--train.plain_epochs": "1", "--data.num_val": "50"},
     "--name few": {"--inverse.train.epochs": "1"},
@@ -136,7 +144,7 @@ def check_protect(words: list[str]) -> None:
     assert len(images) == (len(list((ROOT / "docs" / "images").glob("*.png"))) if target.is_dir() else 1)
     for path in images:
         with Image.open(path) as image:
-            assert image.size == ((16, 16) if "--key" in words else (32, 32))
+            assert image.size == (16, 16)
 
 
 def check_data(words: list[str]) -> None:

@@ -58,7 +58,7 @@ def test_a_worker_killed_within_an_epoch_costs_what_came_after_the_newest_checkp
     cluster: Cluster, tmp_path: Path
 ) -> None:
     run = Storage(tmp_path / "killed")
-    flags = ("--cluster.num_workers", "2", "--data.source.num_train", "2000", "--train.checkpoint_seconds", "0.5")
+    flags = ("--cluster.num_workers", "2", "--data.source.num_train", "1000", "--train.checkpoint_seconds", "0.3")
     process = cluster.popen(command(tmp_path, "killed", *flags, epochs=4))
 
     def within_an_epoch() -> bool:
@@ -84,7 +84,7 @@ def test_a_worker_killed_within_an_epoch_costs_what_came_after_the_newest_checkp
 
 def test_a_killed_driver_is_resumed_past_a_damaged_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
     folder = tmp_path / "orphan"
-    flags = ("--cluster.num_workers", "1", "--data.source.num_train", "1500", "--train.adapt_threads", "false")
+    flags = ("--cluster.num_workers", "1", "--data.source.num_train", "800", "--train.adapt_threads", "false")
     arguments = command(tmp_path, "orphan", *flags, epochs=4)
     process = cluster.popen(arguments)
     wait_until(lambda: len(history(folder)) >= 3, process)
@@ -310,7 +310,7 @@ def test_what_may_differ_on_resume_is_in_the_configuration() -> None:
             node = node[part]
 
 
-EPOCHS = 60
+EPOCHS = 30
 
 
 def write_suite(folder: Path, epochs: int) -> Path:
