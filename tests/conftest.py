@@ -73,6 +73,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(f"ray-{file}" if item.get_closest_marker("ray") else file))
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Never what bytes hold: they may differ between the processes that collect the tests, as a time in them does."""
+    return f"{len(val)} bytes" if isinstance(val, bytes) else None
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Fail a test that takes more than :data:`FAST_SECONDS` and has no marker that says so."""
