@@ -133,7 +133,7 @@ class ProcessTree:
 
 
 class Zygote:
-    """Forks a process for each client of its socket, until a command ends or, without one, its parent has."""
+    """Forks a process for each client of its socket, until its command or its parent has ended."""
 
     def __init__(self, path: str, namespace: str = "", *command: str) -> None:
         if namespace:
@@ -174,7 +174,10 @@ class Zygote:
                     os.kill(key.data, signal.SIGKILL)
             if self.command is not None and self.command.poll() is not None:
                 return self.command.returncode
-            if self.command is None and os.getppid() != self.parent:
+            if os.getppid() != self.parent:  # the tests were killed: nothing of theirs goes on
+                for process in psutil.Process().children(recursive=True):
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
                 return 0
             for pid in list(self.clients):
                 ended, status = os.waitpid(pid, os.WNOHANG)
