@@ -226,11 +226,11 @@ def test_a_ladder_that_is_told_to_stop_goes_on_from_its_checkpoint(trained: Trai
     whole = attack(plan(tmp_path, "whole", bundle=str(shutil.copytree(trained.bundle, tmp_path / "bundle"))))
 
     def stopped(plan: ladder.Plan, missing: Any, display: GridDisplay, ended: Any) -> None:
-        told: list[str] = []
+        signalled: list[str] = []
 
         def tell(run: str, info: dict[str, Any]) -> None:
-            if run == "inverse" and info["steps_done"] > 1 and not told:  # a second signal would end this process
-                told.append(run)
+            if run == "inverse" and info["steps_done"] > 1 and not signalled:  # a second signal would end this process
+                signalled.append(run)
                 signal.raise_signal(signal.SIGTERM)
 
         display.step = tell  # type: ignore[method-assign]

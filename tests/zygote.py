@@ -30,8 +30,8 @@ from zygote_client import ask
 
 ROOT = Path(__file__).parents[1]
 HOOK = Path(__file__).parent / "zygote_hook"
-# Not Ray, which reads the worker's job from the environment while it is imported, and not raypp: workers of a job
-# import the one that the job has brought. Both together take a second.
+# Each forked process imports Ray and raypp itself, in one second together: Ray reads the job's id from the environment
+# at import, and raypp comes from the job's package.
 PRELOADED = [
     "torch._dynamo", "torchvision", "pandas", "scipy.stats", "pyarrow.dataset", "pyarrow.parquet", "pydantic.v1",
     "aiohttp", "grpc", "jsonschema", "requests", "fsspec", "optuna", "tensorboardX", "safetensors.torch", "PIL.Image",
@@ -60,12 +60,12 @@ def start_zygote(folder: Path) -> subprocess.Popen[bytes]:
 
 
 class ProcessTree:
-    """A command below a zygote of its own: all that it starts, at whatever remove, is below :attr:`pid`.
+    """A command and all processes that it starts; :attr:`pid` is an ancestor of each of them.
 
     It has the methods of :class:`subprocess.Popen` that tests use.
 
     Args:
-        namespace: of the network, which everything lives in.
+        namespace: name of the Linux network namespace in which the command runs.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class Zygote:
                     os.kill(key.data, signal.SIGKILL)
             if self.command is not None and self.command.poll() is not None:
                 return self.command.returncode
-            if os.getppid() != self.parent:  # the tests were killed: nothing of theirs goes on
+            if os.getppid() != self.parent:  # the tests were killed
                 for process in psutil.Process().children(recursive=True):
                     with suppress(psutil.NoSuchProcess):
                         process.kill()

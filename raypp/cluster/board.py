@@ -50,7 +50,7 @@ class Board:
 
 def put_up() -> Any:
     """Start a board on the driver's own node: anywhere else, a node that leaves would take it along."""
-    # Not soft: Ray then takes another node now and then although this one has room.
+    # With soft affinity, Ray 2.60 sometimes chose another node although this one had room.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
 

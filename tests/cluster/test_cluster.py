@@ -79,9 +79,9 @@ class Nodes:
         else:
             arguments += [f"--address=127.0.0.1:{self.port}", "--num-cpus=1"]
         surroundings = {key: value for key, value in self.client.items() if key != "RAY_ADDRESS"}
-        made = self.running[number] = ProcessTree(self.zygote, arguments, surroundings)
-        # One after the other: nodes that start beside each other on two cores give up waiting for themselves.
-        wait_until(lambda: "Ray runtime started" in made.output()[0], made, 120)
+        node = self.running[number] = ProcessTree(self.zygote, arguments, surroundings)
+        # One after the other: nodes that start together on two cores give up waiting for themselves.
+        wait_until(lambda: "Ray runtime started" in node.output()[0], node, 120)
 
     def kill(self, number: int) -> None:
         """End a node as a spot instance ends that nobody warned: everything at once."""
@@ -182,47 +182,47 @@ def test_a_run_outlives_nodes_a_stopped_job_and_a_killed_driver(nodes: Nodes, tm
     """Elastic, it shrinks and grows with its cluster; of a fixed size, it waits. No epoch that was checkpointed is
     trained again."""
     folder = tmp_path / "run"
-    kept: list[list[dict[str, Any]]] = []  # what there was before each of these events
+    histories: list[list[dict[str, Any]]] = []  # the rows before each event
     changes = {"data__source__num_train": 300, "train__plain_epochs": 1, "cluster__num_workers": 2}
     # More epochs than any machine trains while a node starts and Ray looks for it; what is left is cut off.
     arguments = train_flags(tmp_path, "run", 5000, **changes, cluster__min_workers=1)
     process = nodes.job("train", *arguments, submission="elastic")
     wait_until(lambda: len(rows_of(folder)) >= 3, process)
     assert {row["world"] for row in rows_of(folder)} == {2}
-    assert nodes.holds(1, "ray::Board"), "what workers tell the driver would be lost with another node"
+    assert nodes.holds(1, "ray::Board"), "messages to the driver would be lost with another node"
     nodes.kill(3)
-    kept.append(rows_of(folder)[:-1])
+    histories.append(rows_of(folder)[:-1])
     wait_until(lambda: rows_of(folder)[-1]["world"] == 1, process)
     nodes.start(3)
     wait_until(lambda: rows_of(folder)[-1]["world"] == 2, process)
 
     output = nodes.stop("elastic", process)
     assert f"stopped after checkpoint {newest_first(Storage(folder))[0]}, as told; --resume goes on from it" in output
-    kept.append(rows_of(folder))
+    histories.append(rows_of(folder))
     time.sleep(3)
-    assert rows_of(folder) == kept[-1], "a stopped job still trains"
+    assert rows_of(folder) == histories[-1], "a stopped job still trains"
 
     # Of a fixed size from here on: Ray 2.60 lets an elastic run wait for 3 minutes after a driver that was killed.
-    epochs = len(kept[-1]) + 14
+    epochs = len(histories[-1]) + 14
     arguments = [*train_flags(tmp_path, "run", epochs, **changes), "--resume"]
     process = nodes.job("train", *arguments)
-    wait_until(lambda: len(rows_of(folder)) >= len(kept[-1]) + 2, process)
+    wait_until(lambda: len(rows_of(folder)) >= len(histories[-1]) + 2, process)
     nodes.kill(3)
     wait_until(lambda: not nodes.holds(2, "RayTrainWorker"), process)
-    kept.append(rows_of(folder))
+    histories.append(rows_of(folder))
     nodes.start(3)
-    wait_until(lambda: len(rows_of(folder)) > len(kept[-1]), process)
+    wait_until(lambda: len(rows_of(folder)) > len(histories[-1]), process)
     (driver,) = [part for part in nodes.running[1].processes("jobs/train.py") if "python" in part.name()]
     driver.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode == 1
-    kept.append(rows_of(folder))
-    assert len(kept[-1]) < epochs + 1, "the run was over before its driver was killed"
+    histories.append(rows_of(folder))
+    assert len(histories[-1]) < epochs + 1, "the run was over before its driver was killed"
 
     nodes.done(nodes.job("train", *arguments))
     rows = rows_of(folder)
     assert epochs_of(folder) == [("plain", 1), *(("joint", n + 1) for n in range(epochs))]
-    for before in kept:
+    for before in histories:
         assert rows[: len(before)] == before, "an epoch that was checkpointed was trained again"
     assert [world for world, _ in itertools.groupby(row["world"] for row in rows)] == [2, 1, 2]
     summary = json.loads((folder / "summary.json").read_text())

@@ -94,9 +94,9 @@ def test_a_search_outlives_its_driver(cluster: Cluster, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("workers", "num"), [(1, 2), (2, 1)])
 def test_a_search_that_is_told_to_stop_loses_nothing(cluster: Cluster, tmp_path: Path, workers: int, num: int) -> None:
     """Its trials write checkpoints first, and go on from them."""
-    trials, epochs = tmp_path / "told" / "trials", 20
+    trials, epochs = tmp_path / "stopped" / "trials", 20
     flags = ["--cluster.num_workers", str(workers), "--search.num_trials", str(num), "--search.scheduler", "none"]
-    arguments = command(tmp_path, "told", *flags, train__epochs=epochs)
+    arguments = command(tmp_path, "stopped", *flags, train__epochs=epochs)
 
     def rows(trial: Path) -> list[dict[str, Any]]:
         file = trial / "metrics.jsonl"
@@ -104,7 +104,7 @@ def test_a_search_that_is_told_to_stop_loses_nothing(cluster: Cluster, tmp_path:
 
     process = cluster.popen(arguments)
     wait_until(lambda: len([trial for trial in trials.glob("*") if len(rows(trial)) >= 3]) == num, process)
-    told = time.time()
+    signalled = time.time()
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
@@ -113,11 +113,11 @@ def test_a_search_that_is_told_to_stop_loses_nothing(cluster: Cluster, tmp_path:
     for name, had in before.items():
         assert len(had) < epochs, "the search was over before it was told to stop"
         newest = trials / name / "checkpoints" / newest_first(Storage(trials / name))[0]
-        assert (newest / "checkpoint.json").stat().st_mtime > told - 1  # an epoch may have ended just before
+        assert (newest / "checkpoint.json").stat().st_mtime > signalled - 1  # an epoch may have ended just before
 
     resumed = cluster.run([*arguments, "--resume"])
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert {row["trial"] for row in table(tmp_path / "told")} == set(before)
+    assert {row["trial"] for row in table(tmp_path / "stopped")} == set(before)
     for name, had in before.items():
         now = rows(trials / name)
         assert now[: len(had)] == had

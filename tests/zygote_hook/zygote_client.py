@@ -1,4 +1,4 @@
-"""How a process is asked of a zygote."""
+"""Client of the zygote: requests a forked process."""
 
 import json
 import socket
