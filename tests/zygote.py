@@ -1,8 +1,11 @@
 """A process that has imported torch and other large packages, and from which processes of Ray are forked.
 
 A worker of Ray imports for 3 to 7 seconds before it does anything, and a training run starts five and more. Forked from
-the zygote it takes one second. What it runs is what Ray started it with; only the imports are done already.
+the zygote it starts at once. What it runs is what Ray started it with; only the imports are done already.
 ``zygote_hook/sitecustomize.py`` passes on what a process was started with, and waits for the end of the forked one.
+
+Ray reads settings while it is imported, the process id of the node's raylet among them. A zygote therefore forks one
+more for each raylet, which has imported Ray with that raylet's settings. Most workers are forked from that one.
 """
 
 from __future__ import annotations
@@ -26,18 +29,22 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from zygote_client import ask
+from zygote_client import ask, of_raylet
 
 ROOT = Path(__file__).parents[1]
 HOOK = Path(__file__).parent / "zygote_hook"
-# Each forked process imports Ray and raypp itself, in one second together: Ray reads the job's id from the environment
-# at import, and raypp comes from the job's package.
+# Each forked process imports raypp itself, which comes from the job's package.
 PRELOADED = [
     "torch._dynamo", "torchvision", "pandas", "scipy.stats", "pyarrow.dataset", "pyarrow.parquet", "pydantic.v1",
     "aiohttp", "grpc", "jsonschema", "requests", "fsspec", "optuna", "tensorboardX", "safetensors.torch", "PIL.Image",
     "jinja2", "rich.progress", "fastapi", "uvicorn", "colorful", "httpx", "opentelemetry.metrics",
     "sklearn.linear_model",
 ]  # fmt: skip
+PRELOADED_WITH_RAY = [
+    "ray.train.torch", "ray.tune", "ray.serve", "ray.data", "ray.train.v2._internal.execution.controller.controller",
+]  # fmt: skip
+NO_JOB = "ffffffff"
+"""The job of a worker that Ray starts in advance; its first task says which job it serves."""
 
 
 def variables(zygote: Path) -> dict[str, str]:
@@ -133,32 +140,37 @@ class ProcessTree:
 
 
 class Zygote:
-    """Forks a process for each client of its socket, until its command or its parent has ended."""
+    """Forks a process for each client of its socket, until its parent, its command or its raylet has ended.
 
-    def __init__(self, path: str, namespace: str = "", *command: str) -> None:
-        if namespace:
-            enter(namespace)
+    Args:
+        path: of the socket.
+        preloaded: modules to import.
+        command: to run below it.
+        raylet: process id of the raylet whose workers it forks.
+    """
+
+    def __init__(self, path: str, preloaded: Sequence[str], *, command: Sequence[str] = (), raylet: int = 0) -> None:
+        self.path, self.raylet, self.parent = path, raylet, os.getppid()
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(f"{path}.new")
         self.listener.listen(128)
         self.clients: dict[int, socket.socket] = {}
+        self.raylets: set[str] = set()
         self.watch = selectors.DefaultSelector()
         self.watch.register(self.listener, selectors.EVENT_READ)
-        self.parent = os.getppid()
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        self.ended, wake = socket.socketpair()
-        wake.setblocking(False)
+        self.ended, self.wake = socket.socketpair()
+        self.wake.setblocking(False)
         self.ended.setblocking(False)
-        self.wake = wake
-        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self.wake.fileno(), warn_on_full_buffer=False)
         self.watch.register(self.ended, selectors.EVENT_READ)
-        for name in PRELOADED:
+        for name in preloaded:
             importlib.import_module(name)
-        assert "ray" not in sys.modules
         Path(f"{path}.new").rename(path)
-        os.environ["ZYGOTE"] = path
-        self.command = subprocess.Popen(command) if command else None
-        if self.command is not None:
+        self.command: subprocess.Popen[bytes] | None = None
+        if command:
+            os.environ["ZYGOTE"] = path
+            self.command = subprocess.Popen(command)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda number, _: self.command.send_signal(number))
 
@@ -166,7 +178,7 @@ class Zygote:
         while True:
             for key, _ in self.watch.select(timeout=1):
                 if key.fileobj is self.listener:
-                    self.fork()
+                    self.accept()
                 elif key.fileobj is self.ended:
                     self.ended.recv(4096)
                 else:  # a client is gone: what was forked for it goes too
@@ -174,7 +186,7 @@ class Zygote:
                     os.kill(key.data, signal.SIGKILL)
             if self.command is not None and self.command.poll() is not None:
                 return self.command.returncode
-            if os.getppid() != self.parent:  # the tests were killed
+            if os.getppid() != self.parent or (self.raylet and not psutil.pid_exists(self.raylet)):
                 for process in psutil.Process().children(recursive=True):
                     with suppress(psutil.NoSuchProcess):
                         process.kill()
@@ -189,25 +201,38 @@ class Zygote:
                         client.sendall((code if code >= 0 else 128 - code).to_bytes(4, "big"))
                     client.close()
 
-    def fork(self) -> None:
+    def accept(self) -> None:
         client, _ = self.listener.accept()
         size, files, _, _ = socket.recv_fds(client, 4, 3)
         request = json.loads(client.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
         pid = os.fork()
         if pid == 0:
-            signal.set_wakeup_fd(-1)
-            for number in (signal.SIGCHLD, signal.SIGTERM):
-                signal.signal(number, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            self.watch.close()
-            for open_socket in (self.listener, self.ended, self.wake, client, *self.clients.values()):
-                open_socket.close()
+            client.close()
+            self.leave()
             run(request, files)
         for file in files:
             os.close(file)
         client.sendall(pid.to_bytes(4, "big"))
         self.clients[pid] = client
         self.watch.register(client, selectors.EVENT_READ, pid)
+        raylet = request["environment"].get("RAY_RAYLET_PID")
+        if raylet and not self.raylet and raylet not in self.raylets:
+            self.raylets.add(raylet)
+            if os.fork() == 0:
+                self.leave()
+                os.environ.clear()
+                os.environ.update(request["environment"] | {"RAY_JOB_ID": NO_JOB})
+                os._exit(Zygote(of_raylet(self.path, raylet), PRELOADED_WITH_RAY, raylet=int(raylet)).serve())
+
+    def leave(self) -> None:
+        """In a forked process: be no zygote."""
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.watch.close()
+        for open_socket in (self.listener, self.ended, self.wake, *self.clients.values()):
+            open_socket.close()
 
 
 def enter(namespace: str) -> None:
@@ -250,4 +275,7 @@ def run(request: dict[str, Any], files: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(Zygote(*sys.argv[1:]).serve())
+    socket_path, namespace, *command = [*sys.argv[1:], ""] if len(sys.argv) == 2 else sys.argv[1:]
+    if namespace:
+        enter(namespace)
+    sys.exit(Zygote(socket_path, PRELOADED, command=command).serve())

@@ -42,9 +42,11 @@ def _request() -> "dict[str, object] | None":
 def _fork(request: "dict[str, object]") -> None:
     import signal
 
-    from zygote_client import ask
+    from zygote_client import ask, of_raylet
 
-    with ask(os.environ["ZYGOTE"], request, [0, 1, 2]) as zygote:
+    path = os.environ["ZYGOTE"]
+    with_ray = of_raylet(path, os.environ.get("RAY_RAYLET_PID", ""))
+    with ask(with_ray if os.path.exists(with_ray) else path, request, [0, 1, 2]) as zygote:
         pid = int.from_bytes(zygote.recv(4), "big")
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: os.kill(pid, number))

@@ -4,6 +4,11 @@ import json
 import socket
 
 
+def of_raylet(zygote: str, raylet: str) -> str:
+    """The socket of the zygote that has imported Ray with the settings of one raylet, whose process id this is."""
+    return f"{zygote}.{raylet}"
+
+
 def ask(zygote: str, request: dict[str, object], files: list[int]) -> socket.socket:
     """Have a zygote fork a process with these standard files.
 
