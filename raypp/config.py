@@ -200,6 +200,9 @@ class Cluster(Section):
     """Go on with as few workers as this when nodes leave, and take up more, to ``num_workers``, when they come; null
     waits for all of them. Where their number does not divide the batch, a step takes the next smaller one that it
     does."""
+    resize_seconds: float = Field(30, ge=0)
+    """Seconds between looks whether a run with ``min_workers`` can grow. To grow, it starts its workers again from the
+    newest checkpoint."""
     cpus_per_worker: float = Field(1, gt=0)
     """CPUs that Ray reserves per worker; also its number of torch threads."""
     gpu: bool | None = None

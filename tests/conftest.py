@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing.context import ForkServerContext
@@ -230,8 +231,9 @@ class Cluster:
         return subprocess.CompletedProcess(arguments, command.wait(), out, err)
 
 
-@pytest.fixture(scope="session")
-def cluster(zygote: Path) -> Iterator[Cluster]:
+@contextmanager
+def start_cluster(zygote: Path) -> Iterator[Cluster]:
+    """A cluster whose processes have this process' environment."""
     env.apply()
     port, dashboard, agent, metrics = (free_port() for _ in range(4))
     client = os.environ | {
@@ -248,14 +250,20 @@ def cluster(zygote: Path) -> Iterator[Cluster]:
     surroundings = {key: value for key, value in client.items() if key != "RAY_ADDRESS"} | variables(zygote)
     # --block keeps the whole node below one process of ours: "ray stop" would end other clusters on this machine too.
     head = ProcessTree(zygote, start, surroundings)
-    made = Cluster(client, head, metrics)
+    started = Cluster(client, head, metrics)
     try:
         wait_until(lambda: listens(port) and listens(dashboard), head, 120)
-        yield made
+        yield started
     finally:
-        for command in made.started:  # what a failed test has left running
+        for command in started.started:  # what a failed test has left running
             command.kill()
         head.kill()
+
+
+@pytest.fixture(scope="session")
+def cluster(zygote: Path) -> Iterator[Cluster]:
+    with start_cluster(zygote) as started:
+        yield started
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import subprocess
 import sys
@@ -17,9 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from commands import Command
-from conftest import free_port, listens, tiny_flags, wait_until
-from zygote import variables
+from conftest import Cluster, free_port, listens, start_cluster, tiny_flags, wait_until
 
 from raypp.bundle import load_private, load_public
 from raypp.config import load_config
@@ -138,14 +135,18 @@ def test_a_run_its_data_and_its_bundle_live_there(s3: Any, tmp_path: Path) -> No
     publish(bundle, s3("shelf"))
 
 
+@pytest.fixture(scope="module")
+def cluster_with_keys(s3: Any, zygote: Path) -> Iterator[Cluster]:  # `s3` sets its keys
+    with start_cluster(zygote) as cluster:
+        yield cluster
+
+
 @pytest.mark.ray
-def test_workers_of_ray_keep_their_checkpoints_there(s3: Any, zygote: Path, tmp_path: Path) -> None:
-    """Started by the command itself, so that they have this process' keys."""
+def test_workers_of_ray_keep_their_checkpoints_there(s3: Any, cluster_with_keys: Cluster, tmp_path: Path) -> None:
     command = ["raypp", "train", "quickstart", "--name", "ray"]
     flags = [word if word != str(tmp_path) else s3("ray") for word in tiny_flags(tmp_path, train__epochs=3)]
-    process = Command([*command, *flags], os.environ | variables(zygote))
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, out + err
+    done = cluster_with_keys.run([*command, *flags])
+    assert done.returncode == 0, done.stdout + done.stderr
     folder = Storage(s3("ray")).folder("ray")
     assert newest_first(folder) == ["epoch_0004", "epoch_0003"]
     rows = [json.loads(line) for line in folder.read("metrics.jsonl").splitlines()]
@@ -154,7 +155,7 @@ def test_workers_of_ray_keep_their_checkpoints_there(s3: Any, zygote: Path, tmp_
 
 
 @pytest.mark.ray
-def test_a_search_lives_there(s3: Any, zygote: Path, tmp_path: Path) -> None:
+def test_a_search_lives_there(s3: Any, cluster_with_keys: Cluster, tmp_path: Path) -> None:
     """Trials, Tune's own state and the bundles that are handed over; and it is finished when asked again."""
     settings = [
         word for word in tiny_flags(tmp_path, train__epochs=1) if word not in ("--cluster.storage", str(tmp_path))
@@ -163,9 +164,8 @@ def test_a_search_lives_there(s3: Any, zygote: Path, tmp_path: Path) -> None:
     flags = ["--name", "search", "--search.num_trials", "2", "--search.scheduler", "none", "--search.suite", "null"]
     flags += ["--search.attack", "{width: 4, train: {epochs: 1}}", "--search.space.protection.skips", "[0, 1, 2]"]
     for resume in ([], ["--resume"]):
-        process = Command([*command, *flags, *settings, *resume], os.environ | variables(zygote))
-        out, err = process.communicate(timeout=500)
-        assert process.returncode == 0, out + err
+        done = cluster_with_keys.run([*command, *flags, *settings, *resume])
+        assert done.returncode == 0, done.stdout + done.stderr
     folder = Storage(s3("searches")).folder("search")
     assert len(folder.read("trials.csv").decode().splitlines()) == 3
     assert folder.exists("front.png")

@@ -217,7 +217,7 @@ def test_the_quick_attack_tells_protections_apart(tmp_path: Path, trained: Train
     with open_run(load_config("quickstart", flags=flags), "plain") as run:
         train_locally(run, Display(quiet=True), torch.device("cpu"))
         config = run.config
-    attack = "{width: 8, train: {epochs: 80, batch_size: 10, optimizer: {lr: 0.01}}}"
+    attack = "{width: 8, train: {epochs: 40, batch_size: 10, optimizer: {lr: 0.02}}}"
     asked = plan(tmp_path, "--search.attack", attack).search
     display = Display(quiet=True)
     leaks = {

@@ -37,7 +37,6 @@ from raypp.training.distributed import first_error
 from raypp.training.fit import TrainingData, check_sides, fit, protect_first
 from raypp.training.sinks import CHECKPOINTS, Row, RunCheckpoints, newest_first
 
-RESIZE_SECONDS = 30.0  # how often an elastic run looks whether it can grow
 MAX_WORKERS = 8  # of a run that does not say how many: a batch of 128 is not worth spreading further
 
 
@@ -125,7 +124,7 @@ def scaling(cluster: Cluster, num_workers: int, use_gpu: bool) -> ScalingConfig:
     """What Ray Train is asked for; its default strategy, PACK, keeps the workers on as few nodes as can be."""
     return ScalingConfig(
         num_workers=num_workers if cluster.min_workers is None else (cluster.min_workers, num_workers),
-        elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+        elastic_resize_monitor_interval_s=cluster.resize_seconds,
         use_gpu=use_gpu,
         resources_per_worker={"CPU": cluster.cpus_per_worker},
     )

