@@ -58,8 +58,8 @@ def test_a_worker_killed_within_an_epoch_costs_what_came_after_the_newest_checkp
     cluster: Cluster, tmp_path: Path
 ) -> None:
     run = Storage(tmp_path / "killed")
-    flags = ("--cluster.num_workers", "2", "--data.source.num_train", "1000", "--train.checkpoint_seconds", "0.3")
-    process = cluster.popen(command(tmp_path, "killed", *flags, epochs=4))
+    flags = ("--cluster.num_workers", "2", "--data.source.num_train", "700", "--train.checkpoint_seconds", "0.3")
+    process = cluster.popen(command(tmp_path, "killed", *flags, epochs=3))
 
     def within_an_epoch() -> bool:
         return len(history(tmp_path / "killed")) >= 2 and "_part_" in newest_first(run)[0]
@@ -77,14 +77,14 @@ def test_a_worker_killed_within_an_epoch_costs_what_came_after_the_newest_checkp
     # No step before that checkpoint was taken again. Names sort as what they stand for.
     assert min(written) > max(there)
     rows = history(tmp_path / "killed")
-    assert epochs_of(tmp_path / "killed") == expected(4)
+    assert epochs_of(tmp_path / "killed") == expected(3)
     assert {row["world"] for row in rows} == {2}
     assert load_public(tmp_path / "killed" / "bundle").image_size == (16, 16)
 
 
 def test_a_killed_driver_is_resumed_past_a_damaged_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
     folder = tmp_path / "orphan"
-    flags = ("--cluster.num_workers", "1", "--data.source.num_train", "800", "--train.adapt_threads", "false")
+    flags = ("--cluster.num_workers", "1", "--train.adapt_threads", "false")
     arguments = command(tmp_path, "orphan", *flags, epochs=4)
     process = cluster.popen(arguments)
     wait_until(lambda: len(history(folder)) >= 3, process)
@@ -262,7 +262,7 @@ def test_a_damaged_image_in_a_stream_is_named(cluster: Cluster, tmp_path: Path, 
 
 def test_storage_that_becomes_unwritable_loses_nothing(cluster: Cluster, tmp_path: Path) -> None:
     folder = tmp_path / "full"
-    arguments = command(tmp_path, "full", "--cluster.num_workers", "1", "--data.source.num_train", "1500", epochs=4)
+    arguments = command(tmp_path, "full", "--cluster.num_workers", "1", "--data.source.num_train", "800", epochs=4)
     arguments += ["--cluster.max_failures", "0"]
     process = cluster.popen(arguments)
     wait_until(lambda: len(history(folder)) >= 2, process)
@@ -284,7 +284,7 @@ def test_storage_that_becomes_unwritable_loses_nothing(cluster: Cluster, tmp_pat
 
 def test_table1_outlives_a_killed_cell(cluster: Cluster, tmp_path: Path) -> None:
     table = tmp_path / "table"
-    flags = override(TINY, ["--data.source.num_train", "2000", "--train.epochs", "4", "--cluster.max_failures", "1"])
+    flags = override(TINY, ["--data.source.num_train", "1200", "--train.epochs", "4", "--cluster.max_failures", "1"])
     grid = ["--datasets", "quickstart", "--methods", "plain", "tanaka", "--storage", str(tmp_path), "--name", "table"]
     process = cluster.popen(["raypp", "table1", *grid, *flags])
     victim_cell = table / "cells" / "quickstart-tanaka-seed0"
@@ -310,7 +310,7 @@ def test_what_may_differ_on_resume_is_in_the_configuration() -> None:
             node = node[part]
 
 
-EPOCHS = 30
+EPOCHS = 16
 
 
 def write_suite(folder: Path, epochs: int) -> Path:
