@@ -550,7 +550,9 @@ class _Follow(Callback):  # type: ignore[misc]
 
 
 def _reason(error: BaseException | None) -> str:
-    """Why a trial failed, in a sentence."""
+    """Why a trial failed, in a sentence. Ray gives no error for a worker that died while its trial started."""
+    if error is None:
+        return "its worker died while it started"
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return "it ran out of memory and was ended by Ray"
     if isinstance(error, ray.exceptions.RayActorError):

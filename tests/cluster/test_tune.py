@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import Cluster, override, tiny_flags, wait_until
 
@@ -50,8 +51,9 @@ def test_a_search_outlives_its_driver(cluster: Cluster, tmp_path: Path) -> None:
     arguments = command(tmp_path, "search", *flags)
     process = cluster.popen(arguments)
     wait_until(lambda: len(results(folder)) >= 1, process)
-    lost = cluster.head.processes("ImplicitFunc")
-    lost[0].kill()  # a worker that is lost: its trial starts again
+    lost: list[psutil.Process] = []
+    wait_until(lambda: bool(lost.extend(cluster.head.processes("ImplicitFunc.train")) or lost), process)
+    lost[0].kill()  # a worker that trains is lost: its trial starts again
     wait_until(lambda: len(results(folder)) >= 4, process)
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
@@ -194,6 +196,17 @@ def test_budgets_end_a_search_and_every_trial_is_told(cluster: Cluster, tmp_path
     name = next(name for name, best in summary["best"].items() if best == trial)
     assert (folder / "best" / name / "private" / "scorecard.json").exists()
     assert (folder / "report" / "report.html").stat().st_size > 10_000
+
+
+def test_a_trial_whose_worker_died_says_so() -> None:
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
+    from raypp.cluster.tune import _reason
+
+    assert _reason(None) == "its worker died while it started"
+    assert _reason(RayActorError()) == "its worker died too often"
+    assert "out of memory" in _reason(OutOfMemoryError("x"))
+    assert _reason(ValueError("a\nb")) == "ValueError: a b"
 
 
 def test_patience_ends_a_search_that_no_longer_improves() -> None:
