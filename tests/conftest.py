@@ -40,6 +40,8 @@ few_examples = settings(max_examples=settings().max_examples // 4)
 # Containers often forbid to keep bytecode. Each process that tests start would compile all of torch and Ray anew.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# The processes that share the tests fill all cores; a second thread of one would wait for the cores of another.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 # Every Ray of the tests asks for this token. Ray reads the mode while it is imported, also where commands are forked.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 

@@ -14,11 +14,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 from conftest import Cluster
 from PIL import Image
 
-from raypp import env
 from raypp.bundle import verify
 from raypp.cli import main
 from raypp.evaluation.metrics import chance_error
@@ -76,7 +74,7 @@ SHORT = {
     "--name own": {"--train.epochs": "1", "--train.plain_epochs": "1", "--data.num_val": "50"},
     "--name streamed": {"--train.epochs": "1", "--train.plain_epochs": "1", "--data.num_val": "50"},
     "--name few": {"--inverse.train.epochs": "1"},
-    "--name mine": {"--data.source.num_train": "1000"},
+    "--name mine": {"--data.source.num_train": "600", "--data.source.num_test": "250"},
     "train quickstart": SHORT_TRAINING,
     "table1": SHORT_TRAINING,
 }
@@ -199,8 +197,6 @@ def test_the_commands_of_the_guides(cluster: Cluster, tmp_path: Path, monkeypatc
     for folder in ("images", "examples"):
         shutil.copytree(ROOT / "docs" / folder, tmp_path / "docs" / folder)
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(env.num_cores())
     for page in GUIDES:
         for line in commands(page):
             words = shortened(line)
@@ -211,7 +207,6 @@ def test_the_commands_of_the_guides(cluster: Cluster, tmp_path: Path, monkeypatc
                 result = cluster.run(words, tmp_path)
                 assert result.returncode == 0, f"{page}: {line}\n{result.stdout}\n{result.stderr}"
             CHECKS[words[1]](words)
-    torch.set_num_threads(threads)
 
 
 def test_the_readme_begins_with_the_quickstart() -> None:
