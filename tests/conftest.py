@@ -237,24 +237,21 @@ class Cluster:
 def start_cluster(zygote: Path) -> Iterator[Cluster]:
     """A cluster whose processes have this process' environment."""
     env.apply()
-    port, dashboard, agent, metrics = (free_port() for _ in range(4))
-    client = os.environ | {
-        "RAY_ADDRESS": f"127.0.0.1:{port}",
-        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
-    }
+    port, agent, metrics = (free_port() for _ in range(3))
+    client = os.environ | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
     scripts = Path(sys.executable).parent
     client["PATH"] = f"{scripts}{os.pathsep}{client['PATH']}"
     start = [
         "ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={port}",
-        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
-        f"--metrics-export-port={metrics}", "--disable-usage-stats",
+        "--include-dashboard=false", f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}",
+        "--disable-usage-stats",
     ]  # fmt: skip
     surroundings = {key: value for key, value in client.items() if key != "RAY_ADDRESS"} | variables(zygote)
     # --block keeps the whole node below one process of ours: "ray stop" would end other clusters on this machine too.
     head = ProcessTree(zygote, start, surroundings)
     started = Cluster(client, head, metrics)
     try:
-        wait_until(lambda: listens(port) and listens(dashboard), head, 120)
+        wait_until(lambda: "Ray runtime started" in head.output()[0], head, 120)
         yield started
     finally:
         for command in started.started:  # what a failed test has left running
@@ -279,11 +276,20 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.hub.urlopen", fail)
 
 
+_ports: set[int] = set()  # that tests of this process use or have used
+
+
 def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port: int = server.getsockname()[1]
-    return port
+    """A port that nobody listens on and that no other call gets, in none of the processes that share the tests."""
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    own = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            port: int = server.getsockname()[1]
+        if port not in _ports and port // 2 % count == own:  # Linux gives ports of one parity here
+            _ports.add(port)
+            return port
 
 
 def listens(port: int) -> bool:
