@@ -237,21 +237,24 @@ class Cluster:
 def start_cluster(zygote: Path) -> Iterator[Cluster]:
     """A cluster whose processes have this process' environment."""
     env.apply()
-    port, agent, metrics = (free_port() for _ in range(3))
-    client = os.environ | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+    port, dashboard, agent, metrics = (free_port() for _ in range(4))
+    client = os.environ | {
+        "RAY_ADDRESS": f"127.0.0.1:{port}",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+    }
     scripts = Path(sys.executable).parent
     client["PATH"] = f"{scripts}{os.pathsep}{client['PATH']}"
     start = [
         "ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={port}",
-        "--include-dashboard=false", f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}",
-        "--disable-usage-stats",
+        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+        f"--metrics-export-port={metrics}", "--disable-usage-stats",
     ]  # fmt: skip
     surroundings = {key: value for key, value in client.items() if key != "RAY_ADDRESS"} | variables(zygote)
     # --block keeps the whole node below one process of ours: "ray stop" would end other clusters on this machine too.
     head = ProcessTree(zygote, start, surroundings)
     started = Cluster(client, head, metrics)
     try:
-        wait_until(lambda: "Ray runtime started" in head.output()[0], head, 120)
+        wait_until(lambda: listens(port) and listens(dashboard), head, 120)
         yield started
     finally:
         for command in started.started:  # what a failed test has left running

@@ -83,6 +83,7 @@ def pairs(draw: st.DrawFn) -> tuple[Array, Array]:
     return a, b
 
 
+@pytest.mark.slow
 @given(pair=pairs())
 def test_psnr_and_ssim_are_scikit_images(pair: tuple[Array, Array]) -> None:
     a, b = pair
