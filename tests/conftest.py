@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 import pytest
@@ -65,6 +65,7 @@ TINY = {
 }
 
 Tiny = Callable[..., "Config"]
+Value = TypeVar("Value")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -301,12 +302,13 @@ def listens(port: int) -> bool:
 
 
 def wait_until(
-    condition: Callable[[], bool], process: subprocess.Popen[Any] | Command | ProcessTree, seconds: float = 240
-) -> None:
-    """Wait for a condition while a process runs; fail with its output if it ends first."""
+    condition: Callable[[], Value], process: subprocess.Popen[Any] | Command | ProcessTree, seconds: float = 240
+) -> Value:
+    """Wait for a true value while a process runs and return it; fail with the process' output if that ends first."""
     end = time.monotonic() + seconds
-    while not condition():
+    while not (value := condition()):
         if process.poll() is not None:
             pytest.fail(f"the run ended early with {process.returncode}: {process.communicate()}")
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.1)
+    return value

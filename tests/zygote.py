@@ -59,7 +59,7 @@ def _python_path() -> str:
 def start_zygote(folder: Path) -> subprocess.Popen[bytes]:
     """Start a zygote whose socket is ``folder / "socket"``; it ends when this process does."""
     environment = os.environ | {"PYTHONPATH": _python_path()}
-    process = subprocess.Popen([sys.executable, __file__, str(folder / "socket")], env=environment)
+    process = subprocess.Popen([sys.executable, __file__, str(folder / "socket"), ""], env=environment)
     while not (folder / "socket").exists():
         assert process.poll() is None, "the zygote has ended"
         time.sleep(0.05)
@@ -275,7 +275,7 @@ def run(request: dict[str, Any], files: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    socket_path, namespace, *command = [*sys.argv[1:], ""] if len(sys.argv) == 2 else sys.argv[1:]
+    socket_path, namespace, *command = sys.argv[1:]
     if namespace:
         enter(namespace)
     sys.exit(Zygote(socket_path, PRELOADED, command=command).serve())

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from conftest import Cluster, override, tiny_flags, wait_until
 
@@ -51,9 +50,8 @@ def test_a_search_outlives_its_driver(cluster: Cluster, tmp_path: Path) -> None:
     arguments = command(tmp_path, "search", *flags)
     process = cluster.popen(arguments)
     wait_until(lambda: len(results(folder)) >= 1, process)
-    lost: list[psutil.Process] = []
-    wait_until(lambda: bool(lost.extend(cluster.head.processes("ImplicitFunc.train")) or lost), process)
-    lost[0].kill()  # a worker that trains is lost: its trial starts again
+    training = wait_until(lambda: cluster.head.processes("ImplicitFunc.train"), process)
+    training[0].kill()  # its trial starts again
     wait_until(lambda: len(results(folder)) >= 4, process)
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
