@@ -16,6 +16,9 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from tempfile import mkdtemp
 
+import pytest
+from zygote import variables, zygote
+
 ROOT = Path(__file__).parents[1]
 PRELOADED = ["torch._dynamo", "raypp.cli", "raypp.cluster.attack", "raypp.cluster.table1", "raypp.cluster.tune"]
 
@@ -24,7 +27,10 @@ def fork_server() -> ForkServerContext:
     """Starts processes that have imported :data:`PRELOADED`; an optimizer's first step imports dynamo."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    forkserver.ensure_running()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables(zygote()).items():
+            patch.setenv(name, value)
+        forkserver.ensure_running()
     return context
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +20,8 @@ import psutil
 import pytest
 from commands import Command, fork_server
 from hypothesis import settings
-from zygote import ProcessTree, start_zygote, variables
+from zygote import ProcessTree, variables
+from zygote import zygote as start_zygote
 
 from raypp import env
 
@@ -44,6 +43,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 # Every Ray of the tests asks for this token. Ray reads the mode while it is imported, also where commands are forked.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+env.apply()  # before the zygote imports Ray
 
 ROOT = Path(__file__).parents[1]
 FAST_SECONDS = 2.0
@@ -199,15 +199,9 @@ def processes() -> ForkServerContext:
 
 
 @pytest.fixture(scope="session")
-def zygote() -> Iterator[Path]:
+def zygote() -> Path:
     """The socket of the process from which Ray's are forked."""
-    folder = Path(tempfile.mkdtemp(prefix="zygote-"))  # a short path, as those of sockets are
-    fork_server()  # begins to import, too
-    process = start_zygote(folder)
-    yield folder / "socket"
-    process.kill()
-    process.wait()
-    shutil.rmtree(folder)
+    return start_zygote()
 
 
 class Cluster:
@@ -237,7 +231,6 @@ class Cluster:
 @contextmanager
 def start_cluster(zygote: Path) -> Iterator[Cluster]:
     """A cluster whose processes have this process' environment."""
-    env.apply()
     port, dashboard, agent, metrics = (free_port() for _ in range(4))
     client = os.environ | {
         "RAY_ADDRESS": f"127.0.0.1:{port}",

@@ -1,19 +1,23 @@
-"""A process that has imported torch and other large packages, and from which processes of Ray are forked.
+"""A process that has imported torch, Ray and other large packages, and from which processes of Ray are forked.
 
 A worker of Ray imports for 3 to 7 seconds before it does anything, and a training run starts five and more. Forked from
 the zygote it starts at once. What it runs is what Ray started it with; only the imports are done already.
 ``zygote_hook/sitecustomize.py`` passes on what a process was started with, and waits for the end of the forked one.
 
-Ray reads settings while it is imported, the process id of the node's raylet among them. A zygote therefore forks one
-more for each raylet, which has imported Ray with that raylet's settings. Most workers are forked from that one.
+Ray reads settings while it is imported; :func:`read_settings` reads those again that differ between tests. One is not
+read again: the process id of the raylet with which a worker ends. The zygote stands in for it. When a raylet ends, the
+processes that it has started end too, and the zygote kills what it has forked for them.
 """
 
 from __future__ import annotations
 
 import atexit
+import fcntl
+import gc
 import importlib
 import json
 import os
+import pkgutil
 import runpy
 import selectors
 import shutil
@@ -25,11 +29,13 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
-from zygote_client import ask, of_raylet
+import zygote_client
+from zygote_client import ask
 
 ROOT = Path(__file__).parents[1]
 HOOK = Path(__file__).parent / "zygote_hook"
@@ -38,13 +44,19 @@ PRELOADED = [
     "torch._dynamo", "torchvision", "pandas", "scipy.stats", "pyarrow.dataset", "pyarrow.parquet", "pydantic.v1",
     "aiohttp", "grpc", "jsonschema", "requests", "fsspec", "optuna", "tensorboardX", "safetensors.torch", "PIL.Image",
     "jinja2", "rich.progress", "fastapi", "uvicorn", "colorful", "httpx", "opentelemetry.metrics",
-    "sklearn.linear_model",
+    "sklearn.linear_model", "ray.train.torch", "ray.tune", "ray.serve", "ray.data", "ray.scripts.scripts",
+    "ray.train.v2._internal.execution.controller.controller", "ray.dashboard.head", "ray._private.log_monitor",
+    "ray.autoscaler._private.monitor",
 ]  # fmt: skip
-PRELOADED_WITH_RAY = [
-    "ray.train.torch", "ray.tune", "ray.serve", "ray.data", "ray.train.v2._internal.execution.controller.controller",
-]  # fmt: skip
-NO_JOB = "ffffffff"
-"""The job of a worker that Ray starts in advance; its first task says which job it serves."""
+SETTINGS = {
+    # Where a process of Ray ends with its raylet: see above.
+    "RAY_RAYLET_PID": str(os.getpid()),
+    # The job of a worker that Ray starts in advance; its first task says which job it serves.
+    "RAY_JOB_ID": "ffffffff",
+    # An agent learns by a pipe that its raylet has ended. Without this it compares its parent with the raylet.
+    "RAY_enable_pipe_based_agent_to_parent_health_check": "1",
+}
+"""What Ray is imported with."""
 
 
 def variables(zygote: Path) -> dict[str, str]:
@@ -56,14 +68,18 @@ def _python_path() -> str:
     return os.pathsep.join([str(HOOK), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
 
 
-def start_zygote(folder: Path) -> subprocess.Popen[bytes]:
-    """Start a zygote whose socket is ``folder / "socket"``; it ends when this process does."""
+@cache
+def zygote() -> Path:
+    """The socket of this process' zygote, which ends when this process does."""
+    folder = Path(tempfile.mkdtemp(prefix="zygote-"))  # a short path, as those of sockets are
     environment = os.environ | {"PYTHONPATH": _python_path()}
     process = subprocess.Popen([sys.executable, __file__, str(folder / "socket"), ""], env=environment)
     while not (folder / "socket").exists():
         assert process.poll() is None, "the zygote has ended"
         time.sleep(0.05)
-    return process
+    atexit.register(shutil.rmtree, folder)
+    atexit.register(process.kill)
+    return folder / "socket"
 
 
 class ProcessTree:
@@ -140,22 +156,19 @@ class ProcessTree:
 
 
 class Zygote:
-    """Forks a process for each client of its socket, until its parent, its command or its raylet has ended.
+    """Forks a process for each client of its socket, until its parent or its command has ended.
 
     Args:
         path: of the socket.
-        preloaded: modules to import.
         command: to run below it.
-        raylet: process id of the raylet whose workers it forks.
     """
 
-    def __init__(self, path: str, preloaded: Sequence[str], *, command: Sequence[str] = (), raylet: int = 0) -> None:
-        self.path, self.raylet, self.parent = path, raylet, os.getppid()
+    def __init__(self, path: str, command: Sequence[str] = ()) -> None:
+        self.parent = os.getppid()
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(f"{path}.new")
         self.listener.listen(128)
         self.clients: dict[int, socket.socket] = {}
-        self.raylets: set[str] = set()
         self.watch = selectors.DefaultSelector()
         self.watch.register(self.listener, selectors.EVENT_READ)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -164,8 +177,6 @@ class Zygote:
         self.ended.setblocking(False)
         signal.set_wakeup_fd(self.wake.fileno(), warn_on_full_buffer=False)
         self.watch.register(self.ended, selectors.EVENT_READ)
-        for name in preloaded:
-            importlib.import_module(name)
         Path(f"{path}.new").rename(path)
         self.command: subprocess.Popen[bytes] | None = None
         if command:
@@ -186,7 +197,7 @@ class Zygote:
                     os.kill(key.data, signal.SIGKILL)
             if self.command is not None and self.command.poll() is not None:
                 return self.command.returncode
-            if os.getppid() != self.parent or (self.raylet and not psutil.pid_exists(self.raylet)):
+            if os.getppid() != self.parent:
                 for process in psutil.Process().children(recursive=True):
                     with suppress(psutil.NoSuchProcess):
                         process.kill()
@@ -203,7 +214,7 @@ class Zygote:
 
     def accept(self) -> None:
         client, _ = self.listener.accept()
-        size, files, _, _ = socket.recv_fds(client, 4, 3)
+        size, files, _, _ = socket.recv_fds(client, 4, 8)
         request = json.loads(client.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
         pid = os.fork()
         if pid == 0:
@@ -215,14 +226,6 @@ class Zygote:
         client.sendall(pid.to_bytes(4, "big"))
         self.clients[pid] = client
         self.watch.register(client, selectors.EVENT_READ, pid)
-        raylet = request["environment"].get("RAY_RAYLET_PID")
-        if raylet and not self.raylet and raylet not in self.raylets:
-            self.raylets.add(raylet)
-            if os.fork() == 0:
-                self.leave()
-                os.environ.clear()
-                os.environ.update(request["environment"] | {"RAY_JOB_ID": NO_JOB})
-                os._exit(Zygote(of_raylet(self.path, raylet), PRELOADED_WITH_RAY, raylet=int(raylet)).serve())
 
     def leave(self) -> None:
         """In a forked process: be no zygote."""
@@ -243,39 +246,69 @@ def enter(namespace: str) -> None:
         assert ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0x40000000) == 0, os.strerror(ctypes.get_errno())
 
 
+def read_settings() -> None:
+    """Have Ray read settings of this process' environment that it has read in the zygote's."""
+    from ray._raylet import Config
+
+    Config.initialize(json.dumps({"AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled")}))
+    of_serve = {name: value for name, value in os.environ.items() if name.startswith("RAY_SERVE_")}
+    if of_serve != zygote_client.of_serve:
+        for name in list(sys.modules):
+            if name.startswith(("ray.serve", "ray.dashboard.modules.serve")):
+                del sys.modules[name]
+        vars(sys.modules["ray"]).pop("serve", None)
+
+
 def run(request: dict[str, Any], files: list[int]) -> None:
     """Be the process that would have run the request's script."""
-    for number, file in enumerate(files):
+    above = [fcntl.fcntl(file, fcntl.F_DUPFD, 1000) for file in files]
+    for file in files:
+        os.close(file)
+    for number, file in zip(request.get("files", [0, 1, 2]), above, strict=True):
         os.dup2(file, number)
         os.close(file)
     before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     os.environ.clear()
     os.environ.update(request["environment"])
+    read_settings()
     os.chdir(request["folder"])
     sys.argv = request["arguments"]
-    script = Path(sys.argv[0]).resolve()
+    code = sys.argv.pop(1) if sys.argv[0] == "-c" else ""
+    folder = request["folder"] if code else str(Path(sys.argv[0]).resolve().parent)
     paths = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     own = str(Path(__file__).parent)
-    sys.path[:] = [str(script.parent), *paths, *(path for path in sys.path if path not in {*before, own})]
-    code = 0
+    sys.path[:] = [folder, *paths, *(path for path in sys.path if path not in {*before, own})]
+    exit_code = 0
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        if code:
+            exec(code, {"__name__": "__main__"})
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        exit_code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
     except BaseException:
         sys.excepthook(*sys.exc_info())
-        code = 1
+        exit_code = 1
     finally:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        os._exit(exit_code)
 
 
 if __name__ == "__main__":
     socket_path, namespace, *command = sys.argv[1:]
     if namespace:
         enter(namespace)
-    sys.exit(Zygote(socket_path, PRELOADED, command=command).serve())
+    if not command:  # the first one, from which others are forked
+        os.environ |= SETTINGS
+        zygote_client.of_serve = {name: value for name, value in os.environ.items() if name.startswith("RAY_SERVE_")}
+        for name in PRELOADED:
+            importlib.import_module(name)
+        modules = importlib.import_module("ray.dashboard.modules")
+        for module in pkgutil.walk_packages(modules.__path__, f"{modules.__name__}."):
+            importlib.import_module(module.name)
+        gc.freeze()  # forked processes share what they do not change, and their collector need not look at it
+    sys.exit(Zygote(socket_path, command).serve())

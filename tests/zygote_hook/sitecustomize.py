@@ -10,8 +10,15 @@ import shlex
 import sys
 
 SETUP = "/ray/_private/workers/setup_worker.py"
-FORKED = (
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when the thread that started it has ended
+SETUP = "/ray/_private/workers/setup_worker.py"
+STARTED_BY_RAYLETS = (
     "/ray/_private/workers/default_worker.py",
+    "/ray/_private/runtime_env/agent/main.py",
+    "/ray/dashboard/agent.py",
+)
+FORKED = (
+    *STARTED_BY_RAYLETS,
     "/ray/_private/log_monitor.py",
     "/ray/autoscaler/_private/monitor.py",
     "/ray/dashboard/dashboard.py",
@@ -19,6 +26,9 @@ FORKED = (
     "/bin/raypp",
     "/bin/serve",
 )
+FORK_SERVER = "from multiprocessing.forkserver import main; main("
+"""How the code begins with which multiprocessing starts its fork server; two file descriptors follow."""
+CLIENT_SERVER = "ray.util.client.server"
 
 
 def _request() -> "dict[str, object] | None":
@@ -28,6 +38,9 @@ def _request() -> "dict[str, object] | None":
         del arguments[0]
     if not arguments:
         return None
+    if arguments[0] == "-c" and arguments[1].startswith(FORK_SERVER):
+        files = [int(number) for number in arguments[1].removeprefix(FORK_SERVER).split(",")[:2]]
+        return {"arguments": arguments, "environment": dict(os.environ), "folder": folder, "files": [0, 1, 2, *files]}
     if arguments[0].endswith(SETUP):  # sets up a worker's environment and then runs default_worker.py
         name = "--serialized-runtime-env-context="
         (context,) = [json.loads(part[len(name) :]) for part in arguments if part.startswith(name)] or [{}]
@@ -40,19 +53,23 @@ def _request() -> "dict[str, object] | None":
                 return None
         variables = {name: os.path.expandvars(value) for name, value in (context.get("env_vars") or {}).items()}
         arguments = [part for part in arguments[1:] if not part.startswith((name, "--language="))]
+    if arguments[:2] == ["-m", CLIENT_SERVER]:
+        code = f"import runpy; runpy.run_module({CLIENT_SERVER!r}, run_name='__main__')"
+        return {"arguments": ["-c", code, *arguments[2:]], "environment": dict(os.environ), "folder": folder}
     if not (arguments and (arguments[0].endswith(FORKED) or arguments[0].startswith("jobs/"))):
         return None
     return {"arguments": arguments, "environment": os.environ | variables, "folder": folder}
 
 
 def _fork(request: "dict[str, object]") -> None:
+    import ctypes
     import signal
 
-    from zygote_client import ask, of_raylet
+    from zygote_client import ask
 
-    path = os.environ["ZYGOTE"]
-    with_ray = of_raylet(path, os.environ.get("RAY_RAYLET_PID", ""))
-    with ask(with_ray if os.path.exists(with_ray) else path, request, [0, 1, 2]) as zygote:
+    if request["arguments"][0].endswith(STARTED_BY_RAYLETS):  # end with the raylet
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    with ask(os.environ["ZYGOTE"], request, request.get("files", [0, 1, 2])) as zygote:
         pid = int.from_bytes(zygote.recv(4), "big")
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: os.kill(pid, number))

@@ -4,13 +4,9 @@ import json
 import socket
 
 
-def of_raylet(zygote: str, raylet: str) -> str:
-    """The socket of the zygote that has imported Ray with the settings of one raylet, whose process id this is."""
-    return f"{zygote}.{raylet}"
-
-
 def ask(zygote: str, request: dict[str, object], files: list[int]) -> socket.socket:
-    """Have a zygote fork a process with these standard files.
+    """Have a zygote fork a process with these files; ``request["files"]`` says which numbers they have there, where
+    they are not the standard files.
 
     Returns a connection that gives the process' id at once and its exit code at its end, four bytes each. The process
     is killed where the connection is closed.
