@@ -16,6 +16,7 @@ import fcntl
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import pkgutil
 import runpy
@@ -31,11 +32,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import zygote_client
 from zygote_client import ask
+
+if TYPE_CHECKING:
+    from ray import ActorClassID
 
 ROOT = Path(__file__).parents[1]
 HOOK = Path(__file__).parent / "zygote_hook"
@@ -238,6 +242,40 @@ class Zygote:
             open_socket.close()
 
 
+class UrandomActorClassID:
+    """Random identifiers of Ray's actor classes, from the operating system."""
+
+    @staticmethod
+    def from_random() -> ActorClassID:
+        from ray import ActorClassID
+
+        return ActorClassID(os.urandom(ActorClassID.size()))
+
+
+def import_all() -> None:
+    """Import what forked processes need.
+
+    Ray's generator of random identifiers is seeded at its first use. That must not be here: all forked processes would
+    have the same node, worker and placement group identifiers.
+    """
+    import ray.actor
+
+    ray.actor.ActorClassID = UrandomActorClassID  # of classes decorated with ray.remote
+    for name in PRELOADED:
+        importlib.import_module(name)
+    modules = importlib.import_module("ray.dashboard.modules")
+    for module in pkgutil.walk_packages(modules.__path__, f"{modules.__name__}."):
+        importlib.import_module(module.name)
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        assert len(set(pool.map(random_id, range(2), chunksize=1))) == 2, "an import has used Ray's random generator"
+
+
+def random_id(_: int) -> str:
+    from ray import NodeID
+
+    return NodeID.from_random().hex()
+
+
 def enter(namespace: str) -> None:
     """Have this process, and what it starts, live in a network namespace."""
     import ctypes
@@ -251,6 +289,7 @@ def read_settings() -> None:
     from ray._raylet import Config
 
     Config.initialize(json.dumps({"AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled")}))
+    sys.modules.pop("ray.serve.scripts", None)  # the options of `serve` have their defaults from variables
     of_serve = {name: value for name, value in os.environ.items() if name.startswith("RAY_SERVE_")}
     if of_serve != zygote_client.of_serve:
         for name in list(sys.modules):
@@ -305,10 +344,6 @@ if __name__ == "__main__":
     if not command:  # the first one, from which others are forked
         os.environ |= SETTINGS
         zygote_client.of_serve = {name: value for name, value in os.environ.items() if name.startswith("RAY_SERVE_")}
-        for name in PRELOADED:
-            importlib.import_module(name)
-        modules = importlib.import_module("ray.dashboard.modules")
-        for module in pkgutil.walk_packages(modules.__path__, f"{modules.__name__}."):
-            importlib.import_module(module.name)
+        import_all()
         gc.freeze()  # forked processes share what they do not change, and their collector need not look at it
     sys.exit(Zygote(socket_path, command).serve())

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,14 +170,15 @@ def test_a_search_waits_for_nodes_and_spreads_over_them(head: Nodes, tmp_path: P
         "--search.max_concurrent", "2",
         "--search.attack", "{width: 4, train: {epochs: 1}}", "--search.space.protection.skips", "[0, 1, 2]",
         "--search.suite", str(suite), "--search.num_attacked", "1",
-        *(flag for flag in tiny_flags(tmp_path, train__epochs=9) if flag not in ("--cluster.storage", str(tmp_path))),
+        *(flag for flag in tiny_flags(tmp_path, train__epochs=15) if flag not in ("--cluster.storage", str(tmp_path))),
     ]  # fmt: skip
     process = nodes.job("tune", "quickstart", *flags)
     assert process.stdout is not None
     assert any("waiting for it to grow" in line for line in process.stdout)
     nodes.start(2)
     nodes.start(3)
-    wait_until(lambda: all(nodes.holds(number, "ImplicitFunc") for number in (2, 3)), process)
+    for number in (2, 3):
+        wait_until(partial(nodes.holds, number, "ImplicitFunc"), process)
     nodes.done(process)
     summary = json.loads((tmp_path / "search" / "search.json").read_text())
     assert len(list((tmp_path / "search").glob("trials/*/trial.json"))) == 4
