@@ -291,9 +291,10 @@ def read_settings() -> None:
     Config.initialize(json.dumps({"AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled")}))
     sys.modules.pop("ray.serve.scripts", None)  # the options of `serve` have their defaults from variables
     of_serve = {name: value for name, value in os.environ.items() if name.startswith("RAY_SERVE_")}
-    if of_serve != zygote_client.of_serve:
+    of_dashboard = sys.argv[0] == "-c" or "/dashboard/" in sys.argv[0]  # it registers its modules once
+    if of_serve != zygote_client.of_serve and not of_dashboard:
         for name in list(sys.modules):
-            if name.startswith(("ray.serve", "ray.dashboard.modules.serve")):
+            if name == "ray.serve" or name.startswith("ray.serve."):
                 del sys.modules[name]
         vars(sys.modules["ray"]).pop("serve", None)
 
@@ -309,9 +310,9 @@ def run(request: dict[str, Any], files: list[int]) -> None:
     before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     os.environ.clear()
     os.environ.update(request["environment"])
-    read_settings()
     os.chdir(request["folder"])
     sys.argv = request["arguments"]
+    read_settings()
     code = sys.argv.pop(1) if sys.argv[0] == "-c" else ""
     folder = request["folder"] if code else str(Path(sys.argv[0]).resolve().parent)
     paths = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
