@@ -97,7 +97,7 @@ def services(urls: Sequence[str], *, token: str | None = None, key: str | Path |
                 name = url = given
             if name in {service.name for service in found}:
                 raise ConfigError(f"two services are called {name!r}; write NAME={url} to tell them apart")
-            client = clients.enter_context(Client(url, token=token, key=key, patience=10.0))
+            client = clients.enter_context(Client(url, token=token, key=key, patience=2.0))
             service = Service(name, client)
             service.ask()
             found.append(service)
