@@ -22,15 +22,15 @@ from rich.table import Table
 
 from raypp.config import Config, load_config
 from raypp.data.loader import Augmentation, Batches, DeviceLoader, to_device
-from raypp.nets.features import StateDict, load_vgg_slice
-from raypp.nets.vgg import RELU2_2, VGG16_LAYERS, vgg_features
-from raypp.progress import Display
-from raypp.runs import environment
-from raypp.storage import Storage
-from raypp.training.fit import ProtectionTask, TrainingData
-from raypp.training.loop import Loop, set_up_torch
-from raypp.training.sinks import LocalSink, Sink
-from raypp.training.system import phases
+from raypp.experiments.training_run import environment
+from raypp.models.perceptual import StateDict, load_vgg_slice
+from raypp.models.vgg import RELU2_2, VGG16_LAYERS, vgg_features
+from raypp.training.protected_classifier import phases
+from raypp.training.protection_task import ProtectionTask, TrainingData
+from raypp.training.reporter import LocalSink, Sink
+from raypp.training.trainer import Loop, set_up_torch
+from raypp.utils.progress import Display
+from raypp.utils.storage import Storage
 
 NUM_CLASSES = 10
 BATCH_SIZE = 128  # the paper's, whatever a preset has
@@ -176,7 +176,7 @@ def random_images(num: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def device_batches(config: Config, steps: int, sink: Sink) -> DeviceLoader:
-    """raypp's own loader with ``steps`` batches of random images, built as ``raypp.training.fit.load_data`` does."""
+    """raypp's own loader with ``steps`` batches of random images, built as for a training run."""
     images, labels = to_device(*random_images(steps * config.train.batch_size), sink.device)
     return DeviceLoader(
         images,
@@ -191,7 +191,7 @@ def device_batches(config: Config, steps: int, sink: Sink) -> DeviceLoader:
 
 @contextmanager
 def torch_settings(config: Config) -> Iterator[None]:
-    """The process-wide settings that ``raypp.training.fit.fit`` makes, taken back afterwards."""
+    """The process-wide settings that ``raypp.training.protection_task.fit`` makes, taken back afterwards."""
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     set_up_torch(config.train)
     try:

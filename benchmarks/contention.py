@@ -42,13 +42,13 @@ from _common import (
     show_table,
 )
 
-from raypp import env
 from raypp.attacks.inverse import InverseNetwork
 from raypp.config import load_config
-from raypp.ladder import make_plan
-from raypp.nets import CLASSIFIERS
-from raypp.training.loop import build_optimizer
+from raypp.experiments.attack_run import make_plan
+from raypp.models import CLASSIFIERS
 from raypp.training.threads import AdaptiveThreads
+from raypp.training.trainer import build_optimizer
+from raypp.utils import runtime
 
 WORK = ("train", "attack", "serve")
 SETTINGS = ("shipped", "fixed", "passive", "one thread")
@@ -148,7 +148,7 @@ def measure(process: subprocess.Popen[str], contended: bool) -> float:
     assert process.stdin is not None
     assert process.stdout is not None
     busy = [sys.executable, "-c", "while True: pass"]
-    competitors = [subprocess.Popen(busy) for _ in range(env.num_cores() if contended else 0)]
+    competitors = [subprocess.Popen(busy) for _ in range(runtime.num_cores() if contended else 0)]
     try:
         process.stdin.write("\n")
         process.stdin.flush()

@@ -18,7 +18,7 @@ from _common import describe, finish, interleave, machine, ratio, show_table
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from raypp.evaluation.metrics import edge_correlation, psnr, reidentify, ssim
+from raypp.metrics import edge_correlation, psnr, reidentify, ssim
 
 SIDE = 32
 TOLERANCE = 1e-4

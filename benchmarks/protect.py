@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from _common import Spread, describe, finish, interleave, machine, ratio, show_table
 
-from raypp.keys import Key
 from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
+from raypp.utils.keys import Key
 
 Image = np.ndarray
 PerImage = Callable[[Image], Image]

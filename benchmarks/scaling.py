@@ -48,8 +48,8 @@ from _common import (
     show_table,
 )
 
-from raypp import env
-from raypp.training.sinks import Sink
+from raypp.training.reporter import Sink
+from raypp.utils import runtime
 
 PATIENCE = 300.0
 POLL_SECONDS = 0.02
@@ -91,20 +91,20 @@ def member(folder: Path, preset: str, sink: Sink) -> None:
 
 def on_ray(folder: Path, preset: str, num: int) -> None:
     """Run ``num`` members on Ray Train."""
-    from raypp.cluster.board import following, put_up
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from raypp.cluster.progress_actor import following, put_up
     from raypp.cluster.session import session
     from raypp.cluster.train import scaling
     from raypp.config import Cluster
-
-    import ray.train  # isort: skip
-    from ray.train.torch import TorchConfig, TorchTrainer
 
     def work(given: dict[str, Any]) -> None:
         sys.path.insert(0, str(Path(__file__).parent))
         from scaling import member as run
 
         from raypp.cluster.train import TrainSink
-        from raypp.storage import Storage
+        from raypp.utils.storage import Storage
 
         run(folder, preset, TrainSink(Storage(folder), given["board"]))
 
@@ -231,7 +231,7 @@ def main() -> None:
     if options.ray_driver:
         on_ray(options.folder, options.preset, options.ray_driver)
         return
-    if env.num_cores() < 2:
+    if runtime.num_cores() < 2:
         parser.error("needs two cores")
     if options.stream_epochs < 2:
         parser.error("--stream-epochs must be at least 2: the first epoch is not counted")

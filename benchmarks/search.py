@@ -15,9 +15,9 @@ from pathlib import Path
 import yaml
 from _common import describe, finish, machine, show_table
 
-from raypp.errors import ConfigError
-from raypp.search import Record, front_figure, hypervolume, pareto, records_of, restore
-from raypp.storage import Storage
+from raypp.experiments.search import Record, front_figure, hypervolume, pareto, records_of, restore
+from raypp.utils.errors import ConfigError
+from raypp.utils.storage import Storage
 
 
 def main() -> None:

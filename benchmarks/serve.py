@@ -32,7 +32,7 @@ from _common import Spread, describe, finish, interleave, machine, own_ray, rati
 from fastapi import FastAPI, Request
 
 from raypp.bundle import load_private
-from raypp.nets.folding import folded
+from raypp.models.fusion import folded
 
 NPY = "application/x-npy"
 SMALL_CLIENTS = (1, 8, 64)

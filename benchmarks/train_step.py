@@ -53,11 +53,11 @@ from torchvision import transforms
 
 from raypp.config import Config
 from raypp.data.loader import Batches
-from raypp.nets import CLASSIFIERS
-from raypp.nets.features import StateDict, VGG16Features
-from raypp.nets.unet import UNet
-from raypp.training.loop import bf16_is_fast
-from raypp.training.sinks import LocalSink
+from raypp.models import CLASSIFIERS
+from raypp.models.perceptual import StateDict, VGG16Features
+from raypp.models.unet import UNet
+from raypp.training.reporter import LocalSink
+from raypp.training.trainer import bf16_is_fast
 
 SIZES = ("cifar10-small", "cifar10")
 PROBE_STEPS = 2

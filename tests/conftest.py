@@ -23,12 +23,12 @@ from hypothesis import settings
 from zygote import ProcessTree, variables
 from zygote import zygote as start_zygote
 
-from raypp import env
+from raypp.utils import runtime
 
 if TYPE_CHECKING:  # torch takes seconds, and the process that only hands tests to others does not need it
     from raypp.config import Config
-    from raypp.serve.model import Live
-    from raypp.training.fit import Fit
+    from raypp.serve.model_store import Live
+    from raypp.training.protection_task import Fit
 
 DEV_EXAMPLES = 20
 settings.register_profile("dev", max_examples=DEV_EXAMPLES, deadline=None)
@@ -43,7 +43,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 # Every Ray of the tests asks for this token. Ray reads the mode while it is imported, also where commands are forked.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-env.apply()  # before the zygote imports Ray
+runtime.apply()  # before the zygote imports Ray
 
 ROOT = Path(__file__).parents[1]
 FAST_SECONDS = 2.0
@@ -169,10 +169,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     import torch
 
     from raypp.config import load_config
-    from raypp.progress import Display
-    from raypp.runs import open_run, train_locally
-    from raypp.training.fit import fit
-    from raypp.training.sinks import LocalSink
+    from raypp.experiments.training_run import open_run, train_locally
+    from raypp.training.protection_task import fit
+    from raypp.training.reporter import LocalSink
+    from raypp.utils.progress import Display
 
     cpu = torch.device("cpu")
     storage = tmp_path_factory.mktemp("runs")

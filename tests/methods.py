@@ -6,8 +6,8 @@ from typing import Any
 
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import Access, Attack
-from raypp.keys import Key
 from raypp.protections import PROTECTIONS
+from raypp.utils.keys import Key
 
 
 def victim(name: str, key: Key | None = None, **options: Any) -> Any:

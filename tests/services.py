@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from raypp import ladder
-from raypp.bundle import load_private
+from raypp.bundle import load_private, write_manifest
+from raypp.experiments import attack_run
+from raypp.serve.api import Offered, ServedAttack, offer
+from raypp.serve.attack_catalog import online
 from raypp.serve.auth import Tokens
-from raypp.serve.http import Offered, ServedAttack, offer
-from raypp.serve.ladder import online
-from raypp.serve.model import Live, Served, classify
-from raypp.serve.wire import Limits, Waiting
+from raypp.serve.model_store import Live, Served, classify
+from raypp.serve.request_parsing import Limits, Waiting
 
 
 def load_live(location: Path) -> Live:
@@ -84,5 +86,13 @@ def attack_copy(bundle: Path, folder: Path, attacks: dict[str, Any]) -> Path:
     copied = shutil.copytree(bundle, folder / "bundle")
     suite = folder / "suite.yaml"
     suite.write_text(json.dumps({"num_queries": 10, "curve": False, "judge_epochs": 0, "attacks": attacks}))
-    ladder.attack(ladder.make_plan(bundle=str(copied), suite=str(suite), name="a", storage=folder), quiet=True)
+    attack_run.attack(attack_run.make_plan(bundle=str(copied), suite=str(suite), name="a", storage=folder), quiet=True)
     return copied
+
+
+def break_classifier(bundle: Path) -> None:
+    """Give the bundle the weights of nobody, with hashes that fit."""
+    path = bundle / "private" / "classifier.safetensors"
+    save_file({k: torch.zeros_like(v) for k, v in load_file(path).items()}, path)
+    for part in ("private", ""):
+        write_manifest(bundle / part)

@@ -26,11 +26,11 @@ from pydantic import BaseModel, ConfigDict, Field
 import raypp
 from raypp.cli import main
 from raypp.config import load_config
-from raypp.errors import ConfigError
-from raypp.runs import point_latest
-from raypp.search import make_plan
-from raypp.serve.run import ATTACK, CONFIG, template
-from raypp.storage import Storage
+from raypp.experiments.search import make_plan
+from raypp.experiments.training_run import point_latest
+from raypp.serve.server import ATTACK, CONFIG, template
+from raypp.utils.errors import ConfigError
+from raypp.utils.storage import Storage
 
 CLUSTERS = ("cluster.yaml", "deploy/cluster-on-premise.yaml")
 MANIFESTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "deploy/kuberay").glob("*.yaml"))
@@ -263,7 +263,7 @@ def test_what_cannot_be_deployed_is_one_sentence(
     """Serve shows a RayServeException by its message, anything else by its traceback."""
     from ray.serve.exceptions import RayServeException
 
-    from raypp.serve import app
+    from raypp.serve import deployments
 
     monkeypatch.chdir(tmp_path)
     shutil.copytree(trained.bundle, tmp_path / "run" / "bundle")
@@ -272,7 +272,7 @@ def test_what_cannot_be_deployed_is_one_sentence(
     places = {"here": str(tmp_path), "root": str(ROOT), "run": str(tmp_path / "run")}
     filled = {key: value.format(**places) if isinstance(value, str) else value for key, value in args.items()}
     with pytest.raises(RayServeException) as refusal:
-        getattr(app, f"build_{name}")(filled)
+        getattr(deployments, f"build_{name}")(filled)
     assert str(refusal.value).startswith(f"args of {name}: ")
     assert sentence.format(**places) in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -283,7 +283,7 @@ def test_a_relative_bundle_is_found_from_where_ray_was_started_and_in_the_checko
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where both have it, the folder in which Ray was started wins; replicas get an absolute path."""
-    from raypp.serve import app
+    from raypp.serve import deployments
 
     started, checkout = tmp_path / "started", tmp_path / "checkout"
     (checkout / "raypp").mkdir(parents=True)
@@ -291,15 +291,15 @@ def test_a_relative_bundle_is_found_from_where_ray_was_started_and_in_the_checko
     monkeypatch.chdir(started)
     monkeypatch.setattr(raypp, "__file__", str(checkout / "raypp" / "__init__.py"))
     with pytest.raises(ConfigError, match=r"there is no 'runs/latest/bundle' in .*started or in .*checkout"):
-        app.located("runs/latest/bundle")
+        deployments.located("runs/latest/bundle")
     for folder in (checkout, started):
         shutil.copytree(trained.bundle, folder / "runs" / "one" / "bundle")
         point_latest(Storage(folder / "runs" / "one"))
-        assert app.located("runs/latest/bundle") == f"{folder}/runs/latest/bundle"
-        assert app.located("./runs/latest/bundle") == f"{folder}/runs/latest/bundle"
-    assert app.located("s3://bucket/bundle") == "s3://bucket/bundle"
-    assert app.located("/elsewhere") == "/elsewhere"
-    app.build_classifier({"bundle": "runs/latest/bundle"})
+        assert deployments.located("runs/latest/bundle") == f"{folder}/runs/latest/bundle"
+        assert deployments.located("./runs/latest/bundle") == f"{folder}/runs/latest/bundle"
+    assert deployments.located("s3://bucket/bundle") == "s3://bucket/bundle"
+    assert deployments.located("/elsewhere") == "/elsewhere"
+    deployments.build_classifier({"bundle": "runs/latest/bundle"})
 
 
 @pytest.mark.slow

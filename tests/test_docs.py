@@ -19,7 +19,7 @@ from PIL import Image
 
 from raypp.bundle import verify
 from raypp.cli import main
-from raypp.evaluation.metrics import chance_error
+from raypp.metrics import chance_error
 
 ROOT = Path(__file__).parents[1]
 GUIDES = (

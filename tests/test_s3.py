@@ -20,15 +20,15 @@ from conftest import Cluster, free_port, listens, start_cluster, tiny_flags, wai
 
 from raypp.bundle import load_private, load_public
 from raypp.config import load_config
-from raypp.errors import RayppError, StorageError
 from raypp.evaluation.report import write_report
-from raypp.images import encode_png
-from raypp.ladder import attack, make_plan, run_locally
-from raypp.progress import Display
-from raypp.runs import open_run, train_locally
-from raypp.serve.run import publish
-from raypp.storage import Storage
-from raypp.training.sinks import newest_first
+from raypp.experiments.attack_run import attack, make_plan, run_locally
+from raypp.experiments.training_run import open_run, train_locally
+from raypp.serve.server import publish
+from raypp.training.reporter import newest_first
+from raypp.utils.errors import RayppError, StorageError
+from raypp.utils.images import encode_png
+from raypp.utils.progress import Display
+from raypp.utils.storage import Storage
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 
 from raypp.bundle import load_private, load_public
 from raypp.config import load_config
+from raypp.data.splits import load_split
 from raypp.protections.learned import Code, Learned
-from raypp.training.fit import load_split
 
 PART = 500  # images at a time
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raypp.bundle import load_private, load_public
 from raypp.config import load_config
-from raypp.training.fit import load_split
+from raypp.data.splits import load_split
 
 PART = 500  # images at a time
 

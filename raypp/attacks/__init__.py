@@ -1,6 +1,6 @@
 """Attacks: each estimates plain images from protected ones, given what its threat level allows."""
 
-from raypp.registry import Registry
+from raypp.utils.registry import Registry
 
 ATTACKS = Registry(
     "attack",

@@ -14,10 +14,10 @@ from pydantic import model_validator
 from torch import Tensor
 
 from raypp.config import Optimisation, merge
-from raypp.errors import RayppError
-from raypp.nets.features import StateDict
-from raypp.registry import Options
-from raypp.training.loop import Task
+from raypp.models.perceptual import StateDict
+from raypp.training.trainer import Task
+from raypp.utils.errors import RayppError
+from raypp.utils.registry import Options
 
 Map = Callable[[Tensor], Tensor]
 """uint8 (N, C, H, W) to uint8 (N, C, H', W')."""

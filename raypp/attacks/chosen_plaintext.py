@@ -14,9 +14,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from raypp import registry
 from raypp.attacks.base import Attack, AttackError, Threat
 from raypp.protections.cipher import from_symbols, to_symbols
+from raypp.utils import registry
 
 BLOCK = 4
 DIGIT = 16

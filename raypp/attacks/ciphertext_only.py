@@ -11,8 +11,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from raypp import registry
 from raypp.attacks.base import Attack, AttackError, Threat, fitted
+from raypp.utils import registry
 
 
 class FeatureReconstructionOptions(registry.Options):

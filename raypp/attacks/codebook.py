@@ -14,10 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raypp import registry
 from raypp.attacks.base import Attack, AttackError, Threat
 from raypp.attacks.inverse import likeness
-from raypp.images import to_uint8
+from raypp.utils import registry
+from raypp.utils.images import to_uint8
 
 
 class CodebookOptions(registry.Options):

@@ -17,17 +17,17 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raypp import registry
 from raypp.attacks.base import Access, AttackError, AttackTask, Threat, TrainedAttack, TrainedOptions, other_size
 from raypp.config import MultiStep, OneCycle, Optimisation, Optimizer
 from raypp.data.loader import Augmentation, Batches, DeviceLoader
-from raypp.evaluation.metrics import LEAST_SIDE, psnr, reidentify, ssim, ssim_for_loss
-from raypp.images import to_uint8
-from raypp.nets.features import StateDict
-from raypp.nets.unet import UNet
+from raypp.metrics import LEAST_SIDE, psnr, reidentify, ssim, ssim_for_loss
+from raypp.models.perceptual import StateDict
+from raypp.models.unet import UNet
 from raypp.training.distributed import total
-from raypp.training.loop import Phase, Terms, Trainee
-from raypp.training.sinks import Row
+from raypp.training.reporter import Row
+from raypp.training.trainer import Phase, Terms, Trainee
+from raypp.utils import registry
+from raypp.utils.images import to_uint8
 
 MAX_VAL = 1000  # of the attacker's own images, those that he judges his network by
 HALF_STEP = 0.5 / 255  # how near to 0 and 1 a value of 8 bits may lie: their logits are infinite

@@ -13,8 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raypp import registry
 from raypp.attacks.base import Attack, Threat
+from raypp.utils import registry
 
 FINALISTS = 5
 

@@ -13,9 +13,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raypp import registry
 from raypp.attacks.base import Attack, AttackError, Threat
 from raypp.protections.cipher import from_symbols, to_symbols
+from raypp.utils import registry
 
 BLOCK = 4
 LEAST = 0.9

@@ -18,17 +18,17 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from raypp import registry
 from raypp.attacks.base import AttackError, Threat, TrainedAttack, TrainedOptions, other_size
 from raypp.config import Constant, Optimisation, Optimizer, merge
 from raypp.data.loader import Augmentation, Batches, DeviceLoader
-from raypp.images import to_uint8
-from raypp.nets import ADAPTATIONS, BLOCK
-from raypp.nets.features import StateDict
-from raypp.nets.resnet import ResNet20, ResNetOptions
-from raypp.nets.unet import UNet
-from raypp.training.loop import Phase, Terms, Trainee
-from raypp.training.sinks import Row
+from raypp.models import ADAPTATIONS, BLOCK
+from raypp.models.perceptual import StateDict
+from raypp.models.resnet import ResNet20, ResNetOptions
+from raypp.models.unet import UNet
+from raypp.training.reporter import Row
+from raypp.training.trainer import Phase, Terms, Trainee
+from raypp.utils import registry
+from raypp.utils.images import to_uint8
 
 LEAST_SIDE = 16  # of the discriminators
 

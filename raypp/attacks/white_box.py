@@ -13,10 +13,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raypp import registry
 from raypp.attacks.base import Attack, Threat
-from raypp.images import to_uint8
 from raypp.training.threads import AdaptiveThreads
+from raypp.utils import registry
+from raypp.utils.images import to_uint8
 
 MARGIN = 0.01  # of the range at which values saturate: an exact 0 or 1 has no finite logit
 

@@ -15,13 +15,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import TrainedAttack
-from raypp.cluster.board import Events, Steps, following, put_up
-from raypp.cluster.session import session  # first: it makes the settings that Ray reads when it is imported
-from raypp.cluster.spread import Outcome, Pinned, resources, spread
+from raypp.cluster.progress_actor import Events, Steps, following, put_up
+from raypp.cluster.session import session
+from raypp.cluster.tasks import Outcome, Pinned, resources, spread
 from raypp.cluster.train import run_trainer, scaling
-from raypp.errors import RayppError, StoppedError, ToldToStop
-from raypp.ladder import JUDGE, Plan, load_victim_of, restore, run_attack, train_judge, waits_for
-from raypp.progress import GridDisplay, Shows
+from raypp.experiments.attack_run import JUDGE, Plan, load_victim_of, restore, run_attack, train_judge, waits_for
+from raypp.utils.errors import RayppError, StoppedError, ToldToStop
+from raypp.utils.progress import GridDisplay, Shows
 
 
 def run_on_ray(plan: Plan, missing: Sequence[str], display: GridDisplay, ended: Callable[[str, Outcome], None]) -> None:

@@ -15,13 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raypp import env
-from raypp.errors import ConfigError, first_line
+import ray
+from ray._private import ray_constants
 
-env.apply()
-
-import ray  # noqa: E402  (its settings come first)
-from ray._private import ray_constants  # noqa: E402
+from raypp.utils import runtime
+from raypp.utils.errors import ConfigError, first_line
 
 ANSWER_SECONDS = 10.0
 _started_here = False
@@ -97,7 +95,7 @@ def session() -> Iterator[dict[str, float]]:
                 f"no Ray cluster answers at RAY_ADDRESS {os.environ['RAY_ADDRESS']!r}: {error}"
             ) from error
     else:
-        _start(env.num_cores())
+        _start(runtime.num_cores())
     try:
         yield ray.cluster_resources()
     finally:

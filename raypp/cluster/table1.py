@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from raypp.cluster.spread import Outcome, spread
+from raypp.cluster.tasks import Outcome, spread
 from raypp.config import validate
-from raypp.progress import GridDisplay, Shows
-from raypp.table1 import Cell, train_cell
+from raypp.experiments.table1 import Cell, train_cell
+from raypp.utils.progress import GridDisplay, Shows
 
 
 def run_on_ray(grid: Sequence[Cell], display: GridDisplay, ended: Callable[[Cell, Outcome], None]) -> None:

@@ -11,31 +11,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from raypp.cluster.session import (
-    lacks,
-    session,
-    wants_gpu,
-)  # first: it makes the settings that Ray reads when it is imported
-
-import ray  # isort: skip
+import ray
 import ray.train
 import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from raypp import errors
-from raypp.cluster.board import Events, Steps, following, put_up, seconds_to_stop, told_to_stop
+from raypp.cluster.progress_actor import Events, Steps, following, put_up, seconds_to_stop, told_to_stop
+from raypp.cluster.session import (
+    lacks,
+    session,
+    wants_gpu,
+)
 from raypp.config import Cluster, Config, validate
 from raypp.data.streaming import Batch, StreamLoader, bounded, datasets, held_out
-from raypp.errors import RayppError, StoppedError, ToldToStop, TrainingError, last_line
-from raypp.keys import Key
-from raypp.nets.features import StateDict
-from raypp.progress import Display
-from raypp.runs import Run, conclude, stored_key
-from raypp.storage import Storage
+from raypp.experiments.training_run import Run, conclude, stored_key
+from raypp.models.perceptual import StateDict
 from raypp.training.distributed import first_error
-from raypp.training.fit import TrainingData, check_sides, fit, protect_first
-from raypp.training.sinks import CHECKPOINTS, Row, RunCheckpoints, newest_first
+from raypp.training.protection_task import TrainingData, check_sides, fit, protect_first
+from raypp.training.reporter import CHECKPOINTS, Row, RunCheckpoints, newest_first
+from raypp.utils import errors
+from raypp.utils.errors import RayppError, StoppedError, ToldToStop, TrainingError, last_line
+from raypp.utils.keys import Key
+from raypp.utils.progress import Display
+from raypp.utils.storage import Storage
 
 MAX_WORKERS = 8  # of a run that does not say how many: a batch of 128 is not worth spreading further
 

@@ -21,14 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from raypp.cluster.session import (
-    can_grow,
-    lacks,
-    session,
-    wants_gpu,
-)  # first: it makes the settings that Ray reads when it is imported
-
-import ray  # isort: skip
+import ray
 import torch
 from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, Stopper, TuneConfig, Tuner
@@ -36,22 +29,29 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, PopulationBasedTraining, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from raypp import ladder, search
 from raypp.cluster import attack as attacks
-from raypp.cluster.board import put_up, seconds_to_stop, taken, told_to_stop
-from raypp.cluster.spread import spread
+from raypp.cluster.progress_actor import put_up, seconds_to_stop, taken, told_to_stop
+from raypp.cluster.session import (
+    can_grow,
+    lacks,
+    session,
+    wants_gpu,
+)
+from raypp.cluster.tasks import spread
 from raypp.cluster.train import train_on_ray
 from raypp.config import Config, validate
-from raypp.errors import RayppError, ToldToStop
-from raypp.progress import GridDisplay
-from raypp.runs import Run, conclude, stored
-from raypp.search import Plan, Range, Record, Search
-from raypp.signals import told_by
-from raypp.storage import Storage
-from raypp.training.fit import fit, keep_splits
-from raypp.training.loop import Phase
-from raypp.training.sinks import LocalSink, Row
-from raypp.training.system import phases
+from raypp.data.splits import keep_splits
+from raypp.experiments import attack_run, search
+from raypp.experiments.search import Plan, Range, Record, Search
+from raypp.experiments.training_run import Run, conclude, stored
+from raypp.training.protected_classifier import phases
+from raypp.training.protection_task import fit
+from raypp.training.reporter import LocalSink, Row
+from raypp.training.trainer import Phase
+from raypp.utils.errors import RayppError, ToldToStop
+from raypp.utils.progress import GridDisplay
+from raypp.utils.signals import told_by
+from raypp.utils.storage import Storage
 
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # whose quiet mode prints nothing
 # Tune would take an interrupt for the end of the search, and what is left would never run.
@@ -231,11 +231,11 @@ def run_search(plan: Plan, *, resume: bool = False, quiet: bool = False) -> dict
 
         def attacked(bundle: str, suite: str, trial: str) -> dict[str, Any]:
             folder = plan.storage.folder("attacks")
-            made = ladder.make_plan(bundle=bundle, suite=suite, storage=folder.uri, name=trial)
+            made = attack_run.make_plan(bundle=bundle, suite=suite, storage=folder.uri, name=trial)
             # On two cores a process for each attack costs more than it gains.
             alone = not can_grow() and have.get("CPU", 0) <= 2
-            run = ladder.run_locally if alone else attacks.run_on_ray
-            return ladder.attack(made, resume=made.storage.exists(ladder.SUITE), quiet=quiet, run=run)
+            run = attack_run.run_locally if alone else attacks.run_on_ray
+            return attack_run.attack(made, resume=made.storage.exists(attack_run.SUITE), quiet=quiet, run=run)
 
         return search.hand_over(plan, records, least, attacked)
 

@@ -1,6 +1,6 @@
 """Data sources: where plain images and their labels come from."""
 
-from raypp.registry import Registry
+from raypp.utils.registry import Registry
 
 SOURCES = Registry(
     "data source",

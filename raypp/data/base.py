@@ -18,9 +18,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from raypp import registry
-from raypp.errors import DataError
-from raypp.images import Pixels, decode, printable
+from raypp.utils import registry
+from raypp.utils.errors import DataError
+from raypp.utils.images import Pixels, decode, printable
 
 Split = Literal["train", "test"]
 Labels = npt.NDArray[np.int64]

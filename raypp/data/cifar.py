@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from raypp import registry
 from raypp.data.base import Record, Source, Split
-from raypp.errors import DataError
-from raypp.images import fit, grey
+from raypp.utils import registry
+from raypp.utils.errors import DataError
+from raypp.utils.images import fit, grey
 
 
 class _Cifar(Source):

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 
 from raypp.data import SOURCES
 from raypp.data.base import THREADS_FROM, Fingerprint, Record, Source, Split, check_labels, num_threads
-from raypp.errors import DataError, StorageError
-from raypp.images import Pixels, encode_png
-from raypp.storage import new_folder
+from raypp.utils.errors import DataError, StorageError
+from raypp.utils.images import Pixels, encode_png
+from raypp.utils.storage import new_folder
 
 ROWS_PER_GROUP = 1000
 NUM_LISTED = 20

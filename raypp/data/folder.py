@@ -11,10 +11,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from raypp import registry
 from raypp.data.base import Record, Source, Split, check_names, decode_all, stratified_split
-from raypp.errors import DataError
-from raypp.images import SUFFIXES, find_images, holds, is_ignored, is_image, printable, walk
+from raypp.utils import registry
+from raypp.utils.errors import DataError
+from raypp.utils.images import SUFFIXES, find_images, holds, is_ignored, is_image, printable, walk
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")

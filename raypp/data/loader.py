@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raypp.errors import DataError
+from raypp.utils.errors import DataError
 
 PIXELS_AT_A_TIME = 2**21  # of images that networks read without training: 2,048 of 32 x 32, 41 of 224 x 224
 

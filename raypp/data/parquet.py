@@ -19,10 +19,10 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import field_validator
 
-from raypp import registry
 from raypp.data.base import Labels, Record, Source, Split, check_names, decode_all
-from raypp.errors import DataError, first_line
-from raypp.images import DOWNLOADED, printable, walk
+from raypp.utils import registry
+from raypp.utils.errors import DataError, first_line
+from raypp.utils.images import DOWNLOADED, printable, walk
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label", "labels")

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from raypp import registry
 from raypp.data.base import Record, Source, Split
-from raypp.errors import DataError
-from raypp.images import Pixels, grey
+from raypp.utils import registry
+from raypp.utils.errors import DataError
+from raypp.utils.images import Pixels, grey
 
 Plane: TypeAlias = npt.NDArray[np.float32]
 """float32 (N, H, W): one value per pixel."""

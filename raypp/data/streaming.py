@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import singledispatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray.data
@@ -22,14 +22,16 @@ import ray.train
 import torch
 from torch import Tensor
 
-from raypp.config import Config
 from raypp.data import SOURCES
 from raypp.data.base import Source, check_labels
 from raypp.data.folder import Folder
 from raypp.data.loader import Augmentation, as_input, generator, to_device
 from raypp.data.parquet import ROWS_AT_A_TIME, Parquet, RowGroup
-from raypp.errors import ConfigError, DataError
-from raypp.images import decode, printable
+from raypp.utils.errors import ConfigError, DataError
+from raypp.utils.images import decode, printable
+
+if TYPE_CHECKING:
+    from raypp.config import Config
 
 Batch = dict[str, np.ndarray]
 IN_FLIGHT_BYTES = 128 * 2**20  # per dataset, in Ray's object store

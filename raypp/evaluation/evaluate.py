@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from raypp.bundle import MANIFEST, load_private, load_public
 from raypp.config import flatten, merge, parse_flags, validate
 from raypp.data.loader import as_input, images_at_a_time, to_device
-from raypp.errors import BundleError, ConfigError, DataError
-from raypp.evaluation.metrics import psnr, ssim, wilson_interval
-from raypp.images import through_jpeg, to_uint8
+from raypp.data.splits import load_split
+from raypp.metrics import psnr, ssim, wilson_interval
 from raypp.protections.base import Protection
-from raypp.storage import Storage
-from raypp.training.fit import load_split
-from raypp.training.system import adaptation_of
+from raypp.utils.errors import BundleError, ConfigError, DataError
+from raypp.utils.images import through_jpeg, to_uint8
+from raypp.utils.storage import Storage
 
 Numbers = dict[str, Any]
 
@@ -130,7 +129,7 @@ def evaluate_bundle(
     size = (images.images.shape[1], images.images.shape[2])
     if config.data.channels != public.channels:
         raise DataError(f"data.channels is {config.data.channels}; the bundle reads {public.channels}")
-    if adaptation_of(validate(private.config)) != "none" and size != public.image_size:
+    if validate(private.config).adaptation_name != "none" and size != public.image_size:
         raise DataError(
             f"the images are {size[0]} x {size[1]}; the bundle's classifier reads {public.image_size[0]} x "
             f"{public.image_size[1]} only; see data.image_size"

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raypp.evaluation.metrics import (
+from raypp.attacks.target import Victim
+from raypp.metrics import (
     bootstrap_interval,
     edge_correlation,
     edge_maps,
@@ -26,7 +27,6 @@ from raypp.evaluation.metrics import (
     ssim_invariant,
     ssim_lab,
 )
-from raypp.evaluation.victim import Victim
 
 MAX_PSNR = 60.0  # dB: an exact reconstruction would make a mean infinite
 AMBER, RED = 0.05, 0.20
@@ -179,7 +179,7 @@ def verdict(share: float, num_queries: int, *, lower_bound: bool, at_chance: boo
         num_queries: number of attacked images.
         lower_bound: a stronger attack of the same kind may find more. That cannot rescue a broken protection, so
             ``broken`` stands.
-        at_chance: the classifier reads nothing, see :func:`raypp.evaluation.metrics.chance_error`.
+        at_chance: the classifier reads nothing, see :func:`raypp.metrics.chance_error`.
 
     Returns:
         ``holds``, ``weak``, ``broken`` or ``inconclusive``, and the reason.

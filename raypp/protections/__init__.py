@@ -1,6 +1,6 @@
 """Protections: each maps plain images to protected images."""
 
-from raypp.registry import Registry
+from raypp.utils.registry import Registry
 
 PROTECTIONS = Registry(
     "protection",

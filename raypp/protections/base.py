@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from raypp.images import to_uint8
-from raypp.keys import Key
-from raypp.registry import Options
+from raypp.utils.images import to_uint8
+from raypp.utils.keys import Key
+from raypp.utils.registry import Options
 
 
 class Protection(nn.Module):

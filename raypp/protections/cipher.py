@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raypp import registry
-from raypp.images import to_uint8
 from raypp.protections.base import Protection
+from raypp.utils import registry
+from raypp.utils.images import to_uint8
 
 MAX_TABLES = 16
 

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from raypp import registry
-from raypp.keys import Key
 from raypp.protections.base import required
 from raypp.protections.cipher import Cipher, KeyedOptions
+from raypp.utils import registry
+from raypp.utils.keys import Key
 
 
 class ELEOptions(KeyedOptions):

@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from raypp import registry
-from raypp.keys import Key
 from raypp.protections.base import required
 from raypp.protections.cipher import Cipher, KeyedOptions
+from raypp.utils import registry
+from raypp.utils.keys import Key
 
 
 class EtCOptions(KeyedOptions):

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raypp import registry
-from raypp.keys import Key
 from raypp.protections.base import Protection
 from raypp.protections.pixel import Pixel, PixelOptions
+from raypp.utils import registry
+from raypp.utils.keys import Key
 
 
 class GANOptions(registry.Options):

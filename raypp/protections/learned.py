@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from raypp import registry
-from raypp.images import round_8bit
-from raypp.keys import Key
-from raypp.nets.jpeg import jpeg
-from raypp.nets.resnet import ResNetOptions, ResNetTrunk
-from raypp.nets.unet import UNet
+from raypp.models.jpeg import jpeg
+from raypp.models.resnet import ResNetOptions, ResNetTrunk
+from raypp.models.unet import UNet
 from raypp.protections.base import Protection
+from raypp.utils import registry
+from raypp.utils.images import round_8bit
+from raypp.utils.keys import Key
 
 
 class AdversaryOptions(BaseModel):

@@ -15,10 +15,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from raypp import registry
-from raypp.keys import Key
 from raypp.protections.base import required
 from raypp.protections.cipher import Cipher, KeyedOptions, Table
+from raypp.utils import registry
+from raypp.utils.keys import Key
 
 ORDERS = np.array(list(permutations(range(3))))
 

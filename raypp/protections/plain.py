@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from raypp import registry
-from raypp.keys import Key
 from raypp.protections.base import Protection
+from raypp.utils import registry
+from raypp.utils.keys import Key
 
 
 class PlainOptions(registry.Options):

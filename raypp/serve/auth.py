@@ -16,9 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from raypp.errors import ConfigError
-from raypp.serve.wire import RefusedError
-from raypp.storage import Storage
+from raypp.serve.request_parsing import RefusedError
+from raypp.utils.errors import ConfigError
+from raypp.utils.storage import Storage
 
 logger = logging.getLogger("raypp.serve")
 SCOPES = ("classify", "attack")

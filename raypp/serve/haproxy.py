@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from raypp.errors import ConfigError
+from raypp.utils.errors import ConfigError
 
 PROGRAM, BINARY = "raypp-haproxy", "RAY_SERVE_HAPROXY_BINARY_PATH"
 ASKED_FOR = {"frontend http_frontend", "frontend grpc_frontend"}  # they listen where http_options and grpc_options say

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from starlette.datastructures import Headers
 
-from raypp.registry import did_you_mean
-from raypp.serve.wire import RefusedError
+from raypp.serve.request_parsing import RefusedError
+from raypp.utils.registry import did_you_mean
 
 ONCE = ("authorization", "content-type", "content-range", "expect", "raypp-protection")
 """Headers of which two would contradict each other."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from raypp.errors import TrainingError
-from raypp.storage import sha256
+from raypp.utils.errors import TrainingError
+from raypp.utils.storage import sha256
 
 FILES = ("state.pt", "history.json")
 

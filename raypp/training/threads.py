@@ -15,7 +15,7 @@ from types import TracebackType
 
 import torch
 
-from raypp import env
+from raypp.utils import runtime
 
 STAT = Path("/proc/stat")
 SECONDS = 1.0  # between two looks at the machine
@@ -53,7 +53,7 @@ class AdaptiveThreads:
         now = _sample()
         seconds, busy, own = (after - before for after, before in zip(now, self.last, strict=True))
         self.last = now
-        threads = num_threads(self.most, env.num_cores(), (busy - own) / seconds)
+        threads = num_threads(self.most, runtime.num_cores(), (busy - own) / seconds)
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
 

@@ -18,16 +18,16 @@ from raypp.attacks import ATTACKS
 from raypp.attacks.base import Access, Attack, AttackError, Map, TrainedAttack
 from raypp.config import load_config
 from raypp.data import SOURCES
-from raypp.evaluation.metrics import reidentify
 from raypp.evaluation.scorecard import RED
-from raypp.keys import Key
-from raypp.progress import Display
+from raypp.experiments.training_run import open_run
+from raypp.metrics import reidentify
 from raypp.protections import PROTECTIONS
-from raypp.runs import open_run
-from raypp.storage import Storage
-from raypp.training.fit import fit
-from raypp.training.loop import Loop, learning_rate
-from raypp.training.sinks import LocalSink, Row
+from raypp.training.protection_task import fit
+from raypp.training.reporter import LocalSink, Row
+from raypp.training.trainer import Loop, learning_rate
+from raypp.utils.keys import Key
+from raypp.utils.progress import Display
+from raypp.utils.storage import Storage
 
 Pictures = tuple[Tensor, Tensor]
 KNOWN = 600

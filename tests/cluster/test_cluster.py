@@ -28,11 +28,11 @@ import yaml
 from conftest import ROOT, Trained, free_port, tiny_flags, wait_until
 from zygote import ProcessTree, variables
 
-from raypp import env, ladder
 from raypp.bundle import load_private, load_public
+from raypp.experiments import attack_run
 from raypp.serve.auth import add_token
-from raypp.storage import Storage
-from raypp.training.sinks import newest_first
+from raypp.training.reporter import newest_first
+from raypp.utils.storage import Storage
 
 pytestmark = pytest.mark.ray
 
@@ -116,7 +116,6 @@ class Nodes:
 
 @pytest.fixture(scope="module")
 def head(zygote: Path) -> Iterator[Nodes]:
-    env.apply()
     made = Nodes(zygote)
     try:
         made.start(1)
@@ -270,8 +269,8 @@ def test_attacks_and_a_table_outlive_a_node(nodes: Nodes, trained: Trained, tmp_
     card = json.loads((tmp_path / "a" / "scorecard.json").read_text())
     assert {found["status"] for found in card["attacks"].values()} == {"done"}
     assert card["attacks"]["known_gallery"]["found"] == 1
-    undisturbed = ladder.attack(
-        ladder.make_plan(bundle=str(bundle), suite=str(file), name="undisturbed", storage=tmp_path), quiet=True
+    undisturbed = attack_run.attack(
+        attack_run.make_plan(bundle=str(bundle), suite=str(file), name="undisturbed", storage=tmp_path), quiet=True
     )
     for name, found in undisturbed["attacks"].items():
         scores = card["attacks"][name]["scores"]

@@ -21,10 +21,10 @@ from conftest import Cluster, Trained, override, wait_until
 from raypp.bundle import load_public
 from raypp.cli import main
 from raypp.data import SOURCES
-from raypp.images import encode_png
-from raypp.runs import RESUMABLE
-from raypp.storage import Storage
-from raypp.training.sinks import newest_first
+from raypp.experiments.training_run import RESUMABLE
+from raypp.training.reporter import newest_first
+from raypp.utils.images import encode_png
+from raypp.utils.storage import Storage
 
 pytestmark = pytest.mark.ray
 

@@ -13,9 +13,9 @@ import pytest
 from conftest import Cluster, override, tiny_flags, wait_until
 
 from raypp.bundle import load_private, load_public
-from raypp.search import make_plan
-from raypp.storage import Storage
-from raypp.training.sinks import newest_first
+from raypp.experiments.search import make_plan
+from raypp.training.reporter import newest_first
+from raypp.utils.storage import Storage
 
 pytestmark = pytest.mark.ray
 

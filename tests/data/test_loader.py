@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from raypp.data.loader import Augmentation, DeviceLoader, as_input, generator
-from raypp.errors import DataError
+from raypp.utils.errors import DataError
 
 NOTHING = Augmentation(0, False)
 

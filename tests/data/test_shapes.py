@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from raypp.data import SOURCES
 from raypp.data.base import ImageSet, Source
 from raypp.data.shapes import CHUNK, Shapes
-from raypp.errors import DataError
-from raypp.images import grey
+from raypp.utils.errors import DataError
+from raypp.utils.images import grey
 
 
 def shapes(size: tuple[int, int] | None = None, channels: int = 3, **options: Any) -> Source:

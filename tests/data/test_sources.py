@@ -30,8 +30,8 @@ from raypp.data.convert import check, convert, describe
 from raypp.data.folder import Folder
 from raypp.data.parquet import Parquet
 from raypp.data.shapes import Shapes
-from raypp.errors import ConfigError, DataError, StorageError
-from raypp.images import encode_png, write_png
+from raypp.utils.errors import ConfigError, DataError, StorageError
+from raypp.utils.images import encode_png, write_png
 
 SHARED = ROOT.parent / "shared" / "data" / "cifar10"
 

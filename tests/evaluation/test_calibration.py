@@ -19,9 +19,9 @@ from methods import build, victim
 from torch import Tensor
 
 from raypp.attacks.base import Access
-from raypp.evaluation.metrics import psnr, ssim, ssim_lab
-from raypp.images import decode
-from raypp.keys import Key
+from raypp.metrics import psnr, ssim, ssim_lab
+from raypp.utils.images import decode
+from raypp.utils.keys import Key
 
 SHARED = ROOT.parent / "shared" / "data" / "cifar10"
 NUM = 1000

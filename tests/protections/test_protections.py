@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from raypp.errors import ConfigError
-from raypp.keys import Key
-from raypp.nets.resnet import ResNet20, ResNetOptions
+from raypp.models.resnet import ResNet20, ResNetOptions
 from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
 from raypp.protections.cipher import Cipher
 from raypp.protections.gan import GAN, GANOptions
 from raypp.protections.learned import Code, Companion, Learned, LearnedOptions
 from raypp.protections.pixel import Pixel, PixelOptions
+from raypp.utils.errors import ConfigError
+from raypp.utils.keys import Key
 
 REVERSIBLE: list[tuple[str, dict[str, Any]]] = [
     ("tanaka", {}),

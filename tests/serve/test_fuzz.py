@@ -19,8 +19,8 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, status_code_conformance
 from services import Here, attack_copy, npy, protected
 
-from raypp.images import encode_png
-from raypp.serve.http import attack_api, classifier_api
+from raypp.serve.api import attack_api, classifier_api
+from raypp.utils.images import encode_png
 
 pytestmark = pytest.mark.slow
 
@@ -150,7 +150,7 @@ def test_thousands_of_damaged_bodies(which: str, here: Here) -> None:
 @given(st.binary(max_size=400), st.sampled_from(["image/png", "application/x-npy", "multipart/form-data; boundary=x"]))
 def test_bytes_that_are_nothing(body: bytes, kind: str) -> None:
     """No body that is made up is an image."""
-    from raypp.serve.wire import Limits, RefusedError, read_images
+    from raypp.serve.request_parsing import Limits, RefusedError, read_images
 
     with pytest.raises(RefusedError) as refused:
         asyncio.run(read_images(body, kind, (16, 16, 3), Limits()))

@@ -9,9 +9,9 @@ import pytest
 from conftest import Trained
 
 from raypp.cli import main
-from raypp.errors import ConfigError
 from raypp.serve.haproxy import MORE, mended, settings
-from raypp.serve.run import serving
+from raypp.serve.server import serving
+from raypp.utils.errors import ConfigError
 
 CONFIG = """global
     log 127.0.0.1:514 local0 info

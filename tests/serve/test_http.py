@@ -21,27 +21,27 @@ import torch
 from conftest import Trained, tiny_flags
 from PIL import Image
 from safetensors.torch import load, save
-from services import NPY, PNG, Here, attack_copy, npy, protected
+from services import NPY, PNG, Here, attack_copy, break_classifier, npy, protected
 from starlette.testclient import TestClient
 from torch import Tensor
 
-from raypp import guard, ladder
 from raypp.attacks import ATTACKS
-from raypp.bundle import load_private, load_public, write_manifest
+from raypp.bundle import guard, load_private, load_public, write_manifest
 from raypp.cli import main
 from raypp.config import load_config
-from raypp.errors import BundleError, ConfigError, StorageError
-from raypp.images import encode_png
-from raypp.progress import Display
-from raypp.runs import open_run, point_latest, train_locally
-from raypp.serve import model
+from raypp.data.splits import load_split
+from raypp.experiments import attack_run
+from raypp.experiments.training_run import open_run, point_latest, train_locally
+from raypp.serve import model_store
+from raypp.serve.api import attack_api, classifier_api
+from raypp.serve.attack_catalog import online
 from raypp.serve.auth import TokenFile, Tokens, add_token
-from raypp.serve.http import attack_api, classifier_api
-from raypp.serve.ladder import online
-from raypp.serve.model import Live, Served, classify, current, in_few_sizes, load_served, publishing
-from raypp.serve.wire import RefusedError, Waiting
-from raypp.storage import Storage
-from raypp.training.fit import load_split
+from raypp.serve.model_store import Live, Served, classify, current, in_few_sizes, load_served, publishing
+from raypp.serve.request_parsing import RefusedError, Waiting
+from raypp.utils.errors import BundleError, ConfigError, StorageError
+from raypp.utils.images import encode_png
+from raypp.utils.progress import Display
+from raypp.utils.storage import Storage
 
 
 @pytest.fixture(scope="module")
@@ -249,10 +249,10 @@ def test_attacks_are_listed_and_carried_out(attacked: Path) -> None:
         assert len(found) == 2
         assert Image.open(io.BytesIO(base64.b64decode(found[0]["png"]))).size == (16, 16)
         assert "psnr" not in found[0]
-    kept = ladder.load_network(
-        ladder.Storage(attacked.parent / "a" / "attacks" / "inverse"),
+    kept = attack_run.load_network(
+        attack_run.Storage(attacked.parent / "a" / "attacks" / "inverse"),
         ATTACKS.options("inverse").model_validate(here.now().scorecard["attacks"]["inverse"]["options"]),  # type: ignore[index]
-        ladder.load_victim(ladder.VictimSpec(bundle=str(attacked)), num_queries=10).access,
+        attack_run.load_victim(attack_run.VictimSpec(bundle=str(attacked)), num_queries=10).access,
     )
     expected = kept(torch.from_numpy(images[:1]).permute(0, 3, 1, 2))[0].permute(1, 2, 0).numpy()
     picture = client.post("/v1/inverse", content=encode_png(images[0]), headers=PNG | {"Accept": "image/png"})
@@ -421,7 +421,7 @@ def test_tokens_count_as_the_file_has_them_now(
 @pytest.mark.slow
 def test_a_slow_token_file_holds_up_no_other_request(trained: Trained, tmp_path: Path) -> None:
     """A replica looks at the file in a thread: beside a look that hangs, the event loop goes on."""
-    from raypp.serve.app import _Replica
+    from raypp.serve.deployments import _Replica
 
     path = tmp_path / "tokens.json"
     add_token(path, "first", ["classify"])
@@ -505,16 +505,6 @@ def test_damaged_attacks_are_not_published(attacked: Path, tmp_path: Path) -> No
     ):
         pass
     assert (tmp_path / "shelf" / "live.json").read_bytes() == live
-
-
-def break_classifier(bundle: Path) -> None:
-    """Give the bundle the weights of nobody, with hashes that fit."""
-    from safetensors.torch import load_file, save_file
-
-    path = bundle / "private" / "classifier.safetensors"
-    save_file({k: torch.zeros_like(v) for k, v in load_file(path).items()}, path)
-    for part in ("private", ""):
-        write_manifest(bundle / part)
 
 
 @pytest.mark.slow
@@ -689,7 +679,7 @@ def test_a_bundle_that_breaks_its_loader_is_not_taken_over(
     assert (live.rejected["version"], live.rejected["reason"]) == (names[1], "RuntimeError while it was loaded")
     assert not live.refresh()  # not loaded again at each look
     assert len(names) == 2
-    monkeypatch.setattr(model, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(model_store, "RETRY_SECONDS", 0.0)
     with publishing(other, shelf):  # published again, it is
         pass
     live._refused = None if live._refused is None else (live._refused[0], 0.0)
@@ -741,7 +731,7 @@ def test_a_bundle_that_is_attacked_again_while_it_is_loaded_is_of_one_version(
         return new
 
     for step in ("load_private", "verify", "load_public"):  # the moment at which the other attack run writes
-        whole = getattr(model.bundles, step)
+        whole = getattr(model_store.bundles, step)
         calls: list[int] = []
 
         def meanwhile(*arguments: Any, whole: Any = whole, calls: list[int] = calls) -> Any:
@@ -752,7 +742,7 @@ def test_a_bundle_that_is_attacked_again_while_it_is_loaded_is_of_one_version(
             return result
 
         with monkeypatch.context() as patch:
-            patch.setattr(model.bundles, step, meanwhile)
+            patch.setattr(model_store.bundles, step, meanwhile)
             assert is_one(load_served(location, attacks=True))
         restore()
     assert not is_one(load_served(location, attacks=True))
@@ -767,7 +757,7 @@ def test_a_bundle_that_is_attacked_again_while_it_is_loaded_is_of_one_version(
 
 def test_a_bundle_that_is_replaced_each_time_is_given_up(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = iter(range(100))
-    monkeypatch.setattr(model, "_manifest", lambda location: str(next(numbers)).encode())
+    monkeypatch.setattr(model_store, "_manifest", lambda location: str(next(numbers)).encode())
     with pytest.raises(StorageError, match="was replaced by another one each of 3 times it was read"):
         load_served(trained.bundle)
 

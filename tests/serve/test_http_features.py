@@ -13,9 +13,9 @@ from httpx import Response
 from services import Here, attack_copy, npy
 from starlette.testclient import TestClient
 
-from raypp.images import encode_png
-from raypp.serve.http import attack_api, classifier_api
+from raypp.serve.api import attack_api, classifier_api
 from raypp.serve.index import SWITCH_ON, Server
+from raypp.utils.images import encode_png
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
 NPY_BODY, PNG_BODY = npy(IMAGES), encode_png(IMAGES[0])

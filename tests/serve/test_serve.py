@@ -40,13 +40,13 @@ from zygote import ProcessTree, variables
 
 from raypp.bundle import load_private, write_manifest
 from raypp.cli import main
+from raypp.client.http import Client, RemoteError
 from raypp.config import load_config
-from raypp.images import decode
-from raypp.remote import Client, RemoteError
-from raypp.runs import point_latest
+from raypp.experiments.training_run import point_latest
 from raypp.serve.auth import add_token
-from raypp.serve.model import load_served, publishing
-from raypp.storage import Storage
+from raypp.serve.model_store import load_served, publishing
+from raypp.utils.images import decode
+from raypp.utils.storage import Storage
 
 pytestmark = pytest.mark.ray
 PROGRAM = str(Path(sys.executable).parent / "raypp")
@@ -135,7 +135,7 @@ def test_images_are_classified_as_in_this_process(service: Service) -> None:
 
 
 def test_the_command_line_classifies(service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from raypp.images import write_png
+    from raypp.utils.images import write_png
 
     for i, image in enumerate(images(3)):
         write_png(tmp_path / f"{i}.png", image)
@@ -150,12 +150,12 @@ def test_the_command_line_classifies(service: Service, tmp_path: Path, capsys: p
 
 def made_here(service: Service, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What a replica is, in this process; what it sets for a process of its own is left as it is."""
-    from raypp.serve import app
+    from raypp.serve import deployments
 
-    monkeypatch.setattr(app, "_listens_on", lambda: "127.0.0.1")
-    monkeypatch.setattr(app, "_log_as_serve", lambda: None)
+    monkeypatch.setattr(deployments, "_listens_on", lambda: "127.0.0.1")
+    monkeypatch.setattr(deployments, "_log_as_serve", lambda: None)
     monkeypatch.setattr(sys, "setswitchinterval", lambda _: None)
-    return app._Replica(app.Arguments(bundle=str(service.bundle), threads=torch.get_num_threads()))
+    return deployments._Replica(deployments.Arguments(bundle=str(service.bundle), threads=torch.get_num_threads()))
 
 
 def test_health_is_checked_while_something_is_computed(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +275,7 @@ def test_a_bundle_that_does_not_work_never_becomes_live(
     service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = shutil.copytree(service.bundle, tmp_path / "broken")
-    from test_http import break_classifier
+    from services import break_classifier
 
     break_classifier(broken)
     live = (service.shelf / "live.json").read_bytes()
@@ -374,7 +374,7 @@ def test_too_many_requests_are_told_to_come_back(service: Service) -> None:
 @pytest.mark.browser
 def test_the_demo_shows_what_is_sent_and_what_attackers_see(service: Service, cluster: Cluster, tmp_path: Path) -> None:
     """Clicked through in a browser; the page asks nobody but this machine."""
-    from raypp.images import write_png
+    from raypp.utils.images import write_png
 
     write_png(tmp_path / "picture.png", images(1)[0])
     reddish = images(2)[1] // 2 + np.array([127, 0, 64], dtype=np.uint8)
@@ -623,7 +623,7 @@ def checkout(zygote: Path, tmp_path: Path) -> Checkout:
 
 def test_the_four_commands_of_a_fresh_clone(checkout: Checkout, tmp_path: Path) -> None:
     """Nothing is edited but the port. Then another bundle, by the one setting, and a wrong one."""
-    from raypp.images import write_png
+    from raypp.utils.images import write_png
 
     port, dashboard = free_port(), free_port()
     checkout.surroundings["RAY_DASHBOARD_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
@@ -692,7 +692,7 @@ def test_the_four_commands_of_a_fresh_clone(checkout: Checkout, tmp_path: Path) 
 
 def test_a_bundle_in_a_copy_that_ray_made_is_told(trained: Trained, tmp_path: Path) -> None:
     """As an application below `uv run ray start --block` would be given one: later runs are not taken over."""
-    from raypp.serve import app
+    from raypp.serve import deployments
 
     copied = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0" / "runs" / "latest" / "bundle"
     records: list[str] = []
@@ -700,9 +700,9 @@ def test_a_bundle_in_a_copy_that_ray_made_is_told(trained: Trained, tmp_path: Pa
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("ray.serve").addHandler(handler)
     try:
-        app.build_classifier({"bundle": str(trained.bundle)})
+        deployments.build_classifier({"bundle": str(trained.bundle)})
         assert not any("RAY_ENABLE_UV_RUN_RUNTIME_ENV=0" in record for record in records)
-        app.build_classifier({"bundle": str(shutil.copytree(trained.bundle, copied))})
+        deployments.build_classifier({"bundle": str(shutil.copytree(trained.bundle, copied))})
         assert any("RAY_ENABLE_UV_RUN_RUNTIME_ENV=0" in record for record in records)
     finally:
         logging.getLogger("ray.serve").removeHandler(handler)

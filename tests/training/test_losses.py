@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from raypp.evaluation.metrics import ssim, ssim_for_loss
-from raypp.images import round_8bit
-from raypp.nets.features import PlainClassifierFeatures, VGG16Features
-from raypp.nets.resnet import ResNet20, ResNetOptions
-from raypp.nets.vgg import RELU2_2, VGG16_LAYERS, vgg_features
+from raypp.metrics import ssim, ssim_for_loss
+from raypp.models.perceptual import PlainClassifierFeatures, VGG16Features
+from raypp.models.resnet import ResNet20, ResNetOptions
+from raypp.models.vgg import RELU2_2, VGG16_LAYERS, vgg_features
 from raypp.protections.learned import Learned, LearnedOptions
 from raypp.protections.plain import Plain, PlainOptions
 from raypp.training.losses import classification_loss, feature_distance, transformation_loss
-from raypp.training.system import System
+from raypp.training.protected_classifier import System
+from raypp.utils.images import round_8bit
 
 
 def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from raypp import env
 from raypp.training import threads
 from raypp.training.threads import AdaptiveThreads, num_threads
+from raypp.utils import runtime
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_threads_converge_beside_busy_threads() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.skipif(env.num_cores() != 2 or not threads.STAT.exists(), reason="needs Linux and exactly two cores")
+@pytest.mark.skipif(runtime.num_cores() != 2 or not threads.STAT.exists(), reason="needs Linux and exactly two cores")
 def test_a_busy_process_takes_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "SECONDS", 0.3)
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]

@@ -1,0 +1,5 @@
+"""Run the command line as ``python -m raypp.cli``."""
+
+from raypp.cli import main
+
+main()

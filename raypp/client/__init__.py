@@ -1,0 +1,1 @@
+"""Clients: protect files, call the services, show a demo page."""

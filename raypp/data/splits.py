@@ -1,0 +1,41 @@
+"""The splits of a configured data source."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from raypp.data import SOURCES
+from raypp.data.base import ImageSet, stratified_split
+from raypp.utils.errors import DataError
+
+if TYPE_CHECKING:
+    from raypp.config import Config
+
+_kept: dict[str, ImageSet] | None = None
+
+
+def keep_splits() -> None:
+    """Read every split once from now on: for a process that trains many runs on the same images."""
+    global _kept
+    _kept = {} if _kept is None else _kept
+
+
+def load_split(config: Config, split: str) -> ImageSet:
+    """Read one split of the configured source, fitted to ``data.image_size``."""
+    data = config.data
+    which = f"{data.source.model_dump_json()} {data.image_size} {data.channels} {split}"
+    images = _kept.get(which) if _kept is not None else None
+    if images is None:
+        images = SOURCES.build(data.source, size=data.image_size, channels=data.channels).load(split)
+        if _kept is not None:
+            _kept[which] = images
+    return limit(images, data.num_test, config.seed, "data.num_test") if split == "test" else images
+
+
+def limit(images: ImageSet, num: int | None, seed: int, field: str) -> ImageSet:
+    """A stratified subset of ``num`` images, or all of them."""
+    if num is None or num == len(images):
+        return images
+    if num > len(images):
+        raise DataError(f"{field} is {num}, but there are only {len(images)} images")
+    return images.subset(stratified_split(images.labels, num, seed)[1])

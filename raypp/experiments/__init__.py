@@ -1,0 +1,1 @@
+"""Training runs, attack runs, searches and Table I, from settings to stored results."""

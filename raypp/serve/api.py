@@ -1,0 +1,690 @@
+"""The two services as FastAPI applications. They know no Ray: whoever runs them gives what answers.
+
+Every error is a problem document (RFC 9457) whose ``type`` a program can rely on and whose ``detail`` a person can.
+Nothing of an image is ever logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from torch import Tensor
+
+import raypp
+from raypp.attacks import ATTACKS
+from raypp.attacks.base import Threat
+from raypp.metrics import LEAST_SIDE, chance_error, psnr, ssim
+from raypp.serve.auth import Tokens
+from raypp.serve.model_store import Served
+from raypp.serve.request_checks import accepted, check_headers, check_query, names_tag, shown
+from raypp.serve.request_parsing import (
+    MULTIPART,
+    NPY,
+    PNG,
+    Limits,
+    RefusedError,
+    Shape,
+    Waiting,
+    read_body,
+    read_images,
+)
+from raypp.utils.errors import RayppError
+from raypp.utils.images import Pixels, encode_png
+from raypp.utils.registry import did_you_mean
+
+PROBLEM = "application/problem+json"
+PROTECTION_HEADER, MODEL_HEADER, REQUEST_ID = "Raypp-Protection", "Raypp-Model", "X-Request-ID"
+TYPES = "urn:raypp:problem:"
+GONE = 499  # counted for a client that hung up before its request was whole; nobody gets it as an answer
+MAX_PSNR = 60.0  # dB: JSON has no infinity
+REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+logger = logging.getLogger("raypp.serve")
+
+
+class Observe(Protocol):
+    """Counts a request for monitoring."""
+
+    def __call__(self, route: str, status: int, num_images: int, seconds: float) -> None: ...
+
+
+class Classifying(Protocol):
+    """What answers the classifier's requests."""
+
+    limits: Limits
+    waiting: Waiting
+
+    async def tokens(self) -> Tokens | None:
+        """The tokens that are valid now; None where none is asked for."""
+
+    def now(self) -> Served: ...
+
+    async def served(self, protection: str | None) -> Served | None:
+        """The bundle that answers for a protection, the live one for None."""
+
+    def rejected(self) -> dict[str, str] | None: ...
+
+    async def predict(self, served: Served, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities float (N, K) of images uint8 (N, C, H, W), and whether each looks protected, bool (N,)."""
+
+
+@dataclass(frozen=True)
+class ServedAttack:
+    """One attack that a service offers."""
+
+    name: str
+    threat: Threat
+    max_images: int
+    measured: dict[str, Any]
+    run: Callable[[Tensor], Tensor]
+    """Estimates uint8 (N, C, H, W) of plain images from protected ones uint8 (N, C, H', W')."""
+
+
+@dataclass(frozen=True)
+class Offered:
+    """The attacks on one bundle."""
+
+    served: Served
+    attacks: dict[str, ServedAttack]
+    nulls: dict[str, Any]
+
+
+def offer(served: Served, runnable: dict[str, tuple[Callable[[Tensor], Tensor], int]]) -> Offered:
+    """Attacks as they are offered: each with the largest batch that it takes and what it recovered when measured."""
+    listed = (served.scorecard or {}).get("attacks", {})
+    attacks = {
+        name: ServedAttack(name, ATTACKS.get(name).threat, most, measured(listed[name]), run)
+        for name, (run, most) in runnable.items()
+    }
+    return Offered(served, attacks, null_scores(served.scorecard))
+
+
+class Attacking(Protocol):
+    """What answers the attack service's requests."""
+
+    limits: Limits
+
+    async def tokens(self) -> Tokens | None:
+        """The tokens that are valid now; None where none is asked for."""
+
+    def rejected(self) -> dict[str, str] | None:
+        """What was published last but does not work, and why."""
+
+    async def offered(self, protection: str | None) -> Offered | None:
+        """The attacks on the bundle with a protection, on the live one for None."""
+
+    async def reconstruct(self, attack: ServedAttack, images: Tensor) -> Tensor:
+        """Run the attack where it does not hold up other requests."""
+
+
+def classifier_api(service: Callable[[], Classifying], observe: Observe | None = None) -> FastAPI:
+    """The classifier's API; ``service`` is asked at every request, since a replica has none when it is imported."""
+    api = _api(
+        "raypp classifier", "Classifies protected images. It never sees a plain one.", service, "classify", observe
+    )
+
+    @api.post("/v1/classify", openapi_extra=_body("image", plain=False), responses=_answers(CLASSIFIED))
+    async def classify(
+        request: Request, top: int = Query(5, ge=1, le=1000, description="Classes to return for each image.")
+    ) -> Response:
+        """Classify one protected image or a batch.
+
+        The header `Raypp-Protection` names what the images were protected with (the ETag of `/v1/protection`): while a
+        new bundle takes over, both it and the one before are served, each by its own classifier.
+        """
+        began = time.perf_counter()
+        asked = service()
+        async with _in_time(asked.limits):
+            served = await asked.served(_wanted(request))
+            if served is None:
+                raise _other_protection()
+            images, _ = await _images(request, served.shape, asked.limits)
+            read = time.perf_counter()
+            with asked.waiting.admitted(len(images)):
+                probabilities, protected = await asked.predict(served, _values(images))
+        _refuse_plain(protected)
+        best = probabilities.topk(min(top, probabilities.shape[1]), dim=1)
+        found = [
+            {
+                "class": served.classes[places[0]],
+                "index": places[0],
+                "probability": round(shares[0], 6),
+                "top": [
+                    {"class": served.classes[k], "index": k, "probability": round(p, 6)}
+                    for k, p in zip(places, shares, strict=True)
+                ],
+            }
+            for places, shares in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+        done = time.perf_counter()
+        timing = {"read": _ms(began, read), "model": _ms(read, done), "total": _ms(began, done)}
+        answer = {"model": served.version, "protection": served.protection, "images": found, "timing_ms": timing}
+        live = {PROTECTION_HEADER: asked.now().protection, MODEL_HEADER: served.version}
+        return Response(json.dumps(answer), media_type="application/json", headers=live)
+
+    @api.get(
+        "/v1/protection",
+        responses=_given("application/zip", {"type": "string", "format": "binary"})
+        | {304: {"description": "The client has it already."}},
+        response_class=Response,
+    )
+    async def protection(request: Request) -> Response:
+        """The public part of the live bundle: what a client protects with. A key is never in it."""
+        asked = service()
+        served = asked.now()
+        tag = f'"{served.protection}"'
+        headers = {"ETag": tag, MODEL_HEADER: served.version, "Cache-Control": "no-cache", "Accept-Ranges": "none"}
+        if not names_tag(request.headers.get("if-match", "*"), tag, weakly=False):
+            raise RefusedError(412, "other-version", f"If-Match names another protection than {tag}, which is live")
+        if names_tag(request.headers.get("if-none-match", ""), tag, weakly=True):
+            return Response(status_code=304, headers=headers)
+        return Response(served.archive, media_type="application/zip", headers=headers)
+
+    @api.get("/v1/model", responses=_given("application/json", {"type": "object"}, MODEL))
+    async def model() -> Response:
+        """What is served: card, classes, shape of an upload, what attacks recovered, how the guard was calibrated."""
+        asked = service()
+        served = asked.now()
+        guard = None
+        if served.guard is not None:
+            guard = {k: getattr(served.guard, k) for k in ("plain_refused", "protected_refused")}
+        test = served.private.metrics.get("test", {})
+        about = {
+            "version": served.version,
+            "bundle": served.name,
+            "protection": served.protection,
+            "classes": list(served.classes),
+            "upload": {"height": served.shape[0], "width": served.shape[1], "channels": served.shape[2], "bits": 8},
+            "limits": {"body_bytes": asked.limits.body, "images": asked.limits.images},
+            "accuracy": test.get("accuracy"),
+            "accuracy_interval": test.get("accuracy_interval"),
+            "at_chance": chance_error(test, len(served.classes)),
+            "guard": guard,
+            "scorecard": summary(served.scorecard),
+            "card": served.card,
+            "rejected": asked.rejected(),
+            "raypp": raypp.__version__,
+        }
+        return Response(json.dumps(about), media_type="application/json")
+
+    return api
+
+
+def attack_api(service: Callable[[], Attacking], observe: Observe | None = None) -> FastAPI:
+    """The attack service's API; see :func:`classifier_api`."""
+    api = _api(
+        "raypp attacks", "What an attacker makes of protected images, and how much he recovers.", service, "attack",
+        observe,
+    )  # fmt: skip
+
+    @api.get("/v1", responses=_given("application/json", {"type": "object"}, ATTACKS_OFFERED))
+    async def listing() -> Response:
+        """Which attacks are served, who carries them out, and what they recovered when the bundle was attacked."""
+        asked = service()
+        offered = await asked.offered(None)
+        assert offered is not None
+        found = [
+            {
+                "attack": attack.name,
+                "threat": attack.threat.name,
+                "attacker_has": attack.threat.meaning,
+                "max_images": min(attack.max_images, asked.limits.images),
+                "measured": attack.measured,
+            }
+            for attack in offered.attacks.values()
+        ]
+        about = {
+            "model": offered.served.version, "attacks": found, "nulls": offered.nulls, "rejected": asked.rejected(),
+        }  # fmt: skip
+        return Response(json.dumps(about), media_type="application/json")
+
+    @api.post("/v1/{attack}", openapi_extra=_body("image", plain=True), responses=_answers(RECONSTRUCTED, PNG))
+    async def run(request: Request, attack: str) -> Response:
+        """Reconstruct plain images from protected ones.
+
+        Sent along on purpose in the form's field `plain`, the originals are compared with the reconstructions. With
+        `Accept: image/png` the answer is the first reconstruction as a picture.
+        """
+        began = time.perf_counter()
+        asked = service()
+        async with _in_time(asked.limits):
+            offered = await asked.offered(_wanted(request))
+        if offered is None:
+            raise _other_protection()
+        served, chosen = offered.served, offered.attacks.get(attack)
+        if chosen is None:
+            known = ", ".join(offered.attacks) or "none: the bundle has not been attacked"
+            raise RefusedError(404, "unknown-attack", f"there is no attack {attack[:50]!r} here; served are {known}")
+        most = replace(asked.limits, images=min(asked.limits.images, chosen.max_images))
+        async with _in_time(asked.limits):
+            images, plain = await _images(request, served.shape, most, served.plain)
+            values = _values(images)
+            if served.guard is not None:
+                _refuse_plain(await asyncio.to_thread(served.guard.looks_protected, values))
+            try:
+                made = await asked.reconstruct(chosen, values)
+            except RayppError as error:
+                raise RefusedError(422, "attack-does-not-apply", str(error)) from error
+        pixels = made.cpu().permute(0, 2, 3, 1).numpy()
+        if request.state.media_type == PNG:
+            return Response(encode_png(pixels[0]), media_type=PNG, headers={MODEL_HEADER: served.version})
+        scores = await asyncio.to_thread(_compare, pixels, plain)
+        pngs = await asyncio.to_thread(lambda: [base64.b64encode(encode_png(image)).decode() for image in pixels])
+        found = [{"png": png} | score for png, score in zip(pngs, scores, strict=True)]
+        answer = {
+            "attack": attack,
+            "threat": chosen.threat.name,
+            "model": served.version,
+            "reconstructions": found,
+            "timing_ms": {"total": _ms(began, time.perf_counter())},
+        }
+        return Response(json.dumps(answer), media_type="application/json", headers={MODEL_HEADER: served.version})
+
+    return api
+
+
+def summary(scorecard: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What anybody may know of a scorecard: verdict, and of every attack what it found beside the null."""
+    if scorecard is None:
+        return None
+    kept = ("verdict", "verdict_reason", "worst_attack", "found", "num_queries", "num_gallery", "accuracy")
+    attacks = {name: measured(found) for name, found in scorecard["attacks"].items()}
+    return {key: scorecard.get(key) for key in kept} | {"attacks": attacks, "nulls": null_scores(scorecard)}
+
+
+def measured(found: dict[str, Any]) -> dict[str, Any]:
+    """Of one attack's entry in a scorecard: threat, share found, SSIM and PSNR, verdict."""
+    about = {key: found.get(key) for key in ("threat", "status", "verdict", "verdict_reason", "found", "lower_bound")}
+    scores = found.get("scores") or {}
+    return about | {key: scores[key]["mean"] for key in ("ssim", "psnr", "edges") if key in scores}
+
+
+def null_scores(scorecard: dict[str, Any] | None) -> dict[str, Any]:
+    """What somebody recovers who never saw the protected image."""
+    nulls = (scorecard or {}).get("nulls") or {}
+    return {
+        name: {key: scores[key]["mean"] for key in ("ssim", "psnr", "edges", "reidentified") if key in scores}
+        for name, scores in nulls.items()
+    }
+
+
+def _compare(made: Pixels, plain: Pixels | None) -> list[dict[str, float]]:
+    if plain is None:
+        return [{} for _ in made]
+    a, b = (torch.from_numpy(np.array(x)).permute(0, 3, 1, 2).float() / 255 for x in (made, plain))
+    scores = {"psnr": psnr(a, b).clamp_max(MAX_PSNR)}
+    if min(made.shape[1:3]) >= LEAST_SIDE:
+        scores["ssim"] = ssim(a, b)
+    return [{key: round(float(values[i]), 4) for key, values in scores.items()} for i in range(len(made))]
+
+
+# What both have in common
+
+
+def _api(
+    title: str, what: str, service: Callable[[], Classifying | Attacking], scope: str, observe: Observe | None
+) -> FastAPI:
+    bearer = HTTPBearer(auto_error=False, description="Where the service was started with a token file.")
+
+    async def allowed(request: Request) -> None:
+        """Before parameters are looked at: who has no token is told nothing else."""
+        tokens = await service().tokens()
+        if tokens is not None:
+            tokens.check(request.headers.get("authorization"), scope)
+        # What is not read is refused, and the type of the answer is chosen.
+        route = request.scope["route"]
+        check_headers(request.headers, reads_body=request.method == "POST", tagged=304 in route.responses)
+        check_query(
+            (name for name, _ in request.query_params.multi_items()),
+            [parameter.alias for parameter in route.dependant.query_params],
+        )
+        offered = list(route.responses.get(200, {}).get("content", {}))
+        request.state.media_type = accepted(request.headers.getlist("accept"), offered)
+
+    api = FastAPI(
+        title=title, version=raypp.__version__, description=what, docs_url="/docs", redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        redirect_slashes=False,  # to an address that the client's Host header names, before its token is looked at
+        dependencies=[Depends(allowed), Depends(bearer)],  # the latter so that OpenAPI names it
+    )  # fmt: skip
+    pages = {"/docs": "text/html", "/openapi.json": "application/json"}
+    api.add_middleware(Around, observe=observe, root="/docs", pages=pages)
+    add_problems(api)
+    return api
+
+
+def check_bare(request: Request) -> None:
+    """Refuse a request that has a query, a body or headers that are not read; raises RefusedError."""
+    check_headers(request.headers, reads_body=False, tagged=False)
+    check_query((name for name, _ in request.query_params.multi_items()), ())
+
+
+def add_problems(api: FastAPI) -> None:
+    """Have every error answered by a problem document."""
+
+    @api.exception_handler(RefusedError)
+    async def refused(request: Request, error: RefusedError) -> Response:
+        return _refusal(request, error)
+
+    @api.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        reason = f"{first['msg'][0].lower()}{first['msg'][1:]}"
+        sentence = f"{first['loc'][0]} parameter {first['loc'][-1]} is {shown(str(first['input']))}: {reason}"
+        return problem(request, 422, "bad-parameter", sentence)
+
+    @api.exception_handler(HTTPException)
+    async def other(request: Request, error: HTTPException) -> Response:
+        headers, path = dict(error.headers or {}), request.url.path
+        sentence = str(error.detail)
+        if error.status_code == 404:
+            root = request.scope.get("root_path", "")
+            known = sorted({root + route.path for route in api.routes if isinstance(route, APIRoute)})
+            listed = f"; {root}/docs lists what there is" if api.docs_url is not None else ""
+            sentence = f"there is nothing at {shown(path)}{did_you_mean(path, known)}{listed}"
+        elif error.status_code == 405:
+            methods = {word.strip() for word in headers.get("Allow", "").split(",")}
+            headers["Allow"] = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
+            sentence = f"{shown(request.method)} is not read at {shown(path)}; allowed: {headers['Allow']}"
+        return problem(request, error.status_code, "http", sentence, headers)
+
+
+class Around:
+    """Gives every request a number, counts and logs it, answers HEAD as GET, and answers for defects of ours.
+
+    Plain ASGI: Starlette's middleware of functions takes a task and two queues for each request.
+
+    Args:
+        root: where a request of the application's own address is sent on to; None where a route answers it.
+        pages: media types by path of the pages that FastAPI serves without the checks of our routes.
+    """
+
+    def __init__(
+        self, app: ASGIApp, observe: Observe | None, root: str | None = None, pages: Mapping[str, str] | None = None
+    ) -> None:
+        self.app, self.observe, self.root, self.pages = app, observe, root, pages or {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        given = Headers(scope=scope).get(REQUEST_ID, "")
+        identifier = given if REQUEST_ID_FORM.fullmatch(given) else uuid.uuid4().hex
+        method, head = scope["method"], scope["method"] == "HEAD"
+        scope = {**scope, "method": "GET"} if head else scope
+        state = scope["state"] = {**scope.get("state", {}), "identifier": identifier, "num_images": 0}
+        status: int | None = None
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if not given:  # Serve gives each request one and answers with it by itself
+                    message.setdefault("headers", []).append((REQUEST_ID.lower().encode(), identifier.encode()))
+            elif head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, sending)
+        finally:
+            seconds = time.perf_counter() - began
+            if state.get("gone"):
+                status = GONE
+            route = getattr(scope.get("route"), "path", "none")
+            if self.observe is not None:
+                self.observe(route, status or 0, state["num_images"], seconds)
+            if logger.isEnabledFor(logging.INFO):
+                line = {
+                    "request": identifier, "method": method, "route": route, "status": status,
+                    "images": state["num_images"], "ms": round(1000 * seconds, 2),
+                }  # fmt: skip
+                logger.info("%s", json.dumps(line))
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await (self._own_answer(scope) or self.app)(scope, receive, sending)
+        except ClientDisconnect:
+            scope["state"]["gone"] = True
+        except Exception:  # a defect of ours: the log has the trace, the client a number to ask about
+            logger.exception("request %s failed", scope["state"]["identifier"])
+            if begun:
+                raise  # only breaking the answer off tells the client
+            answer = problem(Request(scope), 500, "defect", "the service failed; its log has the reason")
+            await answer(scope, receive, sending)
+
+    def _own_answer(self, scope: Scope) -> Response | None:
+        """The answer to a request that no route is asked for: one that is sent on, or refused."""
+        path = str(scope["path"]).removeprefix(scope.get("root_path", ""))
+        to_root = self.root is not None and path in ("", "/")
+        if scope["method"] != "GET" or not (to_root or path in self.pages):
+            return None
+        request = Request(scope)
+        try:
+            check_bare(request)
+            if path in self.pages:
+                accepted(request.headers.getlist("accept"), (self.pages[path],))
+        except RefusedError as error:
+            return _refusal(request, error)
+        there = f"{scope.get('root_path', '')}{self.root}"
+        return Response(status_code=307, headers={"Location": there}) if to_root else None
+
+
+def _refusal(request: Request, error: RefusedError) -> Response:
+    return problem(request, error.status, error.code, str(error), error.headers, error.more)
+
+
+def problem(
+    request: Request,
+    status: int,
+    code: str,
+    detail: str,
+    headers: dict[str, str] | None = None,
+    more: dict[str, Any] | None = None,
+) -> Response:
+    """A problem document, with ``more`` members of its own type."""
+    document = {
+        "type": TYPES + code,
+        "title": code.replace("-", " "),
+        "status": status,
+        "detail": detail,
+        "instance": f"urn:raypp:request:{request.state.identifier}",
+    } | (more or {})
+    return Response(json.dumps(document), status, headers, PROBLEM)
+
+
+@asynccontextmanager
+async def _in_time(limits: Limits) -> AsyncIterator[None]:
+    """Give a request up after so long: Serve's own limit is one that a client may switch off by a header."""
+    try:
+        async with asyncio.timeout(limits.seconds):
+            yield
+    except TimeoutError as error:
+        raise RefusedError(408, "too-slow", f"the request was given up after {limits.seconds:g} s") from error
+
+
+def _values(images: Pixels) -> Tensor:
+    return torch.from_numpy(np.array(images, copy=True)).permute(0, 3, 1, 2)
+
+
+def _other_protection() -> RefusedError:
+    return RefusedError(
+        409, "other-protection",
+        "the images were protected with a protection that is not served (any more); fetch "
+        "/classifier/v1/protection and protect them anew",
+    )  # fmt: skip
+
+
+def _refuse_plain(protected: Tensor) -> None:
+    """Refuse a request if one of its images does not look protected, bool (N,); says which, counted from zero."""
+    if not bool(protected.all()):
+        places = (~protected).nonzero().flatten().tolist()
+        raise RefusedError(
+            422, "not-protected",
+            f"image {places[0] + 1} of {len(protected)} does not look protected; nothing of it was kept. Protect it "
+            "first: raypp protect, or raypp.Client",
+            more={"images": places},
+        )  # fmt: skip
+
+
+def _wanted(request: Request) -> str | None:
+    return request.headers.get(PROTECTION_HEADER.lower())
+
+
+async def _images(
+    request: Request, shape: Shape, limits: Limits, plain: Shape | None = None
+) -> tuple[Pixels, Pixels | None]:
+    """See :func:`read_images`."""
+    body = await read_body(request.stream(), request.headers.get("content-length"), limits)
+    found = await read_images(body, request.headers.get("content-type", ""), shape, limits, plain)
+    request.state.num_images = len(found[0])
+    return found
+
+
+def _ms(began: float, ended: float) -> float:
+    return round(1000 * (ended - began), 2)
+
+
+# What OpenAPI says of bodies and answers, which are read and written by hand
+
+
+def _body(field: str, *, plain: bool) -> dict[str, Any]:
+    binary = {"type": "string", "format": "binary"}
+    files = {"type": "array", "items": binary, "minItems": 1}
+    fields = {field: files} | ({"plain": files} if plain else {})
+    form = {"type": "object", "properties": fields, "required": [field], "additionalProperties": False}
+    header = {
+        "name": PROTECTION_HEADER, "in": "header", "required": False, "schema": {"type": "string"},
+        "description": "What the images were protected with: the ETag of /v1/protection without its quotes.",
+    }  # fmt: skip
+    return {
+        "parameters": [header],
+        "requestBody": {
+            "required": True,
+            "description": f"One protected image as PNG, or one or a batch as a NumPy file of uint8 (H, W, C) or "
+            f"(N, H, W, C), or a form with files of either kind in '{field}'.",
+            "content": {
+                PNG: {"schema": binary, "example": "the bytes of a PNG file, as curl --data-binary @protected.png"},
+                NPY: {"schema": binary, "example": "the bytes that numpy.save writes of uint8 (N, H, W, C)"},
+                MULTIPART: {"schema": form, "example": {field: ["the bytes of protected.png"]}},
+            },
+        },
+    }
+
+
+_PROBLEM_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "type": {"type": "string"}, "title": {"type": "string"}, "status": {"type": "integer"},
+        "detail": {"type": "string"}, "instance": {"type": "string"},
+        "images": {
+            "type": "array", "items": {"type": "integer"},
+            "description": "With not-protected: the images that do not look protected, counted from zero.",
+        },
+    },
+    "required": ["type", "title", "status", "detail"],
+}  # fmt: skip
+_MEANING = {
+    400: "The request cannot be read.", 401: "No valid token.", 403: "The token lacks the scope.",
+    404: "There is no such attack.", 405: "Another method is needed.", 406: "Accept allows no type of answer.",
+    408: "It took too long.", 409: "Protected with a protection that is not served.",
+    412: "A condition names another version.", 413: "Too large or too many.",
+    415: "A type or an encoding of content that is not read.", 417: "An expectation that is not known.",
+    422: "No image of the right shape, not a protected one, or a parameter or field that is not known.",
+    500: "A defect.", 501: "A transfer encoding that is not read.", 503: "Busy: come back after Retry-After.",
+}  # fmt: skip
+_BY_THE_PROXY = {408, 500, 503}  # Serve's proxy may answer before or instead of a replica: by a sentence, no document
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": meaning,
+        "content": {PROBLEM: {"schema": _PROBLEM_SCHEMA}}
+        | ({"text/plain": {"schema": {"type": "string"}}} if status in _BY_THE_PROXY else {}),
+    }
+    for status, meaning in _MEANING.items()
+}
+CLASSIFIED = {
+    "model": "0123456789abcdef",
+    "protection": "sha256 of the protection's manifest",
+    "images": [
+        {
+            "class": "ship",
+            "index": 8,
+            "probability": 0.93,
+            "top": [{"class": "ship", "index": 8, "probability": 0.93}],
+        }
+    ],
+    "timing_ms": {"read": 0.4, "model": 6.1, "total": 6.5},
+}
+MODEL = {
+    "version": "0123456789abcdef",
+    "bundle": "first/bundle",
+    "protection": "sha256 of the protection's manifest",
+    "classes": ["airplane", "ship"],
+    "upload": {"height": 32, "width": 32, "channels": 3, "bits": 8},
+    "limits": {"body_bytes": 16777216, "images": 256},
+    "accuracy": 0.75,
+    "guard": {"plain_refused": {"share": 1.0}, "protected_refused": {"share": 0.0}},
+    "scorecard": {"verdict": "broken", "verdict_reason": "", "worst_attack": "inverse", "found": 0.8},
+    "rejected": None,
+}
+ATTACKS_OFFERED = {
+    "model": "0123456789abcdef",
+    "attacks": [
+        {
+            "attack": "inverse",
+            "threat": "T4",
+            "attacker_has": "protected versions of any images he chooses",
+            "max_images": 32,
+            "measured": {"verdict": "broken", "verdict_reason": "", "found": 0.8, "ssim": 0.6},
+        }
+    ],
+    "nulls": {"mean image": {"ssim": 0.13, "reidentified": 0.0}},
+    "rejected": None,
+}
+RECONSTRUCTED = {
+    "attack": "inverse",
+    "threat": "T4",
+    "model": "0123456789abcdef",
+    "reconstructions": [{"png": "iVBORw0KGgo=", "psnr": 18.4, "ssim": 0.74}],
+    "timing_ms": {"total": 12.3},
+}
+
+
+def _given(kind: str, schema: dict[str, Any], example: dict[str, Any] | None = None) -> dict[int | str, dict[str, Any]]:
+    content = {"schema": schema} | ({"example": example} if example is not None else {})
+    found: dict[int | str, dict[str, Any]] = {200: {"description": "Done.", "content": {kind: content}}}
+    return found | _PROBLEMS
+
+
+def _answers(example: dict[str, Any], *others: str) -> dict[int | str, dict[str, Any]]:
+    content: dict[str, Any] = {"application/json": {"example": example, "schema": {"type": "object"}}}
+    content |= {kind: {"schema": {"type": "string", "format": "binary"}} for kind in others}
+    return {200: {"description": "Done.", "content": content}} | _PROBLEMS

@@ -1,0 +1,84 @@
+"""Which attacks of a bundle can be carried out on request, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from safetensors.torch import load
+from torch import Tensor
+
+from raypp.attacks import ATTACKS
+from raypp.attacks.base import Access, Attack, AttackError, Map, TrainedAttack
+from raypp.attacks.white_box import WhiteBoxOptions
+from raypp.bundle import PublicBundle
+from raypp.serve.model_store import Served, in_few_sizes
+
+MOST = {"white_box": 4}
+"""Images of one request where each costs much."""
+STEPS = 100  # of an optimisation that somebody waits for
+
+Run = Callable[[Tensor], Tensor]
+
+
+def online(served: Served) -> dict[str, tuple[Run, int]]:
+    """Attacks that a bundle's scorecard has and that need nothing but what the bundle holds.
+
+    Those that look images up in a gallery, or need pairs, are not among them.
+
+    Returns:
+        by name, a map from protected uint8 (N, C, H', W') to estimates uint8 (N, C, H, W), and its largest batch.
+    """
+    listed = (served.scorecard or {}).get("attacks", {})
+    done = {name: found for name, found in listed.items() if found["status"] == "done"}
+    material = served.attack_material
+    if material is None:
+        raise ValueError("the bundle was loaded without what its attacks are made of: load_served(..., attacks=True)")
+    access = _access(served, material.public)
+    networks: dict[str, Map] = {}
+    found: dict[str, tuple[Run, int]] = {}
+    for name in sorted(done, key=lambda n: bool(ATTACKS.get(n).after)):
+        kind: type[Attack] = ATTACKS.get(name)
+        options = ATTACKS.options(name).model_validate(done[name]["options"])
+        if isinstance(options, WhiteBoxOptions):
+            options = options.model_copy(update={"steps": min(options.steps, STEPS), "restarts": 0})
+        earlier = {n: networks[n] for n in kind.after if n in networks}
+        learned = issubclass(kind, TrainedAttack)
+        if learned and name not in material.networks:
+            continue
+        try:
+            attack = kind(options, replace(access, earlier=earlier or None), learned=learned)
+            if isinstance(attack, TrainedAttack):
+                attack.load(load(material.networks[name]))
+                networks[name] = attack.reconstruct
+            attack.prepare()
+        except AttackError:
+            continue
+        run = partial(in_few_sizes, attack.reconstruct) if learned else attack.reconstruct
+        found[name] = (run, MOST.get(name, 256))
+    return found
+
+
+def _access(served: Served, public: PublicBundle) -> Access:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    protection = public.protection.to(device)
+
+    def gradients(images: Tensor) -> Tensor:
+        protected: Tensor = protection(images)
+        return protected
+
+    @torch.inference_mode()
+    def classify(protected: Tensor) -> Tensor:
+        return served.probabilities(protected).argmax(1).to(protected.device)
+
+    return Access(
+        shape=(public.channels, *public.image_size),
+        structure=type(protection).adaptation,
+        num_classes=len(served.classes),
+        protect=lambda images: protection.protect(images.to(device)),
+        gradients=gradients if protection.differentiable else None,
+        classify=classify,
+        device=device,
+    )

@@ -1,0 +1,452 @@
+"""The one training loop: for protections with their classifiers and for attack networks, on one worker or many, with or
+without Ray. A :class:`Task` says what is trained; a sink says where it is reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raypp.config import Constant, MultiStep, Optimisation, Optimizer
+from raypp.data.loader import Batches, generator
+from raypp.models.perceptual import StateDict
+from raypp.training import checkpoint
+from raypp.training.distributed import (
+    average_batch_statistics,
+    distributed,
+    first_error,
+    gathered,
+    synchronise_batch_norms,
+    total,
+)
+from raypp.training.muon import Muon
+from raypp.training.reporter import Row, Sink, checkpoint_name
+from raypp.training.threads import AdaptiveThreads
+from raypp.utils.errors import DataError, RayppError, StoppedError, ToldToStop, TrainingError
+
+PROGRESS_SECONDS = 0.25
+CHECK_STEPS, CHECK_SECONDS = 50, 1.0  # how often, at least, workers agree on how to go on: it waits for the device
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of epochs with its own networks, optimiser and schedule."""
+
+    name: str
+    epochs: int
+
+
+@dataclass
+class Terms:
+    """What a step gives: the loss to minimise, and what to report beside it; all are means over the batch."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+@dataclass
+class Part:
+    """What an epoch has come to: of one worker, or, in a checkpoint, of all of them together."""
+
+    step: int
+    """Steps done, of each worker."""
+    names: list[str]
+    sums: Tensor
+    """Of each term over images."""
+    images: int
+    seconds: float
+
+
+class Trainee(nn.Module):
+    """The networks of one phase; ``forward(images, labels)`` gives :class:`Terms`."""
+
+    fixed: tuple[str, ...] = ()
+    """Prefixes of weights that come from elsewhere and are not stored."""
+
+    def own_state(self) -> StateDict:
+        """Weights of all that is trained."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith(self.fixed or ("\0",))}
+
+    def load_own_state(self, state: StateDict) -> None:
+        other = TrainingError("checkpoint holds weights of other networks than the configuration describes")
+        try:
+            missing, unexpected = self.load_state_dict(state, strict=False)
+        except RuntimeError as error:  # a shape is another one
+            raise other from error
+        if unexpected or any(not key.startswith(self.fixed or ("\0",)) for key in missing):
+            raise other
+
+    def groups(self) -> list[dict[str, Any]]:
+        """What is trained: ``params``, and by which ``factor`` of the learning rate."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "factor": 1.0}]
+
+    def after_step(self) -> None:
+        """Called after every step of the optimiser."""
+
+
+class Task(Protocol):
+    """What a loop trains, and how it is judged."""
+
+    seed: int
+    train: Optimisation
+    phases: list[Phase]
+    batches: Batches
+    fingerprint: str
+    """Of the data: a checkpoint is taken up only with the same."""
+    remedy: str
+    """Settings to make smaller when training diverges."""
+
+    def build(self, phase: Phase) -> Trainee:
+        """The networks of a phase, freshly initialised from the seed."""
+
+    def validate(self, trainee: Trainee, rank: int, world: int) -> Row:
+        """Numbers after an epoch, over all workers. The networks with the lowest ``val_loss`` are kept; where a task
+        gives none, the last."""
+
+    def end(self, phase: Phase, trainee: Trainee) -> None:
+        """A phase is over; ``trainee`` has the weights that were kept."""
+
+    def state(self) -> dict[str, Any]:
+        """What later phases need of earlier ones, for a checkpoint."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up what ``state`` gave."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a loop leaves behind: the networks at their lowest validation loss, and how they got there."""
+
+    trainee: Trainee
+    history: list[Row]
+    best: Row
+
+
+def learning_rate(train: Optimisation, epochs: int, progress: float) -> float:
+    """The learning rate after ``progress`` epochs (a fraction within an epoch counts) of ``epochs``.
+
+    A phase of other length than ``train.epochs`` takes the schedule at the same shares of its epochs.
+    """
+    schedule, peak = train.schedule, train.optimizer.lr
+    if isinstance(schedule, Constant):
+        return peak
+    if isinstance(schedule, MultiStep):
+        return peak * schedule.gamma ** sum(progress * train.epochs >= m * epochs for m in schedule.milestones)
+    done = min(progress / epochs, 1.0)
+    if done < schedule.warmup:
+        return peak * done / schedule.warmup
+    return peak * (schedule.final + (1 - schedule.final) * (1 - done) / (1 - schedule.warmup))
+
+
+def build_optimizer(options: Optimizer, parameters: list[Any]) -> torch.optim.Optimizer:
+    if options.name == "sgd":
+        return torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+    if options.name == "muon":
+        return Muon(parameters, options.lr, options.momentum, options.weight_decay)
+    return torch.optim.AdamW(
+        parameters, lr=options.lr, betas=(options.momentum, 0.999), weight_decay=options.weight_decay
+    )
+
+
+def autocast(train: Optimisation, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """A context for the forward pass: bf16 where the hardware computes in it, else float32."""
+    wanted = train.precision
+    able = bf16_is_fast(device)
+    enabled = wanted == "bf16" or (wanted == "auto" and able)
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether convolutions gain from bf16: GPUs from Ampere on, CPUs with AVX-512 BF16 or AMX."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def set_up_torch(train: Optimisation) -> None:
+    """Make the settings of this process that training depends on."""
+    torch.use_deterministic_algorithms(train.deterministic, warn_only=True)
+    # A debugging aid of deterministic mode that would write every new tensor once more.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not train.deterministic
+
+
+T = TypeVar("T")
+
+
+def together(step: Callable[[], T]) -> T:
+    """Take a step on every worker; if it fails on one, all stop with the first one's reason and none waits for ever."""
+    problem: tuple[str, int] | None = None
+    try:
+        done = step()
+    except RayppError as error:
+        problem = str(error), error.exit_code
+    if (problem := first_error(problem)) is not None:
+        message, code = problem
+        raise StoppedError(message, exit_code=code)
+    return done
+
+
+class Loop:
+    """The state of one run: which phase and epoch it is in, the networks, the best of them so far."""
+
+    def __init__(self, task: Task, sink: Sink) -> None:
+        self.task, self.sink = task, sink
+        self.phases = task.phases
+        self.history: list[Row] = []
+        self.best_state: StateDict = {}
+        self.best: Row = {}
+        self.newest = "none yet"
+        self.last_progress = 0.0
+        self.saved_at = time.monotonic()
+        self.threads = AdaptiveThreads(enabled=False)
+        self.look_in = 1  # steps until workers agree again on how to go on
+
+    def run(self) -> Trained:
+        """Train from the sink's newest sound checkpoint, if it has one, to the end of the last phase."""
+        with AdaptiveThreads(self.task.train.adapt_threads and self.sink.device.type == "cpu") as self.threads:
+            return self.run_from(*together(self.restore))
+
+    def run_from(self, at_phase: int, at_epoch: int, resumed: dict[str, Any] | None) -> Trained:
+        for index in range(at_phase, len(self.phases)):
+            phase = self.phases[index]
+            self.enter(phase, resumed if index == at_phase else None)
+            for epoch in range(at_epoch if index == at_phase else 0, phase.epochs):
+                part, resumed = (resumed or {}).get("part"), None
+                row = self.train_epoch(index, epoch, Part(**part) if part is not None else None)
+                row |= self.task.validate(self.trainee, self.sink.rank, self.sink.world)
+                loss, least = row.get("val_loss"), self.best.get("val_loss")
+                if loss is not None and not math.isfinite(loss):
+                    raise self.diverged(row["step"], row["lr"])
+                # "<=": of equal losses the later wins, as in the authors' released code.
+                row["best"] = loss is None or least is None or loss <= least
+                self.history.append(row)
+                if row["best"]:
+                    self.best = row
+                    self.best_state = {k: v.detach().cpu().clone() for k, v in self.trainee.own_state().items()}
+                self.report(index, epoch)
+                if epoch + 1 < phase.epochs or index + 1 < len(self.phases):
+                    self.end_if_told(any(gathered(self.sink.told_to_stop())))
+            self.trainee.load_own_state(self.best_state)
+            self.task.end(phase, self.trainee)
+        self.trainee.eval()
+        return Trained(self.trainee, self.history, self.best)
+
+    def enter(self, phase: Phase, resumed: dict[str, Any] | None) -> None:
+        """Build a phase's networks and optimiser, or take them over from a checkpoint."""
+        device = self.sink.device
+        self.trainee = self.task.build(phase).to(device)
+        if self.task.train.sync_batchnorm:
+            synchronise_batch_norms(self.trainee)
+        if self.task.train.channels_last:
+            self.trainee.to(memory_format=torch.channels_last)
+        self.optimizer = build_optimizer(self.task.train.optimizer, self.trainee.groups())
+        self.best, self.best_state = {}, {}
+        if resumed is not None:
+            self.trainee.load_own_state(resumed["system"])
+            self.optimizer.load_state_dict(resumed["optimizer"])
+            self.best, self.best_state = resumed["best"], resumed["best_state"]
+        self.forward: Callable[..., Terms] = self.trainee
+        if distributed():
+            # Running statistics are averaged once an epoch instead: training never reads them.
+            self.forward = DistributedDataParallel(
+                self.trainee, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+            )
+        if self.task.train.compile:
+            self.forward = torch.compile(self.forward)
+
+    def train_epoch(self, index: int, epoch: int, part: Part | None) -> Row:
+        """Take one pass over the training batches, or the rest of one; return its row of metrics, means over workers.
+
+        Raises:
+            ToldToStop: on every worker, after a checkpoint.
+        """
+        train, loader, device = self.task.train, self.task.batches, self.sink.device
+        phase, overall = self.phases[index], self.epochs_before(self.phases[index]) + epoch
+        context = autocast(train, device)
+        self.trainee.train()
+        now = Part(0, [], torch.zeros(1, dtype=torch.float64, device=device), 0, 0.0)
+        if part is not None:
+            now.step, now.seconds = part.step, part.seconds
+            if self.sink.rank == 0:  # what all have done so far is the first one's from here on
+                now.names, now.sums, now.images = part.names, part.sums.to(device), part.images
+        bad_step = torch.tensor(-1, device=device)
+        first, before, seen, began, lr = now.step, now.seconds, 0, time.monotonic(), 0.0
+        for step, (images, labels) in enumerate(loader.epoch(overall, first), first):
+            # What networks draw, such as dropout: the same after a resume, another on each worker.
+            torch.manual_seed(generator(self.task.seed, overall, step, self.sink.rank, 0).initial_seed())
+            lr = learning_rate(train, phase.epochs, epoch + min((step + 0.5) / loader.num_batches, 1.0))
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr * group["factor"]
+            self.optimizer.zero_grad(set_to_none=True)
+            with context():
+                terms = self.forward(images, labels)
+            terms.loss.backward()
+            self.optimizer.step()
+            self.trainee.after_step()
+            with torch.no_grad():
+                loss = terms.loss.detach()
+                now.names = ["loss", *terms.metrics]
+                means = torch.stack([loss, *(m.detach() for m in terms.metrics.values())]).double()
+                now.sums = now.sums + len(labels) * means
+                bad_step = torch.where((bad_step < 0) & ~loss.isfinite(), step, bad_step)
+            self.threads.update()
+            seen += len(labels)
+            now.step, now.images = step + 1, now.images + len(labels)
+            now.seconds = before + time.monotonic() - began
+            self.look_in -= 1
+            if self.look_in <= 0:
+                save, stop = self.look(bad_step, phase, epoch, (now.step - first) / (now.seconds - before))
+                if (save or stop) and now.step < loader.num_batches:
+                    self.save_within(index, epoch, now)
+                    self.end_if_told(stop)
+            self.show(phase, epoch, seen / (now.seconds - before), now)
+        if not seen:
+            raise TrainingError("a worker's share of the training images is less than one batch; see train.batch_size")
+        self.look(bad_step, phase, epoch, (now.step - first) / (now.seconds - before))
+        average_batch_statistics(self.trainee)
+        seconds = before + time.monotonic() - began
+        num_images = total(torch.tensor(float(now.images), dtype=torch.float64, device=device)).item()
+        found = dict(zip(now.names, (total(now.sums) / num_images).tolist(), strict=True))
+        return {
+            "phase": phase.name,
+            "epoch": epoch + 1,
+            "epochs": phase.epochs,
+            "step": self.steps_before(phase) + (epoch + 1) * loader.num_batches,
+            "lr": lr,
+            **{f"train_{name}": mean for name, mean in found.items()},
+            "images_per_s": num_images / seconds,
+            "seconds": round(seconds, 3),
+            "world": self.sink.world,
+        }
+
+    def epochs_before(self, phase: Phase) -> int:
+        return sum(p.epochs for p in self.phases[: self.phases.index(phase)])
+
+    def steps_before(self, phase: Phase) -> int:
+        return self.epochs_before(phase) * self.task.batches.num_batches
+
+    def look(self, bad_step: Tensor, phase: Phase, epoch: int, steps_per_s: float) -> tuple[bool, bool]:
+        """Agree with all workers on whether a checkpoint is due and whether to stop, and on when to look again.
+
+        Raises:
+            StoppedError: on every worker, when any of them met a loss that is not a number.
+        """
+        due = self.task.train.checkpoint_seconds
+        save = due is not None and time.monotonic() - self.saved_at >= due
+        steps = max(1, min(CHECK_STEPS, int(CHECK_SECONDS * steps_per_s)))
+        found = gathered((int(bad_step), self.sink.told_to_stop(), save, steps))
+        bad = next((step for step, *_ in found if step >= 0), None)
+        if bad is not None:
+            batches = self.task.batches.num_batches
+            rate = learning_rate(self.task.train, phase.epochs, epoch + min((bad + 0.5) / batches, 1.0))
+            raise self.diverged(self.steps_before(phase) + epoch * batches + bad, rate)
+        _, _, save, self.look_in = found[0]  # the first worker's clock is everybody's
+        return save, any(stop for _, stop, *_ in found)
+
+    def end_if_told(self, stop: bool) -> None:
+        if stop:
+            raise ToldToStop(f"stopped after checkpoint {self.newest}, as told; --resume goes on from it")
+
+    def diverged(self, step: int, lr: float) -> StoppedError:
+        return StoppedError(
+            f"the loss is not a finite number at step {step} with learning rate {lr:.4g}; last good checkpoint: "
+            f"{self.newest}; try a smaller {self.task.remedy}"
+        )
+
+    def show(self, phase: Phase, epoch: int, images_per_s: float, part: Part) -> None:
+        now = time.monotonic()
+        if self.sink.rank or now - self.last_progress < PROGRESS_SECONDS:
+            return
+        self.last_progress = now
+        batches = self.task.batches.num_batches
+        self.sink.progress(
+            {
+                "phase": phase.name,
+                "epoch": epoch + 1,
+                "epochs": phase.epochs,
+                "steps_done": self.steps_before(phase) + epoch * batches + part.step,
+                "steps_total": sum(p.epochs for p in self.phases) * batches,
+                "images_per_s": images_per_s * self.sink.world,
+                **dict(zip(part.names, (part.sums / part.images).tolist(), strict=True)),
+            }
+        )
+
+    def report(self, index: int, epoch: int) -> None:
+        """Store an epoch, with a checkpoint."""
+        name = checkpoint_name(len(self.history))
+        if self.sink.rank:
+            self.sink.report(self.history, name, None)
+        else:
+            with self.written(index, epoch + 1) as folder:
+                self.sink.report(self.history, name, folder)
+        self.newest, self.saved_at = name, time.monotonic()
+
+    def save_within(self, index: int, epoch: int, part: Part) -> None:
+        """Store a checkpoint from within an epoch, if the last step left nothing that is no number."""
+        average_batch_statistics(self.trainee)  # once more at the epoch's end: means of moving means are the same
+        if not all(bool(value.isfinite().all()) for value in self.trainee.own_state().values()):
+            return  # all workers have the same values; the next loss will tell
+        name = checkpoint_name(len(self.history), part.step / self.task.batches.num_batches)
+        images = int(total(torch.tensor(float(part.images), dtype=torch.float64, device=self.sink.device)))
+        whole = dataclasses.replace(part, sums=total(part.sums.clone()), images=images)
+        if self.sink.rank == 0:
+            with self.written(index, epoch, whole) as folder:
+                self.sink.keep_within(name, folder)
+        self.newest, self.saved_at = name, time.monotonic()
+
+    @contextmanager
+    def written(self, index: int, epochs: int, part: Part | None = None) -> Iterator[Path]:
+        """A checkpoint in a folder of its own, after so many epochs of a phase and a part of the next."""
+        state = {
+            "phase": index,
+            "epoch": epochs,
+            "part": vars(part) if part is not None else None,
+            "batches": self.task.batches.num_batches,
+            "system": self.trainee.own_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best,
+            "best_state": self.best_state,
+            "task": self.task.state(),
+            "fingerprint": self.task.fingerprint,
+        }
+        with tempfile.TemporaryDirectory(prefix="raypp-") as folder:
+            checkpoint.save(Path(folder), state, self.history)
+            yield Path(folder)
+
+    def restore(self) -> tuple[int, int, dict[str, Any] | None]:
+        """Take up the newest sound checkpoint: phase index, epochs done in it, and its state (None to begin afresh)."""
+        names = self.sink.checkpoints()
+        for name in names:
+            try:
+                with self.sink.open(name) as folder:
+                    state, history = checkpoint.load(folder)
+            except TrainingError as error:
+                if self.sink.rank == 0:
+                    self.sink.warn(f"{error}; going back to the one before")
+                continue
+            if state["fingerprint"] != self.task.fingerprint:
+                raise DataError(
+                    f"the training data is not what checkpoint {name} was trained on; "
+                    "restore the data or start a run with another name"
+                )
+            self.history, self.newest = history, name
+            self.task.restore(state["task"])
+            part, batches = state.get("part"), self.task.batches.num_batches
+            if part is not None and state["batches"] != batches:  # another number of workers, which split otherwise
+                part["step"] = min(part["step"] * batches // state["batches"], batches - 1)
+            return state["phase"], state["epoch"], state
+        if names:
+            raise TrainingError(f"all checkpoints of this run are damaged: {', '.join(names)}")
+        return 0, 0, None
