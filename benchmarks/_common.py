@@ -20,15 +20,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from raypp.config import Config, load_config
+from raypp.config.presets import load_config
+from raypp.config.schema import Config
 from raypp.data.loader import Augmentation, Batches, DeviceLoader, to_device
-from raypp.experiments.training_run import environment
+from raypp.experiments.run_folder import environment
 from raypp.models.perceptual import StateDict, load_vgg_slice
 from raypp.models.vgg import RELU2_2, VGG16_LAYERS, vgg_features
+from raypp.training.optim import set_up_torch
 from raypp.training.protected_classifier import phases
 from raypp.training.protection_task import ProtectionTask, TrainingData
 from raypp.training.reporter import LocalSink, Sink
-from raypp.training.trainer import Loop, set_up_torch
+from raypp.training.trainer import Loop
 from raypp.utils.progress import Display
 from raypp.utils.storage import Storage
 

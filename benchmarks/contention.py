@@ -42,12 +42,12 @@ from _common import (
     show_table,
 )
 
-from raypp.attacks.inverse import InverseNetwork
-from raypp.config import load_config
-from raypp.experiments.attack_run import make_plan
+from raypp.attacks.inverse_network import InverseNetwork
+from raypp.config.presets import load_config
+from raypp.experiments.attack_plan import make_plan
 from raypp.models import CLASSIFIERS
+from raypp.training.optim import build_optimizer
 from raypp.training.threads import AdaptiveThreads
-from raypp.training.trainer import build_optimizer
 from raypp.utils import runtime
 
 WORK = ("train", "attack", "serve")

@@ -18,7 +18,8 @@ from _common import describe, finish, interleave, machine, ratio, show_table
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from raypp.metrics import edge_correlation, psnr, reidentify, ssim
+from raypp.metrics.image import edge_correlation, psnr, ssim
+from raypp.metrics.retrieval import reidentify
 
 SIDE = 32
 TOLERANCE = 1e-4

@@ -25,7 +25,7 @@ import torch
 from _common import describe, finish, machine, show_table
 from serve import Connections, free_port, npy, served
 
-from raypp.bundle import load_private
+from raypp.bundle.load import load_private
 
 NUM_BODIES = 64  # different ones, sent in turn
 CLIENTS = 16  # for the capacity

@@ -97,7 +97,7 @@ def on_ray(folder: Path, preset: str, num: int) -> None:
     from raypp.cluster.progress_actor import following, put_up
     from raypp.cluster.session import session
     from raypp.cluster.train import scaling
-    from raypp.config import Cluster
+    from raypp.config.schema import Cluster
 
     def work(given: dict[str, Any]) -> None:
         sys.path.insert(0, str(Path(__file__).parent))

@@ -15,7 +15,10 @@ from pathlib import Path
 import yaml
 from _common import describe, finish, machine, show_table
 
-from raypp.experiments.search import Record, front_figure, hypervolume, pareto, records_of, restore
+from raypp.experiments.pareto import hypervolume, pareto
+from raypp.experiments.plots import front_figure
+from raypp.experiments.search_records import Record, records_of
+from raypp.experiments.search_settings import restore
 from raypp.utils.errors import ConfigError
 from raypp.utils.storage import Storage
 

@@ -31,7 +31,7 @@ import uvicorn
 from _common import Spread, describe, finish, interleave, machine, own_ray, ratio, show_table
 from fastapi import FastAPI, Request
 
-from raypp.bundle import load_private
+from raypp.bundle.load import load_private
 from raypp.models.fusion import folded
 
 NPY = "application/x-npy"

@@ -51,13 +51,13 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from raypp.config import Config
+from raypp.config.schema import Config
 from raypp.data.loader import Batches
 from raypp.models import CLASSIFIERS
 from raypp.models.perceptual import StateDict, VGG16Features
 from raypp.models.unet import UNet
+from raypp.training.optim import bf16_is_fast
 from raypp.training.reporter import LocalSink
-from raypp.training.trainer import bf16_is_fast
 
 SIZES = ("cifar10-small", "cifar10")
 PROBE_STEPS = 2

@@ -26,7 +26,7 @@ from zygote import zygote as start_zygote
 from raypp.utils import runtime
 
 if TYPE_CHECKING:  # torch takes seconds, and the process that only hands tests to others does not need it
-    from raypp.config import Config
+    from raypp.config.schema import Config
     from raypp.serve.model_store import Live
     from raypp.training.protection_task import Fit
 
@@ -138,7 +138,7 @@ def tiny(tmp_path: Path) -> Tiny:
     """Makes tiny configurations whose runs lie in ``tmp_path``."""
     import torch._dynamo  # noqa: F401 (an optimizer's first step imports it, for seconds that are no test's own)
 
-    from raypp.config import load_config
+    from raypp.config.presets import load_config
 
     return lambda **changes: load_config("quickstart", flags=tiny_flags(tmp_path, **changes))
 
@@ -168,7 +168,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     """One tiny joint run; tests copy what they change, an attack's bundle too."""
     import torch
 
-    from raypp.config import load_config
+    from raypp.config.presets import load_config
     from raypp.experiments.training_run import open_run, train_locally
     from raypp.training.protection_task import fit
     from raypp.training.reporter import LocalSink

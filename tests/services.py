@@ -14,13 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from raypp.bundle import load_private, write_manifest
-from raypp.experiments import attack_run
+from raypp.bundle.load import load_private
+from raypp.bundle.manifest import write_manifest
+from raypp.experiments import attack_plan, attack_run
+from raypp.serve.admission import Limits, Waiting
 from raypp.serve.api import Offered, ServedAttack, offer
 from raypp.serve.attack_catalog import online
 from raypp.serve.auth import Tokens
-from raypp.serve.model_store import Live, Served, classify
-from raypp.serve.request_parsing import Limits, Waiting
+from raypp.serve.loaded_model import Served, classify
+from raypp.serve.model_store import Live
 
 
 def load_live(location: Path) -> Live:
@@ -86,7 +88,7 @@ def attack_copy(bundle: Path, folder: Path, attacks: dict[str, Any]) -> Path:
     copied = shutil.copytree(bundle, folder / "bundle")
     suite = folder / "suite.yaml"
     suite.write_text(json.dumps({"num_queries": 10, "curve": False, "judge_epochs": 0, "attacks": attacks}))
-    attack_run.attack(attack_run.make_plan(bundle=str(copied), suite=str(suite), name="a", storage=folder), quiet=True)
+    attack_run.attack(attack_plan.make_plan(bundle=str(copied), suite=str(suite), name="a", storage=folder), quiet=True)
     return copied
 
 

@@ -25,9 +25,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 import raypp
 from raypp.cli import main
-from raypp.config import load_config
+from raypp.config.presets import load_config
+from raypp.experiments.run_folder import point_latest
 from raypp.experiments.search import make_plan
-from raypp.experiments.training_run import point_latest
 from raypp.serve.server import ATTACK, CONFIG, template
 from raypp.utils.errors import ConfigError
 from raypp.utils.storage import Storage

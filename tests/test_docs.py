@@ -17,9 +17,9 @@ import pytest
 from conftest import Cluster
 from PIL import Image
 
-from raypp.bundle import verify
+from raypp.bundle.manifest import verify
 from raypp.cli import main
-from raypp.metrics import chance_error
+from raypp.metrics.statistics import chance_error
 
 ROOT = Path(__file__).parents[1]
 GUIDES = (

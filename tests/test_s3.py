@@ -18,13 +18,14 @@ import pytest
 import torch
 from conftest import Cluster, free_port, listens, start_cluster, tiny_flags, wait_until
 
-from raypp.bundle import load_private, load_public
-from raypp.config import load_config
-from raypp.evaluation.report import write_report
-from raypp.experiments.attack_run import attack, make_plan, run_locally
+from raypp.bundle.load import load_private, load_public
+from raypp.config.presets import load_config
+from raypp.evaluation.report.render import write_report
+from raypp.experiments.attack_plan import make_plan
+from raypp.experiments.attack_run import attack, run_locally
 from raypp.experiments.training_run import open_run, train_locally
 from raypp.serve.server import publish
-from raypp.training.reporter import newest_first
+from raypp.training.checkpoint import newest_first
 from raypp.utils.errors import RayppError, StorageError
 from raypp.utils.images import encode_png
 from raypp.utils.progress import Display

@@ -13,8 +13,8 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from raypp.bundle import load_private, load_public
-from raypp.config import load_config
+from raypp.bundle.load import load_private, load_public
+from raypp.config.presets import load_config
 from raypp.data.splits import load_split
 from raypp.protections.learned import Code, Learned
 

@@ -12,8 +12,8 @@ import sys
 import torch
 from torch import Tensor
 
-from raypp.bundle import load_private, load_public
-from raypp.config import load_config
+from raypp.bundle.load import load_private, load_public
+from raypp.config.presets import load_config
 from raypp.data.splits import load_split
 
 PART = 500  # images at a time

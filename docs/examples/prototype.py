@@ -9,7 +9,7 @@ import os
 import numpy as np
 import torch
 
-from raypp.bundle import load_private
+from raypp.bundle.load import load_private
 
 CLASSIFIER = load_private(os.environ["PLAIN_BUNDLE"]).classifier
 

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor
 
-from raypp.config import Optimisation, merge
+from raypp.config.overrides import merge
+from raypp.config.schema import Optimisation
 from raypp.models.perceptual import StateDict
-from raypp.training.trainer import Task
+from raypp.training.task import Task
 from raypp.utils.errors import RayppError
 from raypp.utils.registry import Options
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from raypp.attacks.base import Attack, AttackError, Threat
-from raypp.attacks.inverse import likeness
+from raypp.attacks.inverse_network import likeness
 from raypp.utils import registry
 from raypp.utils.images import to_uint8
 

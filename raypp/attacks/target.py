@@ -12,14 +12,18 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from raypp import bundle as bundles
 from raypp.attacks.base import Access, Map
 from raypp.attacks.user_function import source_of, user_function
-from raypp.config import Config, merge, validate
+from raypp.bundle import load
+from raypp.bundle import manifest as bundles
+from raypp.config.overrides import merge
+from raypp.config.schema import Config
+from raypp.config.validation import validate
 from raypp.data.base import ImageSet
 from raypp.data.splits import load_split
-from raypp.metrics import LEAST_SIDE
+from raypp.metrics.image import LEAST_SIDE
 from raypp.protections import PROTECTIONS
+from raypp.utils import image_files
 from raypp.utils import images as image_files
 from raypp.utils.errors import ConfigError, DataError
 from raypp.utils.keys import Key
@@ -136,7 +140,7 @@ def load_victim(
 
 def _bundle(spec: VictimSpec, num_queries: int, num_images: int | None, seed: int, device: torch.device) -> Victim:
     assert spec.bundle is not None
-    public, private = bundles.load_public(spec.bundle), bundles.load_private(spec.bundle)
+    public, private = load.load_public(spec.bundle), load.load_private(spec.bundle)
     config = validate(merge(private.config, spec.config or {}))
     protection = public.protection.to(device)
     classifier = private.classifier.to(device)
@@ -170,7 +174,7 @@ def _bundle(spec: VictimSpec, num_queries: int, num_images: int | None, seed: in
         classify=classify,
         device=device,
     )
-    plain_classifier = bundles.load_plain_classifier(spec.bundle)
+    plain_classifier = load.load_plain_classifier(spec.bundle)
     found = _measured_on(spec.bundle, access, config, private.classes, num_queries, num_images, seed)
     return replace(
         found,
@@ -190,7 +194,7 @@ def _label(config: Config) -> str:
     return f"{config.protection.name}{alpha}"
 
 
-def _options(public: bundles.PublicBundle) -> Any:
+def _options(public: load.PublicBundle) -> Any:
     about = public.about["protection"]
     return PROTECTIONS.options(about["name"]).model_validate(about)
 

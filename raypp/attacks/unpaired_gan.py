@@ -19,14 +19,15 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from raypp.attacks.base import AttackError, Threat, TrainedAttack, TrainedOptions, other_size
-from raypp.config import Constant, Optimisation, Optimizer, merge
+from raypp.config.overrides import merge
+from raypp.config.schema import Constant, Optimisation, Optimizer
 from raypp.data.loader import Augmentation, Batches, DeviceLoader
 from raypp.models import ADAPTATIONS, BLOCK
 from raypp.models.perceptual import StateDict
 from raypp.models.resnet import ResNet20, ResNetOptions
 from raypp.models.unet import UNet
-from raypp.training.reporter import Row
-from raypp.training.trainer import Phase, Terms, Trainee
+from raypp.training.checkpoint import Row
+from raypp.training.task import Phase, Terms, Trainee
 from raypp.utils import registry
 from raypp.utils.images import to_uint8
 

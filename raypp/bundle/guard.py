@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raypp.metrics import wilson_interval
+from raypp.metrics.statistics import wilson_interval
 
 BINS = 16
 LEAST = 100  # images of each kind, both to fit to and to set the threshold by

@@ -19,6 +19,7 @@ from cyclopts import App, CycloptsError, Parameter, validators
 from rich.console import Console
 
 import raypp
+from raypp.experiments import attack_plan, table1_grid
 from raypp.utils import runtime
 from raypp.utils.errors import FAILURE, USAGE, ConfigError, RayppError
 from raypp.utils.signals import told_by
@@ -33,9 +34,9 @@ data_app = App(name="data", help="Data sources: list them, convert them to Parqu
 app.command(data_app)
 
 if TYPE_CHECKING:
-    from raypp.config import Config
-    from raypp.experiments.attack_run import Plan
-    from raypp.experiments.table1 import Result
+    from raypp.config.schema import Config
+    from raypp.experiments.attack_plan import Plan
+    from raypp.experiments.table1_results import Result
 
 Settings = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 # What names the thing itself; settings may stand before it.
@@ -80,7 +81,7 @@ def train(
     quiet
         Print nothing but warnings and errors.
     """
-    from raypp.config import load_config
+    from raypp.config.presets import load_config
 
     preset, flags = _preset(preset, settings)
     merged = load_config(preset, config, flags)
@@ -93,8 +94,9 @@ def run_training(
     config: Config, name: str, *, resume: bool = False, local: bool = False, quiet: bool = False
 ) -> dict[str, Any]:
     """Train a run and print what came of it; returns its summary."""
-    from raypp.experiments.training_run import open_run, point_latest, summary, train_locally
-    from raypp.metrics import chance_error
+    from raypp.experiments.run_folder import point_latest
+    from raypp.experiments.training_run import open_run, summary, train_locally
+    from raypp.metrics.statistics import chance_error
     from raypp.utils.progress import Display
 
     on_ray = None if local else _from_ray("raypp.cluster.train", "train_on_ray")
@@ -142,7 +144,7 @@ def quickstart(*, local: bool = False, name: str | None = None, storage: Path = 
     """
     from rich.markup import escape
 
-    from raypp.config import load_config
+    from raypp.config.presets import load_config
     from raypp.experiments import attack_run
 
     console = Console()
@@ -154,7 +156,7 @@ def quickstart(*, local: bool = False, name: str | None = None, storage: Path = 
     run_training(merged, name, local=local)
     where = storage / name
     console.print("\n[bold]What an attacker gets out of it[/]")
-    plan = attack_run.make_plan(bundle=str(where / "bundle"), suite="quick", name="attack", storage=str(where))
+    plan = attack_plan.make_plan(bundle=str(where / "bundle"), suite="quick", name="attack", storage=str(where))
     run_attacks(plan, local=True)  # a minute's work: starting Ray again would cost as much
     console.print("\n[bold]Next[/]")
     for command, why in (
@@ -206,7 +208,7 @@ def table1(
     run = table.run_locally if local else _from_ray("raypp.cluster.table1", "run_on_ray")
     results = table.table1(
         ["cifar10", "cifar100"] if datasets is None else datasets,
-        list(table.methods()) if methods is None else methods,
+        list(table1_grid.methods()) if methods is None else methods,
         [0] if seeds is None else seeds,
         settings,
         storage=storage,
@@ -320,7 +322,7 @@ def attack(
         raise ConfigError(
             f"name one bundle, found {' and '.join(map(repr, bundles))}; a setting is written --name VALUE"
         )
-    plan = attack_run.make_plan(
+    plan = attack_plan.make_plan(
         bundle=bundles[0] if bundles else None,
         function=function,
         folders=folders,
@@ -360,12 +362,12 @@ def _without_settings(words: tuple[str, ...]) -> tuple[list[str], list[str]]:
 
 def run_attacks(plan: Plan, *, resume: bool = False, local: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Run a plan's attacks, write report and scorecard, print and return the latter."""
-    from raypp.evaluation.report import write_report
+    from raypp.evaluation.report.render import write_report
     from raypp.experiments import attack_run
 
     def announce(opened: Plan) -> None:
         if not quiet:
-            _print_threats(attack_run.overview(opened))
+            _print_threats(attack_plan.overview(opened))
 
     run = attack_run.run_locally if local else _from_ray("raypp.cluster.attack", "run_on_ray")
     card = attack_run.attack(plan, resume=resume, quiet=quiet, announce=announce, run=run)
@@ -390,7 +392,7 @@ def report(*sources: str, out: str = "report") -> None:
     out
         A new or empty folder, or one that holds an earlier report; a path or URI.
     """
-    from raypp.evaluation.report import write_report
+    from raypp.evaluation.report.render import write_report
     from raypp.utils.storage import Storage
 
     target = Storage(out)
@@ -420,7 +422,7 @@ def evaluate(
         Also write the numbers to this JSON file.
     """
     from raypp.evaluation.evaluate import evaluate_bundle
-    from raypp.metrics import chance_error
+    from raypp.metrics.statistics import chance_error
 
     numbers = evaluate_bundle(bundle, settings, split, jpeg)
     if output is not None:
@@ -621,7 +623,7 @@ def classify(
     from rich.progress import Progress
 
     from raypp.client.http import Client
-    from raypp.utils.images import find_images
+    from raypp.utils.image_files import find_images
 
     files = [file for path in paths for file in find_images(path)]
     console = Console(stderr=True)
@@ -728,7 +730,7 @@ def config(
     """
     import yaml
 
-    from raypp.config import load_config, load_tree, presets
+    from raypp.config.presets import load_config, load_tree, presets
 
     console = Console()
     if preset is None:
@@ -826,7 +828,8 @@ def check(source: str, /, *options: Settings, image_size: tuple[int, int] | None
 
 def _source(name: str, flags: tuple[str, ...], image_size: tuple[int, int] | None) -> Any:
     """Build a source from its name and its options as flags."""
-    from raypp.config import parse_flags, validate_data
+    from raypp.config.overrides import parse_flags
+    from raypp.config.validation import validate_data
     from raypp.data import SOURCES
 
     prefixed = ["--data.source." + flag[2:] if flag.startswith("--") else flag for flag in flags]
@@ -887,7 +890,7 @@ def _print_search(found: dict[str, Any], where: str) -> None:
 
 
 def _setting(value: Any) -> str:
-    from raypp.experiments.search import label
+    from raypp.experiments.plots import label
 
     return f"{value:.3g}" if isinstance(value, float) else str(label(value))
 

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raypp.client.http import Client, RemoteError
-from raypp.metrics import LEAST_SIDE, ssim
+from raypp.client.http import Client
+from raypp.client.session import RemoteError
+from raypp.metrics.image import LEAST_SIDE, ssim
 from raypp.utils.errors import ConfigError, RayppError
 from raypp.utils.images import Pixels, encode_png
 

@@ -9,9 +9,10 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from raypp.bundle import PublicBundle, load_public
+from raypp.bundle.load import PublicBundle, load_public
 from raypp.utils.errors import DataError, StorageError
-from raypp.utils.images import Pixels, decode, find_images, write_png
+from raypp.utils.image_files import find_images
+from raypp.utils.images import Pixels, decode, write_png
 from raypp.utils.keys import Key
 from raypp.utils.storage import new_folder
 

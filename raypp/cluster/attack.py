@@ -19,7 +19,9 @@ from raypp.cluster.progress_actor import Events, Steps, following, put_up
 from raypp.cluster.session import session
 from raypp.cluster.tasks import Outcome, Pinned, resources, spread
 from raypp.cluster.train import run_trainer, scaling
-from raypp.experiments.attack_run import JUDGE, Plan, load_victim_of, restore, run_attack, train_judge, waits_for
+from raypp.experiments.attack_plan import JUDGE, Plan, load_victim_of, restore, waits_for
+from raypp.experiments.attack_run import run_attack
+from raypp.experiments.reference_classifier import train_judge
 from raypp.utils.errors import RayppError, StoppedError, ToldToStop
 from raypp.utils.progress import GridDisplay, Shows
 

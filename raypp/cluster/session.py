@@ -25,7 +25,7 @@ ANSWER_SECONDS = 10.0
 _started_here = False
 
 if TYPE_CHECKING:
-    from raypp.config import Cluster
+    from raypp.config.schema import Cluster
 
 
 def wants_gpu(cluster: Cluster, have: dict[str, float]) -> bool:

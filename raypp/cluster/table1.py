@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from raypp.cluster.tasks import Outcome, spread
-from raypp.config import validate
-from raypp.experiments.table1 import Cell, train_cell
+from raypp.config.validation import validate
+from raypp.experiments.table1 import train_cell
+from raypp.experiments.table1_grid import Cell
 from raypp.utils.progress import GridDisplay, Shows
 
 

@@ -16,7 +16,7 @@ from raypp.cluster.session import (
     session,
     wants_gpu,
 )
-from raypp.config import Cluster
+from raypp.config.schema import Cluster
 from raypp.utils.errors import RayppError, ToldToStop, first_line
 from raypp.utils.progress import GridDisplay, Row
 from raypp.utils.signals import told_by

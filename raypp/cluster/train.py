@@ -23,13 +23,14 @@ from raypp.cluster.session import (
     session,
     wants_gpu,
 )
-from raypp.config import Cluster, Config, validate
+from raypp.config.schema import Cluster, Config
+from raypp.config.validation import validate
 from raypp.data.streaming import Batch, StreamLoader, bounded, datasets, held_out
 from raypp.experiments.training_run import Run, conclude, stored_key
 from raypp.models.perceptual import StateDict
+from raypp.training.checkpoint import CHECKPOINTS, Row, RunCheckpoints, newest_first
 from raypp.training.distributed import first_error
 from raypp.training.protection_task import TrainingData, check_sides, fit, protect_first
-from raypp.training.reporter import CHECKPOINTS, Row, RunCheckpoints, newest_first
 from raypp.utils import errors
 from raypp.utils.errors import RayppError, StoppedError, ToldToStop, TrainingError, last_line
 from raypp.utils.keys import Key

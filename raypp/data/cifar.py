@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from raypp.data.base import Record, Source, Split
-from raypp.utils import registry
+from raypp.utils import paths, registry
 from raypp.utils.errors import DataError
 from raypp.utils.images import fit, grey
 
@@ -25,7 +25,7 @@ class _Cifar(Source):
     class Options(registry.Options):
         """Where the data set lies."""
 
-        root: registry.Location = Field("data", validate_default=True)
+        root: paths.Location = Field("data", validate_default=True)
         """Folder that holds (or gets) the extracted python version of the data set."""
         download: bool = True
         """Fetch the data set into ``root`` if it is not there."""

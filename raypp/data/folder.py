@@ -12,9 +12,10 @@ from typing import Literal
 from pydantic import Field
 
 from raypp.data.base import Record, Source, Split, check_names, decode_all, stratified_split
-from raypp.utils import registry
+from raypp.utils import paths, registry
 from raypp.utils.errors import DataError
-from raypp.utils.images import SUFFIXES, find_images, holds, is_ignored, is_image, printable, walk
+from raypp.utils.image_files import find_images, holds, is_ignored, is_image, walk
+from raypp.utils.images import SUFFIXES, printable
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")
@@ -33,7 +34,7 @@ class Folder(Source):
         """Where the folders lie and how to split them."""
 
         name: Literal["folder"] = "folder"
-        path: registry.Location
+        path: paths.Location
         """Folder above train and test, or above the class folders."""
         test_fraction: float = Field(default=0.1, gt=0, lt=1)
         """Share of each class set aside for testing where there is no train folder."""

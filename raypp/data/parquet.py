@@ -20,9 +20,10 @@ import pyarrow.parquet as pq
 from pydantic import field_validator
 
 from raypp.data.base import Labels, Record, Source, Split, check_names, decode_all
-from raypp.utils import registry
+from raypp.utils import paths, registry
 from raypp.utils.errors import DataError, first_line
-from raypp.utils.images import DOWNLOADED, printable, walk
+from raypp.utils.image_files import DOWNLOADED, walk
+from raypp.utils.images import printable
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
@@ -73,7 +74,7 @@ class Parquet(Source):
         """Where the files lie and which columns to read."""
 
         name: Literal["parquet"] = "parquet"
-        path: registry.Location
+        path: paths.Location
         """Folder or file, or a URI of any filesystem that pyarrow knows."""
         image_column: str | None = None
         """None takes ``img`` or ``image``."""

@@ -9,7 +9,7 @@ from raypp.data.base import ImageSet, stratified_split
 from raypp.utils.errors import DataError
 
 if TYPE_CHECKING:
-    from raypp.config import Config
+    from raypp.config.schema import Config
 
 _kept: dict[str, ImageSet] | None = None
 

@@ -31,7 +31,7 @@ from raypp.utils.errors import ConfigError, DataError
 from raypp.utils.images import decode, printable
 
 if TYPE_CHECKING:
-    from raypp.config import Config
+    from raypp.config.schema import Config
 
 Batch = dict[str, np.ndarray]
 IN_FLIGHT_BYTES = 128 * 2**20  # per dataset, in Ray's object store

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raypp.bundle import MANIFEST, load_private, load_public
-from raypp.config import flatten, merge, parse_flags, validate
+from raypp.bundle.load import load_private, load_public
+from raypp.bundle.manifest import MANIFEST
+from raypp.config.overrides import flatten, merge, parse_flags
+from raypp.config.validation import validate
 from raypp.data.loader import as_input, images_at_a_time, to_device
 from raypp.data.splits import load_split
-from raypp.metrics import psnr, ssim, wilson_interval
+from raypp.metrics.image import psnr, ssim
+from raypp.metrics.statistics import wilson_interval
 from raypp.protections.base import Protection
 from raypp.utils.errors import BundleError, ConfigError, DataError
 from raypp.utils.images import through_jpeg, to_uint8

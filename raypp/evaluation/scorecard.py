@@ -15,18 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from raypp.attacks.target import Victim
-from raypp.metrics import (
-    bootstrap_interval,
-    edge_correlation,
-    edge_maps,
-    in_parts,
-    lpips,
-    psnr,
-    reidentify,
-    ssim,
-    ssim_invariant,
-    ssim_lab,
-)
+from raypp.metrics.image import edge_correlation, edge_maps, in_parts, lpips, psnr, ssim, ssim_invariant, ssim_lab
+from raypp.metrics.retrieval import reidentify
+from raypp.metrics.statistics import bootstrap_interval
 
 MAX_PSNR = 60.0  # dB: an exact reconstruction would make a mean infinite
 AMBER, RED = 0.05, 0.20
@@ -179,7 +170,7 @@ def verdict(share: float, num_queries: int, *, lower_bound: bool, at_chance: boo
         num_queries: number of attacked images.
         lower_bound: a stronger attack of the same kind may find more. That cannot rescue a broken protection, so
             ``broken`` stands.
-        at_chance: the classifier reads nothing, see :func:`raypp.metrics.chance_error`.
+        at_chance: the classifier reads nothing, see :func:`raypp.metrics.statistics.chance_error`.
 
     Returns:
         ``holds``, ``weak``, ``broken`` or ``inconclusive``, and the reason.

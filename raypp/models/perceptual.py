@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from raypp.models.normalize import Normalise
 from raypp.models.vgg import SLICES, VGG16_LAYERS, vgg_features
 from raypp.utils.errors import ConfigError, first_line
-from raypp.utils.registry import Options, absolute
+from raypp.utils.paths import absolute
+from raypp.utils.registry import Options
 
 StateDict = dict[str, Tensor]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from raypp.protections.base import Protection
-from raypp.utils import registry
+from raypp.utils import paths, registry
 from raypp.utils.images import to_uint8
 
 MAX_TABLES = 16
@@ -23,7 +23,7 @@ MAX_TABLES = 16
 class KeyedOptions(registry.Options):
     """Options of every keyed protection."""
 
-    key_file: registry.Location | None = None
+    key_file: paths.Location | None = None
     """Take the key from this file instead of making a new one."""
 
 

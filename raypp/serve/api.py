@@ -9,11 +9,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import logging
-import re
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -21,51 +18,29 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from fastapi import Depends, FastAPI, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
-from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
 import raypp
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import Threat
-from raypp.metrics import LEAST_SIDE, chance_error, psnr, ssim
+from raypp.metrics.image import LEAST_SIDE, psnr, ssim
+from raypp.metrics.statistics import chance_error
+from raypp.serve.admission import Limits, RefusedError, Waiting
 from raypp.serve.auth import Tokens
-from raypp.serve.model_store import Served
-from raypp.serve.request_checks import accepted, check_headers, check_query, names_tag, shown
-from raypp.serve.request_parsing import (
-    MULTIPART,
-    NPY,
-    PNG,
-    Limits,
-    RefusedError,
-    Shape,
-    Waiting,
-    read_body,
-    read_images,
+from raypp.serve.image_parsing import Shape
+from raypp.serve.loaded_model import Served
+from raypp.serve.middleware import MODEL_HEADER, PROTECTION_HEADER, Around, Observe
+from raypp.serve.problems import (
+    add_problems,
 )
+from raypp.serve.request_checks import accepted, check_headers, check_query, names_tag
+from raypp.serve.request_parsing import MULTIPART, NPY, PNG, read_body, read_images
+from raypp.serve.schemas import ATTACKS_OFFERED, CLASSIFIED, MODEL, RECONSTRUCTED, _answers, _given
 from raypp.utils.errors import RayppError
 from raypp.utils.images import Pixels, encode_png
-from raypp.utils.registry import did_you_mean
 
-PROBLEM = "application/problem+json"
-PROTECTION_HEADER, MODEL_HEADER, REQUEST_ID = "Raypp-Protection", "Raypp-Model", "X-Request-ID"
-TYPES = "urn:raypp:problem:"
-GONE = 499  # counted for a client that hung up before its request was whole; nobody gets it as an answer
 MAX_PSNR = 60.0  # dB: JSON has no infinity
-REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
-logger = logging.getLogger("raypp.serve")
-
-
-class Observe(Protocol):
-    """Counts a request for monitoring."""
-
-    def __call__(self, route: str, status: int, num_images: int, seconds: float) -> None: ...
 
 
 class Classifying(Protocol):
@@ -373,154 +348,6 @@ def _api(
     return api
 
 
-def check_bare(request: Request) -> None:
-    """Refuse a request that has a query, a body or headers that are not read; raises RefusedError."""
-    check_headers(request.headers, reads_body=False, tagged=False)
-    check_query((name for name, _ in request.query_params.multi_items()), ())
-
-
-def add_problems(api: FastAPI) -> None:
-    """Have every error answered by a problem document."""
-
-    @api.exception_handler(RefusedError)
-    async def refused(request: Request, error: RefusedError) -> Response:
-        return _refusal(request, error)
-
-    @api.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        reason = f"{first['msg'][0].lower()}{first['msg'][1:]}"
-        sentence = f"{first['loc'][0]} parameter {first['loc'][-1]} is {shown(str(first['input']))}: {reason}"
-        return problem(request, 422, "bad-parameter", sentence)
-
-    @api.exception_handler(HTTPException)
-    async def other(request: Request, error: HTTPException) -> Response:
-        headers, path = dict(error.headers or {}), request.url.path
-        sentence = str(error.detail)
-        if error.status_code == 404:
-            root = request.scope.get("root_path", "")
-            known = sorted({root + route.path for route in api.routes if isinstance(route, APIRoute)})
-            listed = f"; {root}/docs lists what there is" if api.docs_url is not None else ""
-            sentence = f"there is nothing at {shown(path)}{did_you_mean(path, known)}{listed}"
-        elif error.status_code == 405:
-            methods = {word.strip() for word in headers.get("Allow", "").split(",")}
-            headers["Allow"] = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
-            sentence = f"{shown(request.method)} is not read at {shown(path)}; allowed: {headers['Allow']}"
-        return problem(request, error.status_code, "http", sentence, headers)
-
-
-class Around:
-    """Gives every request a number, counts and logs it, answers HEAD as GET, and answers for defects of ours.
-
-    Plain ASGI: Starlette's middleware of functions takes a task and two queues for each request.
-
-    Args:
-        root: where a request of the application's own address is sent on to; None where a route answers it.
-        pages: media types by path of the pages that FastAPI serves without the checks of our routes.
-    """
-
-    def __init__(
-        self, app: ASGIApp, observe: Observe | None, root: str | None = None, pages: Mapping[str, str] | None = None
-    ) -> None:
-        self.app, self.observe, self.root, self.pages = app, observe, root, pages or {}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        began = time.perf_counter()
-        given = Headers(scope=scope).get(REQUEST_ID, "")
-        identifier = given if REQUEST_ID_FORM.fullmatch(given) else uuid.uuid4().hex
-        method, head = scope["method"], scope["method"] == "HEAD"
-        scope = {**scope, "method": "GET"} if head else scope
-        state = scope["state"] = {**scope.get("state", {}), "identifier": identifier, "num_images": 0}
-        status: int | None = None
-
-        async def sending(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                if not given:  # Serve gives each request one and answers with it by itself
-                    message.setdefault("headers", []).append((REQUEST_ID.lower().encode(), identifier.encode()))
-            elif head and message["type"] == "http.response.body":
-                message = {**message, "body": b""}
-            await send(message)
-
-        try:
-            await self._answer(scope, receive, sending)
-        finally:
-            seconds = time.perf_counter() - began
-            if state.get("gone"):
-                status = GONE
-            route = getattr(scope.get("route"), "path", "none")
-            if self.observe is not None:
-                self.observe(route, status or 0, state["num_images"], seconds)
-            if logger.isEnabledFor(logging.INFO):
-                line = {
-                    "request": identifier, "method": method, "route": route, "status": status,
-                    "images": state["num_images"], "ms": round(1000 * seconds, 2),
-                }  # fmt: skip
-                logger.info("%s", json.dumps(line))
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = False
-
-        async def sending(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
-
-        try:
-            await (self._own_answer(scope) or self.app)(scope, receive, sending)
-        except ClientDisconnect:
-            scope["state"]["gone"] = True
-        except Exception:  # a defect of ours: the log has the trace, the client a number to ask about
-            logger.exception("request %s failed", scope["state"]["identifier"])
-            if begun:
-                raise  # only breaking the answer off tells the client
-            answer = problem(Request(scope), 500, "defect", "the service failed; its log has the reason")
-            await answer(scope, receive, sending)
-
-    def _own_answer(self, scope: Scope) -> Response | None:
-        """The answer to a request that no route is asked for: one that is sent on, or refused."""
-        path = str(scope["path"]).removeprefix(scope.get("root_path", ""))
-        to_root = self.root is not None and path in ("", "/")
-        if scope["method"] != "GET" or not (to_root or path in self.pages):
-            return None
-        request = Request(scope)
-        try:
-            check_bare(request)
-            if path in self.pages:
-                accepted(request.headers.getlist("accept"), (self.pages[path],))
-        except RefusedError as error:
-            return _refusal(request, error)
-        there = f"{scope.get('root_path', '')}{self.root}"
-        return Response(status_code=307, headers={"Location": there}) if to_root else None
-
-
-def _refusal(request: Request, error: RefusedError) -> Response:
-    return problem(request, error.status, error.code, str(error), error.headers, error.more)
-
-
-def problem(
-    request: Request,
-    status: int,
-    code: str,
-    detail: str,
-    headers: dict[str, str] | None = None,
-    more: dict[str, Any] | None = None,
-) -> Response:
-    """A problem document, with ``more`` members of its own type."""
-    document = {
-        "type": TYPES + code,
-        "title": code.replace("-", " "),
-        "status": status,
-        "detail": detail,
-        "instance": f"urn:raypp:request:{request.state.identifier}",
-    } | (more or {})
-    return Response(json.dumps(document), status, headers, PROBLEM)
-
-
 @asynccontextmanager
 async def _in_time(limits: Limits) -> AsyncIterator[None]:
     """Give a request up after so long: Serve's own limit is one that a client may switch off by a header."""
@@ -598,93 +425,3 @@ def _body(field: str, *, plain: bool) -> dict[str, Any]:
             },
         },
     }
-
-
-_PROBLEM_SCHEMA = {
-    "type": "object",
-    "properties": {
-        "type": {"type": "string"}, "title": {"type": "string"}, "status": {"type": "integer"},
-        "detail": {"type": "string"}, "instance": {"type": "string"},
-        "images": {
-            "type": "array", "items": {"type": "integer"},
-            "description": "With not-protected: the images that do not look protected, counted from zero.",
-        },
-    },
-    "required": ["type", "title", "status", "detail"],
-}  # fmt: skip
-_MEANING = {
-    400: "The request cannot be read.", 401: "No valid token.", 403: "The token lacks the scope.",
-    404: "There is no such attack.", 405: "Another method is needed.", 406: "Accept allows no type of answer.",
-    408: "It took too long.", 409: "Protected with a protection that is not served.",
-    412: "A condition names another version.", 413: "Too large or too many.",
-    415: "A type or an encoding of content that is not read.", 417: "An expectation that is not known.",
-    422: "No image of the right shape, not a protected one, or a parameter or field that is not known.",
-    500: "A defect.", 501: "A transfer encoding that is not read.", 503: "Busy: come back after Retry-After.",
-}  # fmt: skip
-_BY_THE_PROXY = {408, 500, 503}  # Serve's proxy may answer before or instead of a replica: by a sentence, no document
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {
-        "description": meaning,
-        "content": {PROBLEM: {"schema": _PROBLEM_SCHEMA}}
-        | ({"text/plain": {"schema": {"type": "string"}}} if status in _BY_THE_PROXY else {}),
-    }
-    for status, meaning in _MEANING.items()
-}
-CLASSIFIED = {
-    "model": "0123456789abcdef",
-    "protection": "sha256 of the protection's manifest",
-    "images": [
-        {
-            "class": "ship",
-            "index": 8,
-            "probability": 0.93,
-            "top": [{"class": "ship", "index": 8, "probability": 0.93}],
-        }
-    ],
-    "timing_ms": {"read": 0.4, "model": 6.1, "total": 6.5},
-}
-MODEL = {
-    "version": "0123456789abcdef",
-    "bundle": "first/bundle",
-    "protection": "sha256 of the protection's manifest",
-    "classes": ["airplane", "ship"],
-    "upload": {"height": 32, "width": 32, "channels": 3, "bits": 8},
-    "limits": {"body_bytes": 16777216, "images": 256},
-    "accuracy": 0.75,
-    "guard": {"plain_refused": {"share": 1.0}, "protected_refused": {"share": 0.0}},
-    "scorecard": {"verdict": "broken", "verdict_reason": "", "worst_attack": "inverse", "found": 0.8},
-    "rejected": None,
-}
-ATTACKS_OFFERED = {
-    "model": "0123456789abcdef",
-    "attacks": [
-        {
-            "attack": "inverse",
-            "threat": "T4",
-            "attacker_has": "protected versions of any images he chooses",
-            "max_images": 32,
-            "measured": {"verdict": "broken", "verdict_reason": "", "found": 0.8, "ssim": 0.6},
-        }
-    ],
-    "nulls": {"mean image": {"ssim": 0.13, "reidentified": 0.0}},
-    "rejected": None,
-}
-RECONSTRUCTED = {
-    "attack": "inverse",
-    "threat": "T4",
-    "model": "0123456789abcdef",
-    "reconstructions": [{"png": "iVBORw0KGgo=", "psnr": 18.4, "ssim": 0.74}],
-    "timing_ms": {"total": 12.3},
-}
-
-
-def _given(kind: str, schema: dict[str, Any], example: dict[str, Any] | None = None) -> dict[int | str, dict[str, Any]]:
-    content = {"schema": schema} | ({"example": example} if example is not None else {})
-    found: dict[int | str, dict[str, Any]] = {200: {"description": "Done.", "content": {kind: content}}}
-    return found | _PROBLEMS
-
-
-def _answers(example: dict[str, Any], *others: str) -> dict[int | str, dict[str, Any]]:
-    content: dict[str, Any] = {"application/json": {"example": example, "schema": {"type": "object"}}}
-    content |= {kind: {"schema": {"type": "string", "format": "binary"}} for kind in others}
-    return {200: {"description": "Done.", "content": content}} | _PROBLEMS

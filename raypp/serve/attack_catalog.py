@@ -13,8 +13,8 @@ from torch import Tensor
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import Access, Attack, AttackError, Map, TrainedAttack
 from raypp.attacks.white_box import WhiteBoxOptions
-from raypp.bundle import PublicBundle
-from raypp.serve.model_store import Served, in_few_sizes
+from raypp.bundle.load import PublicBundle
+from raypp.serve.loaded_model import Served, in_few_sizes
 
 MOST = {"white_box": 4}
 """Images of one request where each costs much."""

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from raypp.serve.request_parsing import RefusedError
+from raypp.serve.admission import RefusedError
 from raypp.utils.errors import ConfigError
 from raypp.utils.storage import Storage
 

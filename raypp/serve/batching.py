@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from raypp.serve.model_store import Job
+from raypp.serve.loaded_model import Job
 
 Answer = tuple[Tensor, Tensor]
 READY = 2  # batches that are asked for: one is computed, and the next begins in the moment that it ends

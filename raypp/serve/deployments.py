@@ -22,17 +22,18 @@ from ray.serve.metrics import Counter, Histogram
 from torch import Tensor
 
 import raypp
-from raypp.client.http import is_loopback
-from raypp.config import sentence
+from raypp.config.validation import sentence
+from raypp.serve.admission import Limits, Waiting
 from raypp.serve.api import Offered, ServedAttack, attack_api, classifier_api, offer
 from raypp.serve.attack_catalog import online
 from raypp.serve.auth import TokenFile, Tokens
 from raypp.serve.batching import Batches
 from raypp.serve.index import Server
-from raypp.serve.model_store import Live, Served, classify
-from raypp.serve.request_parsing import Limits, Waiting
+from raypp.serve.loaded_model import Served, classify
+from raypp.serve.model_store import Live
 from raypp.utils.errors import ConfigError, RayppError, first_line
-from raypp.utils.registry import absolute
+from raypp.utils.network import is_loopback
+from raypp.utils.paths import absolute
 from raypp.utils.storage import JOBS_FOLDER
 
 logger = logging.getLogger("raypp.serve")

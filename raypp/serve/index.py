@@ -12,9 +12,10 @@ from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
 import raypp
-from raypp.serve.api import Around, Observe, add_problems, check_bare
+from raypp.serve.admission import RefusedError
+from raypp.serve.middleware import Around, Observe
+from raypp.serve.problems import add_problems, check_bare
 from raypp.serve.request_checks import accepted
-from raypp.serve.request_parsing import RefusedError
 
 CLASSIFIER, ATTACK = "/classifier", "/attack"
 SERVICES = {"classifier": "Classifies protected images.", "attack": "Shows what attackers make of protected images."}

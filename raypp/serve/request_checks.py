@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from starlette.datastructures import Headers
 
-from raypp.serve.request_parsing import RefusedError
+from raypp.serve.admission import RefusedError
 from raypp.utils.registry import did_you_mean
 
 ONCE = ("authorization", "content-type", "content-range", "expect", "raypp-protection")

@@ -6,17 +6,11 @@ at all: of a PNG the image data, of a NumPy file raw bytes, never pickles.
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import logging
 import math
-import struct
-import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import TypeVar
 
 import numpy as np
 from python_multipart.exceptions import MultipartParseError
@@ -24,20 +18,21 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from raypp.utils.errors import DataError, RayppError, first_line
-from raypp.utils.images import Pixels, decode
+from raypp.serve.admission import Limits, RefusedError
+from raypp.serve.image_parsing import (
+    NPY_SIGNATURE,
+    Shape,
+    _npy,
+    _png,
+    _too_many,
+)
+from raypp.utils.errors import first_line
+from raypp.utils.images import Pixels
 from raypp.utils.registry import did_you_mean
 
 PNG, NPY, MULTIPART = "image/png", "application/x-npy", "multipart/form-data"
 ANY = "application/octet-stream"  # what clients state who know nothing of a file
 PART_TYPES = ("", ANY, PNG, NPY)
-PNG_SIGNATURE, NPY_SIGNATURE = b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
-GREY, RGB = 0, 2  # PNG's colour types
-MAX_NPY_HEADER = 1024
-MAX_PNG_CHUNKS = 1000
-SMALL_CHUNKS = {b"gAMA": 4, b"sRGB": 1, b"cHRM": 32, b"pHYs": 9, b"tIME": 7, b"sBIT": 3, b"bKGD": 6}
-"""What else a PNG may hold, once, and of at most how many bytes: how to show it. Text, EXIF, a profile or many of these
-can carry more of an original than its image."""
 DECODED_AT_ONCE = 2**15  # values of PNG images: ten of 32 x 32
 MAX_TEXT_FIELDS = 16  # that are looked at, for their names in an answer
 MAX_PART_HEADER = 512  # bytes of a form's part: its field and a file's name
@@ -45,69 +40,6 @@ MAX_PART_HEADER = 512  # bytes of a form's part: its field and a file's name
 T = TypeVar("T")
 
 logging.getLogger("python_multipart").setLevel(logging.ERROR)  # its warnings quote bytes of the body
-
-
-class RefusedError(RayppError):
-    """A request that is answered by an error of the client's making.
-
-    Args:
-        status: HTTP status.
-        code: a stable name of the problem, for programs.
-        more: what else the problem document says, for programs too.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        code: str,
-        message: str,
-        headers: dict[str, str] | None = None,
-        more: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.code, self.headers, self.more = status, code, headers or {}, more or {}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request may hold at most, and all together that wait for the classifier."""
-
-    body: int = 16 * 2**20
-    """Bytes."""
-    images: int = 256
-    seconds: float = 30.0
-    """Until a request is given up."""
-    idle: float = 5.0
-    """Seconds between two parts of a body."""
-    waiting: int = 4096
-    """Images that wait in a replica: it counts requests by itself, and 128 full ones would wait longer than that."""
-
-
-class Waiting:
-    """How many images wait for the classifier, itself included; for one event loop."""
-
-    def __init__(self, most: int) -> None:
-        self.most, self.now = most, 0
-
-    @contextmanager
-    def admitted(self, num: int) -> Iterator[None]:
-        """Count ``num`` images while they wait, or raise RefusedError (503); a first request always may."""
-        if self.now and self.now + num > self.most:
-            raise RefusedError(
-                503,
-                "busy",
-                f"{self.now} images wait already, with these {num} more than {self.most}; come back after Retry-After",
-                {"Retry-After": "1"},
-            )
-        self.now += num
-        try:
-            yield
-        finally:
-            self.now -= num
-
-
-Shape = tuple[int, int, int]
-"""(H, W, C)."""
 
 
 async def read_body(chunks: AsyncIterator[bytes], length: str | None, limits: Limits) -> bytes:
@@ -273,132 +205,3 @@ def _part_type(headers: Headers, where: str) -> str:
 async def _aside(function: Callable[[], T], values: int) -> T:
     """Decode so many values: in a thread where that takes longer than a thread costs, since other requests wait."""
     return await asyncio.to_thread(function) if values > DECODED_AT_ONCE else function()
-
-
-def _too_many(limits: Limits) -> RefusedError:
-    return RefusedError(413, "too-many-images", f"the request holds more than the {limits.images} images allowed")
-
-
-def _png(data: bytes, where: str, shape: Shape) -> Pixels:
-    """An 8-bit PNG of the given shape, with nothing in it but the image and how to show it, which is passed over."""
-    if not data.startswith(PNG_SIGNATURE):
-        raise RefusedError(422, "not-png", f"{where} is no PNG image")
-    kept, at = [PNG_SIGNATURE], len(PNG_SIGNATURE)
-    kinds: list[bytes] = []
-    packed: list[bytes] = []
-    while at + 12 <= len(data) and (not kinds or kinds[-1] != b"IEND"):
-        (length,) = struct.unpack_from(">I", data, at)
-        kind = data[at + 4 : at + 8]
-        end = at + 12 + length
-        if end > len(data):
-            break
-        if len(kinds) == MAX_PNG_CHUNKS or (kinds and kind == b"IHDR"):
-            raise RefusedError(422, "damaged-image", f"{where} has chunks that no PNG image of this size has")
-        if not kinds:
-            _check_header(kind, data[at + 8 : end - 4], where, shape)
-        if zlib.crc32(data[at + 4 : end - 4]) != struct.unpack_from(">I", data, end - 4)[0]:
-            raise RefusedError(422, "damaged-image", f"{where} is a damaged PNG image")
-        kinds.append(kind)
-        if kind in {b"IHDR", b"IDAT", b"IEND"}:
-            kept.append(data[at:end])
-            if kind == b"IDAT":
-                packed.append(data[at + 8 : end - 4])
-            if kind == b"IEND" and length:
-                raise RefusedError(422, "trailing-bytes", f"{where} goes on for {length} bytes in its last chunk")
-        elif kind[:1].isupper():  # a critical chunk, as a palette, which these colour types do not have
-            raise RefusedError(
-                422, "not-png", f"{where} has a PNG chunk that an 8-bit image of this kind does not have"
-            )
-        elif length > SMALL_CHUNKS.get(kind, -1) or kinds.count(kind) > 1:
-            name = kind.decode("ascii") if kind.isalpha() else "of an unknown kind"
-            raise RefusedError(
-                422, "metadata", f"{where} carries metadata ({name}), which may tell more of an original than a "
-                "protected image does; leave it out",
-            )  # fmt: skip
-        at = end
-    if not kinds or kinds[-1] != b"IEND":
-        raise RefusedError(422, "damaged-image", f"{where} is a truncated PNG image")
-    if at != len(data):
-        raise RefusedError(422, "trailing-bytes", f"{where} goes on for {len(data) - at} bytes after the image's end")
-    _check_values(b"".join(packed), where, shape)
-    try:
-        image = decode(b"".join(kept), name=where, channels=shape[2], max_pixels=shape[0] * shape[1])
-    except DataError as error:
-        raise RefusedError(422, "damaged-image", str(error)) from error
-    if image.shape != shape:
-        raise RefusedError(422, "wrong-shape", f"{where} has not the shape that its header says")
-    return image
-
-
-def _check_header(kind: bytes, header: bytes, where: str, shape: Shape) -> None:
-    if kind != b"IHDR" or len(header) != 13:
-        raise RefusedError(422, "damaged-image", f"{where} is a damaged PNG image")
-    width, height, depth, colour = struct.unpack(">IIBB", header[:10])
-    wanted = RGB if shape[2] == 3 else GREY
-    if (height, width) != shape[:2]:
-        raise RefusedError(422, "wrong-shape", f"{where} is {height} x {width}; this classifier reads {_said(shape)}")
-    if depth != 8 or colour != wanted:
-        raise RefusedError(422, "wrong-shape", f"{where} is no 8-bit {'RGB' if wanted == RGB else 'grey'} image")
-    if header[12]:
-        raise RefusedError(422, "not-png", f"{where} is interlaced; allowed are images that are not")
-
-
-def _check_values(packed: bytes, where: str, shape: Shape) -> None:
-    """Refuse image data that does not unpack to exactly the image; unpacks no more than that."""
-    height, width, channels = shape
-    expected = height * (1 + width * channels)  # a filter's number before each row
-    stream = zlib.decompressobj()
-    try:
-        values = stream.decompress(packed, expected + 1)
-    except zlib.error as error:
-        raise RefusedError(422, "damaged-image", f"{where} is a damaged PNG image") from error
-    if len(values) != expected or not stream.eof or stream.unused_data:
-        raise RefusedError(422, "damaged-image", f"{where} holds other data than an image of its size has")
-
-
-@lru_cache(maxsize=64)  # clients send few different ones, and reading one takes as long as making a tensor
-def _npy_header(header: bytes) -> tuple[Any, Any, tuple[Any, ...]]:
-    text = header.decode("ascii")
-    tree = ast.parse(text.strip(), mode="eval")
-    found = ast.literal_eval(tree)
-    names = {"descr", "fortran_order", "shape"}
-    # Else there is room for more than an image's values.
-    if found.keys() != names or len(getattr(tree.body, "keys", ())) != len(names) or "#" in text:
-        raise ValueError("a header of other keys, of one twice, or with a comment")
-    return found["descr"], found["fortran_order"], tuple(found["shape"])
-
-
-def _npy(data: bytes, where: str, shape: Shape, limits: Limits, num_before: int = 0) -> Pixels:
-    """A NumPy file of uint8 (H, W, C) or (N, H, W, C), in C order; ``num_before`` images came before it."""
-    if not data.startswith(NPY_SIGNATURE) or len(data) < 12:
-        raise RefusedError(422, "not-npy", f"{where} is no NumPy file")
-    major, wide = data[6], data[6] >= 2
-    length = struct.unpack_from("<I" if wide else "<H", data, 8)[0]
-    begin = 12 if wide else 10
-    if major not in (1, 2, 3) or length > MAX_NPY_HEADER or begin + length > len(data):
-        raise RefusedError(422, "not-npy", f"{where} is no NumPy file of a known version")
-    try:
-        kind, order, dims = _npy_header(data[begin : begin + length])
-    except (ValueError, SyntaxError, AttributeError, TypeError, MemoryError, RecursionError) as error:
-        raise RefusedError(422, "not-npy", f"{where} has a damaged NumPy header") from error
-    if kind not in ("|u1", "u1", "uint8") or order is not False:
-        raise RefusedError(422, "wrong-type", f"{where} holds no uint8 values in C order: an upload is an 8-bit image")
-    if any(type(n) is not int for n in dims):
-        raise RefusedError(422, "not-npy", f"{where} has a damaged NumPy header")
-    if len(dims) not in (3, 4) or dims[-3:] != shape or (len(dims) == 4 and dims[0] < 1):
-        raise RefusedError(
-            422, "wrong-shape", f"{where} has shape {dims[:6]}; this classifier reads {_said(shape)}, one or a batch"
-        )
-    num = dims[0] if len(dims) == 4 else 1
-    if num_before + num > limits.images:
-        raise _too_many(limits)
-    values = memoryview(data)[begin + length :]
-    if len(values) != num * math.prod(shape):
-        raise RefusedError(
-            422, "damaged-image", f"{where} holds {len(values)} bytes for {num * math.prod(shape)} values"
-        )
-    return np.frombuffer(values, np.uint8).reshape(num, *shape)
-
-
-def _said(shape: Shape) -> str:
-    return f"{shape[0]} x {shape[1]} with {shape[2]} channel{'s' * (shape[2] > 1)}"

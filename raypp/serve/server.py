@@ -20,12 +20,14 @@ from typing import Any
 import yaml
 
 import raypp
-from raypp.client.http import Client, RemoteError, is_loopback
+from raypp.client.http import Client
+from raypp.client.session import RemoteError
 from raypp.serve.attack_catalog import online
 from raypp.serve.auth import Tokens
 from raypp.serve.haproxy import settings
 from raypp.serve.model_store import Published, current, publishing
 from raypp.utils.errors import BundleError, ConfigError, RayppError, StorageError, first_line, last_line
+from raypp.utils.network import is_loopback
 from raypp.utils.storage import Storage
 
 CONFIG = "serve_config.yaml"

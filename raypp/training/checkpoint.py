@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from raypp.utils.errors import TrainingError
-from raypp.utils.storage import sha256
+from raypp.utils.storage import Storage, sha256
 
 FILES = ("state.pt", "history.json")
 
@@ -37,3 +40,58 @@ def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         return state, json.loads((folder / "history.json").read_text())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"checkpoint {folder.name} is damaged: {type(error).__name__}: {error}") from error
+
+
+Row = dict[str, Any]
+CHECKPOINTS = "checkpoints"
+NAME = re.compile(r"epoch_(?P<epochs>\d+)(_part_(?P<part>\d+))?")
+PART_DIGITS = 6
+KEEP = 2  # the newest, and one more in case the newest turns out to be damaged
+
+
+def metrics_lines(history: list[Row]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in history).encode()
+
+
+def checkpoint_name(epochs: int, part: float = 0.0) -> str:
+    """After so many epochs of all phases, and this share of the next: steps are other ones with other workers."""
+    return f"epoch_{epochs:04d}" + (f"_part_{round(part * 10**PART_DIGITS):0{PART_DIGITS}d}" if part else "")
+
+
+def newest_first(run: Storage) -> list[str]:
+    """Names of the checkpoints under a run's folder, newest first."""
+    found = [NAME.fullmatch(name) for name in run.folder(CHECKPOINTS).folders()]
+    named = {match[0]: (int(match["epochs"]), int(match["part"] or 0)) for match in found if match is not None}
+    return sorted(named, key=named.__getitem__, reverse=True)
+
+
+def prune(run: Storage, written: str) -> None:
+    """Delete all but the newest checkpoints, and never the one just written: damaged ones may seem newer."""
+    others = [name for name in newest_first(run) if name != written]
+    for old in others[KEEP - 1 :]:
+        run.delete(f"{CHECKPOINTS}/{old}")
+
+
+class RunCheckpoints:
+    """The checkpoints in a run's folder, which every sink of a training run reads alike."""
+
+    def __init__(self, run: Storage) -> None:
+        self._run = run
+
+    def checkpoints(self) -> list[str]:
+        return newest_first(self._run)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[Path]:
+        with self._run.folder(CHECKPOINTS).download(name) as folder:
+            yield folder
+
+    def keep_within(self, name: str, checkpoint: Path) -> None:
+        self._run.upload(checkpoint, f"{CHECKPOINTS}/{name}", last="checkpoint.json")
+        prune(self._run, name)
+
+    def keep(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
+        """Store an epoch: its checkpoint whole or not at all, then the rows up to it; called on rank 0."""
+        if checkpoint is not None:
+            self.keep_within(name, checkpoint)
+        self._run.write("metrics.jsonl", metrics_lines(history))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from raypp.config import Config
+from raypp.config.schema import Config
 from raypp.models import FEATURES
 from raypp.models.adaptation import AdaptedClassifier, build_classifier
 from raypp.models.perceptual import PlainClassifierFeatures, StateDict
@@ -15,7 +15,7 @@ from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
 from raypp.protections.plain import Plain, PlainOptions
 from raypp.training.losses import classification_loss, feature_distance, transformation_loss
-from raypp.training.trainer import Phase, Terms, Trainee
+from raypp.training.task import Phase, Terms, Trainee
 from raypp.utils.images import round_8bit
 from raypp.utils.keys import Key
 

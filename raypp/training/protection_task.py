@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raypp.config import Config, Optimisation
+from raypp.config.schema import Config, Optimisation
 from raypp.data.base import stratified_split
 from raypp.data.loader import Augmentation, Batches, DeviceLoader, as_input, images_at_a_time, to_device
 from raypp.data.splits import limit, load_split
@@ -18,10 +18,13 @@ from raypp.models import ADAPTATIONS, CLASSIFIERS, FEATURES
 from raypp.models.perceptual import StateDict, UnavailableWeightsError, VGG16FeatureOptions, load_vgg_slice
 from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
+from raypp.training.checkpoint import Row
 from raypp.training.distributed import total
+from raypp.training.optim import autocast, set_up_torch
 from raypp.training.protected_classifier import METRICS, System, build_system, phases, uses_features
-from raypp.training.reporter import Row, Sink
-from raypp.training.trainer import Loop, Phase, Trainee, autocast, set_up_torch, together
+from raypp.training.reporter import Sink
+from raypp.training.task import Phase, Trainee
+from raypp.training.trainer import Loop, together
 from raypp.utils.errors import ConfigError
 from raypp.utils.images import to_uint8
 from raypp.utils.keys import Key

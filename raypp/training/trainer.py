@@ -9,19 +9,18 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from raypp.config import Constant, MultiStep, Optimisation, Optimizer
-from raypp.data.loader import Batches, generator
+from raypp.data.loader import generator
 from raypp.models.perceptual import StateDict
 from raypp.training import checkpoint
+from raypp.training.checkpoint import Row, checkpoint_name
 from raypp.training.distributed import (
     average_batch_statistics,
     distributed,
@@ -30,156 +29,14 @@ from raypp.training.distributed import (
     synchronise_batch_norms,
     total,
 )
-from raypp.training.muon import Muon
-from raypp.training.reporter import Row, Sink, checkpoint_name
+from raypp.training.optim import autocast, build_optimizer, learning_rate
+from raypp.training.reporter import Sink
+from raypp.training.task import Part, Phase, Task, Terms, Trained
 from raypp.training.threads import AdaptiveThreads
 from raypp.utils.errors import DataError, RayppError, StoppedError, ToldToStop, TrainingError
 
 PROGRESS_SECONDS = 0.25
 CHECK_STEPS, CHECK_SECONDS = 50, 1.0  # how often, at least, workers agree on how to go on: it waits for the device
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One stretch of epochs with its own networks, optimiser and schedule."""
-
-    name: str
-    epochs: int
-
-
-@dataclass
-class Terms:
-    """What a step gives: the loss to minimise, and what to report beside it; all are means over the batch."""
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
-
-
-@dataclass
-class Part:
-    """What an epoch has come to: of one worker, or, in a checkpoint, of all of them together."""
-
-    step: int
-    """Steps done, of each worker."""
-    names: list[str]
-    sums: Tensor
-    """Of each term over images."""
-    images: int
-    seconds: float
-
-
-class Trainee(nn.Module):
-    """The networks of one phase; ``forward(images, labels)`` gives :class:`Terms`."""
-
-    fixed: tuple[str, ...] = ()
-    """Prefixes of weights that come from elsewhere and are not stored."""
-
-    def own_state(self) -> StateDict:
-        """Weights of all that is trained."""
-        return {k: v for k, v in self.state_dict().items() if not k.startswith(self.fixed or ("\0",))}
-
-    def load_own_state(self, state: StateDict) -> None:
-        other = TrainingError("checkpoint holds weights of other networks than the configuration describes")
-        try:
-            missing, unexpected = self.load_state_dict(state, strict=False)
-        except RuntimeError as error:  # a shape is another one
-            raise other from error
-        if unexpected or any(not key.startswith(self.fixed or ("\0",)) for key in missing):
-            raise other
-
-    def groups(self) -> list[dict[str, Any]]:
-        """What is trained: ``params``, and by which ``factor`` of the learning rate."""
-        return [{"params": [p for p in self.parameters() if p.requires_grad], "factor": 1.0}]
-
-    def after_step(self) -> None:
-        """Called after every step of the optimiser."""
-
-
-class Task(Protocol):
-    """What a loop trains, and how it is judged."""
-
-    seed: int
-    train: Optimisation
-    phases: list[Phase]
-    batches: Batches
-    fingerprint: str
-    """Of the data: a checkpoint is taken up only with the same."""
-    remedy: str
-    """Settings to make smaller when training diverges."""
-
-    def build(self, phase: Phase) -> Trainee:
-        """The networks of a phase, freshly initialised from the seed."""
-
-    def validate(self, trainee: Trainee, rank: int, world: int) -> Row:
-        """Numbers after an epoch, over all workers. The networks with the lowest ``val_loss`` are kept; where a task
-        gives none, the last."""
-
-    def end(self, phase: Phase, trainee: Trainee) -> None:
-        """A phase is over; ``trainee`` has the weights that were kept."""
-
-    def state(self) -> dict[str, Any]:
-        """What later phases need of earlier ones, for a checkpoint."""
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take up what ``state`` gave."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a loop leaves behind: the networks at their lowest validation loss, and how they got there."""
-
-    trainee: Trainee
-    history: list[Row]
-    best: Row
-
-
-def learning_rate(train: Optimisation, epochs: int, progress: float) -> float:
-    """The learning rate after ``progress`` epochs (a fraction within an epoch counts) of ``epochs``.
-
-    A phase of other length than ``train.epochs`` takes the schedule at the same shares of its epochs.
-    """
-    schedule, peak = train.schedule, train.optimizer.lr
-    if isinstance(schedule, Constant):
-        return peak
-    if isinstance(schedule, MultiStep):
-        return peak * schedule.gamma ** sum(progress * train.epochs >= m * epochs for m in schedule.milestones)
-    done = min(progress / epochs, 1.0)
-    if done < schedule.warmup:
-        return peak * done / schedule.warmup
-    return peak * (schedule.final + (1 - schedule.final) * (1 - done) / (1 - schedule.warmup))
-
-
-def build_optimizer(options: Optimizer, parameters: list[Any]) -> torch.optim.Optimizer:
-    if options.name == "sgd":
-        return torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
-    if options.name == "muon":
-        return Muon(parameters, options.lr, options.momentum, options.weight_decay)
-    return torch.optim.AdamW(
-        parameters, lr=options.lr, betas=(options.momentum, 0.999), weight_decay=options.weight_decay
-    )
-
-
-def autocast(train: Optimisation, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """A context for the forward pass: bf16 where the hardware computes in it, else float32."""
-    wanted = train.precision
-    able = bf16_is_fast(device)
-    enabled = wanted == "bf16" or (wanted == "auto" and able)
-    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
-def bf16_is_fast(device: torch.device) -> bool:
-    """Whether convolutions gain from bf16: GPUs from Ampere on, CPUs with AVX-512 BF16 or AMX."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def set_up_torch(train: Optimisation) -> None:
-    """Make the settings of this process that training depends on."""
-    torch.use_deterministic_algorithms(train.deterministic, warn_only=True)
-    # A debugging aid of deterministic mode that would write every new tensor once more.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = not train.deterministic
 
 
 T = TypeVar("T")

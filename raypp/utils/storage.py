@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from raypp.utils.errors import FAILURE, StorageError, first_line
-from raypp.utils.registry import absolute
+from raypp.utils.paths import absolute
 
 FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of a disk, and of nothing that the user wrote
 JOBS_FOLDER = "/runtime_resources/working_dir_files/"  # where `ray job submit` unpacks what it was given

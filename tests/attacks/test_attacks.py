@@ -17,7 +17,8 @@ from torch import Tensor
 
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import Access, AttackError, Map, Threat
-from raypp.metrics import psnr, reidentify, ssim
+from raypp.metrics.image import psnr, ssim
+from raypp.metrics.retrieval import reidentify
 from raypp.utils.images import decode
 from raypp.utils.keys import Key
 
@@ -168,7 +169,7 @@ def test_feature_reconstruction_does_not_care_for_keys(keys: str, photos: Tensor
 @pytest.mark.skipif(not SHARED.exists(), reason="the shared CIFAR-10 is not at hand")
 def test_feature_reconstruction_shows_the_edges_of_pixel_based_images(photos: Tensor) -> None:
     """SSIM .31 +- .02 in the lab's form, .33 in Wang's; PSNR below that of the mean image."""
-    from raypp.metrics import ssim_lab
+    from raypp.metrics.image import ssim_lab
 
     plain = photos.float() / 255
     estimate = build("feature_reconstruction", Access((3, 32, 32))).reconstruct(victim("pixel").protect(photos))

@@ -16,15 +16,17 @@ from torch import Tensor
 
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import Access, Attack, AttackError, Map, TrainedAttack
-from raypp.config import load_config
+from raypp.config.presets import load_config
 from raypp.data import SOURCES
 from raypp.evaluation.scorecard import RED
 from raypp.experiments.training_run import open_run
-from raypp.metrics import reidentify
+from raypp.metrics.retrieval import reidentify
 from raypp.protections import PROTECTIONS
+from raypp.training.checkpoint import Row
+from raypp.training.optim import learning_rate
 from raypp.training.protection_task import fit
-from raypp.training.reporter import LocalSink, Row
-from raypp.training.trainer import Loop, learning_rate
+from raypp.training.reporter import LocalSink
+from raypp.training.trainer import Loop
 from raypp.utils.keys import Key
 from raypp.utils.progress import Display
 from raypp.utils.storage import Storage

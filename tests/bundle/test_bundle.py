@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from raypp.bundle import MANIFEST, SCHEMA, load_private, load_public, model_card, verify, write_manifest
+from raypp.bundle.load import load_private, load_public
+from raypp.bundle.manifest import MANIFEST, SCHEMA, verify, write_manifest
+from raypp.bundle.model_card import model_card
 from raypp.client.offline import protect_images
-from raypp.config import load_config
+from raypp.config.presets import load_config
 from raypp.data.splits import load_split
 from raypp.evaluation.evaluate import evaluate_bundle
 from raypp.experiments.training_run import first_of_each_class, open_run, train_locally

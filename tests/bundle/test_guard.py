@@ -10,8 +10,9 @@ import torch
 from conftest import Trained
 from torch import Tensor
 
-from raypp import bundle
-from raypp.bundle import guard, load_private, load_public
+from raypp.bundle import model_card
+from raypp.bundle.load import load_private, load_public
+from raypp.bundle.manifest import guard
 from raypp.data import SOURCES
 from raypp.experiments import training_run
 from raypp.protections import PROTECTIONS
@@ -90,10 +91,10 @@ def test_the_card_states_the_guards_rates(trained: Trained, pictures: tuple[Tens
     found = calibrated("tanaka", pictures)
     summary = json.loads((trained.run / "summary.json").read_text())
     said = {"versions": {}, "hardware": "this machine"}
-    card = bundle.model_card(trained.config, ("a", "b"), (16, 16), found, summary, said)
+    card = model_card.model_card(trained.config, ("a", "b"), (16, 16), found, summary, said)
     assert f"| plain images that the service refuses | {found.plain_refused['share']:.2%} (95% interval" in card
     assert "| protected images that it refuses by mistake | " in card
-    assert "service refuses" not in bundle.model_card(trained.config, ("a", "b"), (16, 16), None, summary, said)
+    assert "service refuses" not in model_card.model_card(trained.config, ("a", "b"), (16, 16), None, summary, said)
 
 
 def test_few_validation_images_give_a_bundle_without_a_guard(trained: Trained) -> None:

@@ -24,12 +24,12 @@ from PIL import Image
 
 import raypp
 from raypp.attacks.base import AttackError
-from raypp.bundle import verify
+from raypp.bundle.manifest import verify
 from raypp.cli import app, main
-from raypp.client.http import RemoteError
-from raypp.config import presets
+from raypp.client.session import RemoteError
+from raypp.config.presets import presets
 from raypp.data import SOURCES
-from raypp.training.reporter import newest_first
+from raypp.training.checkpoint import newest_first
 from raypp.utils.errors import (
     BundleError,
     ConfigError,
@@ -263,7 +263,7 @@ def test_every_error_has_its_exit_code(capsys: Captured, tmp_path: Path, monkeyp
         def fail(*_: object) -> None:
             raise error
 
-        monkeypatch.setattr("raypp.config.presets", fail)
+        monkeypatch.setattr("raypp.config.presets.presets", fail)
         with pytest.raises(SystemExit) as stopped:
             main(["config"])
         return stopped.value.code, capsys.readouterr().err
@@ -504,7 +504,7 @@ def test_quickstart_says_what_to_do_next(capsys: Captured, tmp_path: Path, monke
     (tmp_path / "presets").mkdir()
     (tmp_path / "presets" / "quickstart.yaml").write_text(capsys.readouterr().out)
     small = {"quickstart": tmp_path / "presets" / "quickstart.yaml"}
-    monkeypatch.setattr("raypp.config.presets", lambda: presets() | small)
+    monkeypatch.setattr("raypp.config.presets.presets", lambda: presets() | small)
     out, _ = run(capsys, "quickstart", "--local", "--name", "first", "--storage", "runs")
     assert "protected, 8 bit" in out
     next_steps = [line.split() for line in out.splitlines() if line.startswith("  raypp ")]

@@ -23,15 +23,18 @@ from fastapi import FastAPI, Request, Response
 from services import Here
 
 import raypp
-from raypp.bundle import MANIFEST, PublicBundle, load_private, load_public, write_manifest
+from raypp.bundle.load import PublicBundle, load_private, load_public
+from raypp.bundle.manifest import MANIFEST, write_manifest
 from raypp.cli import _printable, main
-from raypp.client.http import AsyncClient, Client, RemoteError, _wait, is_loopback
+from raypp.client.http import AsyncClient, Client
 from raypp.client.offline import protect_images
+from raypp.client.session import RemoteError, _wait
 from raypp.serve.api import classifier_api
 from raypp.serve.model_store import publishing
 from raypp.serve.server import publish
 from raypp.utils.errors import BundleError, ConfigError, DataError
 from raypp.utils.images import write_png
+from raypp.utils.network import is_loopback
 
 
 @contextmanager
@@ -312,7 +315,7 @@ def test_a_service_that_asks_for_plain_images_gets_none(cache: Path, images: lis
     """A cloud cannot talk its clients out of protecting."""
     from conftest import tiny_flags
 
-    from raypp.config import load_config
+    from raypp.config.presets import load_config
     from raypp.experiments.training_run import open_run, train_locally
     from raypp.utils.progress import Display
 

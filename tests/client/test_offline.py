@@ -12,7 +12,7 @@ from conftest import Trained
 from PIL import Image
 from rich.console import Console
 
-from raypp.bundle import PublicBundle, load_public
+from raypp.bundle.load import PublicBundle, load_public
 from raypp.client.offline import protect_files, protect_images
 from raypp.utils.errors import BundleError, DataError, RayppError, StorageError
 from raypp.utils.images import decode

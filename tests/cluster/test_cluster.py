@@ -28,10 +28,10 @@ import yaml
 from conftest import ROOT, Trained, free_port, tiny_flags, wait_until
 from zygote import ProcessTree, variables
 
-from raypp.bundle import load_private, load_public
-from raypp.experiments import attack_run
+from raypp.bundle.load import load_private, load_public
+from raypp.experiments import attack_plan, attack_run
 from raypp.serve.auth import add_token
-from raypp.training.reporter import newest_first
+from raypp.training.checkpoint import newest_first
 from raypp.utils.storage import Storage
 
 pytestmark = pytest.mark.ray
@@ -270,7 +270,7 @@ def test_attacks_and_a_table_outlive_a_node(nodes: Nodes, trained: Trained, tmp_
     assert {found["status"] for found in card["attacks"].values()} == {"done"}
     assert card["attacks"]["known_gallery"]["found"] == 1
     undisturbed = attack_run.attack(
-        attack_run.make_plan(bundle=str(bundle), suite=str(file), name="undisturbed", storage=tmp_path), quiet=True
+        attack_plan.make_plan(bundle=str(bundle), suite=str(file), name="undisturbed", storage=tmp_path), quiet=True
     )
     for name, found in undisturbed["attacks"].items():
         scores = card["attacks"][name]["scores"]

@@ -26,7 +26,7 @@ import yaml
 from conftest import Trained, wait_until
 from zygote import ProcessTree, variables
 
-from raypp.bundle import load_private
+from raypp.bundle.load import load_private
 from raypp.cli import main
 from raypp.serve.auth import add_token
 from raypp.serve.haproxy import settings

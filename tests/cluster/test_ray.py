@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Cluster, Trained, override, wait_until
 
-from raypp.bundle import load_public
+from raypp.bundle.load import load_public
 from raypp.cli import main
 from raypp.data import SOURCES
-from raypp.experiments.training_run import RESUMABLE
-from raypp.training.reporter import newest_first
+from raypp.experiments.run_folder import RESUMABLE
+from raypp.training.checkpoint import newest_first
 from raypp.utils.images import encode_png
 from raypp.utils.storage import Storage
 
@@ -301,7 +301,7 @@ def test_table1_outlives_a_killed_cell(cluster: Cluster, tmp_path: Path) -> None
 
 
 def test_what_may_differ_on_resume_is_in_the_configuration() -> None:
-    from raypp.config import load_config
+    from raypp.config.presets import load_config
 
     tree = load_config("cifar10").model_dump()  # whose features have all settings
     for key in RESUMABLE:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from conftest import Cluster, override, tiny_flags, wait_until
 
-from raypp.bundle import load_private, load_public
+from raypp.bundle.load import load_private, load_public
 from raypp.experiments.search import make_plan
-from raypp.training.reporter import newest_first
+from raypp.training.checkpoint import newest_first
 from raypp.utils.storage import Storage
 
 pytestmark = pytest.mark.ray
@@ -158,7 +158,7 @@ def test_a_population_passes_its_best_networks_on(cluster: Cluster, tmp_path: Pa
 def test_nobody_takes_over_a_network_that_is_finished(tmp_path: Path) -> None:
     from ray.tune.schedulers import TrialScheduler
 
-    from raypp.cluster.tune import _scheduler
+    from raypp.cluster.search_algorithms import _scheduler
 
     rates = (
         "{train.optimizer.lr: {low: 0.01, high: 0.1}, train.alpha: null, protection.skips: null, train.schedule: null}"
@@ -199,7 +199,7 @@ def test_budgets_end_a_search_and_every_trial_is_told(cluster: Cluster, tmp_path
 def test_a_trial_whose_worker_died_says_so() -> None:
     from ray.exceptions import OutOfMemoryError, RayActorError
 
-    from raypp.cluster.tune import _reason
+    from raypp.cluster.search_progress import _reason
 
     assert _reason(None) == "its worker died while it started"
     assert _reason(RayActorError()) == "its worker died too often"
@@ -208,7 +208,7 @@ def test_a_trial_whose_worker_died_says_so() -> None:
 
 
 def test_patience_ends_a_search_that_no_longer_improves() -> None:
-    from raypp.cluster.tune import NoImprovement
+    from raypp.cluster.search_algorithms import NoImprovement
 
     stop = NoImprovement(2, "both", None)
     for accuracy, leakage, ends in ((0.5, 0.5, False), (0.4, 0.6, False), (0.6, 0.6, False), (0.5, 0.5, False),

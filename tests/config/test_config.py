@@ -12,7 +12,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raypp.config import Config, load_config, load_tree, merge, parse_flags, presets, read_yaml, validate, validate_data
+from raypp.config.overrides import merge, parse_flags
+from raypp.config.presets import load_config, load_tree, presets, read_yaml
+from raypp.config.schema import Config
+from raypp.config.validation import validate, validate_data
 from raypp.utils.documents import DocumentError, load_json, load_yaml
 from raypp.utils.errors import ConfigError, RayppError
 

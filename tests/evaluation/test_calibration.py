@@ -19,7 +19,7 @@ from methods import build, victim
 from torch import Tensor
 
 from raypp.attacks.base import Access
-from raypp.metrics import psnr, ssim, ssim_lab
+from raypp.metrics.image import psnr, ssim, ssim_lab
 from raypp.utils.images import decode
 from raypp.utils.keys import Key
 

@@ -22,12 +22,13 @@ from conftest import Trained, override
 from PIL import Image
 
 from raypp.attacks.user_function import user_function
-from raypp.bundle import load_plain_classifier, verify, write_manifest
+from raypp.bundle.load import load_plain_classifier
+from raypp.bundle.manifest import verify, write_manifest
 from raypp.cli import main, run_attacks
-from raypp.evaluation.report import write_report
+from raypp.evaluation.report.render import write_report
 from raypp.evaluation.scorecard import share_found, still_rising, summarise, verdict, worst
-from raypp.experiments import attack_run
-from raypp.metrics import chance_error, wilson_interval
+from raypp.experiments import attack_export, attack_plan, attack_run, attack_scores
+from raypp.metrics.statistics import chance_error, wilson_interval
 from raypp.utils.errors import ConfigError, RayppError, StorageError, ToldToStop
 from raypp.utils.images import write_png
 from raypp.utils.progress import GridDisplay
@@ -46,13 +47,13 @@ SUITE: dict[str, Any] = {
 }
 
 
-def plan(tmp_path: Path, name: str = "attack", suite: dict[str, Any] | None = None, **victim: Any) -> attack_run.Plan:
+def plan(tmp_path: Path, name: str = "attack", suite: dict[str, Any] | None = None, **victim: Any) -> attack_plan.Plan:
     file = tmp_path / "suite.yaml"
     file.write_text(yaml.safe_dump(SUITE if suite is None else suite))
-    return attack_run.make_plan(**({"suite": str(file), "storage": tmp_path / "runs", "name": name} | victim))
+    return attack_plan.make_plan(**({"suite": str(file), "storage": tmp_path / "runs", "name": name} | victim))
 
 
-def attack(of: attack_run.Plan, *, resume: bool = False) -> dict[str, Any]:
+def attack(of: attack_plan.Plan, *, resume: bool = False) -> dict[str, Any]:
     return run_attacks(of, local=True, quiet=True, resume=resume)
 
 
@@ -149,7 +150,7 @@ def test_a_stored_network_reconstructs_as_it_did(attacked: tuple[Path, Path, dic
 
     bundle, folder, _ = attacked
     of = plan(tmp_path, bundle=str(bundle))
-    victim = attack_run.load_victim_of(of)
+    victim = attack_plan.load_victim_of(of)
     network = attack_run.load_network(
         Storage(folder / "attacks" / "inverse"), of.suite.options("inverse"), victim.access
     )
@@ -227,7 +228,7 @@ def test_a_training_runs_folder_is_no_place_for_attacks(trained: Trained, tmp_pa
 def test_a_ladder_that_is_told_to_stop_goes_on_from_its_checkpoint(trained: Trained, tmp_path: Path) -> None:
     whole = attack(plan(tmp_path, "whole", bundle=str(shutil.copytree(trained.bundle, tmp_path / "bundle"))))
 
-    def stopped(plan: attack_run.Plan, missing: Any, display: GridDisplay, ended: Any) -> None:
+    def stopped(plan: attack_plan.Plan, missing: Any, display: GridDisplay, ended: Any) -> None:
         signalled: list[str] = []
 
         def tell(run: str, info: dict[str, Any]) -> None:
@@ -241,8 +242,8 @@ def test_a_ladder_that_is_told_to_stop_goes_on_from_its_checkpoint(trained: Trai
     part = plan(tmp_path, "part", bundle=str(shutil.copytree(trained.bundle, tmp_path / "other")))
     with pytest.raises(ToldToStop, match="stopped after checkpoint epoch_"):
         attack_run.attack(part, quiet=True, run=stopped)
-    assert attack_run.finished(part, "feature_reconstruction") is not None
-    assert attack_run.finished(part, "inverse") is None
+    assert attack_plan.finished(part, "feature_reconstruction") is not None
+    assert attack_plan.finished(part, "inverse") is None
     again = attack(part, resume=True)
     assert again["attacks"]["inverse"]["scores"] == whole["attacks"]["inverse"]["scores"]
 
@@ -294,7 +295,7 @@ IMAGES = [
 ]  # fmt: skip
 
 
-def of_function(tmp_path: Path, name: str = "attack", **more: Any) -> attack_run.Plan:
+def of_function(tmp_path: Path, name: str = "attack", **more: Any) -> attack_plan.Plan:
     where = more.pop("function", None) or function(tmp_path)
     return plan(tmp_path, name, preset="quickstart", function=where, **({"flags": IMAGES} | more))
 
@@ -594,19 +595,19 @@ def test_a_plan_that_makes_no_sense_is_refused(trained: Trained, tmp_path: Path)
     assert "name one victim" in refusal(tmp_path)
     assert "name one victim" in refusal(tmp_path, bundle=bundle, function="a:b")
     with pytest.raises(RayppError, match=r"unknown suite 'smal' \(did you mean 'small'\?\)"):
-        attack_run.make_plan(bundle=bundle, suite="smal", name="a")
+        attack_plan.make_plan(bundle=bundle, suite="smal", name="a")
     with pytest.raises(RayppError, match=r"unknown attack 'invers' \(did you mean 'inverse'\?\)"):
-        attack_run.make_plan(bundle=bundle, attacks=["invers"], name="a")
+        attack_plan.make_plan(bundle=bundle, attacks=["invers"], name="a")
     with pytest.raises(RayppError, match="--itn sets an attack that is not run"):
-        attack_run.make_plan(bundle=bundle, attacks=["inverse"], flags=["--itn.width", "3"], name="a")
+        attack_plan.make_plan(bundle=bundle, attacks=["inverse"], flags=["--itn.width", "3"], name="a")
     for flags, said in (
         (["--inverse", "5"], "--inverse is '5'; allowed are options of the attack"),
         (["--attacks.inverse.width", "4"], "unknown option --attacks.inverse.width"),
     ):
         with pytest.raises(RayppError, match=re.escape(said)):
-            attack_run.make_plan(bundle=bundle, attacks=["inverse"], flags=flags, name="a")
+            attack_plan.make_plan(bundle=bundle, attacks=["inverse"], flags=flags, name="a")
     with pytest.raises(RayppError, match="--data chooses the images of a bundle or a --function"):
-        attack_run.make_plan(folders=("a", "b"), flags=["--data.source.num_train", "100"], name="a")
+        attack_plan.make_plan(folders=("a", "b"), flags=["--data.source.num_train", "100"], name="a")
     assert "bundle" in refusal(tmp_path, bundle=str(tmp_path / "none"))
     assert "function 'nothing' is not understood" in refusal(tmp_path, function="nothing")
 
@@ -636,7 +637,7 @@ def test_the_verdict_of_a_scorecard_needs_evidence() -> None:
         return {"status": "done", "found": found, "num_queries": 500, "lower_bound": False, "scores": scores} | changes
 
     def of(attacks: dict[str, Any], at_chance: bool = False) -> tuple[Any, ...]:
-        card = attack_run.headline(attacks, at_chance=at_chance)
+        card = attack_scores.headline(attacks, at_chance=at_chance)
         return card["worst_attack"], card["verdict"], card["verdict_by_drawing"]
 
     assert of({"inverse": done(0.01), "known_gallery": done(0.02)}) == ("known_gallery", "holds", "holds")
@@ -647,7 +648,7 @@ def test_the_verdict_of_a_scorecard_needs_evidence() -> None:
     assert of({"inverse": done(0.9)}, at_chance=True) == ("inverse", "inconclusive", "inconclusive")
     failed = {"white_box": {"status": "failed"}, "inverse": done(0.01)}
     assert of(failed) == ("inverse", "inconclusive", "inconclusive")
-    assert "white_box failed" in attack_run.headline(failed, at_chance=False)["verdict_reason"]
+    assert "white_box failed" in attack_scores.headline(failed, at_chance=False)["verdict_reason"]
     assert of(failed | {"known_gallery": done(0.5)})[1] == "broken"
     assert of({"white_box": {"status": "does not apply"}}) == (None, None, None)
 
@@ -775,8 +776,8 @@ def test_two_attack_runs_that_end_together_both_stay_in_a_bundle(
     cards = [card | {"attacks": {name: card["attacks"][name]}} for name in names]
     for of in plans:
         shutil.copytree(run_folder, of.storage.path)
-    second = threading.Thread(target=attack_run._into_bundle, args=(plans[1], cards[1], True))
-    merge = attack_run._with_stored
+    second = threading.Thread(target=attack_export._into_bundle, args=(plans[1], cards[1], True))
+    merge = attack_export._with_stored
 
     def slow(*arguments: Any) -> Any:
         merged = merge(*arguments)
@@ -786,7 +787,7 @@ def test_two_attack_runs_that_end_together_both_stay_in_a_bundle(
         return merged
 
     monkeypatch.setattr(attack_run, "_with_stored", slow)
-    attack_run._into_bundle(plans[0], cards[0], True)
+    attack_export._into_bundle(plans[0], cards[0], True)
     second.join()
     assert set(json.loads((bundle / "private" / "scorecard.json").read_text())["attacks"]) == set(names)
     verify(bundle)
@@ -913,7 +914,7 @@ def test_settings_stand_anywhere_whichever_victim_is_named(
 ) -> None:
     """Flags of images and attacks after --function and --folders, and before and after a bundle."""
     monkeypatch.setenv("COLUMNS", "200")
-    seen: list[attack_run.Plan] = []
+    seen: list[attack_plan.Plan] = []
     monkeypatch.setattr("raypp.cli.run_attacks", lambda plan, **_: seen.append(plan))
     where = function(tmp_path)
     main(["attack", "--function", where, "--preset", "quickstart", "--data.source.num_train", "70", "--suite", "quick"])

@@ -13,16 +13,17 @@ from conftest import Trained, override, tiny_flags
 from PIL import Image
 
 from raypp.cli import main
-from raypp.config import load_config
-from raypp.experiments import search
-from raypp.experiments.search import Range, make_plan
+from raypp.config.presets import load_config
+from raypp.experiments import pareto, plots, search, search_records, search_results, search_settings, search_trial
+from raypp.experiments.search import make_plan
+from raypp.experiments.search_settings import Range
 from raypp.experiments.training_run import open_run, train_locally
 from raypp.utils.errors import ConfigError, StorageError
 from raypp.utils.progress import Display
 from raypp.utils.storage import Storage
 
 
-def plan(tmp_path: Path, *flags: str, name: str = "s") -> search.Plan:
+def plan(tmp_path: Path, *flags: str, name: str = "s") -> search_settings.Plan:
     given = [flag for flag in tiny_flags(tmp_path) if flag not in ("--cluster.storage", str(tmp_path))]
     given += ["--search.space.protection.skips", "[0, 1, 2]"]  # of a U-Net of depth 2
     return make_plan("quickstart", None, override(given, flags), storage=str(tmp_path), name=name)
@@ -82,7 +83,7 @@ def test_a_space_is_changed_by_flags(tmp_path: Path) -> None:
     assert found.search.space["train.alpha"] == Range(low=1, high=2)
     assert "protection.skips" not in found.search.space
     assert found.config_at({"train.alpha": 1.5, "protection.skips": 0}).train.alpha == 1.5
-    assert search.restore(found.dump()).dump() == found.dump()
+    assert search_settings.restore(found.dump()).dump() == found.dump()
 
 
 @pytest.mark.parametrize("preset", ["quickstart", "cifar10-small", "cifar10-code", "cifar10", "cifar100"])
@@ -108,17 +109,17 @@ def test_the_front_and_what_is_chosen_of_it(tmp_path: Path) -> None:
         record("e", 0.95, 0.1, status="stopped early"),
         record("f", 0.5, 0.2),
     ]  # fmt: skip
-    front = search.pareto(records)
+    front = pareto.pareto(records)
     assert [r["trial"] for r in front] == ["a", "b", "c"]
-    assert search.knee(front)["trial"] == "b"
+    assert pareto.knee(front)["trial"] == "b"
     both = plan(tmp_path).search
-    assert {k: r["trial"] for k, r in search.chosen(records, both, None).items()} == {
+    assert {k: r["trial"] for k, r in pareto.chosen(records, both, None).items()} == {
         "accuracy": "a", "privacy": "c", "knee": "b",
     }  # fmt: skip
-    assert {r["trial"] for r in search.pareto(records, 0.75)} == {"a", "b"}
-    assert search.chosen(records, both, 0.99) == {}
+    assert {r["trial"] for r in pareto.pareto(records, 0.75)} == {"a", "b"}
+    assert pareto.chosen(records, both, 0.99) == {}
     # By hand: 0.9 from leakage 1 to 0.8, 0.8 on to 0.3, 0.5 on to 0.2 ... below each its own accuracy.
-    assert search.hypervolume(records) == pytest.approx(0.9 * 0.2 + 0.8 * 0.5 + 0.5 * 0.1)
+    assert pareto.hypervolume(records) == pytest.approx(0.9 * 0.2 + 0.8 * 0.5 + 0.5 * 0.1)
 
 
 def test_hypervolume_is_the_share_that_the_front_dominates() -> None:
@@ -127,23 +128,23 @@ def test_hypervolume_is_the_share_that_the_front_dominates() -> None:
     beaten = torch.zeros(len(drawn), dtype=torch.bool)
     for r in records:
         beaten |= (drawn[:, 0] <= r["accuracy"]) & (drawn[:, 1] >= r["leakage"])
-    assert search.hypervolume(records) == pytest.approx(beaten.double().mean().item(), abs=0.005)
+    assert pareto.hypervolume(records) == pytest.approx(beaten.double().mean().item(), abs=0.005)
 
 
 def test_missing_the_constraint_is_worse_than_any_leakage(tmp_path: Path) -> None:
     asked = plan(tmp_path, "--search.min_accuracy", "0.7", "--search.objective", "leakage").search
-    kept = search.objectives(0.7, 0.99, asked, 0.7)
-    missed = search.objectives(0.69, 0.0, asked, 0.7)
-    further = search.objectives(0.5, 0.0, asked, 0.7)
+    kept = pareto.objectives(0.7, 0.99, asked, 0.7)
+    missed = pareto.objectives(0.69, 0.0, asked, 0.7)
+    further = pareto.objectives(0.5, 0.0, asked, 0.7)
     assert kept["told_score"] > missed["told_score"] > further["told_score"]
     assert kept["told_leakage"] < missed["told_leakage"] < further["told_leakage"]
 
 
 def test_constraints_are_shares_or_below_plain(tmp_path: Path) -> None:
     below = plan(tmp_path, "--search.min_accuracy", "plain - 0.01").search
-    assert search.least_accuracy(below, 0.75) == pytest.approx(0.74)
-    assert search.least_accuracy(plan(tmp_path, "--search.min_accuracy", "0.6").search, None) == 0.6
-    assert search.least_accuracy(plan(tmp_path).search, None) is None
+    assert search_results.least_accuracy(below, 0.75) == pytest.approx(0.74)
+    assert search_results.least_accuracy(plan(tmp_path, "--search.min_accuracy", "0.6").search, None) == 0.6
+    assert search_results.least_accuracy(plan(tmp_path).search, None) is None
 
 
 @pytest.mark.slow
@@ -151,9 +152,9 @@ def test_rank_correlation_is_spearmans() -> None:
     from scipy.stats import spearmanr
 
     pairs = [(0.1, 3.0), (0.4, 1.0), (0.2, 2.0), (0.4, 5.0), (0.9, 4.0)]
-    assert search.rank_correlation(pairs) == pytest.approx(spearmanr(pairs).statistic)
-    assert search.rank_correlation(pairs[:2]) is None
-    assert search.rank_correlation([(1.0, 1.0), (1.0, 2.0), (1.0, 3.0)]) is None
+    assert pareto.rank_correlation(pairs) == pytest.approx(spearmanr(pairs).statistic)
+    assert pareto.rank_correlation(pairs[:2]) is None
+    assert pareto.rank_correlation([(1.0, 1.0), (1.0, 2.0), (1.0, 3.0)]) is None
 
 
 @pytest.mark.slow
@@ -163,7 +164,7 @@ def test_table_and_pictures(tmp_path: Path) -> None:
     for i, r in enumerate(records):
         r["settings"] = r["settings"] | {"train.schedule": schedules[i % 2]}
     records.append({"trial": "x", "status": "diverged", "explanation": "too fast", "settings": {"train.alpha": 2.0}})
-    search.write_table(Storage(tmp_path), records, None)
+    search_results.write_table(Storage(tmp_path), records, None)
     table = pq.read_table(tmp_path / "trials.parquet").to_pylist()
     assert [row["trial"] for row in table] == [r["trial"] for r in records]
     assert table[1]["train.schedule"] == "one_cycle (warmup 0.5)"
@@ -174,15 +175,15 @@ def test_table_and_pictures(tmp_path: Path) -> None:
              "--search.space.protection.skips", "[1, 2]"]  # fmt: skip
     asked = plan(tmp_path, *flags).search
     pictures = (
-        search.front_figure({"one": records, "other": records[:3]}, 0.3),
-        search.parallel_figure(records, 0.3),
-        search.importance_figure(records, asked),
+        plots.front_figure({"one": records, "other": records[:3]}, 0.3),
+        plots.parallel_figure(records, 0.3),
+        plots.importance_figure(records, asked),
     )
     for picture in pictures:
         assert picture is not None
         assert min(Image.open(io.BytesIO(picture)).size) > 200
-    assert search.importance_figure(records[:3], asked) is None
-    assert search.parallel_figure(records[-1:]) is None
+    assert plots.importance_figure(records[:3], asked) is None
+    assert plots.parallel_figure(records[-1:]) is None
 
 
 # Trials
@@ -196,18 +197,18 @@ def train(run: Any, display: Any) -> dict[str, Any]:
 def test_a_trial_is_trained_attacked_and_kept(tmp_path: Path) -> None:
     asked = plan(tmp_path, "--search.attack", "{width: 4, train: {epochs: 1}}")
     display = Display(quiet=True)
-    found = search.run_trial(asked, "t1", {"train.alpha": 0.1}, display, train)
+    found = search_trial.run_trial(asked, "t1", {"train.alpha": 0.1}, display, train)
     assert found["status"] == "done"
     assert -1 <= found["leakage"] <= 1
     assert found["num_queries"] == 20
-    again = search.run_trial(asked, "t1", {"train.alpha": 0.1}, display, lambda *_: pytest.fail("trained again"))
+    again = search_trial.run_trial(asked, "t1", {"train.alpha": 0.1}, display, lambda *_: pytest.fail("trained again"))
     assert again == found
-    diverged = search.run_trial(asked, "t2", {"train.optimizer.lr": 1e12}, display, train)
+    diverged = search_trial.run_trial(asked, "t2", {"train.optimizer.lr": 1e12}, display, train)
     assert diverged["status"] == "diverged"
     assert "not a finite number" in diverged["explanation"]
-    impossible = search.run_trial(asked, "t3", {"protection.skips": 9}, display, train)
+    impossible = search_trial.run_trial(asked, "t3", {"protection.skips": 9}, display, train)
     assert impossible["status"] == "not possible"
-    assert [r["trial"] for r in search.records_of(asked)] == ["t1", "t2", "t3"]
+    assert [r["trial"] for r in search_records.records_of(asked)] == ["t1", "t2", "t3"]
 
 
 @pytest.mark.slow
@@ -221,7 +222,7 @@ def test_the_quick_attack_tells_protections_apart(tmp_path: Path, trained: Train
     asked = plan(tmp_path, "--search.attack", attack).search
     display = Display(quiet=True)
     leaks = {
-        name: search.quick_leakage(str(bundle), config, asked, Storage(tmp_path / f"leak-{name}"), display)
+        name: search_trial.quick_leakage(str(bundle), config, asked, Storage(tmp_path / f"leak-{name}"), display)
         for name, bundle in (("plain", tmp_path / "plain" / "bundle"), ("learned", trained.bundle))
     }
     assert leaks["plain"]["leakage"] > 0.6

@@ -17,19 +17,12 @@ from PIL import Image
 from torchvision import datasets
 
 from raypp.cli import app
-from raypp.config import load_config, merge, validate
-from raypp.experiments.table1 import (
-    Cell,
-    Result,
-    cells,
-    collect,
-    departures,
-    markdown,
-    methods,
-    num_parameters,
-    run_locally,
-    table1,
-)
+from raypp.config.overrides import merge
+from raypp.config.presets import load_config
+from raypp.config.validation import validate
+from raypp.experiments.table1 import run_locally, table1
+from raypp.experiments.table1_grid import Cell, cells, methods, num_parameters
+from raypp.experiments.table1_results import Result, collect, departures, markdown
 from raypp.utils.errors import ConfigError, RayppError, StorageError
 from raypp.utils.progress import GridDisplay
 from raypp.utils.storage import Storage

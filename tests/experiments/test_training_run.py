@@ -16,10 +16,13 @@ import yaml
 from conftest import Tiny, Trained, tiny_flags
 from PIL import Image
 
-from raypp.bundle import verify
-from raypp.config import Config, load_config, merge, validate
+from raypp.bundle.manifest import verify
+from raypp.config.overrides import merge
+from raypp.config.presets import load_config
+from raypp.config.schema import Config
+from raypp.config.validation import validate
 from raypp.experiments.training_run import first_of_each_class, open_run, summary, train_locally
-from raypp.training.reporter import newest_first
+from raypp.training.checkpoint import newest_first
 from raypp.utils.errors import ConfigError, RayppError, StorageError
 from raypp.utils.keys import Key
 from raypp.utils.progress import Display

@@ -14,27 +14,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from raypp import metrics
 from raypp.attacks.base import Access
 from raypp.attacks.target import Victim
 from raypp.data import loader
 from raypp.evaluation import scorecard
 from raypp.evaluation.evaluate import evaluate
-from raypp.metrics import (
+from raypp.metrics import image
+from raypp.metrics.image import (
     ALEXNET,
-    bootstrap_interval,
     edge_correlation,
     edge_maps,
     load_lpips,
     lpips,
-    pixels,
     psnr,
-    reidentify,
     ssim,
     ssim_invariant,
     ssim_lab,
-    wilson_interval,
 )
+from raypp.metrics.retrieval import pixels, reidentify
+from raypp.metrics.statistics import bootstrap_interval, wilson_interval
 from raypp.protections.learned import Learned, LearnedOptions
 from raypp.protections.plain import Plain, PlainOptions
 
@@ -281,7 +279,7 @@ def test_reidentification_in_parts_gives_the_same_ranks(monkeypatch: pytest.Monk
         return edge_maps(images.float() / 255)
 
     whole = [reidentify(estimates, gallery, truth, labels, *kind) for kind in ((), (edges,))]
-    monkeypatch.setattr(metrics, "PART_VALUES", 7 * gallery[0].numel())
+    monkeypatch.setattr(image, "PART_VALUES", 7 * gallery[0].numel())
     sizes = []
 
     def counted(images: torch.Tensor) -> torch.Tensor:
@@ -362,7 +360,7 @@ def test_leakage_in_parts_gives_the_same_scores(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(whole[0]["class mean"][1], own[own_labels == 1].double().mean(0).round().to(torch.uint8))
     distances = (plain[:, None].double() - own[None].double()).square().sum((2, 3, 4))
     assert torch.equal(whole[0]["nearest training image"], own[distances.argmin(1)])
-    monkeypatch.setattr(metrics, "PART_VALUES", 7 * gallery[0].numel())
+    monkeypatch.setattr(image, "PART_VALUES", 7 * gallery[0].numel())
     in_parts = measured()
     for one, other in zip(whole, in_parts, strict=True):
         assert one.keys() == other.keys()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from raypp.serve.batching import READY, Answer, Batches
-from raypp.serve.model_store import Job, Served
+from raypp.serve.loaded_model import Job, Served
 
 
 def job(first: int, num: int = 1) -> Job:

@@ -150,7 +150,8 @@ def test_thousands_of_damaged_bodies(which: str, here: Here) -> None:
 @given(st.binary(max_size=400), st.sampled_from(["image/png", "application/x-npy", "multipart/form-data; boundary=x"]))
 def test_bytes_that_are_nothing(body: bytes, kind: str) -> None:
     """No body that is made up is an image."""
-    from raypp.serve.request_parsing import Limits, RefusedError, read_images
+    from raypp.serve.admission import Limits, RefusedError
+    from raypp.serve.request_parsing import read_images
 
     with pytest.raises(RefusedError) as refused:
         asyncio.run(read_images(body, kind, (16, 16, 3), Limits()))

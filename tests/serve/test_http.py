@@ -26,18 +26,21 @@ from starlette.testclient import TestClient
 from torch import Tensor
 
 from raypp.attacks import ATTACKS
-from raypp.bundle import guard, load_private, load_public, write_manifest
+from raypp.bundle.load import load_private, load_public
+from raypp.bundle.manifest import guard, write_manifest
 from raypp.cli import main
-from raypp.config import load_config
+from raypp.config.presets import load_config
 from raypp.data.splits import load_split
 from raypp.experiments import attack_run
-from raypp.experiments.training_run import open_run, point_latest, train_locally
+from raypp.experiments.run_folder import point_latest
+from raypp.experiments.training_run import open_run, train_locally
 from raypp.serve import model_store
+from raypp.serve.admission import RefusedError, Waiting
 from raypp.serve.api import attack_api, classifier_api
 from raypp.serve.attack_catalog import online
 from raypp.serve.auth import TokenFile, Tokens, add_token
-from raypp.serve.model_store import Live, Served, classify, current, in_few_sizes, load_served, publishing
-from raypp.serve.request_parsing import RefusedError, Waiting
+from raypp.serve.loaded_model import Served, classify, in_few_sizes, load_served
+from raypp.serve.model_store import Live, current, publishing
 from raypp.utils.errors import BundleError, ConfigError, StorageError
 from raypp.utils.images import encode_png
 from raypp.utils.progress import Display

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from raypp.serve.request_parsing import MULTIPART, NPY, PNG, Limits, RefusedError, read_body, read_images
+from raypp.serve.admission import Limits, RefusedError
+from raypp.serve.request_parsing import MULTIPART, NPY, PNG, read_body, read_images
 from raypp.utils.images import Pixels, encode_png
 
 SHAPE = (16, 12, 3)

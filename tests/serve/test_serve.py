@@ -38,13 +38,16 @@ from playwright.sync_api import Locator
 from services import attack_copy
 from zygote import ProcessTree, variables
 
-from raypp.bundle import load_private, write_manifest
+from raypp.bundle.load import load_private
+from raypp.bundle.manifest import write_manifest
 from raypp.cli import main
-from raypp.client.http import Client, RemoteError
-from raypp.config import load_config
-from raypp.experiments.training_run import point_latest
+from raypp.client.http import Client
+from raypp.client.session import RemoteError
+from raypp.config.presets import load_config
+from raypp.experiments.run_folder import point_latest
 from raypp.serve.auth import add_token
-from raypp.serve.model_store import load_served, publishing
+from raypp.serve.loaded_model import load_served
+from raypp.serve.model_store import publishing
 from raypp.utils.images import decode
 from raypp.utils.storage import Storage
 

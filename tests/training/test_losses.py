@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from raypp.metrics import ssim, ssim_for_loss
+from raypp.metrics.image import ssim, ssim_for_loss
 from raypp.models.perceptual import PlainClassifierFeatures, VGG16Features
 from raypp.models.resnet import ResNet20, ResNetOptions
 from raypp.models.vgg import RELU2_2, VGG16_LAYERS, vgg_features

@@ -24,18 +24,22 @@ from networks import same, vgg_slice
 from rich.console import Console
 from torch import Tensor, nn
 
-from raypp.config import Config, MultiStep, Train, load_config, validate
+from raypp.config.presets import load_config
+from raypp.config.schema import Config, MultiStep, Train
+from raypp.config.validation import validate
 from raypp.data.loader import Batches
 from raypp.models.perceptual import VGG16Features
 from raypp.protections.learned import Learned
 from raypp.training import checkpoint, trainer
+from raypp.training.checkpoint import KEEP, Row, checkpoint_name, newest_first, prune
 from raypp.training.distributed import SyncBatchNorm1d, SyncBatchNorm2d, synchronise_batch_norms
 from raypp.training.muon import Muon, orthogonal
+from raypp.training.optim import bf16_is_fast, build_optimizer, learning_rate
 from raypp.training.protected_classifier import build_system, phases
 from raypp.training.protection_task import Fit, ProtectionTask, TrainingData, fit, load_data, prepare
 from raypp.training.protection_task import validate as validate_system
-from raypp.training.reporter import KEEP, LocalSink, Row, checkpoint_name, newest_first, prune
-from raypp.training.trainer import Phase, bf16_is_fast, build_optimizer, learning_rate
+from raypp.training.reporter import LocalSink
+from raypp.training.task import Phase
 from raypp.utils.errors import ConfigError, StoppedError, StorageError, ToldToStop, TrainingError
 from raypp.utils.progress import Display
 from raypp.utils.storage import Storage

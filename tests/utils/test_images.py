@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from raypp.data.loader import as_input
-from raypp.utils import images
+from raypp.utils import image_files, images
 from raypp.utils.errors import DataError, StorageError
 
 
@@ -274,14 +274,14 @@ def test_find_images(tmp_path: Path) -> None:
     for name in ("b/2.JPG", "b/1.png", "a.webp", "b/readme.txt", ".hidden/x.png", "b/._1.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = images.find_images(tmp_path)
+    found = image_files.find_images(tmp_path)
     assert [file.relative_to(tmp_path).as_posix() for file in found] == ["a.webp", "b/1.png", "b/2.JPG"]
-    assert images.find_images(tmp_path / "a.webp") == [tmp_path / "a.webp"]
+    assert image_files.find_images(tmp_path / "a.webp") == [tmp_path / "a.webp"]
     with pytest.raises(DataError, match=r"\.hidden/empty does not exist"):
-        images.find_images(tmp_path / ".hidden" / "empty")
+        image_files.find_images(tmp_path / ".hidden" / "empty")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty holds no image"):
-        images.find_images(tmp_path / "empty")
+        image_files.find_images(tmp_path / "empty")
 
 
 # What a file says about itself
@@ -567,7 +567,7 @@ def test_files_are_images_by_suffix_or_by_content(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "z.png").write_bytes(data)
     (tmp_path / "z.png.2").write_bytes(b"<html>an error page</html>")
-    found = [file.name for file in images.find_images(tmp_path)]
+    found = [file.name for file in image_files.find_images(tmp_path)]
     assert found == sorted([*names, "z.png.2"])
 
 
@@ -577,7 +577,7 @@ def test_an_empty_file_without_a_suffix_is_an_image_where_images_have_none(tmp_p
         (tmp_path / name).write_bytes(encoded(Image.fromarray(noise(4, 4))))
     for name in ("a/IMG_0002", "a/log.txt", "b/placeholder"):
         (tmp_path / name).touch()
-    found = [file.relative_to(tmp_path).as_posix() for file in images.find_images(tmp_path)]
+    found = [file.relative_to(tmp_path).as_posix() for file in image_files.find_images(tmp_path)]
     assert found == ["a/IMG_0001", "a/IMG_0002", "b/c.png"]
 
 
@@ -605,7 +605,7 @@ def test_an_image_that_is_not_read_here_is_refused_without_a_suffix_too(tmp_path
     (tmp_path / "a.png").write_bytes(b"x")
     (tmp_path / "IMG_0001").write_bytes(start + bytes(40))
     with pytest.raises(DataError, match="IMG_0001 is an image in a format that is not read here"):
-        images.find_images(tmp_path)
+        image_files.find_images(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".qoi", ".pfm", ".EPS", ".jpc", ".dcm", ".npy", ".fits", ".svgz", ".heif"])
@@ -613,13 +613,13 @@ def test_an_image_that_is_not_read_here_is_refused_by_its_suffix(tmp_path: Path,
     (tmp_path / "a.png").write_bytes(b"x")
     (tmp_path / f"b{suffix}").write_bytes(b"")
     with pytest.raises(DataError, match=f"b{suffix} is an image in a format that is not read here"):
-        images.find_images(tmp_path)
+        image_files.find_images(tmp_path)
 
 
 def test_a_page_with_a_drawing_in_it_is_no_image(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
     (tmp_path / "index.html").write_bytes(b"<!DOCTYPE html><html><body><svg width='1'></svg></body></html>")
-    assert [file.name for file in images.find_images(tmp_path)] == ["a.png"]
+    assert [file.name for file in image_files.find_images(tmp_path)] == ["a.png"]
 
 
 def test_links_are_followed_once_and_loops_are_not(tmp_path: Path) -> None:
@@ -632,11 +632,11 @@ def test_links_are_followed_once_and_loops_are_not(tmp_path: Path) -> None:
     (a / "self").symlink_to(".")
     (a / "deep" / "top").symlink_to(tmp_path)
     (tmp_path / "elsewhere" / "back").symlink_to(a)
-    found = [file.relative_to(a).as_posix() for file in images.find_images(a)]
+    found = [file.relative_to(a).as_posix() for file in image_files.find_images(a)]
     assert found == ["1.png", "deep/2.png", "linked/3.png", "linked/more/4.png"]
     (a / "gone").symlink_to(tmp_path / "unmounted")
     with pytest.raises(DataError, match="gone is a link to a file or folder that does not exist"):
-        images.find_images(a)
+        image_files.find_images(a)
 
 
 def test_names_that_no_terminal_takes_are_escaped() -> None:

@@ -1,0 +1,184 @@
+"""A trial of Ray Tune."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+
+from raypp.cluster.progress_actor import told_to_stop
+from raypp.cluster.session import (
+    wants_gpu,
+)
+from raypp.cluster.train import train_on_ray
+from raypp.config.schema import Config
+from raypp.config.validation import validate
+from raypp.data.splits import keep_splits
+from raypp.experiments import (
+    pareto,
+    plots,
+    search_records,
+    search_settings,
+    search_trial,
+)
+from raypp.experiments.run_folder import stored
+from raypp.experiments.search_records import Record
+from raypp.experiments.search_settings import Plan, Range, Search
+from raypp.experiments.training_run import Run, conclude
+from raypp.training.checkpoint import Row
+from raypp.training.protected_classifier import phases
+from raypp.training.protection_task import fit
+from raypp.training.reporter import LocalSink
+from raypp.training.task import Phase
+from raypp.utils.errors import ToldToStop
+from raypp.utils.storage import Storage
+
+OF_TUNE = "of-tune"  # a checkpoint that Tune hands to a trial, among its run's own
+STOPPED = "stopped"  # what a trial pins to the board once it has stopped, as told
+HEAD = "node:__internal_head__"
+
+
+class TuneSink(LocalSink):
+    """Reports to a run's folder and to Tune; with ``carry`` Tune gets every checkpoint, to hand it to other trials."""
+
+    def __init__(self, run: Storage, display: _Reports, carry: bool) -> None:
+        super().__init__(run, display)
+        self._reports, self._carry = display, carry
+        self._given = tune.get_checkpoint() if carry else None
+
+    def checkpoints(self) -> list[str]:
+        given = [OF_TUNE] if self._given is not None else []
+        return [*super().checkpoints(), *given]  # its own, where it has some, are of the same settings and no older
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[Path]:
+        if name == OF_TUNE:
+            assert self._given is not None
+            with self._given.as_directory() as folder:
+                yield Path(folder)
+            return
+        with super().open(name) as folder:
+            yield folder
+
+    def report(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
+        if self._carry and checkpoint is not None:
+            self._reports.checkpoint = tune.Checkpoint.from_directory(checkpoint)
+        super().report(history, name, checkpoint)
+        self._reports.checkpoint = None  # its folder goes with the epoch
+
+
+class _Reports(search_trial.Silent):
+    """Shows a trial's training to Tune, a report per epoch, and stops it when the board says so."""
+
+    def __init__(self, plan: Plan, least: float | None, board: Any) -> None:
+        self.plan, self.least, self.board = plan, least, board
+        self.checkpoint: Any = None
+        self.phases: list[Phase] = []
+
+    def begin(self, run: Run) -> None:
+        """A run begins or goes on; its configuration is settled, so that its phases are known."""
+        self.phases = phases(run.config)
+
+    def epoch(self, row: Row) -> None:
+        names = [phase.name for phase in self.phases]
+        before = sum(phase.epochs for phase in self.phases[: names.index(row["phase"])])
+        found = {
+            "epoch": before + row["epoch"],
+            "epochs": sum(phase.epochs for phase in self.phases),
+            "accuracy": row["val_accuracy"],
+            # A classifier of plain images, where one comes first, says nothing about its protection.
+            "judged": row["val_accuracy"] if row["phase"] == names[-1] else 0.0,
+            "val_loss": row["val_loss"],
+            "images_per_s": row["images_per_s"],
+            "finished": False,
+        }
+        told = pareto.objectives(row["val_accuracy"], search_records.WORST_LEAKAGE, self.plan.search, self.least)
+        tune.report(found | told, checkpoint=self.checkpoint)
+
+    def told_to_stop(self) -> bool:
+        return told_to_stop(self.board)
+
+    def end(self, record: Record) -> None:
+        """The trial is over; ``done`` keeps the scheduler from redirecting it."""
+        done = record["status"] == "done"
+        accuracy = record["accuracy"] if done else 0.0
+        leakage = record["leakage"] if done else search_records.WORST_LEAKAGE
+        total = sum(phase.epochs for phase in self.phases)
+        found = {"epoch": total + 1, "epochs": total, "accuracy": accuracy, "judged": accuracy, "leakage": leakage}
+        told = pareto.objectives(accuracy, leakage, self.plan.search, self.least)
+        tune.report(found | told | {"found": record.get("found", 1.0), "finished": True, "done": True})
+
+
+def _trial(point: dict[str, Any], *, dumped: dict[str, Any], least: float | None, board: Any) -> None:
+    """What runs in a trial."""
+    plan = search_settings.restore(dumped)
+    name = tune.get_context().get_trial_id()
+    cluster = plan.config.cluster
+    workers = cluster.num_workers or 1
+    torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
+    keep_splits()  # the process may train more trials
+    reports = _Reports(plan, least, board)
+    carry = plan.search.scheduler == "pbt"
+    decoded = {key: _decoded(plan.search.space[key], value) for key, value in point.items()}
+    if carry and tune.get_checkpoint() is not None:
+        _make_way(plan, name, decoded)
+
+    def train(run: Run, display: Any) -> dict[str, Any]:
+        reports.begin(run)
+        if workers > 1:
+            return train_on_ray(run, display)
+        sink = TuneSink(run.storage, reports, carry)
+        return conclude(run, fit(run.config, sink, run.phi, run.key), sink.device)
+
+    leak = search_trial.quick_leakage if workers == 1 else _leakage_in_a_task
+    try:
+        record = search_trial.run_trial(plan, name, decoded, reports, train, leak)
+    except ToldToStop:
+        board.pin.remote(STOPPED, None, name)
+        # To Tune a function that returns is a trial at its end, one that raises a failed one; neither would go on
+        # when the search is resumed. This one ends with the driver.
+        threading.Event().wait()
+    reports.end(record)
+
+
+def _make_way(plan: Plan, name: str, point: dict[str, Any]) -> None:
+    """Remove what a trial did before it was redirected: with other settings, it is no longer its own."""
+    trials = plan.storage.folder(search_settings.TRIALS)
+    if trials.folder(name).exists("config.yaml"):
+        was = stored(trials.folder(name), "config.yaml", "train")
+        now = plan.config_at(point).model_dump(mode="json")
+        if was["train"] != now["train"]:
+            trials.delete(name)
+
+
+def _leakage_in_a_task(bundle: str, config: Config, asked: Search, folder: Storage, _: Any) -> Record:
+    """The quick attack where the trial itself holds no CPU."""
+    cluster = config.cluster
+    gpus = 1 if wants_gpu(cluster, ray.cluster_resources()) else 0
+    # "DEFAULT" takes it out of the trial's own placement group, which has no CPU.
+    elsewhere = {"num_cpus": cluster.cpus_per_worker, "num_gpus": gpus, "scheduling_strategy": "DEFAULT"}
+    task = ray.remote(**elsewhere, max_retries=cluster.max_failures)(_leakage)
+    arguments = bundle, config.model_dump(mode="json"), asked.model_dump(mode="json"), folder.uri
+    found: Record = ray.get(task.remote(*arguments))
+    return found
+
+
+def _leakage(bundle: str, config: dict[str, Any], asked: dict[str, Any], folder: str) -> Record:
+    settings = validate(config)
+    torch.set_num_threads(max(1, int(settings.cluster.cpus_per_worker)))
+    return search_trial.quick_leakage(
+        bundle, settings, Search.model_validate(asked), Storage(folder), search_trial.Silent()
+    )
+
+
+def _decoded(values: Range | tuple[Any, ...], value: Any) -> Any:
+    """The setting that a label of the space stands for."""
+    if isinstance(values, Range):
+        return int(value) if values.whole else float(value)
+    return next(choice for choice in values if plots.label(choice) == value)

@@ -1,0 +1,80 @@
+"""Presets and YAML files, merged with overrides into one validated configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from raypp.config.overrides import (
+    merge,
+    parse_flags,
+)
+from raypp.config.schema import (
+    Config,
+)
+from raypp.config.validation import check_milestones, validate
+from raypp.utils.documents import DocumentError, load_yaml
+from raypp.utils.errors import ConfigError
+from raypp.utils.registry import did_you_mean
+
+BESIDE = ("search",)
+"""Sections of a preset that other commands read (``raypp tune``): no part of a run's configuration."""
+
+
+def presets() -> dict[str, Path]:
+    """Shipped presets by name."""
+    folder = Path(str(resources.files("raypp") / "presets"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_config(preset: str | Path, file: str | Path | None = None, flags: tuple[str, ...] | list[str] = ()) -> Config:
+    """Merge a preset (by name, or a YAML path), an optional YAML file and flags ``--train.alpha 0.01``.
+
+    Raises:
+        ConfigError: one sentence that names the key, the value and what is allowed.
+    """
+    config = validate(load_tree(preset, file, flags))
+    check_milestones(config.train, "train")
+    return config
+
+
+def load_tree(
+    preset: str | Path, file: str | Path | None = None, flags: Sequence[str] = (), more: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Merge as :func:`load_config` does, but do not validate; raises ConfigError for what cannot be read.
+
+    Args:
+        more: sections to keep, and to allow in flags, that are no part of a run's configuration.
+    """
+    known = presets()
+    if str(preset) in known:
+        tree = read_yaml(known[str(preset)])
+    elif Path(preset).suffix in {".yaml", ".yml"}:
+        tree = read_yaml(Path(preset))
+    else:
+        raise ConfigError(
+            f"unknown preset {str(preset)!r}{did_you_mean(str(preset), known)}; "
+            f"allowed: {', '.join(known)}, or the path of a .yaml file"
+        )
+    if file is not None:
+        tree = merge(tree, read_yaml(Path(file)))
+    tree = {key: value for key, value in tree.items() if key not in BESIDE or key in more}
+    return merge(tree, parse_flags(flags, (*Config.model_fields, *more)))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a file that holds a mapping; raises ConfigError with one sentence for what is wrong with it."""
+    try:
+        tree = load_yaml(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
+    except DocumentError as error:
+        what = "is no valid YAML" if error.syntax else "is not understood"
+        raise ConfigError(f"config file {str(path)!r} {what}: {error}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {str(path)!r} holds a {type(tree).__name__}; allowed is a mapping of sections")
+    return tree

@@ -1,0 +1,93 @@
+"""Store the scorecard and attack networks of a run in its bundle."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from typing import Any
+
+from raypp.bundle import export
+from raypp.evaluation.scorecard import (
+    strength,
+)
+from raypp.experiments.attack_plan import (
+    EXAMPLES,
+    SCORECARD,
+    SCORES,
+    Plan,
+)
+from raypp.experiments.attack_scores import (
+    headline,
+)
+from raypp.experiments.run_folder import one_at_a_time
+from raypp.utils.errors import StorageError
+from raypp.utils.progress import Display
+from raypp.utils.storage import Storage
+
+
+def _into_bundle(plan: Plan, card: dict[str, Any], quiet: bool) -> None:
+    """Keep trained networks and scorecard in the bundle's private part, for serving."""
+    assert plan.spec.bundle is not None
+    try:
+        with one_at_a_time(Storage(plan.spec.bundle)):  # what is read is what the new one takes the place of
+            _merge_into_bundle(plan, card)
+    except StorageError as error:
+        if not quiet:
+            Display().warn(f"the bundle keeps no scorecard: {error}")
+
+
+def _merge_into_bundle(plan: Plan, card: dict[str, Any]) -> None:
+    from safetensors.torch import load
+
+    assert plan.spec.bundle is not None
+    files = {name: plan.storage.read(name) for name in (SCORES, EXAMPLES)}
+    card, files, kept = _with_stored(plan.spec.bundle, card, files)
+    networks = {}
+    for options in plan.suite.attacks:
+        if options.name in kept:
+            continue
+        folder = plan.folder(options.name)
+        if folder.exists("network.safetensors"):
+            networks[options.name] = (options.model_dump(mode="json"), load(folder.read("network.safetensors")))
+    export.add_attacks(plan.spec.bundle, networks, card, files)
+
+
+def _with_stored(
+    bundle: str, card: dict[str, Any], files: dict[str, bytes]
+) -> tuple[dict[str, Any], dict[str, bytes], set[str]]:
+    """A scorecard together with what the bundle keeps already: of each attack the run that found more.
+
+    A weaker attack afterwards must not make a bundle look better. Gives the names of attacks whose earlier run is kept.
+    """
+    from safetensors.torch import load, save
+
+    private = Storage(bundle).folder("private")
+    if not private.exists(SCORECARD):
+        return card, files, set()
+    before = json.loads(private.read(SCORECARD))
+    attacks = dict(card["attacks"])
+    kept: set[str] = set()
+    for name, was in before["attacks"].items():
+        now = attacks.get(name)
+        if was["status"] == "done" and (now is None or now["status"] != "done" or strength(was) > strength(now)):
+            attacks[name], kept = was, kept | {name}
+        elif now is None:
+            attacks[name] = was
+    base, other = (card, before) if card["num_queries"] >= before["num_queries"] else (before, card)
+    # What a card measured on fewer images says of its own attacks stays true; nulls are those of more images.
+    merged = other | base | {"attacks": attacks} | headline(attacks, at_chance=card["at_chance"] is not None)
+    rows: list[list[str]] = []
+    tables = [list(csv.reader(io.StringIO(text.decode()))) for text in (files[SCORES], private.read(SCORES))]
+    names = list(dict.fromkeys(name for table in tables for name in table[0]))
+    for table, of_before in zip(tables, (False, True), strict=True):
+        for row in table[1:]:
+            cells = dict(zip(table[0], row, strict=True))
+            of_stored = base is before if row[0].startswith("null: ") else row[0] in kept
+            if of_stored == of_before:
+                rows.append([cells.get(name, "") for name in names])
+    text = io.StringIO()
+    csv.writer(text).writerows([names, *rows])
+    pictures = load(files[EXAMPLES])
+    pictures |= {k: v for k, v in load(private.read(EXAMPLES)).items() if k.partition("/")[0] in kept}
+    return merged, {SCORES: text.getvalue().encode(), EXAMPLES: save(pictures)}, kept

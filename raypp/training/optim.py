@@ -1,0 +1,61 @@
+"""Optimizers, learning-rate schedules and precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from raypp.config.schema import Constant, MultiStep, Optimisation, Optimizer
+from raypp.training.muon import Muon
+
+
+def learning_rate(train: Optimisation, epochs: int, progress: float) -> float:
+    """The learning rate after ``progress`` epochs (a fraction within an epoch counts) of ``epochs``.
+
+    A phase of other length than ``train.epochs`` takes the schedule at the same shares of its epochs.
+    """
+    schedule, peak = train.schedule, train.optimizer.lr
+    if isinstance(schedule, Constant):
+        return peak
+    if isinstance(schedule, MultiStep):
+        return peak * schedule.gamma ** sum(progress * train.epochs >= m * epochs for m in schedule.milestones)
+    done = min(progress / epochs, 1.0)
+    if done < schedule.warmup:
+        return peak * done / schedule.warmup
+    return peak * (schedule.final + (1 - schedule.final) * (1 - done) / (1 - schedule.warmup))
+
+
+def build_optimizer(options: Optimizer, parameters: list[Any]) -> torch.optim.Optimizer:
+    if options.name == "sgd":
+        return torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+    if options.name == "muon":
+        return Muon(parameters, options.lr, options.momentum, options.weight_decay)
+    return torch.optim.AdamW(
+        parameters, lr=options.lr, betas=(options.momentum, 0.999), weight_decay=options.weight_decay
+    )
+
+
+def autocast(train: Optimisation, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """A context for the forward pass: bf16 where the hardware computes in it, else float32."""
+    wanted = train.precision
+    able = bf16_is_fast(device)
+    enabled = wanted == "bf16" or (wanted == "auto" and able)
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether convolutions gain from bf16: GPUs from Ampere on, CPUs with AVX-512 BF16 or AMX."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def set_up_torch(train: Optimisation) -> None:
+    """Make the settings of this process that training depends on."""
+    torch.use_deterministic_algorithms(train.deterministic, warn_only=True)
+    # A debugging aid of deterministic mode that would write every new tensor once more.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not train.deterministic
