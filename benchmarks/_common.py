@@ -22,16 +22,16 @@ from rich.table import Table
 
 from raypp.config.presets import load_config
 from raypp.config.schema import Config
-from raypp.data.loader import Augmentation, Batches, DeviceLoader, to_device
+from raypp.data.loader import Augmentation, BatchLoader, DeviceLoader, to_device
 from raypp.experiments.run_folder import environment
 from raypp.models.perceptual import StateDict, load_vgg_slice
 from raypp.models.vgg import RELU2_2, VGG16_LAYERS, vgg_features
-from raypp.training.optim import set_up_torch
+from raypp.training.optim import configure_torch
 from raypp.training.protected_classifier import phases
 from raypp.training.protection_task import ProtectionTask, TrainingData
-from raypp.training.reporter import LocalSink, Sink
-from raypp.training.trainer import Loop
-from raypp.utils.progress import Display
+from raypp.training.reporter import LocalReporter, Reporter
+from raypp.training.trainer import Trainer
+from raypp.utils.progress import ProgressDisplay
 from raypp.utils.storage import Storage
 
 NUM_CLASSES = 10
@@ -177,7 +177,7 @@ def random_images(num: int) -> tuple[np.ndarray, np.ndarray]:
     return random.integers(0, 256, (num, 32, 32, 3), np.uint8), random.integers(0, NUM_CLASSES, num, np.int64)
 
 
-def device_batches(config: Config, steps: int, sink: Sink) -> DeviceLoader:
+def device_batches(config: Config, steps: int, sink: Reporter) -> DeviceLoader:
     """raypp's own loader with ``steps`` batches of random images, built as for a training run."""
     images, labels = to_device(*random_images(steps * config.train.batch_size), sink.device)
     return DeviceLoader(
@@ -195,7 +195,7 @@ def device_batches(config: Config, steps: int, sink: Sink) -> DeviceLoader:
 def torch_settings(config: Config) -> Iterator[None]:
     """The process-wide settings that ``raypp.training.protection_task.fit`` makes, taken back afterwards."""
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    set_up_torch(config.train)
+    configure_torch(config.train)
     try:
         yield
     finally:
@@ -212,17 +212,17 @@ class RayppLoop:
         sink: where the loop believes it reports: gives rank, world size and device.
     """
 
-    def __init__(self, config: Config, phi: StateDict, sink: Sink) -> None:
+    def __init__(self, config: Config, phi: StateDict, sink: Reporter) -> None:
         self._config = config
         nothing = torch.empty(0, 32, 32, 3, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
         classes = tuple(str(i) for i in range(NUM_CLASSES))
         data = TrainingData(device_batches(config, 1, sink), nothing, classes, config.train.batch_size, "")
         self._phase = phases(config)[-1]
-        self._loop = Loop(ProtectionTask(config, data, phi, None), sink)
+        self._loop = Trainer(ProtectionTask(config, data, phi, None), sink)
         with torch_settings(config):
             self._loop.enter(self._phase, None)
 
-    def feed(self, batches: Batches) -> None:
+    def feed(self, batches: BatchLoader) -> None:
         """Take the batches of every epoch from ``batches`` from now on."""
         self._loop.task.batches = batches
 
@@ -234,7 +234,7 @@ class RayppLoop:
 
 
 @contextmanager
-def quiet_sink(device: torch.device) -> Iterator[LocalSink]:
+def quiet_sink(device: torch.device) -> Iterator[LocalReporter]:
     """A sink of this process that shows and keeps nothing."""
     with tempfile.TemporaryDirectory(prefix="raypp-bench-") as folder:
-        yield LocalSink(Storage(folder), Display(quiet=True), device)
+        yield LocalReporter(Storage(folder), ProgressDisplay(quiet=True), device)

@@ -44,7 +44,7 @@ from _common import (
 
 from raypp.attacks.inverse_network import InverseNetwork
 from raypp.config.presets import load_config
-from raypp.experiments.attack_plan import make_plan
+from raypp.experiments.attack_plan import make_attack_plan
 from raypp.models import CLASSIFIERS
 from raypp.training.optim import build_optimizer
 from raypp.training.threads import AdaptiveThreads
@@ -79,7 +79,7 @@ def train_steps(adapt: bool) -> Iterator[Steps]:
 @contextmanager
 def attack_steps(adapt: bool) -> Iterator[Steps]:
     """Forward, L1 loss, backward and optimizer of an inverse network."""
-    options: Any = make_plan(bundle="none", suite="quick", name="none").suite.options("inverse")
+    options: Any = make_attack_plan(bundle="none", suite="quick", name="none").suite.options("inverse")
     network = InverseNetwork((3, 32, 32), (3, 32, 32), options)
     groups = [{"params": list(network.parameters()), "factor": 1.0}]
     optimizer = build_optimizer(options.train.optimizer, groups)

@@ -48,7 +48,7 @@ from _common import (
     show_table,
 )
 
-from raypp.training.reporter import Sink
+from raypp.training.reporter import Reporter
 from raypp.utils import runtime
 
 PATIENCE = 300.0
@@ -71,7 +71,7 @@ def write(path: Path, text: str) -> None:
     aside.replace(path)
 
 
-def member(folder: Path, preset: str, sink: Sink) -> None:
+def member(folder: Path, preset: str, sink: Reporter) -> None:
     """One worker, in a process group already: train as many steps as each file ``go_N`` says, until one says 0."""
     torch.set_num_threads(1)
     config = joint_config(preset)
@@ -94,26 +94,26 @@ def on_ray(folder: Path, preset: str, num: int) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from raypp.cluster.progress_actor import following, put_up
-    from raypp.cluster.session import session
-    from raypp.cluster.train import scaling
+    from raypp.cluster.progress_actor import create_progress_actor, polling
+    from raypp.cluster.session import ray_session
+    from raypp.cluster.train import build_scaling_config
     from raypp.config.schema import Cluster
 
     def work(given: dict[str, Any]) -> None:
         sys.path.insert(0, str(Path(__file__).parent))
         from scaling import member as run
 
-        from raypp.cluster.train import TrainSink
+        from raypp.cluster.train import RayTrainReporter
         from raypp.utils.storage import Storage
 
-        run(folder, preset, TrainSink(Storage(folder), given["board"]))
+        run(folder, preset, RayTrainReporter(Storage(folder), given["board"]))
 
-    with session(), following(board := put_up(), lambda *_: None):
+    with ray_session(), polling(board := create_progress_actor(), lambda *_: None):
         TorchTrainer(
             work,
             train_loop_config={"board": board},
             torch_config=TorchConfig(backend="gloo"),
-            scaling_config=scaling(Cluster(), num, use_gpu=False),
+            scaling_config=build_scaling_config(Cluster(), num, use_gpu=False),
             run_config=ray.train.RunConfig(
                 name="r", storage_path=str(folder), logging_config=ray.train.LoggingConfig(log_level="CRITICAL")
             ),
@@ -181,7 +181,7 @@ def both(num: int, folder: Path, preset: str) -> Iterator[dict[str, Side]]:
 def streaming(folder: Path, num_images: int, epochs: int, rounds: int) -> dict[str, Spread]:
     """Images/s of a Parquet file in memory and as a stream."""
     size = ["--data.source.num_train", str(num_images), "--data.source.num_test", "200"]
-    raypp = [sys.executable, "-m", "raypp.cli"]
+    raypp = [sys.executable, "-m", "raypp.cli.main"]
     convert = [*raypp, "data", "convert", "shapes", str(folder / "set"), *(s.replace("data.source.", "") for s in size)]
     subprocess.run(convert, check=True, stdout=subprocess.DEVNULL)
     number = 0

@@ -17,8 +17,8 @@ from _common import describe, finish, machine, show_table
 
 from raypp.experiments.pareto import hypervolume, pareto
 from raypp.experiments.plots import front_figure
-from raypp.experiments.search_records import Record, records_of
-from raypp.experiments.search_settings import restore
+from raypp.experiments.search_records import TrialRecord, trial_records
+from raypp.experiments.search_settings import restore_search_plan
 from raypp.utils.errors import ConfigError
 from raypp.utils.storage import Storage
 
@@ -31,18 +31,18 @@ def main() -> None:
     given = parser.parse_args()
     start = machine()
     print(describe(start) + "\n")
-    found: dict[str, Sequence[Record]] = {}
+    found: dict[str, Sequence[TrialRecord]] = {}
     for text in given.searches:
         name, _, folder = text.partition("=")
         if not folder:
             raise SystemExit(f"{text!r} is not understood; allowed is NAME=FOLDER")
         storage = Storage(folder)
         try:
-            plan = restore(yaml.safe_load(storage.read("search.yaml")))
+            plan = restore_search_plan(yaml.safe_load(storage.read("search.yaml")))
         except ConfigError as error:
             raise SystemExit(f"{folder} is no search of this version: {error}") from None
         order = storage.folder("trials")
-        records = records_of(plan)
+        records = trial_records(plan)
         records.sort(key=lambda r: (order.path / r["trial"] / "trial.json").stat().st_mtime)
         found[name] = records
     rows = []

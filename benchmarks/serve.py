@@ -32,7 +32,7 @@ from _common import Spread, describe, finish, interleave, machine, own_ray, rati
 from fastapi import FastAPI, Request
 
 from raypp.bundle.load import load_private
-from raypp.models.fusion import folded
+from raypp.models.fusion import fuse_conv_bn
 
 NPY = "application/x-npy"
 SMALL_CLIENTS = (1, 8, 64)
@@ -231,7 +231,9 @@ class Measured:
 def in_process(bundle: str, images: np.ndarray, threads: int, seconds: float) -> Callable[[], float]:
     """Batches of the model in this process, per second; as the service computes it."""
     values = torch.from_numpy(images).permute(0, 3, 1, 2)
-    classifier = folded(load_private(bundle).classifier, values[:8].float() / 255).to(memory_format=torch.channels_last)
+    classifier = fuse_conv_bn(load_private(bundle).classifier, values[:8].float() / 255).to(
+        memory_format=torch.channels_last
+    )
 
     def measure() -> float:
         torch.set_num_threads(threads)

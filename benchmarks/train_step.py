@@ -52,12 +52,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from raypp.config.schema import Config
-from raypp.data.loader import Batches
+from raypp.data.loader import BatchLoader
 from raypp.models import CLASSIFIERS
 from raypp.models.perceptual import StateDict, VGG16Features
 from raypp.models.unet import UNet
 from raypp.training.optim import bf16_is_fast
-from raypp.training.reporter import LocalSink
+from raypp.training.reporter import LocalReporter
 
 SIZES = ("cifar10-small", "cifar10")
 PROBE_STEPS = 2
@@ -82,7 +82,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
 
 class PilBatches:
-    """Batches of a torch DataLoader over :class:`Pictures`, NCHW float32; see :class:`raypp.data.loader.Batches`."""
+    """Batches of a torch DataLoader over :class:`Pictures`, NCHW float32; see :class:`raypp.data.loader.BatchLoader`."""
 
     def __init__(self, steps: int, batch_size: int, workers: int, device: torch.device) -> None:
         self.num_batches, self.device = steps, device
@@ -118,9 +118,9 @@ class ObviousLoop:
             momentum=wanted.momentum,
             weight_decay=wanted.weight_decay,
         )
-        self.batches: Batches
+        self.batches: BatchLoader
 
-    def feed(self, batches: Batches) -> None:
+    def feed(self, batches: BatchLoader) -> None:
         self.batches = batches
 
     def step(self, images: Tensor, labels: Tensor) -> float:
@@ -184,7 +184,7 @@ def rate(operation: Callable[[], Tensor], flops: int, device: torch.device, repe
     return flops / best / 1e9
 
 
-def calibrate(loop: RayppLoop | ObviousLoop, batches: Callable[[int], Batches], seconds: float, batch: int) -> None:
+def calibrate(loop: RayppLoop | ObviousLoop, batches: Callable[[int], BatchLoader], seconds: float, batch: int) -> None:
     """Warm up, then feed the loop with epochs that take about ``seconds``."""
     loop.feed(batches(PROBE_STEPS))
     loop.epoch()
@@ -192,7 +192,7 @@ def calibrate(loop: RayppLoop | ObviousLoop, batches: Callable[[int], Batches], 
     loop.feed(batches(min(max(steps, PROBE_STEPS), MAX_STEPS)))
 
 
-def measure(size: str, phi: StateDict, sink: LocalSink, options: argparse.Namespace) -> dict[str, Any]:
+def measure(size: str, phi: StateDict, sink: LocalReporter, options: argparse.Namespace) -> dict[str, Any]:
     """Measure all contestants at one size, print the tables and return what was measured."""
     device = sink.device
     config = joint_config(size)
@@ -200,7 +200,7 @@ def measure(size: str, phi: StateDict, sink: LocalSink, options: argparse.Namesp
     flops = count_flops(config, phi, device)
     loops: dict[str, RayppLoop | ObviousLoop] = {}
 
-    def pil(workers: int) -> Callable[[int], Batches]:
+    def pil(workers: int) -> Callable[[int], BatchLoader]:
         return lambda steps: PilBatches(steps, batch, workers, device)
 
     speeds: dict[int, float] = {}

@@ -6,7 +6,7 @@ Everything after `jobs/report.py` is what `raypp report` takes. It needs no clus
 the storage.
 """  # noqa: E501 (the command stands on one line, to be copied)
 
-from raypp.cli import main
+from raypp.cli.main import main
 
 if __name__ == "__main__":
     import sys

@@ -6,7 +6,7 @@ Everything after `jobs/train.py` is what `raypp train` takes. The job uses the c
 cluster.storage (and data paths) as something that every node sees, because the job runs in a folder of its own.
 """  # noqa: E501 (the command stands on one line, to be copied)
 
-from raypp.cli import main
+from raypp.cli.main import main
 
 if __name__ == "__main__":
     import sys

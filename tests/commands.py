@@ -20,7 +20,7 @@ import pytest
 from zygote import variables, zygote
 
 ROOT = Path(__file__).parents[1]
-PRELOADED = ["torch._dynamo", "raypp.cli", "raypp.cluster.attack", "raypp.cluster.table1", "raypp.cluster.tune"]
+PRELOADED = ["torch._dynamo", "raypp.cli.main", "raypp.cluster.attack", "raypp.cluster.table1", "raypp.cluster.tune"]
 
 
 def fork_server() -> ForkServerContext:
@@ -94,6 +94,6 @@ def _run(arguments: list[str], environment: dict[str, str], folder: Path, out: P
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
     sys.argv = arguments
-    from raypp.cli import main
+    from raypp.cli.main import main
 
     main(arguments[1:])

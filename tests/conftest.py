@@ -27,8 +27,8 @@ from raypp.utils import runtime
 
 if TYPE_CHECKING:  # torch takes seconds, and the process that only hands tests to others does not need it
     from raypp.config.schema import Config
-    from raypp.serve.model_store import Live
-    from raypp.training.protection_task import Fit
+    from raypp.serve.model_store import ModelManager
+    from raypp.training.protection_task import TrainResult
 
 DEV_EXAMPLES = 20
 settings.register_profile("dev", max_examples=DEV_EXAMPLES, deadline=None)
@@ -149,14 +149,14 @@ class Trained:
 
     config: Config
     run: Path
-    fit: Fit
+    fit: TrainResult
 
     @property
     def bundle(self) -> Path:
         return self.run / "bundle"
 
     @cached_property
-    def live(self) -> Live:
+    def live(self) -> ModelManager:
         """The bundle as a service holds it."""
         from services import load_live
 
@@ -171,17 +171,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     from raypp.config.presets import load_config
     from raypp.experiments.training_run import open_run, train_locally
     from raypp.training.protection_task import fit
-    from raypp.training.reporter import LocalSink
-    from raypp.utils.progress import Display
+    from raypp.training.reporter import LocalReporter
+    from raypp.utils.progress import ProgressDisplay
 
     cpu = torch.device("cpu")
     storage = tmp_path_factory.mktemp("runs")
     config = load_config("quickstart", flags=tiny_flags(storage))
-    display = Display(quiet=True)
+    display = ProgressDisplay(quiet=True)
     with open_run(config, "tiny") as run:
         train_locally(run, display, cpu)
         # The run is over, so this only takes up its last checkpoint.
-        left = fit(run.config, LocalSink(run.storage, display, cpu), run.phi)
+        left = fit(run.config, LocalReporter(run.storage, display, cpu), run.phi)
     made = Trained(config, storage / "tiny", left)
     before = _files(made.run)
     yield made

@@ -17,16 +17,16 @@ from torch import Tensor
 from raypp.bundle.load import load_private
 from raypp.bundle.manifest import write_manifest
 from raypp.experiments import attack_plan, attack_run
-from raypp.serve.admission import Limits, Waiting
-from raypp.serve.api import Offered, ServedAttack, offer
-from raypp.serve.attack_catalog import online
+from raypp.serve.admission import AdmissionControl, Limits
+from raypp.serve.api import AttackCatalog, ServedAttack, build_catalog
+from raypp.serve.attack_catalog import load_attacks
 from raypp.serve.auth import Tokens
-from raypp.serve.loaded_model import Served, classify
-from raypp.serve.model_store import Live
+from raypp.serve.loaded_model import LoadedModel, classify
+from raypp.serve.model_store import ModelManager
 
 
-def load_live(location: Path) -> Live:
-    return Live(location, prepare=lambda served: None)
+def load_live(location: Path) -> ModelManager:
+    return ModelManager(location, prepare=lambda served: None)
 
 
 class Here:
@@ -36,31 +36,31 @@ class Here:
         bundle: its folder, or one that has been loaded already.
     """
 
-    def __init__(self, bundle: Path | Live, tokens: Tokens | None = None) -> None:
-        self.live = copy.copy(bundle) if isinstance(bundle, Live) else load_live(bundle)
+    def __init__(self, bundle: Path | ModelManager, tokens: Tokens | None = None) -> None:
+        self.live = copy.copy(bundle) if isinstance(bundle, ModelManager) else load_live(bundle)
         self.valid = tokens
         self.limits = Limits(body=200_000, images=16)
-        self.waiting = Waiting(20)
+        self.waiting = AdmissionControl(20)
         self.seen: list[tuple[str, int, int]] = []
 
     async def tokens(self) -> Tokens | None:
         return self.valid
 
-    def now(self) -> Served:
+    def now(self) -> LoadedModel:
         return self.live.now
 
     def rejected(self) -> dict[str, str] | None:
         return self.live.rejected
 
-    async def served(self, protection: str | None) -> Served | None:
+    async def served(self, protection: str | None) -> LoadedModel | None:
         return self.live.of(protection)
 
-    async def predict(self, served: Served, images: Tensor) -> tuple[Tensor, Tensor]:
+    async def predict(self, served: LoadedModel, images: Tensor) -> tuple[Tensor, Tensor]:
         return classify([(served, images)])[0]
 
-    async def offered(self, protection: str | None) -> Offered | None:
+    async def offered(self, protection: str | None) -> AttackCatalog | None:
         served = self.live.of(protection)
-        return offer(served, online(served)) if served is not None else None
+        return build_catalog(served, load_attacks(served)) if served is not None else None
 
     async def reconstruct(self, attack: ServedAttack, images: Tensor) -> Tensor:
         return attack.run(images)
@@ -88,7 +88,9 @@ def attack_copy(bundle: Path, folder: Path, attacks: dict[str, Any]) -> Path:
     copied = shutil.copytree(bundle, folder / "bundle")
     suite = folder / "suite.yaml"
     suite.write_text(json.dumps({"num_queries": 10, "curve": False, "judge_epochs": 0, "attacks": attacks}))
-    attack_run.attack(attack_plan.make_plan(bundle=str(copied), suite=str(suite), name="a", storage=folder), quiet=True)
+    attack_run.run_attack_suite(
+        attack_plan.make_attack_plan(bundle=str(copied), suite=str(suite), name="a", storage=folder), quiet=True
+    )
     return copied
 
 

@@ -24,11 +24,11 @@ from packaging.requirements import Requirement
 from pydantic import BaseModel, ConfigDict, Field
 
 import raypp
-from raypp.cli import main
+from raypp.cli.main import main
 from raypp.config.presets import load_config
 from raypp.experiments.run_folder import point_latest
-from raypp.experiments.search import make_plan
-from raypp.serve.server import ATTACK, CONFIG, template
+from raypp.experiments.search import make_search_plan
+from raypp.serve.server import ATTACK, CONFIG, config_template
 from raypp.utils.errors import ConfigError
 from raypp.utils.storage import Storage
 
@@ -204,7 +204,7 @@ def test_the_entrypoint_of_a_job_is_a_command_that_raypp_takes(name: str, tmp_pa
     places = {"--name": options.pop("--name"), "--storage": options.pop("--storage", None)}
     flags = [word for pair in options.items() for word in pair]
     if name == "rayjob-tune":
-        make_plan(words[2], None, flags, storage=tmp_path, name=places["--name"])
+        make_search_plan(words[2], None, flags, storage=tmp_path, name=places["--name"])
         assert str(places["--storage"]).startswith("/shared/")
     else:
         assert load_config(words[2], flags=flags).cluster.storage.startswith("/shared/")
@@ -306,7 +306,7 @@ def test_a_relative_bundle_is_found_from_where_ray_was_started_and_in_the_checko
 def test_the_wheel_has_the_only_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkout finds it at the top of the repository, an installed wheel in the package."""
     assert [p.relative_to(ROOT).as_posix() for p in ROOT.glob("raypp/**/*.yaml") if p.name == CONFIG] == []
-    of_checkout = template()
+    of_checkout = config_template()
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
         cwd=ROOT, check=True, capture_output=True,
@@ -317,10 +317,10 @@ def test_the_wheel_has_the_only_copy(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert archive.read(f"raypp/serve/{CONFIG}") == (ROOT / CONFIG).read_bytes()
         archive.extractall(tmp_path / "site-packages")
     monkeypatch.setattr(raypp, "__file__", str(tmp_path / "site-packages" / "raypp" / "__init__.py"))
-    assert template() == of_checkout
+    assert config_template() == of_checkout
     (tmp_path / "site-packages" / "raypp" / "serve" / CONFIG).unlink()
     with pytest.raises(ConfigError, match=r"serve_config\.yaml is missing"):
-        template()
+        config_template()
 
 
 def test_a_ray_that_starts_here_leaves_no_token_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from conftest import Cluster
 from PIL import Image
 
 from raypp.bundle.manifest import verify
-from raypp.cli import main
+from raypp.cli.main import main
 from raypp.metrics.statistics import chance_error
 
 ROOT = Path(__file__).parents[1]

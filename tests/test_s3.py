@@ -21,14 +21,14 @@ from conftest import Cluster, free_port, listens, start_cluster, tiny_flags, wai
 from raypp.bundle.load import load_private, load_public
 from raypp.config.presets import load_config
 from raypp.evaluation.report.render import write_report
-from raypp.experiments.attack_plan import make_plan
-from raypp.experiments.attack_run import attack, run_locally
+from raypp.experiments.attack_plan import make_attack_plan
+from raypp.experiments.attack_run import run_attack_suite, run_attacks_locally
 from raypp.experiments.training_run import open_run, train_locally
 from raypp.serve.server import publish
-from raypp.training.checkpoint import newest_first
+from raypp.training.checkpoint import list_checkpoints
 from raypp.utils.errors import RayppError, StorageError
 from raypp.utils.images import encode_png
-from raypp.utils.progress import Display
+from raypp.utils.progress import ProgressDisplay
 from raypp.utils.storage import Storage
 
 
@@ -109,13 +109,13 @@ def test_a_run_its_data_and_its_bundle_live_there(s3: Any, tmp_path: Path) -> No
 
     run_folder = Storage(s3("runs")).folder("one")
     with open_run(load_config("quickstart", flags=flags(2)), "one") as run:
-        train_locally(run, Display(quiet=True), torch.device("cpu"))
-    assert newest_first(run_folder) == ["epoch_0003", "epoch_0002"]
+        train_locally(run, ProgressDisplay(quiet=True), torch.device("cpu"))
+    assert list_checkpoints(run_folder) == ["epoch_0003", "epoch_0002"]
 
-    state = f"checkpoints/{newest_first(run_folder)[0]}/state.pt"
+    state = f"checkpoints/{list_checkpoints(run_folder)[0]}/state.pt"
     run_folder.write(state, run_folder.read(state)[:-50])  # as an upload that broke off would leave it
     with open_run(load_config("quickstart", flags=flags(3)), "one", resume=True) as run:
-        train_locally(run, Display(quiet=True), torch.device("cpu"))
+        train_locally(run, ProgressDisplay(quiet=True), torch.device("cpu"))
     rows = [json.loads(line) for line in run_folder.read("metrics.jsonl").splitlines()]
     assert [(row["phase"], row["epoch"]) for row in rows] == [("plain", 1), ("joint", 1), ("joint", 2), ("joint", 3)]
 
@@ -124,10 +124,10 @@ def test_a_run_its_data_and_its_bundle_live_there(s3: Any, tmp_path: Path) -> No
     load_private(bundle)
 
     suite = ["--num_queries", "10", "--judge_epochs", "0", "--curve", "false"]
-    plan = make_plan(
+    plan = make_attack_plan(
         bundle=bundle, suite="quick", attacks=["feature_reconstruction"], flags=suite, storage=s3("runs"), name="a"
     )
-    card = attack(plan, resume=False, quiet=True, announce=lambda opened: None, run=run_locally)
+    card = run_attack_suite(plan, resume=False, quiet=True, announce=lambda opened: None, run=run_attacks_locally)
     assert card["attacks"]["feature_reconstruction"]["status"] == "done"
     write_report([plan.storage.uri], Storage(s3("report")))
     assert b"<html" in Storage(s3("report")).read("report.html")[:500]
@@ -149,7 +149,7 @@ def test_workers_of_ray_keep_their_checkpoints_there(s3: Any, cluster_with_keys:
     done = cluster_with_keys.run([*command, *flags])
     assert done.returncode == 0, done.stdout + done.stderr
     folder = Storage(s3("ray")).folder("ray")
-    assert newest_first(folder) == ["epoch_0004", "epoch_0003"]
+    assert list_checkpoints(folder) == ["epoch_0004", "epoch_0003"]
     rows = [json.loads(line) for line in folder.read("metrics.jsonl").splitlines()]
     assert [(row["phase"], row["epoch"]) for row in rows] == [("plain", 1), ("joint", 1), ("joint", 2), ("joint", 3)]
     load_private(folder.folder("bundle").uri)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from raypp.bundle.load import load_private, load_public
 from raypp.config.presets import load_config
 from raypp.data.splits import load_split
-from raypp.protections.learned import Code, Learned
+from raypp.protections.learned import Bottleneck, Learned
 
 PART = 500  # images at a time
 
@@ -26,7 +26,7 @@ if __name__ == "__main__":
     protection, classifier = load_public(f"{run}/bundle").protection.eval(), load_private(f"{run}/bundle").classifier
     assert isinstance(protection, Learned)
     code = protection.unet.middle
-    if not isinstance(code, Code) or code.classify is None or protection.unet.encoder is None:
+    if not isinstance(code, Bottleneck) or code.classify is None or protection.unet.encoder is None:
         raise SystemExit(f"{run} has no protection.code.classes with an encoder of its own")
     images, labels = torch.as_tensor(test.images).permute(0, 3, 1, 2), torch.as_tensor(test.labels)
     clients, clouds, different = [], [], set()

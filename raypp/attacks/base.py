@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor
 
-from raypp.config.overrides import merge
-from raypp.config.schema import Optimisation
+from raypp.config.overrides import deep_merge
+from raypp.config.schema import OptimizationConfig
 from raypp.models.perceptual import StateDict
 from raypp.training.task import Task
 from raypp.utils.errors import RayppError
-from raypp.utils.registry import Options
+from raypp.utils.registry import MethodConfig
 
-Map = Callable[[Tensor], Tensor]
+ImageMap = Callable[[Tensor], Tensor]
 """uint8 (N, C, H, W) to uint8 (N, C, H', W')."""
 
 
@@ -54,7 +54,7 @@ class AttackError(RayppError):
 
 
 @dataclass(frozen=True)
-class Access:
+class AttackerKnowledge:
     """What an attacker may touch of a victim; None where he cannot.
 
     Attributes:
@@ -81,13 +81,13 @@ class Access:
     labels: Tensor | None = None
     num_classes: int = 0
     ciphertexts: Callable[[], tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
-    fresh: Callable[[int], Map] | None = None
+    fresh: Callable[[int], ImageMap] | None = None
     pairs: tuple[Tensor, Tensor] | None = None
-    protect: Map | None = None
-    gradients: Map | None = None
+    protect: ImageMap | None = None
+    gradients: ImageMap | None = None
     gallery: Tensor | None = None
-    classify: Map | None = None
-    earlier: dict[str, Map] | None = None
+    classify: ImageMap | None = None
+    earlier: dict[str, ImageMap] | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
@@ -104,17 +104,17 @@ NEEDS = {
 """Fields of :class:`Access` in words."""
 
 
-def other_size(protected: Sequence[int], plain: Sequence[int]) -> bool:
+def size_mismatch(protected: Sequence[int], plain: Sequence[int]) -> bool:
     """Whether protected images (H', W') have quite another size than plain ones (H, W), not only padding."""
     extra = [theirs - ours for theirs, ours in zip(protected, plain, strict=True)]
     return min(extra) < 0 or max(extra) > MOST_PADDING
 
 
-def fitted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def match_shape(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Images uint8 (N, C', H', W') in the shape (C, H, W) of plain ones: padding is cut, another size resized, grey
     repeated and colour averaged where the channels differ."""
     channels, height, width = shape
-    if other_size(images.shape[2:], (height, width)):
+    if size_mismatch(images.shape[2:], (height, width)):
         resized = F.interpolate(images.float(), size=(height, width), mode="bilinear", antialias=True)
         images = resized.round().clamp(0, 255).to(torch.uint8)
     images = images[:, :, :height, :width]
@@ -137,7 +137,7 @@ class Attack(ABC):
         AttackError: ``access`` lacks what it needs.
     """
 
-    Options: ClassVar[type[Options]]
+    Options: ClassVar[type[MethodConfig]]
     threat: ClassVar[Threat]
     needs: ClassVar[tuple[str, ...]] = ()
     """Fields of :class:`Access` without which it cannot run."""
@@ -152,14 +152,14 @@ class Attack(ABC):
     note: str = ""
     """What it found out about the victim, in words, once it has prepared."""
 
-    def __init__(self, options: Any, access: Access, *, seed: int = 0, learned: bool = False) -> None:
+    def __init__(self, options: Any, access: AttackerKnowledge, *, seed: int = 0, learned: bool = False) -> None:
         self.options, self.access, self.seed = options, access, seed
         if not learned and (lacks := self.lacking(access)):
             words = " and ".join(NEEDS[need] for need in lacks)
             raise AttackError(f"attack {options.name} needs {words}, which this victim does not give")
 
     @classmethod
-    def lacking(cls, access: Access) -> list[str]:
+    def lacking(cls, access: AttackerKnowledge) -> list[str]:
         """Fields that it needs and ``access`` does not give."""
         return [need for need in cls.needs if getattr(access, need) is None]
 
@@ -176,10 +176,10 @@ class Attack(ABC):
         """Estimate plain images uint8 (N, C, H, W) from protected ones uint8 (N, C, H', W')."""
 
 
-class TrainedOptions(Options):
+class TrainedOptions(MethodConfig):
     """Options of an attack that trains a network; what ``train`` leaves out keeps the attack's own default."""
 
-    train: Optimisation
+    train: OptimizationConfig
 
     @model_validator(mode="before")
     @classmethod
@@ -187,8 +187,8 @@ class TrainedOptions(Options):
         train = given.get("train") if isinstance(given, dict) else None
         if not isinstance(train, dict):
             return given
-        default: Optimisation = cls.model_fields["train"].default
-        return given | {"train": merge(default.model_dump(mode="json"), train)}
+        default: OptimizationConfig = cls.model_fields["train"].default
+        return given | {"train": deep_merge(default.model_dump(mode="json"), train)}
 
 
 class AttackTask(Task, Protocol):

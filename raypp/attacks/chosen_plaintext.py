@@ -23,7 +23,7 @@ DIGIT = 16
 Undo = Callable[[Tensor], Tensor]
 
 
-class ChosenPlaintextOptions(registry.Options):
+class ChosenPlaintextOptions(registry.MethodConfig):
     name: Literal["chosen_plaintext"] = "chosen_plaintext"
     scheme: Literal["auto", "pixel", "tanaka", "any"] = "auto"
     """``pixel`` and ``tanaka`` take one image; ``any`` undoes every permutation of half bytes with inversions (ELE and
@@ -33,7 +33,7 @@ class ChosenPlaintextOptions(registry.Options):
 class ChosenPlaintext(Attack):
     """Solves the key, checks the solution on images that it has not seen, and then decrypts."""
 
-    Options: ClassVar[type[registry.Options]] = ChosenPlaintextOptions
+    Options: ClassVar[type[registry.MethodConfig]] = ChosenPlaintextOptions
     threat: ClassVar[Threat] = Threat.T4
     needs: ClassVar[tuple[str, ...]] = ("protect",)
 

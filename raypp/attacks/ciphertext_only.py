@@ -11,11 +11,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from raypp.attacks.base import Attack, AttackError, Threat, fitted
+from raypp.attacks.base import Attack, AttackError, Threat, match_shape
 from raypp.utils import registry
 
 
-class FeatureReconstructionOptions(registry.Options):
+class FeatureReconstructionOptions(registry.MethodConfig):
     name: Literal["feature_reconstruction"] = "feature_reconstruction"
     bright: bool = False
     """Invert the values of the lower half instead of those of the upper one."""
@@ -24,19 +24,19 @@ class FeatureReconstructionOptions(registry.Options):
 class FeatureReconstruction(Attack):
     """Fold every value to one half of the range: whatever the key inverted, ``v`` and ``255 - v`` become the same."""
 
-    Options: ClassVar[type[registry.Options]] = FeatureReconstructionOptions
+    Options: ClassVar[type[registry.MethodConfig]] = FeatureReconstructionOptions
     threat: ClassVar[Threat] = Threat.T0
 
     def prepare(self) -> None:
         """Nothing to do."""
 
     def reconstruct(self, protected: Tensor) -> Tensor:
-        protected = fitted(protected, self.access.shape)
+        protected = match_shape(protected, self.access.shape)
         both = torch.maximum if self.options.bright else torch.minimum
         return both(protected, 255 - protected)
 
 
-class MinimumDifferenceOptions(registry.Options):
+class MinimumDifferenceOptions(registry.MethodConfig):
     name: Literal["minimum_difference"] = "minimum_difference"
 
 
@@ -47,7 +47,7 @@ class MinimumDifference(Attack):
     wrong guess there gives a picture in other colours, just as readable.
     """
 
-    Options: ClassVar[type[registry.Options]] = MinimumDifferenceOptions
+    Options: ClassVar[type[registry.MethodConfig]] = MinimumDifferenceOptions
     threat: ClassVar[Threat] = Threat.T0
 
     def prepare(self) -> None:
@@ -56,7 +56,7 @@ class MinimumDifference(Attack):
 
     def reconstruct(self, protected: Tensor) -> Tensor:
         _, height, width = self.access.shape
-        values = fitted(protected, self.access.shape).permute(2, 3, 0, 1).to(torch.int16)  # (H, W, N, 3)
+        values = match_shape(protected, self.access.shape).permute(2, 3, 0, 1).to(torch.int16)  # (H, W, N, 3)
         orders = torch.tensor(list(permutations(range(3))), device=protected.device)
         signs = torch.tensor(list(product((0, 255), repeat=3)), dtype=torch.int16, device=protected.device)
         decoded = values.clone()

@@ -15,12 +15,12 @@ from pydantic import Field
 from torch import Tensor
 
 from raypp.attacks.base import Attack, AttackError, Threat
-from raypp.attacks.inverse_network import likeness
+from raypp.attacks.inverse_network import reconstruction_loss
 from raypp.utils import registry
 from raypp.utils.images import to_uint8
 
 
-class CodebookOptions(registry.Options):
+class CodebookOptions(registry.MethodConfig):
     name: Literal["codebook"] = "codebook"
     most: int = Field(4096, ge=1)
     """Different protected images at most: with more, an inverse network is the attack to take."""
@@ -38,7 +38,7 @@ class CodebookOptions(registry.Options):
 class Codebook(Attack):
     """Tabulates the protection; gives a protected image that is not in the table the picture of the nearest one."""
 
-    Options: ClassVar[type[registry.Options]] = CodebookOptions
+    Options: ClassVar[type[registry.MethodConfig]] = CodebookOptions
     threat: ClassVar[Threat] = Threat.T4
     needs: ClassVar[tuple[str, ...]] = ("protect", "images")
 
@@ -100,7 +100,7 @@ class Codebook(Attack):
             with torch.enable_grad():
                 estimates = pictures[members[chosen].to(pictures.device)]
                 optimizer.zero_grad()
-                likeness(estimates, target, options).loss.backward()
+                reconstruction_loss(estimates, target, options).loss.backward()
             optimizer.step()
             with torch.no_grad():
                 pictures.clamp_(0, 1)

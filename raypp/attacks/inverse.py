@@ -14,17 +14,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raypp.attacks.base import Access, AttackError, AttackTask, Threat, TrainedAttack
-from raypp.attacks.inverse_network import (
-    BaseOptions,
-    InverseNetwork,
-    InverseTrainee,
-    Source,
-)
+from raypp.attacks.base import AttackerKnowledge, AttackError, AttackTask, Threat, TrainedAttack
+from raypp.attacks.inverse_network import InverseBaseConfig, InverseModule, InverseNetwork, ProtectedBatches
 from raypp.attacks.inverse_task import InverseTask, _batched
-from raypp.config.schema import MultiStep, Optimisation, Optimizer
+from raypp.config.schema import MultiStep, OptimizationConfig, Optimizer
 from raypp.models.perceptual import StateDict
-from raypp.training.task import Trainee
+from raypp.training.task import TrainableModule
 from raypp.utils import registry
 from raypp.utils.images import to_uint8
 
@@ -32,7 +27,7 @@ MAX_VAL = 1000  # of the attacker's own images, those that he judges his network
 OWN_KEY = 2**31  # the attacker's own key that he judges his network by; others are drawn below it
 
 
-class InverseOptions(BaseOptions):
+class InverseOptions(InverseBaseConfig):
     name: Literal["inverse"] = "inverse"
 
 
@@ -48,7 +43,7 @@ class InverseAttack(TrainedAttack):
         return InverseNetwork(self.access.shape, (channels, height, width), self.options, classes)
 
     @classmethod
-    def lacking(cls, access: Access) -> list[str]:
+    def lacking(cls, access: AttackerKnowledge) -> list[str]:
         oracle = access.protect is not None and access.images is not None
         return [] if oracle or access.pairs is not None else ["pairs"]
 
@@ -74,7 +69,7 @@ class InverseAttack(TrainedAttack):
         val = images[at[1]], val_protected(at[1])
         return InverseTask(self, epochs, num_images, source, images, at, val)
 
-    def _material(self) -> tuple[Tensor, Source, Callable[[Tensor], Tensor]]:
+    def _material(self) -> tuple[Tensor, ProtectedBatches, Callable[[Tensor], Tensor]]:
         """The attacker's plain images, how he protects them, and protected ones for validation by their places."""
         protect = self.access.protect
         if protect is None or self.options.fixed_pairs:
@@ -96,8 +91,8 @@ class InverseAttack(TrainedAttack):
                 self._made = images.to(device), _in_parts(protect, images.to(device))
         return self._made
 
-    def state(self, trainee: Trainee) -> StateDict:
-        assert isinstance(trainee, InverseTrainee)
+    def state(self, trainee: TrainableModule) -> StateDict:
+        assert isinstance(trainee, InverseModule)
         return {k: v.detach().cpu() for k, v in trainee.final.state_dict().items()}
 
     def load(self, state: StateDict) -> None:
@@ -126,11 +121,11 @@ def _in_parts(protect: Callable[[Tensor], Tensor], images: Tensor, size: int = 5
 class Inverse(InverseAttack):
     """As strong as we can make it: Muon, one cycle, no weight decay, L1 + SSIM, flips and crops, averaged weights."""
 
-    Options: ClassVar[type[registry.Options]] = InverseOptions
+    Options: ClassVar[type[registry.MethodConfig]] = InverseOptions
     threat: ClassVar[Threat] = Threat.T4
 
 
-class ITNOptions(BaseOptions):
+class ITNOptions(InverseBaseConfig):
     """The recipe of the authors' later code."""
 
     name: Literal["itn"] = "itn"
@@ -143,7 +138,7 @@ class ITNOptions(BaseOptions):
     fixed_pairs: bool = True
     flip_pairs: bool = True
     ema: float = Field(0.0, ge=0, lt=1)
-    train: Optimisation = Optimisation(
+    train: OptimizationConfig = OptimizationConfig(
         epochs=200,
         batch_size=128,
         optimizer=Optimizer(name="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4),
@@ -154,11 +149,11 @@ class ITNOptions(BaseOptions):
 class ITN(InverseAttack):
     """As released: SGD, squared error, pairs made once and mirrored together, the lowest validation error kept."""
 
-    Options: ClassVar[type[registry.Options]] = ITNOptions
+    Options: ClassVar[type[registry.MethodConfig]] = ITNOptions
     threat: ClassVar[Threat] = Threat.T4
 
 
-class InverseOwnKeysOptions(BaseOptions):
+class InverseOwnKeysOptions(InverseBaseConfig):
     name: Literal["inverse_own_keys"] = "inverse_own_keys"
     standardise: bool = False  # a place's mean under one key says nothing about another
 
@@ -166,15 +161,15 @@ class InverseOwnKeysOptions(BaseOptions):
 class InverseOwnKeys(InverseAttack):
     """Learns from images protected under the attacker's own keys, a new one for every batch."""
 
-    Options: ClassVar[type[registry.Options]] = InverseOwnKeysOptions
+    Options: ClassVar[type[registry.MethodConfig]] = InverseOwnKeysOptions
     threat: ClassVar[Threat] = Threat.T2
     needs: ClassVar[tuple[str, ...]] = ("images", "fresh")
 
     @classmethod
-    def lacking(cls, access: Access) -> list[str]:
+    def lacking(cls, access: AttackerKnowledge) -> list[str]:
         return [need for need in cls.needs if getattr(access, need) is None]
 
-    def _material(self) -> tuple[Tensor, Source, Callable[[Tensor], Tensor]]:
+    def _material(self) -> tuple[Tensor, ProtectedBatches, Callable[[Tensor], Tensor]]:
         assert self.access.images is not None
         assert self.access.fresh is not None
         images, fresh = self.access.images.to(self.access.device), self.access.fresh

@@ -11,20 +11,20 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raypp.attacks.base import TrainedOptions, other_size
-from raypp.config.schema import OneCycle, Optimisation, Optimizer
-from raypp.metrics.image import LEAST_SIDE, ssim_for_loss
+from raypp.attacks.base import TrainedOptions, size_mismatch
+from raypp.config.schema import LinearWarmupDecay, OptimizationConfig, Optimizer
+from raypp.metrics.image import MIN_SIDE, ssim_for_loss
 from raypp.models.perceptual import StateDict
 from raypp.models.unet import UNet
-from raypp.training.task import Terms, Trainee
+from raypp.training.task import StepOutput, TrainableModule
 from raypp.utils.images import to_uint8
 
-HALF_STEP = 0.5 / 255  # how near to 0 and 1 a value of 8 bits may lie: their logits are infinite
-LEAST_STD = (0.02, 0.2)  # of a value and of its logit: a place that hardly ever changes is not blown up to unit scale
+LOGIT_EPS = 0.5 / 255  # how near to 0 and 1 a value of 8 bits may lie: their logits are infinite
+MIN_STD = (0.02, 0.2)  # of a value and of its logit: a place that hardly ever changes is not blown up to unit scale
 STEPS = "steps"  # how many the average has seen, among a checkpoint's tensors
-MOST = 8.0  # standard deviations that a standardised value may be away from its mean
+MAX_ZSCORE = 8.0  # standard deviations that a standardised value may be away from its mean
 
-Source = Callable[[Tensor, Tensor], Tensor]
+ProtectedBatches = Callable[[Tensor, Tensor], Tensor]
 """Protected images float (n, C', H', W') of plain ones uint8 (n, C, H, W) and of their places (n,) in the set."""
 
 
@@ -46,12 +46,16 @@ class InverseNetwork(nn.Module):
     protected: Tensor
 
     def __init__(
-        self, shape: tuple[int, int, int], protected: tuple[int, int, int], options: BaseOptions, num_classes: int = 0
+        self,
+        shape: tuple[int, int, int],
+        protected: tuple[int, int, int],
+        options: InverseBaseConfig,
+        num_classes: int = 0,
     ) -> None:
         super().__init__()
         self.size, self.num_classes, self.patch = shape[1:], num_classes, options.patch
         channels, *size = protected
-        self.resized = other_size(size, self.size)
+        self.resized = size_mismatch(size, self.size)
         size = list(self.size) if self.resized else size
         self.register_buffer("protected", torch.tensor(protected))  # so that its weights alone say how it is built
         seen = channels * 2 if options.standardise else channels
@@ -69,7 +73,7 @@ class InverseNetwork(nn.Module):
         """Take mean and spread of every place from protected images uint8 (N, C', H', W')."""
         if self.standardise:
             seen = self._seen(self._fitted(protected.float() / 255))
-            least = seen.new_tensor(LEAST_STD).repeat_interleave(seen.shape[1] // 2)[None, :, None, None]
+            least = seen.new_tensor(MIN_STD).repeat_interleave(seen.shape[1] // 2)[None, :, None, None]
             self.mean.copy_(seen.mean(0, keepdim=True))
             self.std.copy_(seen.std(0, correction=0, keepdim=True).maximum(least))
 
@@ -81,12 +85,12 @@ class InverseNetwork(nn.Module):
     @staticmethod
     def _seen(values: Tensor) -> Tensor:
         """Values in [0, 1] and their logits: a sigmoid's output near 0 or 1 says most by its last bits."""
-        return torch.cat((values, torch.logit(values.clamp(HALF_STEP, 1 - HALF_STEP))), dim=1)
+        return torch.cat((values, torch.logit(values.clamp(LOGIT_EPS, 1 - LOGIT_EPS))), dim=1)
 
     def forward(self, protected: Tensor, labels: Tensor | None = None) -> Tensor:
         x = self._fitted(protected)
         if self.standardise:
-            x = ((self._seen(x) - self.mean) / self.std).clamp(-MOST, MOST)
+            x = ((self._seen(x) - self.mean) / self.std).clamp(-MAX_ZSCORE, MAX_ZSCORE)
         parts = [x]
         if self.places is not None:
             parts.append(self.places.expand(len(x), -1, -1, -1))
@@ -102,10 +106,10 @@ class InverseNetwork(nn.Module):
         return estimate[:, :, :height, :width]
 
 
-class InverseTrainee(Trainee):
+class InverseModule(TrainableModule):
     """An inverse network and, where wanted, the running average of its weights that is used in the end."""
 
-    def __init__(self, net: InverseNetwork, source: Source, labels: Tensor | None, options: Any) -> None:
+    def __init__(self, net: InverseNetwork, source: ProtectedBatches, labels: Tensor | None, options: Any) -> None:
         super().__init__()
         self.net, self.source, self.labels, self.options = net, source, labels, options
         self.average = copy.deepcopy(net).requires_grad_(False) if options.ema else None
@@ -123,7 +127,7 @@ class InverseTrainee(Trainee):
         super().load_own_state({key: tensor for key, tensor in state.items() if key != STEPS})
         self.steps = int(state[STEPS])
 
-    def forward(self, images: Tensor, at: Tensor) -> Terms:
+    def forward(self, images: Tensor, at: Tensor) -> StepOutput:
         with torch.autocast(images.device.type, enabled=False):
             protected = self.source(to_uint8(images), at)
         if self.options.flip_pairs:  # plain and protected alike, as the released code does
@@ -131,7 +135,7 @@ class InverseTrainee(Trainee):
             images = torch.where(flipped, images.flip(3), images)
             protected = torch.where(flipped, protected.flip(3), protected)
         labels = self.labels[at] if self.labels is not None else None
-        return likeness(self.net(protected, labels), images, self.options)
+        return reconstruction_loss(self.net(protected, labels), images, self.options)
 
     def after_step(self) -> None:
         if self.average is None:
@@ -145,19 +149,19 @@ class InverseTrainee(Trainee):
                 kept.copy_(new)
 
 
-def likeness(estimates: Tensor, images: Tensor, options: Any) -> Terms:
+def reconstruction_loss(estimates: Tensor, images: Tensor, options: Any) -> StepOutput:
     """What attacks that draw minimise, by options ``loss`` and ``ssim_weight``; images N x C x H x W in [0, 1]."""
     error = F.mse_loss(estimates, images)
     metrics = {"psnr": -10 * torch.log10(error.detach().clamp_min(1e-9))}
     loss = error if options.loss == "mse" else F.l1_loss(estimates, images)
-    if options.ssim_weight and min(images.shape[-2:]) >= LEAST_SIDE:
+    if options.ssim_weight and min(images.shape[-2:]) >= MIN_SIDE:
         similarity = ssim_for_loss(estimates, images).mean()
         loss = loss + options.ssim_weight * (1 - similarity)
         metrics["ssim"] = similarity.detach()
-    return Terms(loss, metrics)
+    return StepOutput(loss, metrics)
 
 
-class BaseOptions(TrainedOptions):
+class InverseBaseConfig(TrainedOptions):
     """What inverse networks have in common; the defaults are the strong one's."""
 
     width: int = Field(64, ge=1, le=1024)
@@ -190,9 +194,9 @@ class BaseOptions(TrainedOptions):
     """Decay of the running average of weights that attacks in the end; 0 takes the weights themselves."""
     conditional: bool = False
     """Tell the network the class, which the cloud knows: at the attack, the classifier's answer."""
-    train: Optimisation = Optimisation(
+    train: OptimizationConfig = OptimizationConfig(
         epochs=20,
         batch_size=32,
         optimizer=Optimizer(name="muon", lr=0.004, momentum=0.95, weight_decay=0.0),
-        schedule=OneCycle(warmup=0.2, final=0.0),
+        schedule=LinearWarmupDecay(warmup=0.2, final=0.0),
     )

@@ -8,18 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from raypp.attacks.inverse_network import (
-    InverseNetwork,
-    InverseTrainee,
-    Source,
-    likeness,
-)
-from raypp.data.loader import Augmentation, Batches, DeviceLoader
-from raypp.metrics.image import LEAST_SIDE, psnr, ssim
+from raypp.attacks.inverse_network import InverseModule, InverseNetwork, ProtectedBatches, reconstruction_loss
+from raypp.data.loader import Augmentation, BatchLoader, DeviceLoader
+from raypp.metrics.image import MIN_SIDE, psnr, ssim
 from raypp.metrics.retrieval import reidentify
-from raypp.training.checkpoint import Row
-from raypp.training.distributed import total
-from raypp.training.task import Phase, Trainee
+from raypp.training.checkpoint import EpochMetrics
+from raypp.training.distributed import all_reduce_sum
+from raypp.training.task import Phase, TrainableModule
 from raypp.utils.images import to_uint8
 
 if TYPE_CHECKING:
@@ -38,7 +33,7 @@ class InverseTask:
         attack: InverseAttack,
         epochs: int,
         num_images: int | None,
-        source: Source,
+        source: ProtectedBatches,
         images: Tensor,
         at: tuple[Tensor, Tensor],
         val: tuple[Tensor, Tensor],
@@ -58,7 +53,7 @@ class InverseTask:
         if access.protect is None and access.fresh is None:  # else it may draw a key for each image
             digest.update(val[1].cpu().contiguous().numpy().tobytes())
         self.fingerprint = digest.hexdigest()
-        self.batches: Batches = self._loader(0, 1)
+        self.batches: BatchLoader = self._loader(0, 1)
 
     def share(self, rank: int, world: int) -> None:
         """Take a worker's share of every batch."""
@@ -75,18 +70,18 @@ class InverseTask:
             world=world,
         )
 
-    def build(self, phase: Phase) -> InverseTrainee:
+    def build(self, phase: Phase) -> InverseModule:
         torch.manual_seed(self.seed)
         net = self.attack.network(self.val[1].shape[1:])
         net.look_at(self.val[1].cpu())
-        return InverseTrainee(net, self.source, self.labels, self.attack.options)
+        return InverseModule(net, self.source, self.labels, self.attack.options)
 
     @torch.inference_mode()
-    def validate(self, trainee: Trainee, rank: int, world: int) -> Row:
-        assert isinstance(trainee, InverseTrainee)
+    def validate(self, trainee: TrainableModule, rank: int, world: int) -> EpochMetrics:
+        assert isinstance(trainee, InverseModule)
         plain, protected = (images[rank::world] for images in self.val)
         at = self.val_at[rank::world]
-        names = ["loss", "psnr", "reidentified", *(["ssim"] if min(plain.shape[-2:]) >= LEAST_SIDE else [])]
+        names = ["loss", "psnr", "reidentified", *(["ssim"] if min(plain.shape[-2:]) >= MIN_SIDE else [])]
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=plain.device)
         if len(plain):  # of few images a worker may have none
             net = trainee.final.eval()
@@ -98,17 +93,17 @@ class InverseTask:
             one_class = torch.zeros(len(self.val[0]), dtype=torch.int64, device=plain.device)
             ranks = reidentify(estimates, self.val[0].float() / 255, originals, one_class)
             scores = {
-                "loss": likeness(estimates, target, self.attack.options).loss.expand(len(plain)),
+                "loss": reconstruction_loss(estimates, target, self.attack.options).loss.expand(len(plain)),
                 "psnr": psnr(estimates, target).clamp_max(MAX_PSNR),
                 "reidentified": ranks.top(1),
             }
             if "ssim" in names:
                 scores["ssim"] = ssim(estimates, target)
             sums = torch.stack([*(scores[name].double().sum() for name in names), sums.new_tensor(len(plain))])
-        *numbers, num = total(sums).tolist()
+        *numbers, num = all_reduce_sum(sums).tolist()
         return {f"val_{name}": number / num for name, number in zip(names, numbers, strict=True)}
 
-    def end(self, phase: Phase, trainee: Trainee) -> None:
+    def end(self, phase: Phase, trainee: TrainableModule) -> None:
         """One phase is all."""
 
     def state(self) -> dict[str, Any]:

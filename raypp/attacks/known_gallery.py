@@ -19,7 +19,7 @@ from raypp.utils import registry
 FINALISTS = 5
 
 
-class KnownGalleryOptions(registry.Options):
+class KnownGalleryOptions(registry.MethodConfig):
     name: Literal["known_gallery"] = "known_gallery"
     batch_size: int = Field(500, ge=1)
     """Gallery images that are protected at a time."""
@@ -32,7 +32,7 @@ def _centred(values: Tensor) -> Tensor:
 class KnownGallery(Attack):
     """Gives the gallery image whose protected version is nearest."""
 
-    Options: ClassVar[type[registry.Options]] = KnownGalleryOptions
+    Options: ClassVar[type[registry.MethodConfig]] = KnownGalleryOptions
     threat: ClassVar[Threat] = Threat.T4
     needs: ClassVar[tuple[str, ...]] = ("protect", "gallery")
     draws: ClassVar[bool] = False

@@ -21,7 +21,7 @@ BLOCK = 4
 LEAST = 0.9
 
 
-class KnownPlaintextOptions(registry.Options):
+class KnownPlaintextOptions(registry.MethodConfig):
     name: Literal["known_plaintext"] = "known_plaintext"
     num_pairs: int = Field(1, ge=1)
     """Known images that are used."""
@@ -30,7 +30,7 @@ class KnownPlaintextOptions(registry.Options):
 class KnownPlaintext(Attack):
     """Matches columns of half bytes over all blocks of all known pairs."""
 
-    Options: ClassVar[type[registry.Options]] = KnownPlaintextOptions
+    Options: ClassVar[type[registry.MethodConfig]] = KnownPlaintextOptions
     threat: ClassVar[Threat] = Threat.T3
     needs: ClassVar[tuple[str, ...]] = ("pairs",)
 

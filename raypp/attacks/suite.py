@@ -9,9 +9,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
 
 from raypp.attacks import ATTACKS
-from raypp.config.schema import Cluster, Section, Seed
+from raypp.config.schema import Cluster, ConfigModel, Seed
 from raypp.utils.errors import ConfigError
-from raypp.utils.registry import Options
+from raypp.utils.registry import MethodConfig
 
 HALF_EPOCHS, QUARTER, SIXTEENTH = "half the epochs", "a quarter of the images", "a sixteenth of the images"
 CURVE = ((HALF_EPOCHS, 0.5, 1.0), (SIXTEENTH, 1.0, 1 / 16), (QUARTER, 1.0, 0.25))
@@ -39,7 +39,7 @@ def _attacks(value: Any) -> Any:
     return tuple(found)
 
 
-class Suite(Section):
+class Suite(ConfigModel):
     """Which attacks are run, how strong, and on how many images."""
 
     seed: Seed = 0
@@ -51,14 +51,14 @@ class Suite(Section):
     """Train again with half the epochs, a quarter and a sixteenth of the images, to see whether leakage still rises."""
     judge_epochs: int = Field(3, ge=0)
     """Epochs of a plain classifier that reads the reconstructions, where the bundle brings none; 0 does without."""
-    attacks: Annotated[tuple[SerializeAsAny[Options], ...], BeforeValidator(_attacks)]
+    attacks: Annotated[tuple[SerializeAsAny[MethodConfig], ...], BeforeValidator(_attacks)]
     cluster: Cluster = Field(default_factory=Cluster)
 
-    def options(self, name: str) -> Options:
+    def options(self, name: str) -> MethodConfig:
         return next(options for options in self.attacks if options.name == name)
 
 
-def suites() -> dict[str, Path]:
+def suite_presets() -> dict[str, Path]:
     """Shipped suites by name."""
     folder = Path(str(resources.files("raypp") / "presets" / "attacks"))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}

@@ -12,16 +12,16 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from raypp.attacks.base import Access, Map
+from raypp.attacks.base import AttackerKnowledge, ImageMap
 from raypp.attacks.user_function import source_of, user_function
 from raypp.bundle import load
 from raypp.bundle import manifest as bundles
-from raypp.config.overrides import merge
+from raypp.config.overrides import deep_merge
 from raypp.config.schema import Config
 from raypp.config.validation import validate
-from raypp.data.base import ImageSet
+from raypp.data.base import ImageDataset
 from raypp.data.splits import load_split
-from raypp.metrics.image import LEAST_SIDE
+from raypp.metrics.image import MIN_SIDE
 from raypp.protections import PROTECTIONS
 from raypp.utils import image_files
 from raypp.utils import images as image_files
@@ -30,11 +30,11 @@ from raypp.utils.keys import Key
 from raypp.utils.storage import Storage
 
 KNOWN_PAIRS = 8  # that a bundle's attacker at T3 has
-LEAST_PAIRS = 20  # that two folders must hold
+MIN_PAIRS = 20  # that two folders must hold
 PART = 500
 
 
-class VictimSpec(BaseModel):
+class TargetSpec(BaseModel):
     """Whom to attack; exactly one of ``bundle``, ``function`` and ``folders``.
 
     Attributes:
@@ -62,7 +62,7 @@ class VictimSpec(BaseModel):
 
 
 @dataclass(frozen=True)
-class Victim:
+class Target:
     """Whom attacks are run against, and what they are measured on.
 
     Attributes:
@@ -80,7 +80,7 @@ class Victim:
 
     name: str
     label: str
-    access: Access
+    access: AttackerKnowledge
     plain: Tensor
     protected: Tensor
     labels: Tensor
@@ -110,14 +110,14 @@ class Victim:
         return digest.hexdigest()
 
 
-def load_victim(
-    spec: VictimSpec,
+def load_target(
+    spec: TargetSpec,
     *,
     num_queries: int,
     num_images: int | None = None,
     seed: int = 0,
     device: torch.device | None = None,
-) -> Victim:
+) -> Target:
     """Load a victim, and the images of its attackers and of the measurement.
 
     Args:
@@ -138,10 +138,10 @@ def load_victim(
     return _bundle(spec, num_queries, num_images, seed, device)
 
 
-def _bundle(spec: VictimSpec, num_queries: int, num_images: int | None, seed: int, device: torch.device) -> Victim:
+def _bundle(spec: TargetSpec, num_queries: int, num_images: int | None, seed: int, device: torch.device) -> Target:
     assert spec.bundle is not None
     public, private = load.load_public(spec.bundle), load.load_private(spec.bundle)
-    config = validate(merge(private.config, spec.config or {}))
+    config = validate(deep_merge(private.config, spec.config or {}))
     protection = public.protection.to(device)
     classifier = private.classifier.to(device)
     kind = type(protection)
@@ -150,10 +150,10 @@ def _bundle(spec: VictimSpec, num_queries: int, num_images: int | None, seed: in
         protected: Tensor = protection(images)
         return protected
 
-    def fresh(number: int) -> Map:
+    def fresh(number: int) -> ImageMap:
         key = Key(hashlib.sha256(f"attacker's own key {number}".encode()).digest())
         built = PROTECTIONS.build(_options(public), channels=public.channels, key=key)
-        own: Map = built.to(device).eval().protect
+        own: ImageMap = built.to(device).eval().protect
         return own
 
     @torch.inference_mode()
@@ -165,7 +165,7 @@ def _bundle(spec: VictimSpec, num_queries: int, num_images: int | None, seed: in
         return protection.protect(images.to(device))
 
     keyed = kind.needs_key(_options(public))
-    access = Access(
+    access = AttackerKnowledge(
         shape=(0, 0, 0),
         structure=kind.adaptation,
         fresh=fresh if keyed else None,
@@ -175,7 +175,7 @@ def _bundle(spec: VictimSpec, num_queries: int, num_images: int | None, seed: in
         device=device,
     )
     plain_classifier = load.load_plain_classifier(spec.bundle)
-    found = _measured_on(spec.bundle, access, config, private.classes, num_queries, num_images, seed)
+    found = _split_images(spec.bundle, access, config, private.classes, num_queries, num_images, seed)
     return replace(
         found,
         label=_label(config),
@@ -199,24 +199,24 @@ def _options(public: load.PublicBundle) -> Any:
     return PROTECTIONS.options(about["name"]).model_validate(about)
 
 
-def _function(spec: VictimSpec, num_queries: int, num_images: int | None, seed: int, device: torch.device) -> Victim:
+def _function(spec: TargetSpec, num_queries: int, num_images: int | None, seed: int, device: torch.device) -> Target:
     assert spec.function is not None
     config = validate(spec.config or {})
     protect = user_function(spec.function, device, spec.search)
-    access = Access(shape=(0, 0, 0), protect=protect, device=device)
-    found = _measured_on(spec.function, access, config, None, num_queries, num_images, seed)
+    access = AttackerKnowledge(shape=(0, 0, 0), protect=protect, device=device)
+    found = _split_images(spec.function, access, config, None, num_queries, num_images, seed)
     return replace(found, source=source_of(spec.function))
 
 
-def _measured_on(
+def _split_images(
     name: str,
-    access: Access,
+    access: AttackerKnowledge,
     config: Config,
     classes: tuple[str, ...] | None,
     num_queries: int,
     num_images: int | None,
     seed: int,
-) -> Victim:
+) -> Target:
     """Fill in images: the training split for attackers, the test split as gallery and queries."""
     device = access.device
     train, test = load_split(config, "train"), load_split(config, "test")
@@ -246,12 +246,12 @@ def _measured_on(
         gallery=gallery,
     )
     labels = gallery_labels[truth]
-    return Victim(name, name, access, plain, protected, labels, gallery, gallery_labels, truth, test.classes, config)
+    return Target(name, name, access, plain, protected, labels, gallery, gallery_labels, truth, test.classes, config)
 
 
 def _folders(
     folders: tuple[str, str], num_queries: int, num_images: int | None, seed: int, device: torch.device
-) -> Victim:
+) -> Target:
     plain, protected = (_read_folder(Path(folder)) for folder in folders)
     for one, other, where in ((plain, protected, folders[1]), (protected, plain, folders[0])):
         if lacking := sorted(one.keys() - other.keys()):
@@ -259,8 +259,8 @@ def _folders(
             raise DataError(
                 f"folder {where!r} has no image {lacking[0]!r}{more}; plain and protected images need the same names"
             )
-    if len(plain) < LEAST_PAIRS:
-        raise DataError(f"folder {folders[0]!r} holds {len(plain)} images; allowed are {LEAST_PAIRS} or more")
+    if len(plain) < MIN_PAIRS:
+        raise DataError(f"folder {folders[0]!r} holds {len(plain)} images; allowed are {MIN_PAIRS} or more")
     names = sorted(plain)
     first, second = (
         _stack([part[name] for name in names], names, folder)
@@ -273,7 +273,7 @@ def _folders(
     first, second = first.to(device), second.to(device)
     half = len(known) // 2
     none = torch.zeros(len(names), dtype=torch.int64, device=device)
-    access = Access(
+    access = AttackerKnowledge(
         shape=(first.shape[1], first.shape[2], first.shape[3]),
         images=first[known],
         labels=none[known],
@@ -282,7 +282,7 @@ def _folders(
         gallery=first,
         device=device,
     )
-    return Victim(
+    return Target(
         folders[1], Path(folders[1]).name, access, first[truth], second[truth], none[truth], first, none, truth, ()
     )
 
@@ -313,18 +313,16 @@ def _stack(images: list[np.ndarray], names: list[str], folder: str) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-def _tensors(images: ImageSet, device: torch.device) -> tuple[Tensor, Tensor]:
+def _tensors(images: ImageDataset, device: torch.device) -> tuple[Tensor, Tensor]:
     """Images uint8 (N, C, H, W) and labels on the device."""
     pixels = torch.from_numpy(images.images).permute(0, 3, 1, 2).contiguous()
     return pixels.to(device), torch.from_numpy(images.labels).to(device)
 
 
-def _in_parts(protect: Map, images: Tensor) -> Tensor:
+def _in_parts(protect: ImageMap, images: Tensor) -> Tensor:
     return torch.cat([protect(part) for part in images.split(PART)])
 
 
 def _large_enough(size: tuple[int, ...]) -> None:
-    if min(size) < LEAST_SIDE:
-        raise DataError(
-            f"images are {size[0]} x {size[1]} pixels; leakage is measured on sides of {LEAST_SIDE} or more"
-        )
+    if min(size) < MIN_SIDE:
+        raise DataError(f"images are {size[0]} x {size[1]} pixels; leakage is measured on sides of {MIN_SIDE} or more")

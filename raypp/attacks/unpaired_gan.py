@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from raypp.attacks.base import AttackError, Threat, TrainedAttack, TrainedOptions, other_size
-from raypp.config.overrides import merge
-from raypp.config.schema import Constant, Optimisation, Optimizer
-from raypp.data.loader import Augmentation, Batches, DeviceLoader
+from raypp.attacks.base import AttackError, Threat, TrainedAttack, TrainedOptions, size_mismatch
+from raypp.config.overrides import deep_merge
+from raypp.config.schema import Constant, OptimizationConfig, Optimizer
+from raypp.data.loader import Augmentation, BatchLoader, DeviceLoader
 from raypp.models import ADAPTATIONS, BLOCK
 from raypp.models.perceptual import StateDict
 from raypp.models.resnet import ResNet20, ResNetOptions
 from raypp.models.unet import UNet
-from raypp.training.checkpoint import Row
-from raypp.training.task import Phase, Terms, Trainee
+from raypp.training.checkpoint import EpochMetrics
+from raypp.training.task import Phase, StepOutput, TrainableModule
 from raypp.utils import registry
 from raypp.utils.images import to_uint8
 
@@ -46,7 +46,7 @@ class UnpairedGANOptions(TrainedOptions):
     """Channels of a U-Net generator's first level."""
     critic_rate: float = Field(1.0, gt=0)
     """Learning rate of the discriminator over the generator's; SIA-GAN has 4."""
-    train: Optimisation = Optimisation(
+    train: OptimizationConfig = OptimizationConfig(
         epochs=25,
         batch_size=64,
         optimizer=Optimizer(name="adamw", lr=0.0002, momentum=0.5, weight_decay=0.0),
@@ -62,7 +62,7 @@ class UnpairedGANOptions(TrainedOptions):
         train = given.get("train") or {}
         if not isinstance(train, dict):
             return given
-        return SIA | given | {"train": merge(SIA["train"], train)}
+        return SIA | given | {"train": deep_merge(SIA["train"], train)}
 
 
 def _conv(before: int, after: int, size: int, stride: int = 1, padding: int = 0) -> nn.Conv2d:
@@ -80,7 +80,7 @@ class Generator(nn.Module):
     ) -> None:
         super().__init__()
         self.size, channels, channels_in = shape[1:], shape[0], protected[0]
-        self.resized = other_size(protected[1:], self.size)
+        self.resized = size_mismatch(protected[1:], self.size)
         norm = nn.utils.parametrizations.spectral_norm
         kind = options.generator
         if kind == "auto":
@@ -177,7 +177,7 @@ def _discriminator(channels: int, style: str) -> nn.Sequential:
     )  # fmt: skip
 
 
-class GANTrainee(Trainee):
+class GANTrainee(TrainableModule):
     """Generator, discriminator and, in SIA-GAN's form, a classifier of plain images."""
 
     def __init__(self, attack: UnpairedGAN, labels: Tensor, ciphertexts: Tensor, classes: Tensor) -> None:
@@ -198,7 +198,7 @@ class GANTrainee(Trainee):
             {"params": list(self.discriminator.parameters()), "factor": self.options.critic_rate},
         ]
 
-    def forward(self, images: Tensor, at: Tensor) -> Terms:
+    def forward(self, images: Tensor, at: Tensor) -> StepOutput:
         drawn = torch.randint(len(self.ciphertexts), (len(images),)).to(images.device)
         made = self.generator(self.ciphertexts[drawn].float() / 255)
         real = self.discriminator(2 * images - 1).float()
@@ -215,7 +215,7 @@ class GANTrainee(Trainee):
             # SIA-GAN's attacker knows the classes of his protected images.
             loss = loss + F.cross_entropy(self.classifier(images).float(), self.labels[at])
             loss = loss + F.cross_entropy(self.classifier(made).float(), self.classes[drawn])
-        return Terms(loss + critic, {"critic": critic.detach()})
+        return StepOutput(loss + critic, {"critic": critic.detach()})
 
 
 class GANTask:
@@ -234,7 +234,7 @@ class GANTask:
         self.share(0, 1)
 
     def share(self, rank: int, world: int) -> None:
-        self.batches: Batches = DeviceLoader(
+        self.batches: BatchLoader = DeviceLoader(
             self.images.permute(0, 2, 3, 1),
             torch.arange(len(self.images), device=self.images.device),
             batch_size=self.train.batch_size,
@@ -248,10 +248,10 @@ class GANTask:
         torch.manual_seed(self.seed)
         return GANTrainee(self.attack, self.labels, self.ciphertexts, self.classes)
 
-    def validate(self, trainee: Trainee, rank: int, world: int) -> Row:
+    def validate(self, trainee: TrainableModule, rank: int, world: int) -> EpochMetrics:
         return {}
 
-    def end(self, phase: Phase, trainee: Trainee) -> None:
+    def end(self, phase: Phase, trainee: TrainableModule) -> None:
         """One phase is all."""
 
     def state(self) -> dict[str, Any]:
@@ -264,7 +264,7 @@ class GANTask:
 class UnpairedGAN(TrainedAttack):
     """A generator from protected to natural-looking images."""
 
-    Options: ClassVar[type[registry.Options]] = UnpairedGANOptions
+    Options: ClassVar[type[registry.MethodConfig]] = UnpairedGANOptions
     threat: ClassVar[Threat] = Threat.T1
     needs: ClassVar[tuple[str, ...]] = ("ciphertexts",)
 
@@ -290,7 +290,7 @@ class UnpairedGAN(TrainedAttack):
     def num_images(self) -> int:
         return len(self.material[0])
 
-    def state(self, trainee: Trainee) -> StateDict:
+    def state(self, trainee: TrainableModule) -> StateDict:
         assert isinstance(trainee, GANTrainee)
         shape = torch.tensor(trainee.ciphertexts.shape[1:])
         return {"shape": shape} | {k: v.detach().cpu() for k, v in trainee.generator.state_dict().items()}

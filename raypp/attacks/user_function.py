@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raypp.attacks.base import Map
+from raypp.attacks.base import ImageMap
 from raypp.utils.errors import ConfigError
-from raypp.utils.registry import did_you_mean
+from raypp.utils.registry import suggest
 
 _loaded: dict[str, tuple[str, ModuleType]] = {}
 """Modules of files by path, each with the SHA-256 of what it was made of: a file is executed once."""
 
 
-def user_function(name: str, device: torch.device, search: str | None = None) -> Map:
+def user_function(name: str, device: torch.device, search: str | None = None) -> ImageMap:
     """Load ``module:name`` or ``file.py:name`` as a map of uint8 tensors (N, C, H, W).
 
     Args:
@@ -172,7 +172,7 @@ def _callable(name: str, module: ModuleType, attribute: str) -> Callable[[Any], 
         except AttributeError as error:
             known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
             raise ConfigError(
-                f"function {name!r} cannot be loaded: AttributeError: there is no {part!r}{did_you_mean(part, known)}"
+                f"function {name!r} cannot be loaded: AttributeError: there is no {part!r}{suggest(part, known)}"
             ) from error
         except Exception as error:  # a module may make its attributes when they are asked for
             raise ConfigError(f"function {name!r} cannot be loaded: {_reason(error, module)}") from error

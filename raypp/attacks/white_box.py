@@ -21,7 +21,7 @@ from raypp.utils.images import to_uint8
 MARGIN = 0.01  # of the range at which values saturate: an exact 0 or 1 has no finite logit
 
 
-class WhiteBoxOptions(registry.Options):
+class WhiteBoxOptions(registry.MethodConfig):
     name: Literal["white_box"] = "white_box"
     steps: int = Field(400, ge=1)
     """Adam's steps from each start."""
@@ -42,7 +42,7 @@ class WhiteBoxOptions(registry.Options):
 class WhiteBox(Attack):
     """Gradient descent on the image itself."""
 
-    Options: ClassVar[type[registry.Options]] = WhiteBoxOptions
+    Options: ClassVar[type[registry.MethodConfig]] = WhiteBoxOptions
     threat: ClassVar[Threat] = Threat.T5
     needs: ClassVar[tuple[str, ...]] = ("gradients",)
     after: ClassVar[tuple[str, ...]] = ("inverse",)

@@ -11,14 +11,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from raypp.bundle.guard import Guard
-from raypp.bundle.manifest import (
-    LEAKAGE,
-    MANIFEST,
-    _folder,
-    _json,
-    write_manifest,
-)
+from raypp.bundle.guard import PlainImageDetector
+from raypp.bundle.manifest import LEAKAGE, MANIFEST, _folder, _json, write_manifest
 from raypp.bundle.model_card import NOT_ATTACKED, leakage_card, model_card
 from raypp.config.schema import Config
 from raypp.models.perceptual import StateDict
@@ -38,7 +32,7 @@ def export(
     classes: tuple[str, ...],
     image_size: tuple[int, int],
     key: Key | None,
-    guard: Guard | None,
+    guard: PlainImageDetector | None,
     sample: tuple[Tensor, Tensor],
     metrics: dict[str, Any],
     environment: dict[str, Any],

@@ -24,7 +24,7 @@ PART_VALUES = 2**22  # values of images whose statistics are computed at a time;
 
 
 @dataclass(frozen=True)
-class Guard:
+class PlainImageDetector:
     """A score per image: above ``threshold`` it looks protected.
 
     Attributes:
@@ -62,18 +62,20 @@ class Guard:
         return vectors | numbers
 
 
-def restore(data: dict[str, Any]) -> Guard:
+def restore_detector(data: dict[str, Any]) -> PlainImageDetector:
     """The guard that ``Guard.dump`` described; raises KeyError, TypeError or ValueError if it describes none."""
     mean, scale, weights = (torch.tensor(data[name], dtype=torch.float64) for name in ("mean", "scale", "weights"))
     bias, threshold = float(data["bias"]), float(data["threshold"])
     if not mean.shape == scale.shape == weights.shape or not math.isfinite(bias + threshold):
         raise ValueError("the numbers of a guard do not fit together")
     plain, protected = dict(data["plain_refused"]), dict(data["protected_refused"])
-    return Guard(mean, scale, weights, bias, threshold, plain, protected)
+    return PlainImageDetector(mean, scale, weights, bias, threshold, plain, protected)
 
 
 @torch.inference_mode()
-def calibrate(plain: Tensor, protected: Tensor, test_plain: Tensor, test_protected: Tensor) -> Guard | None:
+def calibrate_detector(
+    plain: Tensor, protected: Tensor, test_plain: Tensor, test_protected: Tensor
+) -> PlainImageDetector | None:
     """Fit a guard; None where there are too few images.
 
     Args:
@@ -86,13 +88,13 @@ def calibrate(plain: Tensor, protected: Tensor, test_plain: Tensor, test_protect
     x = torch.cat((statistics(protected[:half]), _statistics_of_variants(plain[:half])))
     mean, scale = x.mean(0), x.std(0).clamp_min(1e-6)
     weights, bias = _logistic(((x - mean) / scale).clamp(-10, 10), half)
-    unset = Guard(mean.cpu(), scale.cpu(), weights.cpu(), bias, 0.0, {}, {})
+    unset = PlainImageDetector(mean.cpu(), scale.cpu(), weights.cpu(), bias, 0.0, {}, {})
     lowest = float(unset.scores(protected[half:]).quantile(REFUSED))
     highest = float(unset.scores_of(_statistics_of_variants(plain[half:])).quantile(1 - REFUSED))
     # Between the two where they are apart; else as many protected images as allowed are refused.
     threshold = (lowest + highest) / 2 if highest < lowest else lowest
-    guard = Guard(mean.cpu(), scale.cpu(), weights.cpu(), bias, threshold, {}, {})
-    return Guard(
+    guard = PlainImageDetector(mean.cpu(), scale.cpu(), weights.cpu(), bias, threshold, {}, {})
+    return PlainImageDetector(
         guard.mean, guard.scale, guard.weights, bias, threshold,
         _rate(int((~guard.looks_protected(test_plain)).sum()), len(test_plain)),
         _rate(int((~guard.looks_protected(test_protected)).sum()), len(test_protected)),

@@ -11,14 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from raypp.bundle.guard import Guard, restore
-from raypp.bundle.manifest import (
-    PRIVATE,
-    _folder,
-    _listed,
-    _read_json,
-    verify,
-)
+from raypp.bundle.guard import PlainImageDetector, restore_detector
+from raypp.bundle.manifest import PRIVATE, _folder, _listed, _read_json, verify
 from raypp.config.presets import read_yaml
 from raypp.models import CLASSIFIERS
 from raypp.models.adaptation import build_classifier
@@ -49,7 +43,7 @@ class PrivateBundle:
     classes: tuple[str, ...]
     config: dict[str, Any]
     metrics: dict[str, Any]
-    guard: Guard | None
+    guard: PlainImageDetector | None
     sample: Tensor
     """Protected test images uint8 (n, C, H, W), and ``sample_classes`` int64 (n,), what the classifier made of them."""
     sample_classes: Tensor
@@ -124,7 +118,7 @@ def load_private(location: str | Path) -> PrivateBundle:
             sample = load((folder / "sample.safetensors").read_bytes())
             images, made = sample["images"], sample["classes"]
             found = folder / "guard.json"
-            guard = restore(_read_json(found)) if found.is_file() else None
+            guard = restore_detector(_read_json(found)) if found.is_file() else None
         except (ConfigError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise BundleError(f"the classifier in {str(location)!r} cannot be built: {first_line(error)}") from error
         try:

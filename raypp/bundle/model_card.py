@@ -6,10 +6,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 import raypp
-from raypp.bundle.guard import Guard
-from raypp.bundle.manifest import (
-    LEAKAGE,
-)
+from raypp.bundle.guard import PlainImageDetector
+from raypp.bundle.manifest import LEAKAGE
 from raypp.config.schema import Config
 from raypp.metrics.statistics import chance_error
 from raypp.protections import PROTECTIONS
@@ -53,7 +51,7 @@ def model_card(
     config: Config,
     classes: tuple[str, ...],
     image_size: tuple[int, int],
-    guard: Guard | None,
+    guard: PlainImageDetector | None,
     metrics: dict[str, Any],
     environment: dict[str, Any],
 ) -> str:

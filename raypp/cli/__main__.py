@@ -1,5 +1,5 @@
-"""Run the command line as ``python -m raypp.cli``."""
+"""Run the command line as ``python -m raypp.cli.main``."""
 
-from raypp.cli import main
+from raypp.cli.main import main
 
 main()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from raypp.client.http import Client
 from raypp.client.session import RemoteError
-from raypp.metrics.image import LEAST_SIDE, ssim
+from raypp.metrics.image import MIN_SIDE, ssim
 from raypp.utils.errors import ConfigError, RayppError
 from raypp.utils.images import Pixels, encode_png
 
@@ -83,7 +83,7 @@ class Service:
             self.offered = {}
 
 
-def services(urls: Sequence[str], *, token: str | None = None, key: str | Path | None = None) -> list[Service]:
+def open_services(urls: Sequence[str], *, token: str | None = None, key: str | Path | None = None) -> list[Service]:
     """Services by their URLs; ``NAME=URL`` gives one a name, else its URL is its name.
 
     Raises:
@@ -149,7 +149,7 @@ def _attacked(service: Service, about: dict[str, Any], image: Pixels, plain: Pix
     except RayppError as error:  # one attack that fails leaves the others on the page
         return shown | {"problem": str(error)}
     shown["png"] = _png(made)
-    if made.shape == plain.shape and min(made.shape[:2]) >= LEAST_SIDE:
+    if made.shape == plain.shape and min(made.shape[:2]) >= MIN_SIDE:
         shown["ssim"] = float(ssim(_tensor(made), _tensor(plain)))
     return shown
 
@@ -163,7 +163,7 @@ def _tensor(image: Pixels) -> Tensor:
 
 
 @contextmanager
-def running(offered: Sequence[Service], *, port: int) -> Iterator[str]:
+def running_demo(offered: Sequence[Service], *, port: int) -> Iterator[str]:
     """Show the page on this machine until the context ends; gives its address.
 
     Raises:

@@ -21,19 +21,16 @@ from raypp.bundle.load import PublicBundle
 from raypp.client.session import (
     BATCH,
     MAX_ARCHIVE,
-    Call,
     Errors,
     Image,
     Prediction,
     RemoteError,
+    Request,
     Step,
     _Session,
 )
 from raypp.utils.errors import RayppError
 from raypp.utils.images import Pixels
-
-MAX_DOUBLINGS = 10  # of the wait between two tries, which has its limit long before
-LONGEST_WAIT = 30.0  # seconds between two tries
 
 
 class Client:
@@ -130,7 +127,7 @@ class Client:
             except StopIteration as done:
                 return done.value
             answer = None
-            if isinstance(wanted, Call):
+            if isinstance(wanted, Request):
                 try:
                     with self._http.stream(**self._session.request(wanted)) as opened:
                         answer = _whole(opened, _within(opened.iter_bytes()))
@@ -205,7 +202,7 @@ class AsyncClient:
             if isinstance(wanted, _Done):
                 return wanted.value
             answer = None
-            if isinstance(wanted, Call):
+            if isinstance(wanted, Request):
                 try:
                     async with self._http.stream(**self._session.request(wanted)) as opened:
                         chunks = [chunk async for chunk in _within_async(opened.aiter_bytes())]
@@ -221,7 +218,7 @@ class _Done:
     value: Any
 
 
-def _next(steps: Step, answer: httpx.Response | Exception | None) -> Call | float | _Done:
+def _next(steps: Step, answer: httpx.Response | Exception | None) -> Request | float | _Done:
     """One step in a thread, where StopIteration could not be told from the thread's own."""
     try:
         return steps.send(answer)

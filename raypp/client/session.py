@@ -23,13 +23,9 @@ import numpy as np
 import raypp
 from raypp.bundle.load import PublicBundle, load_public
 from raypp.bundle.manifest import MANIFEST
-from raypp.client.http import (
-    LONGEST_WAIT,
-    MAX_DOUBLINGS,
-)
 from raypp.client.offline import protect_images, read_image
 from raypp.utils.errors import BundleError, ConfigError, DataError, RayppError
-from raypp.utils.images import Pixels, decode, fit, grey
+from raypp.utils.images import Pixels, decode, resize_and_center_crop, to_grayscale
 from raypp.utils.keys import Key
 from raypp.utils.network import is_loopback
 from raypp.utils.storage import new_folder
@@ -82,7 +78,7 @@ Step = Generator["Call | float", "httpx.Response | Exception | None", Any]
 
 
 @dataclass(frozen=True)
-class Call:
+class Request:
     """One HTTP request."""
 
     method: str
@@ -137,11 +133,11 @@ class _Session:
 
     # Requests with retries
 
-    def request(self, call: Call) -> dict[str, Any]:
+    def request(self, call: Request) -> dict[str, Any]:
         """A call as httpx takes it."""
         return {"method": call.method, "url": self.url + call.path, "headers": call.headers, "content": call.body}
 
-    def ask(self, call: Call) -> Step:
+    def ask(self, call: Request) -> Step:
         """Send until there is an answer that is worth something, or patience ends."""
         begin, tries = time.monotonic(), 0
         end = begin + self.patience
@@ -169,7 +165,7 @@ class _Session:
             yield wait
 
     def get(self, path: str, headers: dict[str, str] | None = None) -> Step:
-        answer = yield from self.ask(Call("GET", path, self._headers | (headers or {})))
+        answer = yield from self.ask(Request("GET", path, self._headers | (headers or {})))
         if answer.status_code not in (200, 304):
             raise _problem(answer)
         return answer
@@ -260,7 +256,9 @@ class _Session:
                 continue
             try:
                 # Made small as soon as it has been read: 64 photographs would take gigabytes.
-                plain[place] = fit(_channels(_read(image, place + 1), bundle.channels), bundle.image_size)
+                plain[place] = resize_and_center_crop(
+                    _channels(_read(image, place + 1), bundle.channels), bundle.image_size
+                )
             except DataError as error:
                 if errors is None:
                     raise
@@ -293,7 +291,7 @@ class _Session:
             if not kept:
                 return []
             headers = self._headers | {"Content-Type": NPY, "Raypp-Protection": identifier}
-            answer = yield from self.ask(Call("POST", "/classifier/v1/classify", headers, _npy(hidden)))
+            answer = yield from self.ask(Request("POST", "/classifier/v1/classify", headers, _npy(hidden)))
             if answer.status_code == 200:
                 live = answer.headers.get("Raypp-Protection")
                 if live is not None and live != identifier:
@@ -341,7 +339,7 @@ class _Session:
         for last in (False, True):
             identifier, plain, hidden = yield from self.protected(images)
             headers = self._headers | {"Content-Type": NPY, "Raypp-Protection": identifier}
-            answer = yield from self.ask(Call("POST", f"/attack/v1/{quote(attack, safe='')}", headers, _npy(hidden)))
+            answer = yield from self.ask(Request("POST", f"/attack/v1/{quote(attack, safe='')}", headers, _npy(hidden)))
             if answer.status_code == 409 and not last:
                 yield from self.protection(anew=True)
                 continue
@@ -459,4 +457,8 @@ def _read(image: Image, number: int) -> Pixels:
 def _channels(image: Pixels, channels: int) -> Pixels:
     if image.shape[2] == channels:
         return image
-    return grey(image) if channels == 1 else np.repeat(image, 3, axis=2)
+    return to_grayscale(image) if channels == 1 else np.repeat(image, 3, axis=2)
+
+
+MAX_DOUBLINGS = 10  # of the wait between two tries, which has its limit long before
+LONGEST_WAIT = 30.0  # seconds between two tries

@@ -15,18 +15,26 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import TrainedAttack
-from raypp.cluster.progress_actor import Events, Steps, following, put_up
-from raypp.cluster.session import session
-from raypp.cluster.tasks import Outcome, Pinned, resources, spread
-from raypp.cluster.train import run_trainer, scaling
-from raypp.experiments.attack_plan import JUDGE, Plan, load_victim_of, restore, waits_for
+from raypp.cluster.progress_actor import Events, Steps, create_progress_actor, polling
+from raypp.cluster.session import ray_session
+from raypp.cluster.tasks import Outcome, RemoteProgress, run_tasks, task_resources
+from raypp.cluster.train import build_scaling_config, run_trainer
+from raypp.experiments.attack_plan import (
+    REFERENCE_CLASSIFIER,
+    AttackPlan,
+    dependencies,
+    load_target_of,
+    restore_attack_plan,
+)
 from raypp.experiments.attack_run import run_attack
-from raypp.experiments.reference_classifier import train_judge
-from raypp.utils.errors import RayppError, StoppedError, ToldToStop
-from raypp.utils.progress import GridDisplay, Shows
+from raypp.experiments.reference_classifier import train_reference_classifier
+from raypp.utils.errors import NonRetryableError, RayppError, TrainingInterrupted
+from raypp.utils.progress import MultiProgressDisplay, ProgressListener
 
 
-def run_on_ray(plan: Plan, missing: Sequence[str], display: GridDisplay, ended: Callable[[str, Outcome], None]) -> None:
+def run_on_ray(
+    plan: AttackPlan, missing: Sequence[str], display: MultiProgressDisplay, ended: Callable[[str, Outcome], None]
+) -> None:
     """Run attacks; ``ended`` is told of each ``{"result": ...}`` or ``{"error": sentence}``.
 
     A task whose worker dies is started again and resumes its training from the newest checkpoint.
@@ -38,40 +46,40 @@ def run_on_ray(plan: Plan, missing: Sequence[str], display: GridDisplay, ended: 
     dumped = plan.dump()
     together = [name for name in missing if (plan.suite.cluster.num_workers or 1) > 1 and _trains(name)]
     alone = [name for name in missing if name not in together]
-    with session() as have:
+    with ray_session() as have:
         for name in together:
             ended(name, _run_together(plan, name, have, display))
         if alone:
-            after = {name: waits_for(plan, name) for name in alone if name != JUDGE}
+            after = {name: dependencies(plan, name) for name in alone if name != REFERENCE_CLASSIFIER}
             work = {name: (dumped, name) for name in alone}
-            spread(_run, work, plan.suite.cluster, display, ended, what="an attack", after=after)
+            run_tasks(_run, work, plan.suite.cluster, display, ended, what="an attack", after=after)
 
 
 def _trains(name: str) -> bool:
-    return name != JUDGE and issubclass(ATTACKS.get(name), TrainedAttack)
+    return name != REFERENCE_CLASSIFIER and issubclass(ATTACKS.get(name), TrainedAttack)
 
 
-def _run(dumped: dict[str, Any], name: str, display: Shows) -> dict[str, Any]:
-    plan = restore(dumped)
-    if name == JUDGE:
-        train_judge(plan, load_victim_of(plan), display)
+def _run(dumped: dict[str, Any], name: str, display: ProgressListener) -> dict[str, Any]:
+    plan = restore_attack_plan(dumped)
+    if name == REFERENCE_CLASSIFIER:
+        train_reference_classifier(plan, load_target_of(plan), display)
         return {}
     return run_attack(plan, name, display)
 
 
-def _run_together(plan: Plan, name: str, have: dict[str, float], display: GridDisplay) -> Outcome:
+def _run_together(plan: AttackPlan, name: str, have: dict[str, float], display: MultiProgressDisplay) -> Outcome:
     """Run one attack whose network trains on ``cluster.num_workers`` workers."""
     cluster, folder = plan.suite.cluster, plan.folder(name)
     num = cluster.num_workers or 1
-    use_gpu = resources(cluster, have, f"attack {name}", display, cluster.min_workers or num)["num_gpus"] > 0
-    board = put_up()
+    use_gpu = task_resources(cluster, have, f"attack {name}", display, cluster.min_workers or num)["num_gpus"] > 0
+    board = create_progress_actor()
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
             "plan": plan.dump(), "name": name, "board": board, "threads": max(1, int(cluster.cpus_per_worker)),
         },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=scaling(cluster, num, use_gpu),
+        scaling_config=build_scaling_config(cluster, num, use_gpu),
         run_config=RunConfig(
             name="ray",
             storage_path=folder.uri,
@@ -87,22 +95,22 @@ def _run_together(plan: Plan, name: str, have: dict[str, float], display: GridDi
             display.warn(name, message)
 
     try:
-        with following(board, show):
+        with polling(board, show):
             outcome = run_trainer(trainer, cluster.max_failures, folder, board)
     except RayppError as error:
         return {"error": str(error)}
     if "told" in outcome:
-        raise ToldToStop(outcome["told"])
+        raise TrainingInterrupted(outcome["told"])
     return outcome
 
 
 def _worker(arguments: dict[str, Any]) -> Outcome:
     """What runs on each worker. What stops all of them alike is returned, not raised: a restart would meet it again."""
     torch.set_num_threads(arguments["threads"])
-    display = Pinned(arguments["board"], arguments["name"])
+    display = RemoteProgress(arguments["board"], arguments["name"])
     try:
-        return {"result": run_attack(restore(arguments["plan"]), arguments["name"], display)}
-    except StoppedError as error:
+        return {"result": run_attack(restore_attack_plan(arguments["plan"]), arguments["name"], display)}
+    except NonRetryableError as error:
         return {"error": str(error)}
-    except ToldToStop as told:
+    except TrainingInterrupted as told:
         return {"told": str(told)}

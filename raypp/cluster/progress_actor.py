@@ -19,7 +19,7 @@ Steps = dict[str, dict[str, Any]]
 Events = list[tuple[str, str, Any]]
 
 
-class Board:
+class ProgressActor:
     """Where workers pin what the driver shows: of each piece of work the newest step, and every event once."""
 
     def __init__(self) -> None:
@@ -46,14 +46,14 @@ class Board:
         return steps, events
 
 
-def put_up() -> Any:
+def create_progress_actor() -> Any:
     """Start a board on the driver's own node: anywhere else, a node that leaves would take it along."""
     # With soft affinity, Ray 2.60 sometimes chose another node although this one had room.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
+    return ray.remote(num_cpus=0)(ProgressActor).options(scheduling_strategy=here).remote()
 
 
-def taken(board: Any) -> tuple[Steps, Events]:
+def drain(board: Any) -> tuple[Steps, Events]:
     """What is new on a board; nothing where it does not answer: the display is not worth a run."""
     try:
         found: tuple[Steps, Events] = ray.get(board.take.remote(), timeout=5)
@@ -62,7 +62,7 @@ def taken(board: Any) -> tuple[Steps, Events]:
     return found
 
 
-def told_to_stop(board: Any) -> bool:
+def stop_requested(board: Any) -> bool:
     """Whether the driver has been told to stop; no, where the board does not answer."""
     try:
         return bool(ray.get(board.stopping.remote(), timeout=5))
@@ -70,7 +70,7 @@ def told_to_stop(board: Any) -> bool:
         return False
 
 
-def seconds_to_stop() -> float:
+def shutdown_grace_period() -> float:
     """How long checkpoints may take before the driver has to end."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         return STOP_SECONDS
@@ -79,13 +79,13 @@ def seconds_to_stop() -> float:
 
 
 @contextmanager
-def following(board: Any, show: Callable[[Steps, Events], None]) -> Iterator[None]:
+def polling(board: Any, show: Callable[[Steps, Events], None]) -> Iterator[None]:
     """Call ``show`` with what is new on the board, from a thread, while the driver waits for something else."""
     finished = threading.Event()
 
     def follow() -> None:
         while not finished.wait(POLL_SECONDS):
-            show(*taken(board))
+            show(*drain(board))
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -94,4 +94,4 @@ def following(board: Any, show: Callable[[Steps, Events], None]) -> Iterator[Non
     finally:
         finished.set()
         thread.join()
-        show(*taken(board))
+        show(*drain(board))

@@ -12,17 +12,14 @@ from ray.tune import Stopper
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, PopulationBasedTraining, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from raypp.experiments import (
-    pareto,
-    plots,
-)
-from raypp.experiments.search_records import Record
-from raypp.experiments.search_settings import Plan, Range, Search
+from raypp.experiments import pareto, plots
+from raypp.experiments.search_records import TrialRecord
+from raypp.experiments.search_settings import Range, Search, SearchPlan
 
 MANY_EPOCHS = 2**31
 
 
-def _sampler(asked: Search, seed: int) -> Any:
+def build_sampler(asked: Search, seed: int) -> Any:
     """Optuna behind Tune's interface; population based training draws its own points."""
     import optuna
 
@@ -47,7 +44,7 @@ def _sampler(asked: Search, seed: int) -> Any:
     return OptunaSearch(space, metric=metric, mode=mode, sampler=kinds[asked.sampler]())
 
 
-def _param_space(asked: Search) -> dict[str, Any]:
+def build_param_space(asked: Search) -> dict[str, Any]:
     def domain(values: Range | tuple[Any, ...]) -> Any:
         if isinstance(values, tuple):
             return tune.choice([plots.label(value) for value in values])
@@ -56,7 +53,7 @@ def _param_space(asked: Search) -> dict[str, Any]:
     return {key: domain(values) for key, values in asked.space.items()}
 
 
-def _scheduler(plan: Plan) -> Any:
+def build_scheduler(plan: SearchPlan) -> Any:
     asked = plan.search
     common: dict[str, Any] = {"time_attr": "epoch", "metric": "judged", "mode": "max"}
     if asked.scheduler == "asha":
@@ -65,16 +62,16 @@ def _scheduler(plan: Plan) -> Any:
     if asked.scheduler == "median":
         return MedianStoppingRule(**common, grace_period=asked.grace_epochs, min_samples_required=3)
     if asked.scheduler == "pbt":
-        return _Population(
+        return PopulationUntilLastEpoch(
             **common,
             perturbation_interval=asked.grace_epochs,
-            hyperparam_mutations=_param_space(asked),
-            custom_explore_fn=functools.partial(_within, asked.model_dump(mode="json")),
+            hyperparam_mutations=build_param_space(asked),
+            custom_explore_fn=functools.partial(_clip_to_space, asked.model_dump(mode="json")),
         )
     return None
 
 
-class _Population(PopulationBasedTraining):  # type: ignore[misc]  # Ray has no types here
+class PopulationUntilLastEpoch(PopulationBasedTraining):  # type: ignore[misc]  # Ray has no types here
     """Takes no turn after a trial's last epoch: who took over such a network would train no more."""
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> Any:
@@ -83,7 +80,7 @@ class _Population(PopulationBasedTraining):  # type: ignore[misc]  # Ray has no 
         return super().on_trial_result(controller, trial, result)
 
 
-def _within(asked: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
+def _clip_to_space(asked: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
     """A perturbed point, brought back into the space's ranges."""
     space = Search.model_validate(asked).space
     limits = {key: values for key, values in space.items() if isinstance(values, Range)}
@@ -93,12 +90,12 @@ def _within(asked: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class NoImprovement(Stopper):  # type: ignore[misc]  # Ray has no types here
+class PatienceStopper(Stopper):  # type: ignore[misc]  # Ray has no types here
     """Ends a search after so many finished trials in a row that improved neither front nor objective."""
 
     def __init__(self, patience: int, objective: str, least: float | None) -> None:
         self._patience, self._objective, self._least = patience, objective, least
-        self._records: list[Record] = []
+        self._records: list[TrialRecord] = []
         self._best, self._since = -math.inf, 0
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:

@@ -13,30 +13,26 @@ import ray
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-from raypp.cluster.progress_actor import seconds_to_stop, taken
-from raypp.cluster.trial import (
-    STOPPED,
-    _decoded,
-)
-from raypp.cluster.tune import ENDED
+from raypp.cluster.progress_actor import drain, shutdown_grace_period
+from raypp.cluster.trial import STOPPED, _decoded
 from raypp.experiments import (
     plots,
     search_records,
     search_results,
     search_settings,
 )
-from raypp.experiments.search_records import Record
-from raypp.experiments.search_settings import Plan
+from raypp.experiments.search_records import TrialRecord
+from raypp.experiments.search_settings import SearchPlan
 from raypp.utils.errors import RayppError
-from raypp.utils.progress import GridDisplay
+from raypp.utils.progress import MultiProgressDisplay
 
 
-class _Watch:
+class TrialMonitor:
     """What the driver shows and writes while trials run: a row of each that Tune knows."""
 
-    def __init__(self, plan: Plan, least: float | None, display: GridDisplay, board: Any) -> None:
+    def __init__(self, plan: SearchPlan, least: float | None, display: MultiProgressDisplay, board: Any) -> None:
         self.plan, self.least, self.display, self.board = plan, least, display, board
-        self.rows: dict[str, Record] = {}
+        self.rows: dict[str, TrialRecord] = {}
         self._stopped: set[str] = set()
         self._until: float | None = None  # when to give up trials that were told to stop
 
@@ -46,8 +42,8 @@ class _Watch:
             return
         if self._until is None:
             self.board.stop.remote()
-            self._until = time.monotonic() + seconds_to_stop()
-        self._stopped |= {trial for trial, kind, _ in taken(self.board)[1] if kind == STOPPED}
+            self._until = time.monotonic() + shutdown_grace_period()
+        self._stopped |= {trial for trial, kind, _ in drain(self.board)[1] if kind == STOPPED}
         running = {trial.trial_id for trial in trials if trial.status == Trial.RUNNING}
         if running <= self._stopped or time.monotonic() > self._until:
             self.display.end_if_told()
@@ -81,8 +77,8 @@ class _Watch:
             said = f"stopped early after {row['epochs']} epochs" + (f", accuracy {accuracy:.1%}" if accuracy else "")
         settings = "  ".join(f"{key.rpartition('.')[2]} {_short(value)}" for key, value in row["settings"].items())
         self.display.done(name, f"{said}  ({settings})")
-        _keep(self.plan, self.rows)
-        search_results.write_table(self.plan.storage, _all_records(self.plan), self.least)
+        save_records(self.plan, self.rows)
+        search_results.write_table(self.plan.storage, all_records(self.plan), self.least)
 
     def over(self) -> None:
         """The search has ended; what still ran then, its time or patience stopped."""
@@ -94,14 +90,14 @@ class _Watch:
                     "status": "stopped early",
                     "explanation": f"the search ended after {row['epochs']} of its epochs",
                 }
-        _keep(self.plan, self.rows)
+        save_records(self.plan, self.rows)
 
     def _settings(self, trial: Any) -> dict[str, Any]:
         space = self.plan.search.space
         return {key: _decoded(space[key], value) for key, value in trial.config.items() if key in space}
 
 
-def _said(record: Record) -> str:
+def _said(record: TrialRecord) -> str:
     if record["status"] != "done":
         return f"{record['status']}: {record['explanation']}"
     return f"accuracy {record['accuracy']:.1%}, leakage {record['leakage']:.3f}, {record['found']:.1%} found"
@@ -111,34 +107,34 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(plots.label(value))
 
 
-def _keep(plan: Plan, rows: dict[str, Record]) -> None:
+def save_records(plan: SearchPlan, rows: dict[str, TrialRecord]) -> None:
     """Keep what only the driver knows of trials that did not reach their end, so that a resumed search still does."""
-    before = _kept(plan)
+    before = load_records(plan)
     now = {name: row for name, row in rows.items() if row.get("status") in ("stopped early", "failed")}
     resumed = {name: row for name, row in before.items() if name not in rows}
     plan.storage.write(ENDED, (json.dumps(resumed | now, indent=2) + "\n").encode())
 
 
-def _kept(plan: Plan) -> dict[str, Record]:
+def load_records(plan: SearchPlan) -> dict[str, TrialRecord]:
     if not plan.storage.exists(ENDED):
         return {}
-    found: dict[str, Record] = json.loads(plan.storage.read(ENDED))
+    found: dict[str, TrialRecord] = json.loads(plan.storage.read(ENDED))
     return found
 
 
-def _all_records(plan: Plan) -> list[Record]:
+def all_records(plan: SearchPlan) -> list[TrialRecord]:
     """Records of all trials that have ended, however they did."""
-    done = {record["trial"]: record for record in search_records.records_of(plan)}
-    others = {name: {"trial": name, **row} for name, row in _kept(plan).items() if name not in done}
+    done = {record["trial"]: record for record in search_records.trial_records(plan)}
+    others = {name: {"trial": name, **row} for name, row in load_records(plan).items() if name not in done}
     return [*done.values(), *others.values()]
 
 
-class _Follow(Callback):  # type: ignore[misc]
+class TuneProgress(Callback):  # type: ignore[misc]
     """Tells the watch of this process what Tune tells. Tune stores its callbacks: what is restored finds it again."""
 
-    current: ClassVar[_Watch | None] = None
+    current: ClassVar[TrialMonitor | None] = None
 
-    def __init__(self, watch: _Watch) -> None:
+    def __init__(self, watch: TrialMonitor) -> None:
         type(self).current = watch
 
     def on_step_begin(self, iteration: int, trials: list[Any], **_: Any) -> None:
@@ -184,3 +180,6 @@ def _silent() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+ENDED = "ended.json"  # what only the driver knows of trials

@@ -28,23 +28,23 @@ if TYPE_CHECKING:
     from raypp.config.schema import Cluster
 
 
-def wants_gpu(cluster: Cluster, have: dict[str, float]) -> bool:
+def uses_gpu(cluster: Cluster, have: dict[str, float]) -> bool:
     """Whether work gets GPUs: as configured, else wherever the cluster has some."""
     return have.get("GPU", 0) > 0 if cluster.gpu is None else cluster.gpu
 
 
-def can_grow() -> bool:
+def is_autoscaling() -> bool:
     """Whether somebody else runs the cluster and may add nodes to it: not so for one that was started here."""
     return not _started_here
 
 
-def lacks(sentence: str, see: str) -> str:
+def insufficient_resources(sentence: str, see: str) -> str:
     """Say at once what Ray would wait for in silence: the warning that it waits, on a cluster that may grow.
 
     Raises:
         ConfigError: it would wait for ever.
     """
-    if can_grow():
+    if is_autoscaling():
         return f"{sentence}: waiting for it to grow"
     raise ConfigError(f"{sentence}; see {see}")
 
@@ -73,7 +73,7 @@ def check_address() -> None:
 
 
 @contextmanager
-def session() -> Iterator[dict[str, float]]:
+def ray_session() -> Iterator[dict[str, float]]:
     """Use the running Ray, the cluster in RAY_ADDRESS, or start one here and stop it at the end.
 
     Yields:

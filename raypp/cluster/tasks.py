@@ -10,23 +10,19 @@ from typing import Any
 import ray
 import torch
 
-from raypp.cluster.progress_actor import put_up, seconds_to_stop, taken, told_to_stop
-from raypp.cluster.session import (
-    lacks,
-    session,
-    wants_gpu,
-)
+from raypp.cluster.progress_actor import create_progress_actor, drain, shutdown_grace_period, stop_requested
+from raypp.cluster.session import insufficient_resources, ray_session, uses_gpu
 from raypp.config.schema import Cluster
-from raypp.utils.errors import RayppError, ToldToStop, first_line
-from raypp.utils.progress import GridDisplay, Row
-from raypp.utils.signals import told_by
+from raypp.utils.errors import RayppError, TrainingInterrupted, first_line
+from raypp.utils.progress import MultiProgressDisplay, Row
+from raypp.utils.signals import stop_on_signal
 
 POLL_SECONDS = 0.5
 
 Outcome = dict[str, Any]
 
 
-class Pinned:
+class RemoteProgress:
     """Shows the progress of one piece of work on the driver's board."""
 
     def __init__(self, board: Any, work: str) -> None:
@@ -42,14 +38,14 @@ class Pinned:
         self._board.pin.remote("warning", message, self._work)
 
     def told_to_stop(self) -> bool:
-        return told_to_stop(self._board)
+        return stop_requested(self._board)
 
 
-def spread(
+def run_tasks(
     function: Callable[..., Any],
     work: Mapping[str, tuple[Any, ...]],
     cluster: Cluster,
-    display: GridDisplay,
+    display: MultiProgressDisplay,
     ended: Callable[[str, Outcome], None],
     *,
     what: str,
@@ -72,13 +68,13 @@ def spread(
     """
     after = after or {}
     # After the session, for Ray's start takes the signal to itself.
-    with session() as have, told_by(display.stop, signal.SIGTERM):
+    with ray_session() as have, stop_on_signal(display.stop, signal.SIGTERM):
         task = ray.remote(
-            **resources(cluster, have, what, display),
+            **task_resources(cluster, have, what, display),
             max_retries=cluster.max_failures,
             max_calls=1,  # a process each: one's memory and settings are not the next one's
         )(_call)
-        board = put_up()
+        board = create_progress_actor()
         waiting, open_ = dict(work), set(work)
         running: dict[Any, str] = {}
         until: float | None = None  # when to give up those that were told to stop
@@ -86,7 +82,7 @@ def spread(
         while open_:
             if until is None and display.stop.is_set():
                 board.stop.remote()
-                until = time.monotonic() + seconds_to_stop()
+                until = time.monotonic() + shutdown_grace_period()
                 left = bool(waiting)
                 open_ -= waiting.keys()
                 waiting.clear()
@@ -97,7 +93,7 @@ def spread(
                 arguments = waiting.pop(name)
                 running[task.remote(function, arguments, name, board, cluster.cpus_per_worker)] = name
             ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
-            steps, events = taken(board)
+            steps, events = drain(board)
             for name, step in steps.items():
                 display.step(name, step)
             for name, _, message in events:
@@ -125,29 +121,32 @@ def _outcome(reference: Any) -> Outcome:
     return found
 
 
-def resources(
-    cluster: Cluster, have: dict[str, float], what: str, display: GridDisplay, num: int = 1
+def task_resources(
+    cluster: Cluster, have: dict[str, float], what: str, display: MultiProgressDisplay, num: int = 1
 ) -> dict[str, float]:
     """What one of ``num`` pieces takes that run at once; where the cluster does not have it, says that it waits.
 
     Raises:
         ConfigError: the cluster cannot grow.
     """
-    use_gpu = wants_gpu(cluster, have)
+    use_gpu = uses_gpu(cluster, have)
     for kind, each in {"CPU": cluster.cpus_per_worker, "GPU": float(use_gpu)}.items():
         if num * each > have.get(kind, 0):
             sentence = f"{what} needs {num * each:g} {kind}s, the cluster has {have.get(kind, 0):g}"
-            display.warn("cluster", lacks(sentence, "cluster.num_workers, cluster.cpus_per_worker and cluster.gpu"))
+            display.warn(
+                "cluster",
+                insufficient_resources(sentence, "cluster.num_workers, cluster.cpus_per_worker and cluster.gpu"),
+            )
     return {"num_cpus": cluster.cpus_per_worker, "num_gpus": int(use_gpu)}
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...], name: str, board: Any, cpus: float) -> Outcome:
     torch.set_num_threads(max(1, int(cpus)))
-    if told_to_stop(board):  # while it waited for a place
+    if stop_requested(board):  # while it waited for a place
         return {"told": "not begun"}
     try:
-        return {"result": function(*arguments, Pinned(board, name))}
+        return {"result": function(*arguments, RemoteProgress(board, name))}
     except RayppError as error:
         return {"error": str(error)}
-    except ToldToStop as told:
+    except TrainingInterrupted as told:
         return {"told": str(told)}

@@ -17,30 +17,33 @@ import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from raypp.cluster.progress_actor import Events, Steps, following, put_up, seconds_to_stop, told_to_stop
-from raypp.cluster.session import (
-    lacks,
-    session,
-    wants_gpu,
+from raypp.cluster.progress_actor import (
+    Events,
+    Steps,
+    create_progress_actor,
+    polling,
+    shutdown_grace_period,
+    stop_requested,
 )
+from raypp.cluster.session import insufficient_resources, ray_session, uses_gpu
 from raypp.config.schema import Cluster, Config
 from raypp.config.validation import validate
-from raypp.data.streaming import Batch, StreamLoader, bounded, datasets, held_out
-from raypp.experiments.training_run import Run, conclude, stored_key
+from raypp.data.streaming import Batch, StreamLoader, build_execution_options, collect_validation_set, datasets
+from raypp.experiments.training_run import Run, finalize_run, stored_key
 from raypp.models.perceptual import StateDict
-from raypp.training.checkpoint import CHECKPOINTS, Row, RunCheckpoints, newest_first
-from raypp.training.distributed import first_error
-from raypp.training.protection_task import TrainingData, check_sides, fit, protect_first
+from raypp.training.checkpoint import CHECKPOINTS, CheckpointStore, EpochMetrics, list_checkpoints
+from raypp.training.distributed import first_error_message
+from raypp.training.protection_task import TrainingData, build_pre_transform, check_image_sizes, fit
 from raypp.utils import errors
-from raypp.utils.errors import RayppError, StoppedError, ToldToStop, TrainingError, last_line
+from raypp.utils.errors import NonRetryableError, RayppError, TrainingError, TrainingInterrupted, last_line
 from raypp.utils.keys import Key
-from raypp.utils.progress import Display
+from raypp.utils.progress import ProgressDisplay
 from raypp.utils.storage import Storage
 
 MAX_WORKERS = 8  # of a run that does not say how many: a batch of 128 is not worth spreading further
 
 
-class TrainSink(RunCheckpoints):
+class RayTrainReporter(CheckpointStore):
     """Reports to the run's folder, and the numbers to Ray Train.
 
     Ray Train would copy a checkpoint file by file into its place; here it appears whole, see :class:`Storage`.
@@ -53,23 +56,23 @@ class TrainSink(RunCheckpoints):
         super().__init__(run)
         self._board = board
 
-    def report(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
+    def report(self, history: list[EpochMetrics], name: str, checkpoint: Path | None) -> None:
         if self.rank == 0:
             self.keep(history, name, checkpoint)
             self._board.pin.remote("epoch", history[-1])
         ray.train.report(history[-1])
 
     def told_to_stop(self) -> bool:
-        return self.rank == 0 and told_to_stop(self._board)
+        return self.rank == 0 and stop_requested(self._board)
 
-    def progress(self, info: Row) -> None:
+    def progress(self, info: EpochMetrics) -> None:
         self._board.pin.remote("step", info)
 
     def warn(self, message: str) -> None:
         self._board.pin.remote("warning", message)
 
 
-def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
+def train_on_ray(run: Run, display: ProgressDisplay) -> dict[str, Any]:
     """Train ``run`` on Ray Train and return its summary.
 
     Raises:
@@ -78,18 +81,18 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
     config = run.config
     cluster = config.cluster
     if config.data.stream and config.data.image_size is not None:
-        check_sides(config, *config.data.image_size)
-    with session() as have:
+        check_image_sizes(config, *config.data.image_size)
+    with ray_session() as have:
         num_workers, use_gpu = _scale(config, have)
         _check_resources(config, have, cluster.min_workers or num_workers, use_gpu, display)
-        board = put_up()
+        board = create_progress_actor()
         train, val = None, None
         if config.data.stream:
             display.note("reading validation images")
             train, val_rows = datasets(config)
-            val = ray.put(held_out(val_rows))
+            val = ray.put(collect_validation_set(val_rows))
         trainer = TorchTrainer(
-            _worker,
+            _train_loop_per_worker,
             train_loop_config={
                 "config": config.model_dump(mode="json"),
                 "run": run.storage.uri,
@@ -99,9 +102,11 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
                 "val": val,
             },
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-            scaling_config=scaling(cluster, num_workers, use_gpu),
+            scaling_config=build_scaling_config(cluster, num_workers, use_gpu),
             datasets={"train": train} if train is not None else None,
-            dataset_config=ray.train.DataConfig(datasets_to_split=["train"], execution_options=bounded()),
+            dataset_config=ray.train.DataConfig(
+                datasets_to_split=["train"], execution_options=build_execution_options()
+            ),
             run_config=RunConfig(
                 name=CHECKPOINTS,
                 storage_path=run.storage.uri,
@@ -110,17 +115,17 @@ def train_on_ray(run: Run, display: Display) -> dict[str, Any]:
             ),
         )
         display.note("starting workers")
-        with following(board, _shown_by(display, board)):
+        with polling(board, _progress_of(display, board)):
             outcome = run_trainer(trainer, cluster.max_failures, run.storage, board)
     if "told" in outcome:
-        raise ToldToStop(outcome["told"])
+        raise TrainingInterrupted(outcome["told"])
     if "error" in outcome:
-        raise StoppedError(outcome["error"], exit_code=outcome["exit_code"])
+        raise NonRetryableError(outcome["error"], exit_code=outcome["exit_code"])
     found: dict[str, Any] = outcome["summary"]
     return found
 
 
-def scaling(cluster: Cluster, num_workers: int, use_gpu: bool) -> ScalingConfig:
+def build_scaling_config(cluster: Cluster, num_workers: int, use_gpu: bool) -> ScalingConfig:
     """What Ray Train is asked for; its default strategy, PACK, keeps the workers on as few nodes as can be."""
     return ScalingConfig(
         num_workers=num_workers if cluster.min_workers is None else (cluster.min_workers, num_workers),
@@ -130,12 +135,12 @@ def scaling(cluster: Cluster, num_workers: int, use_gpu: bool) -> ScalingConfig:
     )
 
 
-def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
+def _train_loop_per_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """What runs on each worker. What stops all workers alike is returned, not raised: a restart would meet it again."""
     config = validate(arguments["config"])
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     storage = Storage(arguments["run"])
-    sink = TrainSink(storage, arguments["board"])
+    sink = RayTrainReporter(storage, arguments["board"])
     phi: StateDict | None = arguments["phi"]
     problem: dict[str, Any] | None = None
     found: dict[str, Any] = {}
@@ -143,20 +148,20 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
         key = stored_key(storage)
         load = (lambda: _streamed(config, ray.get(arguments["val"]), sink, key)) if config.data.stream else None
         result = fit(config, sink, phi, key, load)
-    except StoppedError as error:
+    except NonRetryableError as error:
         return {"error": str(error), "exit_code": error.exit_code}
-    except ToldToStop as told:
+    except TrainingInterrupted as told:
         return {"told": str(told)}
     if sink.rank == 0:
         try:
-            found = conclude(Run(storage, config, phi, key, arguments["warnings"]), result, sink.device)
+            found = finalize_run(Run(storage, config, phi, key, arguments["warnings"]), result, sink.device)
         except RayppError as error:
             problem = {"error": str(error), "exit_code": error.exit_code}
-    return first_error(problem) or {"summary": found}
+    return first_error_message(problem) or {"summary": found}
 
 
-def _streamed(config: Config, val: Batch, sink: TrainSink, key: Key | None) -> TrainingData:
-    loader = StreamLoader(config, val, sink.device, sink.rank, sink.world, protect_first(config, key))
+def _streamed(config: Config, val: Batch, sink: RayTrainReporter, key: Key | None) -> TrainingData:
+    loader = StreamLoader(config, val, sink.device, sink.rank, sink.world, build_pre_transform(config, key))
     return TrainingData(loader, loader.val, loader.classes, loader.num_train, loader.fingerprint)
 
 
@@ -177,7 +182,7 @@ def run_trainer(trainer: TorchTrainer, max_failures: int, run: Storage, board: A
         kind, reason = known[-1] if known else (TrainingError.__name__, lines[-1])
         raise TrainingError(
             f"training stopped after {max_failures} restarts: {reason}; newest checkpoint: "
-            f"{(newest_first(run) or ['none yet'])[0]}; --resume goes on from it",
+            f"{(list_checkpoints(run) or ['none yet'])[0]}; --resume goes on from it",
             exit_code=getattr(errors, kind).exit_code,
         ) from error
     except ray.train.TrainingFailedError as error:
@@ -205,7 +210,7 @@ def _interruptible(board: Any) -> Iterator[None]:
         told.wait()
         if not over.is_set():
             board.stop.remote()
-            if not over.wait(seconds_to_stop()):
+            if not over.wait(shutdown_grace_period()):
                 os.kill(os.getpid(), signal.SIGINT)
 
     def hurry(*_: object) -> None:
@@ -228,13 +233,17 @@ def _interruptible(board: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _check_resources(config: Config, have: dict[str, float], num_workers: int, use_gpu: bool, display: Display) -> None:
+def _check_resources(
+    config: Config, have: dict[str, float], num_workers: int, use_gpu: bool, display: ProgressDisplay
+) -> None:
     cpus = num_workers * config.cluster.cpus_per_worker + _cpus_beside(config)
     needed = {"CPU": cpus, "GPU": num_workers if use_gpu else 0}
     for kind, num in needed.items():
         if num > have.get(kind, 0):
             sentence = f"{num_workers} workers need {num:g} {kind}s in all, the cluster has {have.get(kind, 0):g}"
-            display.warn(lacks(sentence, "cluster.num_workers, cluster.cpus_per_worker and cluster.gpu"))
+            display.warn(
+                insufficient_resources(sentence, "cluster.num_workers, cluster.cpus_per_worker and cluster.gpu")
+            )
 
 
 def _cpus_beside(config: Config) -> int:
@@ -249,14 +258,14 @@ def _scale(config: Config, have: dict[str, float]) -> tuple[int, bool]:
         return cluster.num_workers, gpus >= (
             cluster.min_workers or cluster.num_workers
         ) if cluster.gpu is None else cluster.gpu
-    use_gpu = wants_gpu(cluster, have)
+    use_gpu = uses_gpu(cluster, have)
     slots = gpus if use_gpu else int((have.get("CPU", 1) - _cpus_beside(config)) / cluster.cpus_per_worker)
     batch = config.train.batch_size
     most = min(MAX_WORKERS, max(slots, 1), batch // 2)
     return max(n for n in range(1, most + 1) if batch % n == 0), use_gpu
 
 
-def _shown_by(display: Display, board: Any) -> Callable[[Steps, Events], None]:
+def _progress_of(display: ProgressDisplay, board: Any) -> Callable[[Steps, Events], None]:
     def show(steps: Steps, events: Events) -> None:
         if display.told_to_stop():  # within a search, whose driver hears the signals
             board.stop.remote()

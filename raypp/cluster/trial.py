@@ -12,31 +12,23 @@ import ray
 import torch
 from ray import tune
 
-from raypp.cluster.progress_actor import told_to_stop
-from raypp.cluster.session import (
-    wants_gpu,
-)
+from raypp.cluster.progress_actor import stop_requested
+from raypp.cluster.session import uses_gpu
 from raypp.cluster.train import train_on_ray
 from raypp.config.schema import Config
 from raypp.config.validation import validate
-from raypp.data.splits import keep_splits
-from raypp.experiments import (
-    pareto,
-    plots,
-    search_records,
-    search_settings,
-    search_trial,
-)
-from raypp.experiments.run_folder import stored
-from raypp.experiments.search_records import Record
-from raypp.experiments.search_settings import Plan, Range, Search
-from raypp.experiments.training_run import Run, conclude
-from raypp.training.checkpoint import Row
+from raypp.data.splits import enable_split_cache
+from raypp.experiments import pareto, plots, search_records, search_settings, search_trial
+from raypp.experiments.run_folder import read_checked
+from raypp.experiments.search_records import TrialRecord
+from raypp.experiments.search_settings import Range, Search, SearchPlan
+from raypp.experiments.training_run import Run, finalize_run
+from raypp.training.checkpoint import EpochMetrics
 from raypp.training.protected_classifier import phases
 from raypp.training.protection_task import fit
-from raypp.training.reporter import LocalSink
+from raypp.training.reporter import LocalReporter
 from raypp.training.task import Phase
-from raypp.utils.errors import ToldToStop
+from raypp.utils.errors import TrainingInterrupted
 from raypp.utils.storage import Storage
 
 OF_TUNE = "of-tune"  # a checkpoint that Tune hands to a trial, among its run's own
@@ -44,10 +36,10 @@ STOPPED = "stopped"  # what a trial pins to the board once it has stopped, as to
 HEAD = "node:__internal_head__"
 
 
-class TuneSink(LocalSink):
+class TuneReporter(LocalReporter):
     """Reports to a run's folder and to Tune; with ``carry`` Tune gets every checkpoint, to hand it to other trials."""
 
-    def __init__(self, run: Storage, display: _Reports, carry: bool) -> None:
+    def __init__(self, run: Storage, display: TuneListener, carry: bool) -> None:
         super().__init__(run, display)
         self._reports, self._carry = display, carry
         self._given = tune.get_checkpoint() if carry else None
@@ -66,17 +58,17 @@ class TuneSink(LocalSink):
         with super().open(name) as folder:
             yield folder
 
-    def report(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
+    def report(self, history: list[EpochMetrics], name: str, checkpoint: Path | None) -> None:
         if self._carry and checkpoint is not None:
             self._reports.checkpoint = tune.Checkpoint.from_directory(checkpoint)
         super().report(history, name, checkpoint)
         self._reports.checkpoint = None  # its folder goes with the epoch
 
 
-class _Reports(search_trial.Silent):
+class TuneListener(search_trial.NullListener):
     """Shows a trial's training to Tune, a report per epoch, and stops it when the board says so."""
 
-    def __init__(self, plan: Plan, least: float | None, board: Any) -> None:
+    def __init__(self, plan: SearchPlan, least: float | None, board: Any) -> None:
         self.plan, self.least, self.board = plan, least, board
         self.checkpoint: Any = None
         self.phases: list[Phase] = []
@@ -85,7 +77,7 @@ class _Reports(search_trial.Silent):
         """A run begins or goes on; its configuration is settled, so that its phases are known."""
         self.phases = phases(run.config)
 
-    def epoch(self, row: Row) -> None:
+    def epoch(self, row: EpochMetrics) -> None:
         names = [phase.name for phase in self.phases]
         before = sum(phase.epochs for phase in self.phases[: names.index(row["phase"])])
         found = {
@@ -102,9 +94,9 @@ class _Reports(search_trial.Silent):
         tune.report(found | told, checkpoint=self.checkpoint)
 
     def told_to_stop(self) -> bool:
-        return told_to_stop(self.board)
+        return stop_requested(self.board)
 
-    def end(self, record: Record) -> None:
+    def end(self, record: TrialRecord) -> None:
         """The trial is over; ``done`` keeps the scheduler from redirecting it."""
         done = record["status"] == "done"
         accuracy = record["accuracy"] if done else 0.0
@@ -115,31 +107,31 @@ class _Reports(search_trial.Silent):
         tune.report(found | told | {"found": record.get("found", 1.0), "finished": True, "done": True})
 
 
-def _trial(point: dict[str, Any], *, dumped: dict[str, Any], least: float | None, board: Any) -> None:
+def train_trial(point: dict[str, Any], *, dumped: dict[str, Any], least: float | None, board: Any) -> None:
     """What runs in a trial."""
-    plan = search_settings.restore(dumped)
+    plan = search_settings.restore_search_plan(dumped)
     name = tune.get_context().get_trial_id()
     cluster = plan.config.cluster
     workers = cluster.num_workers or 1
     torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
-    keep_splits()  # the process may train more trials
-    reports = _Reports(plan, least, board)
+    enable_split_cache()  # the process may train more trials
+    reports = TuneListener(plan, least, board)
     carry = plan.search.scheduler == "pbt"
     decoded = {key: _decoded(plan.search.space[key], value) for key, value in point.items()}
     if carry and tune.get_checkpoint() is not None:
-        _make_way(plan, name, decoded)
+        _clear_trial_folder(plan, name, decoded)
 
     def train(run: Run, display: Any) -> dict[str, Any]:
         reports.begin(run)
         if workers > 1:
             return train_on_ray(run, display)
-        sink = TuneSink(run.storage, reports, carry)
-        return conclude(run, fit(run.config, sink, run.phi, run.key), sink.device)
+        sink = TuneReporter(run.storage, reports, carry)
+        return finalize_run(run, fit(run.config, sink, run.phi, run.key), sink.device)
 
-    leak = search_trial.quick_leakage if workers == 1 else _leakage_in_a_task
+    leak = search_trial.proxy_leakage if workers == 1 else _leakage_in_a_task
     try:
         record = search_trial.run_trial(plan, name, decoded, reports, train, leak)
-    except ToldToStop:
+    except TrainingInterrupted:
         board.pin.remote(STOPPED, None, name)
         # To Tune a function that returns is a trial at its end, one that raises a failed one; neither would go on
         # when the search is resumed. This one ends with the driver.
@@ -147,33 +139,33 @@ def _trial(point: dict[str, Any], *, dumped: dict[str, Any], least: float | None
     reports.end(record)
 
 
-def _make_way(plan: Plan, name: str, point: dict[str, Any]) -> None:
+def _clear_trial_folder(plan: SearchPlan, name: str, point: dict[str, Any]) -> None:
     """Remove what a trial did before it was redirected: with other settings, it is no longer its own."""
     trials = plan.storage.folder(search_settings.TRIALS)
     if trials.folder(name).exists("config.yaml"):
-        was = stored(trials.folder(name), "config.yaml", "train")
+        was = read_checked(trials.folder(name), "config.yaml", "train")
         now = plan.config_at(point).model_dump(mode="json")
         if was["train"] != now["train"]:
             trials.delete(name)
 
 
-def _leakage_in_a_task(bundle: str, config: Config, asked: Search, folder: Storage, _: Any) -> Record:
+def _leakage_in_a_task(bundle: str, config: Config, asked: Search, folder: Storage, _: Any) -> TrialRecord:
     """The quick attack where the trial itself holds no CPU."""
     cluster = config.cluster
-    gpus = 1 if wants_gpu(cluster, ray.cluster_resources()) else 0
+    gpus = 1 if uses_gpu(cluster, ray.cluster_resources()) else 0
     # "DEFAULT" takes it out of the trial's own placement group, which has no CPU.
     elsewhere = {"num_cpus": cluster.cpus_per_worker, "num_gpus": gpus, "scheduling_strategy": "DEFAULT"}
     task = ray.remote(**elsewhere, max_retries=cluster.max_failures)(_leakage)
     arguments = bundle, config.model_dump(mode="json"), asked.model_dump(mode="json"), folder.uri
-    found: Record = ray.get(task.remote(*arguments))
+    found: TrialRecord = ray.get(task.remote(*arguments))
     return found
 
 
-def _leakage(bundle: str, config: dict[str, Any], asked: dict[str, Any], folder: str) -> Record:
+def _leakage(bundle: str, config: dict[str, Any], asked: dict[str, Any], folder: str) -> TrialRecord:
     settings = validate(config)
     torch.set_num_threads(max(1, int(settings.cluster.cpus_per_worker)))
-    return search_trial.quick_leakage(
-        bundle, settings, Search.model_validate(asked), Storage(folder), search_trial.Silent()
+    return search_trial.proxy_leakage(
+        bundle, settings, Search.model_validate(asked), Storage(folder), search_trial.NullListener()
     )
 
 

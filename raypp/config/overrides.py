@@ -5,25 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from raypp.config.schema import (
-    Config,
-    scaled_milestones,
-)
+from raypp.config.schema import Config, scaled_milestones
 from raypp.utils.documents import DocumentError, load_yaml
 from raypp.utils.errors import ConfigError
-from raypp.utils.registry import did_you_mean
+from raypp.utils.registry import suggest
 
 
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def deep_merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Return ``base`` overlaid by ``over``.
 
     A section whose ``name`` changes starts afresh, since other options apply. Milestones belong to the epochs that they
     are stated with: where ``over`` changes ``epochs`` and states no milestones, they keep their shares of the training.
     """
-    return _merge(base, over, scale=True)
+    return _deep_merge(base, over, scale=True)
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any], *, scale: bool) -> dict[str, Any]:
+def _deep_merge(base: dict[str, Any], over: dict[str, Any], *, scale: bool) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
@@ -34,7 +31,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any], *, scale: bool) -> dict[s
             value = {"name": value}
         if isinstance(old, dict) and isinstance(value, dict):
             fresh = "name" in value and "name" in old and value["name"] != old["name"]
-            merged[key] = value if fresh else _merge(old, value, scale=scale)
+            merged[key] = value if fresh else _deep_merge(old, value, scale=scale)
         else:
             merged[key] = value
     return _with_scaled_milestones(base, over, merged) if scale else merged
@@ -52,11 +49,11 @@ def _with_scaled_milestones(base: dict[str, Any], over: dict[str, Any], merged: 
     return merged | {"schedule": schedule | {"milestones": milestones}}
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_dict(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return ``{"section.key": value}`` for every leaf of a tree."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten_dict(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 
@@ -64,7 +61,7 @@ COMMAND_OPTIONS = ("name", "config", "resume", "local", "quiet", "storage")
 """Options of commands that take settings as well: a misspelt one arrives here."""
 
 
-def parse_flags(flags: Sequence[str], roots: Iterable[str] | None = None) -> dict[str, Any]:
+def parse_overrides(flags: Sequence[str], roots: Iterable[str] | None = None) -> dict[str, Any]:
     """Turn ``--a.b value`` and ``--a.b=value`` into a tree; dashes in keys are read as underscores.
 
     Args:
@@ -85,7 +82,7 @@ def parse_flags(flags: Sequence[str], roots: Iterable[str] | None = None) -> dic
         parts = key.replace("-", "_").split(".")
         if parts[0] not in known:
             raise ConfigError(
-                f"unknown option --{key}{did_you_mean(parts[0], [*known, *COMMAND_OPTIONS])}; settings begin with "
+                f"unknown option --{key}{suggest(parts[0], [*known, *COMMAND_OPTIONS])}; settings begin with "
                 f"{', '.join(known)}"
             )
         if not equals:
@@ -97,7 +94,7 @@ def parse_flags(flags: Sequence[str], roots: Iterable[str] | None = None) -> dic
         except DocumentError as error:
             raise ConfigError(f"--{key} is {text!r}: {error}") from error
         _add_settings(settings, tuple(parts), value)
-        tree = _merge(tree, nest(parts, value), scale=False)  # all flags are stated together
+        tree = _deep_merge(tree, unflatten(parts, value), scale=False)  # all flags are stated together
     return tree
 
 
@@ -133,7 +130,7 @@ def _value(text: str) -> Any:
     return text
 
 
-def nest(parts: Sequence[str], value: Any) -> dict[str, Any]:
+def unflatten(parts: Sequence[str], value: Any) -> dict[str, Any]:
     """Return ``{"a": {"b": value}}`` for the parts a and b."""
     for part in reversed(parts):
         value = {part: value}

@@ -7,19 +7,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from raypp.config.overrides import (
-    merge,
-    parse_flags,
-)
-from raypp.config.schema import (
-    Config,
-)
+from raypp.config.overrides import deep_merge, parse_overrides
+from raypp.config.schema import Config
 from raypp.config.validation import check_milestones, validate
 from raypp.utils.documents import DocumentError, load_yaml
 from raypp.utils.errors import ConfigError
-from raypp.utils.registry import did_you_mean
+from raypp.utils.registry import suggest
 
-BESIDE = ("search",)
+EXTRA_SECTIONS = ("search",)
 """Sections of a preset that other commands read (``raypp tune``): no part of a run's configuration."""
 
 
@@ -55,13 +50,13 @@ def load_tree(
         tree = read_yaml(Path(preset))
     else:
         raise ConfigError(
-            f"unknown preset {str(preset)!r}{did_you_mean(str(preset), known)}; "
+            f"unknown preset {str(preset)!r}{suggest(str(preset), known)}; "
             f"allowed: {', '.join(known)}, or the path of a .yaml file"
         )
     if file is not None:
-        tree = merge(tree, read_yaml(Path(file)))
-    tree = {key: value for key, value in tree.items() if key not in BESIDE or key in more}
-    return merge(tree, parse_flags(flags, (*Config.model_fields, *more)))
+        tree = deep_merge(tree, read_yaml(Path(file)))
+    tree = {key: value for key, value in tree.items() if key not in EXTRA_SECTIONS or key in more}
+    return deep_merge(tree, parse_overrides(flags, (*Config.model_fields, *more)))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from raypp.data import SOURCES
 from raypp.models import ADAPTATIONS, BLOCK, CLASSIFIERS, FEATURES
 from raypp.protections import PROTECTIONS
 from raypp.utils.errors import ConfigError
-from raypp.utils.paths import Location
-from raypp.utils.registry import Options, Registry, did_you_mean
+from raypp.utils.paths import PathOrUri
+from raypp.utils.registry import MethodConfig, Registry, suggest
 
 REGISTRIES = {"source": SOURCES, "protection": PROTECTIONS, "classifier": CLASSIFIERS, "features": FEATURES}
 """Methods by the section that names one."""
@@ -39,7 +39,7 @@ def _select(registry: Registry) -> BeforeValidator:
     """Validate a section against the options model that its ``name`` selects in ``registry``."""
 
     def validate(value: Any) -> Any:
-        if isinstance(value, Options):
+        if isinstance(value, MethodConfig):
             return value
         if isinstance(value, str):
             value = {"name": value}
@@ -59,21 +59,21 @@ def _number(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdigit() else value
 
 
-class Section(BaseModel):
+class ConfigModel(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, ser_json_inf_nan="constants"
     )
 
 
-class Augment(Section):
+class AugmentConfig(ConfigModel):
     crop_padding: int = Field(4, ge=0, le=1024)
     """Pixels of zero padding before a random crop of the original size; 0 switches the crop off."""
     flip: bool = True
     """Mirror half of the images left to right."""
 
 
-class Data(Section):
-    source: Annotated[SerializeAsAny[Options], _select(SOURCES)]
+class Data(ConfigModel):
+    source: Annotated[SerializeAsAny[MethodConfig], _select(SOURCES)]
     """Where images come from; ``raypp data ls`` lists the sources and their options."""
     image_size: tuple[Side, Side] | None = None
     """Height and width that every image is fitted to (resize, then centre crop); null takes them as they are."""
@@ -85,14 +85,14 @@ class Data(Section):
     """Use only this many training images (after the validation split), stratified by class; null uses all."""
     num_test: int | None = Field(None, ge=1)
     """Use only this many test images; null uses all."""
-    augment: Augment = Augment()
+    augment: AugmentConfig = AugmentConfig()
     stream: bool = False
     """Stream training images through Ray Data instead of holding them in memory; needs Ray Train."""
     shuffle_buffer: int = Field(10_000, ge=1)
     """Streaming only: images in each worker's local shuffle buffer."""
 
 
-class Optimizer(Section):
+class Optimizer(ConfigModel):
     name: Literal["sgd", "adamw", "muon"] = "sgd"
     """``muon`` (Jordan et al. 2024) makes what it adds to a weight of two and more dimensions orthogonal, and takes
     learning rates of ``adamw``'s size: more gained per image, and more to compute per step."""
@@ -102,7 +102,7 @@ class Optimizer(Section):
     weight_decay: float = Field(5e-4, ge=0)
 
 
-class Constant(Section):
+class Constant(ConfigModel):
     name: Literal["constant"] = "constant"
 
 
@@ -120,7 +120,7 @@ PAPER_EPOCHS = 200  # of the default milestones
 Milestone = Annotated[float, Field(ge=0), AfterValidator(_whole), PlainSerializer(_whole, return_type=Any)]
 
 
-class MultiStep(Section):
+class MultiStep(ConfigModel):
     name: Literal["multistep"] = "multistep"
     milestones: tuple[Milestone, ...] = (60, 120, 160)
     """Epochs, counted from 0, after which the learning rate is multiplied by ``gamma``. They belong to the number of
@@ -129,7 +129,7 @@ class MultiStep(Section):
     gamma: float = Field(0.2, gt=0, le=1)
 
 
-class OneCycle(Section):
+class LinearWarmupDecay(ConfigModel):
     name: Literal["one_cycle"] = "one_cycle"
     warmup: float = Field(0.2, ge=0, lt=1)
     """Share of all steps in which the learning rate rises linearly to ``lr``; it then falls linearly to ``final``."""
@@ -146,7 +146,7 @@ def _default_milestones(schedule: Any, info: ValidationInfo) -> Any:
     return MultiStep(milestones=tuple(milestones), gamma=schedule.gamma)
 
 
-class Optimisation(Section):
+class OptimizationConfig(ConfigModel):
     """How networks are trained: what every loop needs, the attacks' included."""
 
     epochs: int = Field(200, ge=1, le=1_000_000)
@@ -157,7 +157,7 @@ class Optimisation(Section):
     """Images per evaluation step and worker."""
     optimizer: Optimizer = Optimizer()
     schedule: Annotated[
-        MultiStep | OneCycle | Constant,
+        MultiStep | LinearWarmupDecay | Constant,
         Field(discriminator="name", validate_default=True),
         AfterValidator(_default_milestones),
     ] = MultiStep()
@@ -177,7 +177,7 @@ class Optimisation(Section):
     """Write a checkpoint within an epoch as well when the last is so old; null writes them at the ends of epochs."""
 
 
-class Train(Optimisation):
+class Train(OptimizationConfig):
     mode: Literal["joint", "frozen", "plain"] = "joint"
     """``joint`` trains protection and classifier together. ``frozen`` trains the classifier on plain images first and
     then the protection alone, as the authors' released code does; the paper's Eq. 3, too, minimises over the
@@ -188,7 +188,7 @@ class Train(Optimisation):
     """Epochs of the plain classifier where a phase needs one first; null means ``epochs``."""
 
 
-class Cluster(Section):
+class Cluster(ConfigModel):
     num_workers: int | None = Field(None, ge=1)
     """Training workers; null takes one per GPU, else one per CPU, at most 8 and so that they divide the batch."""
     min_workers: int | None = Field(None, ge=1)
@@ -206,7 +206,7 @@ class Cluster(Section):
     max_failures: int = Field(3, ge=-1)
     """Times in all that a worker group is restarted from the last checkpoint before the run is given up; -1 sets no
     limit, which a long run on nodes that come and go wants."""
-    storage: Location = Field("runs", validate_default=True)
+    storage: PathOrUri = Field("runs", validate_default=True)
     """Folder or pyarrow filesystem URI (s3://...) under which each run has its folder."""
 
     @model_validator(mode="after")
@@ -219,17 +219,17 @@ class Cluster(Section):
         return self
 
 
-class Config(Section):
+class Config(ConfigModel):
     """One run. Sections are frozen; make another with ``load_config`` or ``model_copy``."""
 
     seed: Seed = 0
     """Sets everything random: split, initial weights, batch order, augmentation."""
     data: Data
-    protection: Annotated[SerializeAsAny[Options], _select(PROTECTIONS)]
-    classifier: Annotated[SerializeAsAny[Options], _select(CLASSIFIERS)]
+    protection: Annotated[SerializeAsAny[MethodConfig], _select(PROTECTIONS)]
+    classifier: Annotated[SerializeAsAny[MethodConfig], _select(CLASSIFIERS)]
     adaptation: str = "auto"
     """Network between protected images and the classifier; ``auto`` is the one that the protection names."""
-    features: Annotated[SerializeAsAny[Options], _select(FEATURES)]
+    features: Annotated[SerializeAsAny[MethodConfig], _select(FEATURES)]
     train: Train = Train()
     cluster: Cluster = Field(default_factory=Cluster)  # at each use: its storage is relative to the current folder
 
@@ -272,7 +272,7 @@ class Config(Section):
         allowed = ("auto", "none", *ADAPTATIONS)
         if self.adaptation not in allowed:
             raise ValueError(
-                f"unknown adaptation {self.adaptation!r}{did_you_mean(self.adaptation, allowed)}; "
+                f"unknown adaptation {self.adaptation!r}{suggest(self.adaptation, allowed)}; "
                 f"allowed: {', '.join(allowed)}"
             )
         if self.train.mode == "frozen" and self.adaptation not in ("auto", "none"):

@@ -6,20 +6,11 @@ import difflib
 import re
 from typing import Any, get_args
 
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
 
-from raypp.config.schema import (
-    REGISTRIES,
-    Config,
-    Data,
-    MultiStep,
-    Optimisation,
-)
+from raypp.config.schema import REGISTRIES, Config, Data, MultiStep, OptimizationConfig
 from raypp.utils.errors import ConfigError
-from raypp.utils.registry import Options
+from raypp.utils.registry import MethodConfig
 
 
 def validate(tree: dict[str, Any]) -> Config:
@@ -27,10 +18,10 @@ def validate(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(sentence(error, tree)) from None
+        raise ConfigError(format_validation_error(error, tree)) from None
 
 
-def check_milestones(train: Optimisation, section: str) -> None:
+def check_milestones(train: OptimizationConfig, section: str) -> None:
     """Refuse milestones that training ends before; raises ConfigError.
 
     A check of what users write: stored configurations of earlier versions may hold such milestones.
@@ -53,10 +44,10 @@ def validate_data(tree: dict[str, Any]) -> Data:
     try:
         return Data.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(sentence(error, {"data": tree}, ("data",))) from None
+        raise ConfigError(format_validation_error(error, {"data": tree}, ("data",))) from None
 
 
-def sentence(
+def format_validation_error(
     error: ValidationError, tree: dict[str, Any], within: tuple[str, ...] = (), root: type[BaseModel] | None = None
 ) -> str:
     """The first error as one sentence; pydantic's own wording, with the key spelled as the user wrote it.
@@ -109,7 +100,7 @@ def _allowed_keys(loc: list[str], tree: dict[str, Any], model: type[BaseModel]) 
         annotation = model.model_fields[part].annotation
         choices = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
         name = node.get("name") if isinstance(node, dict) else None
-        if Options in choices:
+        if MethodConfig in choices:
             model = REGISTRIES[part].options(str(name))
         else:
             named = [m for m in choices if "name" in m.model_fields and m.model_fields["name"].default == name]

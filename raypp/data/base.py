@@ -40,7 +40,7 @@ CGROUP_FILES = {
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSet:
+class ImageDataset:
     """Labelled images in memory.
 
     Attributes:
@@ -56,10 +56,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def subset(self, indices: npt.ArrayLike) -> ImageSet:
+    def subset(self, indices: npt.ArrayLike) -> ImageDataset:
         """Return the images at ``indices`` (int array), in that order."""
         chosen = np.asarray(indices, dtype=np.int64)
-        return ImageSet(self.images[chosen], self.labels[chosen], self.classes)
+        return ImageDataset(self.images[chosen], self.labels[chosen], self.classes)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of classes, shape, labels and pixels; the memory layout does not matter."""
@@ -86,7 +86,7 @@ class Fingerprint:
         return self._sha.hexdigest()
 
 
-class Record(NamedTuple):
+class Example(NamedTuple):
     """One image of a source, or the reason why it cannot be used."""
 
     name: str
@@ -94,7 +94,7 @@ class Record(NamedTuple):
     image: Pixels | DataError
 
 
-class Source(ABC):
+class DataSource(ABC):
     """A named set of labelled images with a train and a test split.
 
     Args:
@@ -103,7 +103,7 @@ class Source(ABC):
         channels: 3 for RGB, 1 for grey.
     """
 
-    Options: ClassVar[type[registry.Options]]
+    Options: ClassVar[type[registry.MethodConfig]]
 
     def __init__(self, options: Any, *, size: tuple[int, int] | None = None, channels: int = 3) -> None:
         self.options = options
@@ -120,14 +120,14 @@ class Source(ABC):
         """Return how many images ``split`` has, readable or not."""
 
     @abstractmethod
-    def _read(self, split: Split) -> Iterator[Record]:
+    def _read(self, split: Split) -> Iterator[Example]:
         """Yield the images of ``split`` in their fixed order."""
 
     def unused(self) -> tuple[str, ...]:
         """Return paths in the source that look like data and belong to no split that is read."""
         return ()
 
-    def records(self, split: Split) -> Iterator[Record]:
+    def records(self, split: Split) -> Iterator[Example]:
         """Yield the images of ``split`` one by one, in bounded memory.
 
         An image that cannot be read, or whose size is not that of the first one, comes with a DataError in its place.
@@ -145,7 +145,7 @@ class Source(ABC):
                     )
             yield record
 
-    def load(self, split: Split) -> ImageSet:
+    def load(self, split: Split) -> ImageDataset:
         """Read a whole split into memory.
 
         Raises:
@@ -167,7 +167,7 @@ class Source(ABC):
             labels[i] = record.label
         check_labels(labels, split, self.classes if num else ())
         assert images is not None
-        return ImageSet(images, labels, self.classes)
+        return ImageDataset(images, labels, self.classes)
 
 
 def check_labels(labels: npt.ArrayLike, split: Split, classes: tuple[str, ...]) -> None:
@@ -213,12 +213,12 @@ def plain_name(name: str) -> str:
     return " ".join(unicodedata.normalize("NFC", name).split())
 
 
-def decode_all(items: Iterable[Item], *, size: tuple[int, int] | None, channels: int) -> Iterator[Record]:
+def decode_all(items: Iterable[Item], *, size: tuple[int, int] | None, channels: int) -> Iterator[Example]:
     """Decode in bounded memory, large images in threads, and yield the records in the order of ``items``."""
 
-    def attempt(item: Item) -> Record:
+    def attempt(item: Item) -> Example:
         name, label, data = item
-        return Record(name, label, _decode_one(data, name, size, channels))
+        return Example(name, label, _decode_one(data, name, size, channels))
 
     iterator = iter(items)
     with ThreadPoolExecutor(num_threads()) as pool:
@@ -275,7 +275,7 @@ def available_memory() -> int | None:
     for folder, version in _cgroups():
         limit, used, cached = CGROUP_FILES[version]
         with contextlib.suppress(OSError, ValueError):  # ValueError: "max", which is no limit
-            in_use = int((folder / used).read_text()) - _cached_bytes(folder / "memory.stat", cached)
+            in_use = int((folder / used).read_text()) - _reclaimable_bytes(folder / "memory.stat", cached)
             free.append(int((folder / limit).read_text()) - max(0, in_use))
     return max(0, min(free))
 
@@ -299,7 +299,7 @@ def _cgroups() -> Iterator[tuple[Path, int]]:
         yield from ((folder, version) for folder in (inner, *inner.parents) if folder.is_relative_to(root))
 
 
-def _cached_bytes(stat: Path, field: str) -> int:
+def _reclaimable_bytes(stat: Path, field: str) -> int:
     """Bytes of files that nobody has read of late: the kernel gives them up before it refuses memory."""
     try:
         fields = dict(line.split() for line in stat.read_text().splitlines())

@@ -12,20 +12,20 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from raypp.data.base import Record, Source, Split
+from raypp.data.base import DataSource, Example, Split
 from raypp.utils import paths, registry
 from raypp.utils.errors import DataError
-from raypp.utils.images import fit, grey
+from raypp.utils.images import resize_and_center_crop, to_grayscale
 
 
-class _Cifar(Source):
+class _Cifar(DataSource):
     dataset: ClassVar[str]
     """Name of the class in torchvision.datasets."""
 
-    class Options(registry.Options):
+    class Options(registry.MethodConfig):
         """Where the data set lies."""
 
-        root: paths.Location = Field("data", validate_default=True)
+        root: paths.PathOrUri = Field("data", validate_default=True)
         """Folder that holds (or gets) the extracted python version of the data set."""
         download: bool = True
         """Fetch the data set into ``root`` if it is not there."""
@@ -43,12 +43,14 @@ class _Cifar(Source):
     def num_images(self, split: Split) -> int:
         return len(self._open(split))
 
-    def _read(self, split: Split) -> Iterator[Record]:
+    def _read(self, split: Split) -> Iterator[Example]:
         assert self.size is not None
         opened = self._open(split)
         for i, (image, label) in enumerate(zip(opened.data, opened.targets, strict=True)):
-            image = fit(image, self.size)
-            yield Record(f"{self.dataset} {split} image {i}", label, grey(image) if self.channels == 1 else image)
+            image = resize_and_center_crop(image, self.size)
+            yield Example(
+                f"{self.dataset} {split} image {i}", label, to_grayscale(image) if self.channels == 1 else image
+            )
 
     def _open(self, split: Split) -> Any:
         """Return torchvision's data set, read once; raises DataError that says which file is missing or damaged."""

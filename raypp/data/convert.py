@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raypp.data import SOURCES
-from raypp.data.base import THREADS_FROM, Fingerprint, Record, Source, Split, check_labels, num_threads
+from raypp.data.base import THREADS_FROM, DataSource, Example, Fingerprint, Split, check_labels, num_threads
 from raypp.utils.errors import DataError, StorageError
 from raypp.utils.images import Pixels, encode_png
 from raypp.utils.storage import new_folder
@@ -44,7 +44,7 @@ def describe() -> list[dict[str, Any]]:
 
 
 def convert(
-    source: Source,
+    source: DataSource,
     out: Path,
     *,
     rows_per_file: int = 50_000,
@@ -72,7 +72,7 @@ def convert(
 
 
 def _write_split(
-    source: Source,
+    source: DataSource,
     split: Split,
     folder: Path,
     rows_per_file: int,
@@ -104,7 +104,7 @@ def _write_split(
                         progress(split, done, num)
 
 
-def _usable(record: Record) -> Pixels:
+def _usable(record: Example) -> Pixels:
     if isinstance(record.image, DataError):
         raise record.image
     return record.image
@@ -150,7 +150,7 @@ class Report:
         return not any(part.num_unreadable or part.problem for part in (self.train, self.test))
 
 
-def check(source: Source) -> Report:
+def check(source: DataSource) -> Report:
     """Read every image of a source once, in bounded memory, and report instead of stopping at the first bad one.
 
     Raises:
@@ -162,7 +162,7 @@ def check(source: Source) -> Report:
     return Report(train, test, num_shared, source.unused())
 
 
-def _check_split(source: Source, split: Split) -> tuple[SplitReport, dict[bytes, int]]:
+def _check_split(source: DataSource, split: Split) -> tuple[SplitReport, dict[bytes, int]]:
     """Return the report, and how often each image occurs by the hash of its pixels."""
     fingerprint = Fingerprint()
     labels: list[int] = []

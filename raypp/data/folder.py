@@ -11,17 +11,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from raypp.data.base import Record, Source, Split, check_names, decode_all, stratified_split
+from raypp.data.base import DataSource, Example, Split, check_names, decode_all, stratified_split
 from raypp.utils import paths, registry
 from raypp.utils.errors import DataError
-from raypp.utils.image_files import find_images, holds, is_ignored, is_image, walk
+from raypp.utils.image_files import contains_images, find_images, is_ignored, is_image, walk_files
 from raypp.utils.images import SUFFIXES, printable
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")
 
 
-class Folder(Source):
+class Folder(DataSource):
     """Images in ``train/<class>/`` and ``test/<class>/``, or in ``<class>/`` alone; any image format.
 
     They may also be called ``training``, and ``testing``, ``val``, ``valid`` or ``validation``, in any case. Class
@@ -30,11 +30,11 @@ class Folder(Source):
     splits, or class folders of the same names.
     """
 
-    class Options(registry.Options):
+    class Options(registry.MethodConfig):
         """Where the folders lie and how to split them."""
 
         name: Literal["folder"] = "folder"
-        path: paths.Location
+        path: paths.PathOrUri
         """Folder above train and test, or above the class folders."""
         test_fraction: float = Field(default=0.1, gt=0, lt=1)
         """Share of each class set aside for testing where there is no train folder."""
@@ -159,7 +159,7 @@ class Folder(Source):
     def num_images(self, split: Split) -> int:
         return len(self.files(split))
 
-    def _read(self, split: Split) -> Iterator[Record]:
+    def _read(self, split: Split) -> Iterator[Example]:
         items = ((printable(path), label, Path(path)) for path, label in self.files(split))
         return decode_all(items, size=self.size, channels=self.channels)
 
@@ -197,7 +197,7 @@ def _check_splits(root: Path, folders: list[Path]) -> None:
     for folder in folders:
         with os.scandir(folder) as entries:  # which knows folders without looking each file up
             inside = [path for entry in entries if entry.is_dir() and _is_folder(path := Path(entry.path))]
-        names = {entry.name.lower() for entry in inside if any(map(is_image, walk(entry)))}
+        names = {entry.name.lower() for entry in inside if any(map(is_image, walk_files(entry)))}
         splits = names & {*TRAIN_NAMES, *TEST_NAMES}
         both = splits & set(TRAIN_NAMES) and splits & set(TEST_NAMES)
         if splits and (splits == names or both):
@@ -228,7 +228,7 @@ def _image_places(folder: Path) -> list[tuple[str, ...]]:
     if any(is_image(entry) for entry in folder.iterdir() if not entry.is_dir() and not is_ignored(entry.name)):
         return [()]
     places: set[tuple[str, ...]] = set()
-    for file in walk(folder):
+    for file in walk_files(folder):
         place = file.relative_to(folder).parts[:-1]
         if place not in places and is_image(file):
             places.add(place)
@@ -249,7 +249,7 @@ def _listing(names: list[str]) -> str:
 
 def _is_folder(entry: Path) -> bool:
     """Whether an entry is a folder to read: a link to a folder that holds the link is none."""
-    return entry.is_dir() and not is_ignored(entry.name) and not (entry.is_symlink() and holds(entry, entry))
+    return entry.is_dir() and not is_ignored(entry.name) and not (entry.is_symlink() and contains_images(entry, entry))
 
 
 def _class_name(folder: Path) -> str:

@@ -18,7 +18,7 @@ from raypp.utils.errors import DataError
 PIXELS_AT_A_TIME = 2**21  # of images that networks read without training: 2,048 of 32 x 32, 41 of 224 x 224
 
 
-class Batches(Protocol):
+class BatchLoader(Protocol):
     """One epoch after another of training batches on one worker."""
 
     num_batches: int
@@ -32,19 +32,19 @@ def to_device(images: np.ndarray, labels: np.ndarray, device: torch.device) -> t
     return torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
 
 
-def as_input(images: Tensor) -> Tensor:
+def to_float_tensor(images: Tensor) -> Tensor:
     """uint8 (N, H, W, C) to float32 (N, C, H, W) in [0, 1]; the result is channels-last in memory."""
     return images.permute(0, 3, 1, 2).float() / 255
 
 
-def images_at_a_time(images: Tensor, most: int = 500) -> int:
+def inference_batch_size(images: Tensor, most: int = 500) -> int:
     """Return how many images uint8 (N, H, W, C) a network may read together without training: ``most``, or fewer where
     they are large. A network's memory grows with the pixels that it reads."""
     height, width = images.shape[1:3]
     return max(1, min(most, PIXELS_AT_A_TIME // max(1, height * width)))
 
 
-def generator(*numbers: int) -> torch.Generator:
+def make_generator(*numbers: int) -> torch.Generator:
     """A CPU generator seeded by several numbers, such as seed, epoch and step, without collisions between them."""
     # SeedSequence pads with zeros: without their count, (seed, epoch) and (seed, epoch, 0) would be the same.
     seed = np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0]
@@ -118,12 +118,12 @@ class DeviceLoader:
         self.seed, self.augmentation, self.rank, self.world = seed, augmentation, rank, world
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.images), generator=generator(self.seed, epoch))
+        order = torch.randperm(len(self.images), generator=make_generator(self.seed, epoch))
         share = self.batch_size // self.world
         mine = slice(self.rank * share, (self.rank + 1) * share)
         for step in range(first, self.num_batches):
             chosen = order[step * self.batch_size : (step + 1) * self.batch_size][mine].to(self.images.device)
-            drawn = self.augmentation.draw(self.batch_size, generator(self.seed, epoch, step))
+            drawn = self.augmentation.draw(self.batch_size, make_generator(self.seed, epoch, step))
             images = self.images[chosen] if self.first is None else self.first(self.images[chosen])
             images = self.augmentation.apply(images, *(d[mine] for d in drawn))
-            yield as_input(images), self.labels[chosen]
+            yield to_float_tensor(images), self.labels[chosen]

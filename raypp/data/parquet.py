@@ -19,10 +19,10 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import field_validator
 
-from raypp.data.base import Labels, Record, Source, Split, check_names, decode_all
+from raypp.data.base import DataSource, Example, Labels, Split, check_names, decode_all
 from raypp.utils import paths, registry
 from raypp.utils.errors import DataError, first_line
-from raypp.utils.image_files import DOWNLOADED, walk
+from raypp.utils.image_files import DOWNLOADED, walk_files
 from raypp.utils.images import printable
 
 IMAGE_COLUMNS = ("img", "image")
@@ -61,7 +61,7 @@ class RowGroup(NamedTuple):
     labels: Labels
 
 
-class Parquet(Source):
+class Parquet(DataSource):
     """Images and labels in Parquet files as on the Hugging Face hub; local or in object storage (s3://, gs://).
 
     A file belongs to the split whose name (train, test, validation) stands in its path. Images are encoded files in a
@@ -70,11 +70,11 @@ class Parquet(Source):
     with ``.`` or ``_`` are passed over, as Spark and pyarrow do, and so are files without rows.
     """
 
-    class Options(registry.Options):
+    class Options(registry.MethodConfig):
         """Where the files lie and which columns to read."""
 
         name: Literal["parquet"] = "parquet"
-        path: paths.Location
+        path: paths.PathOrUri
         """Folder or file, or a URI of any filesystem that pyarrow knows."""
         image_column: str | None = None
         """None takes ``img`` or ``image``."""
@@ -151,7 +151,7 @@ class Parquet(Source):
         if not (isinstance(filesystem, pafs.LocalFileSystem) and Path(root).is_dir()):
             infos = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
             return [info.path for info in infos if info.is_file]
-        files = list(walk(Path(root)))  # pyarrow follows links to folders that hold them, 40 deep
+        files = list(walk_files(Path(root)))  # pyarrow follows links to folders that hold them, 40 deep
         for file in files:
             if not file.exists():
                 raise DataError(f"{printable(file)} is a link to a file or folder that does not exist")
@@ -361,7 +361,7 @@ class Parquet(Source):
                     yield f"{group.path} row {group.first + row}", int(group.labels[row]), data.as_py()
                     row += 1
 
-    def _read(self, split: Split) -> Iterator[Record]:
+    def _read(self, split: Split) -> Iterator[Example]:
         return decode_all(self._items(split), size=self.size, channels=self.channels)
 
     def _items(self, split: Split) -> Iterator[tuple[str, int, bytes | None]]:

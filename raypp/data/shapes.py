@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from raypp.data.base import Record, Source, Split
+from raypp.data.base import DataSource, Example, Split
 from raypp.utils import registry
 from raypp.utils.errors import DataError
-from raypp.utils.images import Pixels, grey
+from raypp.utils.images import Pixels, to_grayscale
 
 Plane: TypeAlias = npt.NDArray[np.float32]
 """float32 (N, H, W): one value per pixel."""
@@ -27,13 +27,13 @@ NUM_PARAMETERS = 64
 LUMA = (0.299, 0.587, 0.114)
 
 
-class Shapes(Source):
+class Shapes(DataSource):
     """Ten seeded, procedurally drawn shapes on random backgrounds; needs no files and no network.
 
     Image i of a split depends only on the seed, the split, i, and the image size. Its class is ``i % 10``.
     """
 
-    class Options(registry.Options):
+    class Options(registry.MethodConfig):
         """How many images to draw."""
 
         name: Literal["shapes"] = "shapes"
@@ -61,16 +61,16 @@ class Shapes(Source):
     def num_images(self, split: Split) -> int:
         return self.options.num_train if split == "train" else self.options.num_test
 
-    def _read(self, split: Split) -> Iterator[Record]:
+    def _read(self, split: Split) -> Iterator[Example]:
         assert self.size is not None
         num = self.num_images(split)
         for start in range(0, num, CHUNK):
             seed = np.random.SeedSequence([self.options.seed, int(split == "test"), start // CHUNK])
             images = _draw(np.random.default_rng(seed), min(CHUNK, num - start), self.size)
             if self.channels == 1:
-                images = grey(images)
+                images = to_grayscale(images)
             for i, image in enumerate(images, start):
-                yield Record(f"shapes {split} image {i}", i % len(SHAPES), image)
+                yield Example(f"shapes {split} image {i}", i % len(SHAPES), image)
 
 
 def _draw(rng: np.random.Generator, num: int, size: tuple[int, int]) -> Pixels:

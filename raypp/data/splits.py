@@ -5,34 +5,34 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from raypp.data import SOURCES
-from raypp.data.base import ImageSet, stratified_split
+from raypp.data.base import ImageDataset, stratified_split
 from raypp.utils.errors import DataError
 
 if TYPE_CHECKING:
     from raypp.config.schema import Config
 
-_kept: dict[str, ImageSet] | None = None
+_split_cache: dict[str, ImageDataset] | None = None
 
 
-def keep_splits() -> None:
+def enable_split_cache() -> None:
     """Read every split once from now on: for a process that trains many runs on the same images."""
     global _kept
-    _kept = {} if _kept is None else _kept
+    _kept = {} if _split_cache is None else _split_cache
 
 
-def load_split(config: Config, split: str) -> ImageSet:
+def load_split(config: Config, split: str) -> ImageDataset:
     """Read one split of the configured source, fitted to ``data.image_size``."""
     data = config.data
     which = f"{data.source.model_dump_json()} {data.image_size} {data.channels} {split}"
-    images = _kept.get(which) if _kept is not None else None
+    images = _split_cache.get(which) if _split_cache is not None else None
     if images is None:
         images = SOURCES.build(data.source, size=data.image_size, channels=data.channels).load(split)
-        if _kept is not None:
-            _kept[which] = images
-    return limit(images, data.num_test, config.seed, "data.num_test") if split == "test" else images
+        if _split_cache is not None:
+            _split_cache[which] = images
+    return subsample(images, data.num_test, config.seed, "data.num_test") if split == "test" else images
 
 
-def limit(images: ImageSet, num: int | None, seed: int, field: str) -> ImageSet:
+def subsample(images: ImageDataset, num: int | None, seed: int, field: str) -> ImageDataset:
     """A stratified subset of ``num`` images, or all of them."""
     if num is None or num == len(images):
         return images

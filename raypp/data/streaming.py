@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from raypp.data import SOURCES
-from raypp.data.base import Source, check_labels
+from raypp.data.base import DataSource, check_labels
 from raypp.data.folder import Folder
-from raypp.data.loader import Augmentation, as_input, generator, to_device
+from raypp.data.loader import Augmentation, make_generator, to_device, to_float_tensor
 from raypp.data.parquet import ROWS_AT_A_TIME, Parquet, RowGroup
 from raypp.utils.errors import ConfigError, DataError
 from raypp.utils.images import decode, printable
@@ -39,7 +39,7 @@ BLOCK_BYTES = 16 * 2**20
 
 
 @singledispatch
-def encoded(source: Source, seed: int) -> ray.data.Dataset:  # noqa: ARG001 (its implementations shuffle by it)
+def read_encoded_rows(source: DataSource, seed: int) -> ray.data.Dataset:  # noqa: ARG001 (its implementations shuffle by it)
     """The training split as rows of ``name``, ``label`` and, where it is at hand, ``bytes``."""
     raise ConfigError(
         f"data.stream cannot read data.source {source.options.name!r}; allowed: parquet, folder "
@@ -47,7 +47,7 @@ def encoded(source: Source, seed: int) -> ray.data.Dataset:  # noqa: ARG001 (its
     )
 
 
-@encoded.register
+@read_encoded_rows.register
 def _(source: Parquet, seed: int) -> ray.data.Dataset:
     column = source.columns()[0]
     groups = list(source.groups("train"))  # refuses a wrong label by file and row, before anything starts
@@ -69,7 +69,7 @@ def _(source: Parquet, seed: int) -> ray.data.Dataset:
     return ray.data.from_items(items).map_batches(read_rows, batch_format="numpy", batch_size=1)
 
 
-@encoded.register
+@read_encoded_rows.register
 def _(source: Folder, seed: int) -> ray.data.Dataset:
     files = source.files("train")
     check_labels([label for _, label in files], "train", source.classes)
@@ -90,9 +90,9 @@ def datasets(config: Config) -> tuple[ray.data.Dataset, ray.data.Dataset]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK_BYTES
-    source: Source = SOURCES.build(config.data.source, size=config.data.image_size, channels=config.data.channels)
-    share = _val_share(config, source)
-    rows = encoded(source, config.seed)
+    source: DataSource = SOURCES.build(config.data.source, size=config.data.image_size, channels=config.data.channels)
+    share = _val_fraction(config, source)
+    rows = read_encoded_rows(source, config.seed)
 
     def part(val: bool) -> ray.data.Dataset:
         return rows.map_batches(
@@ -111,7 +111,7 @@ def datasets(config: Config) -> tuple[ray.data.Dataset, ray.data.Dataset]:
     return part(val=False), part(val=True)
 
 
-def held_out(rows: ray.data.Dataset) -> Batch:
+def collect_validation_set(rows: ray.data.Dataset) -> Batch:
     """All validation images and labels.
 
     Finding them takes a pass over the whole set: the driver makes it, once, for all workers and those that come later.
@@ -119,7 +119,7 @@ def held_out(rows: ray.data.Dataset) -> Batch:
     Raises:
         DataError: there is none, or an image is damaged.
     """
-    rows.context.execution_options = bounded()
+    rows.context.execution_options = build_execution_options()
     try:
         found = [batch for batch in _batches(rows, batch_size=1024) if len(batch["label"])]
     except ray.exceptions.RayError as error:
@@ -130,7 +130,7 @@ def held_out(rows: ray.data.Dataset) -> Batch:
     return {key: np.concatenate([batch[key] for batch in found]) for key in ("image", "label")}
 
 
-def bounded() -> ray.data.ExecutionOptions:
+def build_execution_options() -> ray.data.ExecutionOptions:
     """Execution options that bound the blocks in flight: by default they fill a share of the machine. Blocks come in
     the order of the files."""
     limits = ray.data.ExecutionResources.for_limits(object_store_memory=IN_FLIGHT_BYTES)
@@ -138,7 +138,7 @@ def bounded() -> ray.data.ExecutionOptions:
     return ray.data.ExecutionOptions(resource_limits=limits, preserve_order=True)
 
 
-def _val_share(config: Config, source: Source) -> float:
+def _val_fraction(config: Config, source: DataSource) -> float:
     num = source.num_images("train")
     if config.data.num_val >= num:
         raise DataError(f"data.num_val is {config.data.num_val}, allowed is less than the {num} training images")
@@ -153,7 +153,7 @@ def _decode(batch: Batch, *, val: bool, share: float, key: int, size: tuple[int,
         data = batch["bytes"][i] if "bytes" in batch else _read_file(path, name)
         if not data:
             raise DataError(f"{name} holds no image bytes")
-        if (_draw(data, key) < share) != val:
+        if (_hash_to_unit_interval(data, key) < share) != val:
             continue
         images.append(decode(data, name=name, size=size, channels=channels))
         labels.append(int(label))
@@ -171,14 +171,14 @@ def _read_file(path: str, name: str) -> bytes:
         raise DataError(f"{name} cannot be read: {error.strerror}") from error
 
 
-def _draw(data: bytes, key: int) -> float:
+def _hash_to_unit_interval(data: bytes, key: int) -> float:
     """A number in [0, 1) that depends on the bytes and the key alone."""
     digest = hashlib.blake2b(data, digest_size=8, key=key.to_bytes(8, "big")).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 class StreamLoader:
-    """Batches of this worker's shard of the training stream; see :class:`raypp.data.loader.Batches`.
+    """Batches of this worker's shard of the training stream; see :class:`raypp.data.loader.BatchLoader`.
 
     All validation images, as :func:`held_out` found them, are held as uint8 on the device.
     """
@@ -193,7 +193,9 @@ class StreamLoader:
         first: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._first = first
-        source: Source = SOURCES.build(config.data.source, size=config.data.image_size, channels=config.data.channels)
+        source: DataSource = SOURCES.build(
+            config.data.source, size=config.data.image_size, channels=config.data.channels
+        )
         self._config, self._device, self._rank = config, device, rank
         self._share = config.train.batch_size // world
         self._augmentation = Augmentation(config.data.augment.crop_padding, config.data.augment.flip)
@@ -221,8 +223,8 @@ class StreamLoader:
         for step, batch in enumerate(itertools.islice(batches, first, None), first):
             images, labels = to_device(batch["image"], batch["label"], self._device)
             images = images if self._first is None else self._first(images)
-            drawn = self._augmentation.draw(len(labels), generator(seed, epoch, step, self._rank))
-            yield as_input(self._augmentation.apply(images, *drawn)), labels
+            drawn = self._augmentation.draw(len(labels), make_generator(seed, epoch, step, self._rank))
+            yield to_float_tensor(self._augmentation.apply(images, *drawn)), labels
 
 
 def _batches(shard: Any, **options: Any) -> Iterator[Batch]:

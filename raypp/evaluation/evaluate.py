@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from raypp.bundle.load import load_private, load_public
 from raypp.bundle.manifest import MANIFEST
-from raypp.config.overrides import flatten, merge, parse_flags
+from raypp.config.overrides import deep_merge, flatten_dict, parse_overrides
 from raypp.config.validation import validate
-from raypp.data.loader import as_input, images_at_a_time, to_device
+from raypp.data.loader import inference_batch_size, to_device, to_float_tensor
 from raypp.data.splits import load_split
 from raypp.metrics.image import psnr, ssim
 from raypp.metrics.statistics import wilson_interval
 from raypp.protections.base import Protection
 from raypp.utils.errors import BundleError, ConfigError, DataError
-from raypp.utils.images import through_jpeg, to_uint8
+from raypp.utils.images import jpeg_roundtrip, to_uint8
 from raypp.utils.storage import Storage
 
 Numbers = dict[str, Any]
@@ -39,7 +39,7 @@ def evaluate(
     Args:
         images: uint8 (N, H, W, C) on the device of the networks.
         labels: int64 (N,).
-        batch_size: images at a time; of large images fewer, see :func:`raypp.data.loader.images_at_a_time`.
+        batch_size: images at a time; of large images fewer, see :func:`raypp.data.loader.inference_batch_size`.
         jpeg: also measure what is classified after a JPEG of this quality: ``accuracy_jpeg`` with its interval.
 
     Returns:
@@ -54,17 +54,17 @@ def evaluate(
     correct = correct_float = correct_jpeg = saturated = num_values = 0
     similarities: list[Tensor] = []
     distances: list[Tensor] = []
-    batch_size = images_at_a_time(images, batch_size)
+    batch_size = inference_batch_size(images, batch_size)
     for start in range(0, len(images), batch_size):
-        plain, target = as_input(images[start : start + batch_size]), labels[start : start + batch_size]
+        plain, target = to_float_tensor(images[start : start + batch_size]), labels[start : start + batch_size]
         as_float = protection(plain)
         upload = to_uint8(as_float)
         protected = upload.float() / 255
         correct += int((classifier(protected).argmax(1) == target).sum())
         correct_float += int((classifier(as_float).argmax(1) == target).sum())
         if jpeg is not None:
-            pixels = through_jpeg(upload.permute(0, 2, 3, 1).cpu().numpy(), jpeg)
-            arrived = as_input(torch.from_numpy(pixels).to(upload.device))
+            pixels = jpeg_roundtrip(upload.permute(0, 2, 3, 1).cpu().numpy(), jpeg)
+            arrived = to_float_tensor(torch.from_numpy(pixels).to(upload.device))
             correct_jpeg += int((classifier(arrived).argmax(1) == target).sum())
         saturated += int(((upload == 0) | (upload == 255)).sum())
         aligned = protection.aligned(plain)
@@ -118,11 +118,11 @@ def evaluate_bundle(
     if storage.exists() and not all(storage.exists(f"{part}/{MANIFEST}") for part in ("public", "private")):
         raise BundleError(f"{str(location)!r} is no whole bundle; measuring needs its public and its private part")
     public, private = load_public(location), load_private(location)
-    given = parse_flags(settings)
-    for name in flatten(given):
+    given = parse_overrides(settings)
+    for name in flatten_dict(given):
         if not name.startswith("data.") and name != "train.eval_batch_size":
             raise ConfigError(f"--{name} changes nothing here; allowed are data.* and train.eval_batch_size")
-    config = validate(merge(private.config, given))
+    config = validate(deep_merge(private.config, given))
     config = config.model_copy(update={"data": config.data.model_copy(update={"stream": False})})
     images = load_split(config, split)
     if images.classes != private.classes:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raypp.attacks.target import Victim
+from raypp.attacks.target import Target
 from raypp.metrics.image import edge_correlation, edge_maps, in_parts, lpips, psnr, ssim, ssim_invariant, ssim_lab
 from raypp.metrics.retrieval import reidentify
 from raypp.metrics.statistics import bootstrap_interval
@@ -24,7 +24,7 @@ AMBER, RED = 0.05, 0.20
 MIN_QUERIES = 200  # attacked images; with fewer, chance alone moves a share across a threshold
 RISE = 0.01  # of SSIM, and of the share found: a curve that rises by less between its last two points is flat
 PART, JUDGED_PIXELS = 500, 2**21  # images that the judge reads at a time, at most, and their pixels
-SHARES = ("reidentified", "reidentified_edges", "reidentified_top5", "reidentified_same_class", "accuracy")
+RATES = ("reidentified", "reidentified_edges", "reidentified_top5", "reidentified_same_class", "accuracy")
 """Metrics that are 0 or 1 for each image."""
 
 INCONCLUSIVE = "inconclusive"
@@ -32,12 +32,12 @@ VERDICTS = ("holds", "weak", "broken", INCONCLUSIVE)
 
 Scores = dict[str, Tensor]
 """Values (N,) of each metric, one per image."""
-Judge = Callable[[Tensor], Tensor]
+ReferenceClassifier = Callable[[Tensor], Tensor]
 """Classes int64 (N,) of plain images float in [0, 1]: a classifier that has nothing to do with the victim."""
 
 
 @torch.inference_mode()
-def measure(estimates: Tensor, victim: Victim, judge: nn.Module | None = None) -> Scores:
+def score_images(estimates: Tensor, victim: Target, judge: nn.Module | None = None) -> Scores:
     """Compare reconstructions with the originals.
 
     Args:
@@ -89,13 +89,13 @@ def _compare(estimates: Tensor, originals: Tensor, judge: nn.Module | None) -> S
     return scores
 
 
-def summarise(scores: Scores, seed: int = 0) -> dict[str, dict[str, float]]:
+def aggregate(scores: Scores, seed: int = 0) -> dict[str, dict[str, float]]:
     """Numbers of each metric: mean and 95% interval; of those that are no shares also quartiles and the worst 1%."""
     found = {}
     for name, values in scores.items():
         low, high = bootstrap_interval(values.numpy(), seed=seed)
         numbers = {"mean": float(values.double().mean()), "low": low, "high": high}
-        if name not in SHARES:
+        if name not in RATES:
             worst = 0.01 if name == "lpips" else 0.99  # a distance: the smaller, the more has leaked
             at = (("min", 0.0), ("q1", 0.25), ("median", 0.5), ("q3", 0.75), ("worst_1_percent", worst), ("max", 1.0))
             numbers |= {key: float(np.quantile(values.numpy(), q)) for key, q in at}
@@ -104,7 +104,7 @@ def summarise(scores: Scores, seed: int = 0) -> dict[str, dict[str, float]]:
 
 
 @torch.inference_mode()
-def nulls(victim: Victim, seed: int = 0) -> dict[str, Tensor]:
+def baselines(victim: Target, seed: int = 0) -> dict[str, Tensor]:
     """What an attacker can say who never saw the protected image, and the protected image itself: uint8 (N, C, H, W).
 
     ``class mean`` knows the class, which the cloud does; ``nearest training image`` even knows the original and picks
@@ -157,7 +157,7 @@ def _nearest(images: Tensor, others: Tensor) -> Tensor:
     return nearest
 
 
-def share_found(summary: dict[str, dict[str, float]]) -> float:
+def reidentification_rate(summary: dict[str, dict[str, float]]) -> float:
     """The share of originals that are found, by pixels or by edges, whichever finds more."""
     return max(summary["reidentified"]["mean"], summary["reidentified_edges"]["mean"])
 
@@ -184,20 +184,20 @@ def verdict(share: float, num_queries: int, *, lower_bound: bool, at_chance: boo
     return ("holds" if share < AMBER else "weak" if share <= RED else "broken"), ""
 
 
-def still_rising(curve: list[dict[str, float]]) -> bool:
+def is_rising(curve: list[dict[str, float]]) -> bool:
     """Whether leakage rose by more than a hundredth between a curve's last two points."""
     last, before = curve[-1], curve[-2]
     return any(last[name] - before[name] > RISE for name in ("ssim_invariant", "found"))
 
 
-def strength(attack: dict[str, Any]) -> tuple[float, float]:
+def rank_key(attack: dict[str, Any]) -> tuple[float, float]:
     """What attacks that have run are ordered by: the share of originals found, then SSIM."""
     return attack["found"], attack["scores"]["ssim_invariant"]["mean"]
 
 
-def worst(attacks: dict[str, dict[str, Any]]) -> str | None:
+def strongest_attack(attacks: dict[str, dict[str, Any]]) -> str | None:
     """The attack that finds the most originals, of equal ones that with the largest SSIM; None where none has run."""
     ran = {name: a for name, a in attacks.items() if a["status"] == "done"}
     if not ran:
         return None
-    return max(ran, key=lambda n: strength(ran[n]))
+    return max(ran, key=lambda n: rank_key(ran[n]))

@@ -8,41 +8,32 @@ import json
 from typing import Any
 
 from raypp.bundle import export
-from raypp.evaluation.scorecard import (
-    strength,
-)
-from raypp.experiments.attack_plan import (
-    EXAMPLES,
-    SCORECARD,
-    SCORES,
-    Plan,
-)
-from raypp.experiments.attack_scores import (
-    headline,
-)
-from raypp.experiments.run_folder import one_at_a_time
+from raypp.evaluation.scorecard import rank_key
+from raypp.experiments.attack_plan import EXAMPLES, SCORECARD, SCORES, AttackPlan
+from raypp.experiments.attack_scores import headline
+from raypp.experiments.run_folder import exclusive_access
 from raypp.utils.errors import StorageError
-from raypp.utils.progress import Display
+from raypp.utils.progress import ProgressDisplay
 from raypp.utils.storage import Storage
 
 
-def _into_bundle(plan: Plan, card: dict[str, Any], quiet: bool) -> None:
+def export_to_bundle(plan: AttackPlan, card: dict[str, Any], quiet: bool) -> None:
     """Keep trained networks and scorecard in the bundle's private part, for serving."""
     assert plan.spec.bundle is not None
     try:
-        with one_at_a_time(Storage(plan.spec.bundle)):  # what is read is what the new one takes the place of
+        with exclusive_access(Storage(plan.spec.bundle)):  # what is read is what the new one takes the place of
             _merge_into_bundle(plan, card)
     except StorageError as error:
         if not quiet:
-            Display().warn(f"the bundle keeps no scorecard: {error}")
+            ProgressDisplay().warn(f"the bundle keeps no scorecard: {error}")
 
 
-def _merge_into_bundle(plan: Plan, card: dict[str, Any]) -> None:
+def _merge_into_bundle(plan: AttackPlan, card: dict[str, Any]) -> None:
     from safetensors.torch import load
 
     assert plan.spec.bundle is not None
     files = {name: plan.storage.read(name) for name in (SCORES, EXAMPLES)}
-    card, files, kept = _with_stored(plan.spec.bundle, card, files)
+    card, files, kept = _merge_with_stored(plan.spec.bundle, card, files)
     networks = {}
     for options in plan.suite.attacks:
         if options.name in kept:
@@ -53,7 +44,7 @@ def _merge_into_bundle(plan: Plan, card: dict[str, Any]) -> None:
     export.add_attacks(plan.spec.bundle, networks, card, files)
 
 
-def _with_stored(
+def _merge_with_stored(
     bundle: str, card: dict[str, Any], files: dict[str, bytes]
 ) -> tuple[dict[str, Any], dict[str, bytes], set[str]]:
     """A scorecard together with what the bundle keeps already: of each attack the run that found more.
@@ -70,7 +61,7 @@ def _with_stored(
     kept: set[str] = set()
     for name, was in before["attacks"].items():
         now = attacks.get(name)
-        if was["status"] == "done" and (now is None or now["status"] != "done" or strength(was) > strength(now)):
+        if was["status"] == "done" and (now is None or now["status"] != "done" or rank_key(was) > rank_key(now)):
             attacks[name], kept = was, kept | {name}
         elif now is None:
             attacks[name] = was

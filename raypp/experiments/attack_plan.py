@@ -15,29 +15,29 @@ from pydantic import ValidationError
 
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import TrainedOptions
-from raypp.attacks.suite import Suite, suites
-from raypp.attacks.target import Victim, VictimSpec, load_victim
-from raypp.config.overrides import merge, parse_flags
+from raypp.attacks.suite import Suite, suite_presets
+from raypp.attacks.target import Target, TargetSpec, load_target
+from raypp.config.overrides import deep_merge, parse_overrides
 from raypp.config.presets import load_config, read_yaml
-from raypp.config.validation import check_milestones, sentence
-from raypp.experiments.run_folder import checked_name, lock, refuse_foreign, stored
+from raypp.config.validation import check_milestones, format_validation_error
+from raypp.experiments.run_folder import lock, read_checked, refuse_foreign, validate_name
 from raypp.utils.errors import ConfigError, StorageError
-from raypp.utils.registry import did_you_mean
+from raypp.utils.registry import suggest
 from raypp.utils.storage import Storage
 
 SUITE, SCORECARD, SCORES, EXAMPLES = "suite.yaml", "scorecard.json", "scores.csv", "examples.safetensors"
-JUDGE = "judge"
-SETTLED = ("seed", "num_queries", "num_images", "curve", "judge_epochs")
+REFERENCE_CLASSIFIER = "judge"
+FIXED_ON_RESUME = ("seed", "num_queries", "num_images", "curve", "judge_epochs")
 """Settings of a suite that a resumed run cannot change."""
 
 Outcome = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Plan:
+class AttackPlan:
     """A victim, a suite, and the folder of what comes of them."""
 
-    spec: VictimSpec
+    spec: TargetSpec
     suite: Suite
     storage: Storage
 
@@ -51,13 +51,13 @@ class Plan:
         return {"victim": self.spec.model_dump(mode="json"), "suite": suite, "storage": self.storage.uri}
 
 
-def restore(dumped: dict[str, Any]) -> Plan:
+def restore_attack_plan(dumped: dict[str, Any]) -> AttackPlan:
     """The plan that ``Plan.dump`` described."""
-    spec = VictimSpec.model_validate(dumped["victim"])
-    return Plan(spec, Suite.model_validate(dumped["suite"]), Storage(dumped["storage"]))
+    spec = TargetSpec.model_validate(dumped["victim"])
+    return AttackPlan(spec, Suite.model_validate(dumped["suite"]), Storage(dumped["storage"]))
 
 
-def make_plan(
+def make_attack_plan(
     *,
     bundle: str | None = None,
     function: str | None = None,
@@ -68,7 +68,7 @@ def make_plan(
     flags: Sequence[str] = (),
     storage: str | Path = "runs",
     name: str,
-) -> Plan:
+) -> AttackPlan:
     """Put a plan together.
 
     Args:
@@ -82,15 +82,14 @@ def make_plan(
     Raises:
         ConfigError: one sentence about the first thing that is not allowed.
     """
-    known = suites()
+    known = suite_presets()
     if suite in known:
         tree = read_yaml(known[suite])
     elif Path(suite).suffix in {".yaml", ".yml"}:
         tree = read_yaml(Path(suite))
     else:
         raise ConfigError(
-            f"unknown suite {suite!r}{did_you_mean(suite, known)}; allowed: {', '.join(known)}, or the path of a .yaml "
-            "file"
+            f"unknown suite {suite!r}{suggest(suite, known)}; allowed: {', '.join(known)}, or the path of a .yaml file"
         )
     listed = tree.get("attacks") or {}
     if not isinstance(listed, dict):
@@ -99,11 +98,9 @@ def make_plan(
     if attacks:
         for attack in attacks:
             if attack not in ATTACKS:
-                raise ConfigError(
-                    f"unknown attack {attack!r}{did_you_mean(attack, ATTACKS)}; allowed: {', '.join(ATTACKS)}"
-                )
+                raise ConfigError(f"unknown attack {attack!r}{suggest(attack, ATTACKS)}; allowed: {', '.join(ATTACKS)}")
         chosen = {attack: chosen.get(attack) for attack in ATTACKS if attack in attacks}
-    given = parse_flags(flags, (*(name for name in Suite.model_fields if name != "attacks"), "data", *ATTACKS))
+    given = parse_overrides(flags, (*(name for name in Suite.model_fields if name != "attacks"), "data", *ATTACKS))
     data = given.pop("data", None)
     for attack in [key for key in given if key in ATTACKS]:
         if attack not in chosen:
@@ -112,12 +109,12 @@ def make_plan(
         for what, value in ((f"attacks.{attack}", options), (f"--{attack}", changes)):
             if not isinstance(value, dict):
                 raise ConfigError(f"{what} is {value!r}; allowed are options of the attack, each by its name")
-        chosen[attack] = merge(options, changes)
-    tree = merge(tree, given) | {"attacks": chosen}
+        chosen[attack] = deep_merge(options, changes)
+    tree = deep_merge(tree, given) | {"attacks": chosen}
     try:
         validated = Suite.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(sentence(error, tree, root=Suite)) from None
+        raise ConfigError(format_validation_error(error, tree, root=Suite)) from None
     for options in validated.attacks:
         if isinstance(options, TrainedOptions):
             check_milestones(options.train, f"{options.name}.train")
@@ -140,8 +137,8 @@ def make_plan(
     elif preset is not None:
         raise ConfigError("a preset names the images of a --function; a bundle and folders bring their own")
     where = absolute_folders(folders)
-    spec = VictimSpec(bundle=_settled(bundle), function=function, search=search, folders=where, config=config)
-    return Plan(spec, validated, Storage(storage).folder(checked_name(name)))
+    spec = TargetSpec(bundle=_bundle_uri(bundle), function=function, search=search, folders=where, config=config)
+    return AttackPlan(spec, validated, Storage(storage).folder(validate_name(name)))
 
 
 def _data_flags(flags: Sequence[str]) -> list[str]:
@@ -153,7 +150,7 @@ def _data_flags(flags: Sequence[str]) -> list[str]:
     return kept
 
 
-def _settled(location: str | None) -> str | None:
+def _bundle_uri(location: str | None) -> str | None:
     return None if location is None else Storage(location).uri
 
 
@@ -164,7 +161,7 @@ def absolute_folders(folders: tuple[str, str] | None) -> tuple[str, str] | None:
 
 
 @contextmanager
-def open_plan(plan: Plan, *, resume: bool) -> Iterator[tuple[Plan, Victim]]:
+def open_attack_plan(plan: AttackPlan, *, resume: bool) -> Iterator[tuple[AttackPlan, Target]]:
     """Hold the plan's folder: a new one, or with ``resume`` one of the same victim, where attacks may be added.
 
     Gives the plan, with the attacks that were there before, and the victim. A mistake found on the way there does not
@@ -174,22 +171,22 @@ def open_plan(plan: Plan, *, resume: bool) -> Iterator[tuple[Plan, Victim]]:
         StorageError: it is in use, exists already, or was made for another victim or other images.
     """
     storage, now = plan.storage, plan.dump()
-    victim: Victim | None = None
+    victim: Target | None = None
     if resume and not storage.exists(SUITE):
         raise StorageError(f"{storage.uri} does not exist; leave out --resume to start it")
     if not resume:
         _refuse_taken(storage)
-        victim = load_victim_of(restore(now))  # before the folder: a mistake found here leaves no trace
+        victim = load_target_of(restore_attack_plan(now))  # before the folder: a mistake found here leaves no trace
         storage.create()
     with lock(storage, f"the attack run {storage.uri}"):
         before: dict[str, Any] | None = None
         if not resume:
             _refuse_taken(storage)
         else:
-            before = stored(storage, SUITE, "victim", "suite")
+            before = read_checked(storage, SUITE, "victim", "suite")
             for key, was, new in (
-                ("victim", _wherever(before["victim"]), _wherever(now["victim"])),
-                *((k, before["suite"][k], now["suite"][k]) for k in SETTLED),
+                ("victim", _comparable_target(before["victim"]), _comparable_target(now["victim"])),
+                *((k, before["suite"][k], now["suite"][k]) for k in FIXED_ON_RESUME),
                 *(
                     (k, before["suite"]["attacks"][k], v)
                     for k, v in now["suite"]["attacks"].items()
@@ -201,8 +198,8 @@ def open_plan(plan: Plan, *, resume: bool) -> Iterator[tuple[Plan, Victim]]:
                         f"{storage.uri} was started with another {key}; resume it with the same, or take another --name"
                     )
             now["suite"]["attacks"] = before["suite"]["attacks"] | now["suite"]["attacks"]
-        plan = restore(now)
-        victim = victim or load_victim_of(plan)
+        plan = restore_attack_plan(now)
+        victim = victim or load_target_of(plan)
         if before is not None and before.get("identity", victim.identity) != victim.identity:
             raise StorageError(
                 f"{storage.uri} was started against another version of {plan.spec.name}; its results would not go "
@@ -212,7 +209,7 @@ def open_plan(plan: Plan, *, resume: bool) -> Iterator[tuple[Plan, Victim]]:
         yield plan, victim
 
 
-def _wherever(spec: dict[str, Any]) -> dict[str, Any]:
+def _comparable_target(spec: dict[str, Any]) -> dict[str, Any]:
     """A victim without what the current folder alone decides; a function's own file is compared by its contents."""
     config = {key: value for key, value in (spec["config"] or {}).items() if key != "cluster"}
     return {key: value for key, value in spec.items() if key != "search"} | {"config": config}
@@ -229,7 +226,7 @@ def _refuse_taken(storage: Storage) -> None:
 # One attack
 
 
-def finished(plan: Plan, attack: str) -> Outcome | None:
+def load_result(plan: AttackPlan, attack: str) -> Outcome | None:
     """What an attack gave if it has been run to its end."""
     folder = plan.folder(attack)
     if not folder.exists("result.json"):
@@ -243,10 +240,10 @@ def finished(plan: Plan, attack: str) -> Outcome | None:
     return found
 
 
-def load_victim_of(plan: Plan, device: torch.device | None = None) -> Victim:
+def load_target_of(plan: AttackPlan, device: torch.device | None = None) -> Target:
     """The plan's victim."""
     suite = plan.suite
-    return load_victim(
+    return load_target(
         plan.spec, num_queries=suite.num_queries, num_images=suite.num_images, seed=suite.seed, device=device
     )
 
@@ -254,17 +251,17 @@ def load_victim_of(plan: Plan, device: torch.device | None = None) -> Victim:
 # All of them
 
 
-def waits_for(plan: Plan, name: str) -> list[str]:
+def dependencies(plan: AttackPlan, name: str) -> list[str]:
     """Attacks of the suite that have to end before this one begins."""
     return [earlier for earlier in ATTACKS.get(name).after if any(o.name == earlier for o in plan.suite.attacks)]
 
 
-def in_order(plan: Plan) -> list[str]:
+def topological_order(plan: AttackPlan) -> list[str]:
     """The suite's attacks, each after those that it builds on."""
     names = [options.name for options in plan.suite.attacks]
-    return sorted(names, key=lambda name: bool(waits_for(plan, name)))
+    return sorted(names, key=lambda name: bool(dependencies(plan, name)))
 
 
-def overview(plan: Plan) -> list[tuple[str, str, str]]:
+def threat_table(plan: AttackPlan) -> list[tuple[str, str, str]]:
     """Each attack's name, threat level and what the attacker has, for printing before anything runs."""
-    return [(n, ATTACKS.get(n).threat.name, ATTACKS.get(n).threat.meaning) for n in in_order(plan)]
+    return [(n, ATTACKS.get(n).threat.name, ATTACKS.get(n).threat.meaning) for n in topological_order(plan)]

@@ -18,43 +18,36 @@ import torch
 from torch import Tensor
 
 from raypp.attacks import ATTACKS
-from raypp.attacks.base import Access, Attack, AttackError, Map, TrainedAttack, fitted
+from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap, TrainedAttack, match_shape
 from raypp.attacks.suite import CURVE, HALF_EFFORT
-from raypp.attacks.target import Victim
-from raypp.evaluation.scorecard import (
-    measure,
-    share_found,
-    summarise,
-)
-from raypp.experiments.attack_export import _into_bundle
+from raypp.attacks.target import Target
+from raypp.evaluation.scorecard import aggregate, reidentification_rate, score_images
+from raypp.experiments.attack_export import export_to_bundle
 from raypp.experiments.attack_plan import (
-    JUDGE,
+    REFERENCE_CLASSIFIER,
+    AttackPlan,
     Outcome,
-    Plan,
-    finished,
-    in_order,
-    load_victim_of,
-    open_plan,
+    load_result,
+    load_target_of,
+    open_attack_plan,
+    topological_order,
 )
-from raypp.experiments.attack_scores import (
-    _json,
-    scorecard,
-)
-from raypp.experiments.reference_classifier import needs_judge, train_judge
+from raypp.experiments.attack_scores import _json, scorecard
+from raypp.experiments.reference_classifier import needs_reference_classifier, train_reference_classifier
 from raypp.models.perceptual import StateDict
-from raypp.training.checkpoint import Row
-from raypp.training.distributed import first
-from raypp.training.optim import set_up_torch
-from raypp.training.reporter import LocalSink, Sink
-from raypp.training.trainer import Loop, together
+from raypp.training.checkpoint import EpochMetrics
+from raypp.training.distributed import is_rank_zero
+from raypp.training.optim import configure_torch
+from raypp.training.reporter import LocalReporter, Reporter
+from raypp.training.trainer import Trainer, run_on_all_ranks
 from raypp.utils.errors import RayppError
-from raypp.utils.progress import GridDisplay, Shows
-from raypp.utils.registry import Options
-from raypp.utils.signals import told_by
+from raypp.utils.progress import MultiProgressDisplay, ProgressListener
+from raypp.utils.registry import MethodConfig
+from raypp.utils.signals import stop_on_signal
 from raypp.utils.storage import Storage
 
 
-def run_attack(plan: Plan, name: str, display: Shows, victim: Victim | None = None) -> Outcome:
+def run_attack(plan: AttackPlan, name: str, display: ProgressListener, victim: Target | None = None) -> Outcome:
     """Run one attack to its end, from where it was stopped; store and return its result.
 
     In an initialised process group all processes call it: they train together, and the first does the rest.
@@ -65,11 +58,11 @@ def run_attack(plan: Plan, name: str, display: Shows, victim: Victim | None = No
     Raises:
         RayppError: the victim cannot be loaded or fails; an attack that does not apply to it is a result, not an error.
     """
-    if (found := finished(plan, name)) is not None:
+    if (found := load_result(plan, name)) is not None:
         return found
     suite, folder = plan.suite, plan.folder(name)
     began = time.monotonic()
-    victim = victim or load_victim_of(plan)
+    victim = victim or load_target_of(plan)
     kind, options = ATTACKS.get(name), suite.options(name)
     about: Outcome = {
         "attack": name,
@@ -80,27 +73,27 @@ def run_attack(plan: Plan, name: str, display: Shows, victim: Victim | None = No
     }
     try:
         attack: Attack = kind(options, _with_earlier(plan, kind, victim.access), seed=suite.seed)
-        history: list[Row] = []
+        history: list[EpochMetrics] = []
         curve: list[dict[str, Any]] = []
         if isinstance(attack, TrainedAttack):
             history, curve = _train(attack, plan, name, victim, display)
-        if not first():
+        if not is_rank_zero():
             return about
         attack.prepare()
         num = min(len(victim.plain), attack.max_queries or len(victim.plain))
         torch.manual_seed(suite.seed)
-        estimates = fitted(attack.reconstruct(victim.protected[:num]), victim.access.shape).cpu()
+        estimates = match_shape(attack.reconstruct(victim.protected[:num]), victim.access.shape).cpu()
         if attack.effort is not None and suite.curve:
             curve = _half_effort(attack, estimates, plan, victim)
     except AttackError as error:
         result = about | {"status": "does not apply", "note": str(error)}
-        if first():
+        if is_rank_zero():
             folder.write("result.json", _json(result))
         return result
     from safetensors.torch import save
 
     folder.write("estimates.safetensors", save({"estimates": estimates.contiguous()}))
-    summary = summarise(measure(estimates, victim), suite.seed)
+    summary = aggregate(score_images(estimates, victim), suite.seed)
     result = about | {
         "status": "done",
         "note": attack.note,
@@ -114,32 +107,32 @@ def run_attack(plan: Plan, name: str, display: Shows, victim: Victim | None = No
     return result
 
 
-def _half_effort(attack: Attack, estimates: Tensor, plan: Plan, victim: Victim) -> list[dict[str, Any]]:
+def _half_effort(attack: Attack, estimates: Tensor, plan: AttackPlan, victim: Target) -> list[dict[str, Any]]:
     """The curve of an attack that is no training: what it finds with half its effort, and with all of it."""
     assert attack.effort is not None
     full = attack.options
     attack.options = full.model_copy(update={attack.effort: max(1, getattr(full, attack.effort) // 2)})
     torch.manual_seed(plan.suite.seed)
-    half = fitted(attack.reconstruct(victim.protected[: len(estimates)]), victim.access.shape)
+    half = match_shape(attack.reconstruct(victim.protected[: len(estimates)]), victim.access.shape)
     attack.options = full
     points = ((HALF_EFFORT, half), ("everything", estimates))
-    return [{"what": what} | _leak(images, victim) for what, images in points]
+    return [{"what": what} | _release_memory(images, victim) for what, images in points]
 
 
 def _train(
-    attack: TrainedAttack, plan: Plan, name: str, victim: Victim, display: Shows
-) -> tuple[list[Row], list[dict[str, Any]]]:
+    attack: TrainedAttack, plan: AttackPlan, name: str, victim: Target, display: ProgressListener
+) -> tuple[list[EpochMetrics], list[dict[str, Any]]]:
     """Train the attack's network, and for its curve smaller ones; leaves the attack loaded with the full one."""
     folder, total = plan.folder(name), attack.num_images
 
-    def make(storage: Storage) -> Sink:
-        return LocalSink(storage, display, victim.access.device)
+    def make(storage: Storage) -> Reporter:
+        return LocalReporter(storage, display, victim.access.device)
 
     sink = make(folder)
     num_workers = sink.world
     full, history = _fit(attack, sink, 1.0, None)
     attack.load(full)
-    if first():
+    if is_rank_zero():
         _save_network(folder, full)
     curve = []
     if plan.suite.curve:
@@ -148,31 +141,33 @@ def _train(
             if epochs < 1 and round(epochs * attack.epochs) in (0, attack.epochs):
                 continue  # one epoch has no half: whether more of them would help stays unknown
             state, rows = _fit(attack, make(folder.folder(label.replace(" ", "_"))), epochs, num)
-            if first():
+            if is_rank_zero():
                 attack.load(state)
                 point = {"what": label, "epochs": len(rows), "num_images": num or total}
-                curve.append(point | _leak(attack.reconstruct(victim.protected), victim))
-        if first():
+                curve.append(point | _release_memory(attack.reconstruct(victim.protected), victim))
+        if is_rank_zero():
             attack.load(full)
             curve.append(
                 {"what": "everything", "epochs": len(history), "num_images": total}
-                | _leak(attack.reconstruct(victim.protected), victim)
+                | _release_memory(attack.reconstruct(victim.protected), victim)
             )
     return history, curve
 
 
-def _fit(attack: TrainedAttack, sink: Sink, epochs: float, num_images: int | None) -> tuple[StateDict, list[Row]]:
+def _fit(
+    attack: TrainedAttack, sink: Reporter, epochs: float, num_images: int | None
+) -> tuple[StateDict, list[EpochMetrics]]:
     task = attack.task(epochs, num_images)
-    together(lambda: task.share(sink.rank, sink.world))  # refuses fewer images than workers
-    set_up_torch(task.train)
-    done = Loop(task, sink).run()
+    run_on_all_ranks(lambda: task.share(sink.rank, sink.world))  # refuses fewer images than workers
+    configure_torch(task.train)
+    done = Trainer(task, sink).run()
     return attack.state(done.trainee), done.history
 
 
-def _leak(estimates: Tensor, victim: Victim) -> dict[str, float]:
-    scores = measure(fitted(estimates, victim.access.shape), victim)
+def _release_memory(estimates: Tensor, victim: Target) -> dict[str, float]:
+    scores = score_images(match_shape(estimates, victim.access.shape), victim)
     means = {key: {"mean": round(float(values.double().mean()), 5)} for key, values in scores.items()}
-    return {"found": share_found(means)} | {
+    return {"found": reidentification_rate(means)} | {
         key: means[key]["mean"] for key in ("ssim", "ssim_invariant", "psnr", "reidentified")
     }
 
@@ -183,7 +178,7 @@ def _save_network(folder: Storage, state: StateDict) -> None:
     folder.write("network.safetensors", save({k: v.contiguous() for k, v in state.items()}))
 
 
-def load_network(folder: Storage, options: Options, access: Access) -> Map:
+def load_network(folder: Storage, options: MethodConfig, access: AttackerKnowledge) -> ImageMap:
     """An attack's trained network as a map from protected to plain images."""
     from safetensors.torch import load
 
@@ -192,7 +187,7 @@ def load_network(folder: Storage, options: Options, access: Access) -> Map:
     return attack.reconstruct
 
 
-def _with_earlier(plan: Plan, kind: type[Attack], access: Access) -> Access:
+def _with_earlier(plan: AttackPlan, kind: type[Attack], access: AttackerKnowledge) -> AttackerKnowledge:
     from dataclasses import replace
 
     networks = {}
@@ -202,21 +197,21 @@ def _with_earlier(plan: Plan, kind: type[Attack], access: Access) -> Access:
     return replace(access, earlier=networks) if networks else access
 
 
-def run_locally(
-    plan: Plan, missing: Sequence[str], display: GridDisplay, ended: Callable[[str, Outcome], None]
+def run_attacks_locally(
+    plan: AttackPlan, missing: Sequence[str], display: MultiProgressDisplay, ended: Callable[[str, Outcome], None]
 ) -> None:
     """Run attacks in this process, one after the other; ``ended`` is told of each ``{"result"}`` or ``{"error"}``.
 
     Raises:
         ToldToStop: by ``display`` or SIGTERM, after a checkpoint.
     """
-    victim = load_victim_of(plan)
-    with told_by(display.stop, signal.SIGTERM):
+    victim = load_target_of(plan)
+    with stop_on_signal(display.stop, signal.SIGTERM):
         for name in missing:
             display.end_if_told()
             try:
-                if name == JUDGE:
-                    train_judge(plan, victim, display.of(JUDGE))
+                if name == REFERENCE_CLASSIFIER:
+                    train_reference_classifier(plan, victim, display.of(REFERENCE_CLASSIFIER))
                     outcome: Outcome = {"result": {}}
                 else:
                     outcome = {"result": run_attack(plan, name, display.of(name), victim)}
@@ -227,13 +222,15 @@ def run_locally(
             ended(name, outcome)
 
 
-def attack(
-    plan: Plan,
+def run_attack_suite(
+    plan: AttackPlan,
     *,
     resume: bool = False,
     quiet: bool = False,
-    announce: Callable[[Plan], None] = lambda _: None,
-    run: Callable[[Plan, Sequence[str], GridDisplay, Callable[[str, Outcome], None]], None] = run_locally,
+    announce: Callable[[AttackPlan], None] = lambda _: None,
+    run: Callable[
+        [AttackPlan, Sequence[str], MultiProgressDisplay, Callable[[str, Outcome], None]], None
+    ] = run_attacks_locally,
 ) -> dict[str, Any]:
     """Run what is missing of a plan and write its scorecard; returns the scorecard.
 
@@ -244,33 +241,33 @@ def attack(
     Raises:
         RayppError: the victim, the suite or the folder is not allowed; an attack that fails does not stop the others.
     """
-    with open_plan(plan, resume=resume) as (plan, victim):
+    with open_attack_plan(plan, resume=resume) as (plan, victim):
         announce(plan)
         failures: dict[str, str] = {}
-        names = in_order(plan)
-        jobs = [name for name in names if finished(plan, name) is None]
-        if needs_judge(plan, victim):
-            jobs.append(JUDGE)
-        with GridDisplay(len(jobs), quiet=quiet, what="attacks") as display:
+        names = topological_order(plan)
+        jobs = [name for name in names if load_result(plan, name) is None]
+        if needs_reference_classifier(plan, victim):
+            jobs.append(REFERENCE_CLASSIFIER)
+        with MultiProgressDisplay(len(jobs), quiet=quiet, what="attacks") as display:
 
             def ended(name: str, outcome: Outcome) -> None:
                 if "error" in outcome:
                     failures[name] = outcome["error"]
                     display.done(name, f"failed: {outcome['error']}")
                 else:
-                    display.done(name, _said(outcome["result"]))
+                    display.done(name, _outcome_line(outcome["result"]))
 
             if jobs:
                 run(plan, jobs, display, ended)
         card = scorecard(plan, victim, failures)
-        if plan.spec.bundle is not None and not failures.keys() - {JUDGE}:
-            _into_bundle(plan, card, quiet)
+        if plan.spec.bundle is not None and not failures.keys() - {REFERENCE_CLASSIFIER}:
+            export_to_bundle(plan, card, quiet)
         return card
 
 
-def _said(result: Outcome) -> str:
+def _outcome_line(result: Outcome) -> str:
     if not result:
         return "trained"
     if result["status"] != "done":
         return str(result["note"] or result["status"])
-    return f"{share_found(result['scores']):.1%} found, SSIM {result['scores']['ssim']['mean']:.3f}"
+    return f"{reidentification_rate(result['scores']):.1%} found, SSIM {result['scores']['ssim']['mean']:.3f}"

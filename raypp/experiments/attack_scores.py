@@ -12,48 +12,48 @@ from torch import Tensor, nn
 
 from raypp.attacks import ATTACKS
 from raypp.attacks.suite import HALF_EFFORT, HALF_EPOCHS, QUARTER
-from raypp.attacks.target import Victim
+from raypp.attacks.target import Target
 from raypp.evaluation.scorecard import (
     INCONCLUSIVE,
     MIN_QUERIES,
     RED,
     Scores,
-    measure,
-    nulls,
-    share_found,
-    still_rising,
-    summarise,
+    aggregate,
+    baselines,
+    is_rising,
+    reidentification_rate,
+    score_images,
+    strongest_attack,
     verdict,
-    worst,
 )
 from raypp.experiments.attack_plan import (
     EXAMPLES,
-    JUDGE,
+    REFERENCE_CLASSIFIER,
     SCORECARD,
     SCORES,
+    AttackPlan,
     Outcome,
-    Plan,
-    finished,
-    in_order,
+    load_result,
+    topological_order,
 )
-from raypp.experiments.reference_classifier import load_judge
+from raypp.experiments.reference_classifier import load_reference_classifier
 from raypp.experiments.run_folder import environment
 from raypp.metrics.statistics import chance_error
 
 NUM_SHOWN = 10
 
 
-def scorecard(plan: Plan, victim: Victim, failures: dict[str, str]) -> dict[str, Any]:
+def scorecard(plan: AttackPlan, victim: Target, failures: dict[str, str]) -> dict[str, Any]:
     """Put together what has been measured, write ``scorecard.json`` and ``scores.csv``, and return the first."""
     from safetensors.torch import load
 
-    judge = load_judge(plan, victim)
+    judge = load_reference_classifier(plan, victim)
     test = (victim.metrics or {}).get("test")
     at_chance = chance_error(test, len(victim.classes))
     attacks: dict[str, Any] = {}
     images: dict[str, Scores] = {}
-    for name in in_order(plan):
-        result = finished(plan, name)
+    for name in topological_order(plan):
+        result = load_result(plan, name)
         if result is None:
             kind = ATTACKS.get(name)
             attacks[name] = {
@@ -63,16 +63,16 @@ def scorecard(plan: Plan, victim: Victim, failures: dict[str, str]) -> dict[str,
             continue
         if result["status"] == "done":
             estimates = load(plan.folder(name).read("estimates.safetensors"))["estimates"]
-            images[name] = measure(estimates, victim, judge)
-            result["scores"] = summarise(images[name], plan.suite.seed)
-            result["found"] = share_found(result["scores"])
-            result |= _flatness(result)
+            images[name] = score_images(estimates, victim, judge)
+            result["scores"] = aggregate(images[name], plan.suite.seed)
+            result["found"] = reidentification_rate(result["scores"])
+            result |= _convergence(result)
         attacks[name] = result
-    beside = {name: measure(made, victim, judge) for name, made in nulls(victim, plan.suite.seed).items()}
-    null_scores = {name: summarise(scores, plan.suite.seed) for name, scores in beside.items()}
+    beside = {name: score_images(made, victim, judge) for name, made in baselines(victim, plan.suite.seed).items()}
+    null_scores = {name: aggregate(scores, plan.suite.seed) for name, scores in beside.items()}
     for result in attacks.values():
         if result["status"] == "done":
-            result["above_null"] = _above(result["scores"], null_scores)
+            result["above_null"] = _above_baselines(result["scores"], null_scores)
     card = {
         "victim": victim.name,
         "label": victim.label,
@@ -84,8 +84,8 @@ def scorecard(plan: Plan, victim: Victim, failures: dict[str, str]) -> dict[str,
         "accuracy": (test or {}).get("accuracy"),
         "accuracy_interval": (test or {}).get("accuracy_interval"),
         "at_chance": at_chance,
-        "judge_accuracy": _judge_accuracy(judge, victim),
-        "judge_note": failures.get(JUDGE, ""),
+        "judge_accuracy": _reference_accuracy(judge, victim),
+        "judge_note": failures.get(REFERENCE_CLASSIFIER, ""),
         **headline(attacks, at_chance=at_chance is not None),
         "attacks": attacks,
         "nulls": null_scores,
@@ -98,7 +98,7 @@ def scorecard(plan: Plan, victim: Victim, failures: dict[str, str]) -> dict[str,
     return card
 
 
-def _examples(plan: Plan, victim: Victim, images: dict[str, Scores]) -> bytes:
+def _examples(plan: AttackPlan, victim: Target, images: dict[str, Scores]) -> bytes:
     """Pictures for reports: the first queries, and of each attack those that it recovered best."""
     from safetensors.torch import load, save
 
@@ -137,8 +137,8 @@ def headline(attacks: dict[str, Any], *, at_chance: bool) -> dict[str, Any]:
             return INCONCLUSIVE, f"{', '.join(failed)} failed and may have found more"
         return words, reason
 
-    worst_name = worst(attacks)
-    drawing = worst({name: a for name, a in attacks.items() if ATTACKS.get(name).draws})
+    worst_name = strongest_attack(attacks)
+    drawing = strongest_attack({name: a for name, a in attacks.items() if ATTACKS.get(name).draws})
     (words, reason), (drawing_words, drawing_reason) = of(worst_name), of(drawing)
     red = worst_name is not None and attacks[worst_name]["found"] > RED
     return {
@@ -154,7 +154,7 @@ def headline(attacks: dict[str, Any], *, at_chance: bool) -> dict[str, Any]:
     }
 
 
-def _flatness(result: Outcome) -> Outcome:
+def _convergence(result: Outcome) -> Outcome:
     """Whether a trained attack's score is its last word, by the points of its curve."""
     trained, tried = bool(result["history"]), ATTACKS.get(result["attack"]).effort is not None
     if not trained and not tried:
@@ -165,24 +165,24 @@ def _flatness(result: Outcome) -> Outcome:
     for what, before in wanted:
         if before not in points or result["num_queries"] < MIN_QUERIES:
             unknown.append(what)
-        elif still_rising([points[before], points["everything"]]):
+        elif is_rising([points[before], points["everything"]]):
             rising.append(what)
     return {"lower_bound": bool(rising or unknown), "rises_with": rising, "unknown": unknown}
 
 
-def _above(scores: dict[str, dict[str, float]], null_scores: dict[str, Any]) -> bool:
+def _above_baselines(scores: dict[str, dict[str, float]], null_scores: dict[str, Any]) -> bool:
     """Whether the reconstructions resemble the originals more than what the class alone tells, beyond chance."""
     null = null_scores.get("class mean") or null_scores["mean image"]
     return any(scores[key]["low"] > null[key]["high"] for key in ("ssim_invariant", "edges", "reidentified"))
 
 
-def _judge_accuracy(judge: nn.Module | None, victim: Victim) -> float | None:
+def _reference_accuracy(judge: nn.Module | None, victim: Target) -> float | None:
     if judge is None:
         return None
-    return float(measure(victim.plain, victim, judge)["accuracy"].mean())
+    return float(score_images(victim.plain, victim, judge)["accuracy"].mean())
 
 
-def _csv(victim: Victim, images: dict[str, Scores]) -> bytes:
+def _csv(victim: Target, images: dict[str, Scores]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text)
     names = list(dict.fromkeys(metric for scores in images.values() for metric in scores))

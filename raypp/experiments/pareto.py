@@ -6,15 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from raypp.experiments.search_records import WORST_LEAKAGE, Record
-from raypp.experiments.search_settings import (
-    Search,
-)
+from raypp.experiments.search_records import WORST_LEAKAGE, TrialRecord
+from raypp.experiments.search_settings import Search
 
 # All of them
 
 
-def feasible(record: Record, least: float | None) -> bool:
+def feasible(record: TrialRecord, least: float | None) -> bool:
     """Whether a trial has reached its end and the accuracy that is asked for."""
     return record["status"] == "done" and (least is None or record["accuracy"] >= least)
 
@@ -30,9 +28,9 @@ def objectives(accuracy: float, leakage: float, search: Search, least: float | N
     return {"told_accuracy": accuracy, "told_leakage": told_leakage, "told_score": score}
 
 
-def pareto(records: Sequence[Record], least: float | None = None) -> list[Record]:
+def pareto(records: Sequence[TrialRecord], least: float | None = None) -> list[TrialRecord]:
     """Finished trials that no other one equals or beats in both accuracy and leakage; by accuracy, highest first."""
-    front: list[Record] = []
+    front: list[TrialRecord] = []
     done = [r for r in records if feasible(r, least)]
     for record in sorted(done, key=lambda r: (-r["accuracy"], r["leakage"])):
         if not front or record["leakage"] < front[-1]["leakage"]:
@@ -40,7 +38,7 @@ def pareto(records: Sequence[Record], least: float | None = None) -> list[Record
     return front
 
 
-def hypervolume(records: Sequence[Record], least: float | None = None) -> float:
+def hypervolume(records: Sequence[TrialRecord], least: float | None = None) -> float:
     """Area between the front and the worst corner, accuracy 0 and leakage 1; in [0, 1]."""
     area, before = 0.0, WORST_LEAKAGE
     for record in pareto(records, least):
@@ -50,7 +48,7 @@ def hypervolume(records: Sequence[Record], least: float | None = None) -> float:
     return area
 
 
-def knee(front: Sequence[Record]) -> Record:
+def knee(front: Sequence[TrialRecord]) -> TrialRecord:
     """The point between a front's ends that is farthest out from their line, both objectives scaled to [0, 1]."""
     if len(front) < 3:
         return front[0]
@@ -61,7 +59,7 @@ def knee(front: Sequence[Record]) -> Record:
     return front[1 + int(np.argmax(inner))]
 
 
-def chosen(records: Sequence[Record], search: Search, least: float | None) -> dict[str, Record]:
+def select_best(records: Sequence[TrialRecord], search: Search, least: float | None) -> dict[str, TrialRecord]:
     """What is handed over, by its name below ``best/``."""
     front = pareto(records, least)
     if not front:

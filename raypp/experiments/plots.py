@@ -11,11 +11,8 @@ import numpy as np
 
 from raypp.evaluation.plotting import as_png, new_figure
 from raypp.experiments.pareto import feasible, pareto
-from raypp.experiments.search_records import Record
-from raypp.experiments.search_settings import (
-    Range,
-    Search,
-)
+from raypp.experiments.search_records import TrialRecord
+from raypp.experiments.search_settings import Range, Search
 
 
 def label(value: Any) -> Any:
@@ -29,7 +26,7 @@ def label(value: Any) -> Any:
 # Pictures
 
 
-def front_figure(searches: dict[str, Sequence[Record]], least: float | None = None) -> bytes:
+def front_figure(searches: dict[str, Sequence[TrialRecord]], least: float | None = None) -> bytes:
     """Leakage against accuracy of every finished trial, with the front of each search, as a PNG."""
     canvas, panel = _panel(7.2, 5.0)
     colours = ("#1f6fb2", "#d1602b", "#3a8f4f", "#8a5fb0")
@@ -59,7 +56,7 @@ def front_figure(searches: dict[str, Sequence[Record]], least: float | None = No
     return as_png(canvas)
 
 
-def parallel_figure(records: Sequence[Record], least: float | None = None) -> bytes | None:
+def parallel_figure(records: Sequence[TrialRecord], least: float | None = None) -> bytes | None:
     """Every finished trial as a line through its settings and scores; those of the front are drawn in colour."""
     done = [r for r in records if r["status"] == "done"]
     if not done:
@@ -100,7 +97,7 @@ def parallel_figure(records: Sequence[Record], least: float | None = None) -> by
     return as_png(canvas)
 
 
-def importance_figure(records: Sequence[Record], search: Search) -> bytes | None:
+def importance_figure(records: Sequence[TrialRecord], search: Search) -> bytes | None:
     """How much each setting says about accuracy and leakage; None for fewer than six finished trials.
 
     Source: fANOVA, Hutter, Hoos, Leyton-Brown 2014, as Optuna has it.

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from torch import nn
 
-from raypp.attacks.target import Victim
+from raypp.attacks.target import Target
 from raypp.bundle import load
 from raypp.config.schema import Config
-from raypp.experiments.attack_plan import (
-    JUDGE,
-    Plan,
-)
+from raypp.experiments.attack_plan import REFERENCE_CLASSIFIER, AttackPlan
 from raypp.experiments.training_run import open_run, train_locally
-from raypp.utils.progress import Shows
+from raypp.utils.progress import ProgressListener
 
 # The judge: a plain classifier that has nothing to do with the victim
 
 
-def needs_judge(plan: Plan, victim: Victim) -> bool:
+def needs_reference_classifier(plan: AttackPlan, victim: Target) -> bool:
     """Whether a plain classifier has still to be trained."""
     possible = victim.plain_classifier is None and victim.config is not None and bool(victim.classes)
-    return possible and plan.suite.judge_epochs > 0 and not plan.storage.exists(f"{JUDGE}/summary.json")
+    return possible and plan.suite.judge_epochs > 0 and not plan.storage.exists(f"{REFERENCE_CLASSIFIER}/summary.json")
 
 
-def judge_config(plan: Plan, victim: Victim) -> Config:
+def reference_classifier_config(plan: AttackPlan, victim: Target) -> Config:
     """How the plain classifier is trained: on the victim's data, as its classifier was, for the suite's epochs."""
     assert victim.config is not None
     tree = victim.config.model_dump(mode="json")
@@ -36,19 +33,19 @@ def judge_config(plan: Plan, victim: Victim) -> Config:
     return Config.model_validate(tree)
 
 
-def train_judge(plan: Plan, victim: Victim, display: Shows) -> None:
+def train_reference_classifier(plan: AttackPlan, victim: Target, display: ProgressListener) -> None:
     """Train the plain classifier as a run of its own, from where it was stopped."""
-    config = judge_config(plan, victim)
-    begun = plan.storage.exists(f"{JUDGE}/config.yaml")
-    with open_run(config, JUDGE, resume=begun) as run:
+    config = reference_classifier_config(plan, victim)
+    begun = plan.storage.exists(f"{REFERENCE_CLASSIFIER}/config.yaml")
+    with open_run(config, REFERENCE_CLASSIFIER, resume=begun) as run:
         train_locally(run, display, victim.access.device)
 
 
-def load_judge(plan: Plan, victim: Victim) -> nn.Module | None:
+def load_reference_classifier(plan: AttackPlan, victim: Target) -> nn.Module | None:
     """The plain classifier, or None where there is none."""
     if victim.plain_classifier is not None:
         return victim.plain_classifier
-    folder = plan.storage.folder(JUDGE)
+    folder = plan.storage.folder(REFERENCE_CLASSIFIER)
     if not folder.exists("summary.json"):
         return None
     return load.load_private(folder.folder("bundle").uri).classifier.to(victim.plain.device)

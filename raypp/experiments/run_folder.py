@@ -15,10 +15,10 @@ from typing import IO, Any
 import torch
 
 import raypp
-from raypp.config.overrides import flatten
+from raypp.config.overrides import flatten_dict
 from raypp.config.schema import Config, scaled_milestones
 from raypp.config.validation import validate
-from raypp.training.checkpoint import newest_first
+from raypp.training.checkpoint import list_checkpoints
 from raypp.training.protected_classifier import phases, uses_features
 from raypp.utils import runtime
 from raypp.utils.documents import DocumentError, load_json, load_yaml
@@ -26,7 +26,7 @@ from raypp.utils.errors import ConfigError, StorageError
 from raypp.utils.storage import Storage
 
 # What may differ when a run is resumed: how long, and on what; everything else would make it another run.
-RESUMABLE = (
+MUTABLE_ON_RESUME = (
     "train.epochs",
     "train.eval_batch_size",
     "train.checkpoint_seconds",
@@ -37,7 +37,7 @@ RESUMABLE = (
 )
 MILESTONES = "train.schedule.milestones"
 # Files that a run has before its configuration is written.
-OURS = {".lock", "run.json", "features.safetensors", "private"}
+OWN_FILES = {".lock", "run.json", "features.safetensors", "private"}
 LATEST = "latest"  # the link beside runs that names the one that finished last
 
 
@@ -78,13 +78,13 @@ def _describe_features(config: Config) -> str:
     return f"{name}, {layer}" + (f" ({told})" if told else "")
 
 
-def _refuse_taken(storage: Storage, name: str) -> None:
+def _ensure_free(storage: Storage, name: str) -> None:
     """Refuse a folder that holds work, or anything that is not a run's; one that stopped before its first checkpoint
     is free. Whoever asks holds the lock, so of two runs that start at once the second finds it taken or in use."""
-    begun = storage.exists("config.yaml") and (storage.exists("summary.json") or newest_first(storage))
+    begun = storage.exists("config.yaml") and (storage.exists("summary.json") or list_checkpoints(storage))
     # A run has run.json before anything else that bears a common name.
     ours = storage.exists("run.json")
-    foreign = storage.local and not ours and {p.name for p in storage.path.iterdir()} - (OURS - {"run.json"})
+    foreign = storage.local and not ours and {p.name for p in storage.path.iterdir()} - (OWN_FILES - {"run.json"})
     if begun or foreign:
         raise StorageError(
             f"run {name!r} exists already in {storage.uri}; --resume continues it, another --name starts a new one"
@@ -108,7 +108,7 @@ def lock(storage: Storage, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def one_at_a_time(storage: Storage) -> Iterator[None]:
+def exclusive_access(storage: Storage) -> Iterator[None]:
     """Wait until no other process changes a folder as a whole; freed when this process dies. Object stores have no
     locks."""
     if not storage.local:
@@ -137,7 +137,7 @@ def refuse_foreign(storage: Storage, what: str) -> None:
         )
 
 
-def checked_name(name: str) -> str:
+def validate_name(name: str) -> str:
     """The name of a run or a table, if it may be one; raises StorageError."""
     if name == LATEST:
         raise StorageError(f"run name {LATEST!r} is not allowed: it is the link to the run that finished last")
@@ -169,8 +169,8 @@ def point_latest(run: Storage) -> None:
 def same_configuration(config: Config, stored: dict[str, Any], run: Storage, name: str) -> None:
     """Raise StorageError unless ``config`` may go on with a run that was started with the ``stored`` one."""
     with contextlib.suppress(ConfigError):  # settings that have come since the run was started have their default
-        stored = validate(stored).model_dump(mode="json")
-    given, kept = flatten(config.model_dump(mode="json")), flatten(stored)
+        stored = validate(read_checked).model_dump(mode="json")
+    given, kept = flatten_dict(config.model_dump(mode="json")), flatten_dict(stored)
     if given["train.epochs"] < kept.get("train.epochs", 0):
         trained = _trained(run, phases(config)[-1].name)
         if given["train.epochs"] < trained:
@@ -183,7 +183,7 @@ def same_configuration(config: Config, stored: dict[str, Any], run: Storage, nam
         moved = scaled_milestones(kept[MILESTONES], kept["train.epochs"], given["train.epochs"])
         kept[MILESTONES] = moved if given[MILESTONES] == moved else kept[MILESTONES]
     for key in sorted(given.keys() | kept.keys()):
-        if any(key == free or key.startswith(free + ".") for free in RESUMABLE):
+        if any(key == free or key.startswith(free + ".") for free in MUTABLE_ON_RESUME):
             continue
         if given.get(key) != kept.get(key):
             raise StorageError(
@@ -201,7 +201,7 @@ def _trained(run: Storage, phase: str) -> int:
         raise StorageError(f"{run.uri}: metrics.jsonl is damaged: {error}") from error
 
 
-def stored(storage: Storage, file: str, *keys: str) -> dict[str, Any]:
+def read_checked(storage: Storage, file: str, *keys: str) -> dict[str, Any]:
     """Read a run's own YAML or JSON; raises StorageError if it is damaged or lacks a key."""
     load = load_json if file.endswith(".json") else load_yaml
     try:

@@ -20,24 +20,17 @@ import yaml
 from pydantic import ValidationError
 
 from raypp.config.presets import load_tree
-from raypp.config.validation import check_milestones, sentence, validate
-from raypp.experiments.run_folder import checked_name, lock, refuse_foreign, stored
-from raypp.experiments.search_settings import (
-    FILE,
-    SUMMARY,
-    Plan,
-    Search,
-    _Root,
-    attack_options,
-)
+from raypp.config.validation import check_milestones, format_validation_error, validate
+from raypp.experiments.run_folder import lock, read_checked, refuse_foreign, validate_name
+from raypp.experiments.search_settings import FILE, SUMMARY, Search, SearchPlan, _Root, attack_options
 from raypp.training.protection_task import check_features
 from raypp.utils.errors import ConfigError, StorageError
 from raypp.utils.storage import Storage
 
 
-def make_plan(
+def make_search_plan(
     preset: str, file: str | None = None, flags: Sequence[str] = (), *, storage: str = "runs", name: str
-) -> Plan:
+) -> SearchPlan:
     """Merge a preset, a file and flags, and check the search space at its ends and choices.
 
     Raises:
@@ -53,7 +46,7 @@ def make_plan(
     search = validate_search(given)
     base = validate(tree)  # before the space, whose faults are then its own
     check_milestones(base.train, "train")
-    plan = Plan(base.model_dump(mode="json"), search, Storage(storage).folder(checked_name(name)))
+    plan = SearchPlan(base.model_dump(mode="json"), search, Storage(storage).folder(validate_name(name)))
     for point in plan.corners():
         try:
             plan.config_at(point)
@@ -73,7 +66,7 @@ def validate_search(tree: Any) -> Search:
     try:
         search = _Root.model_validate({"search": tree}).search
     except ValidationError as error:
-        raise ConfigError(sentence(error, {"search": tree}, root=_Root)) from None
+        raise ConfigError(format_validation_error(error, {"search": tree}, root=_Root)) from None
     try:
         check_milestones(attack_options(search).train, "search.attack.train")
     except ValidationError as error:
@@ -84,7 +77,7 @@ def validate_search(tree: Any) -> Search:
 
 
 @contextmanager
-def open_search(plan: Plan, *, resume: bool) -> Iterator[bool]:
+def open_search(plan: SearchPlan, *, resume: bool) -> Iterator[bool]:
     """Hold a search's folder, a new one or with ``resume`` one of the same settings; gives whether it had begun.
 
     Raises:
@@ -104,7 +97,7 @@ def open_search(plan: Plan, *, resume: bool) -> Iterator[bool]:
             raise StorageError(f"{storage.uri} exists already; --resume continues it, another --name starts anew")
         now = plan.dump()
         if begun:
-            before = stored(storage, FILE, "settings", "search")
+            before = read_checked(storage, FILE, "settings", "search")
             with contextlib.suppress(ConfigError):  # settings that have come since then have their default
                 before["settings"] = validate(before["settings"]).model_dump(mode="json")
             # A run that has begun keeps its feature network, so that this may change.

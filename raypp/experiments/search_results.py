@@ -10,19 +10,13 @@ from typing import Any
 from raypp.bundle import manifest as bundles
 from raypp.config.schema import Config
 from raypp.config.validation import validate
-from raypp.experiments.pareto import chosen, hypervolume, pareto, rank_correlation
+from raypp.experiments.pareto import hypervolume, pareto, rank_correlation, select_best
 from raypp.experiments.plots import front_figure, importance_figure, label, parallel_figure
-from raypp.experiments.search_records import Record
-from raypp.experiments.search_settings import (
-    SUMMARY,
-    TRIALS,
-    Plan,
-    Search,
-    restore,
-)
+from raypp.experiments.search_records import TrialRecord
+from raypp.experiments.search_settings import SUMMARY, TRIALS, Search, SearchPlan, restore_search_plan
 from raypp.experiments.training_run import open_run, summary
 from raypp.utils.errors import RayppError
-from raypp.utils.progress import Shows
+from raypp.utils.progress import ProgressListener
 from raypp.utils.storage import Storage
 
 BASELINE = "plain"  # the run whose accuracy a constraint may name
@@ -32,7 +26,7 @@ COLUMNS = ("trial", "status", "accuracy", "leakage", "leakage_null", "found", "p
            "seconds", "on_front", "explanation")  # fmt: skip
 
 
-def write_table(storage: Storage, records: Sequence[Record], least: float | None) -> None:
+def write_table(storage: Storage, records: Sequence[TrialRecord], least: float | None) -> None:
     """Write ``trials.csv`` and ``trials.parquet``, a row per trial."""
     import pyarrow as pa
     import pyarrow.csv
@@ -67,8 +61,11 @@ def _column(values: list[Any]) -> list[Any]:
 # The end
 
 
-def hand_over(
-    plan: Plan, records: Sequence[Record], least: float | None, attack: Callable[[str, str, str], dict[str, Any]]
+def export_best(
+    plan: SearchPlan,
+    records: Sequence[TrialRecord],
+    least: float | None,
+    attack: Callable[[str, str, str], dict[str, Any]],
 ) -> dict[str, Any]:
     """Attack and copy the best bundles, draw the pictures, and write the search's summary; returns it.
 
@@ -87,7 +84,7 @@ def hand_over(
     ):
         if picture is not None:
             storage.write(name, picture)
-    best, front = chosen(records, search, least), pareto(records, least)
+    best, front = select_best(records, search, least), pareto(records, least)
     scorecards: dict[str, Any] = {}
     pairs = []
     if search.suite is not None:
@@ -119,11 +116,11 @@ def hand_over(
     return found
 
 
-def _bundle(plan: Plan, record: Record) -> str:
+def _bundle(plan: SearchPlan, record: TrialRecord) -> str:
     return plan.storage.folder(f"{TRIALS}/{record['trial']}/bundle").uri
 
 
-def baseline_config(plan: Plan) -> Config:
+def baseline_config(plan: SearchPlan) -> Config:
     """A classifier of plain images, trained as the trials are."""
     tree = plan.config.model_dump(mode="json")
     tree |= {"protection": {"name": "plain"}, "adaptation": "auto"}
@@ -132,18 +129,18 @@ def baseline_config(plan: Plan) -> Config:
     return validate(tree)
 
 
-def train_baseline(dumped: dict[str, Any], display: Shows) -> float:
+def train_baseline(dumped: dict[str, Any], display: ProgressListener) -> float:
     """Train the baseline as a run of its own, from where it was stopped; returns its validation accuracy."""
     from raypp.experiments.training_run import train_locally
 
-    plan = restore(dumped)
+    plan = restore_search_plan(dumped)
     begun = plan.storage.exists(f"{BASELINE}/config.yaml")
     with open_run(baseline_config(plan), BASELINE, resume=begun) as run:
         found = summary(run) or train_locally(run, display)
     return float(found["best"]["val_accuracy"])
 
 
-def least_accuracy(search: Search, plain: float | None) -> float | None:
+def min_accuracy(search: Search, plain: float | None) -> float | None:
     """The accuracy that trials have to reach, given that of plain images."""
     if search.margin is not None:
         if plain is None:

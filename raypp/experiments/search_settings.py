@@ -9,10 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from raypp.attacks import ATTACKS
-from raypp.config.overrides import merge, nest
-from raypp.config.schema import Config, Section
+from raypp.config.overrides import deep_merge, unflatten
+from raypp.config.schema import Config, ConfigModel
 from raypp.config.validation import check_milestones, validate
-from raypp.experiments.search_records import Point
 from raypp.utils.storage import Storage
 
 FILE, TRIALS, RESULT, SUMMARY = "search.yaml", "trials", "trial.json", "search.json"
@@ -22,7 +21,7 @@ MID_TRAINING = ("train.optimizer.lr",)
 the loss that epochs are compared by."""
 
 
-class Range(Section):
+class Range(ConfigModel):
     """Numbers from ``low`` to ``high``; whole ones where both are."""
 
     low: int | float
@@ -73,7 +72,7 @@ def _space(value: Any) -> Any:
     return {key: node for key, node in dict(walk(value, "")).items() if node is not None}
 
 
-def _least(value: Any) -> Any:
+def _min_accuracy(value: Any) -> Any:
     """A share in [0, 1], or how far below plain images."""
     if value is None:
         return None
@@ -87,14 +86,14 @@ def _least(value: Any) -> Any:
     raise ValueError(f"{value!r} is not understood; allowed is a share from 0 to 1, or as in 'plain - 0.01'")
 
 
-class Search(Section):
+class Search(ConfigModel):
     """What is searched, how each trial is scored, and when the search ends."""
 
     space: Annotated[dict[str, Range | tuple[Any, ...]], BeforeValidator(_space)] = Field(min_length=1)
     """Settings to vary, as ``train.alpha: {low: 0.001, high: 0.1, log: true}`` or ``protection.width: [8, 16]``."""
     objective: Literal["both", "accuracy", "leakage"] = "both"
     """``both`` looks for the Pareto front of validation accuracy (after 8-bit rounding) and leakage."""
-    min_accuracy: Annotated[float | str | None, BeforeValidator(_least)] = None
+    min_accuracy: Annotated[float | str | None, BeforeValidator(_min_accuracy)] = None
     """What a trial has to reach: a share such as 0.7, or ``plain - 0.01``: that much below plain images."""
     sampler: Literal["tpe", "nsga2", "random"] = "tpe"
     """Optuna's; all three search for one objective or for both."""
@@ -141,12 +140,12 @@ class Search(Section):
         return float(self.min_accuracy.partition("-")[2]) if isinstance(self.min_accuracy, str) else None
 
 
-class _Root(Section):
+class _Root(ConfigModel):
     search: Search
 
 
 @dataclass(frozen=True)
-class Plan:
+class SearchPlan:
     """A preset's settings, a search over them, and the folder of what comes of it."""
 
     tree: dict[str, Any]
@@ -162,8 +161,8 @@ class Plan:
         """The configuration of one point of the space; raises ConfigError where its settings do not go together."""
         settings: dict[str, Any] = {"cluster": {"storage": self.storage.folder(TRIALS).uri}}
         for key, value in point.items():
-            settings = merge(settings, nest(key.split("."), value))
-        config = validate(merge(self.tree, settings))
+            settings = deep_merge(settings, unflatten(key.split("."), value))
+        config = validate(deep_merge(self.tree, settings))
         check_milestones(config.train, "train")
         return config
 
@@ -180,11 +179,14 @@ class Plan:
         return {"settings": self.tree, "search": self.search.model_dump(mode="json"), "storage": self.storage.uri}
 
 
-def restore(dumped: dict[str, Any]) -> Plan:
+def restore_search_plan(dumped: dict[str, Any]) -> SearchPlan:
     """The plan that ``Plan.dump`` described."""
-    return Plan(dumped["settings"], Search.model_validate(dumped["search"]), Storage(dumped["storage"]))
+    return SearchPlan(dumped["settings"], Search.model_validate(dumped["search"]), Storage(dumped["storage"]))
 
 
 def attack_options(search: Search) -> Any:
     """Options of the quick attack."""
     return ATTACKS.options("inverse").model_validate({"name": "inverse", **search.attack})
+
+
+Point = dict[str, Any]

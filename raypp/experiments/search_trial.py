@@ -10,34 +10,27 @@ from typing import Any, Protocol
 import torch
 
 from raypp.attacks import ATTACKS
-from raypp.attacks.base import Access, TrainedAttack
-from raypp.attacks.target import Victim
+from raypp.attacks.base import AttackerKnowledge, TrainedAttack
+from raypp.attacks.target import Target
 from raypp.bundle import load
 from raypp.config.schema import Config
 from raypp.data.base import stratified_split
-from raypp.data.splits import limit, load_split
-from raypp.evaluation.scorecard import measure, nulls, share_found, summarise
-from raypp.experiments.search_records import Point, Record, read_record
-from raypp.experiments.search_settings import (
-    MOST_QUERIES,
-    RESULT,
-    TRIALS,
-    Plan,
-    Search,
-    attack_options,
-)
+from raypp.data.splits import load_split, subsample
+from raypp.evaluation.scorecard import aggregate, baselines, reidentification_rate, score_images
+from raypp.experiments.search_records import TrialRecord, read_record
+from raypp.experiments.search_settings import MOST_QUERIES, RESULT, TRIALS, Point, Search, SearchPlan, attack_options
 from raypp.experiments.training_run import Run, open_run, summary
-from raypp.training.optim import set_up_torch
-from raypp.training.reporter import LocalSink
-from raypp.training.trainer import Loop
-from raypp.utils.errors import ConfigError, StoppedError
-from raypp.utils.progress import Shows
+from raypp.training.optim import configure_torch
+from raypp.training.reporter import LocalReporter
+from raypp.training.trainer import Trainer
+from raypp.utils.errors import ConfigError, NonRetryableError
+from raypp.utils.progress import ProgressListener
 from raypp.utils.storage import Storage
 
 # One trial
 
 
-class Silent:
+class NullListener:
     """A display that shows nothing."""
 
     def note(self, message: str) -> None:
@@ -56,15 +49,20 @@ class Silent:
         return False
 
 
-class TrainsTrial(Protocol):
+class TrainTrial(Protocol):
     """Trains a run to its end and returns its summary."""
 
     def __call__(self, run: Run, display: Any) -> dict[str, Any]: ...
 
 
 def run_trial(
-    plan: Plan, name: str, point: Point, display: Shows, train: TrainsTrial, leak: Callable[..., Record] | None = None
-) -> Record:
+    plan: SearchPlan,
+    name: str,
+    point: Point,
+    display: ProgressListener,
+    train: TrainTrial,
+    leak: Callable[..., TrialRecord] | None = None,
+) -> TrialRecord:
     """Train and attack one point of the space, from where it was stopped; returns and stores its record.
 
     What is wrong with the point itself (settings that do not go together, a loss that diverges) is a record too.
@@ -77,10 +75,10 @@ def run_trial(
     if folder.exists(RESULT):
         return read_record(folder)
     began = time.monotonic()
-    record: Record = {"trial": name, "settings": point, "status": "done", "explanation": ""}
+    record: TrialRecord = {"trial": name, "settings": point, "status": "done", "explanation": ""}
     try:
-        record |= _score(plan, name, point, display, train, leak or quick_leakage)
-    except (ConfigError, StoppedError) as error:
+        record |= _score(plan, name, point, display, train, leak or proxy_leakage)
+    except (ConfigError, NonRetryableError) as error:
         word = "diverged" if "not a finite number" in str(error) else "not possible"
         record |= {"status": word, "explanation": str(error)}
     record["seconds"] = round(time.monotonic() - began, 1)
@@ -89,15 +87,20 @@ def run_trial(
 
 
 def _score(
-    plan: Plan, name: str, point: Point, display: Shows, train: TrainsTrial, leak: Callable[..., Record]
-) -> Record:
+    plan: SearchPlan,
+    name: str,
+    point: Point,
+    display: ProgressListener,
+    train: TrainTrial,
+    leak: Callable[..., TrialRecord],
+) -> TrialRecord:
     config = plan.config_at(point)
     run_folder = Storage(config.cluster.storage).folder(name)
     with open_run(config, name, resume=run_folder.exists("config.yaml")) as run:
         found = summary(run) or train(run, display)
         warnings = list(run.warnings)
     # The display is the training's: an attack's epochs are others.
-    leakage = leak(run_folder.folder("bundle").uri, config, plan.search, run_folder.folder("leak"), Silent())
+    leakage = leak(run_folder.folder("bundle").uri, config, plan.search, run_folder.folder("leak"), NullListener())
     return {
         "accuracy": found["best"]["val_accuracy"],
         "test_accuracy": found["test"]["accuracy"],
@@ -108,7 +111,9 @@ def _score(
     }
 
 
-def quick_leakage(bundle: str, config: Config, search: Search, folder: Storage, display: Shows) -> Record:
+def proxy_leakage(
+    bundle: str, config: Config, search: Search, folder: Storage, display: ProgressListener
+) -> TrialRecord:
     """What a small inverse network recovers of validation images, none of which it or the protection learned from.
 
     Returns ``leakage``, the mean polarity-invariant SSIM to the originals; ``leakage_null``, that of the class mean;
@@ -123,14 +128,14 @@ def quick_leakage(bundle: str, config: Config, search: Search, folder: Storage, 
 
     full = load_split(config, "train")
     train_at, val_at = stratified_split(full.labels, config.data.num_val, config.seed)
-    train = limit(full.subset(train_at), config.data.num_train, config.seed, "data.num_train")
+    train = subsample(full.subset(train_at), config.data.num_train, config.seed, "data.num_train")
     if search.attack_images is not None:
-        train = limit(train, min(search.attack_images, len(train)), config.seed, "search.attack_images")
+        train = subsample(train, min(search.attack_images, len(train)), config.seed, "search.attack_images")
     val = full.subset(val_at)
     images, queries = (torch.from_numpy(part.images).permute(0, 3, 1, 2).contiguous() for part in (train, val))
     queries = queries[:MOST_QUERIES].to(device)
     labels = torch.from_numpy(val.labels).long().to(device)
-    access = Access(
+    access = AttackerKnowledge(
         shape=(images.shape[1], images.shape[2], images.shape[3]),
         images=images,
         labels=torch.from_numpy(train.labels).long(),
@@ -139,7 +144,7 @@ def quick_leakage(bundle: str, config: Config, search: Search, folder: Storage, 
         device=device,
     )
     gallery = torch.from_numpy(val.images).permute(0, 3, 1, 2).contiguous().to(device)
-    victim = Victim(
+    victim = Target(
         name=bundle,
         label=config.protection.name,
         access=access,
@@ -155,18 +160,18 @@ def quick_leakage(bundle: str, config: Config, search: Search, folder: Storage, 
     attack: TrainedAttack = ATTACKS.build(attack_options(search), access, seed=config.seed)
     task = attack.task()
     task.share(0, 1)
-    set_up_torch(task.train)
-    done = Loop(task, LocalSink(folder, display, device)).run()
+    configure_torch(task.train)
+    done = Trainer(task, LocalReporter(folder, display, device)).run()
     attack.load(attack.state(done.trainee))
-    scores = summarise(measure(attack.reconstruct(victim.protected), victim), config.seed)
-    null = nulls(victim, config.seed)["class mean"]
-    beside = summarise(measure(null, victim), config.seed)
+    scores = aggregate(score_images(attack.reconstruct(victim.protected), victim), config.seed)
+    null = baselines(victim, config.seed)["class mean"]
+    beside = aggregate(score_images(null, victim), config.seed)
     folder.delete("checkpoints")
     return {
         "leakage": scores["ssim_invariant"]["mean"],
         "leakage_interval": [scores["ssim_invariant"]["low"], scores["ssim_invariant"]["high"]],
         "leakage_null": beside["ssim_invariant"]["mean"],
-        "found": share_found(scores),
+        "found": reidentification_rate(scores),
         "psnr": scores["psnr"]["mean"],
         "num_queries": len(queries),
     }

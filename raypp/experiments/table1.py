@@ -14,26 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from raypp.config.schema import Config
-from raypp.experiments.run_folder import checked_name, lock, refuse_foreign
-from raypp.experiments.table1_grid import (
-    CELLS,
-    Cell,
-    cells,
-    methods,
-)
-from raypp.experiments.table1_results import (
-    Result,
-    collect,
-    departures,
-    stored_summary,
-    write_table,
-)
+from raypp.experiments.run_folder import lock, refuse_foreign, validate_name
+from raypp.experiments.table1_grid import CELLS, GridCell, grid_cells, table_rows
+from raypp.experiments.table1_results import CellResult, collect, deviations_from_paper, stored_summary, write_table
 from raypp.experiments.training_run import open_run, summary, train_locally
-from raypp.training.checkpoint import newest_first
+from raypp.training.checkpoint import list_checkpoints
 from raypp.training.protection_task import check_features
 from raypp.utils.errors import RayppError, StorageError
-from raypp.utils.progress import GridDisplay, Shows
-from raypp.utils.signals import told_by
+from raypp.utils.progress import MultiProgressDisplay, ProgressListener
+from raypp.utils.signals import stop_on_signal
 from raypp.utils.storage import Storage
 
 
@@ -44,7 +33,7 @@ def open_table(storage: Storage, name: str, *, resume: bool) -> Iterator[Storage
     Raises:
         StorageError: the name is taken or in use, or with ``resume`` unknown.
     """
-    folder = storage.folder(checked_name(name))
+    folder = storage.folder(validate_name(name))
     there = folder.exists(CELLS)
     if resume and not there:
         raise StorageError(f"there is no table {name!r} to resume under {storage.uri!r}")
@@ -66,10 +55,10 @@ def open_table(storage: Storage, name: str, *, resume: bool) -> Iterator[Storage
 def _begun(config: Config, name: str) -> bool:
     """Whether a cell has something to go on from."""
     folder = Storage(config.cluster.storage).folder(name)
-    return folder.exists("summary.json") or bool(newest_first(folder))
+    return folder.exists("summary.json") or bool(list_checkpoints(folder))
 
 
-def train_cell(config: Config, name: str, display: Shows) -> dict[str, Any]:
+def train_cell(config: Config, name: str, display: ProgressListener) -> dict[str, Any]:
     """Train one cell in this process, from its newest checkpoint if it has begun; returns its summary."""
     with open_run(config, name, resume=_begun(config, name)) as run:
         for warning in run.warnings:
@@ -77,13 +66,15 @@ def train_cell(config: Config, name: str, display: Shows) -> dict[str, Any]:
         return summary(run) or train_locally(run, display)
 
 
-def run_locally(grid: Sequence[Cell], display: GridDisplay, ended: Callable[[Cell, dict[str, Any]], None]) -> None:
+def run_cells_locally(
+    grid: Sequence[GridCell], display: MultiProgressDisplay, ended: Callable[[GridCell, dict[str, Any]], None]
+) -> None:
     """Train every cell in this process, one after the other; ``ended`` as for ``raypp.cluster.table1.run_on_ray``.
 
     Raises:
         ToldToStop: by ``display`` or SIGTERM, after a checkpoint.
     """
-    with told_by(display.stop, signal.SIGTERM):
+    with stop_on_signal(display.stop, signal.SIGTERM):
         for cell in grid:
             display.end_if_told()
             try:
@@ -95,7 +86,7 @@ def run_locally(grid: Sequence[Cell], display: GridDisplay, ended: Callable[[Cel
 
 def _finished_before(
     datasets: Sequence[str], chosen: Sequence[str], seeds: Sequence[int], flags: Sequence[str], folder: Storage
-) -> list[tuple[Cell, dict[str, Any]]]:
+) -> list[tuple[GridCell, dict[str, Any]]]:
     """Finished cells of a table, trained with the same settings, that the command does not ask for."""
     stems = {Path(dataset).stem: dataset for dataset in datasets}
     found = []
@@ -105,8 +96,8 @@ def _finished_before(
         for stem, dataset in stems.items():
             method, seed = row.removeprefix(f"{stem}-"), int(match[2]) if match else 0
             asked = method in chosen and seed in seeds
-            if row == f"{stem}-{method}" and method in methods() and not asked:
-                (cell,) = cells([dataset], [method], [seed], flags, folder)
+            if row == f"{stem}-{method}" and method in table_rows() and not asked:
+                (cell,) = grid_cells([dataset], [method], [seed], flags, folder)
                 summary_before = stored_summary(cell)
                 if summary_before is not None:
                     found.append((cell, summary_before))
@@ -123,8 +114,8 @@ def table1(
     name: str,
     resume: bool = False,
     quiet: bool = False,
-    run: Callable[[Sequence[Cell], GridDisplay, Callable[[Cell, dict[str, Any]], None]], None],
-) -> list[Result]:
+    run: Callable[[Sequence[GridCell], MultiProgressDisplay, Callable[[GridCell, dict[str, Any]], None]], None],
+) -> list[CellResult]:
     """Train what is missing of the grid and write the table after every cell.
 
     Args:
@@ -134,7 +125,7 @@ def table1(
         RayppError: the grid or the folder is not allowed; a cell that fails does not stop the others.
     """
     root = Storage(storage)
-    grid = cells(datasets, chosen, seeds, flags, root.folder(checked_name(name)))
+    grid = grid_cells(datasets, chosen, seeds, flags, root.folder(validate_name(name)))
     check_features(cell.config for cell in grid if not _begun(cell.config, cell.name))
     with open_table(root, name, resume=resume) as folder:
         summaries: dict[str, dict[str, Any]] = {}
@@ -149,17 +140,17 @@ def table1(
         earlier = _finished_before(datasets, chosen, seeds, flags, root.folder(name)) if resume else []
         for cell, found in earlier:
             summaries[cell.name] = found
-        order = list(methods())
+        order = list(table_rows())
         whole = sorted([*grid, *(cell for cell, _ in earlier)], key=lambda c: (c.dataset, order.index(c.method.name)))
 
-        def write() -> list[Result]:
+        def write() -> list[CellResult]:
             results = collect(whole, summaries, failures)
-            write_table(folder, results, departures(whole, summaries))
+            write_table(folder, results, deviations_from_paper(whole, summaries))
             return results
 
-        with GridDisplay(len(grid), len(grid) - len(missing), quiet=quiet) as display:
+        with MultiProgressDisplay(len(grid), len(grid) - len(missing), quiet=quiet) as display:
 
-            def ended(cell: Cell, outcome: dict[str, Any]) -> None:
+            def ended(cell: GridCell, outcome: dict[str, Any]) -> None:
                 if "result" in outcome:
                     summaries[cell.name] = outcome["result"]
                     display.done(cell.name, f"{outcome['result']['test']['accuracy']:.2%}")

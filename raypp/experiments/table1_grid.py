@@ -9,13 +9,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from raypp.config.overrides import flatten, merge, parse_flags
+from raypp.config.overrides import deep_merge, flatten_dict, parse_overrides
 from raypp.config.presets import load_tree, presets
 from raypp.config.schema import Config
 from raypp.config.validation import check_milestones, validate
 from raypp.utils.documents import load_yaml
 from raypp.utils.errors import ConfigError
-from raypp.utils.registry import did_you_mean
+from raypp.utils.registry import suggest
 from raypp.utils.storage import Storage
 
 CELLS = "cells"
@@ -24,7 +24,7 @@ MAX_WIDTH = 1024  # of a classifier that is to have as many parameters as the pr
 COMPARED = ("data.", "protection.", "classifier.", "features.", "train.")
 # What came of features.fallback is among the runs' warnings.
 NOT_COMPARED = ("data.source.root", "features.fallback", "train.alpha", "train.eval_batch_size")
-DECIDED = {
+GRID_KEYS = {
     "protection.name": "--methods",
     "train.alpha": "--methods",
     "seed": "--seeds",
@@ -34,7 +34,7 @@ DECIDED = {
 
 
 @dataclass(frozen=True)
-class Method:
+class TableRow:
     """A row of the table."""
 
     name: str
@@ -46,11 +46,11 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridCell:
     """One run of the grid."""
 
     dataset: str
-    method: Method
+    method: TableRow
     seed: int
     config: Config
     base: Config
@@ -61,15 +61,15 @@ class Cell:
         return f"{self.dataset}-{self.method.name}-seed{self.seed}"
 
 
-def methods() -> dict[str, Method]:
+def table_rows() -> dict[str, TableRow]:
     """Every row that the table can have, by name."""
     text = (resources.files("raypp.experiments") / "table1.yaml").read_text(encoding="utf-8")
-    return {row["name"]: Method(**(row | {"keep": tuple(row.get("keep", ()))})) for row in load_yaml(text)}
+    return {row["name"]: TableRow(**(row | {"keep": tuple(row.get("keep", ()))})) for row in load_yaml(text)}
 
 
-def cells(
+def grid_cells(
     datasets: Sequence[str], chosen: Sequence[str], seeds: Sequence[int], flags: Sequence[str], storage: Storage
-) -> list[Cell]:
+) -> list[GridCell]:
     """The grid: every data set with every method and seed.
 
     Args:
@@ -81,18 +81,18 @@ def cells(
     Raises:
         ConfigError: an unknown data set or method, one named twice, or a setting that is not allowed.
     """
-    known = methods()
+    known = table_rows()
     for name in chosen:
         if name not in known:
-            raise ConfigError(f"unknown method {name!r}{did_you_mean(name, known)}; allowed: {', '.join(known)}")
+            raise ConfigError(f"unknown method {name!r}{suggest(name, known)}; allowed: {', '.join(known)}")
     for what, given in (("dataset", [Path(d).stem for d in datasets]), ("method", chosen), ("seed", seeds)):
         twice = {str(value) for value in given if list(given).count(value) > 1}
         if twice:
             raise ConfigError(f"{what} {', '.join(sorted(twice))} is given twice")
         if not given:
             raise ConfigError(f"no {what} is given; allowed is one or more")
-    decided = flatten(parse_flags(flags))
-    for key, option in DECIDED.items():
+    decided = flatten_dict(parse_overrides(flags))
+    for key, option in GRID_KEYS.items():
         if key in decided or (key == "protection.name" and isinstance(decided.get("protection"), str)):
             raise ConfigError(f"--{key} is what the table's grid decides; choose by {option}")
     grid = []
@@ -102,16 +102,16 @@ def cells(
         for name in chosen:
             for seed in seeds:
                 config = _configure(base, known[name], seed, storage)
-                grid.append(Cell(Path(dataset).stem, known[name], seed, config, proposed))
+                grid.append(GridCell(Path(dataset).stem, known[name], seed, config, proposed))
     return grid
 
 
-def _configure(base: dict[str, Any], method: Method, seed: int, storage: Storage) -> Config:
+def _configure(base: dict[str, Any], method: TableRow, seed: int, storage: Storage) -> Config:
     settings = method.settings
     if method.keep:
         kept = {key: base["protection"][key] for key in method.keep if key in base["protection"]}
-        settings = merge(settings, {"protection": kept})
-    tree = merge(merge(base, settings), {"seed": seed, "cluster": {"storage": storage.folder(CELLS).uri}})
+        settings = deep_merge(settings, {"protection": kept})
+    tree = deep_merge(deep_merge(base, settings), {"seed": seed, "cluster": {"storage": storage.folder(CELLS).uri}})
     config = validate(tree)
     check_milestones(config.train, "train")
     if (config.cluster.num_workers or 1) > 1:
@@ -119,7 +119,7 @@ def _configure(base: dict[str, Any], method: Method, seed: int, storage: Storage
             f"cluster.num_workers is {config.cluster.num_workers}, allowed for table1 is 1: its cells run side by side"
         )
     if method.match_parameters:
-        config = validate(merge(tree, {"classifier": {"width": _matching_width(validate(base))}}))
+        config = validate(deep_merge(tree, {"classifier": {"width": _matching_width(validate(base))}}))
     return config
 
 
@@ -151,7 +151,7 @@ def _matching_width(config: Config) -> int:
     if "width" not in type(config.classifier).model_fields:
         raise ConfigError(f"method plain-matched needs a classifier with a width; {config.classifier.name} has none")
     wanted = num_parameters(config)
-    plain = validate(merge(config.model_dump(mode="json"), {"protection": "plain", "train": {"mode": "plain"}}))
+    plain = validate(deep_merge(config.model_dump(mode="json"), {"protection": "plain", "train": {"mode": "plain"}}))
 
     def num_parameters_of(width: int) -> int:
         options = plain.classifier.model_copy(update={"width": width})

@@ -10,31 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raypp.config.overrides import flatten
+from raypp.config.overrides import flatten_dict
 from raypp.config.presets import load_tree
 from raypp.config.schema import Config
 from raypp.config.validation import validate
 from raypp.evaluation.plotting import as_png, new_figure
-from raypp.experiments.run_folder import same_configuration, stored
-from raypp.experiments.table1_grid import (
-    COMPARED,
-    NOT_COMPARED,
-    Cell,
-    Method,
-    num_parameters,
-    paper_name,
-)
+from raypp.experiments.run_folder import read_checked, same_configuration
+from raypp.experiments.table1_grid import COMPARED, NOT_COMPARED, GridCell, TableRow, num_parameters, paper_name
 from raypp.utils.storage import Storage
 
 FILES = ("table1.csv", "table1.md", "table1.png")
 
 
 @dataclass(frozen=True)
-class Result:
+class CellResult:
     """What the runs of one method on one data set gave; accuracies are shares in [0, 1], one per finished seed."""
 
     dataset: str
-    method: Method
+    method: TableRow
     accuracies: tuple[float, ...]
     interval: tuple[float, float]
     """95% interval over the test images of the first seed."""
@@ -59,7 +52,7 @@ class Result:
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
 
 
-def stored_summary(cell: Cell) -> dict[str, Any] | None:
+def stored_summary(cell: GridCell) -> dict[str, Any] | None:
     """The results of a finished cell, or None.
 
     Raises:
@@ -68,23 +61,23 @@ def stored_summary(cell: Cell) -> dict[str, Any] | None:
     run = Storage(cell.config.cluster.storage).folder(cell.name)
     if not run.exists("summary.json"):
         return None
-    kept = stored(run, "config.yaml", "train", "data")
+    kept = read_checked(run, "config.yaml", "train", "data")
     same_configuration(cell.config, kept, run, cell.name)
     if kept["train"]["epochs"] != cell.config.train.epochs:
         return None
-    return stored(run, "summary.json", "test", "seconds", "classes", "image_size")
+    return read_checked(run, "summary.json", "test", "seconds", "classes", "image_size")
 
 
 def collect(
-    grid: Iterable[Cell], summaries: dict[str, dict[str, Any]], failures: dict[str, str] | None = None
-) -> list[Result]:
+    grid: Iterable[GridCell], summaries: dict[str, dict[str, Any]], failures: dict[str, str] | None = None
+) -> list[CellResult]:
     """Put the cells' summaries together, by data set and method, in the grid's order.
 
     Args:
         summaries: by the cell's name; a cell without one is left out of its row.
         failures: why a cell has none, by its name.
     """
-    groups: dict[tuple[str, str], list[Cell]] = {}
+    groups: dict[tuple[str, str], list[GridCell]] = {}
     for cell in grid:
         groups.setdefault((cell.dataset, cell.method.name), []).append(cell)
     results = []
@@ -94,7 +87,7 @@ def collect(
         similarity = tests[0]["ssim"]["mean"] if tests and tests[0]["ssim"] else None
         failed = [f"{cell.name}: {(failures or {})[cell.name]}" for cell in group if cell.name in (failures or {})]
         results.append(
-            Result(
+            CellResult(
                 dataset=dataset,
                 method=group[0].method,
                 accuracies=tuple(test["accuracy"] for test in tests),
@@ -114,7 +107,7 @@ def _parameters(config: Config, found: dict[str, Any]) -> int:
     return num_parameters(config, len(found["classes"]), (height, width))
 
 
-def departures(grid: Sequence[Cell], summaries: dict[str, dict[str, Any]]) -> list[str]:
+def deviations_from_paper(grid: Sequence[GridCell], summaries: dict[str, dict[str, Any]]) -> list[str]:
     """What differs from the paper's experiment, as sentences: every setting, and every warning of a run."""
     from raypp.protections import PROTECTIONS
 
@@ -123,8 +116,8 @@ def departures(grid: Sequence[Cell], summaries: dict[str, dict[str, Any]]) -> li
         mine = [cell for cell in grid if cell.dataset == dataset]
         paper = paper_name(dataset)
         if paper is not None:
-            theirs = flatten(validate(load_tree(paper)).model_dump(mode="json"))
-            ours = flatten(mine[0].base.model_dump(mode="json"))
+            theirs = flatten_dict(validate(load_tree(paper)).model_dump(mode="json"))
+            ours = flatten_dict(mine[0].base.model_dump(mode="json"))
             for key in sorted(ours.keys() | theirs.keys()):
                 compared = key.startswith(COMPARED) and not key.startswith(NOT_COMPARED)
                 if compared and ours.get(key) != theirs.get(key):
@@ -145,14 +138,14 @@ def departures(grid: Sequence[Cell], summaries: dict[str, dict[str, Any]]) -> li
     return list(dict.fromkeys(sentences))
 
 
-def write_table(storage: Storage, results: Sequence[Result], notes: Sequence[str]) -> None:
+def write_table(storage: Storage, results: Sequence[CellResult], notes: Sequence[str]) -> None:
     """Write ``table1.csv``, ``table1.md`` and ``table1.png`` into the table's folder."""
     storage.write("table1.csv", _csv(results).encode())
     storage.write("table1.md", markdown(results, notes).encode())
     storage.write("table1.png", figure(results))
 
 
-def _csv(results: Sequence[Result]) -> str:
+def _csv(results: Sequence[CellResult]) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(
@@ -169,7 +162,7 @@ def _csv(results: Sequence[Result]) -> str:
     return text.getvalue()
 
 
-def markdown(results: Sequence[Result], notes: Sequence[str]) -> str:
+def markdown(results: Sequence[CellResult], notes: Sequence[str]) -> str:
     """The table as Markdown, with what failed and the notes below."""
     lines = ["# Table I", ""]
     for dataset in dict.fromkeys(r.dataset for r in results):
@@ -198,7 +191,7 @@ def markdown(results: Sequence[Result], notes: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def figure(results: Sequence[Result]) -> bytes:
+def figure(results: Sequence[CellResult]) -> bytes:
     """The table as a PNG: a panel per data set, the paper's value beside ours."""
     datasets = list(dict.fromkeys(r.dataset for r in results))
     num = max(sum(r.dataset == d for r in results) for d in datasets)
@@ -235,7 +228,7 @@ def figure(results: Sequence[Result]) -> bytes:
     return as_png(canvas)
 
 
-def _ours(result: Result) -> str:
+def _ours(result: CellResult) -> str:
     if not result.accuracies:
         return "failed" if result.failed else "not run"
     if result.spread is not None:

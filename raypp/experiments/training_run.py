@@ -23,33 +23,33 @@ import torch
 from torch import Tensor
 
 from raypp.bundle import export
-from raypp.bundle.guard import LEAST, Guard, calibrate
+from raypp.bundle.guard import LEAST, PlainImageDetector, calibrate_detector
 from raypp.config.schema import Config
-from raypp.data.loader import images_at_a_time, to_device
+from raypp.data.loader import inference_batch_size, to_device
 from raypp.data.splits import load_split
 from raypp.evaluation.evaluate import evaluate
 from raypp.experiments.run_folder import (
     _describe_features,
+    _ensure_free,
     _json,
-    _refuse_taken,
-    checked_name,
     environment,
     lock,
+    read_checked,
     same_configuration,
-    stored,
+    validate_name,
 )
 from raypp.models.perceptual import StateDict
 from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
 from raypp.protections.plain import Plain, PlainOptions
-from raypp.training.checkpoint import metrics_lines
-from raypp.training.protected_classifier import System, build_system, phases
-from raypp.training.protection_task import Fit, fit, prepare
-from raypp.training.reporter import LocalSink
+from raypp.training.checkpoint import to_json_lines
+from raypp.training.protected_classifier import ProtectedClassifier, build_protected_classifier, phases
+from raypp.training.protection_task import TrainResult, fit, prepare
+from raypp.training.reporter import LocalReporter
 from raypp.utils import images, keys
 from raypp.utils.errors import ConfigError, StorageError
 from raypp.utils.keys import Key
-from raypp.utils.progress import Shows
+from raypp.utils.progress import ProgressListener
 from raypp.utils.storage import Storage
 
 NUM_PICTURED = 10
@@ -76,7 +76,7 @@ def open_run(config: Config, name: str, *, resume: bool = False) -> Iterator[Run
     Raises:
         StorageError: the name is taken, in use, unknown (with ``resume``), or its configuration is another one.
     """
-    storage = Storage(config.cluster.storage).folder(checked_name(name))
+    storage = Storage(config.cluster.storage).folder(validate_name(name))
     if resume and not storage.exists("config.yaml"):
         raise StorageError(f"there is no run {name!r} to resume under {config.cluster.storage!r}")
     if not resume:
@@ -85,7 +85,7 @@ def open_run(config: Config, name: str, *, resume: bool = False) -> Iterator[Run
         storage.create()
     with lock(storage, f"run {name!r}"):
         if resume:
-            before = stored(storage, "config.yaml", "train", "data")
+            before = read_checked(storage, "config.yaml", "train", "data")
             same_configuration(config, before, storage, name)
             run = _reopen(storage, config)
             other = config.train.epochs != before["train"]["epochs"]
@@ -97,7 +97,7 @@ def open_run(config: Config, name: str, *, resume: bool = False) -> Iterator[Run
             storage.write("config.yaml", config.to_yaml().encode())
             yield run
         else:
-            _refuse_taken(storage, name)
+            _ensure_free(storage, name)
             warnings = (warning,) if warning else ()
             storage.remove("features.safetensors")
             storage.remove(KEY)
@@ -124,22 +124,22 @@ def summary(run: Run) -> dict[str, Any] | None:
     """The results of a finished run, or None while it has to go on (another number of epochs included)."""
     if not run.storage.exists("summary.json"):
         return None
-    found = stored(run.storage, "summary.json", "epochs", "test", "seconds", "classes", "warnings")
+    found = read_checked(run.storage, "summary.json", "epochs", "test", "seconds", "classes", "warnings")
     return found if found["epochs"] == {p.name: p.epochs for p in phases(run.config)} else None
 
 
-def train_locally(run: Run, display: Shows, device: torch.device | None = None) -> dict[str, Any]:
+def train_locally(run: Run, display: ProgressListener, device: torch.device | None = None) -> dict[str, Any]:
     """Train in this process, without Ray.
 
     Raises:
         ToldToStop: by ``display``, after a checkpoint.
     """
-    sink = LocalSink(run.storage, display, device)
+    sink = LocalReporter(run.storage, display, device)
     result = fit(run.config, sink, run.phi, run.key)
-    return conclude(run, result, sink.device) if sink.rank == 0 else {}
+    return finalize_run(run, result, sink.device) if sink.rank == 0 else {}
 
 
-def conclude(run: Run, result: Fit, device: torch.device) -> dict[str, Any]:
+def finalize_run(run: Run, result: TrainResult, device: torch.device) -> dict[str, Any]:
     """Measure on the test split, export the bundle and a picture, and return (and store) the summary."""
     config, system = run.config, result.system
     test = load_split(config, "test")
@@ -150,7 +150,7 @@ def conclude(run: Run, result: Fit, device: torch.device) -> dict[str, Any]:
     plain_numbers = None
     if result.plain is not None and len(phases(config)) > 1:  # else it is the classifier measured above
         phase = phases(config)[0]
-        plain = build_system(config, phase, len(test.classes), image_size).classifier.to(device)
+        plain = build_protected_classifier(config, phase, len(test.classes), image_size).classifier.to(device)
         plain.load_state_dict(result.plain)
         plain_numbers = evaluate(Plain(PlainOptions()), plain, test_images, test_labels, batch)
     found = {
@@ -174,9 +174,9 @@ def conclude(run: Run, result: Fit, device: torch.device) -> dict[str, Any]:
     protected = pictured.protect(test_images[torch.from_numpy(shown).to(device)].permute(0, 3, 1, 2))
     rows = [test.images[shown], protected.permute(0, 2, 3, 1).cpu().numpy()]
     label = "protected" if run.key is None else "protected (another key)"
-    picture = images.grid(rows, labels=["plain", label])
+    picture = images.make_grid(rows, labels=["plain", label])
     run.storage.write("protected.png", images.encode_png(picture))
-    guard, sample = _for_serving(system, result.data.val[0], test_images)
+    guard, sample = _build_serving_data(system, result.data.val[0], test_images)
     export.export(
         run.storage,
         "bundle",
@@ -192,13 +192,15 @@ def conclude(run: Run, result: Fit, device: torch.device) -> dict[str, Any]:
         metrics=found,
         environment=environment(),
     )
-    run.storage.write("metrics.jsonl", metrics_lines(result.history))
+    run.storage.write("metrics.jsonl", to_json_lines(result.history))
     run.storage.write("summary.json", _json(found))
     return found
 
 
 @torch.inference_mode()
-def _for_serving(system: System, val: Tensor, test: Tensor) -> tuple[Guard | None, tuple[Tensor, Tensor]]:
+def _build_serving_data(
+    system: ProtectedClassifier, val: Tensor, test: Tensor
+) -> tuple[PlainImageDetector | None, tuple[Tensor, Tensor]]:
     """What a service needs besides: a guard against plain images, and a sample by which it checks itself.
 
     Args:
@@ -206,11 +208,11 @@ def _for_serving(system: System, val: Tensor, test: Tensor) -> tuple[Guard | Non
     """
     num = min(NUM_GUARDED, max(2 * LEAST, GUARDED_BYTES // val[0].numel()))
     plain = [images[:num].permute(0, 3, 1, 2) for images in (val, test)]
-    together = images_at_a_time(val)
+    together = inference_batch_size(val)
     protected = [torch.cat([system.protection.protect(part) for part in p.split(together)]) for p in plain]
     guard = None
     if system.protection.hides:
-        guard = calibrate(plain[0], protected[0], plain[1], protected[1])
+        guard = calibrate_detector(plain[0], protected[0], plain[1], protected[1])
     sample = protected[1][:NUM_SAMPLE]
     return guard, (sample.cpu(), system.classifier(sample.float() / 255).argmax(1).cpu())
 
@@ -251,7 +253,7 @@ def _reopen(storage: Storage, config: Config) -> Run:
 
     from raypp.models import FEATURES
 
-    about = stored(storage, "run.json", "features", "warnings")
+    about = read_checked(storage, "run.json", "features", "warnings")
     try:
         features = FEATURES.options(about["features"]["name"]).model_validate(about["features"])
         phi = load(storage.read("features.safetensors")) if storage.exists("features.safetensors") else None

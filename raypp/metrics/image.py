@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's name for the weights that LPIPS builds on
-LEAST_SIDE = 11  # of SSIM's window
+MIN_SIDE = 11  # of SSIM's window
 LPIPS_SIDE = 32
 BATCH = 1000  # images that LPIPS compares at a time
 PART_VALUES = 2**25  # values of images that are compared in float64 at a time, which bounds memory

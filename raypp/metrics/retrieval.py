@@ -8,16 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raypp.metrics.image import (
-    in_parts,
-)
+from raypp.metrics.image import in_parts
 
-TIE = 1e-12  # float64's rounding of a squared distance, relative to the squared lengths it is computed from
-SAME = 1e-9  # float64's rounding of a product
+TIE_TOLERANCE = 1e-12  # float64's rounding of a squared distance, relative to the squared lengths it is computed from
+DUPLICATE_TOLERANCE = 1e-9  # float64's rounding of a product
 
 
 @dataclass(frozen=True)
-class Ranks:
+class RetrievalRanks:
     """Where each query's original stands among the gallery's images, nearest first: 0 is a hit at the first guess.
 
     Attributes:
@@ -33,7 +31,7 @@ class Ranks:
         return (self.all < num).float()
 
 
-def pixels(images: Tensor) -> Tensor:
+def flatten_pixels(images: Tensor) -> Tensor:
     """Values of each image, float64 (N, D); those of uint8 images stay whole numbers, whose distances are exact."""
     return images.flatten(1).double()
 
@@ -43,8 +41,8 @@ def reidentify(
     gallery: Tensor,
     truth: Tensor,
     labels: Tensor,
-    features: Callable[[Tensor], Tensor] = pixels,
-) -> Ranks:
+    features: Callable[[Tensor], Tensor] = flatten_pixels,
+) -> RetrievalRanks:
     """Look estimates up in a gallery by squared distance of their features, in bounded memory.
 
     Args:
@@ -62,7 +60,7 @@ def reidentify(
         _rank(*part, gallery, labels, features)
         for part in zip(in_parts(estimates), in_parts(truth, estimates), strict=True)
     ]
-    return Ranks(torch.cat([ranks for ranks, _ in parts]), torch.cat([ranks for _, ranks in parts]))
+    return RetrievalRanks(torch.cat([ranks for ranks, _ in parts]), torch.cat([ranks for _, ranks in parts]))
 
 
 def _rank(
@@ -77,12 +75,12 @@ def _rank(
     # |e - g|^2 without |e|^2, which is the same for the whole gallery.
     lengths = originals.square().sum(1)
     own = (lengths - 2 * (queries * originals).sum(1))[:, None]
-    tie = TIE * (lengths + queries.square().sum(1))[:, None]
+    tie = TIE_TOLERANCE * (lengths + queries.square().sum(1))[:, None]
     ranks, ranks_same = torch.zeros_like(truth), torch.zeros_like(truth)
     for part, classes in zip(in_parts(gallery), in_parts(labels, gallery), strict=True):
         others = features(part)
         nearer = others.square().sum(1) - 2 * queries @ others.t() <= own + tie
-        nearer &= ((others @ direction)[None] - marks).abs() > SAME
+        nearer &= ((others @ direction)[None] - marks).abs() > DUPLICATE_TOLERANCE
         ranks += nearer.sum(1)
         ranks_same += (nearer & (classes[None] == labels[truth][:, None])).sum(1)
     return ranks, ranks_same

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raypp.models import ADAPTATIONS, BLOCK, CLASSIFIERS
-from raypp.models.normalize import Normalise
-from raypp.utils.registry import Options
+from raypp.models.normalize import Normalize
+from raypp.utils.registry import MethodConfig
 
 
 class Adaptation(nn.Module):
@@ -25,7 +25,7 @@ class Adaptation(nn.Module):
 
     def __init__(self, channels: int, image_size: tuple[int, int]) -> None:
         super().__init__()
-        self.normalise = Normalise(channels)
+        self.normalise = Normalize(channels)
 
     def penalty(self) -> Tensor | None:
         """What its source adds to the loss, of the latest forward pass; None for nothing."""
@@ -159,7 +159,7 @@ class AdaptedClassifier(nn.Module):
 
 
 def build_classifier(
-    options: Options, adaptation: str, *, num_classes: int, channels: int, image_size: tuple[int, int]
+    options: MethodConfig, adaptation: str, *, num_classes: int, channels: int, image_size: tuple[int, int]
 ) -> nn.Module:
     """Build a classifier of protected images.
 

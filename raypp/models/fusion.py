@@ -13,7 +13,7 @@ TOLERANCE = 1e-3  # of outputs, relative and absolute: rounding stays below a te
 
 
 @torch.no_grad()
-def folded(network: nn.Module, images: Tensor) -> nn.Module:
+def fuse_conv_bn(network: nn.Module, images: Tensor) -> nn.Module:
     """A copy of a network in evaluation mode whose convolutions do what a batch normalisation behind them did.
 
     Which is behind which is seen from a pass over ``images``; if the copy then answers them otherwise than the network

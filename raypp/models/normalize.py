@@ -9,7 +9,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class Normalise(nn.Module):
+class Normalize(nn.Module):
     """Maps images in [0, 1] to zero mean and unit scale: ImageNet's values for RGB, 0.45 and 0.225 for grey.
 
     Other numbers of channels are an adaptation network's output, which is normalised already and left alone.

@@ -17,18 +17,18 @@ import torch
 from pydantic import AfterValidator
 from torch import Tensor, nn
 
-from raypp.models.normalize import Normalise
+from raypp.models.normalize import Normalize
 from raypp.models.vgg import SLICES, VGG16_LAYERS, vgg_features
 from raypp.utils.errors import ConfigError, first_line
-from raypp.utils.paths import absolute
-from raypp.utils.registry import Options
+from raypp.utils.paths import resolve_path
+from raypp.utils.registry import MethodConfig
 
 StateDict = dict[str, Tensor]
 
 
-class VGG16FeatureOptions(Options):
+class VGG16FeatureOptions(MethodConfig):
     name: Literal["vgg16"] = "vgg16"
-    weights: Annotated[str, AfterValidator(lambda w: w if w == "torchvision" else absolute(w))] = "torchvision"
+    weights: Annotated[str, AfterValidator(lambda w: w if w == "torchvision" else resolve_path(w))] = "torchvision"
     """``torchvision`` (ImageNet weights, downloaded once), or the path of a .safetensors or .pt state dict."""
     layer: Literal["relu1_2", "relu2_2", "relu3_3"] = "relu2_2"
     """Whose output is compared; the authors' released code takes relu2_2."""
@@ -41,11 +41,11 @@ class VGG16Features(nn.Module):
     """VGG-16 up to the layer that ``state`` ends with: images N x C x H x W in [0, 1] to, for relu2_2, N x 128 x H/2 x
     W/2; grey images are repeated to RGB."""
 
-    Options: ClassVar[type[Options]] = VGG16FeatureOptions
+    Options: ClassVar[type[MethodConfig]] = VGG16FeatureOptions
 
     def __init__(self, state: StateDict) -> None:
         super().__init__()
-        self.normalise = Normalise(3)
+        self.normalise = Normalize(3)
         convolutions = len(state) // 2  # each with weight and bias
         end = next(n for n in SLICES.values() if sum(width > 0 for width in VGG16_LAYERS[:n]) == convolutions)
         self.layers = vgg_features(VGG16_LAYERS[:end], 3, batch_norm=False)
@@ -59,14 +59,14 @@ class VGG16Features(nn.Module):
         return x
 
 
-class PlainClassifierFeatureOptions(Options):
+class PlainClassifierFeatureOptions(MethodConfig):
     name: Literal["plain_classifier"] = "plain_classifier"
 
 
 class PlainClassifierFeatures(nn.Module):
     """The early block of a classifier trained on plain images; a departure from the paper's feature network."""
 
-    Options: ClassVar[type[Options]] = PlainClassifierFeatureOptions
+    Options: ClassVar[type[MethodConfig]] = PlainClassifierFeatureOptions
 
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()

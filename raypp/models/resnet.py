@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raypp.models.normalize import Normalise
-from raypp.utils.registry import Options
+from raypp.models.normalize import Normalize
+from raypp.utils.registry import MethodConfig
 
 
-class ResNetOptions(Options):
+class ResNetOptions(MethodConfig):
     name: Literal["resnet20"] = "resnet20"
     width: int = Field(16, ge=1, le=1024)
     """Channels of the first stage; 16 is the original, a wider one is a baseline with more parameters."""
@@ -45,7 +45,7 @@ class ResNetTrunk(nn.Module):
 
     def __init__(self, options: ResNetOptions, channels: int = 3, num_classes: int | None = None) -> None:
         super().__init__()
-        self.normalise = Normalise(channels)
+        self.normalise = Normalize(channels)
         width = options.width
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -81,7 +81,7 @@ class ResNet20(ResNetTrunk):
     """Maps images N x channels x H x W in [0, 1] to logits N x num_classes (269,722 parameters for 10 classes
     and width 16)."""
 
-    Options: ClassVar[type[Options]] = ResNetOptions
+    Options: ClassVar[type[MethodConfig]] = ResNetOptions
     least_side: ClassVar[int] = 4
 
     def __init__(self, options: ResNetOptions, *, num_classes: int, channels: int = 3) -> None:

@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from raypp.models.normalize import Normalise
-from raypp.utils.registry import Options
+from raypp.models.normalize import Normalize
+from raypp.utils.registry import MethodConfig
 
 # Channels of the 3x3 convolutions of VGG-16 ("configuration D"); 0 stands for a 2x2 max-pooling.
 VGG16_LAYERS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
@@ -31,19 +31,19 @@ def vgg_features(layers: tuple[int, ...], channels: int, batch_norm: bool) -> nn
     return nn.Sequential(*modules)
 
 
-class VGG16BNOptions(Options):
+class VGG16BNOptions(MethodConfig):
     name: Literal["vgg16_bn"] = "vgg16_bn"
 
 
 class VGG16BN(nn.Module):
     """Maps images N x channels x H x W in [0, 1], sides of 32 and more, to logits N x num_classes; head 512-512."""
 
-    Options: ClassVar[type[Options]] = VGG16BNOptions
+    Options: ClassVar[type[MethodConfig]] = VGG16BNOptions
     least_side: ClassVar[int] = 32
 
     def __init__(self, options: VGG16BNOptions, *, num_classes: int, channels: int = 3) -> None:
         super().__init__()
-        self.normalise = Normalise(channels)
+        self.normalise = Normalize(channels)
         self.early = vgg_features(VGG16_LAYERS[:RELU2_2], channels, batch_norm=True)
         self.late = vgg_features(VGG16_LAYERS[RELU2_2:], 128, batch_norm=True)
         self.head = nn.Sequential(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from raypp.utils.images import to_uint8
 from raypp.utils.keys import Key
-from raypp.utils.registry import Options
+from raypp.utils.registry import MethodConfig
 
 
 class Protection(nn.Module):
@@ -19,7 +19,7 @@ class Protection(nn.Module):
     constructor takes the options, the number of ``channels`` and, where :meth:`needs_key` says so, a ``key``.
     """
 
-    Options: ClassVar[type[Options]]
+    Options: ClassVar[type[MethodConfig]]
     trained: ClassVar[bool] = False
     """Whether it has weights that are trained with the classifier's."""
     differentiable: ClassVar[bool] = False
@@ -86,7 +86,7 @@ class Protection(nn.Module):
         return to_uint8(self(images.float() / 255))
 
 
-def required(key: Key | None, name: str) -> Key:
+def require_key(key: Key | None, name: str) -> Key:
     """The key of a keyed protection, which whoever builds it has to bring."""
     if key is None:
         raise ValueError(f"protection {name!r} needs its key")

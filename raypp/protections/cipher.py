@@ -20,10 +20,10 @@ from raypp.utils.images import to_uint8
 MAX_TABLES = 16
 
 
-class KeyedOptions(registry.Options):
+class KeyedOptions(registry.MethodConfig):
     """Options of every keyed protection."""
 
-    key_file: paths.Location | None = None
+    key_file: paths.PathOrUri | None = None
     """Take the key from this file instead of making a new one."""
 
 

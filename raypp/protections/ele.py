@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from raypp.protections.base import required
+from raypp.protections.base import require_key
 from raypp.protections.cipher import Cipher, KeyedOptions
 from raypp.utils import registry
 from raypp.utils.keys import Key
@@ -22,13 +22,13 @@ class ELEOptions(KeyedOptions):
 class ELE(Cipher):
     """LE with a key per block position, then a permutation of the blocks; reversible."""
 
-    Options: ClassVar[type[registry.Options]] = ELEOptions
+    Options: ClassVar[type[registry.MethodConfig]] = ELEOptions
     nibbles: ClassVar[bool] = True
     adaptation: ClassVar[str] = "shuffled_block"
 
     def __init__(self, options: ELEOptions, *, channels: int = 3, key: Key | None = None) -> None:
         super().__init__(options, channels=channels)
-        self._key = required(key, options.name)
+        self._key = require_key(key, options.name)
 
     @classmethod
     def needs_key(cls, options: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from raypp.protections.base import required
+from raypp.protections.base import require_key
 from raypp.protections.cipher import Cipher, KeyedOptions
 from raypp.utils import registry
 from raypp.utils.keys import Key
@@ -27,13 +27,13 @@ class EtCOptions(KeyedOptions):
 class EtC(Cipher):
     """Block-wise rotation, flip, negative-positive, colour permutation and block shuffling; reversible."""
 
-    Options: ClassVar[type[registry.Options]] = EtCOptions
+    Options: ClassVar[type[registry.MethodConfig]] = EtCOptions
     adaptation: ClassVar[str] = "shuffled_block"
 
     def __init__(self, options: EtCOptions, *, channels: int = 3, key: Key | None = None) -> None:
         super().__init__(options, channels=channels)
         self.block = options.block  # type: ignore[misc]
-        self._key = required(key, options.name)
+        self._key = require_key(key, options.name)
 
     @classmethod
     def needs_key(cls, options: Any) -> bool:

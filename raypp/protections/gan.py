@@ -22,7 +22,7 @@ from raypp.utils import registry
 from raypp.utils.keys import Key
 
 
-class GANOptions(registry.Options):
+class GANOptions(registry.MethodConfig):
     name: Literal["gan"] = "gan"
     width: int = Field(64, ge=1, le=512)
     """Channels of the generator's and the discriminator's first layer."""
@@ -55,7 +55,7 @@ class GAN(Protection):
     Sides that are no multiple of 4 are padded inside and cut again.
     """
 
-    Options: ClassVar[type[registry.Options]] = GANOptions
+    Options: ClassVar[type[registry.MethodConfig]] = GANOptions
     differentiable: ClassVar[bool] = True
     trained: ClassVar[bool] = True
     least_side: ClassVar[int] = 8

@@ -20,7 +20,7 @@ from raypp.models.resnet import ResNetOptions, ResNetTrunk
 from raypp.models.unet import UNet
 from raypp.protections.base import Protection
 from raypp.utils import registry
-from raypp.utils.images import round_8bit
+from raypp.utils.images import quantize_8bit
 from raypp.utils.keys import Key
 
 
@@ -68,7 +68,7 @@ class CodeOptions(BaseModel):
         return self
 
 
-class LearnedOptions(registry.Options):
+class LearnedOptions(registry.MethodConfig):
     name: Literal["learned"] = "learned"
     width: int = Field(64, ge=1, le=1024)
     """Channels of the U-Net's first level."""
@@ -101,7 +101,7 @@ class LearnedOptions(registry.Options):
 class Learned(Protection):
     """U-Net with a sigmoid; any H and W, best in multiples of ``2**depth``."""
 
-    Options: ClassVar[type[registry.Options]] = LearnedOptions
+    Options: ClassVar[type[registry.MethodConfig]] = LearnedOptions
     differentiable: ClassVar[bool] = True
     trained: ClassVar[bool] = True
 
@@ -111,7 +111,7 @@ class Learned(Protection):
         trunk, code = None, None
         if options.code is not None:
             trunk = ResNetTrunk(options.code.encoder, channels) if options.code.encoder is not None else None
-            code = Code(options.code, trunk.channels_out if trunk is not None else deepest, deepest)
+            code = Bottleneck(options.code, trunk.channels_out if trunk is not None else deepest, deepest)
         self.unet = UNet(channels, options.width, options.depth, options.skips, encoder=trunk, middle=code)
         self.options, self.channels = options, channels
 
@@ -146,14 +146,14 @@ class Learned(Protection):
     def companion(self, num_classes: int) -> nn.Module | None:
         adversary, code = self.options.adversary, self.options.code
         guided = code is not None and code.guide > 0
-        return Companion(self, num_classes) if adversary is not None or guided else None
+        return AuxiliaryNetworks(self, num_classes) if adversary is not None or guided else None
 
     def forward(self, images: Tensor) -> Tensor:
         # The sigmoid in float32: in bfloat16 it could not tell neighbouring 8-bit values near 1 apart.
         return torch.sigmoid(self.unet(images).float())
 
 
-class Code(nn.Module):
+class Bottleneck(nn.Module):
     """Reduces features N x channels x H x W to a class, where ``classes`` says so, and ``size`` numbers of ``levels``
     values each, and draws others of ``channels_out`` channels from them.
 
@@ -212,7 +212,7 @@ class Code(nn.Module):
         return F.interpolate(spread, size=size, mode="nearest")
 
 
-class Reversed(torch.autograd.Function):
+class GradientReversal(torch.autograd.Function):
     """The identity, whose gradient is multiplied image by image with ``scale`` (N,), known only by then."""
 
     @staticmethod
@@ -225,7 +225,7 @@ class Reversed(torch.autograd.Function):
         return gradients[0] * ctx.scale[:, None, None, None], None
 
 
-class Companion(nn.Module):
+class AuxiliaryNetworks(nn.Module):
     """What a learned protection is trained with: the live inverse network, the guide of its code, or both."""
 
     takes_features = False
@@ -238,7 +238,7 @@ class Companion(nn.Module):
         if options.code is not None and options.code.guide > 0:
             # One of the features as well: through rounding alone, a short code teaches them little.
             code = protection.unet.middle
-            assert isinstance(code, Code)
+            assert isinstance(code, Bottleneck)
             of_features = nn.Linear(code.channels, num_classes) if code.classify is None else nn.Identity()
             self.guides = nn.ModuleList((of_features, nn.Linear(code.widen.in_features, num_classes)))
         self._protection = [protection]  # in a list: its weights are not this module's
@@ -250,7 +250,7 @@ class Companion(nn.Module):
             loss = loss + self.adversary(plain, protected)
         if self.guides is not None:
             code = self._protection[0].unet.middle
-            assert isinstance(code, Code)
+            assert isinstance(code, Bottleneck)
             assert code.last is not None, "the guide follows a pass of the protection in training mode"
             for guide, seen in zip(self.guides, code.last, strict=True):
                 loss = loss + code.options.guide * F.cross_entropy(guide(seen.float()), labels)
@@ -271,9 +271,9 @@ class InverseAdversary(nn.Module):
 
     def forward(self, plain: Tensor, protected: Tensor) -> Tensor:
         """The mean squared error of the network's estimates; its gradient reaches h_theta as described."""
-        uploaded = protected + (round_8bit(protected.detach()) - protected.detach())  # rounding passes gradients on
+        uploaded = protected + (quantize_8bit(protected.detach()) - protected.detach())  # rounding passes gradients on
         scale = torch.zeros(len(plain), device=plain.device)
-        estimate = torch.sigmoid(self.unet(Reversed.apply(uploaded, scale)).float())
+        estimate = torch.sigmoid(self.unet(GradientReversal.apply(uploaded, scale)).float())
         errors = (estimate - plain).square().mean(dim=(1, 2, 3))
         scale.copy_(torch.where(errors.detach() < self.options.clip, -self.options.weight, 0.0))
         return errors.mean()

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from raypp.protections.base import required
+from raypp.protections.base import require_key
 from raypp.protections.cipher import Cipher, KeyedOptions, Table
 from raypp.utils import registry
 from raypp.utils.keys import Key
@@ -49,14 +49,14 @@ class Pixel(Cipher):
     Reversible with a common key.
     """
 
-    Options: ClassVar[type[registry.Options]] = PixelOptions
+    Options: ClassVar[type[registry.MethodConfig]] = PixelOptions
     block: ClassVar[int] = 1
     adaptation: ClassVar[str] = "pixel"
     augment: ClassVar[Literal["before", "after"]] = "after"
 
     def __init__(self, options: PixelOptions, *, channels: int = 3, key: Key | None = None) -> None:
         super().__init__(options, channels=channels)
-        self._key = required(key, options.name) if self.needs_key(options) else None
+        self._key = require_key(key, options.name) if self.needs_key(options) else None
 
     @classmethod
     def problem(cls, options: Any, channels: int) -> str | None:

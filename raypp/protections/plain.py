@@ -11,14 +11,14 @@ from raypp.utils import registry
 from raypp.utils.keys import Key
 
 
-class PlainOptions(registry.Options):
+class PlainOptions(registry.MethodConfig):
     name: Literal["plain"] = "plain"
 
 
 class Plain(Protection):
     """Returns the image as it is."""
 
-    Options: ClassVar[type[registry.Options]] = PlainOptions
+    Options: ClassVar[type[registry.MethodConfig]] = PlainOptions
     differentiable: ClassVar[bool] = True
     hides: ClassVar[bool] = False
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from raypp.protections.base import required
+from raypp.protections.base import require_key
 from raypp.protections.cipher import Cipher, KeyedOptions
 from raypp.utils import registry
 from raypp.utils.keys import Key
@@ -27,7 +27,7 @@ class TanakaOptions(KeyedOptions):
 class Tanaka(Cipher):
     """LE on 4 x 4 blocks; reversible."""
 
-    Options: ClassVar[type[registry.Options]] = TanakaOptions
+    Options: ClassVar[type[registry.MethodConfig]] = TanakaOptions
     nibbles: ClassVar[bool] = True
     adaptation: ClassVar[str] = "block"
 
@@ -39,7 +39,7 @@ class Tanaka(Cipher):
             marked = self._order > num // 2
             self._inverted = marked ^ marked[self._order]
         else:
-            secret = required(key, options.name)
+            secret = require_key(key, options.name)
             self._order = secret.permutations("tanaka order", 1, num)[0]
             self._inverted = secret.bits("tanaka inversion", num).astype(bool)
 

@@ -10,7 +10,7 @@ from typing import Any
 from raypp.utils.errors import RayppError
 
 
-class RefusedError(RayppError):
+class HTTPProblemError(RayppError):
     """A request that is answered by an error of the client's making.
 
     Args:
@@ -46,7 +46,7 @@ class Limits:
     """Images that wait in a replica: it counts requests by itself, and 128 full ones would wait longer than that."""
 
 
-class Waiting:
+class AdmissionControl:
     """How many images wait for the classifier, itself included; for one event loop."""
 
     def __init__(self, most: int) -> None:
@@ -56,7 +56,7 @@ class Waiting:
     def admitted(self, num: int) -> Iterator[None]:
         """Count ``num`` images while they wait, or raise RefusedError (503); a first request always may."""
         if self.now and self.now + num > self.most:
-            raise RefusedError(
+            raise HTTPProblemError(
                 503,
                 "busy",
                 f"{self.now} images wait already, with these {num} more than {self.most}; come back after Retry-After",

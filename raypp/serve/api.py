@@ -24,17 +24,15 @@ from torch import Tensor
 import raypp
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import Threat
-from raypp.metrics.image import LEAST_SIDE, psnr, ssim
+from raypp.metrics.image import MIN_SIDE, psnr, ssim
 from raypp.metrics.statistics import chance_error
-from raypp.serve.admission import Limits, RefusedError, Waiting
+from raypp.serve.admission import AdmissionControl, HTTPProblemError, Limits
 from raypp.serve.auth import Tokens
 from raypp.serve.image_parsing import Shape
-from raypp.serve.loaded_model import Served
-from raypp.serve.middleware import MODEL_HEADER, PROTECTION_HEADER, Around, Observe
-from raypp.serve.problems import (
-    add_problems,
-)
-from raypp.serve.request_checks import accepted, check_headers, check_query, names_tag
+from raypp.serve.loaded_model import LoadedModel
+from raypp.serve.middleware import MODEL_HEADER, PROTECTION_HEADER, RequestMiddleware, RequestObserver
+from raypp.serve.problems import add_problems
+from raypp.serve.request_checks import check_headers, check_query, matches_etag, negotiate
 from raypp.serve.request_parsing import MULTIPART, NPY, PNG, read_body, read_images
 from raypp.serve.schemas import ATTACKS_OFFERED, CLASSIFIED, MODEL, RECONSTRUCTED, _answers, _given
 from raypp.utils.errors import RayppError
@@ -43,23 +41,23 @@ from raypp.utils.images import Pixels, encode_png
 MAX_PSNR = 60.0  # dB: JSON has no infinity
 
 
-class Classifying(Protocol):
+class ClassifierService(Protocol):
     """What answers the classifier's requests."""
 
     limits: Limits
-    waiting: Waiting
+    waiting: AdmissionControl
 
     async def tokens(self) -> Tokens | None:
         """The tokens that are valid now; None where none is asked for."""
 
-    def now(self) -> Served: ...
+    def now(self) -> LoadedModel: ...
 
-    async def served(self, protection: str | None) -> Served | None:
+    async def served(self, protection: str | None) -> LoadedModel | None:
         """The bundle that answers for a protection, the live one for None."""
 
     def rejected(self) -> dict[str, str] | None: ...
 
-    async def predict(self, served: Served, images: Tensor) -> tuple[Tensor, Tensor]:
+    async def predict(self, served: LoadedModel, images: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities float (N, K) of images uint8 (N, C, H, W), and whether each looks protected, bool (N,)."""
 
 
@@ -76,25 +74,25 @@ class ServedAttack:
 
 
 @dataclass(frozen=True)
-class Offered:
+class AttackCatalog:
     """The attacks on one bundle."""
 
-    served: Served
+    served: LoadedModel
     attacks: dict[str, ServedAttack]
     nulls: dict[str, Any]
 
 
-def offer(served: Served, runnable: dict[str, tuple[Callable[[Tensor], Tensor], int]]) -> Offered:
+def build_catalog(served: LoadedModel, runnable: dict[str, tuple[Callable[[Tensor], Tensor], int]]) -> AttackCatalog:
     """Attacks as they are offered: each with the largest batch that it takes and what it recovered when measured."""
     listed = (served.scorecard or {}).get("attacks", {})
     attacks = {
         name: ServedAttack(name, ATTACKS.get(name).threat, most, measured(listed[name]), run)
         for name, (run, most) in runnable.items()
     }
-    return Offered(served, attacks, null_scores(served.scorecard))
+    return AttackCatalog(served, attacks, null_scores(served.scorecard))
 
 
-class Attacking(Protocol):
+class AttackService(Protocol):
     """What answers the attack service's requests."""
 
     limits: Limits
@@ -105,14 +103,14 @@ class Attacking(Protocol):
     def rejected(self) -> dict[str, str] | None:
         """What was published last but does not work, and why."""
 
-    async def offered(self, protection: str | None) -> Offered | None:
+    async def offered(self, protection: str | None) -> AttackCatalog | None:
         """The attacks on the bundle with a protection, on the live one for None."""
 
     async def reconstruct(self, attack: ServedAttack, images: Tensor) -> Tensor:
         """Run the attack where it does not hold up other requests."""
 
 
-def classifier_api(service: Callable[[], Classifying], observe: Observe | None = None) -> FastAPI:
+def classifier_api(service: Callable[[], ClassifierService], observe: RequestObserver | None = None) -> FastAPI:
     """The classifier's API; ``service`` is asked at every request, since a replica has none when it is imported."""
     api = _api(
         "raypp classifier", "Classifies protected images. It never sees a plain one.", service, "classify", observe
@@ -129,14 +127,14 @@ def classifier_api(service: Callable[[], Classifying], observe: Observe | None =
         """
         began = time.perf_counter()
         asked = service()
-        async with _in_time(asked.limits):
-            served = await asked.served(_wanted(request))
+        async with _request_timeout(asked.limits):
+            served = await asked.served(_requested_protection(request))
             if served is None:
                 raise _other_protection()
             images, _ = await _images(request, served.shape, asked.limits)
             read = time.perf_counter()
             with asked.waiting.admitted(len(images)):
-                probabilities, protected = await asked.predict(served, _values(images))
+                probabilities, protected = await asked.predict(served, _to_tensor(images))
         _refuse_plain(protected)
         best = probabilities.topk(min(top, probabilities.shape[1]), dim=1)
         found = [
@@ -169,9 +167,9 @@ def classifier_api(service: Callable[[], Classifying], observe: Observe | None =
         served = asked.now()
         tag = f'"{served.protection}"'
         headers = {"ETag": tag, MODEL_HEADER: served.version, "Cache-Control": "no-cache", "Accept-Ranges": "none"}
-        if not names_tag(request.headers.get("if-match", "*"), tag, weakly=False):
-            raise RefusedError(412, "other-version", f"If-Match names another protection than {tag}, which is live")
-        if names_tag(request.headers.get("if-none-match", ""), tag, weakly=True):
+        if not matches_etag(request.headers.get("if-match", "*"), tag, weakly=False):
+            raise HTTPProblemError(412, "other-version", f"If-Match names another protection than {tag}, which is live")
+        if matches_etag(request.headers.get("if-none-match", ""), tag, weakly=True):
             return Response(status_code=304, headers=headers)
         return Response(served.archive, media_type="application/zip", headers=headers)
 
@@ -205,7 +203,7 @@ def classifier_api(service: Callable[[], Classifying], observe: Observe | None =
     return api
 
 
-def attack_api(service: Callable[[], Attacking], observe: Observe | None = None) -> FastAPI:
+def attack_api(service: Callable[[], AttackService], observe: RequestObserver | None = None) -> FastAPI:
     """The attack service's API; see :func:`classifier_api`."""
     api = _api(
         "raypp attacks", "What an attacker makes of protected images, and how much he recovers.", service, "attack",
@@ -242,24 +240,26 @@ def attack_api(service: Callable[[], Attacking], observe: Observe | None = None)
         """
         began = time.perf_counter()
         asked = service()
-        async with _in_time(asked.limits):
-            offered = await asked.offered(_wanted(request))
+        async with _request_timeout(asked.limits):
+            offered = await asked.offered(_requested_protection(request))
         if offered is None:
             raise _other_protection()
         served, chosen = offered.served, offered.attacks.get(attack)
         if chosen is None:
             known = ", ".join(offered.attacks) or "none: the bundle has not been attacked"
-            raise RefusedError(404, "unknown-attack", f"there is no attack {attack[:50]!r} here; served are {known}")
+            raise HTTPProblemError(
+                404, "unknown-attack", f"there is no attack {attack[:50]!r} here; served are {known}"
+            )
         most = replace(asked.limits, images=min(asked.limits.images, chosen.max_images))
-        async with _in_time(asked.limits):
+        async with _request_timeout(asked.limits):
             images, plain = await _images(request, served.shape, most, served.plain)
-            values = _values(images)
+            values = _to_tensor(images)
             if served.guard is not None:
                 _refuse_plain(await asyncio.to_thread(served.guard.looks_protected, values))
             try:
                 made = await asked.reconstruct(chosen, values)
             except RayppError as error:
-                raise RefusedError(422, "attack-does-not-apply", str(error)) from error
+                raise HTTPProblemError(422, "attack-does-not-apply", str(error)) from error
         pixels = made.cpu().permute(0, 2, 3, 1).numpy()
         if request.state.media_type == PNG:
             return Response(encode_png(pixels[0]), media_type=PNG, headers={MODEL_HEADER: served.version})
@@ -308,7 +308,7 @@ def _compare(made: Pixels, plain: Pixels | None) -> list[dict[str, float]]:
         return [{} for _ in made]
     a, b = (torch.from_numpy(np.array(x)).permute(0, 3, 1, 2).float() / 255 for x in (made, plain))
     scores = {"psnr": psnr(a, b).clamp_max(MAX_PSNR)}
-    if min(made.shape[1:3]) >= LEAST_SIDE:
+    if min(made.shape[1:3]) >= MIN_SIDE:
         scores["ssim"] = ssim(a, b)
     return [{key: round(float(values[i]), 4) for key, values in scores.items()} for i in range(len(made))]
 
@@ -317,7 +317,11 @@ def _compare(made: Pixels, plain: Pixels | None) -> list[dict[str, float]]:
 
 
 def _api(
-    title: str, what: str, service: Callable[[], Classifying | Attacking], scope: str, observe: Observe | None
+    title: str,
+    what: str,
+    service: Callable[[], ClassifierService | AttackService],
+    scope: str,
+    observe: RequestObserver | None,
 ) -> FastAPI:
     bearer = HTTPBearer(auto_error=False, description="Where the service was started with a token file.")
 
@@ -334,7 +338,7 @@ def _api(
             [parameter.alias for parameter in route.dependant.query_params],
         )
         offered = list(route.responses.get(200, {}).get("content", {}))
-        request.state.media_type = accepted(request.headers.getlist("accept"), offered)
+        request.state.media_type = negotiate(request.headers.getlist("accept"), offered)
 
     api = FastAPI(
         title=title, version=raypp.__version__, description=what, docs_url="/docs", redoc_url=None,
@@ -343,27 +347,27 @@ def _api(
         dependencies=[Depends(allowed), Depends(bearer)],  # the latter so that OpenAPI names it
     )  # fmt: skip
     pages = {"/docs": "text/html", "/openapi.json": "application/json"}
-    api.add_middleware(Around, observe=observe, root="/docs", pages=pages)
+    api.add_middleware(RequestMiddleware, observe=observe, root="/docs", pages=pages)
     add_problems(api)
     return api
 
 
 @asynccontextmanager
-async def _in_time(limits: Limits) -> AsyncIterator[None]:
+async def _request_timeout(limits: Limits) -> AsyncIterator[None]:
     """Give a request up after so long: Serve's own limit is one that a client may switch off by a header."""
     try:
         async with asyncio.timeout(limits.seconds):
             yield
     except TimeoutError as error:
-        raise RefusedError(408, "too-slow", f"the request was given up after {limits.seconds:g} s") from error
+        raise HTTPProblemError(408, "too-slow", f"the request was given up after {limits.seconds:g} s") from error
 
 
-def _values(images: Pixels) -> Tensor:
+def _to_tensor(images: Pixels) -> Tensor:
     return torch.from_numpy(np.array(images, copy=True)).permute(0, 3, 1, 2)
 
 
-def _other_protection() -> RefusedError:
-    return RefusedError(
+def _other_protection() -> HTTPProblemError:
+    return HTTPProblemError(
         409, "other-protection",
         "the images were protected with a protection that is not served (any more); fetch "
         "/classifier/v1/protection and protect them anew",
@@ -374,7 +378,7 @@ def _refuse_plain(protected: Tensor) -> None:
     """Refuse a request if one of its images does not look protected, bool (N,); says which, counted from zero."""
     if not bool(protected.all()):
         places = (~protected).nonzero().flatten().tolist()
-        raise RefusedError(
+        raise HTTPProblemError(
             422, "not-protected",
             f"image {places[0] + 1} of {len(protected)} does not look protected; nothing of it was kept. Protect it "
             "first: raypp protect, or raypp.Client",
@@ -382,7 +386,7 @@ def _refuse_plain(protected: Tensor) -> None:
         )  # fmt: skip
 
 
-def _wanted(request: Request) -> str | None:
+def _requested_protection(request: Request) -> str | None:
     return request.headers.get(PROTECTION_HEADER.lower())
 
 

@@ -11,10 +11,10 @@ from safetensors.torch import load
 from torch import Tensor
 
 from raypp.attacks import ATTACKS
-from raypp.attacks.base import Access, Attack, AttackError, Map, TrainedAttack
+from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap, TrainedAttack
 from raypp.attacks.white_box import WhiteBoxOptions
 from raypp.bundle.load import PublicBundle
-from raypp.serve.loaded_model import Served, in_few_sizes
+from raypp.serve.loaded_model import LoadedModel, pad_to_bucket
 
 MOST = {"white_box": 4}
 """Images of one request where each costs much."""
@@ -23,7 +23,7 @@ STEPS = 100  # of an optimisation that somebody waits for
 Run = Callable[[Tensor], Tensor]
 
 
-def online(served: Served) -> dict[str, tuple[Run, int]]:
+def load_attacks(served: LoadedModel) -> dict[str, tuple[Run, int]]:
     """Attacks that a bundle's scorecard has and that need nothing but what the bundle holds.
 
     Those that look images up in a gallery, or need pairs, are not among them.
@@ -37,7 +37,7 @@ def online(served: Served) -> dict[str, tuple[Run, int]]:
     if material is None:
         raise ValueError("the bundle was loaded without what its attacks are made of: load_served(..., attacks=True)")
     access = _access(served, material.public)
-    networks: dict[str, Map] = {}
+    networks: dict[str, ImageMap] = {}
     found: dict[str, tuple[Run, int]] = {}
     for name in sorted(done, key=lambda n: bool(ATTACKS.get(n).after)):
         kind: type[Attack] = ATTACKS.get(name)
@@ -56,12 +56,12 @@ def online(served: Served) -> dict[str, tuple[Run, int]]:
             attack.prepare()
         except AttackError:
             continue
-        run = partial(in_few_sizes, attack.reconstruct) if learned else attack.reconstruct
+        run = partial(pad_to_bucket, attack.reconstruct) if learned else attack.reconstruct
         found[name] = (run, MOST.get(name, 256))
     return found
 
 
-def _access(served: Served, public: PublicBundle) -> Access:
+def _access(served: LoadedModel, public: PublicBundle) -> AttackerKnowledge:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     protection = public.protection.to(device)
 
@@ -73,7 +73,7 @@ def _access(served: Served, public: PublicBundle) -> Access:
     def classify(protected: Tensor) -> Tensor:
         return served.probabilities(protected).argmax(1).to(protected.device)
 
-    return Access(
+    return AttackerKnowledge(
         shape=(public.channels, *public.image_size),
         structure=type(protection).adaptation,
         num_classes=len(served.classes),

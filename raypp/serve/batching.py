@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from raypp.serve.loaded_model import Job
+from raypp.serve.loaded_model import Inference
 
 Answer = tuple[Tensor, Tensor]
 READY = 2  # batches that are asked for: one is computed, and the next begins in the moment that it ends
 
 
-class Batches:
+class DynamicBatcher:
     """What comes while a batch is computed is the next one: the more wait, the larger it is.
 
     Ray's ``serve.batch`` closes a batch every few milliseconds, whether or not it can be computed by then.
@@ -29,15 +29,15 @@ class Batches:
     def __init__(
         self,
         compute: Callable[[Callable[[], None]], Awaitable[Any]],
-        function: Callable[[list[Job]], list[Answer]],
+        function: Callable[[list[Inference]], list[Answer]],
         most: int,
     ) -> None:
         self._compute, self._function, self._most = compute, function, most
-        self._waiting: deque[tuple[Job, asyncio.Future[Answer]]] = deque()
+        self._waiting: deque[tuple[Inference, asyncio.Future[Answer]]] = deque()
         self._asking = 0
         self._tasks: set[asyncio.Task[None]] = set()  # the event loop itself does not keep them
 
-    async def answer(self, job: Job) -> Answer:
+    async def answer(self, job: Inference) -> Answer:
         """The answer to one job; it is left out if nobody waits for it any more."""
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append((job, future))
@@ -68,8 +68,8 @@ class Batches:
             found = [error] * len(taken)
         loop.call_soon_threadsafe(_give, [(future, one) for (_, future), one in zip(taken, found, strict=True)])
 
-    def _take(self) -> list[tuple[Job, asyncio.Future[Answer]]]:
-        taken: list[tuple[Job, asyncio.Future[Answer]]] = []
+    def _take(self) -> list[tuple[Inference, asyncio.Future[Answer]]]:
+        taken: list[tuple[Inference, asyncio.Future[Answer]]] = []
         size = 0
         while self._waiting:
             job, future = self._waiting[0]  # only this thread takes

@@ -22,31 +22,31 @@ from ray.serve.metrics import Counter, Histogram
 from torch import Tensor
 
 import raypp
-from raypp.config.validation import sentence
-from raypp.serve.admission import Limits, Waiting
-from raypp.serve.api import Offered, ServedAttack, attack_api, classifier_api, offer
-from raypp.serve.attack_catalog import online
+from raypp.config.validation import format_validation_error
+from raypp.serve.admission import AdmissionControl, Limits
+from raypp.serve.api import AttackCatalog, ServedAttack, attack_api, build_catalog, classifier_api
+from raypp.serve.attack_catalog import load_attacks
 from raypp.serve.auth import TokenFile, Tokens
-from raypp.serve.batching import Batches
+from raypp.serve.batching import DynamicBatcher
 from raypp.serve.index import Server
-from raypp.serve.loaded_model import Served, classify
-from raypp.serve.model_store import Live
+from raypp.serve.loaded_model import LoadedModel, classify
+from raypp.serve.model_store import ModelManager
 from raypp.utils.errors import ConfigError, RayppError, first_line
 from raypp.utils.network import is_loopback
-from raypp.utils.paths import absolute
+from raypp.utils.paths import resolve_path
 from raypp.utils.storage import JOBS_FOLDER
 
 logger = logging.getLogger("raypp.serve")
-LEAST_SECONDS = 0.5  # between two looks for newer bundles that requests cause
+MIN_POLL_INTERVAL_S = 0.5  # between two looks for newer bundles that requests cause
 # Between two turns of Python's threads, 5 ms by itself: the thread that computes asks for a turn after every operation,
 # and the one that reads requests would keep it waiting for as long each time.
-TURN_SECONDS = 0.0002
+SWITCH_INTERVAL_S = 0.0002
 STATUS_SECONDS = 2.0  # for which Serve's own list of what runs is kept
-STUCK = 4  # times as long as a request may take: a computation of that length ends no more
+HANG_FACTOR = 4  # times as long as a request may take: a computation of that length ends no more
 STATUS_BOUNDARIES = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000]
 
 
-class Arguments(BaseModel):
+class DeploymentConfig(BaseModel):
     """What both services are built from: the ``args`` of an application in ``serve_config.yaml``."""
 
     model_config = ConfigDict(extra="forbid")
@@ -75,10 +75,10 @@ class Arguments(BaseModel):
 class _Replica:
     """What a replica of either service is: a live bundle, one thread that computes, and a look for newer bundles."""
 
-    def __init__(self, arguments: Arguments) -> None:
+    def __init__(self, arguments: DeploymentConfig) -> None:
         _log_as_serve()
         torch.set_num_threads(arguments.threads)
-        sys.setswitchinterval(TURN_SECONDS)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self.arguments, self.limits = arguments, arguments.limits()
         host = _listens_on()
         if arguments.tokens is None and not is_loopback(host):
@@ -87,7 +87,7 @@ class _Replica:
                 "(see raypp token), or http_options.host to 127.0.0.1"
             )
         self._tokens = TokenFile(arguments.tokens) if arguments.tokens is not None else None
-        self.live = Live(arguments.bundle, prepare=self.prepares())
+        self.live = ModelManager(arguments.bundle, prepare=self.prepares())
         logger.warning("bundle %s, version %s, is served", self.live.now.location, self.live.now.version)
         if self.live.now.guard is None:
             logger.warning("bundle %s has no guard: plain images are not refused", self.live.now.version)
@@ -100,7 +100,7 @@ class _Replica:
         self._images = Counter("raypp_images_total", "Images of answered requests.", tags)
         self._seconds = Histogram("raypp_request_ms", "Time to answer.", STATUS_BOUNDARIES, ("route",))
 
-    def prepares(self) -> Callable[[Served], Any] | None:
+    def prepares(self) -> Callable[[LoadedModel], Any] | None:
         """What makes of a bundle what this service needs, before it takes over."""
         return None
 
@@ -108,14 +108,14 @@ class _Replica:
         # In a thread: the file may lie on a network, and looking at it would hold up every other request.
         return await asyncio.to_thread(self._tokens.now) if self._tokens is not None else None
 
-    def now(self) -> Served:
+    def now(self) -> LoadedModel:
         return self.live.now
 
-    async def served(self, protection: str | None) -> Served | None:
+    async def served(self, protection: str | None) -> LoadedModel | None:
         found = self.live.of(protection)
         # Perhaps it has just been published; who asks for what was never there shall not have storage read each time.
         loading = self._refresh is not None and not self._refresh.done()  # perhaps what is asked for
-        if found is None and (loading or time.monotonic() - self.live.looked > LEAST_SECONDS):
+        if found is None and (loading or time.monotonic() - self.live.looked > MIN_POLL_INTERVAL_S):
             await self._refreshed()
             found = self.live.of(protection)
         return found
@@ -168,7 +168,7 @@ class _Replica:
         if problem is not None:
             raise RuntimeError(f"the classifier fails its self-check: {problem}")
         began = self._began
-        if began is not None and time.monotonic() - began > STUCK * self.limits.seconds:
+        if began is not None and time.monotonic() - began > HANG_FACTOR * self.limits.seconds:
             raise RuntimeError(f"one computation has taken {time.monotonic() - began:.0f} s")
 
 
@@ -234,12 +234,12 @@ class Running:
 class ClassifierDeployment(_Replica):
     """Classifies protected images in batches that requests share."""
 
-    def __init__(self, arguments: Arguments) -> None:
+    def __init__(self, arguments: DeploymentConfig) -> None:
         super().__init__(arguments)
-        self.waiting = Waiting(self.limits.waiting)
-        self._batches = Batches(self.compute, classify, arguments.max_images)
+        self.waiting = AdmissionControl(self.limits.waiting)
+        self._batches = DynamicBatcher(self.compute, classify, arguments.max_images)
 
-    async def predict(self, served: Served, images: Tensor) -> tuple[Tensor, Tensor]:
+    async def predict(self, served: LoadedModel, images: Tensor) -> tuple[Tensor, Tensor]:
         self.look()
         return await self._batches.answer((served, images))
 
@@ -259,12 +259,12 @@ class ClassifierDeployment(_Replica):
 class AttackDeployment(_Replica):
     """Reconstructs plain images with the attacks that a bundle keeps of its attack run."""
 
-    def prepares(self) -> Callable[[Served], Any]:
-        return lambda served: offer(served, online(served))
+    def prepares(self) -> Callable[[LoadedModel], Any]:
+        return lambda served: build_catalog(served, load_attacks(served))
 
-    async def offered(self, protection: str | None) -> Offered | None:
+    async def offered(self, protection: str | None) -> AttackCatalog | None:
         served = await self.served(protection)
-        found: Offered | None = self.live.prepared(served) if served is not None else None
+        found: AttackCatalog | None = self.live.prepared(served) if served is not None else None
         return found
 
     async def reconstruct(self, attack: ServedAttack, images: Tensor) -> Tensor:
@@ -286,7 +286,7 @@ def build_attack(args: dict[str, Any]) -> Application:
 DEPLOYMENTS: dict[str, Any] = {"classifier": ClassifierDeployment, "attack": AttackDeployment}
 
 
-def bind(name: str, arguments: Arguments) -> Application:
+def bind(name: str, arguments: DeploymentConfig) -> Application:
     """The application of one of ``DEPLOYMENTS``.
 
     Raises:
@@ -308,7 +308,7 @@ NO_BUNDLE = "; `raypp quickstart` makes a first bundle, and `bundle` in serve_co
 def _built(name: str, args: dict[str, Any]) -> Application:
     """An application, its bundle loaded once here, so that what is wrong is one sentence in ``serve status``."""
     try:
-        arguments = Arguments.model_validate(args)
+        arguments = DeploymentConfig.model_validate(args)
         arguments = arguments.model_copy(
             update={
                 "bundle": located(arguments.bundle, NO_BUNDLE),
@@ -316,9 +316,11 @@ def _built(name: str, args: dict[str, Any]) -> Application:
             }
         )
         application = bind(name, arguments)
-        served = Live(arguments.bundle).now
+        served = ModelManager(arguments.bundle).now
     except ValidationError as error:
-        raise RayServeException(f"args of {name}: {sentence(error, args, root=Arguments)}") from None
+        raise RayServeException(
+            f"args of {name}: {format_validation_error(error, args, root=DeploymentConfig)}"
+        ) from None
     except RayppError as error:
         raise RayServeException(f"args of {name}: {error}") from None
     except Exception as error:  # whatever a damaged bundle makes its loader raise
@@ -342,12 +344,12 @@ def located(location: str, hint: str = "") -> str:
         ConfigError: nothing is there.
     """
     try:
-        uri = absolute(location)
+        uri = resolve_path(location)
     except ValueError as error:
         raise ConfigError(f"a location is not understood: {error}") from error
     if "://" in uri or Path(location).expanduser().is_absolute():
         return uri
-    folders = list(dict.fromkeys((Path(absolute(".")), Path(raypp.__file__).parent.parent)))
+    folders = list(dict.fromkeys((Path(resolve_path(".")), Path(raypp.__file__).parent.parent)))
     for folder in folders:
         if (folder / location).exists():
             return str(folder / location)

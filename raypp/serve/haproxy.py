@@ -42,7 +42,7 @@ STATS_SOCKET = re.compile(r"(\s*stats\s+socket\s.*?\bmode\s+)\d+(.*)", re.DOTALL
 PR_SET_PDEATHSIG = 1
 
 
-def mended(config: str) -> str:
+def patch_config(config: str) -> str:
     """A configuration of HAProxy in which only Serve's own front ends listen beyond loopback, connections to replicas
     are kept, and clients that send nothing are not.
 
@@ -92,13 +92,13 @@ def main() -> None:
 
 def _rewrite(path: Path) -> None:
     """Mend a configuration by a rename: Ray may read it meanwhile."""
-    config = mended(path.read_text())
+    config = patch_config(path.read_text())
     beside = path.with_name(f"{path.name}.{os.getpid()}")
     beside.write_text(config)
     beside.replace(path)
 
 
-def program() -> str:
+def wrapper_path() -> str:
     """The path of ``raypp-haproxy``.
 
     Raises:
@@ -115,7 +115,7 @@ def program() -> str:
 
 
 @contextmanager
-def settings() -> Iterator[dict[str, str]]:
+def ray_settings() -> Iterator[dict[str, str]]:
     """What Ray must find in its environment when it starts, for an HAProxy of one Ray on this machine.
 
     Its files lie in a folder of their own, which only this user can read, and its ports are free ones: two services
@@ -126,7 +126,7 @@ def settings() -> Iterator[dict[str, str]]:
         stats, metrics, fallback, fallback_grpc = _free_ports(4)
         yield {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            BINARY: program(),
+            BINARY: wrapper_path(),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
             "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin",
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,

@@ -12,10 +12,10 @@ from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
 import raypp
-from raypp.serve.admission import RefusedError
-from raypp.serve.middleware import Around, Observe
+from raypp.serve.admission import HTTPProblemError
+from raypp.serve.middleware import RequestMiddleware, RequestObserver
 from raypp.serve.problems import add_problems, check_bare
-from raypp.serve.request_checks import accepted
+from raypp.serve.request_checks import negotiate
 
 CLASSIFIER, ATTACK = "/classifier", "/attack"
 SERVICES = {"classifier": "Classifies protected images.", "attack": "Shows what attackers make of protected images."}
@@ -31,7 +31,7 @@ class Server(Starlette):
     """
 
     def __init__(
-        self, classifier: FastAPI, running: Callable[[], Awaitable[Collection[str]]], observe: Observe
+        self, classifier: FastAPI, running: Callable[[], Awaitable[Collection[str]]], observe: RequestObserver
     ) -> None:
         super().__init__(routes=[Mount(CLASSIFIER, classifier), Mount("/", index_api(running, observe))])
         self.router.redirect_slashes = False
@@ -44,15 +44,15 @@ class Server(Starlette):
             await super().__call__(scope, receive, send)
 
 
-def index_api(running: Callable[[], Awaitable[Collection[str]]], observe: Observe | None = None) -> FastAPI:
+def index_api(running: Callable[[], Awaitable[Collection[str]]], observe: RequestObserver | None = None) -> FastAPI:
     """The index; ``running`` gives the names of the services that run now."""
     api = FastAPI(title="raypp", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    api.add_middleware(Around, observe=observe)
+    api.add_middleware(RequestMiddleware, observe=observe)
     add_problems(api)
 
     @api.get("/", dependencies=[Depends(check_bare)])
     async def index(request: Request) -> Response:
-        media_type = accepted(request.headers.getlist("accept"), (JSON, HTML))
+        media_type = negotiate(request.headers.getlist("accept"), (JSON, HTML))
         root, names = request.scope.get("root_path", ""), await running()
         services = [
             {"name": name, "about": about, "docs": f"{root}/{name}/docs", "openapi": f"{root}/{name}/openapi.json"}
@@ -73,7 +73,7 @@ def index_api(running: Callable[[], Awaitable[Collection[str]]], observe: Observ
     @api.api_route(ATTACK + "/{rest:path}", methods=["GET", "POST"])
     async def attack() -> Response:
         # Serve sends requests here only while it has no application for them.
-        raise RefusedError(404, "attack-service-off", SWITCH_ON)
+        raise HTTPProblemError(404, "attack-service-off", SWITCH_ON)
 
     return api
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from raypp.bundle import load
 from raypp.bundle import manifest as bundles
-from raypp.bundle.guard import Guard
-from raypp.models.fusion import folded
+from raypp.bundle.guard import PlainImageDetector
+from raypp.models.fusion import fuse_conv_bn
 from raypp.utils.errors import BundleError, RayppError, StorageError
 from raypp.utils.storage import Storage
 
@@ -37,7 +37,7 @@ class AttackMaterial:
 
 
 @dataclass(frozen=True)
-class Served:
+class LoadedModel:
     """A bundle that has been loaded and checked.
 
     Attributes:
@@ -58,7 +58,7 @@ class Served:
     plain: tuple[int, int, int]
     classes: tuple[str, ...]
     classifier: nn.Module
-    guard: Guard | None
+    guard: PlainImageDetector | None
     private: load.PrivateBundle
     card: str
     scorecard: dict[str, Any] | None
@@ -73,11 +73,11 @@ class Served:
     def probabilities(self, images: Tensor) -> Tensor:
         """Of each class, float (N, K), for protected images uint8 (N, C, H, W)."""
         device = next(self.classifier.parameters()).device
-        logits = in_few_sizes(lambda batch: self.classifier(batch.to(device).float() / 255), images)
+        logits = pad_to_bucket(lambda batch: self.classifier(batch.to(device).float() / 255), images)
         return torch.softmax(logits.float(), dim=1).cpu()
 
 
-def in_few_sizes(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+def pad_to_bucket(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """A network's output for images (N, C, H, W), computed in a batch of the next size of three significant bits.
 
     The CPU's kernels are compiled and kept for every batch size that comes: all sizes up to 128 take ten times the
@@ -88,7 +88,7 @@ def in_few_sizes(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor
     return function(torch.cat([images, padding]))[: len(images)]
 
 
-def load_served(location: str | Path, device: torch.device | None = None, *, attacks: bool = False) -> Served:
+def load_model(location: str | Path, device: torch.device | None = None, *, attacks: bool = False) -> LoadedModel:
     """Load a bundle and check that it does what it did when it was made.
 
     Everything is of one version: a bundle that is attacked again meanwhile is read again.
@@ -120,7 +120,7 @@ def _manifest(location: str | Path) -> bytes | None:
         return None
 
 
-def _load(location: str | Path, device: torch.device | None, attacks: bool) -> Served:
+def _load(location: str | Path, device: torch.device | None, attacks: bool) -> LoadedModel:
     with Storage(location).download("") as folder:
         private = load.load_private(folder)
         bundles.verify(folder)
@@ -141,14 +141,14 @@ def _load(location: str | Path, device: torch.device | None, attacks: bool) -> S
             networks = {file.stem: file.read_bytes() for file in files}
             material = AttackMaterial(load.load_public(folder), networks)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    classifier = folded(private.classifier, private.sample[:8].float() / 255)
+    classifier = fuse_conv_bn(private.classifier, private.sample[:8].float() / 255)
     classifier = classifier.to(device).to(memory_format=torch.channels_last)
     private = replace(private, classifier=classifier)  # what is checked, now and later, is what answers
     problem = private.problem()
     if problem is not None:
         raise BundleError(f"bundle {str(location)!r} fails its self-check: {problem}")
     channels, height, width = private.sample.shape[1:]
-    return Served(
+    return LoadedModel(
         Storage(location).uri,
         hashlib.sha256(whole).hexdigest()[:16],
         hashlib.sha256(public).hexdigest(),
@@ -174,12 +174,12 @@ def _archive(folder: Path) -> bytes:
     return buffer.getvalue()
 
 
-Job = tuple[Served, Tensor]
+Inference = tuple[LoadedModel, Tensor]
 """A request: the bundle that answers it, and protected images uint8 (N, C, H, W)."""
 
 
 @torch.inference_mode()
-def classify(jobs: list[Job]) -> list[tuple[Tensor, Tensor]]:
+def classify(jobs: list[Inference]) -> list[tuple[Tensor, Tensor]]:
     """Classes and what looks protected, of the images of several requests at once."""
     groups: dict[int, list[int]] = defaultdict(list)
     for i, (served, _) in enumerate(jobs):

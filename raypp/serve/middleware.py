@@ -15,14 +15,9 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from raypp.serve.admission import RefusedError
-from raypp.serve.problems import (
-    GONE,
-    _refusal,
-    check_bare,
-    problem,
-)
-from raypp.serve.request_checks import accepted
+from raypp.serve.admission import HTTPProblemError
+from raypp.serve.problems import CLIENT_CLOSED_REQUEST, _refusal, check_bare, problem_response
+from raypp.serve.request_checks import negotiate
 
 PROTECTION_HEADER, MODEL_HEADER, REQUEST_ID = "Raypp-Protection", "Raypp-Model", "X-Request-ID"
 REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -30,13 +25,13 @@ REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._-]{1,64}")
 logger = logging.getLogger("raypp.serve")
 
 
-class Observe(Protocol):
+class RequestObserver(Protocol):
     """Counts a request for monitoring."""
 
     def __call__(self, route: str, status: int, num_images: int, seconds: float) -> None: ...
 
 
-class Around:
+class RequestMiddleware:
     """Gives every request a number, counts and logs it, answers HEAD as GET, and answers for defects of ours.
 
     Plain ASGI: Starlette's middleware of functions takes a task and two queues for each request.
@@ -47,7 +42,11 @@ class Around:
     """
 
     def __init__(
-        self, app: ASGIApp, observe: Observe | None, root: str | None = None, pages: Mapping[str, str] | None = None
+        self,
+        app: ASGIApp,
+        observe: RequestObserver | None,
+        root: str | None = None,
+        pages: Mapping[str, str] | None = None,
     ) -> None:
         self.app, self.observe, self.root, self.pages = app, observe, root, pages or {}
 
@@ -78,7 +77,7 @@ class Around:
         finally:
             seconds = time.perf_counter() - began
             if state.get("gone"):
-                status = GONE
+                status = CLIENT_CLOSED_REQUEST
             route = getattr(scope.get("route"), "path", "none")
             if self.observe is not None:
                 self.observe(route, status or 0, state["num_images"], seconds)
@@ -105,7 +104,7 @@ class Around:
             logger.exception("request %s failed", scope["state"]["identifier"])
             if begun:
                 raise  # only breaking the answer off tells the client
-            answer = problem(Request(scope), 500, "defect", "the service failed; its log has the reason")
+            answer = problem_response(Request(scope), 500, "defect", "the service failed; its log has the reason")
             await answer(scope, receive, sending)
 
     def _own_answer(self, scope: Scope) -> Response | None:
@@ -118,8 +117,8 @@ class Around:
         try:
             check_bare(request)
             if path in self.pages:
-                accepted(request.headers.getlist("accept"), (self.pages[path],))
-        except RefusedError as error:
+                negotiate(request.headers.getlist("accept"), (self.pages[path],))
+        except HTTPProblemError as error:
             return _refusal(request, error)
         there = f"{scope.get('root_path', '')}{self.root}"
         return Response(status_code=307, headers={"Location": there}) if to_root else None

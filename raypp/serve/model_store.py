@@ -21,28 +21,24 @@ from typing import Any
 import torch
 
 from raypp.bundle import manifest as bundles
-from raypp.serve.loaded_model import (
-    NUM_KEPT,
-    Served,
-    load_served,
-)
+from raypp.serve.loaded_model import NUM_KEPT, LoadedModel, load_model
 from raypp.utils.errors import BundleError, RayppError, StorageError
 from raypp.utils.storage import Storage
 
-LIVE = "live.json"
+ACTIVE_FILE = "live.json"
 RETRY_SECONDS = 60.0  # until a bundle that did not work is tried again
 
 
 # What is live
 
 
-def is_shelf(location: str | Path) -> bool:
+def is_model_repository(location: str | Path) -> bool:
     """Whether a folder is a shelf, not a bundle."""
-    return Storage(location).exists(LIVE)
+    return Storage(location).exists(ACTIVE_FILE)
 
 
 @dataclass(frozen=True)
-class Named:
+class ModelRef:
     """The bundle that a location names."""
 
     location: str
@@ -51,7 +47,7 @@ class Named:
     """When it was made live, of a shelf."""
 
 
-def current(location: str | Path) -> Named:
+def current(location: str | Path) -> ModelRef:
     """Which bundle a location names.
 
     Args:
@@ -63,24 +59,24 @@ def current(location: str | Path) -> Named:
     storage = Storage(location)
     if storage.local:  # through links such as runs/latest, so that all files are read of the same run
         storage = Storage(storage.path.resolve())
-    if storage.exists(LIVE):
+    if storage.exists(ACTIVE_FILE):
         named = _named(storage)
         version = named["version"]
         if version is None:
-            raise StorageError(f"{storage.uri}/{LIVE} is damaged; raypp publish writes it anew")
-        return Named(storage.folder(f"versions/{version}").uri, version, named["published"])
+            raise StorageError(f"{storage.uri}/{ACTIVE_FILE} is damaged; raypp publish writes it anew")
+        return ModelRef(storage.folder(f"versions/{version}").uri, version, named["published"])
     if not storage.exists(bundles.MANIFEST):
         if storage.exists(f"bundle/{bundles.MANIFEST}"):
             raise StorageError(f"{storage.uri} is a run; its bundle is {storage.folder('bundle').uri}")
         raise StorageError(f"{storage.uri} is neither a bundle nor a shelf of published ones")
-    return Named(storage.uri, hashlib.sha256(storage.read(bundles.MANIFEST)).hexdigest()[:16], None)
+    return ModelRef(storage.uri, hashlib.sha256(storage.read(bundles.MANIFEST)).hexdigest()[:16], None)
 
 
 def _previous(location: str | Path) -> str | None:
     """Where the bundle lies that was live on a shelf before the one that is named now."""
     storage = Storage(location)
     try:
-        version = _named(storage)["previous"] if storage.exists(LIVE) else None
+        version = _named(storage)["previous"] if storage.exists(ACTIVE_FILE) else None
     except RayppError:
         return None
     return storage.folder(f"versions/{version}").uri if version else None
@@ -90,7 +86,7 @@ def _named(storage: Storage) -> dict[str, str | None]:
     """The versions that a shelf names: what is live, since when, and what was before; all None where its file is
     damaged."""
     try:
-        found = json.loads(storage.read(LIVE))
+        found = json.loads(storage.read(ACTIVE_FILE))
         return {
             "version": str(found["version"]),
             "previous": found.get("previous"),
@@ -100,7 +96,7 @@ def _named(storage: Storage) -> dict[str, str | None]:
         return {"version": None, "previous": None, "published": None}
 
 
-class Live:
+class ModelManager:
     """The bundle that is live at a location, and those before it.
 
     Args:
@@ -115,17 +111,17 @@ class Live:
         self,
         location: str | Path,
         device: torch.device | None = None,
-        prepare: Callable[[Served], Any] | None = None,
+        prepare: Callable[[LoadedModel], Any] | None = None,
     ) -> None:
         self.location, self.device, self.prepare = location, device, prepare
         self.rejected: dict[str, str] | None = None
         self.looked = 0.0  # when, in monotonic seconds
-        self._refused: tuple[Named, float] | None = None  # and until when it is not tried again
+        self._refused: tuple[ModelRef, float] | None = None  # and until when it is not tried again
         self._lock = threading.Lock()
         self._prepared: dict[str, Any] = {}
         named = current(location)
         try:
-            self._kept: list[Served] = [self._load(named.location)]
+            self._kept: list[LoadedModel] = [self._load(named.location)]
         except Exception as error:  # whatever a damaged bundle makes its loader raise
             before = _previous(location)
             if before is None:
@@ -133,13 +129,13 @@ class Live:
             self._kept = [self._load(before)]  # a replica that starts while a bad bundle is named serves the one before
             self._refuse(named, error)
 
-    def _load(self, where: str) -> Served:
-        served = load_served(where, self.device, attacks=self.prepare is not None)
+    def _load(self, where: str) -> LoadedModel:
+        served = load_model(where, self.device, attacks=self.prepare is not None)
         if self.prepare is not None:
             self._prepared[served.version] = self.prepare(served)
         return served
 
-    def _refuse(self, named: Named, error: Exception) -> None:
+    def _refuse(self, named: ModelRef, error: Exception) -> None:
         # A store may be away for a moment, and a bundle may be on its way.
         wait = 0.0 if isinstance(error, OSError | StorageError) else RETRY_SECONDS
         self._refused = named, time.monotonic() + wait
@@ -147,12 +143,12 @@ class Live:
         if named.published is not None:
             self.rejected["published"] = named.published
 
-    def prepared(self, served: Served) -> Any:
+    def prepared(self, served: LoadedModel) -> Any:
         """What ``prepare`` made of a bundle; None if it has just been dropped."""
         return self._prepared.get(served.version)
 
     @property
-    def now(self) -> Served:
+    def now(self) -> LoadedModel:
         return self._kept[-1]
 
     def refresh(self) -> bool:
@@ -182,7 +178,7 @@ class Live:
             self._prepared = {version: made for version, made in self._prepared.items() if version in kept}
             return True
 
-    def of(self, protection: str | None) -> Served | None:
+    def of(self, protection: str | None) -> LoadedModel | None:
         """The newest bundle in memory with this protection, the live one for None."""
         if protection is None:
             return self.now
@@ -194,7 +190,7 @@ def _reason(error: Exception) -> str:
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedModel:
     version: str
     location: str
     previous: str | None
@@ -204,8 +200,8 @@ class Published:
 
 @contextmanager
 def publishing(
-    bundle: str | Path, shelf: str | Path, check: Callable[[Served], Any] | None = None
-) -> Iterator[Published]:
+    bundle: str | Path, shelf: str | Path, check: Callable[[LoadedModel], Any] | None = None
+) -> Iterator[PublishedModel]:
     """Check a bundle, put it on a shelf and make it live; if the body raises, what was live before is so again.
 
     Args:
@@ -214,7 +210,7 @@ def publishing(
     Raises:
         RayppError: the bundle does not work, and nothing has changed; or the shelf cannot be written.
     """
-    served = load_served(bundle, attacks=check is not None)
+    served = load_model(bundle, attacks=check is not None)
     if check is not None:
         try:
             check(served)
@@ -228,21 +224,21 @@ def publishing(
     if not place.exists(bundles.MANIFEST):
         with Storage(bundle).download("") as folder:
             storage.upload(folder, f"versions/{version}", last=bundles.MANIFEST)
-    if load_served(place.uri).version != version:  # what was uploaded, not what was meant to be
+    if load_model(place.uri).version != version:  # what was uploaded, not what was meant to be
         raise BundleError(f"{place.uri} is not the bundle that was published; remove that folder")
-    before = storage.read(LIVE) if storage.exists(LIVE) else None
+    before = storage.read(ACTIVE_FILE) if storage.exists(ACTIVE_FILE) else None
     named = _named(storage) if before else {"version": None, "previous": None}
     # Of a bundle that is live already, the one before it stays the one to go back to.
     previous = named["previous"] if named["version"] == version else named["version"]
     now = {"version": version, "previous": previous, "published": datetime.now(UTC).isoformat(timespec="seconds")}
     written = (json.dumps(now) + "\n").encode()
-    storage.write(LIVE, written)
+    storage.write(ACTIVE_FILE, written)
     try:
-        yield Published(version, place.uri, previous, str(now["published"]))
+        yield PublishedModel(version, place.uri, previous, str(now["published"]))
     except BaseException:
-        if storage.read(LIVE) == written:  # else somebody has published since, and this is not ours to undo
+        if storage.read(ACTIVE_FILE) == written:  # else somebody has published since, and this is not ours to undo
             if before is not None:
-                storage.write(LIVE, before)
+                storage.write(ACTIVE_FILE, before)
             else:
-                storage.remove(LIVE)
+                storage.remove(ACTIVE_FILE)
         raise

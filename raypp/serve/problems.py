@@ -10,13 +10,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from raypp.serve.admission import RefusedError
+from raypp.serve.admission import HTTPProblemError
 from raypp.serve.request_checks import check_headers, check_query, shown
-from raypp.utils.registry import did_you_mean
+from raypp.utils.registry import suggest
 
 PROBLEM = "application/problem+json"
 TYPES = "urn:raypp:problem:"
-GONE = 499  # counted for a client that hung up before its request was whole; nobody gets it as an answer
+CLIENT_CLOSED_REQUEST = (
+    499  # counted for a client that hung up before its request was whole; nobody gets it as an answer
+)
 
 
 def check_bare(request: Request) -> None:
@@ -28,8 +30,8 @@ def check_bare(request: Request) -> None:
 def add_problems(api: FastAPI) -> None:
     """Have every error answered by a problem document."""
 
-    @api.exception_handler(RefusedError)
-    async def refused(request: Request, error: RefusedError) -> Response:
+    @api.exception_handler(HTTPProblemError)
+    async def refused(request: Request, error: HTTPProblemError) -> Response:
         return _refusal(request, error)
 
     @api.exception_handler(RequestValidationError)
@@ -37,7 +39,7 @@ def add_problems(api: FastAPI) -> None:
         first = error.errors()[0]
         reason = f"{first['msg'][0].lower()}{first['msg'][1:]}"
         sentence = f"{first['loc'][0]} parameter {first['loc'][-1]} is {shown(str(first['input']))}: {reason}"
-        return problem(request, 422, "bad-parameter", sentence)
+        return problem_response(request, 422, "bad-parameter", sentence)
 
     @api.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
@@ -47,19 +49,19 @@ def add_problems(api: FastAPI) -> None:
             root = request.scope.get("root_path", "")
             known = sorted({root + route.path for route in api.routes if isinstance(route, APIRoute)})
             listed = f"; {root}/docs lists what there is" if api.docs_url is not None else ""
-            sentence = f"there is nothing at {shown(path)}{did_you_mean(path, known)}{listed}"
+            sentence = f"there is nothing at {shown(path)}{suggest(path, known)}{listed}"
         elif error.status_code == 405:
             methods = {word.strip() for word in headers.get("Allow", "").split(",")}
             headers["Allow"] = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
             sentence = f"{shown(request.method)} is not read at {shown(path)}; allowed: {headers['Allow']}"
-        return problem(request, error.status_code, "http", sentence, headers)
+        return problem_response(request, error.status_code, "http", sentence, headers)
 
 
-def _refusal(request: Request, error: RefusedError) -> Response:
-    return problem(request, error.status, error.code, str(error), error.headers, error.more)
+def _refusal(request: Request, error: HTTPProblemError) -> Response:
+    return problem_response(request, error.status, error.code, str(error), error.headers, error.more)
 
 
-def problem(
+def problem_response(
     request: Request,
     status: int,
     code: str,

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from raypp.serve.problems import (
-    _PROBLEMS,
-)
+from raypp.serve.problems import _PROBLEMS
 
 CLASSIFIED = {
     "model": "0123456789abcdef",

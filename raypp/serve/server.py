@@ -22,10 +22,10 @@ import yaml
 import raypp
 from raypp.client.http import Client
 from raypp.client.session import RemoteError
-from raypp.serve.attack_catalog import online
+from raypp.serve.attack_catalog import load_attacks
 from raypp.serve.auth import Tokens
-from raypp.serve.haproxy import settings
-from raypp.serve.model_store import Published, current, publishing
+from raypp.serve.haproxy import ray_settings
+from raypp.serve.model_store import PublishedModel, current, publishing
 from raypp.utils.errors import BundleError, ConfigError, RayppError, StorageError, first_line, last_line
 from raypp.utils.network import is_loopback
 from raypp.utils.storage import Storage
@@ -38,12 +38,12 @@ ATTACK: dict[str, Any] = {
     "args": {"max_images": 32},
 }
 """What ``--attack`` adds; in the shipped file the same lines are behind a #."""
-LOOK_SECONDS = 0.5
+POLL_SECONDS = 0.5
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 ANSWER_SECONDS = 10.0  # for which a service that is published to may not answer
 
 
-def template() -> dict[str, Any]:
+def config_template() -> dict[str, Any]:
     """The shipped ``serve_config.yaml``, from which both a cluster and ``raypp serve`` take what they deploy."""
     package = Path(raypp.__file__).parent
     places = (package / "serve" / CONFIG, package.parent / CONFIG)  # of an installed wheel, of a checkout
@@ -54,7 +54,9 @@ def template() -> dict[str, Any]:
     raise ConfigError(f"{CONFIG} is missing in {package.parent}; install raypp again")
 
 
-def configured(bundle: str, *, host: str, port: int, tokens: str | None, attack: bool = False) -> dict[str, Any]:
+def build_serve_config(
+    bundle: str, *, host: str, port: int, tokens: str | None, attack: bool = False
+) -> dict[str, Any]:
     """``serve_config.yaml`` for one bundle or shelf.
 
     Raises:
@@ -72,7 +74,7 @@ def configured(bundle: str, *, host: str, port: int, tokens: str | None, attack:
     if tokens is not None:
         tokens = str(Path(tokens).expanduser().absolute())
         Tokens.read(tokens)
-    config = template()
+    config = config_template()
     config["http_options"] |= {"host": host, "port": port}
     if attack:
         config["applications"].append(copy.deepcopy(ATTACK))
@@ -82,7 +84,7 @@ def configured(bundle: str, *, host: str, port: int, tokens: str | None, attack:
 
 
 @contextmanager
-def serving(config: dict[str, Any], *, haproxy: bool = False) -> Iterator[str]:
+def running_server(config: dict[str, Any], *, haproxy: bool = False) -> Iterator[str]:
     """Run a configuration on this machine's own Ray, or on the cluster in RAY_ADDRESS; gives the services' URL.
 
     With ``haproxy`` Ray's HAProxy takes the requests, see :mod:`raypp.serve.haproxy`.
@@ -97,12 +99,12 @@ def serving(config: dict[str, Any], *, haproxy: bool = False) -> Iterator[str]:
             f"--haproxy reaches replicas at localhost, where none listens with --host {host}; allowed are 127.0.0.1 "
             "and 0.0.0.0"
         )
-    from raypp.cluster.session import session
+    from raypp.cluster.session import ray_session
 
     with (
         contextlib.ExitStack() as ending,  # left last
         _through_haproxy() if haproxy else contextlib.nullcontext(),
-        session(),
+        ray_session(),
         _interruptible(),
     ):
         from ray import serve
@@ -126,7 +128,7 @@ def serving(config: dict[str, Any], *, haproxy: bool = False) -> Iterator[str]:
             raise RayppError(f"Serve's proxy does not start: {reason}; logs/serve in Ray's folder has why") from error
         try:
             for application in config["applications"]:
-                built = deployments.bind(application["name"], deployments.Arguments(**application["args"]))
+                built = deployments.bind(application["name"], deployments.DeploymentConfig(**application["args"]))
                 try:
                     serve.run(
                         built,
@@ -137,7 +139,7 @@ def serving(config: dict[str, Any], *, haproxy: bool = False) -> Iterator[str]:
                 except RuntimeError as error:
                     said = str(serve.status().applications[application["name"]])
                     raise RayppError(
-                        f"the service {application['name']} does not start: {_why(said, error)}"
+                        f"the service {application['name']} does not start: {_failure_reason(said, error)}"
                     ) from error
             reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(str(host), str(host))
             yield f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
@@ -158,7 +160,7 @@ def _through_haproxy() -> Iterator[None]:
             "--haproxy is for a Ray that this command starts, and RAY_ADDRESS names a cluster: what its `ray start` "
             "finds in the environment decides (see docs/serve.md)"
         )
-    with settings() as given:
+    with ray_settings() as given:
         before = {key: os.environ.get(key) for key in given}
         os.environ.update(given)
         try:
@@ -188,7 +190,7 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _why(status: str, error: Exception) -> str:
+def _failure_reason(status: str, error: Exception) -> str:
     reasons = re.findall(r"raypp\.errors\.\w+: ([^\\\n]+)", status)
     return reasons[-1] if reasons else first_line(error)
 
@@ -204,7 +206,7 @@ def _refuse_taken(host: str, port: int) -> None:
 
 def publish(
     bundle: str | Path, shelf: str | Path, *, url: str | None = None, token: str | None = None, patience: float = 120.0
-) -> Published:
+) -> PublishedModel:
     """Make a bundle the live one of a shelf; with the URL of a service that serves it, wait until it has taken over.
 
     Raises:
@@ -212,16 +214,16 @@ def publish(
         RayppError: the shelf cannot be written, or the service does not answer.
     """
     if url is None:
-        with publishing(bundle, shelf, check=online) as published:
+        with publishing(bundle, shelf, check=load_attacks) as published:
             return published
     with Client(url, token=token, patience=ANSWER_SECONDS) as client:
         _version(client)  # a service that cannot be asked is no place to publish to
-        with publishing(bundle, shelf, check=online) as published:
-            _taken_over(client, shelf, published, patience)
+        with publishing(bundle, shelf, check=load_attacks) as published:
+            _wait_until_active(client, shelf, published, patience)
             return published
 
 
-def _taken_over(client: Client, shelf: str | Path, published: Published, patience: float) -> None:
+def _wait_until_active(client: Client, shelf: str | Path, published: PublishedModel, patience: float) -> None:
     """Wait until a service serves a version, while its shelf names it."""
     version, end = published.version, time.monotonic() + patience
     while True:
@@ -240,7 +242,7 @@ def _taken_over(client: Client, shelf: str | Path, published: Published, patienc
                 f"the service has not taken over {version} within {patience:g} s; the old one stays live (does it "
                 "serve this shelf?)"
             )
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
 def _version(client: Client) -> tuple[str, dict[str, str]]:

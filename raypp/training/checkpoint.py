@@ -42,14 +42,14 @@ def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         raise TrainingError(f"checkpoint {folder.name} is damaged: {type(error).__name__}: {error}") from error
 
 
-Row = dict[str, Any]
+EpochMetrics = dict[str, Any]
 CHECKPOINTS = "checkpoints"
-NAME = re.compile(r"epoch_(?P<epochs>\d+)(_part_(?P<part>\d+))?")
+NAME_PATTERN = re.compile(r"epoch_(?P<epochs>\d+)(_part_(?P<part>\d+))?")
 PART_DIGITS = 6
-KEEP = 2  # the newest, and one more in case the newest turns out to be damaged
+NUM_KEPT = 2  # the newest, and one more in case the newest turns out to be damaged
 
 
-def metrics_lines(history: list[Row]) -> bytes:
+def to_json_lines(history: list[EpochMetrics]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in history).encode()
 
 
@@ -58,28 +58,28 @@ def checkpoint_name(epochs: int, part: float = 0.0) -> str:
     return f"epoch_{epochs:04d}" + (f"_part_{round(part * 10**PART_DIGITS):0{PART_DIGITS}d}" if part else "")
 
 
-def newest_first(run: Storage) -> list[str]:
+def list_checkpoints(run: Storage) -> list[str]:
     """Names of the checkpoints under a run's folder, newest first."""
-    found = [NAME.fullmatch(name) for name in run.folder(CHECKPOINTS).folders()]
+    found = [NAME_PATTERN.fullmatch(name) for name in run.folder(CHECKPOINTS).folders()]
     named = {match[0]: (int(match["epochs"]), int(match["part"] or 0)) for match in found if match is not None}
     return sorted(named, key=named.__getitem__, reverse=True)
 
 
 def prune(run: Storage, written: str) -> None:
     """Delete all but the newest checkpoints, and never the one just written: damaged ones may seem newer."""
-    others = [name for name in newest_first(run) if name != written]
-    for old in others[KEEP - 1 :]:
+    others = [name for name in list_checkpoints(run) if name != written]
+    for old in others[NUM_KEPT - 1 :]:
         run.delete(f"{CHECKPOINTS}/{old}")
 
 
-class RunCheckpoints:
+class CheckpointStore:
     """The checkpoints in a run's folder, which every sink of a training run reads alike."""
 
     def __init__(self, run: Storage) -> None:
         self._run = run
 
     def checkpoints(self) -> list[str]:
-        return newest_first(self._run)
+        return list_checkpoints(self._run)
 
     @contextmanager
     def open(self, name: str) -> Iterator[Path]:
@@ -90,8 +90,8 @@ class RunCheckpoints:
         self._run.upload(checkpoint, f"{CHECKPOINTS}/{name}", last="checkpoint.json")
         prune(self._run, name)
 
-    def keep(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
+    def keep(self, history: list[EpochMetrics], name: str, checkpoint: Path | None) -> None:
         """Store an epoch: its checkpoint whole or not at all, then the rows up to it; called on rank 0."""
         if checkpoint is not None:
             self.keep_within(name, checkpoint)
-        self._run.write("metrics.jsonl", metrics_lines(history))
+        self._run.write("metrics.jsonl", to_json_lines(history))

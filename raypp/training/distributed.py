@@ -12,39 +12,39 @@ from torch.distributed.nn.functional import all_reduce
 T = TypeVar("T")
 
 
-def distributed() -> bool:
+def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def first() -> bool:
+def is_rank_zero() -> bool:
     """Whether this process is the one that writes and shows what all of them did."""
-    return not distributed() or dist.get_rank() == 0
+    return not is_distributed() or dist.get_rank() == 0
 
 
-def total(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """Sum a tensor over all workers, in place."""
-    if distributed():
+    if is_distributed():
         dist.all_reduce(values)
     return values
 
 
-def first_error(problem: T | None) -> T | None:
+def first_error_message(problem: T | None) -> T | None:
     """Return the first worker's problem that is not None: all workers stop for the same reason, none waits for ever."""
-    return next((p for p in gathered(problem) if p is not None), None)
+    return next((p for p in all_gather_objects(problem) if p is not None), None)
 
 
-def gathered(value: T) -> list[T]:
+def all_gather_objects(value: T) -> list[T]:
     """What each worker gives, first worker first, for all of them."""
-    if not distributed():
+    if not is_distributed():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def average_batch_statistics(module: nn.Module) -> None:
+def sync_batch_norm_buffers(module: nn.Module) -> None:
     """Average batch-norm running statistics over workers, each of which saw its own share of every batch."""
-    if not distributed():
+    if not is_distributed():
         return
     buffers = [b for b in module.buffers() if b.is_floating_point()]
     if not buffers:
@@ -56,14 +56,14 @@ def average_batch_statistics(module: nn.Module) -> None:
         buffer.copy_(mean.view_as(buffer))
 
 
-class _Synchronised(nn.modules.batchnorm._BatchNorm):
+class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation over the batch of all workers, on any device (torch's own needs a GPU).
 
     Expects equal shares on every worker.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and distributed()):
+        if not (self.training and is_distributed()):
             return super().forward(x)
         count = x.numel() / x.shape[1] * dist.get_world_size()
         wide = x if x.dtype == torch.float64 else x.float()
@@ -85,19 +85,19 @@ class _Synchronised(nn.modules.batchnorm._BatchNorm):
         return normalised.to(x.dtype)
 
 
-class SyncBatchNorm1d(_Synchronised, nn.BatchNorm1d):
+class SyncBatchNorm1d(_SyncBatchNorm, nn.BatchNorm1d):
     """For features N x C or N x C x L."""
 
 
-class SyncBatchNorm2d(_Synchronised, nn.BatchNorm2d):
+class SyncBatchNorm2d(_SyncBatchNorm, nn.BatchNorm2d):
     """For images N x C x H x W."""
 
 
-SYNCHRONISED = {nn.BatchNorm1d: SyncBatchNorm1d, nn.BatchNorm2d: SyncBatchNorm2d}
+SYNC_CLASSES = {nn.BatchNorm1d: SyncBatchNorm1d, nn.BatchNorm2d: SyncBatchNorm2d}
 
 
-def synchronise_batch_norms(module: nn.Module) -> None:
+def convert_sync_batchnorm(module: nn.Module) -> None:
     """Turn every batch norm below ``module`` into its synchronised form, in place: same parameters, same buffers."""
     for child in module.modules():
-        if (synchronised := SYNCHRONISED.get(type(child))) is not None:  # type: ignore[arg-type]
+        if (synchronised := SYNC_CLASSES.get(type(child))) is not None:  # type: ignore[arg-type]
             child.__class__ = synchronised

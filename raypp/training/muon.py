@@ -15,7 +15,7 @@ from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, as published: singular values end in 0.7 to 1.2
 ITERATIONS = 5
-RMS = 0.2  # of an update, as AdamW's are
+MATCH_RMS_ADAMW = 0.2  # of an update, as AdamW's are
 
 
 class Muon(torch.optim.AdamW):
@@ -51,8 +51,8 @@ class Muon(torch.optim.AdamW):
                 gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
                 torch._foreach_lerp_(averages, gradients, 1 - momentum)
                 ahead = torch._foreach_lerp(gradients, averages, momentum)
-                updates = orthogonal(torch.stack([each.reshape(rows, columns) for each in ahead]))
-                size = group["lr"] * RMS * max(rows, columns) ** 0.5
+                updates = zeropower_via_newtonschulz(torch.stack([each.reshape(rows, columns) for each in ahead]))
+                size = group["lr"] * MATCH_RMS_ADAMW * max(rows, columns) ** 0.5
                 for parameter, update in zip(parameters, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.sub_(update.reshape(parameter.shape), alpha=size)
@@ -68,7 +68,7 @@ class Muon(torch.optim.AdamW):
         return average
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
+def zeropower_via_newtonschulz(matrices: Tensor) -> Tensor:
     """The nearest matrices with orthonormal rows or columns, roughly: singular values end in about 0.7 to 1.2.
 
     The published iteration, x <- (a + b x x' + c (x x')^2) x, taken on x x' alone: its factors are multiplied, and x

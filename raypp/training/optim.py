@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from raypp.config.schema import Constant, MultiStep, Optimisation, Optimizer
+from raypp.config.schema import Constant, MultiStep, OptimizationConfig, Optimizer
 from raypp.training.muon import Muon
 
 
-def learning_rate(train: Optimisation, epochs: int, progress: float) -> float:
+def learning_rate(train: OptimizationConfig, epochs: int, progress: float) -> float:
     """The learning rate after ``progress`` epochs (a fraction within an epoch counts) of ``epochs``.
 
     A phase of other length than ``train.epochs`` takes the schedule at the same shares of its epochs.
@@ -38,7 +38,7 @@ def build_optimizer(options: Optimizer, parameters: list[Any]) -> torch.optim.Op
     )
 
 
-def autocast(train: Optimisation, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+def autocast(train: OptimizationConfig, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """A context for the forward pass: bf16 where the hardware computes in it, else float32."""
     wanted = train.precision
     able = bf16_is_fast(device)
@@ -53,7 +53,7 @@ def bf16_is_fast(device: torch.device) -> bool:
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def set_up_torch(train: Optimisation) -> None:
+def configure_torch(train: OptimizationConfig) -> None:
     """Make the settings of this process that training depends on."""
     torch.use_deterministic_algorithms(train.deterministic, warn_only=True)
     # A debugging aid of deterministic mode that would write every new tensor once more.

@@ -15,8 +15,8 @@ from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
 from raypp.protections.plain import Plain, PlainOptions
 from raypp.training.losses import classification_loss, feature_distance, transformation_loss
-from raypp.training.task import Phase, Terms, Trainee
-from raypp.utils.images import round_8bit
+from raypp.training.task import Phase, StepOutput, TrainableModule
+from raypp.utils.images import quantize_8bit
 from raypp.utils.keys import Key
 
 
@@ -39,14 +39,14 @@ METRICS = ("classification_loss", "feature_distance", "accuracy")
 
 
 @dataclass
-class SystemTerms(Terms):
+class ProtectionStepOutput(StepOutput):
     """Per-batch results; metrics are :data:`METRICS`."""
 
     logits: Tensor
     protected: Tensor
 
 
-class System(Trainee):
+class ProtectedClassifier(TrainableModule):
     """Protection, classifier and feature network of one phase.
 
     Args:
@@ -82,13 +82,13 @@ class System(Trainee):
         if frozen:
             classifier.requires_grad_(False)
 
-    def train(self, mode: bool = True) -> System:
+    def train(self, mode: bool = True) -> ProtectedClassifier:
         super().train(mode)
         if self.frozen:
             self.classifier.eval()
         return self
 
-    def forward(self, images: Tensor, labels: Tensor, *, round_to_8bit: bool = False) -> SystemTerms:
+    def forward(self, images: Tensor, labels: Tensor, *, round_to_8bit: bool = False) -> ProtectionStepOutput:
         """Return loss terms for plain images N x C x H x W in [0, 1].
 
         Args:
@@ -96,7 +96,7 @@ class System(Trainee):
         """
         protected = images if self.training and self.protected_already else self.protection(images)
         if round_to_8bit:
-            protected = round_8bit(protected)
+            protected = quantize_8bit(protected)
         arrived = self.protection.transmitted(protected) if self.training else protected
         logits = self.classifier(arrived).float()
         classification = classification_loss(logits, labels)
@@ -113,10 +113,10 @@ class System(Trainee):
             loss = loss + penalty
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
         metrics = dict(zip(METRICS, (classification, distance, accuracy), strict=True))
-        return SystemTerms(loss, metrics, logits, protected)
+        return ProtectionStepOutput(loss, metrics, logits, protected)
 
 
-def build_system(
+def build_protected_classifier(
     config: Config,
     phase: Phase,
     num_classes: int,
@@ -124,7 +124,7 @@ def build_system(
     phi: StateDict | None = None,
     plain: StateDict | None = None,
     key: Key | None = None,
-) -> System:
+) -> ProtectedClassifier:
     """Build the networks of one phase, freshly initialised from ``config.seed``.
 
     Args:
@@ -147,7 +147,7 @@ def build_system(
     if phase.name == "plain":
         adaptation = config.adaptation_name if config.train.mode == "plain" else "none"
         psi = classifier(adaptation=adaptation)
-        return System(Plain(PlainOptions(), channels=channels), psi, None, 0.0, frozen=False)
+        return ProtectedClassifier(Plain(PlainOptions(), channels=channels), psi, None, 0.0, frozen=False)
     protection: Protection = PROTECTIONS.build(config.protection, channels=channels, key=key)
     frozen = phase.name == "frozen"
     psi = classifier(plain) if frozen else classifier(adaptation=config.adaptation_name)
@@ -155,7 +155,7 @@ def build_system(
     if uses_features(config):
         kind = FEATURES.get(config.features.name)
         features = kind(classifier(plain)) if kind is PlainClassifierFeatures else kind(phi)
-    return System(
+    return ProtectedClassifier(
         protection,
         psi,
         features,

@@ -10,32 +10,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raypp.config.schema import Config, Optimisation
+from raypp.config.schema import Config, OptimizationConfig
 from raypp.data.base import stratified_split
-from raypp.data.loader import Augmentation, Batches, DeviceLoader, as_input, images_at_a_time, to_device
-from raypp.data.splits import limit, load_split
+from raypp.data.loader import Augmentation, BatchLoader, DeviceLoader, inference_batch_size, to_device, to_float_tensor
+from raypp.data.splits import load_split, subsample
 from raypp.models import ADAPTATIONS, CLASSIFIERS, FEATURES
 from raypp.models.perceptual import StateDict, UnavailableWeightsError, VGG16FeatureOptions, load_vgg_slice
 from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
-from raypp.training.checkpoint import Row
-from raypp.training.distributed import total
-from raypp.training.optim import autocast, set_up_torch
-from raypp.training.protected_classifier import METRICS, System, build_system, phases, uses_features
-from raypp.training.reporter import Sink
-from raypp.training.task import Phase, Trainee
-from raypp.training.trainer import Loop, together
+from raypp.training.checkpoint import EpochMetrics
+from raypp.training.distributed import all_reduce_sum
+from raypp.training.optim import autocast, configure_torch
+from raypp.training.protected_classifier import (
+    METRICS,
+    ProtectedClassifier,
+    build_protected_classifier,
+    phases,
+    uses_features,
+)
+from raypp.training.reporter import Reporter
+from raypp.training.task import Phase, TrainableModule
+from raypp.training.trainer import Trainer, run_on_all_ranks
 from raypp.utils.errors import ConfigError
 from raypp.utils.images import to_uint8
 from raypp.utils.keys import Key
-from raypp.utils.registry import Options
+from raypp.utils.registry import MethodConfig
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """What one worker trains on and selects by; images are uint8 (N, H, W, C) on the device."""
 
-    train: Batches
+    train: BatchLoader
     val: tuple[Tensor, Tensor]
     classes: tuple[str, ...]
     num_train: int
@@ -43,14 +49,14 @@ class TrainingData:
 
 
 @dataclass(frozen=True)
-class Fit:
+class TrainResult:
     """What training leaves behind: the networks at their lowest validation loss, and how they got there."""
 
-    system: System
+    system: ProtectedClassifier
     plain: StateDict | None
     data: TrainingData
-    history: list[Row]
-    best: Row
+    history: list[EpochMetrics]
+    best: EpochMetrics
 
 
 def prepare(config: Config) -> tuple[Config, StateDict | None, str | None]:
@@ -86,7 +92,7 @@ def prepare(config: Config) -> tuple[Config, StateDict | None, str | None]:
 
 def check_features(configs: Iterable[Config]) -> None:
     """Raise ConfigError where training one of ``configs`` would find no feature network; loads each network once."""
-    checked: list[Options] = []
+    checked: list[MethodConfig] = []
     for config in configs:
         if uses_features(config) and config.features not in checked:
             prepare(config)
@@ -100,9 +106,9 @@ def load_data(
     if config.data.stream:
         raise ConfigError("data.stream needs Ray Train; leave out --local, or set data.stream to false")
     full = load_split(config, "train")
-    check_sides(config, full.images.shape[1], full.images.shape[2])
+    check_image_sizes(config, full.images.shape[1], full.images.shape[2])
     train_at, val_at = stratified_split(full.labels, config.data.num_val, config.seed)
-    train = limit(full.subset(train_at), config.data.num_train, config.seed, "data.num_train")
+    train = subsample(full.subset(train_at), config.data.num_train, config.seed, "data.num_train")
     val = full.subset(val_at)
     images, labels = to_device(train.images, train.labels, device)
     loader = DeviceLoader(
@@ -113,13 +119,13 @@ def load_data(
         augmentation=Augmentation(config.data.augment.crop_padding, config.data.augment.flip),
         rank=rank,
         world=world,
-        first=protect_first(config, key),
+        first=build_pre_transform(config, key),
     )
     digest = hashlib.sha256((train.fingerprint() + val.fingerprint()).encode()).hexdigest()
     return TrainingData(loader, to_device(val.images, val.labels, device), full.classes, len(train), digest)
 
 
-def check_sides(config: Config, height: int, width: int) -> None:
+def check_image_sizes(config: Config, height: int, width: int) -> None:
     """Refuse images that a network of the configuration cannot read; raises ConfigError."""
     for kind, name, registry in (
         ("classifier", config.classifier.name, CLASSIFIERS),
@@ -140,14 +146,14 @@ def check_sides(config: Config, height: int, width: int) -> None:
         )
 
 
-def check_classes(config: Config, num_classes: int) -> None:
+def check_num_classes(config: Config, num_classes: int) -> None:
     """Refuse a protection that does not suit so many classes; raises ConfigError."""
     problem = PROTECTIONS.get(config.protection.name).unfit(config.protection, num_classes)
     if problem is not None:
         raise ConfigError(problem)
 
 
-def protect_first(config: Config, key: Key | None) -> Callable[[Tensor], Tensor] | None:
+def build_pre_transform(config: Config, key: Key | None) -> Callable[[Tensor], Tensor] | None:
     """For a protection whose images are augmented after it: what a loader applies to uint8 (N, H, W, C), else None."""
     if PROTECTIONS.get(config.protection.name).augment == "before":
         return None
@@ -160,7 +166,9 @@ def protect_first(config: Config, key: Key | None) -> Callable[[Tensor], Tensor]
 
 
 @torch.inference_mode()
-def validate(system: System, images: Tensor, labels: Tensor, config: Config, rank: int, world: int) -> dict[str, float]:
+def validate(
+    system: ProtectedClassifier, images: Tensor, labels: Tensor, config: Config, rank: int, world: int
+) -> dict[str, float]:
     """Mean loss terms and accuracy on images after 8-bit rounding, over all workers' shares.
 
     Args:
@@ -171,22 +179,22 @@ def validate(system: System, images: Tensor, labels: Tensor, config: Config, ran
     names = ("loss", *METRICS)
     sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=images.device)
     mine_images, mine_labels = images[rank::world], labels[rank::world]
-    num_together = images_at_a_time(images, config.train.eval_batch_size)
+    num_together = inference_batch_size(images, config.train.eval_batch_size)
     for start in range(0, len(mine_images), num_together):
         chosen = slice(start, start + num_together)
-        batch, target = as_input(mine_images[chosen]), mine_labels[chosen]
+        batch, target = to_float_tensor(mine_images[chosen]), mine_labels[chosen]
         with context():
             terms = system(batch, target, round_to_8bit=True)
         means = torch.stack((terms.loss, *(terms.metrics[name] for name in METRICS), torch.ones_like(terms.loss)))
         sums += means.double() * len(target)
-    *found, num = total(sums).tolist()
+    *found, num = all_reduce_sum(sums).tolist()
     return {f"val_{name}": value / num for name, value in zip(names, found, strict=True)}
 
 
 class ProtectionTask:
     """A protection and its classifier, in the phases of ``config.train.mode``."""
 
-    train: Optimisation
+    train: OptimizationConfig
     remedy = "train.optimizer.lr or train.alpha"
 
     def __init__(self, config: Config, data: TrainingData, phi: StateDict | None, key: Key | None) -> None:
@@ -195,17 +203,19 @@ class ProtectionTask:
         self.batches, self.fingerprint = data.train, data.fingerprint
         self.plain: StateDict | None = None
 
-    def build(self, phase: Phase) -> System:
+    def build(self, phase: Phase) -> ProtectedClassifier:
         height, width = self.data.val[0].shape[1:3]
         num_classes = len(self.data.classes)
-        return build_system(self.config, phase, num_classes, (height, width), self.phi, self.plain, self.key)
+        return build_protected_classifier(
+            self.config, phase, num_classes, (height, width), self.phi, self.plain, self.key
+        )
 
-    def validate(self, trainee: Trainee, rank: int, world: int) -> Row:
-        assert isinstance(trainee, System)
+    def validate(self, trainee: TrainableModule, rank: int, world: int) -> EpochMetrics:
+        assert isinstance(trainee, ProtectedClassifier)
         return validate(trainee, *self.data.val, self.config, rank, world)
 
-    def end(self, phase: Phase, trainee: Trainee) -> None:
-        assert isinstance(trainee, System)
+    def end(self, phase: Phase, trainee: TrainableModule) -> None:
+        assert isinstance(trainee, ProtectedClassifier)
         if phase.name == "plain":
             self.plain = {k: v.cpu() for k, v in trainee.classifier.state_dict().items()}
 
@@ -218,11 +228,11 @@ class ProtectionTask:
 
 def fit(
     config: Config,
-    sink: Sink,
+    sink: Reporter,
     phi: StateDict | None = None,
     key: Key | None = None,
     load: Callable[[], TrainingData] | None = None,
-) -> Fit:
+) -> TrainResult:
     """Train what ``config`` describes, from the sink's newest sound checkpoint if it has one.
 
     Args:
@@ -237,13 +247,13 @@ def fit(
             longer a number.
         RayppError: storage fails, or a stream meets a damaged image, on this worker.
     """
-    set_up_torch(config.train)
+    configure_torch(config.train)
     load = load or (lambda: load_data(config, sink.device, sink.rank, sink.world, key))
-    data = together(load)
-    together(lambda: check_classes(config, len(data.classes)))
+    data = run_on_all_ranks(load)
+    run_on_all_ranks(lambda: check_num_classes(config, len(data.classes)))
     # Read once before hours are spent on what could not be measured in the end.
-    together(lambda: load_split(config, "test") if sink.rank == 0 else None)
+    run_on_all_ranks(lambda: load_split(config, "test") if sink.rank == 0 else None)
     task = ProtectionTask(config, data, phi, key)
-    done = Loop(task, sink).run()
-    assert isinstance(done.trainee, System)
-    return Fit(done.trainee, task.plain, data, done.history, done.best)
+    done = Trainer(task, sink).run()
+    assert isinstance(done.trainee, ProtectedClassifier)
+    return TrainResult(done.trainee, task.plain, data, done.history, done.best)

@@ -8,15 +8,12 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from raypp.training.checkpoint import (
-    Row,
-    RunCheckpoints,
-)
-from raypp.utils.progress import Shows
+from raypp.training.checkpoint import CheckpointStore, EpochMetrics
+from raypp.utils.progress import ProgressListener
 from raypp.utils.storage import Storage
 
 
-class Sink(Protocol):
+class Reporter(Protocol):
     """What the loop needs of its surroundings; every worker has one."""
 
     rank: int
@@ -29,7 +26,7 @@ class Sink(Protocol):
     def open(self, name: str) -> Any:
         """Context manager that gives the checkpoint's folder as a local path."""
 
-    def report(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
+    def report(self, history: list[EpochMetrics], name: str, checkpoint: Path | None) -> None:
         """Record an epoch: ``history`` is every row so far. Called on every worker; rank 0 brings the checkpoint."""
 
     def keep_within(self, name: str, checkpoint: Path) -> None:
@@ -38,14 +35,14 @@ class Sink(Protocol):
     def told_to_stop(self) -> bool:
         """Whether training shall write a checkpoint and end: one worker's yes is enough. Asked about once a second."""
 
-    def progress(self, info: Row) -> None:
+    def progress(self, info: EpochMetrics) -> None:
         """Show where the epoch stands; called on rank 0, at most a few times a second."""
 
     def warn(self, message: str) -> None:
         """Tell the user something that does not stop the run; called on rank 0."""
 
 
-class LocalSink(RunCheckpoints):
+class LocalReporter(CheckpointStore):
     """Reports to a run's folder from this process, or from each process of an initialised process group.
 
     Args:
@@ -54,7 +51,7 @@ class LocalSink(RunCheckpoints):
         device: where to train; by default a GPU if there is one.
     """
 
-    def __init__(self, run: Storage, display: Shows, device: torch.device | None = None) -> None:
+    def __init__(self, run: Storage, display: ProgressListener, device: torch.device | None = None) -> None:
         distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.world = dist.get_world_size() if distributed else 1
@@ -65,13 +62,13 @@ class LocalSink(RunCheckpoints):
     def told_to_stop(self) -> bool:
         return self._display.told_to_stop()
 
-    def report(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
+    def report(self, history: list[EpochMetrics], name: str, checkpoint: Path | None) -> None:
         if self.rank:
             return
         self.keep(history, name, checkpoint)
         self._display.epoch(history[-1])
 
-    def progress(self, info: Row) -> None:
+    def progress(self, info: EpochMetrics) -> None:
         self._display.step(info)
 
     def warn(self, message: str) -> None:

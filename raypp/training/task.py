@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from raypp.config.schema import Optimisation
-from raypp.data.loader import Batches
+from raypp.config.schema import OptimizationConfig
+from raypp.data.loader import BatchLoader
 from raypp.models.perceptual import StateDict
-from raypp.training.checkpoint import Row
+from raypp.training.checkpoint import EpochMetrics
 from raypp.utils.errors import TrainingError
 
 
@@ -23,7 +23,7 @@ class Phase:
 
 
 @dataclass
-class Terms:
+class StepOutput:
     """What a step gives: the loss to minimise, and what to report beside it; all are means over the batch."""
 
     loss: Tensor
@@ -31,7 +31,7 @@ class Terms:
 
 
 @dataclass
-class Part:
+class EpochState:
     """What an epoch has come to: of one worker, or, in a checkpoint, of all of them together."""
 
     step: int
@@ -43,7 +43,7 @@ class Part:
     seconds: float
 
 
-class Trainee(nn.Module):
+class TrainableModule(nn.Module):
     """The networks of one phase; ``forward(images, labels)`` gives :class:`Terms`."""
 
     fixed: tuple[str, ...] = ()
@@ -74,22 +74,22 @@ class Task(Protocol):
     """What a loop trains, and how it is judged."""
 
     seed: int
-    train: Optimisation
+    train: OptimizationConfig
     phases: list[Phase]
-    batches: Batches
+    batches: BatchLoader
     fingerprint: str
     """Of the data: a checkpoint is taken up only with the same."""
     remedy: str
     """Settings to make smaller when training diverges."""
 
-    def build(self, phase: Phase) -> Trainee:
+    def build(self, phase: Phase) -> TrainableModule:
         """The networks of a phase, freshly initialised from the seed."""
 
-    def validate(self, trainee: Trainee, rank: int, world: int) -> Row:
+    def validate(self, trainee: TrainableModule, rank: int, world: int) -> EpochMetrics:
         """Numbers after an epoch, over all workers. The networks with the lowest ``val_loss`` are kept; where a task
         gives none, the last."""
 
-    def end(self, phase: Phase, trainee: Trainee) -> None:
+    def end(self, phase: Phase, trainee: TrainableModule) -> None:
         """A phase is over; ``trainee`` has the weights that were kept."""
 
     def state(self) -> dict[str, Any]:
@@ -100,9 +100,9 @@ class Task(Protocol):
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingOutcome:
     """What a loop leaves behind: the networks at their lowest validation loss, and how they got there."""
 
-    trainee: Trainee
-    history: list[Row]
-    best: Row
+    trainee: TrainableModule
+    history: list[EpochMetrics]
+    best: EpochMetrics

@@ -17,23 +17,23 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from raypp.data.loader import generator
+from raypp.data.loader import make_generator
 from raypp.models.perceptual import StateDict
 from raypp.training import checkpoint
-from raypp.training.checkpoint import Row, checkpoint_name
+from raypp.training.checkpoint import EpochMetrics, checkpoint_name
 from raypp.training.distributed import (
-    average_batch_statistics,
-    distributed,
-    first_error,
-    gathered,
-    synchronise_batch_norms,
-    total,
+    all_gather_objects,
+    all_reduce_sum,
+    convert_sync_batchnorm,
+    first_error_message,
+    is_distributed,
+    sync_batch_norm_buffers,
 )
 from raypp.training.optim import autocast, build_optimizer, learning_rate
-from raypp.training.reporter import Sink
-from raypp.training.task import Part, Phase, Task, Terms, Trained
+from raypp.training.reporter import Reporter
+from raypp.training.task import EpochState, Phase, StepOutput, Task, TrainingOutcome
 from raypp.training.threads import AdaptiveThreads
-from raypp.utils.errors import DataError, RayppError, StoppedError, ToldToStop, TrainingError
+from raypp.utils.errors import DataError, NonRetryableError, RayppError, TrainingError, TrainingInterrupted
 
 PROGRESS_SECONDS = 0.25
 CHECK_STEPS, CHECK_SECONDS = 50, 1.0  # how often, at least, workers agree on how to go on: it waits for the device
@@ -42,46 +42,46 @@ CHECK_STEPS, CHECK_SECONDS = 50, 1.0  # how often, at least, workers agree on ho
 T = TypeVar("T")
 
 
-def together(step: Callable[[], T]) -> T:
+def run_on_all_ranks(step: Callable[[], T]) -> T:
     """Take a step on every worker; if it fails on one, all stop with the first one's reason and none waits for ever."""
     problem: tuple[str, int] | None = None
     try:
         done = step()
     except RayppError as error:
         problem = str(error), error.exit_code
-    if (problem := first_error(problem)) is not None:
+    if (problem := first_error_message(problem)) is not None:
         message, code = problem
-        raise StoppedError(message, exit_code=code)
+        raise NonRetryableError(message, exit_code=code)
     return done
 
 
-class Loop:
+class Trainer:
     """The state of one run: which phase and epoch it is in, the networks, the best of them so far."""
 
-    def __init__(self, task: Task, sink: Sink) -> None:
+    def __init__(self, task: Task, sink: Reporter) -> None:
         self.task, self.sink = task, sink
         self.phases = task.phases
-        self.history: list[Row] = []
+        self.history: list[EpochMetrics] = []
         self.best_state: StateDict = {}
-        self.best: Row = {}
+        self.best: EpochMetrics = {}
         self.newest = "none yet"
         self.last_progress = 0.0
         self.saved_at = time.monotonic()
         self.threads = AdaptiveThreads(enabled=False)
         self.look_in = 1  # steps until workers agree again on how to go on
 
-    def run(self) -> Trained:
+    def run(self) -> TrainingOutcome:
         """Train from the sink's newest sound checkpoint, if it has one, to the end of the last phase."""
         with AdaptiveThreads(self.task.train.adapt_threads and self.sink.device.type == "cpu") as self.threads:
-            return self.run_from(*together(self.restore))
+            return self.run_from(*run_on_all_ranks(self.restore))
 
-    def run_from(self, at_phase: int, at_epoch: int, resumed: dict[str, Any] | None) -> Trained:
+    def run_from(self, at_phase: int, at_epoch: int, resumed: dict[str, Any] | None) -> TrainingOutcome:
         for index in range(at_phase, len(self.phases)):
             phase = self.phases[index]
             self.enter(phase, resumed if index == at_phase else None)
             for epoch in range(at_epoch if index == at_phase else 0, phase.epochs):
                 part, resumed = (resumed or {}).get("part"), None
-                row = self.train_epoch(index, epoch, Part(**part) if part is not None else None)
+                row = self.train_epoch(index, epoch, EpochState(**part) if part is not None else None)
                 row |= self.task.validate(self.trainee, self.sink.rank, self.sink.world)
                 loss, least = row.get("val_loss"), self.best.get("val_loss")
                 if loss is not None and not math.isfinite(loss):
@@ -94,18 +94,18 @@ class Loop:
                     self.best_state = {k: v.detach().cpu().clone() for k, v in self.trainee.own_state().items()}
                 self.report(index, epoch)
                 if epoch + 1 < phase.epochs or index + 1 < len(self.phases):
-                    self.end_if_told(any(gathered(self.sink.told_to_stop())))
+                    self.end_if_told(any(all_gather_objects(self.sink.told_to_stop())))
             self.trainee.load_own_state(self.best_state)
             self.task.end(phase, self.trainee)
         self.trainee.eval()
-        return Trained(self.trainee, self.history, self.best)
+        return TrainingOutcome(self.trainee, self.history, self.best)
 
     def enter(self, phase: Phase, resumed: dict[str, Any] | None) -> None:
         """Build a phase's networks and optimiser, or take them over from a checkpoint."""
         device = self.sink.device
         self.trainee = self.task.build(phase).to(device)
         if self.task.train.sync_batchnorm:
-            synchronise_batch_norms(self.trainee)
+            convert_sync_batchnorm(self.trainee)
         if self.task.train.channels_last:
             self.trainee.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.task.train.optimizer, self.trainee.groups())
@@ -114,8 +114,8 @@ class Loop:
             self.trainee.load_own_state(resumed["system"])
             self.optimizer.load_state_dict(resumed["optimizer"])
             self.best, self.best_state = resumed["best"], resumed["best_state"]
-        self.forward: Callable[..., Terms] = self.trainee
-        if distributed():
+        self.forward: Callable[..., StepOutput] = self.trainee
+        if is_distributed():
             # Running statistics are averaged once an epoch instead: training never reads them.
             self.forward = DistributedDataParallel(
                 self.trainee, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
@@ -123,7 +123,7 @@ class Loop:
         if self.task.train.compile:
             self.forward = torch.compile(self.forward)
 
-    def train_epoch(self, index: int, epoch: int, part: Part | None) -> Row:
+    def train_epoch(self, index: int, epoch: int, part: EpochState | None) -> EpochMetrics:
         """Take one pass over the training batches, or the rest of one; return its row of metrics, means over workers.
 
         Raises:
@@ -133,7 +133,7 @@ class Loop:
         phase, overall = self.phases[index], self.epochs_before(self.phases[index]) + epoch
         context = autocast(train, device)
         self.trainee.train()
-        now = Part(0, [], torch.zeros(1, dtype=torch.float64, device=device), 0, 0.0)
+        now = EpochState(0, [], torch.zeros(1, dtype=torch.float64, device=device), 0, 0.0)
         if part is not None:
             now.step, now.seconds = part.step, part.seconds
             if self.sink.rank == 0:  # what all have done so far is the first one's from here on
@@ -142,7 +142,7 @@ class Loop:
         first, before, seen, began, lr = now.step, now.seconds, 0, time.monotonic(), 0.0
         for step, (images, labels) in enumerate(loader.epoch(overall, first), first):
             # What networks draw, such as dropout: the same after a resume, another on each worker.
-            torch.manual_seed(generator(self.task.seed, overall, step, self.sink.rank, 0).initial_seed())
+            torch.manual_seed(make_generator(self.task.seed, overall, step, self.sink.rank, 0).initial_seed())
             lr = learning_rate(train, phase.epochs, epoch + min((step + 0.5) / loader.num_batches, 1.0))
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
@@ -172,10 +172,10 @@ class Loop:
         if not seen:
             raise TrainingError("a worker's share of the training images is less than one batch; see train.batch_size")
         self.look(bad_step, phase, epoch, (now.step - first) / (now.seconds - before))
-        average_batch_statistics(self.trainee)
+        sync_batch_norm_buffers(self.trainee)
         seconds = before + time.monotonic() - began
-        num_images = total(torch.tensor(float(now.images), dtype=torch.float64, device=device)).item()
-        found = dict(zip(now.names, (total(now.sums) / num_images).tolist(), strict=True))
+        num_images = all_reduce_sum(torch.tensor(float(now.images), dtype=torch.float64, device=device)).item()
+        found = dict(zip(now.names, (all_reduce_sum(now.sums) / num_images).tolist(), strict=True))
         return {
             "phase": phase.name,
             "epoch": epoch + 1,
@@ -203,7 +203,7 @@ class Loop:
         due = self.task.train.checkpoint_seconds
         save = due is not None and time.monotonic() - self.saved_at >= due
         steps = max(1, min(CHECK_STEPS, int(CHECK_SECONDS * steps_per_s)))
-        found = gathered((int(bad_step), self.sink.told_to_stop(), save, steps))
+        found = all_gather_objects((int(bad_step), self.sink.told_to_stop(), save, steps))
         bad = next((step for step, *_ in found if step >= 0), None)
         if bad is not None:
             batches = self.task.batches.num_batches
@@ -214,15 +214,15 @@ class Loop:
 
     def end_if_told(self, stop: bool) -> None:
         if stop:
-            raise ToldToStop(f"stopped after checkpoint {self.newest}, as told; --resume goes on from it")
+            raise TrainingInterrupted(f"stopped after checkpoint {self.newest}, as told; --resume goes on from it")
 
-    def diverged(self, step: int, lr: float) -> StoppedError:
-        return StoppedError(
+    def diverged(self, step: int, lr: float) -> NonRetryableError:
+        return NonRetryableError(
             f"the loss is not a finite number at step {step} with learning rate {lr:.4g}; last good checkpoint: "
             f"{self.newest}; try a smaller {self.task.remedy}"
         )
 
-    def show(self, phase: Phase, epoch: int, images_per_s: float, part: Part) -> None:
+    def show(self, phase: Phase, epoch: int, images_per_s: float, part: EpochState) -> None:
         now = time.monotonic()
         if self.sink.rank or now - self.last_progress < PROGRESS_SECONDS:
             return
@@ -250,21 +250,21 @@ class Loop:
                 self.sink.report(self.history, name, folder)
         self.newest, self.saved_at = name, time.monotonic()
 
-    def save_within(self, index: int, epoch: int, part: Part) -> None:
+    def save_within(self, index: int, epoch: int, part: EpochState) -> None:
         """Store a checkpoint from within an epoch, if the last step left nothing that is no number."""
-        average_batch_statistics(self.trainee)  # once more at the epoch's end: means of moving means are the same
+        sync_batch_norm_buffers(self.trainee)  # once more at the epoch's end: means of moving means are the same
         if not all(bool(value.isfinite().all()) for value in self.trainee.own_state().values()):
             return  # all workers have the same values; the next loss will tell
         name = checkpoint_name(len(self.history), part.step / self.task.batches.num_batches)
-        images = int(total(torch.tensor(float(part.images), dtype=torch.float64, device=self.sink.device)))
-        whole = dataclasses.replace(part, sums=total(part.sums.clone()), images=images)
+        images = int(all_reduce_sum(torch.tensor(float(part.images), dtype=torch.float64, device=self.sink.device)))
+        whole = dataclasses.replace(part, sums=all_reduce_sum(part.sums.clone()), images=images)
         if self.sink.rank == 0:
             with self.written(index, epoch, whole) as folder:
                 self.sink.keep_within(name, folder)
         self.newest, self.saved_at = name, time.monotonic()
 
     @contextmanager
-    def written(self, index: int, epochs: int, part: Part | None = None) -> Iterator[Path]:
+    def written(self, index: int, epochs: int, part: EpochState | None = None) -> Iterator[Path]:
         """A checkpoint in a folder of its own, after so many epochs of a phase and a part of the next."""
         state = {
             "phase": index,

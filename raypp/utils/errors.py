@@ -70,11 +70,11 @@ class TrainingError(RayppError):
     """Training cannot go on."""
 
 
-class StoppedError(TrainingError):
+class NonRetryableError(TrainingError):
     """Every worker stops for the same reason, such as a loss that is not a number: a restart would meet it again."""
 
 
-class ToldToStop(KeyboardInterrupt):
+class TrainingInterrupted(KeyboardInterrupt):
     """Training was told to stop and has written a checkpoint, which the message names; the exit code is 130.
 
     An interruption, and no error: whoever mends errors lets it pass.

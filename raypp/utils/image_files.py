@@ -8,17 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raypp.utils.errors import DataError
-from raypp.utils.image_formats import (
-    START_BYTES,
-    is_unread,
-    kind_of,
-)
+from raypp.utils.image_formats import START_BYTES, is_unread, kind_of
 
 if TYPE_CHECKING:
     pass
 from raypp.utils.images import SUFFIXES, printable
 
-UNREAD = frozenset(
+UNSUPPORTED_SUFFIXES = frozenset(
     ".heic .heics .heif .hif .avif .avifs .jp2 .j2k .j2c .jpc .jpf .jpm .jpx .jph .jhc .jls .jxl .jxr .wdp .svg .svgz "  # noqa: SIM905
     ".eps .epsf .epsi .emf .wmf .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef .srw .x3f .erf .kdc .mrw .3fr .iiq "
     ".psd .psb .xcf .tga .exr .hdr .ico .cur .icns .pcx .dds .pam .pfm .phm .qoi .bpg .flif .mng .jng .xbm .xpm .wbmp "
@@ -51,7 +47,7 @@ def find_images(path: Path) -> list[Path]:
     if not path.is_dir():
         raise DataError(f"{printable(path)} does not exist")
     files, empty = [], []
-    for file in walk(path):
+    for file in walk_files(path):
         if is_image(file):
             files.append(file)
         elif not file.suffix and file.is_file() and not file.stat().st_size:
@@ -68,12 +64,12 @@ def is_ignored(name: str) -> bool:
     return name.startswith(".") or name in IGNORED_FOLDERS
 
 
-def holds(folder: Path, entry: Path) -> bool:
+def contains_images(folder: Path, entry: Path) -> bool:
     """Whether ``entry``, as its path says, lies in ``folder`` or is it, wherever links lead."""
     return entry.parent.resolve().is_relative_to(folder.resolve())
 
 
-def walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+def walk_files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
     """Yield every file below a folder that is not passed over; links are followed, except to a folder that holds them.
 
     ``above`` are the real paths of the folders that led here.
@@ -87,8 +83,8 @@ def walk(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
         if is_ignored(entry.name):
             continue
         if entry.is_dir():
-            if not (entry.is_symlink() and (holds(entry, entry) or entry.resolve() in above)):
-                yield from walk(entry, above)
+            if not (entry.is_symlink() and (contains_images(entry, entry) or entry.resolve() in above)):
+                yield from walk_files(entry, above)
         else:
             yield entry
 
@@ -104,7 +100,7 @@ def is_image(file: Path) -> bool:
         return False
     if not file.is_file():  # a socket or a pipe
         return False
-    if suffixes & UNREAD:
+    if suffixes & UNSUPPORTED_SUFFIXES:
         raise _unread(file)
     if suffixes & SUFFIXES:
         return True

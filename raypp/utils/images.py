@@ -17,15 +17,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps, UnidentifiedImageError
 
 from raypp.utils.errors import DataError, StorageError
-from raypp.utils.image_formats import (
-    DamagedError,
-    Essence,
-    check_png,
-    check_tiff,
-    essence,
-    exif_orientation,
-    kind_of,
-)
+from raypp.utils.image_formats import DamagedError, Essence, check_png, check_tiff, essence, exif_orientation, kind_of
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +31,7 @@ SUFFIXES = frozenset(
     ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm".split()  # noqa: SIM905
 )
 
-TURNS = {
+EXIF_TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -111,7 +103,7 @@ def decode(
         reason = " ".join(str(error).split()) or "its data cannot be decoded"
         raise DataError(f"{name} is a damaged {kind} image: {reason}") from error
     pixels = pixels.reshape(*pixels.shape[:2], channels)
-    return pixels if size is None else fit(pixels, size)
+    return pixels if size is None else resize_and_center_crop(pixels, size)
 
 
 def _open(data: bytes, kind: str) -> ImageFile.ImageFile:
@@ -131,14 +123,14 @@ def _flatten(image: Image.Image, name: str, essential: Essence) -> Image.Image:
             flat[values == essential.key[0]] = 255
         return Image.fromarray(flat)
     if essential.key is not None:
-        return _white_where(image, essential)
+        return _on_white(image, essential)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA"))
     return image
 
 
-def _white_where(image: Image.Image, essential: Essence) -> Image.Image:
+def _on_white(image: Image.Image, essential: Essence) -> Image.Image:
     """Lay a grey PNG of 1 to 8 bits or an RGB PNG on white where it has the color that is declared transparent."""
     assert essential.key is not None
     flat = np.array(image.convert("L" if len(essential.key) == 1 else "RGB"))
@@ -162,11 +154,11 @@ def _orientation(image: Image.Image, kind: str, essential: Essence) -> int:
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    turn = TURNS.get(orientation)
+    turn = EXIF_TRANSPOSITIONS.get(orientation)
     return image if turn is None else image.transpose(turn)
 
 
-def fit(image: Pixels, size: tuple[int, int]) -> Pixels:
+def resize_and_center_crop(image: Pixels, size: tuple[int, int]) -> Pixels:
     """Resize so that the shorter side fits and crop the centre; returns the same array if it fits already.
 
     Args:
@@ -183,7 +175,7 @@ def fit(image: Pixels, size: tuple[int, int]) -> Pixels:
     return fitted.reshape(height, width, image.shape[2])
 
 
-def grey(images: Pixels) -> Pixels:
+def to_grayscale(images: Pixels) -> Pixels:
     """Return (..., 1) luma of RGB (..., 3), the same integers as ``decode(channels=1)``."""
     red, green, blue = (images[..., i].astype(np.uint32) for i in range(3))
     luma = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
@@ -197,7 +189,7 @@ def encode_png(image: Pixels) -> bytes:
     return buffer.getvalue()
 
 
-def through_jpeg(images: Pixels, quality: int) -> Pixels:
+def jpeg_roundtrip(images: Pixels, quality: int) -> Pixels:
     """What is left of uint8 (N, H, W, 1 or 3) after a JPEG of this quality (1 to 100), encoded as Pillow does."""
     found = []
     for image in images:
@@ -231,12 +223,12 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return images.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
-def round_8bit(images: torch.Tensor) -> torch.Tensor:
+def quantize_8bit(images: torch.Tensor) -> torch.Tensor:
     """Return what is left of float images after an 8-bit upload: the multiples of 1/255 nearest to them."""
     return to_uint8(images).to(images.dtype).div(255)
 
 
-def grid(rows: list[Pixels], *, labels: list[str] | None = None, scale: int = 4) -> Pixels:
+def make_grid(rows: list[Pixels], *, labels: list[str] | None = None, scale: int = 4) -> Pixels:
     """Lay rows of images out as one picture, each row's label at its left.
 
     Args:

@@ -19,7 +19,7 @@ def _escaped(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def absolute(location: str | Path) -> str:
+def resolve_path(location: str | Path) -> str:
     """Make a local path absolute; leave a URI as it is; raises ValueError where there is none."""
     text = str(location)
     if not text.strip():
@@ -40,4 +40,4 @@ def absolute(location: str | Path) -> str:
 
 
 # A path or URI in a configuration. Ray's workers run in folders of their own, so a relative path is settled at once.
-Location = Annotated[str, BeforeValidator(lambda v: absolute(v) if isinstance(v, str | Path) else v)]
+PathOrUri = Annotated[str, BeforeValidator(lambda v: resolve_path(v) if isinstance(v, str | Path) else v)]

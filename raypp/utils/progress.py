@@ -18,12 +18,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from raypp.utils.errors import ToldToStop
+from raypp.utils.errors import TrainingInterrupted
 
 Row = dict[str, Any]
 
 
-class Shows(Protocol):
+class ProgressListener(Protocol):
     """What watches one training run: it takes its reports, and may tell it to stop."""
 
     def step(self, info: Row) -> None: ...
@@ -36,7 +36,7 @@ class Shows(Protocol):
         """Whether to write a checkpoint and end, with ToldToStop; asked about once a second."""
 
 
-class Display:
+class ProgressDisplay:
     """Shows epochs and steps; a context manager.
 
     Args:
@@ -54,7 +54,7 @@ class Display:
         self._live: Progress | None = None
         self._task: TaskID | None = None
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> ProgressDisplay:
         if self.console.is_terminal and not self.quiet:
             self._live = Progress(
                 SpinnerColumn(),
@@ -119,7 +119,7 @@ class Display:
         return self.stop.is_set()
 
 
-class GridDisplay:
+class MultiProgressDisplay:
     """Shows several runs side by side: how many are done, and a line for each that is under way; a context manager.
 
     Args:
@@ -152,7 +152,7 @@ class GridDisplay:
         self._whole = self._bars.add_task(what, total=num, completed=done, status="")
         self._lines: dict[str, TaskID] = {}
 
-    def __enter__(self) -> GridDisplay:
+    def __enter__(self) -> MultiProgressDisplay:
         self._bars.start()
         return self
 
@@ -185,15 +185,15 @@ class GridDisplay:
     def end_if_told(self) -> None:
         """Raise ToldToStop if told to stop."""
         if self.stop.is_set():
-            raise ToldToStop("stopped, as told; --resume goes on from what is finished and from checkpoints")
+            raise TrainingInterrupted("stopped, as told; --resume goes on from what is finished and from checkpoints")
 
-    def of(self, run: str) -> Shows:
+    def of(self, run: str) -> ProgressListener:
         """A display of one run among the others."""
-        return _OneOfMany(self, run)
+        return _ChildProgress(self, run)
 
 
-class _OneOfMany:
-    def __init__(self, grid: GridDisplay, run: str) -> None:
+class _ChildProgress:
+    def __init__(self, grid: MultiProgressDisplay, run: str) -> None:
         self._grid, self._run = grid, run
 
     def step(self, info: Row) -> None:

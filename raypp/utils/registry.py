@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from raypp.utils.errors import ConfigError
 
 
-class Options(BaseModel):
+class MethodConfig(BaseModel):
     """Frozen options of one method; ``name`` selects the method, unknown keys are refused."""
 
     model_config = ConfigDict(
@@ -30,7 +30,7 @@ class Options(BaseModel):
 class Method(Protocol):
     """What a registry entry offers: the class of its options, and a constructor that takes them first."""
 
-    Options: ClassVar[type[Options]]
+    Options: ClassVar[type[MethodConfig]]
 
 
 class Registry:
@@ -54,23 +54,21 @@ class Registry:
     def get(self, name: str) -> Any:
         """Return the class registered under ``name``; raises ConfigError that lists what is allowed."""
         if name not in self._entries:
-            raise ConfigError(
-                f"unknown {self.kind} {name!r}{did_you_mean(name, self._entries)}; allowed: {', '.join(self)}"
-            )
+            raise ConfigError(f"unknown {self.kind} {name!r}{suggest(name, self._entries)}; allowed: {', '.join(self)}")
         module, _, attribute = self._entries[name].partition(":")
         return getattr(importlib.import_module(module), attribute)
 
-    def options(self, name: str) -> type[Options]:
+    def options(self, name: str) -> type[MethodConfig]:
         """Return the options model of ``name``."""
-        model: type[Options] = self.get(name).Options
+        model: type[MethodConfig] = self.get(name).Options
         return model
 
-    def build(self, options: Options, /, *args: Any, **kwargs: Any) -> Any:
+    def build(self, options: MethodConfig, /, *args: Any, **kwargs: Any) -> Any:
         """Construct the method that ``options.name`` selects."""
         return self.get(options.name)(options, *args, **kwargs)
 
 
-def did_you_mean(word: str, known: Any) -> str:
+def suggest(word: str, known: Any) -> str:
     """Return ``", did you mean 'x'?"`` for the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def told_by(stop: threading.Event, *signals: signal.Signals) -> Iterator[None]:
+def stop_on_signal(stop: threading.Event, *signals: signal.Signals) -> Iterator[None]:
     """Have the first of these signals set ``stop``; a second one does what it ever did.
 
     In any thread but the main one, which no signal reaches, nothing is changed.

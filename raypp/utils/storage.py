@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from raypp.utils.errors import FAILURE, StorageError, first_line
-from raypp.utils.paths import absolute
+from raypp.utils.paths import resolve_path
 
 FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of a disk, and of nothing that the user wrote
 JOBS_FOLDER = "/runtime_resources/working_dir_files/"  # where `ray job submit` unpacks what it was given
@@ -61,7 +61,7 @@ class Storage:
         from pyarrow import fs
 
         try:
-            self.uri = absolute(location)
+            self.uri = resolve_path(location)
         except ValueError as error:
             raise StorageError(f"storage is not understood: {error}") from error
         self.local = "://" not in self.uri or self.uri.startswith("file://")

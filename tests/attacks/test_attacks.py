@@ -16,7 +16,7 @@ from methods import build, victim
 from torch import Tensor
 
 from raypp.attacks import ATTACKS
-from raypp.attacks.base import Access, AttackError, Map, Threat
+from raypp.attacks.base import AttackerKnowledge, AttackError, ImageMap, Threat
 from raypp.metrics.image import psnr, ssim
 from raypp.metrics.retrieval import reidentify
 from raypp.utils.images import decode
@@ -73,7 +73,7 @@ def test_every_attack_states_its_threat_level() -> None:
 def test_an_attack_says_what_it_lacks() -> None:
     for name in ("known_plaintext", "chosen_plaintext", "known_gallery"):
         with pytest.raises(AttackError, match=f"attack {name} needs .*, which this victim does not give"):
-            build(name, Access((3, 32, 32)))
+            build(name, AttackerKnowledge((3, 32, 32)))
 
 
 # Chosen plaintext
@@ -88,7 +88,7 @@ def test_chosen_plaintexts_decrypt_every_image_exactly(name: str, options: dict[
         asked.append(len(images))
         return protection.protect(images)
 
-    attack = build("chosen_plaintext", Access((3, 32, 32), protect=oracle))
+    attack = build("chosen_plaintext", AttackerKnowledge((3, 32, 32), protect=oracle))
     attack.prepare()
     assert torch.equal(attack.reconstruct(protection.protect(photos)), photos)
     expected = {"pixel": (1, "pixel"), "tanaka": (1, "tanaka"), "ele": (5, "any"), "etc": (5, "any")}[name]
@@ -111,7 +111,7 @@ def test_chosen_plaintexts_of_other_sizes(
     if name in {"ele", "etc"}:  # what they pad is not the attacker's to choose
         height, width = height // 4 * 4, width // 4 * 4
     protection = victim(name, Key(secret), **options)
-    attack = build("chosen_plaintext", Access((3, height, width), protect=protection.protect))
+    attack = build("chosen_plaintext", AttackerKnowledge((3, height, width), protect=protection.protect))
     attack.prepare()
     images = torch.randint(0, 256, (5, 3, height, width), dtype=torch.uint8)
     assert torch.equal(attack.reconstruct(protection.protect(images)), images)
@@ -119,9 +119,9 @@ def test_chosen_plaintexts_of_other_sizes(
 
 @pytest.mark.parametrize("scheme", ["auto", "pixel", "tanaka", "any"])
 @pytest.mark.parametrize("oracle", [hashed, victim("pixel", keys="per_image").protect], ids=["hash", "key per image"])
-def test_chosen_plaintexts_do_not_explain_what_is_no_cipher(oracle: Map, scheme: str) -> None:
+def test_chosen_plaintexts_do_not_explain_what_is_no_cipher(oracle: ImageMap, scheme: str) -> None:
     with pytest.raises(AttackError, match="found no permutation with inversions"):
-        build("chosen_plaintext", Access((3, 32, 32), protect=oracle), scheme=scheme).prepare()
+        build("chosen_plaintext", AttackerKnowledge((3, 32, 32), protect=oracle), scheme=scheme).prepare()
 
 
 # Known plaintext
@@ -132,7 +132,7 @@ def test_one_photograph_gives_away_tanakas_key(photos: Tensor) -> None:
     for i in range(20):
         protection = victim("tanaka", Key(bytes([i] * 32)))
         pairs = photos[i : i + 1], protection.protect(photos[i : i + 1])
-        attack = build("known_plaintext", Access((3, 32, 32), pairs=pairs))
+        attack = build("known_plaintext", AttackerKnowledge((3, 32, 32), pairs=pairs))
         attack.prepare()
         true = torch.from_numpy(protection._order)
         shares.append(float((attack.source == true).float().mean()))  # type: ignore[attr-defined]
@@ -146,12 +146,14 @@ def test_one_photograph_gives_away_tanakas_key(photos: Tensor) -> None:
 def test_known_plaintexts_do_not_explain_shuffled_blocks(name: str, photos: Tensor) -> None:
     protection = victim(name)
     with pytest.raises(AttackError, match="found no permutation of half bytes"):
-        build("known_plaintext", Access((3, 32, 32), pairs=(photos[:1], protection.protect(photos[:1])))).prepare()
+        build(
+            "known_plaintext", AttackerKnowledge((3, 32, 32), pairs=(photos[:1], protection.protect(photos[:1])))
+        ).prepare()
 
 
 def test_known_plaintexts_do_not_explain_a_keyed_hash(photos: Tensor) -> None:
     with pytest.raises(AttackError, match="found no permutation of half bytes"):
-        build("known_plaintext", Access((3, 32, 32), pairs=(photos[:1], hashed(photos[:1])))).prepare()
+        build("known_plaintext", AttackerKnowledge((3, 32, 32), pairs=(photos[:1], hashed(photos[:1])))).prepare()
 
 
 # Ciphertext only
@@ -159,7 +161,7 @@ def test_known_plaintexts_do_not_explain_a_keyed_hash(photos: Tensor) -> None:
 
 @pytest.mark.parametrize("keys", ["common", "per_image"])
 def test_feature_reconstruction_does_not_care_for_keys(keys: str, photos: Tensor) -> None:
-    attack = build("feature_reconstruction", Access((3, 32, 32)))
+    attack = build("feature_reconstruction", AttackerKnowledge((3, 32, 32)))
     attack.prepare()
     protected = victim("pixel", keys=keys).protect(photos)
     assert torch.equal(attack.reconstruct(protected), attack.reconstruct(photos))
@@ -172,7 +174,9 @@ def test_feature_reconstruction_shows_the_edges_of_pixel_based_images(photos: Te
     from raypp.metrics.image import ssim_lab
 
     plain = photos.float() / 255
-    estimate = build("feature_reconstruction", Access((3, 32, 32))).reconstruct(victim("pixel").protect(photos))
+    estimate = build("feature_reconstruction", AttackerKnowledge((3, 32, 32))).reconstruct(
+        victim("pixel").protect(photos)
+    )
     assert float(ssim_lab(plain, estimate.float() / 255).mean()) == pytest.approx(0.314, abs=0.02)
     assert float(ssim(plain, estimate.float() / 255).mean()) == pytest.approx(0.328, abs=0.02)
     assert float(psnr(plain, estimate.float() / 255).mean()) == pytest.approx(12.0, abs=0.3)
@@ -180,7 +184,7 @@ def test_feature_reconstruction_shows_the_edges_of_pixel_based_images(photos: Te
 
 def test_minimum_difference_restores_pictures_whose_neighbours_are_alike(photos: Tensor) -> None:
     protection = victim("pixel", colour_shuffle=True)
-    attack = build("minimum_difference", Access((3, 32, 32)))
+    attack = build("minimum_difference", AttackerKnowledge((3, 32, 32)))
     attack.prepare()
     ramp = torch.stack([torch.arange(32).repeat(32, 1) * s + o for s, o in ((1, 20), (1, 60), (1, 90))]).to(torch.uint8)
     estimate = attack.reconstruct(protection.protect(ramp[None]))[0].long()
@@ -218,7 +222,7 @@ def brute_force(protected: np.ndarray) -> np.ndarray:
 
 def test_minimum_difference_is_its_description(photos: Tensor) -> None:
     protected = victim("pixel", colour_shuffle=True).protect(photos[:2, :, :10, :12])
-    found = build("minimum_difference", Access((3, 10, 12))).reconstruct(protected)
+    found = build("minimum_difference", AttackerKnowledge((3, 10, 12))).reconstruct(protected)
     for image, estimate in zip(protected, found, strict=True):
         expected = brute_force(image.permute(1, 2, 0).numpy())
         np.testing.assert_array_equal(estimate.permute(1, 2, 0).numpy(), expected)
@@ -237,7 +241,7 @@ def test_a_gallery_betrays_every_deterministic_protection(name: str, photos: Ten
             (-protection(photos[:64].float() / 255).var(0).mean()).backward()
             optimizer.step()
         protection.eval()
-    access = Access((3, 32, 32), protect=protection.protect, gallery=photos[:300])
+    access = AttackerKnowledge((3, 32, 32), protect=protection.protect, gallery=photos[:300])
     attack = build("known_gallery", access)
     attack.prepare()
     assert torch.equal(attack.reconstruct(protection.protect(photos[:100])), photos[:100])
@@ -251,7 +255,7 @@ def test_a_gallery_does_not_betray_what_is_random_per_image(photos: Tensor) -> N
     def noise(images: Tensor) -> Tensor:
         return torch.randint(0, 256, images.shape, dtype=torch.uint8, generator=generator)
 
-    attack = build("known_gallery", Access((3, 32, 32), protect=noise, gallery=photos))
+    attack = build("known_gallery", AttackerKnowledge((3, 32, 32), protect=noise, gallery=photos))
     attack.prepare()
     assert share_found(attack.reconstruct(noise(photos[:500])), photos) < 0.02
 
@@ -263,7 +267,9 @@ def brightness(images: Tensor) -> Tensor:
 
 
 def test_a_codebook_holds_the_mean_of_those_who_share_an_image(photos: Tensor) -> None:
-    attack = build("codebook", Access((3, 32, 32), protect=brightness, images=photos), steps=0, batch_size=300)
+    attack = build(
+        "codebook", AttackerKnowledge((3, 32, 32), protect=brightness, images=photos), steps=0, batch_size=300
+    )
     attack.prepare()
     protected = brightness(photos)
     estimates = attack.reconstruct(protected)
@@ -283,7 +289,9 @@ def test_a_codebook_draws_what_ssim_likes_better_than_the_mean(photos: Tensor) -
     """Of the images that it is fitted to: it takes thousands for each protected one to hold for others."""
     similar = []
     for steps in (0, 150):
-        attack = build("codebook", Access((3, 32, 32), protect=brightness, images=photos), steps=steps, batch_size=200)
+        attack = build(
+            "codebook", AttackerKnowledge((3, 32, 32), protect=brightness, images=photos), steps=steps, batch_size=200
+        )
         attack.prepare()
         estimates = attack.reconstruct(brightness(photos))
         similar.append(float(ssim(estimates.float() / 255, photos.float() / 255).mean()))
@@ -291,7 +299,7 @@ def test_a_codebook_draws_what_ssim_likes_better_than_the_mean(photos: Tensor) -
 
 
 def test_a_codebook_is_for_few_images(photos: Tensor) -> None:
-    attack = build("codebook", Access((3, 32, 32), protect=hashed, images=photos), most=400, batch_size=100)
+    attack = build("codebook", AttackerKnowledge((3, 32, 32), protect=hashed, images=photos), most=400, batch_size=100)
     with pytest.raises(AttackError, match=r"this one gave 500 of 500, more than most = 400$"):
         attack.prepare()
 
@@ -303,9 +311,9 @@ def test_identity_is_broken_and_a_keyed_hash_is_not(photos: Tensor) -> None:
     """The positive and the negative control; those of pixel-based encryption alone have their own above."""
     gallery = photos[:500]
     for name in ("chosen_plaintext", "known_gallery"):
-        attack = build(name, Access((3, 32, 32), protect=lambda x: x, gallery=gallery))
+        attack = build(name, AttackerKnowledge((3, 32, 32), protect=lambda x: x, gallery=gallery))
         attack.prepare()
         assert share_found(attack.reconstruct(gallery[:200]), gallery) > 0.95, name
     for name in ("feature_reconstruction", "minimum_difference"):
-        attack = build(name, Access((3, 32, 32)))
+        attack = build(name, AttackerKnowledge((3, 32, 32)))
         assert share_found(attack.reconstruct(hashed(gallery[:200])), gallery) < 0.02, name

@@ -15,20 +15,20 @@ from conftest import tiny_flags
 from torch import Tensor
 
 from raypp.attacks import ATTACKS
-from raypp.attacks.base import Access, Attack, AttackError, Map, TrainedAttack
+from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap, TrainedAttack
 from raypp.config.presets import load_config
 from raypp.data import SOURCES
 from raypp.evaluation.scorecard import RED
 from raypp.experiments.training_run import open_run
 from raypp.metrics.retrieval import reidentify
 from raypp.protections import PROTECTIONS
-from raypp.training.checkpoint import Row
+from raypp.training.checkpoint import EpochMetrics
 from raypp.training.optim import learning_rate
 from raypp.training.protection_task import fit
-from raypp.training.reporter import LocalSink
-from raypp.training.trainer import Loop
+from raypp.training.reporter import LocalReporter
+from raypp.training.trainer import Trainer
 from raypp.utils.keys import Key
-from raypp.utils.progress import Display
+from raypp.utils.progress import ProgressDisplay
 from raypp.utils.storage import Storage
 
 Pictures = tuple[Tensor, Tensor]
@@ -44,10 +44,10 @@ def pictures() -> Pictures:
     return torch.from_numpy(found.images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(found.labels)
 
 
-def knows(pictures: Pictures, protect: Map, structure: str = "none") -> Access:
+def knows(pictures: Pictures, protect: ImageMap, structure: str = "none") -> AttackerKnowledge:
     images, labels = pictures
     half = KNOWN // 2
-    return Access(
+    return AttackerKnowledge(
         shape=(3, 16, 16),
         structure=structure,
         images=images[:KNOWN],
@@ -60,18 +60,20 @@ def knows(pictures: Pictures, protect: Map, structure: str = "none") -> Access:
     )
 
 
-def build(name: str, access: Access, **options: Any) -> Any:
+def build(name: str, access: AttackerKnowledge, **options: Any) -> Any:
     return ATTACKS.build(ATTACKS.options(name).model_validate({"name": name, **options}), access)
 
 
-def train(attack: TrainedAttack, folder: Path, share: float = 1.0, num: int | None = None) -> list[Row]:
-    done = Loop(attack.task(share, num), LocalSink(Storage(folder), Display(quiet=True), torch.device("cpu"))).run()
+def train(attack: TrainedAttack, folder: Path, share: float = 1.0, num: int | None = None) -> list[EpochMetrics]:
+    done = Trainer(
+        attack.task(share, num), LocalReporter(Storage(folder), ProgressDisplay(quiet=True), torch.device("cpu"))
+    ).run()
     attack.load(attack.state(done.trainee))
     attack.prepare()
     return done.history
 
 
-def share_found(attack: Attack, pictures: Pictures, protect: Map) -> float:
+def share_found(attack: Attack, pictures: Pictures, protect: ImageMap) -> float:
     """Of 200 originals that the attacker has never seen, among these 200."""
     others = pictures[0][KNOWN:]
     estimates = attack.reconstruct(protect(others))
@@ -123,7 +125,9 @@ def test_alpha_zero_breaks(pictures: Pictures, tmp_path: Path) -> None:
         tmp_path, train__alpha=0, train__epochs=4, train__optimizer__lr=0.02, data__source__num_train=600
     )
     with open_run(load_config("quickstart", flags=flags), "visible") as run:
-        protection = fit(run.config, LocalSink(run.storage, Display(quiet=True), torch.device("cpu"))).system.protection
+        protection = fit(
+            run.config, LocalReporter(run.storage, ProgressDisplay(quiet=True), torch.device("cpu"))
+        ).system.protection
     longer = INVERSES["inverse"] | {"train": INVERSES["inverse"]["train"] | {"epochs": 10}}
     attack = build("inverse", knows(pictures, protection.protect), **longer)
     train(attack, tmp_path / "attack")
@@ -136,13 +140,13 @@ def test_own_keys_teach_nothing_about_anothers(name: str, pictures: Pictures, tm
     """Under a key of the victim's, an attacker who knows the algorithm is near the null."""
     options = PROTECTIONS.options(name).model_validate({"name": name})
 
-    def under(key: Key) -> Map:
-        made: Map = PROTECTIONS.build(options, channels=3, key=key).protect
+    def under(key: Key) -> ImageMap:
+        made: ImageMap = PROTECTIONS.build(options, channels=3, key=key).protect
         return made
 
     access = knows(pictures, under(Key(bytes(32))))
     own = {"fresh": lambda number: under(Key(hashlib.sha256(str(number).encode()).digest()))}
-    attack = build("inverse_own_keys", Access(**{**vars(access), **own}), **SMALL, train={"epochs": 3})
+    attack = build("inverse_own_keys", AttackerKnowledge(**{**vars(access), **own}), **SMALL, train={"epochs": 3})
     train(attack, tmp_path)
     assert share_found(attack, pictures, under(Key(bytes(32)))) < 0.3
 
@@ -152,7 +156,7 @@ def test_own_keys_teach_nothing_about_anothers(name: str, pictures: Pictures, tm
                                                   ("sia", "none"), ("sia", "shuffled_block")])  # fmt: skip
 def test_every_form_of_the_unpaired_gan_trains(style: str, structure: str, pictures: Pictures, tmp_path: Path) -> None:
     few = pictures[0][:64], pictures[1][:64]
-    access = Access(
+    access = AttackerKnowledge(
         shape=(3, 16, 16), structure=structure, num_classes=10,
         ciphertexts=lambda: (few[0][:32], few[1][:32], 255 - few[0][32:], few[1][32:]),
     )  # fmt: skip
@@ -183,7 +187,7 @@ def test_the_unpaired_gan_learns_what_natural_images_look_like(pictures: Picture
 def test_small_images_are_too_small_for_a_gan() -> None:
     images = torch.zeros(4, 3, 12, 12, dtype=torch.uint8)
     none = torch.zeros(4, dtype=torch.int64)
-    attack = build("unpaired_gan", Access((3, 12, 12), ciphertexts=lambda: (images, none, images, none)))
+    attack = build("unpaired_gan", AttackerKnowledge((3, 12, 12), ciphertexts=lambda: (images, none, images, none)))
     with pytest.raises(AttackError, match="needs images with sides of at least 16 pixels"):
         attack.task()
 
@@ -203,7 +207,7 @@ def test_the_white_box_inverts_what_is_differentiable(pictures: Pictures) -> Non
     def protect(images: Tensor) -> Tensor:
         return (forward(images.float() / 255) * 255).round().to(torch.uint8)
 
-    access = Access((3, 16, 16), gradients=forward)
+    access = AttackerKnowledge((3, 16, 16), gradients=forward)
     attack = build("white_box", access, steps=200, tv=0.0, restarts=1)
     attack.prepare()
     assert attack.note == "200 steps from each of grey, noise"
@@ -214,7 +218,7 @@ def test_the_white_box_inverts_what_is_differentiable(pictures: Pictures) -> Non
 def test_the_white_box_begins_where_the_inverse_network_ended(pictures: Pictures) -> None:
     """With one step it can do little but keep the start that the objective likes best."""
     others = pictures[0][KNOWN:]
-    access = Access((3, 16, 16), gradients=differentiable(4), earlier={"inverse": lambda protected: others})
+    access = AttackerKnowledge((3, 16, 16), gradients=differentiable(4), earlier={"inverse": lambda protected: others})
     attack = build("white_box", access, steps=1, tv=0.0, lr=0.001, restarts=0, batch_size=200)
     attack.prepare()
     assert "the inverse network's estimate" in attack.note
@@ -229,7 +233,7 @@ def test_the_white_box_finds_nothing_where_gradients_say_nothing(pictures: Pictu
     def flat(images: Tensor) -> Tensor:
         return 0 * images
 
-    attack = build("white_box", Access((3, 16, 16), gradients=flat), steps=5, restarts=1)
+    attack = build("white_box", AttackerKnowledge((3, 16, 16), gradients=flat), steps=5, restarts=1)
     attack.prepare()
     assert share_found(attack, pictures, hashed) < 0.05
 
@@ -240,12 +244,14 @@ def test_the_white_box_finds_nothing_where_gradients_say_nothing(pictures: Pictu
 @pytest.mark.slow
 def test_without_an_oracle_the_pairs_are_all_there_is(pictures: Pictures, tmp_path: Path) -> None:
     images, labels = pictures
-    access = Access((3, 16, 16), images=images[:100], labels=labels[:100], pairs=(images[:100], 255 - images[:100]))
+    access = AttackerKnowledge(
+        (3, 16, 16), images=images[:100], labels=labels[:100], pairs=(images[:100], 255 - images[:100])
+    )
     attack = build("inverse", access, **SMALL, train={"epochs": 1})
     assert attack.num_images == 90
     train(attack, tmp_path)
     with pytest.raises(AttackError, match="attack inverse needs pairs of plain and protected images, which this vic"):
-        build("inverse", Access((3, 16, 16), images=images))
+        build("inverse", AttackerKnowledge((3, 16, 16), images=images))
 
 
 @pytest.mark.slow
@@ -256,7 +262,7 @@ def test_the_class_can_be_told(pictures: Pictures, tmp_path: Path) -> None:
         asked.append(len(protected))
         return torch.zeros(len(protected), dtype=torch.int64)
 
-    access = Access(**{**vars(knows(pictures, hashed)), "classify": classify})
+    access = AttackerKnowledge(**{**vars(knows(pictures, hashed)), "classify": classify})
     attack = build("inverse", access, **SMALL, conditional=True, train={"epochs": 1})
     train(attack, tmp_path)
     assert share_found(attack, pictures, hashed) < 0.05
@@ -272,7 +278,7 @@ def test_an_inverse_network_comes_back_from_its_weights(
     protected: tuple[int, int, int], options: dict[str, Any]
 ) -> None:
     """Whatever it sees and whatever the protected images' size, its weights alone say how it is built."""
-    access = Access(
+    access = AttackerKnowledge(
         (3, 16, 17), pairs=(torch.zeros(0), torch.zeros(0)), num_classes=10,
         classify=lambda images: torch.arange(len(images)),
     )  # fmt: skip
@@ -290,7 +296,7 @@ def test_an_inverse_network_comes_back_from_its_weights(
 
 def test_saturated_values_are_spread_out(pictures: Pictures) -> None:
     """254 and 255 are worlds apart as a sigmoid's outputs; a place that never changes stays at nought."""
-    attack = build("inverse", Access((1, 16, 16), pairs=(torch.zeros(0), torch.zeros(0))), width=2)
+    attack = build("inverse", AttackerKnowledge((1, 16, 16), pairs=(torch.zeros(0), torch.zeros(0))), width=2)
     images = torch.full((100, 1, 16, 16), 255, dtype=torch.uint8)
     images[:50, :, :8] = 254
     net = attack.network((1, 16, 16))

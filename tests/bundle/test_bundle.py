@@ -27,9 +27,9 @@ from raypp.data.splits import load_split
 from raypp.evaluation.evaluate import evaluate_bundle
 from raypp.experiments.training_run import first_of_each_class, open_run, train_locally
 from raypp.utils.errors import BundleError, RayppError
-from raypp.utils.images import round_8bit
+from raypp.utils.images import quantize_8bit
 from raypp.utils.keys import Key
-from raypp.utils.progress import Display
+from raypp.utils.progress import ProgressDisplay
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_round_trip(trained: Trained) -> None:
     images = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8)
     as_input = images.permute(0, 3, 1, 2).float() / 255
     with torch.inference_mode():
-        expected = round_8bit(trained.fit.system.protection(as_input))
+        expected = quantize_8bit(trained.fit.system.protection(as_input))
         protected = torch.from_numpy(protect_images(public, images.numpy())).permute(0, 3, 1, 2).float() / 255
         assert torch.equal(protected, expected)
         assert torch.equal(private.classifier(protected), trained.fit.system.classifier(expected))
@@ -355,7 +355,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     storage = tmp_path_factory.mktemp("keyed")
     config = load_config("quickstart", flags=tiny_flags(storage, train__epochs=1, protection="tanaka"))
     with open_run(config, "run") as run:
-        train_locally(run, Display(quiet=True), torch.device("cpu"))
+        train_locally(run, ProgressDisplay(quiet=True), torch.device("cpu"))
     return storage / "run" / "bundle"
 
 

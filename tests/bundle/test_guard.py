@@ -130,9 +130,9 @@ def test_the_guard_of_large_images_is_fitted_to_a_bounded_number_of_bytes(
     images = torch.randint(0, 256, (400, 16, 16, 3), dtype=torch.uint8)
     lengths = []
     monkeypatch.setattr(training_run, "calibrate", lambda *parts: lengths.append([len(part) for part in parts]))
-    training_run._for_serving(trained.fit.system, images, images)
+    training_run._build_serving_data(trained.fit.system, images, images)
     monkeypatch.setattr(training_run, "GUARDED_BYTES", 250 * images[0].numel())
-    training_run._for_serving(trained.fit.system, images, images)
+    training_run._build_serving_data(trained.fit.system, images, images)
     monkeypatch.setattr(training_run, "GUARDED_BYTES", 1)
-    training_run._for_serving(trained.fit.system, images, images)
+    training_run._build_serving_data(trained.fit.system, images, images)
     assert lengths == [[400] * 4, [250] * 4, [2 * guard.LEAST] * 4]

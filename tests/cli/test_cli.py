@@ -25,17 +25,18 @@ from PIL import Image
 import raypp
 from raypp.attacks.base import AttackError
 from raypp.bundle.manifest import verify
-from raypp.cli import app, main
+from raypp.cli.app import app
+from raypp.cli.main import main
 from raypp.client.session import RemoteError
 from raypp.config.presets import presets
 from raypp.data import SOURCES
-from raypp.training.checkpoint import newest_first
+from raypp.training.checkpoint import list_checkpoints
 from raypp.utils.errors import (
     BundleError,
     ConfigError,
     DataError,
+    NonRetryableError,
     RayppError,
-    StoppedError,
     StorageError,
     TrainingError,
 )
@@ -270,13 +271,13 @@ def test_every_error_has_its_exit_code(capsys: Captured, tmp_path: Path, monkeyp
 
     for kind, code in (
         (RayppError, 1), (ConfigError, 2), (DataError, 2), (BundleError, 2), (StorageError, 2), (TrainingError, 1),
-        (StoppedError, 1), (RemoteError, 1), (AttackError, 1),
+        (NonRetryableError, 1), (RemoteError, 1), (AttackError, 1),
     ):  # fmt: skip
         assert outcome(kind("a reason")) == (code, "raypp: a reason\n")
         pickled = pickle.loads(pickle.dumps(kind("a reason")))
         assert (str(pickled), pickled.exit_code) == ("a reason", code)
-    assert outcome(StoppedError("the data", exit_code=2)) == (2, "raypp: the data\n")
-    assert pickle.loads(pickle.dumps(StoppedError("the data", exit_code=2))).exit_code == 2
+    assert outcome(NonRetryableError("the data", exit_code=2)) == (2, "raypp: the data\n")
+    assert pickle.loads(pickle.dumps(NonRetryableError("the data", exit_code=2))).exit_code == 2
     assert outcome(OSError(28, "No space left on device")) == (
         1, "raypp: OSError: [Errno 28] No space left on device; RAYPP_TRACEBACK=1 shows where\n"
     )  # fmt: skip
@@ -314,7 +315,7 @@ def test_a_reader_who_leaves_ends_a_command_quietly(arguments: list[str]) -> Non
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "wb") as closed:
-        command = [sys.executable, "-m", "raypp.cli", *arguments]
+        command = [sys.executable, "-m", "raypp.cli.main", *arguments]
         result = subprocess.run(command, stdout=closed, stderr=PIPE, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (1, "")
 
@@ -522,11 +523,13 @@ def test_quickstart_says_what_to_do_next(capsys: Captured, tmp_path: Path, monke
 def test_a_local_run_that_is_told_to_stop_writes_a_checkpoint_first(tmp_path: Path) -> None:
     flags = ["--local", "--name", "told", *tiny_flags(tmp_path, train__epochs=100_000)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "raypp.cli", "train", "quickstart", *flags], stderr=PIPE, text=True
+        [sys.executable, "-m", "raypp.cli.main", "train", "quickstart", *flags], stderr=PIPE, text=True
     )
     run = Storage(tmp_path / "told")
-    wait_until(lambda: len(newest_first(run)) == 2, process)
+    wait_until(lambda: len(list_checkpoints(run)) == 2, process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert err.strip().endswith(f"stopped after checkpoint {newest_first(run)[0]}, as told; --resume goes on from it")
+    assert err.strip().endswith(
+        f"stopped after checkpoint {list_checkpoints(run)[0]}, as told; --resume goes on from it"
+    )

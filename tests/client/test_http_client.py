@@ -25,7 +25,8 @@ from services import Here
 import raypp
 from raypp.bundle.load import PublicBundle, load_private, load_public
 from raypp.bundle.manifest import MANIFEST, write_manifest
-from raypp.cli import _printable, main
+from raypp.cli.main import main
+from raypp.cli.service import _printable
 from raypp.client.http import AsyncClient, Client
 from raypp.client.offline import protect_images
 from raypp.client.session import RemoteError, _wait
@@ -317,11 +318,11 @@ def test_a_service_that_asks_for_plain_images_gets_none(cache: Path, images: lis
 
     from raypp.config.presets import load_config
     from raypp.experiments.training_run import open_run, train_locally
-    from raypp.utils.progress import Display
+    from raypp.utils.progress import ProgressDisplay
 
     flags = tiny_flags(tmp_path, protection="plain", train__mode="plain", train__epochs=1)
     with open_run(load_config("quickstart", flags=flags), "plain") as run:
-        train_locally(run, Display(quiet=True), torch.device("cpu"))
+        train_locally(run, ProgressDisplay(quiet=True), torch.device("cpu"))
     faulty = Faulty(Here(tmp_path / "plain" / "bundle"))
     with (
         running(faulty.app) as url,
@@ -496,9 +497,9 @@ def test_a_demo_that_does_not_start_leaves_no_client_open(
     with running(app) as url:
         for second in ("b=http://", f"a={url}", f"b={url}/elsewhere"):
             with pytest.raises((ConfigError, RemoteError)):
-                demo.services([f"a={url}", second])
+                demo.open_services([f"a={url}", second])
         assert len(opened) >= 4
         assert all(client._http.is_closed for client in opened)
-        (service,) = demo.services([url])
+        (service,) = demo.open_services([url])
         assert not service.client._http.is_closed
         service.client.close()

@@ -31,7 +31,7 @@ from zygote import ProcessTree, variables
 from raypp.bundle.load import load_private, load_public
 from raypp.experiments import attack_plan, attack_run
 from raypp.serve.auth import add_token
-from raypp.training.checkpoint import newest_first
+from raypp.training.checkpoint import list_checkpoints
 from raypp.utils.storage import Storage
 
 pytestmark = pytest.mark.ray
@@ -206,7 +206,9 @@ def test_a_run_outlives_nodes_a_stopped_job_and_a_killed_driver(nodes: Nodes, tm
     wait_until(lambda: rows_of(folder)[-1]["world"] == 2, process)
 
     output = nodes.stop("elastic", process)
-    assert f"stopped after checkpoint {newest_first(Storage(folder))[0]}, as told; --resume goes on from it" in output
+    assert (
+        f"stopped after checkpoint {list_checkpoints(Storage(folder))[0]}, as told; --resume goes on from it" in output
+    )
     histories.append(rows_of(folder))
     time.sleep(3)
     assert rows_of(folder) == histories[-1], "a stopped job still trains"
@@ -269,8 +271,9 @@ def test_attacks_and_a_table_outlive_a_node(nodes: Nodes, trained: Trained, tmp_
     card = json.loads((tmp_path / "a" / "scorecard.json").read_text())
     assert {found["status"] for found in card["attacks"].values()} == {"done"}
     assert card["attacks"]["known_gallery"]["found"] == 1
-    undisturbed = attack_run.attack(
-        attack_plan.make_plan(bundle=str(bundle), suite=str(file), name="undisturbed", storage=tmp_path), quiet=True
+    undisturbed = attack_run.run_attack_suite(
+        attack_plan.make_attack_plan(bundle=str(bundle), suite=str(file), name="undisturbed", storage=tmp_path),
+        quiet=True,
     )
     for name, found in undisturbed["attacks"].items():
         scores = card["attacks"][name]["scores"]

@@ -27,9 +27,9 @@ from conftest import Trained, wait_until
 from zygote import ProcessTree, variables
 
 from raypp.bundle.load import load_private
-from raypp.cli import main
+from raypp.cli.main import main
 from raypp.serve.auth import add_token
-from raypp.serve.haproxy import settings
+from raypp.serve.haproxy import ray_settings
 
 pytestmark = [pytest.mark.ray, pytest.mark.network_namespace]
 
@@ -117,7 +117,7 @@ def nodes(zygote: Path, tmp_path: Path) -> Iterator[Nodes]:
                 ip("-n", name, "link", "set", device, "up")
             stack.callback(made.kill, node)
         # One machine's files: each HAProxy has its own folder, which on several machines lies at the same place.
-        proxies = [stack.enter_context(settings()) for _ in range(NUM_NODES)]
+        proxies = [stack.enter_context(ray_settings()) for _ in range(NUM_NODES)]
         for node in range(NUM_NODES):  # one after the other: they write into one folder, as machines do not
             head = "--head", "--port=6379", "--num-cpus=0", "--dashboard-host=127.0.0.1"
             made.start(node, proxies[node], *(head if node == 0 else (f"--address={HEAD}", "--num-cpus=1")))

@@ -19,10 +19,10 @@ import pytest
 from conftest import Cluster, Trained, override, wait_until
 
 from raypp.bundle.load import load_public
-from raypp.cli import main
+from raypp.cli.main import main
 from raypp.data import SOURCES
-from raypp.experiments.run_folder import RESUMABLE
-from raypp.training.checkpoint import newest_first
+from raypp.experiments.run_folder import MUTABLE_ON_RESUME
+from raypp.training.checkpoint import list_checkpoints
 from raypp.utils.images import encode_png
 from raypp.utils.storage import Storage
 
@@ -62,15 +62,15 @@ def test_a_worker_killed_within_an_epoch_costs_what_came_after_the_newest_checkp
     process = cluster.popen(command(tmp_path, "killed", *flags, epochs=3))
 
     def within_an_epoch() -> bool:
-        return len(history(tmp_path / "killed")) >= 2 and "_part_" in newest_first(run)[0]
+        return len(history(tmp_path / "killed")) >= 2 and "_part_" in list_checkpoints(run)[0]
 
     wait_until(within_an_epoch, process)
     victims = cluster.training_workers()
     assert len(victims) == 2
     victims[-1].kill()
-    there, written = set(newest_first(run)), set()
+    there, written = set(list_checkpoints(run)), set()
     while process.poll() is None:
-        written |= set(newest_first(run)) - there
+        written |= set(list_checkpoints(run)) - there
         time.sleep(0.05)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, out + err
@@ -97,7 +97,7 @@ def test_a_killed_driver_is_resumed_past_a_damaged_checkpoint(cluster: Cluster, 
     assert "exists already" in refused.stderr
 
     before = {(row["phase"], row["epoch"]): row["train_loss"] for row in history(folder)}
-    newest = newest_first(Storage(folder))[0]
+    newest = list_checkpoints(Storage(folder))[0]
     state = folder / "checkpoints" / newest / "state.pt"
     state.write_bytes(state.read_bytes()[:-100])
     resumed = cluster.run([*arguments, "--resume"])
@@ -130,7 +130,7 @@ def test_a_run_that_is_told_to_stop_says_what_is_kept(cluster: Cluster, tmp_path
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
-    newest = newest_first(Storage(tmp_path / "told"))[0]
+    newest = list_checkpoints(Storage(tmp_path / "told"))[0]
     assert err.strip().endswith(f"stopped after checkpoint {newest}, as told; --resume goes on from it")
     assert "SIGTERM" not in err
     rows = history(tmp_path / "told")
@@ -304,7 +304,7 @@ def test_what_may_differ_on_resume_is_in_the_configuration() -> None:
     from raypp.config.presets import load_config
 
     tree = load_config("cifar10").model_dump()  # whose features have all settings
-    for key in RESUMABLE:
+    for key in MUTABLE_ON_RESUME:
         node: Any = tree
         for part in key.split("."):
             node = node[part]
@@ -368,7 +368,7 @@ def test_attacks_that_are_told_to_stop_write_a_checkpoint_first(
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
     assert "as told; --resume goes on from" in " ".join(err.split())
-    newest = inverse / "checkpoints" / newest_first(Storage(inverse))[0]
+    newest = inverse / "checkpoints" / list_checkpoints(Storage(inverse))[0]
     assert (newest / "checkpoint.json").stat().st_mtime > told - 1  # an epoch may have ended just before
     assert not (inverse / "result.json").exists()
     end = time.monotonic() + 60

@@ -13,8 +13,8 @@ import pytest
 from conftest import Cluster, override, tiny_flags, wait_until
 
 from raypp.bundle.load import load_private, load_public
-from raypp.experiments.search import make_plan
-from raypp.training.checkpoint import newest_first
+from raypp.experiments.search import make_search_plan
+from raypp.training.checkpoint import list_checkpoints
 from raypp.utils.storage import Storage
 
 pytestmark = pytest.mark.ray
@@ -114,7 +114,7 @@ def test_a_stopped_search_loses_nothing(cluster: Cluster, tmp_path: Path, worker
     assert len(before) == 2 // workers
     for name, had in before.items():
         assert len(had) < epochs, "the search was over before it was told to stop"
-        newest = trials / name / "checkpoints" / newest_first(Storage(trials / name))[0]
+        newest = trials / name / "checkpoints" / list_checkpoints(Storage(trials / name))[0]
         assert (newest / "checkpoint.json").stat().st_mtime > signalled - 1  # an epoch may have ended just before
 
     resumed = cluster.run([*arguments, "--resume"])
@@ -158,14 +158,14 @@ def test_a_population_passes_its_best_networks_on(cluster: Cluster, tmp_path: Pa
 def test_nobody_takes_over_a_network_that_is_finished(tmp_path: Path) -> None:
     from ray.tune.schedulers import TrialScheduler
 
-    from raypp.cluster.search_algorithms import _scheduler
+    from raypp.cluster.search_algorithms import build_scheduler
 
     rates = (
         "{train.optimizer.lr: {low: 0.01, high: 0.1}, train.alpha: null, protection.skips: null, train.schedule: null}"
     )
     flags = ["--search.space", rates, "--search.objective", "accuracy", "--search.scheduler", "pbt"]
     flags += ["--train.schedule", "{name: constant}"]
-    population = _scheduler(make_plan("quickstart", flags=flags, storage=str(tmp_path), name="s"))
+    population = build_scheduler(make_search_plan("quickstart", flags=flags, storage=str(tmp_path), name="s"))
     for epoch in (8, 9):  # the last, and the report after the attack
         result = {"epoch": epoch, "epochs": 8, "judged": 0.5}
         assert population.on_trial_result(None, None, result) == TrialScheduler.CONTINUE
@@ -208,9 +208,9 @@ def test_a_trial_whose_worker_died_says_so() -> None:
 
 
 def test_patience_ends_a_search_that_no_longer_improves() -> None:
-    from raypp.cluster.search_algorithms import NoImprovement
+    from raypp.cluster.search_algorithms import PatienceStopper
 
-    stop = NoImprovement(2, "both", None)
+    stop = PatienceStopper(2, "both", None)
     for accuracy, leakage, ends in ((0.5, 0.5, False), (0.4, 0.6, False), (0.6, 0.6, False), (0.5, 0.5, False),
                                     (0.3, 0.7, True)):  # fmt: skip
         stop("t", {"accuracy": accuracy, "leakage": 0.0, "finished": False})  # an epoch is no end

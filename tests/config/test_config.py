@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raypp.config.overrides import merge, parse_flags
+from raypp.config.overrides import deep_merge, parse_overrides
 from raypp.config.presets import load_config, load_tree, presets, read_yaml
 from raypp.config.schema import Config
 from raypp.config.validation import validate, validate_data
@@ -113,20 +113,20 @@ def test_a_new_name_starts_its_section_afresh(tmp_path: Path) -> None:
 def test_merge_does_not_touch_its_arguments() -> None:
     base: dict[str, Any] = {"a": {"name": "x", "y": 1}, "b": {"c": 2}}
     over: dict[str, Any] = {"a": "z", "b": {"d": [3]}}
-    assert merge(base, over) == {"a": {"name": "z"}, "b": {"c": 2, "d": [3]}}
+    assert deep_merge(base, over) == {"a": {"name": "z"}, "b": {"c": 2, "d": [3]}}
     assert base == {"a": {"name": "x", "y": 1}, "b": {"c": 2}}
     assert over == {"a": "z", "b": {"d": [3]}}
 
 
 def test_flags_in_every_spelling() -> None:
-    assert parse_flags(["--train.alpha=0.5", "--train.batch-size", "8", "--data.num_test", "null"]) == {
+    assert parse_overrides(["--train.alpha=0.5", "--train.batch-size", "8", "--data.num_test", "null"]) == {
         "train": {"alpha": "0.5", "batch_size": "8"},
         "data": {"num_test": None},
     }
     for text in ("a=b", "2020-99-99", "0x_", "[a", "1e3", "yes", "-1", "", "null.png"):
-        assert parse_flags([f"--data.source.path={text}"]) == {"data": {"source": {"path": text}}}
-        assert parse_flags(["--data.source.path", text]) == {"data": {"source": {"path": text}}}
-    assert parse_flags(["--data.source", "{name: folder, path: a=b}"])["data"]["source"]["path"] == "a=b"
+        assert parse_overrides([f"--data.source.path={text}"]) == {"data": {"source": {"path": text}}}
+        assert parse_overrides(["--data.source.path", text]) == {"data": {"source": {"path": text}}}
+    assert parse_overrides(["--data.source", "{name: folder, path: a=b}"])["data"]["source"]["path"] == "a=b"
     config = make("--train.optimizer.lr", "1e-3", "--data.augment.flip", "no", "--data.channels", "1")
     assert (config.train.optimizer.lr, config.data.augment.flip, config.data.channels) == (0.001, False, 1)
 
@@ -407,14 +407,14 @@ def test_a_key_twice_in_a_flag_or_a_json_file_is_refused() -> None:
 )
 def test_a_setting_twice_is_refused(words: str, key: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{key} is given twice, first as .*, then as .*; allowed is once$"):
-        parse_flags([word.replace("\xa0", " ") for word in words.split(" ")])
+        parse_overrides([word.replace("\xa0", " ") for word in words.split(" ")])
 
 
 def test_different_settings_of_one_section_are_taken_together() -> None:
     words = ["--protection", "ele", "--protection.block", "8", "--train", "{alpha: 1}", "--train", "{epochs: 2}"]
     together = {"protection": {"name": "ele", "block": "8"}, "train": {"alpha": 1, "epochs": 2}}
-    assert parse_flags(words) == together
-    assert parse_flags([*words[2:], *words[:2]]) == together
+    assert parse_overrides(words) == together
+    assert parse_overrides([*words[2:], *words[:2]]) == together
 
 
 def test_data_sections_are_validated_alone() -> None:
@@ -461,7 +461,7 @@ def test_yaml_round_trip(
         "protection": {"skips": skips},
         "train": {"alpha": alpha, "schedule": {"name": "multistep", "milestones": milestones}},
     }
-    config = validate(merge(tree, over))
+    config = validate(deep_merge(tree, over))
     again = validate(yaml.safe_load(config.to_yaml()))
     assert again == config
     assert again.to_yaml() == config.to_yaml()

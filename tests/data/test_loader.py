@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from raypp.data.loader import Augmentation, DeviceLoader, as_input, generator
+from raypp.data.loader import Augmentation, DeviceLoader, make_generator, to_float_tensor
 from raypp.utils.errors import DataError
 
 NOTHING = Augmentation(0, False)
@@ -110,7 +110,7 @@ def crop_and_flip(image: np.ndarray, padding: int, dy: int, dx: int, flip: bool)
 def test_crop_and_flip(height: int, width: int, channels: int, padding: int, flip: bool, seed: int) -> None:
     images = noise(5, height, width, channels)
     augmentation = Augmentation(padding, flip)
-    drawn = augmentation.draw(5, generator(seed))
+    drawn = augmentation.draw(5, make_generator(seed))
     found = augmentation.apply(images, *drawn)
     assert found.dtype == torch.uint8
     dy, dx, flips = (d.tolist() for d in drawn)
@@ -119,13 +119,13 @@ def test_crop_and_flip(height: int, width: int, channels: int, padding: int, fli
 
 
 def test_offsets_and_flips_use_their_whole_range_evenly() -> None:
-    dy, dx, flips = Augmentation(2, True).draw(5000, generator(0))
+    dy, dx, flips = Augmentation(2, True).draw(5000, make_generator(0))
     for offsets in (dy, dx):
         assert np.bincount(offsets.numpy(), minlength=5).min() > 850
         assert offsets.max() == 4
     assert not torch.equal(dy, dx)
     assert 2350 < flips.sum() < 2650
-    assert not Augmentation(2, False).draw(5000, generator(0))[2].any()
+    assert not Augmentation(2, False).draw(5000, make_generator(0))[2].any()
 
 
 def test_images_in_a_batch_are_augmented_independently_and_anew_each_epoch() -> None:
@@ -146,13 +146,13 @@ def test_without_augmentation_images_arrive_as_they_are() -> None:
 
 def test_as_input_maps_every_level_to_its_share() -> None:
     levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1)
-    found = as_input(levels)
+    found = to_float_tensor(levels)
     assert found.shape == (1, 1, 16, 16)
     assert found.dtype == torch.float32
     assert found.flatten().tolist() == pytest.approx([level / 255 for level in range(256)])
-    assert as_input(noise(2)).is_contiguous(memory_format=torch.channels_last)
+    assert to_float_tensor(noise(2)).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_generators_of_neighbouring_numbers_do_not_collide() -> None:
     keys = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]
-    assert len({tuple(torch.rand(2, generator=generator(*key)).tolist()) for key in keys}) == len(keys)
+    assert len({tuple(torch.rand(2, generator=make_generator(*key)).tolist()) for key in keys}) == len(keys)

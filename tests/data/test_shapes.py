@@ -7,17 +7,17 @@ import pytest
 from pydantic import ValidationError
 
 from raypp.data import SOURCES
-from raypp.data.base import ImageSet, Source
+from raypp.data.base import DataSource, ImageDataset
 from raypp.data.shapes import CHUNK, Shapes
 from raypp.utils.errors import DataError
-from raypp.utils.images import grey
+from raypp.utils.images import to_grayscale
 
 
-def shapes(size: tuple[int, int] | None = None, channels: int = 3, **options: Any) -> Source:
+def shapes(size: tuple[int, int] | None = None, channels: int = 3, **options: Any) -> DataSource:
     return Shapes(Shapes.Options(**options), size=size, channels=channels)
 
 
-def train(num: int, **options: Any) -> ImageSet:
+def train(num: int, **options: Any) -> ImageDataset:
     return shapes(num_train=num, **options).load("train")
 
 
@@ -56,7 +56,7 @@ def test_any_size(size: tuple[int, int]) -> None:
 
 
 def test_grey_is_the_grey_of_the_colour_images() -> None:
-    assert np.array_equal(train(20, channels=1).images, grey(train(20).images))
+    assert np.array_equal(train(20, channels=1).images, to_grayscale(train(20).images))
 
 
 @pytest.mark.parametrize("size", [(15, 32), (32, 8)])
@@ -73,7 +73,7 @@ def test_options_are_validated(option: dict[str, int]) -> None:
 
 @pytest.mark.slow
 def test_colour_alone_does_not_tell_the_class() -> None:
-    def features(images: ImageSet) -> np.ndarray:
+    def features(images: ImageDataset) -> np.ndarray:
         pixels = images.images.reshape(len(images), -1, 3) / 255
         return np.concatenate([pixels.mean(1), pixels.std(1), np.ones((len(images), 1))], axis=1)
 
@@ -87,8 +87,8 @@ def test_colour_alone_does_not_tell_the_class() -> None:
 @pytest.mark.slow
 def test_the_shape_does_tell_the_class() -> None:
     # Distance to the nearest of 2000 outlines after centring; a convolutional net reaches 99 % in two epochs.
-    def outlines(images: ImageSet) -> np.ndarray:
-        luma = grey(images.images)[..., 0].astype(float)
+    def outlines(images: ImageDataset) -> np.ndarray:
+        luma = to_grayscale(images.images)[..., 0].astype(float)
         border = np.median(np.concatenate([luma[:, 0], luma[:, -1], luma[:, :, 0], luma[:, :, -1]], axis=1), axis=1)
         contrast = abs(luma - border[:, None, None])
         masks = contrast > contrast.max(axis=(1, 2), keepdims=True) / 2

@@ -24,7 +24,7 @@ from PIL import Image
 from torchvision import datasets
 
 from raypp.data import SOURCES, base, parquet
-from raypp.data.base import ImageSet, Record, Source, Split, check_memory, stratified_split
+from raypp.data.base import DataSource, Example, ImageDataset, Split, check_memory, stratified_split
 from raypp.data.cifar import Cifar10, Cifar100
 from raypp.data.convert import check, convert, describe
 from raypp.data.folder import Folder
@@ -36,8 +36,8 @@ from raypp.utils.images import encode_png, write_png
 SHARED = ROOT.parent / "shared" / "data" / "cifar10"
 
 
-def build(name: str, size: tuple[int, int] | None = None, channels: int = 3, **options: Any) -> Source:
-    source: Source = SOURCES.build(SOURCES.options(name)(**options), size=size, channels=channels)
+def build(name: str, size: tuple[int, int] | None = None, channels: int = 3, **options: Any) -> DataSource:
+    source: DataSource = SOURCES.build(SOURCES.options(name)(**options), size=size, channels=channels)
     return source
 
 
@@ -46,23 +46,23 @@ def build(name: str, size: tuple[int, int] | None = None, channels: int = 3, **o
 
 def test_fingerprint_sees_content_and_nothing_else() -> None:
     images, labels, classes = noise(4), np.arange(4) % 2, ("a", "b")
-    known = ImageSet(images, labels, classes).fingerprint()
+    known = ImageDataset(images, labels, classes).fingerprint()
     transposed = np.ascontiguousarray(images.transpose(3, 0, 1, 2)).transpose(1, 2, 3, 0)
-    assert ImageSet(transposed, labels.astype(np.int32), classes).fingerprint() == known
+    assert ImageDataset(transposed, labels.astype(np.int32), classes).fingerprint() == known
     changed = images.copy()
     changed[3, 3, 3, 2] ^= 1
     others = [
-        ImageSet(changed, labels, classes),
-        ImageSet(images, 1 - labels, classes),
-        ImageSet(images, labels, ("a", "c")),
-        ImageSet(images.reshape(4, 2, 8, 3), labels, classes),
-        ImageSet(images[:3], labels[:3], classes),
+        ImageDataset(changed, labels, classes),
+        ImageDataset(images, 1 - labels, classes),
+        ImageDataset(images, labels, ("a", "c")),
+        ImageDataset(images.reshape(4, 2, 8, 3), labels, classes),
+        ImageDataset(images[:3], labels[:3], classes),
     ]
     assert len({known, *(other.fingerprint() for other in others)}) == 6
 
 
 def test_subset_keeps_pairs() -> None:
-    whole = ImageSet(noise(5), np.arange(5), tuple("abcde"))
+    whole = ImageDataset(noise(5), np.arange(5), tuple("abcde"))
     part = whole.subset([4, 1])
     assert len(part) == 2
     assert part.labels.tolist() == [4, 1]
@@ -946,10 +946,10 @@ def test_check_counts_and_lists_instead_of_stopping(tmp_path: Path) -> None:
     assert report.test.fingerprint is not None
 
 
-class Fixed(Source):
+class Fixed(DataSource):
     """Records given by the test."""
 
-    given: list[Record]
+    given: list[Example]
     classes = ("a",)
 
     def num_images(self, split: Split) -> int:

@@ -18,7 +18,7 @@ from conftest import ROOT
 from methods import build, victim
 from torch import Tensor
 
-from raypp.attacks.base import Access
+from raypp.attacks.base import AttackerKnowledge
 from raypp.metrics.image import psnr, ssim, ssim_lab
 from raypp.utils.images import decode
 from raypp.utils.keys import Key
@@ -75,7 +75,7 @@ def nearest(cifar: Images) -> Tensor:
 
 def feature_reconstruction(cifar: Images) -> Tensor:
     protected = victim("pixel", Key(bytes(32))).protect(cifar[0])
-    return build("feature_reconstruction", Access((3, 32, 32))).reconstruct(protected)
+    return build("feature_reconstruction", AttackerKnowledge((3, 32, 32))).reconstruct(protected)
 
 
 TABLE: dict[str, tuple[Callable[[Images], Tensor], tuple[float, float, float]]] = {

@@ -24,14 +24,15 @@ from PIL import Image
 from raypp.attacks.user_function import user_function
 from raypp.bundle.load import load_plain_classifier
 from raypp.bundle.manifest import verify, write_manifest
-from raypp.cli import main, run_attacks
+from raypp.cli.attack import run_attacks
+from raypp.cli.main import main
 from raypp.evaluation.report.render import write_report
-from raypp.evaluation.scorecard import share_found, still_rising, summarise, verdict, worst
+from raypp.evaluation.scorecard import aggregate, is_rising, reidentification_rate, strongest_attack, verdict
 from raypp.experiments import attack_export, attack_plan, attack_run, attack_scores
 from raypp.metrics.statistics import chance_error, wilson_interval
-from raypp.utils.errors import ConfigError, RayppError, StorageError, ToldToStop
+from raypp.utils.errors import ConfigError, RayppError, StorageError, TrainingInterrupted
 from raypp.utils.images import write_png
-from raypp.utils.progress import GridDisplay
+from raypp.utils.progress import MultiProgressDisplay
 from raypp.utils.storage import Storage
 
 SUITE: dict[str, Any] = {
@@ -47,13 +48,15 @@ SUITE: dict[str, Any] = {
 }
 
 
-def plan(tmp_path: Path, name: str = "attack", suite: dict[str, Any] | None = None, **victim: Any) -> attack_plan.Plan:
+def plan(
+    tmp_path: Path, name: str = "attack", suite: dict[str, Any] | None = None, **victim: Any
+) -> attack_plan.AttackPlan:
     file = tmp_path / "suite.yaml"
     file.write_text(yaml.safe_dump(SUITE if suite is None else suite))
-    return attack_plan.make_plan(**({"suite": str(file), "storage": tmp_path / "runs", "name": name} | victim))
+    return attack_plan.make_attack_plan(**({"suite": str(file), "storage": tmp_path / "runs", "name": name} | victim))
 
 
-def attack(of: attack_plan.Plan, *, resume: bool = False) -> dict[str, Any]:
+def attack(of: attack_plan.AttackPlan, *, resume: bool = False) -> dict[str, Any]:
     return run_attacks(of, local=True, quiet=True, resume=resume)
 
 
@@ -150,7 +153,7 @@ def test_a_stored_network_reconstructs_as_it_did(attacked: tuple[Path, Path, dic
 
     bundle, folder, _ = attacked
     of = plan(tmp_path, bundle=str(bundle))
-    victim = attack_plan.load_victim_of(of)
+    victim = attack_plan.load_target_of(of)
     network = attack_run.load_network(
         Storage(folder / "attacks" / "inverse"), of.suite.options("inverse"), victim.access
     )
@@ -228,7 +231,7 @@ def test_a_training_runs_folder_is_no_place_for_attacks(trained: Trained, tmp_pa
 def test_a_ladder_that_is_told_to_stop_goes_on_from_its_checkpoint(trained: Trained, tmp_path: Path) -> None:
     whole = attack(plan(tmp_path, "whole", bundle=str(shutil.copytree(trained.bundle, tmp_path / "bundle"))))
 
-    def stopped(plan: attack_plan.Plan, missing: Any, display: GridDisplay, ended: Any) -> None:
+    def stopped(plan: attack_plan.AttackPlan, missing: Any, display: MultiProgressDisplay, ended: Any) -> None:
         signalled: list[str] = []
 
         def tell(run: str, info: dict[str, Any]) -> None:
@@ -237,13 +240,13 @@ def test_a_ladder_that_is_told_to_stop_goes_on_from_its_checkpoint(trained: Trai
                 signal.raise_signal(signal.SIGTERM)
 
         display.step = tell  # type: ignore[method-assign]
-        attack_run.run_locally(plan, missing, display, ended)
+        attack_run.run_attacks_locally(plan, missing, display, ended)
 
     part = plan(tmp_path, "part", bundle=str(shutil.copytree(trained.bundle, tmp_path / "other")))
-    with pytest.raises(ToldToStop, match="stopped after checkpoint epoch_"):
-        attack_run.attack(part, quiet=True, run=stopped)
-    assert attack_plan.finished(part, "feature_reconstruction") is not None
-    assert attack_plan.finished(part, "inverse") is None
+    with pytest.raises(TrainingInterrupted, match="stopped after checkpoint epoch_"):
+        attack_run.run_attack_suite(part, quiet=True, run=stopped)
+    assert attack_plan.load_result(part, "feature_reconstruction") is not None
+    assert attack_plan.load_result(part, "inverse") is None
     again = attack(part, resume=True)
     assert again["attacks"]["inverse"]["scores"] == whole["attacks"]["inverse"]["scores"]
 
@@ -254,15 +257,15 @@ def test_an_attack_that_is_killed_goes_on_from_its_checkpoint(
 ) -> None:
     """As a killed process leaves it: an epoch trained, no result."""
     whole = attack(plan(tmp_path, "whole", bundle=str(shutil.copytree(trained.bundle, tmp_path / "bundle"))))
-    from raypp.training.reporter import LocalSink
+    from raypp.training.reporter import LocalReporter
 
-    report = LocalSink.report
+    report = LocalReporter.report
 
     def killed(self: Any, history: Sequence[Any], name: str, checkpoint: Path | None) -> None:
         report(self, list(history), name, checkpoint)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(LocalSink, "report", killed)
+    monkeypatch.setattr(LocalReporter, "report", killed)
     of = plan(tmp_path, "cut", bundle=str(tmp_path / "bundle"))
     with pytest.raises(KeyboardInterrupt):
         attack(of)
@@ -295,7 +298,7 @@ IMAGES = [
 ]  # fmt: skip
 
 
-def of_function(tmp_path: Path, name: str = "attack", **more: Any) -> attack_plan.Plan:
+def of_function(tmp_path: Path, name: str = "attack", **more: Any) -> attack_plan.AttackPlan:
     where = more.pop("function", None) or function(tmp_path)
     return plan(tmp_path, name, preset="quickstart", function=where, **({"flags": IMAGES} | more))
 
@@ -595,19 +598,19 @@ def test_a_plan_that_makes_no_sense_is_refused(trained: Trained, tmp_path: Path)
     assert "name one victim" in refusal(tmp_path)
     assert "name one victim" in refusal(tmp_path, bundle=bundle, function="a:b")
     with pytest.raises(RayppError, match=r"unknown suite 'smal' \(did you mean 'small'\?\)"):
-        attack_plan.make_plan(bundle=bundle, suite="smal", name="a")
+        attack_plan.make_attack_plan(bundle=bundle, suite="smal", name="a")
     with pytest.raises(RayppError, match=r"unknown attack 'invers' \(did you mean 'inverse'\?\)"):
-        attack_plan.make_plan(bundle=bundle, attacks=["invers"], name="a")
+        attack_plan.make_attack_plan(bundle=bundle, attacks=["invers"], name="a")
     with pytest.raises(RayppError, match="--itn sets an attack that is not run"):
-        attack_plan.make_plan(bundle=bundle, attacks=["inverse"], flags=["--itn.width", "3"], name="a")
+        attack_plan.make_attack_plan(bundle=bundle, attacks=["inverse"], flags=["--itn.width", "3"], name="a")
     for flags, said in (
         (["--inverse", "5"], "--inverse is '5'; allowed are options of the attack"),
         (["--attacks.inverse.width", "4"], "unknown option --attacks.inverse.width"),
     ):
         with pytest.raises(RayppError, match=re.escape(said)):
-            attack_plan.make_plan(bundle=bundle, attacks=["inverse"], flags=flags, name="a")
+            attack_plan.make_attack_plan(bundle=bundle, attacks=["inverse"], flags=flags, name="a")
     with pytest.raises(RayppError, match="--data chooses the images of a bundle or a --function"):
-        attack_plan.make_plan(folders=("a", "b"), flags=["--data.source.num_train", "100"], name="a")
+        attack_plan.make_attack_plan(folders=("a", "b"), flags=["--data.source.num_train", "100"], name="a")
     assert "bundle" in refusal(tmp_path, bundle=str(tmp_path / "none"))
     assert "function 'nothing' is not understood" in refusal(tmp_path, function="nothing")
 
@@ -667,28 +670,28 @@ def test_accuracy_at_chance_is_an_error(correct: int, num: int, chance: float, a
         assert chance_error({key: numbers[key] for key in ("accuracy", "accuracy_interval")}, 10) == sentence
     assert chance_error(None, 10) is None
     flat = [{"ssim_invariant": 0.3, "found": 0.1}, {"ssim_invariant": 0.305, "found": 0.105}]
-    assert not still_rising(flat)
-    assert still_rising([flat[0], {"ssim_invariant": 0.3, "found": 0.12}])
-    assert still_rising([flat[0], {"ssim_invariant": 0.32, "found": 0.1}])
+    assert not is_rising(flat)
+    assert is_rising([flat[0], {"ssim_invariant": 0.3, "found": 0.12}])
+    assert is_rising([flat[0], {"ssim_invariant": 0.32, "found": 0.1}])
 
 
 def test_the_worst_attack_counts_not_the_average() -> None:
     def of(found: float, likeness: float = 0.1, status: str = "done") -> dict[str, Any]:
         return {"status": status, "found": found, "scores": {"ssim_invariant": {"mean": likeness}}}
 
-    assert worst({}) is None
-    assert worst({"a": of(0.1), "b": of(0.3), "c": of(0.9, status="failed")}) == "b"
-    assert worst({"a": of(0.1, 0.2), "b": of(0.1, 0.4)}) == "b"
+    assert strongest_attack({}) is None
+    assert strongest_attack({"a": of(0.1), "b": of(0.3), "c": of(0.9, status="failed")}) == "b"
+    assert strongest_attack({"a": of(0.1, 0.2), "b": of(0.1, 0.4)}) == "b"
 
 
 def test_a_summary_of_known_values() -> None:
-    found = summarise({"ssim": torch.linspace(0, 1, 101), "reidentified": torch.tensor([0.0, 1.0, 1.0, 1.0])})
+    found = aggregate({"ssim": torch.linspace(0, 1, 101), "reidentified": torch.tensor([0.0, 1.0, 1.0, 1.0])})
     assert found["ssim"]["mean"] == pytest.approx(0.5)
     assert found["ssim"]["median"] == pytest.approx(0.5)
     assert found["ssim"]["worst_1_percent"] == pytest.approx(0.99)
     assert found["ssim"]["low"] < 0.45 < 0.5 < 0.55 < found["ssim"]["high"]
     assert set(found["reidentified"]) == {"mean", "low", "high"}
-    assert share_found({"reidentified": {"mean": 0.1}, "reidentified_edges": {"mean": 0.4}}) == 0.4
+    assert reidentification_rate({"reidentified": {"mean": 0.1}, "reidentified_edges": {"mean": 0.4}}) == 0.4
 
 
 # The report
@@ -776,8 +779,8 @@ def test_two_attack_runs_that_end_together_both_stay_in_a_bundle(
     cards = [card | {"attacks": {name: card["attacks"][name]}} for name in names]
     for of in plans:
         shutil.copytree(run_folder, of.storage.path)
-    second = threading.Thread(target=attack_export._into_bundle, args=(plans[1], cards[1], True))
-    merge = attack_export._with_stored
+    second = threading.Thread(target=attack_export.export_to_bundle, args=(plans[1], cards[1], True))
+    merge = attack_export._merge_with_stored
 
     def slow(*arguments: Any) -> Any:
         merged = merge(*arguments)
@@ -787,7 +790,7 @@ def test_two_attack_runs_that_end_together_both_stay_in_a_bundle(
         return merged
 
     monkeypatch.setattr(attack_run, "_with_stored", slow)
-    attack_export._into_bundle(plans[0], cards[0], True)
+    attack_export.export_to_bundle(plans[0], cards[0], True)
     second.join()
     assert set(json.loads((bundle / "private" / "scorecard.json").read_text())["attacks"]) == set(names)
     verify(bundle)
@@ -914,8 +917,8 @@ def test_settings_stand_anywhere_whichever_victim_is_named(
 ) -> None:
     """Flags of images and attacks after --function and --folders, and before and after a bundle."""
     monkeypatch.setenv("COLUMNS", "200")
-    seen: list[attack_plan.Plan] = []
-    monkeypatch.setattr("raypp.cli.run_attacks", lambda plan, **_: seen.append(plan))
+    seen: list[attack_plan.AttackPlan] = []
+    monkeypatch.setattr("raypp.cli.attack.run_attacks", lambda plan, **_: seen.append(plan))
     where = function(tmp_path)
     main(["attack", "--function", where, "--preset", "quickstart", "--data.source.num_train", "70", "--suite", "quick"])
     main(["attack", "--folders", "a", "b", "--suite", "quick", "--num_queries", "30", "--inverse.width", "4"])

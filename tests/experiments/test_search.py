@@ -12,21 +12,21 @@ import torch
 from conftest import Trained, override, tiny_flags
 from PIL import Image
 
-from raypp.cli import main
+from raypp.cli.main import main
 from raypp.config.presets import load_config
 from raypp.experiments import pareto, plots, search, search_records, search_results, search_settings, search_trial
-from raypp.experiments.search import make_plan
+from raypp.experiments.search import make_search_plan
 from raypp.experiments.search_settings import Range
 from raypp.experiments.training_run import open_run, train_locally
 from raypp.utils.errors import ConfigError, StorageError
-from raypp.utils.progress import Display
+from raypp.utils.progress import ProgressDisplay
 from raypp.utils.storage import Storage
 
 
-def plan(tmp_path: Path, *flags: str, name: str = "s") -> search_settings.Plan:
+def plan(tmp_path: Path, *flags: str, name: str = "s") -> search_settings.SearchPlan:
     given = [flag for flag in tiny_flags(tmp_path) if flag not in ("--cluster.storage", str(tmp_path))]
     given += ["--search.space.protection.skips", "[0, 1, 2]"]  # of a U-Net of depth 2
-    return make_plan("quickstart", None, override(given, flags), storage=str(tmp_path), name=name)
+    return make_search_plan("quickstart", None, override(given, flags), storage=str(tmp_path), name=name)
 
 
 def record(trial: str, accuracy: float, leakage: float, **others: Any) -> dict[str, Any]:
@@ -83,12 +83,12 @@ def test_a_space_is_changed_by_flags(tmp_path: Path) -> None:
     assert found.search.space["train.alpha"] == Range(low=1, high=2)
     assert "protection.skips" not in found.search.space
     assert found.config_at({"train.alpha": 1.5, "protection.skips": 0}).train.alpha == 1.5
-    assert search_settings.restore(found.dump()).dump() == found.dump()
+    assert search_settings.restore_search_plan(found.dump()).dump() == found.dump()
 
 
 @pytest.mark.parametrize("preset", ["quickstart", "cifar10-small", "cifar10-code", "cifar10", "cifar100"])
 def test_every_preset_has_a_space_that_may_be_searched(preset: str, tmp_path: Path) -> None:
-    found = make_plan(preset, storage=str(tmp_path), name="s")
+    found = make_search_plan(preset, storage=str(tmp_path), name="s")
     assert "train.optimizer.lr" in found.search.space
     assert "search" not in load_config(preset).model_dump()
 
@@ -97,7 +97,7 @@ def test_a_preset_without_a_space_says_so(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(load_config("quickstart").to_yaml())
     with pytest.raises(ConfigError, match="has no section search"):
-        make_plan(str(file), storage=str(tmp_path), name="s")
+        make_search_plan(str(file), storage=str(tmp_path), name="s")
 
 
 # How trials are judged
@@ -113,11 +113,11 @@ def test_the_front_and_what_is_chosen_of_it(tmp_path: Path) -> None:
     assert [r["trial"] for r in front] == ["a", "b", "c"]
     assert pareto.knee(front)["trial"] == "b"
     both = plan(tmp_path).search
-    assert {k: r["trial"] for k, r in pareto.chosen(records, both, None).items()} == {
+    assert {k: r["trial"] for k, r in pareto.select_best(records, both, None).items()} == {
         "accuracy": "a", "privacy": "c", "knee": "b",
     }  # fmt: skip
     assert {r["trial"] for r in pareto.pareto(records, 0.75)} == {"a", "b"}
-    assert pareto.chosen(records, both, 0.99) == {}
+    assert pareto.select_best(records, both, 0.99) == {}
     # By hand: 0.9 from leakage 1 to 0.8, 0.8 on to 0.3, 0.5 on to 0.2 ... below each its own accuracy.
     assert pareto.hypervolume(records) == pytest.approx(0.9 * 0.2 + 0.8 * 0.5 + 0.5 * 0.1)
 
@@ -142,9 +142,9 @@ def test_missing_the_constraint_is_worse_than_any_leakage(tmp_path: Path) -> Non
 
 def test_constraints_are_shares_or_below_plain(tmp_path: Path) -> None:
     below = plan(tmp_path, "--search.min_accuracy", "plain - 0.01").search
-    assert search_results.least_accuracy(below, 0.75) == pytest.approx(0.74)
-    assert search_results.least_accuracy(plan(tmp_path, "--search.min_accuracy", "0.6").search, None) == 0.6
-    assert search_results.least_accuracy(plan(tmp_path).search, None) is None
+    assert search_results.min_accuracy(below, 0.75) == pytest.approx(0.74)
+    assert search_results.min_accuracy(plan(tmp_path, "--search.min_accuracy", "0.6").search, None) == 0.6
+    assert search_results.min_accuracy(plan(tmp_path).search, None) is None
 
 
 @pytest.mark.slow
@@ -190,13 +190,13 @@ def test_table_and_pictures(tmp_path: Path) -> None:
 
 
 def train(run: Any, display: Any) -> dict[str, Any]:
-    return train_locally(run, Display(quiet=True), torch.device("cpu"))
+    return train_locally(run, ProgressDisplay(quiet=True), torch.device("cpu"))
 
 
 @pytest.mark.slow
 def test_a_trial_is_trained_attacked_and_kept(tmp_path: Path) -> None:
     asked = plan(tmp_path, "--search.attack", "{width: 4, train: {epochs: 1}}")
-    display = Display(quiet=True)
+    display = ProgressDisplay(quiet=True)
     found = search_trial.run_trial(asked, "t1", {"train.alpha": 0.1}, display, train)
     assert found["status"] == "done"
     assert -1 <= found["leakage"] <= 1
@@ -208,7 +208,7 @@ def test_a_trial_is_trained_attacked_and_kept(tmp_path: Path) -> None:
     assert "not a finite number" in diverged["explanation"]
     impossible = search_trial.run_trial(asked, "t3", {"protection.skips": 9}, display, train)
     assert impossible["status"] == "not possible"
-    assert [r["trial"] for r in search_records.records_of(asked)] == ["t1", "t2", "t3"]
+    assert [r["trial"] for r in search_records.trial_records(asked)] == ["t1", "t2", "t3"]
 
 
 @pytest.mark.slow
@@ -216,13 +216,13 @@ def test_the_quick_attack_tells_protections_apart(tmp_path: Path, trained: Train
     """Images that are not protected at all leak everything, and more than the class tells."""
     flags = tiny_flags(tmp_path, protection="plain", train__mode="plain", train__epochs=1)
     with open_run(load_config("quickstart", flags=flags), "plain") as run:
-        train_locally(run, Display(quiet=True), torch.device("cpu"))
+        train_locally(run, ProgressDisplay(quiet=True), torch.device("cpu"))
         config = run.config
     attack = "{width: 8, train: {epochs: 40, batch_size: 10, optimizer: {lr: 0.02}}}"
     asked = plan(tmp_path, "--search.attack", attack).search
-    display = Display(quiet=True)
+    display = ProgressDisplay(quiet=True)
     leaks = {
-        name: search_trial.quick_leakage(str(bundle), config, asked, Storage(tmp_path / f"leak-{name}"), display)
+        name: search_trial.proxy_leakage(str(bundle), config, asked, Storage(tmp_path / f"leak-{name}"), display)
         for name, bundle in (("plain", tmp_path / "plain" / "bundle"), ("learned", trained.bundle))
     }
     assert leaks["plain"]["leakage"] > 0.6
@@ -251,16 +251,16 @@ def test_a_search_is_resumed_with_the_same_settings_only(tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("offline")
 def test_a_search_without_its_feature_network_is_refused_before_its_folder_is_made(tmp_path: Path) -> None:
-    plan = make_plan("cifar10-small", storage=str(tmp_path / "runs"), name="s")
+    plan = make_search_plan("cifar10-small", storage=str(tmp_path / "runs"), name="s")
     with pytest.raises(ConfigError, match=r"features.fallback allow"), search.open_search(plan, resume=False):
         pass
     assert not (tmp_path / "runs").exists()
     # Alpha is 0 in the preset, and above 0 at one end of the space.
     flags = ["--search.space.train.alpha", "{low: 0, high: 0.1}"]
-    plan = make_plan("cifar10-code", flags=flags, storage=str(tmp_path), name="c")
+    plan = make_search_plan("cifar10-code", flags=flags, storage=str(tmp_path), name="c")
     with pytest.raises(ConfigError, match=r"features.fallback allow"), search.open_search(plan, resume=False):
         pass
-    allowed = make_plan("cifar10-small", flags=["--features.fallback", "allow"], storage=str(tmp_path), name="s")
+    allowed = make_search_plan("cifar10-small", flags=["--features.fallback", "allow"], storage=str(tmp_path), name="s")
     with search.open_search(allowed, resume=False) as begun:
         assert not begun
     with search.open_search(allowed, resume=True) as begun:
@@ -268,7 +268,7 @@ def test_a_search_without_its_feature_network_is_refused_before_its_folder_is_ma
 
 
 def test_milestones_of_a_search_belong_to_its_epochs(tmp_path: Path) -> None:
-    plan = make_plan("cifar10", flags=["--train.epochs", "50"], storage=str(tmp_path), name="s")
+    plan = make_search_plan("cifar10", flags=["--train.epochs", "50"], storage=str(tmp_path), name="s")
     first, second = (plan.config_at({"train.schedule": choice}) for choice in plan.search.space["train.schedule"])
     assert first.train.schedule.model_dump()["milestones"] == (15, 30, 40)
     assert second.train.schedule.name == "one_cycle"
@@ -276,7 +276,7 @@ def test_milestones_of_a_search_belong_to_its_epochs(tmp_path: Path) -> None:
     assert shorter.train.schedule.model_dump()["milestones"] == (3, 6, 8)
     late = ["--search.space.train.schedule", "[{name: multistep, milestones: [60]}]", "--train.epochs", "50"]
     with pytest.raises(ConfigError, match=r"^search.space.train.schedule: train.schedule.milestones is \[60\], but"):
-        make_plan("cifar10", flags=late, storage=str(tmp_path), name="s")
+        make_search_plan("cifar10", flags=late, storage=str(tmp_path), name="s")
 
 
 def test_a_search_does_not_begin_in_a_folder_of_something_else(tmp_path: Path) -> None:

@@ -16,33 +16,33 @@ from conftest import TINY, override
 from PIL import Image
 from torchvision import datasets
 
-from raypp.cli import app
-from raypp.config.overrides import merge
+from raypp.cli.app import app
+from raypp.config.overrides import deep_merge
 from raypp.config.presets import load_config
 from raypp.config.validation import validate
-from raypp.experiments.table1 import run_locally, table1
-from raypp.experiments.table1_grid import Cell, cells, methods, num_parameters
-from raypp.experiments.table1_results import Result, collect, departures, markdown
+from raypp.experiments.table1 import run_cells_locally, table1
+from raypp.experiments.table1_grid import GridCell, grid_cells, num_parameters, table_rows
+from raypp.experiments.table1_results import CellResult, collect, deviations_from_paper, markdown
 from raypp.utils.errors import ConfigError, RayppError, StorageError
-from raypp.utils.progress import GridDisplay
+from raypp.utils.progress import MultiProgressDisplay
 from raypp.utils.storage import Storage
 
 FLAGS = tuple(word for key, value in TINY.items() if key != "train.alpha" for word in (f"--{key}", value))
 
 
 def grid(tmp_path: Path, chosen: Sequence[str], datasets: Sequence[str] = ("quickstart",), seeds: Any = (0,)) -> Any:
-    return cells(datasets, chosen, seeds, FLAGS, Storage(tmp_path / "table"))
+    return grid_cells(datasets, chosen, seeds, FLAGS, Storage(tmp_path / "table"))
 
 
-def run(tmp_path: Path, chosen: Sequence[str], **options: Any) -> list[Result]:
-    options = {"seeds": (0,), "run": run_locally, "name": "table", "quiet": True, **options}
+def run(tmp_path: Path, chosen: Sequence[str], **options: Any) -> list[CellResult]:
+    options = {"seeds": (0,), "run": run_cells_locally, "name": "table", "quiet": True, **options}
     seeds = options.pop("seeds")
     return table1(["quickstart"], chosen, seeds, override(FLAGS, ["--train.epochs", "1"]), storage=tmp_path, **options)
 
 
 def test_the_papers_rows_hold_the_papers_numbers() -> None:
     """Table I of the paper, typed a second time."""
-    paper = {name: (m.paper.get("cifar10"), m.paper.get("cifar100")) for name, m in methods().items() if m.paper}
+    paper = {name: (m.paper.get("cifar10"), m.paper.get("cifar100")) for name, m in table_rows().items() if m.paper}
     assert paper == {
         "alpha-0.005": (91.72, 70.78),
         "alpha-0.01": (91.41, 70.08),
@@ -60,8 +60,8 @@ def test_the_papers_rows_hold_the_papers_numbers() -> None:
     [*(pytest.param(name, marks=pytest.mark.slow) for name in ("cifar10", "cifar100", "cifar10-small")), "quickstart"],
 )
 def test_every_row_is_a_configuration_of_every_preset(tmp_path: Path, dataset: str) -> None:
-    found = cells([dataset], list(methods()), [0, 1], (), Storage(tmp_path))
-    assert len(found) == 2 * len(methods())
+    found = grid_cells([dataset], list(table_rows()), [0, 1], (), Storage(tmp_path))
+    assert len(found) == 2 * len(table_rows())
     assert len({cell.name for cell in found}) == len(found)
     for cell in found:
         assert cell.config.seed == cell.seed
@@ -73,7 +73,7 @@ def test_every_row_is_a_configuration_of_every_preset(tmp_path: Path, dataset: s
 
 @pytest.mark.slow
 def test_the_matched_baseline_has_as_many_parameters(tmp_path: Path) -> None:
-    ours, matched = cells(["cifar10"], ["alpha-0.005", "plain-matched"], [0], (), Storage(tmp_path))
+    ours, matched = grid_cells(["cifar10"], ["alpha-0.005", "plain-matched"], [0], (), Storage(tmp_path))
     wanted = num_parameters(ours.config)
     assert wanted == 34_527_171 + 269_722
     assert num_parameters(matched.config) == pytest.approx(wanted, rel=0.01)
@@ -81,7 +81,7 @@ def test_the_matched_baseline_has_as_many_parameters(tmp_path: Path) -> None:
 
 
 def test_gan_takes_the_width_of_the_proposed(tmp_path: Path) -> None:
-    (cell,) = cells(["cifar10-small"], ["gan"], [0], (), Storage(tmp_path))
+    (cell,) = grid_cells(["cifar10-small"], ["gan"], [0], (), Storage(tmp_path))
     assert cell.config.protection.model_dump()["width"] == 16
 
 
@@ -109,11 +109,11 @@ def test_an_empty_choice_is_not_everything(tmp_path: Path) -> None:
 
 def test_settings_that_no_cell_can_have_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cluster\.num_workers is 2, allowed for table1 is 1"):
-        cells(["quickstart"], ["plain"], [0], ("--cluster.num_workers", "2"), Storage(tmp_path))
+        grid_cells(["quickstart"], ["plain"], [0], ("--cluster.num_workers", "2"), Storage(tmp_path))
     with pytest.raises(ConfigError, match="needs a classifier with a width; vgg16_bn has none"):
-        cells(["quickstart"], ["plain-matched"], [0], ("--classifier", "vgg16_bn"), Storage(tmp_path))
+        grid_cells(["quickstart"], ["plain-matched"], [0], ("--classifier", "vgg16_bn"), Storage(tmp_path))
     with pytest.raises(ConfigError, match=r"seed is -1: input should be greater than or equal to 0"):
-        cells(["quickstart"], ["plain"], [-1], (), Storage(tmp_path))
+        grid_cells(["quickstart"], ["plain"], [-1], (), Storage(tmp_path))
 
 
 @pytest.mark.slow
@@ -129,7 +129,7 @@ def test_every_method_trains_and_stands_in_the_table(tmp_path: Path) -> None:
         assert float(row["accuracy_mean"]) == summary["test"]["accuracy"] == result.mean
         assert int(row["num_test"]) == 30
     text = (folder / "table1.md").read_text()
-    assert all(methods()[name].label in text for name in chosen)
+    assert all(table_rows()[name].label in text for name in chosen)
     assert "row gan is an approximation" in text
     with Image.open(folder / "table1.png") as picture:
         assert np.asarray(picture.convert("RGB")).std() > 10
@@ -153,8 +153,10 @@ def test_every_method_trains_and_stands_in_the_table(tmp_path: Path) -> None:
 def test_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
     trained: list[str] = []
 
-    def one_then_die(todo: Sequence[Cell], display: GridDisplay, ended: Callable[[Cell, dict[str, Any]], None]) -> None:
-        run_locally(todo[:1], display, ended)
+    def one_then_die(
+        todo: Sequence[GridCell], display: MultiProgressDisplay, ended: Callable[[GridCell, dict[str, Any]], None]
+    ) -> None:
+        run_cells_locally(todo[:1], display, ended)
         trained.append(todo[0].name)
         raise KeyboardInterrupt
 
@@ -166,9 +168,11 @@ def test_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="table 'table' exists already"):
         run(tmp_path, ["plain", "tanaka"])
 
-    def note(todo: Sequence[Cell], display: GridDisplay, ended: Callable[[Cell, dict[str, Any]], None]) -> None:
+    def note(
+        todo: Sequence[GridCell], display: MultiProgressDisplay, ended: Callable[[GridCell, dict[str, Any]], None]
+    ) -> None:
         trained.extend(cell.name for cell in todo)
-        run_locally(todo, display, ended)
+        run_cells_locally(todo, display, ended)
 
     results = run(tmp_path, ["plain", "tanaka"], resume=True, run=note, seeds=(0, 1))
     assert trained == [
@@ -199,9 +203,9 @@ def test_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
 def test_a_cell_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     """One cell's worker dies for good, as far as the table can see; the other trains."""
 
-    def with_failure(todo: Sequence[Cell], display: GridDisplay, ended: Any) -> None:
+    def with_failure(todo: Sequence[GridCell], display: MultiProgressDisplay, ended: Any) -> None:
         ended(todo[0], {"error": "its worker died too often"})
-        run_locally(todo[1:], display, ended)
+        run_cells_locally(todo[1:], display, ended)
 
     results = run(tmp_path, ["plain", "tanaka"], run=with_failure)
     assert results[0].failed == ("quickstart-plain-seed0: its worker died too often",)
@@ -215,7 +219,7 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None
 def test_a_cell_that_diverges_is_a_failure_not_a_crash(tmp_path: Path) -> None:
     results = table1(
         ["quickstart"], ["plain"], [0], override(FLAGS, ["--train.optimizer.lr", "1e12"]),
-        storage=tmp_path, name="table", quiet=True, run=run_locally,
+        storage=tmp_path, name="table", quiet=True, run=run_cells_locally,
     )  # fmt: skip
     (sentence,) = results[0].failed
     assert "the loss is not a finite number at step" in sentence
@@ -226,7 +230,7 @@ def test_a_cell_that_diverges_is_a_failure_not_a_crash(tmp_path: Path) -> None:
 def test_rows_that_need_no_feature_network_do_without_it(tmp_path: Path) -> None:
     seen: list[str] = []
 
-    def note(grid: Sequence[Cell], display: GridDisplay, ended: Any) -> None:
+    def note(grid: Sequence[GridCell], display: MultiProgressDisplay, ended: Any) -> None:
         seen.extend(cell.name for cell in grid)
 
     def table(methods: list[str], *flags: str) -> None:
@@ -251,7 +255,7 @@ def test_the_cifar100_preset_trains_on_torchvisions_files(tmp_path: Path, monkey
     }  # fmt: skip
     words = [word for key, value in flags.items() for word in (f"--{key}", value)]
     results = table1(
-        ["cifar100"], ["alpha-0.005", "ele"], [0], words, storage=tmp_path, name="t", quiet=True, run=run_locally
+        ["cifar100"], ["alpha-0.005", "ele"], [0], words, storage=tmp_path, name="t", quiet=True, run=run_cells_locally
     )
     assert [len(r.accuracies) for r in results] == [1, 1], results
     assert results[0].paper == 70.78
@@ -261,23 +265,23 @@ def test_the_cifar100_preset_trains_on_torchvisions_files(tmp_path: Path, monkey
 
 @pytest.mark.slow
 def test_departures_name_what_differs_from_the_paper(tmp_path: Path) -> None:
-    grid = cells(["cifar10-small"], ["plain", "alpha-0.005"], [0], ("--train.epochs", "3"), Storage(tmp_path))
+    grid = grid_cells(["cifar10-small"], ["plain", "alpha-0.005"], [0], ("--train.epochs", "3"), Storage(tmp_path))
     summaries = {grid[1].name: {"warnings": ["the feature network is another"]}}
-    found = departures(grid, summaries)
+    found = deviations_from_paper(grid, summaries)
     assert "cifar10-small: train.epochs is 3; the paper's experiment has 200" in found
     assert "cifar10-small: protection.width is 16; the paper's experiment has 64" in found
     assert "cifar10-small: the feature network is another" in found
     assert not [sentence for sentence in found if "train.alpha" in sentence]
-    whole = departures(cells(["cifar100"], ["plain"], [0], (), Storage(tmp_path)), {})
+    whole = deviations_from_paper(grid_cells(["cifar100"], ["plain"], [0], (), Storage(tmp_path)), {})
     assert not [sentence for sentence in whole if sentence.startswith("cifar100:")]
 
 
 def test_the_table_says_what_its_numbers_are(tmp_path: Path) -> None:
-    grid = cells(["cifar10-small"], ["plain", "tanaka"], [0, 1], (), Storage(tmp_path))
+    grid = grid_cells(["cifar10-small"], ["plain", "tanaka"], [0, 1], (), Storage(tmp_path))
     test = {"accuracy": 0.8, "accuracy_interval": [0.79, 0.81], "num_images": 10_000, "ssim": None}
     summary = {"test": test, "seconds": 90.0, "classes": list("0123456789")}
     summary |= {"image_size": [32, 32], "warnings": []}
-    other = merge(summary, {"test": {"accuracy": 0.9}})
+    other = deep_merge(summary, {"test": {"accuracy": 0.9}})
     results = collect(grid, {grid[0].name: summary, grid[1].name: other, grid[2].name: summary})
     assert results[0].mean == pytest.approx(0.85)
     assert results[0].spread == pytest.approx(0.05 * 2**0.5)
@@ -289,4 +293,4 @@ def test_the_table_says_what_its_numbers_are(tmp_path: Path) -> None:
 
 def test_a_stranger_settings_file_is_refused_as_everywhere(tmp_path: Path) -> None:
     with pytest.raises(RayppError, match=r"unknown key 'train\.epoch'"):
-        cells(["quickstart"], ["plain"], [0], ("--train.epoch", "3"), Storage(tmp_path))
+        grid_cells(["quickstart"], ["plain"], [0], ("--train.epoch", "3"), Storage(tmp_path))

@@ -17,22 +17,22 @@ from conftest import Tiny, Trained, tiny_flags
 from PIL import Image
 
 from raypp.bundle.manifest import verify
-from raypp.config.overrides import merge
+from raypp.config.overrides import deep_merge
 from raypp.config.presets import load_config
 from raypp.config.schema import Config
 from raypp.config.validation import validate
 from raypp.experiments.training_run import first_of_each_class, open_run, summary, train_locally
-from raypp.training.checkpoint import newest_first
+from raypp.training.checkpoint import list_checkpoints
 from raypp.utils.errors import ConfigError, RayppError, StorageError
 from raypp.utils.keys import Key
-from raypp.utils.progress import Display
+from raypp.utils.progress import ProgressDisplay
 from raypp.utils.storage import Storage
 
 
 def train(config: Config, name: str, *, resume: bool = False) -> dict[str, Any]:
     with open_run(config, name, resume=resume) as run:
         found = summary(run)
-        return train_locally(run, Display(quiet=True), torch.device("cpu")) if found is None else found
+        return train_locally(run, ProgressDisplay(quiet=True), torch.device("cpu")) if found is None else found
 
 
 def refusal(config: Config, name: str, *, resume: bool = False) -> str:
@@ -66,7 +66,7 @@ def test_a_run_leaves_what_it_promises(trained: Trained) -> None:
     assert found["plain_test"]["num_images"] == 30
     assert found["features"] == "plain_classifier, early block"
     assert len(timeless(trained.run)) == 3
-    assert newest_first(Storage(trained.run)) == ["epoch_0003", "epoch_0002"]
+    assert list_checkpoints(Storage(trained.run)) == ["epoch_0003", "epoch_0002"]
     assert Image.open(trained.run / "protected.png").size[0] > 16 * 4 * 10
     about = json.loads((trained.run / "run.json").read_text())
     assert torch.__version__.startswith(about["environment"]["versions"]["torch"])
@@ -249,7 +249,7 @@ def test_more_epochs_go_on_from_the_last(finished: tuple[Callable[..., Config], 
     assert [(row["phase"], row["epoch"]) for row in after] == [("plain", 1), *(("joint", e) for e in (1, 2, 3, 4))]
     assert after[:3] == before
     assert found["epochs"] == {"plain": 1, "joint": 4}
-    assert newest_first(Storage(folder)) == ["epoch_0005", "epoch_0004"]
+    assert list_checkpoints(Storage(folder)) == ["epoch_0005", "epoch_0004"]
     assert found["best"]["val_loss"] == min(row["val_loss"] for row in after[1:])
     verify(folder / "bundle")
 
@@ -260,7 +260,7 @@ def test_milestones_move_with_the_epochs_of_a_resumed_run(tiny: Tiny, tmp_path: 
     stated = tiny(train__mode="plain", protection="plain", train__schedule=schedule)
     train(stated, "run")
     tree = stated.model_dump(mode="json")
-    moved = validate(merge(tree, {"train": {"epochs": 4}}))
+    moved = validate(deep_merge(tree, {"train": {"epochs": 4}}))
     other = tiny(train__mode="plain", protection="plain", train__epochs=4, train__schedule=schedule.replace("1", "3"))
     assert "train.schedule.milestones = [1], now it is [3]" in refusal(other, "run", resume=True)
     train(moved, "run", resume=True)
@@ -381,4 +381,4 @@ def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     for number in (2, 9999, 10000):
         storage.write(f"checkpoints/epoch_{number:04d}/checkpoint.json", b"{}")
-    assert newest_first(storage) == ["epoch_10000", "epoch_9999", "epoch_0002"]
+    assert list_checkpoints(storage) == ["epoch_10000", "epoch_9999", "epoch_0002"]

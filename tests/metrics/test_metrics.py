@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from raypp.attacks.base import Access
-from raypp.attacks.target import Victim
+from raypp.attacks.base import AttackerKnowledge
+from raypp.attacks.target import Target
 from raypp.data import loader
 from raypp.evaluation import scorecard
 from raypp.evaluation.evaluate import evaluate
@@ -31,7 +31,7 @@ from raypp.metrics.image import (
     ssim_invariant,
     ssim_lab,
 )
-from raypp.metrics.retrieval import pixels, reidentify
+from raypp.metrics.retrieval import flatten_pixels, reidentify
 from raypp.metrics.statistics import bootstrap_interval, wilson_interval
 from raypp.protections.learned import Learned, LearnedOptions
 from raypp.protections.plain import Plain, PlainOptions
@@ -214,8 +214,8 @@ def test_edges_are_correlated_as_numpy_says() -> None:
     rng = np.random.default_rng(2)
     a, b = rng.random((2, 1, 1, 12, 15))
     edges = []
-    for image in (a[0, 0], b[0, 0]):
-        down, across = np.gradient(image)
+    for picture in (a[0, 0], b[0, 0]):
+        down, across = np.gradient(picture)
         edges.append(np.hypot(down, across)[1:-1, 1:-1].ravel())
     expected = np.corrcoef(*edges)[0, 1]
     assert edge_correlation(torch.from_numpy(a), torch.from_numpy(b)).item() == pytest.approx(expected, abs=1e-6)
@@ -284,7 +284,7 @@ def test_reidentification_in_parts_gives_the_same_ranks(monkeypatch: pytest.Monk
 
     def counted(images: torch.Tensor) -> torch.Tensor:
         sizes.append(len(images))
-        return pixels(images)
+        return flatten_pixels(images)
 
     in_parts = [reidentify(estimates, gallery, truth, labels, kind) for kind in (counted, edges)]
     assert max(sizes) == 7
@@ -345,14 +345,14 @@ def test_leakage_in_parts_gives_the_same_scores(monkeypatch: pytest.MonkeyPatch)
     gallery = torch.randint(0, 256, (40, 3, 12, 12), dtype=torch.uint8)
     own, own_labels = torch.randint(0, 256, (30, 3, 12, 12), dtype=torch.uint8), torch.arange(30) % 3
     truth, labels = torch.arange(10) * 4, torch.arange(40) % 3
-    access = Access(shape=(3, 12, 12), images=own, labels=own_labels)
+    access = AttackerKnowledge(shape=(3, 12, 12), images=own, labels=own_labels)
     plain = gallery[truth]
-    victim = Victim("x", "x", access, plain, 255 - plain, labels[truth], gallery, labels, truth, ("a", "b", "c"))
+    victim = Target("x", "x", access, plain, 255 - plain, labels[truth], gallery, labels, truth, ("a", "b", "c"))
     judge = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 144, 3))
 
     def measured() -> list[dict[str, torch.Tensor]]:
-        nulls = scorecard.nulls(victim)
-        return [nulls, *(scorecard.measure(images, victim, judge) for images in nulls.values())]
+        nulls = scorecard.baselines(victim)
+        return [nulls, *(scorecard.score_images(images, victim, judge) for images in nulls.values())]
 
     whole = measured()
     assert set(whole[0]) == {"mean image", "random image", "class mean", "nearest training image", "protected image"}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raypp.models import CLASSIFIERS
-from raypp.models.fusion import folded
+from raypp.models.fusion import fuse_conv_bn
 
 
 def normalised(network: nn.Module) -> nn.Module:
@@ -33,7 +33,7 @@ def test_a_folded_classifier_answers_the_same(name: str) -> None:
     torch.manual_seed(0)
     network = normalised(CLASSIFIERS.build(CLASSIFIERS.options(name)(), num_classes=10))
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
-    without = folded(network, torch.rand(4, 3, 32, 32))
+    without = fuse_conv_bn(network, torch.rand(4, 3, 32, 32))
     images = torch.rand(8, 3, 32, 32)
     with torch.inference_mode():
         torch.testing.assert_close(without(images), network(images), rtol=1e-4, atol=1e-4)
@@ -73,8 +73,8 @@ def test_what_cannot_be_folded_stays(kind: type[nn.Module]) -> None:
     network = normalised(kind())
     images = torch.rand(4, 3, 32, 32)
     with torch.inference_mode():
-        torch.testing.assert_close(folded(network, images)(images), network(images))
-    assert num_left(folded(network, images)) == num_left(network)
+        torch.testing.assert_close(fuse_conv_bn(network, images)(images), network(images))
+    assert num_left(fuse_conv_bn(network, images)) == num_left(network)
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_other_threads_compute_meanwhile() -> None:
     thread.start()
     for _ in range(5):
         before = passes
-        folded(network, images)
+        fuse_conv_bn(network, images)
         while passes < before + 3:
             time.sleep(0.01)
     stop.set()

@@ -12,7 +12,7 @@ from PIL import Image
 from raypp.data.shapes import Shapes
 from raypp.models.jpeg import jpeg
 from raypp.protections.learned import Learned, LearnedOptions
-from raypp.utils.images import through_jpeg
+from raypp.utils.images import jpeg_roundtrip
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_it_does_what_pillow_does(pictures: np.ndarray, quality: int, subsample:
 
 def test_grey_pictures(pictures: np.ndarray) -> None:
     grey = pictures[..., :1]
-    reference = through_jpeg(grey, 50).astype(np.float64)
+    reference = jpeg_roundtrip(grey, 50).astype(np.float64)
     found = 255 * jpeg(torch.from_numpy(grey).permute(0, 3, 1, 2) / 255, 50).permute(0, 2, 3, 1).double().numpy()
     assert np.abs(found - reference).mean() < 0.3
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from raypp.models import CLASSIFIERS
-from raypp.models.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalise
+from raypp.models.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from raypp.models.perceptual import PlainClassifierFeatures, UnavailableWeightsError, VGG16Features, load_vgg_slice
 from raypp.models.resnet import ResNet20, ResNetOptions
 from raypp.models.unet import UNet
@@ -169,8 +169,8 @@ def test_resnet_shortcut_has_no_parameters_and_pads_channels_evenly() -> None:
 def test_normalisation_is_inside_the_nets() -> None:
     images = torch.rand(2, 3, 8, 8)
     by_hand = (images.numpy() - np.reshape(IMAGENET_MEAN, (1, 3, 1, 1))) / np.reshape(IMAGENET_STD, (1, 3, 1, 1))
-    assert np.allclose(Normalise(3)(images), by_hand, atol=1e-6)
-    assert np.allclose(Normalise(1)(images[:, :1]), (images[:, :1].numpy() - 0.45) / 0.225, atol=1e-6)
+    assert np.allclose(Normalize(3)(images), by_hand, atol=1e-6)
+    assert np.allclose(Normalize(1)(images[:, :1]), (images[:, :1].numpy() - 0.45) / 0.225, atol=1e-6)
     classifier = ResNet20(ResNetOptions(), num_classes=3).eval()
     for net, first in (
         (classifier, classifier.conv1),
@@ -206,7 +206,7 @@ def test_a_slice_is_torchvisions_up_to_its_layer(tmp_path: Path, layer: str, end
     assert state is not None
     images = torch.rand(2, 3, 16, 20)
     with torch.inference_mode():
-        expected = theirs[:end](Normalise(3)(images))
+        expected = theirs[:end](Normalize(3)(images))
         assert torch.equal(VGG16Features(state)(images), expected)
     assert expected.shape == (2, *shape)
 

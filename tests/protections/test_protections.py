@@ -18,7 +18,7 @@ from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
 from raypp.protections.cipher import Cipher
 from raypp.protections.gan import GAN, GANOptions
-from raypp.protections.learned import Code, Companion, Learned, LearnedOptions
+from raypp.protections.learned import AuxiliaryNetworks, Bottleneck, Learned, LearnedOptions
 from raypp.protections.pixel import Pixel, PixelOptions
 from raypp.utils.errors import ConfigError
 from raypp.utils.keys import Key
@@ -344,7 +344,7 @@ def test_a_code_is_whole_numbers_and_passes_gradients_on(encoder: dict[str, int]
     protection = with_code(levels=5, guide=1.0, encoder=encoder)
     protection(torch.rand(32, 3, 16, 16)).sum().backward()
     code = protection.unet.middle
-    assert isinstance(code, Code)
+    assert isinstance(code, Bottleneck)
     assert code.last is not None
     steps = 2 * code.last[1] + 2  # in [-1, 1], by halves
     assert torch.equal(steps, steps.round())
@@ -359,11 +359,11 @@ def test_the_guide_of_a_code_classifies_what_enters_and_what_leaves_it(encoder: 
     """It adds the cross-entropy of two linear classifiers, and nothing else."""
     protection = with_code(guide=0.5, encoder=encoder)
     companion = protection.companion(10)
-    assert isinstance(companion, Companion)
+    assert isinstance(companion, AuxiliaryNetworks)
     plain, labels = torch.rand(16, 3, 16, 16), torch.arange(16) % 10
     protected = protection(plain)
     code = protection.unet.middle
-    assert isinstance(code, Code)
+    assert isinstance(code, Bottleneck)
     last = code.last
     assert last is not None
     loss = companion(plain, protected, None, labels)
@@ -389,7 +389,7 @@ def test_an_attacker_gets_the_whole_gradient_and_training_a_share_of_it() -> Non
     for training in (True, False):
         protection.train(training)
         code = protection.unet.middle
-        assert isinstance(code, Code)
+        assert isinstance(code, Bottleneck)
         code.narrow = narrow  # the identity: without batch normalisation both modes compute the same
         features = torch.rand(
             8, code.options.size, 2, 2, generator=torch.Generator().manual_seed(0), requires_grad=True
@@ -397,13 +397,13 @@ def test_an_attacker_gets_the_whole_gradient_and_training_a_share_of_it() -> Non
         code(features, (4, 4)).square().sum().backward()
         assert features.grad is not None
         sizes.append(features.grad)
-    torch.testing.assert_close(sizes[0], Code.SHARE * sizes[1])
+    torch.testing.assert_close(sizes[0], Bottleneck.SHARE * sizes[1])
 
 
 def sees(protection: Learned, images: Tensor) -> Tensor:
     """Which class the encoder of a protection takes images for, before they are drawn."""
     code = protection.unet.middle
-    assert isinstance(code, Code)
+    assert isinstance(code, Bottleneck)
     assert code.classify is not None
     assert protection.unet.encoder is not None
     said: Tensor = code.classify(protection.unet.encoder(images).mean(dim=(2, 3))).argmax(dim=1)
@@ -413,7 +413,7 @@ def sees(protection: Learned, images: Tensor) -> Tensor:
 def test_a_code_of_classes_has_an_image_for_each_class() -> None:
     protection = with_code(guide=1.0, classes=5, size=0, encoder={"width": 4}).eval()
     code = protection.unet.middle
-    assert isinstance(code, Code)
+    assert isinstance(code, Bottleneck)
     assert code.classify is not None
     images = torch.rand(300, 3, 16, 16) * torch.linspace(0, 1, 300).view(-1, 1, 1, 1)
     images = (images * 255).floor() / 255
@@ -432,11 +432,11 @@ def test_a_code_of_classes_has_an_image_for_each_class() -> None:
 def test_a_class_is_led_by_its_guide_alone_and_numbers_lead_no_encoder() -> None:
     protection = with_code(guide=1.0, classes=10, encoder={"width": 4})
     companion = protection.companion(10)
-    assert isinstance(companion, Companion)
+    assert isinstance(companion, AuxiliaryNetworks)
     plain, labels = torch.rand(16, 3, 16, 16), torch.arange(16) % 10
     protected = protection(plain)
     code = protection.unet.middle
-    assert isinstance(code, Code)
+    assert isinstance(code, Bottleneck)
     assert code.classify is not None
     assert code.last is not None
     logits = code.last[0]

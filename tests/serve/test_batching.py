@@ -11,12 +11,12 @@ from typing import Any, cast
 import pytest
 import torch
 
-from raypp.serve.batching import READY, Answer, Batches
-from raypp.serve.loaded_model import Job, Served
+from raypp.serve.batching import READY, Answer, DynamicBatcher
+from raypp.serve.loaded_model import Inference, LoadedModel
 
 
-def job(first: int, num: int = 1) -> Job:
-    return cast(Served, None), torch.arange(first, first + num)
+def job(first: int, num: int = 1) -> Inference:
+    return cast(LoadedModel, None), torch.arange(first, first + num)
 
 
 class Computer:
@@ -25,12 +25,12 @@ class Computer:
     def __init__(self, most: int) -> None:
         self.pool, self.first = ThreadPoolExecutor(1), threading.Event()
         self.seen: list[list[list[int]]] = []
-        self.batches = Batches(self.compute, self.double, most)
+        self.batches = DynamicBatcher(self.compute, self.double, most)
 
     async def compute(self, function: Callable[[], None]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.pool, function)
 
-    def double(self, jobs: list[Job]) -> list[Answer]:
+    def double(self, jobs: list[Inference]) -> list[Answer]:
         self.seen.append([images.tolist() for _, images in jobs])
         if len(self.seen) == 1:
             assert self.first.wait(30)
@@ -38,7 +38,7 @@ class Computer:
             raise RuntimeError("unlucky")
         return [(2 * images, images > 0) for _, images in jobs]
 
-    async def waiting(self, *jobs: Job) -> list[asyncio.Task[Answer]]:
+    async def waiting(self, *jobs: Inference) -> list[asyncio.Task[Answer]]:
         """Have the first job's batch computed, and the others wait; each has been given in when this ends."""
         tasks = [asyncio.create_task(self.batches.answer(jobs[0]))]
         while not self.seen:
@@ -103,7 +103,7 @@ def test_a_request_that_comes_in_the_turn_in_which_all_batches_end_is_not_left_w
             function()
             await ended.wait()
 
-        batches = Batches(compute, lambda jobs: [(images, images > 0) for _, images in jobs], 1)
+        batches = DynamicBatcher(compute, lambda jobs: [(images, images > 0) for _, images in jobs], 1)
         early = [asyncio.create_task(batches.answer(job(number))) for number in range(READY)]
         await asyncio.gather(*early)
         ended.set()  # wakes what has asked for these batches in the next turn, before this one

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import Trained
 
-from raypp.cli import main
-from raypp.serve.haproxy import MORE, mended, settings
-from raypp.serve.server import serving
+from raypp.cli.main import main
+from raypp.serve.haproxy import MORE, patch_config, ray_settings
+from raypp.serve.server import running_server
 from raypp.utils.errors import ConfigError
 
 CONFIG = """global
@@ -35,7 +35,7 @@ listen stats
 
 
 def test_only_what_was_asked_for_listens_beyond_this_machine() -> None:
-    kept = mended(CONFIG)
+    kept = patch_config(CONFIG)
     assert [line.strip() for line in kept.splitlines() if "bind" in line] == [
         "bind 127.0.0.1:9101", "bind 0.0.0.0:8000", "bind 10.0.0.1:9000 proto h2", "bind 127.0.0.1:8404",
     ]  # fmt: skip
@@ -45,12 +45,12 @@ def test_only_what_was_asked_for_listens_beyond_this_machine() -> None:
         others = others.replace(more, "")
     changed = [(a, b) for a, b in zip(CONFIG.splitlines(), others.splitlines(), strict=True) if a != b]
     assert len(changed) == 4
-    assert mended(kept) == kept
+    assert patch_config(kept) == kept
 
 
 def test_connections_to_replicas_are_kept_and_silent_clients_are_not() -> None:
     """Else HAProxy resets the former, and replicas grow; and the latter take all places."""
-    kept = mended(CONFIG)
+    kept = patch_config(CONFIG)
     for section, more in MORE.items():
         assert f"{section}\n{more}" in kept
     assert "timeout http-request 5s" in kept
@@ -77,7 +77,7 @@ def test_rays_own_configuration_has_what_is_mended() -> None:
 
 def test_what_is_not_understood_does_not_start() -> None:
     with pytest.raises(ConfigError, match="'listen stats' has 'bind unix@/tmp/s'; understood is bind ADDRESS:PORT"):
-        mended(CONFIG.replace("*:8404", "unix@/tmp/s"))
+        patch_config(CONFIG.replace("*:8404", "unix@/tmp/s"))
 
 
 @pytest.mark.slow
@@ -99,12 +99,15 @@ def test_a_cluster_decides_by_its_start(
 
 def test_two_services_on_a_machine_do_not_meet() -> None:
     """Every port of the settings is another one; Serve's own proxy behind HAProxy would answer for both."""
-    with settings() as one, settings() as other:
+    with ray_settings() as one, ray_settings() as other:
         ports = [value for given in (one, other) for key, value in given.items() if key.endswith("_PORT")]
     assert len(set(ports)) == len(ports) == 8
 
 
 def test_a_host_at_which_haproxy_would_find_no_replica_is_refused() -> None:
     config = {"http_options": {"host": "192.0.2.2", "port": 8000}, "applications": []}
-    with pytest.raises(ConfigError, match=r"none listens with --host 192\.0\.2\.2"), serving(config, haproxy=True):
+    with (
+        pytest.raises(ConfigError, match=r"none listens with --host 192\.0\.2\.2"),
+        running_server(config, haproxy=True),
+    ):
         pass

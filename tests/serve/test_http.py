@@ -28,22 +28,22 @@ from torch import Tensor
 from raypp.attacks import ATTACKS
 from raypp.bundle.load import load_private, load_public
 from raypp.bundle.manifest import guard, write_manifest
-from raypp.cli import main
+from raypp.cli.main import main
 from raypp.config.presets import load_config
 from raypp.data.splits import load_split
 from raypp.experiments import attack_run
 from raypp.experiments.run_folder import point_latest
 from raypp.experiments.training_run import open_run, train_locally
 from raypp.serve import model_store
-from raypp.serve.admission import RefusedError, Waiting
+from raypp.serve.admission import AdmissionControl, HTTPProblemError
 from raypp.serve.api import attack_api, classifier_api
-from raypp.serve.attack_catalog import online
+from raypp.serve.attack_catalog import load_attacks
 from raypp.serve.auth import TokenFile, Tokens, add_token
-from raypp.serve.loaded_model import Served, classify, in_few_sizes, load_served
-from raypp.serve.model_store import Live, current, publishing
+from raypp.serve.loaded_model import LoadedModel, classify, load_model, pad_to_bucket
+from raypp.serve.model_store import ModelManager, current, publishing
 from raypp.utils.errors import BundleError, ConfigError, StorageError
 from raypp.utils.images import encode_png
-from raypp.utils.progress import Display
+from raypp.utils.progress import ProgressDisplay
 from raypp.utils.storage import Storage
 
 
@@ -64,7 +64,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another bundle of the same shape."""
     storage = tmp_path_factory.mktemp("other")
     with open_run(load_config("quickstart", flags=tiny_flags(storage, seed=1, train__epochs=1)), "run") as run:
-        train_locally(run, Display(quiet=True), torch.device("cpu"))
+        train_locally(run, ProgressDisplay(quiet=True), torch.device("cpu"))
     return storage / "run" / "bundle"
 
 
@@ -88,7 +88,7 @@ def test_few_sizes_of_batches_reach_a_network() -> None:
 
     for num in range(1, 257):
         images = torch.rand(num, 1, 2, 2)
-        torch.testing.assert_close(in_few_sizes(network, images), images.flatten(1).sum(1))
+        torch.testing.assert_close(pad_to_bucket(network, images), images.flatten(1).sum(1))
         assert num <= max(sizes) <= 1.25 * num
     assert len(sizes) == 28
 
@@ -177,14 +177,14 @@ def test_images_that_would_wait_too_long_are_refused(here: Here) -> None:
     here.waiting.now = 16
     assert client.post("/v1/classify", content=body, headers=NPY).status_code == 200
     assert here.waiting.now == 16
-    alone = Waiting(2)
-    with alone.admitted(3), pytest.raises(RefusedError), alone.admitted(1):
+    alone = AdmissionControl(2)
+    with alone.admitted(3), pytest.raises(HTTPProblemError), alone.admitted(1):
         pass
     assert alone.now == 0
 
 
 def test_a_defect_says_nothing_but_its_number(here: Here, caplog: pytest.LogCaptureFixture) -> None:
-    async def fail(served: Served, images: Tensor) -> tuple[Tensor, Tensor]:
+    async def fail(served: LoadedModel, images: Tensor) -> tuple[Tensor, Tensor]:
         raise RuntimeError("a secret")
 
     here.predict = fail  # type: ignore[method-assign]
@@ -301,7 +301,7 @@ def test_attacks_refuse_plain_images_and_other_protections(attacked: Path) -> No
 
 
 def test_a_request_that_takes_too_long_is_given_up(here: Here) -> None:
-    async def slow(served: Served, images: Tensor) -> tuple[Tensor, Tensor]:
+    async def slow(served: LoadedModel, images: Tensor) -> tuple[Tensor, Tensor]:
         await asyncio.sleep(60)
         raise AssertionError("nobody waits for this")
 
@@ -499,12 +499,12 @@ def test_damaged_attacks_are_not_published(attacked: Path, tmp_path: Path) -> No
     (broken / "private" / "attacks" / "inverse.safetensors").write_bytes(b"x" * 100)
     for part in ("private", ""):
         write_manifest(broken / part)
-    with publishing(attacked, tmp_path / "shelf", check=online):
+    with publishing(attacked, tmp_path / "shelf", check=load_attacks):
         pass
     live = (tmp_path / "shelf" / "live.json").read_bytes()
     with (
         pytest.raises(BundleError, match=r"attacks of bundle .* do not load"),
-        publishing(broken, tmp_path / "shelf", check=online),
+        publishing(broken, tmp_path / "shelf", check=load_attacks),
     ):
         pass
     assert (tmp_path / "shelf" / "live.json").read_bytes() == live
@@ -583,15 +583,15 @@ def test_storage_that_is_away_when_a_replica_starts_is_asked_again(
     for bundle in (trained.bundle, other):
         with publishing(bundle, shelf) as published:
             pass
-    loads = Live._load
+    loads = ModelManager._load
 
-    def away(live: Live, where: str) -> Served:
+    def away(live: ModelManager, where: str) -> LoadedModel:
         if published.version in where:
             raise StorageError("the store does not answer")
         return loads(live, where)
 
-    monkeypatch.setattr(Live, "_load", away)
-    live = Live(shelf)
+    monkeypatch.setattr(ModelManager, "_load", away)
+    live = ModelManager(shelf)
     assert live.now.version == published.previous
     assert not live.refresh()
     monkeypatch.undo()
@@ -606,15 +606,15 @@ def test_a_disk_that_fails_once_costs_no_bundle(
     shelf = tmp_path / "shelf"
     with publishing(trained.bundle, shelf):
         pass
-    live = Live(shelf)
+    live = ModelManager(shelf)
     with publishing(other, shelf) as published:
         pass
 
-    def fails(*_: object) -> Served:
+    def fails(*_: object) -> LoadedModel:
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Live, "_load", fails)
+        patch.setattr(ModelManager, "_load", fails)
         assert not live.refresh()
     assert live.rejected is not None
     assert live.refresh()
@@ -665,13 +665,13 @@ def test_a_bundle_that_breaks_its_loader_is_not_taken_over(
         pass
     names: list[str] = []
 
-    def prepare(served: Served) -> int:
+    def prepare(served: LoadedModel) -> int:
         names.append(served.version)
         if len(names) > 1:
             raise RuntimeError("of no kind that anybody expects")
         return 7
 
-    live = Live(shelf, prepare=prepare)
+    live = ModelManager(shelf, prepare=prepare)
     before = live.now
     with publishing(other, shelf):
         pass
@@ -725,7 +725,7 @@ def test_a_bundle_that_is_attacked_again_while_it_is_loaded_is_of_one_version(
         for path, data in old.items():
             path.write_bytes(data)
 
-    def is_one(served: Served) -> bool:
+    def is_one(served: LoadedModel) -> bool:
         assert served.attack_material is not None
         assert served.scorecard is not None
         new = served.scorecard["num_queries"] == 99
@@ -746,23 +746,23 @@ def test_a_bundle_that_is_attacked_again_while_it_is_loaded_is_of_one_version(
 
         with monkeypatch.context() as patch:
             patch.setattr(model_store.bundles, step, meanwhile)
-            assert is_one(load_served(location, attacks=True))
+            assert is_one(load_model(location, attacks=True))
         restore()
-    assert not is_one(load_served(location, attacks=True))
+    assert not is_one(load_model(location, attacks=True))
     here = Here(location)
     served = here.now()
-    before = online(served)["inverse"][0](served.private.sample[:2])
+    before = load_attacks(served)["inverse"][0](served.private.sample[:2])
     attack_again()  # between what the replica loads and what it makes of that
-    assert torch.equal(online(served)["inverse"][0](served.private.sample[:2]), before)
+    assert torch.equal(load_attacks(served)["inverse"][0](served.private.sample[:2]), before)
     with pytest.raises(ValueError, match="attacks=True"):
-        online(load_served(location))
+        load_attacks(load_model(location))
 
 
 def test_a_bundle_that_is_replaced_each_time_is_given_up(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = iter(range(100))
     monkeypatch.setattr(model_store, "_manifest", lambda location: str(next(numbers)).encode())
     with pytest.raises(StorageError, match="was replaced by another one each of 3 times it was read"):
-        load_served(trained.bundle)
+        load_model(trained.bundle)
 
 
 @pytest.mark.slow
@@ -808,7 +808,7 @@ def test_locations_that_are_neither_bundle_nor_shelf_are_named(tmp_path: Path) -
 
 
 def test_requests_of_several_bundles_share_a_batch(trained: Trained, other: Path) -> None:
-    one, two = Live(trained.bundle).now, Live(other).now
+    one, two = ModelManager(trained.bundle).now, ModelManager(other).now
     jobs = [(s, s.private.sample[i : i + n]) for s, i, n in ((one, 0, 1), (two, 1, 3), (one, 2, 2))]
     for (served, images), (shares, protected_) in zip(jobs, classify(jobs), strict=True):
         assert torch.allclose(shares, served.probabilities(images), atol=1e-5)

@@ -40,13 +40,13 @@ from zygote import ProcessTree, variables
 
 from raypp.bundle.load import load_private
 from raypp.bundle.manifest import write_manifest
-from raypp.cli import main
+from raypp.cli.main import main
 from raypp.client.http import Client
 from raypp.client.session import RemoteError
 from raypp.config.presets import load_config
 from raypp.experiments.run_folder import point_latest
 from raypp.serve.auth import add_token
-from raypp.serve.loaded_model import load_served
+from raypp.serve.loaded_model import load_model
 from raypp.serve.model_store import publishing
 from raypp.utils.images import decode
 from raypp.utils.storage import Storage
@@ -118,7 +118,7 @@ def test_images_are_classified_as_in_this_process(service: Service) -> None:
     answer = httpx.post(f"{service.url}/classifier/v1/classify", content=buffer.getvalue(), headers=headers)
     assert answer.status_code == 200, answer.text
     assert [image["index"] for image in answer.json()["images"]] == private.sample_classes.tolist()
-    assert answer.json()["model"] == load_served(service.bundle).version
+    assert answer.json()["model"] == load_model(service.bundle).version
     assert httpx.get(f"{service.url}/classifier/docs").status_code == 200
     attack = httpx.post(f"{service.url}/attack/v1/inverse", content=buffer.getvalue(), headers=headers, timeout=60)
     assert attack.status_code == 200, attack.text
@@ -158,7 +158,9 @@ def made_here(service: Service, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(deployments, "_listens_on", lambda: "127.0.0.1")
     monkeypatch.setattr(deployments, "_log_as_serve", lambda: None)
     monkeypatch.setattr(sys, "setswitchinterval", lambda _: None)
-    return deployments._Replica(deployments.Arguments(bundle=str(service.bundle), threads=torch.get_num_threads()))
+    return deployments._Replica(
+        deployments.DeploymentConfig(bundle=str(service.bundle), threads=torch.get_num_threads())
+    )
 
 
 def test_health_is_checked_while_something_is_computed(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +257,7 @@ def test_nothing_is_lost_while_bundles_change_and_a_replica_dies(
         assert time.monotonic() < end, [load.outcomes for load in loads]
         time.sleep(0.1)
     main(["publish", str(newer), str(service.shelf), "--url", service.url, "--token-file", str(token)])
-    after = load_served(newer).version
+    after = load_model(newer).version
     while not all(after in load.models for load in loads):
         assert time.monotonic() < end, [load.outcomes for load in loads]
         time.sleep(0.1)

@@ -18,8 +18,8 @@ from raypp.models.vgg import RELU2_2, VGG16_LAYERS, vgg_features
 from raypp.protections.learned import Learned, LearnedOptions
 from raypp.protections.plain import Plain, PlainOptions
 from raypp.training.losses import classification_loss, feature_distance, transformation_loss
-from raypp.training.protected_classifier import System
-from raypp.utils.images import round_8bit
+from raypp.training.protected_classifier import ProtectedClassifier
+from raypp.utils.images import quantize_8bit
 
 
 def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -92,14 +92,16 @@ def test_system_is_the_papers_objective(features: type[nn.Module], training: boo
     torch.manual_seed(0)
     alpha = 0.37
     protection = Learned(LearnedOptions(width=4, depth=2))
-    system = System(protection, ResNet20(ResNetOptions(), num_classes=4), features(), alpha, frozen=False).double()
+    system = ProtectedClassifier(
+        protection, ResNet20(ResNetOptions(), num_classes=4), features(), alpha, frozen=False
+    ).double()
     system.train(training)
     images, labels = torch.rand(3, 3, 8, 8, dtype=torch.float64), torch.tensor([3, 0, 1])
     with torch.no_grad():
         terms = system(images, labels, round_to_8bit=rounded)
         protected = protection(images)
         if rounded:
-            protected = round_8bit(protected)
+            protected = quantize_8bit(protected)
         assert torch.equal(terms.protected, protected)
         logits = system.classifier(protected).numpy()
         phi_protected, phi_plain = system.features(protected).numpy(), system.features(images).numpy()
@@ -114,10 +116,12 @@ def test_alpha_zero_and_no_features_leave_the_classification_loss() -> None:
     torch.manual_seed(0)
     images, labels = torch.rand(3, 3, 8, 8), torch.tensor([3, 0, 1])
     classifier = ResNet20(ResNetOptions(), num_classes=4)
-    zero = System(Learned(LearnedOptions(width=4, depth=2)), classifier, vgg(), 0.0, frozen=False)(images, labels)
+    zero = ProtectedClassifier(Learned(LearnedOptions(width=4, depth=2)), classifier, vgg(), 0.0, frozen=False)(
+        images, labels
+    )
     assert torch.equal(zero.loss, zero.metrics["classification_loss"])
     assert zero.metrics["feature_distance"] > 0
-    plain = System(Plain(PlainOptions()), classifier, None, 0.5, frozen=False)(images, labels)
+    plain = ProtectedClassifier(Plain(PlainOptions()), classifier, None, 0.5, frozen=False)(images, labels)
     assert torch.equal(plain.loss, plain.metrics["classification_loss"])
     assert plain.metrics["feature_distance"] == 0
     assert torch.equal(plain.protected, images)
@@ -128,7 +132,9 @@ def test_gradients_reach_what_is_trained_and_nothing_else() -> None:
     for frozen in (False, True):
         torch.manual_seed(0)
         classifier = ResNet20(ResNetOptions(), num_classes=4)
-        system = System(Learned(LearnedOptions(width=4, depth=2)), classifier, early_block(), 0.1, frozen=frozen)
+        system = ProtectedClassifier(
+            Learned(LearnedOptions(width=4, depth=2)), classifier, early_block(), 0.1, frozen=frozen
+        )
         buffers = {k: v.clone() for k, v in system.classifier.named_buffers()}
         system.train()
         system(images, labels).loss.backward()
@@ -149,7 +155,9 @@ def test_the_distance_moves_the_protection() -> None:
     gradients = []
     for alpha in (0.0, 10.0):
         torch.manual_seed(0)
-        system = System(Learned(LearnedOptions(width=4, depth=2)), early_block().classifier, vgg(), alpha, frozen=True)
+        system = ProtectedClassifier(
+            Learned(LearnedOptions(width=4, depth=2)), early_block().classifier, vgg(), alpha, frozen=True
+        )
         before = system(images, labels)
         before.loss.backward()
         gradients.append([p.grad.clone() for p in system.protection.parameters() if p.grad is not None])

@@ -27,21 +27,21 @@ from torch import Tensor, nn
 from raypp.config.presets import load_config
 from raypp.config.schema import Config, MultiStep, Train
 from raypp.config.validation import validate
-from raypp.data.loader import Batches
+from raypp.data.loader import BatchLoader
 from raypp.models.perceptual import VGG16Features
 from raypp.protections.learned import Learned
 from raypp.training import checkpoint, trainer
-from raypp.training.checkpoint import KEEP, Row, checkpoint_name, newest_first, prune
-from raypp.training.distributed import SyncBatchNorm1d, SyncBatchNorm2d, synchronise_batch_norms
-from raypp.training.muon import Muon, orthogonal
+from raypp.training.checkpoint import NUM_KEPT, EpochMetrics, checkpoint_name, list_checkpoints, prune
+from raypp.training.distributed import SyncBatchNorm1d, SyncBatchNorm2d, convert_sync_batchnorm
+from raypp.training.muon import Muon, zeropower_via_newtonschulz
 from raypp.training.optim import bf16_is_fast, build_optimizer, learning_rate
-from raypp.training.protected_classifier import build_system, phases
-from raypp.training.protection_task import Fit, ProtectionTask, TrainingData, fit, load_data, prepare
+from raypp.training.protected_classifier import build_protected_classifier, phases
+from raypp.training.protection_task import ProtectionTask, TrainingData, TrainResult, fit, load_data, prepare
 from raypp.training.protection_task import validate as validate_system
-from raypp.training.reporter import LocalSink
+from raypp.training.reporter import LocalReporter
 from raypp.training.task import Phase
-from raypp.utils.errors import ConfigError, StoppedError, StorageError, ToldToStop, TrainingError
-from raypp.utils.progress import Display
+from raypp.utils.errors import ConfigError, NonRetryableError, StorageError, TrainingError, TrainingInterrupted
+from raypp.utils.progress import ProgressDisplay
 from raypp.utils.storage import Storage
 
 CODE = "{classes: 10, size: 2, encoder: {name: resnet20, width: 4}}"
@@ -52,26 +52,26 @@ class InterruptedRun(Exception):  # noqa: N818
     """Stands for a process that is killed."""
 
 
-class Sink(LocalSink):
+class Sink(LocalReporter):
     """A local sink that keeps what it would show, and dies after some reports where it is told to."""
 
     def __init__(self, folder: Path, dies_after: int | None = None) -> None:
         self.text = io.StringIO()
-        super().__init__(Storage(folder), Display(Console(file=self.text, width=500)), torch.device("cpu"))
+        super().__init__(Storage(folder), ProgressDisplay(Console(file=self.text, width=500)), torch.device("cpu"))
         self.dies_after = dies_after
 
-    def report(self, history: list[Row], name: str, checkpoint: Path | None) -> None:
+    def report(self, history: list[EpochMetrics], name: str, checkpoint: Path | None) -> None:
         super().report(history, name, checkpoint)
         if len(history) == self.dies_after:
             raise InterruptedRun
 
 
-def timeless(history: list[Row]) -> list[Row]:
+def timeless(history: list[EpochMetrics]) -> list[EpochMetrics]:
     return [{k: v for k, v in row.items() if k not in {"seconds", "images_per_s"}} for row in history]
 
 
-def newest(folder: Path) -> tuple[dict[str, Any], list[Row]]:
-    name = newest_first(Storage(folder))[0]
+def newest(folder: Path) -> tuple[dict[str, Any], list[EpochMetrics]]:
+    name = list_checkpoints(Storage(folder))[0]
     return checkpoint.load(folder / "checkpoints" / name)
 
 
@@ -81,7 +81,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def initial(config: Config, data: TrainingData, name: str) -> dict[str, Tensor]:
     """The weights that a phase begins with."""
-    return build_system(config, Phase(name, 1), len(data.classes), None, None).own_state()
+    return build_protected_classifier(config, Phase(name, 1), len(data.classes), None, None).own_state()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Reference:
     """An uninterrupted run, and the folder of one that died after its third of four epochs."""
 
     config: Config
-    fit: Fit
+    fit: TrainResult
     folder: Path
     interrupted: Path
 
@@ -156,7 +156,7 @@ def test_frozen_mode_keeps_every_bit_of_the_plain_classifier(tiny: Tiny, tmp_pat
 def test_joint_mode_trains_both_and_leaves_the_feature_network(reference: Reference) -> None:
     plain = reference.fit.plain
     assert plain is not None
-    before = build_system(reference.config, phases(reference.config)[1], 10, None, plain).own_state()
+    before = build_protected_classifier(reference.config, phases(reference.config)[1], 10, None, plain).own_state()
     after = newest(reference.folder)[0]["system"]
     assert before.keys() == after.keys()
     unchanged = [k for k in before if torch.equal(before[k], after[k])]
@@ -240,7 +240,7 @@ def test_another_seed_gives_another_run(reference: Reference, tmp_path: Path) ->
 class Misleading:
     """Batches whose labels are wrong from an epoch on, so that training makes the network worse."""
 
-    sound: Batches
+    sound: BatchLoader
     since: int
 
     @property
@@ -288,8 +288,8 @@ def test_validation_is_a_mean_over_images_whatever_the_batches_and_workers(refer
 def test_metrics_lines_are_the_history(reference: Reference) -> None:
     lines = (reference.folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == reference.fit.history
-    assert newest_first(Storage(reference.folder)) == ["epoch_0004", "epoch_0003"]
-    assert KEEP == 2
+    assert list_checkpoints(Storage(reference.folder)) == ["epoch_0004", "epoch_0003"]
+    assert NUM_KEPT == 2
 
 
 # Interruption
@@ -340,9 +340,11 @@ def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_that_was_told_to_stop_ends_as_if_it_had_not_been(
     reference: Reference, tmp_path: Path, at: int, name: str
 ) -> None:
-    with pytest.raises(ToldToStop, match=f"^stopped after checkpoint {name}, as told; --resume goes on from it$"):
+    with pytest.raises(
+        TrainingInterrupted, match=f"^stopped after checkpoint {name}, as told; --resume goes on from it$"
+    ):
         fit(reference.config, Stopped(tmp_path, at))
-    assert newest_first(Storage(tmp_path))[0] == name
+    assert list_checkpoints(Storage(tmp_path))[0] == name
     resumed = fit(reference.config, Sink(tmp_path))
     assert timeless(resumed.history) == timeless(reference.fit.history)
     assert same(newest(tmp_path), newest(reference.folder))
@@ -378,21 +380,21 @@ def test_weights_that_are_no_numbers_are_not_kept(reference: Reference, tmp_path
                 next(current[0].trainee.parameters()).fill_(math.nan)
             return False
 
-    current: list[trainer.Loop] = []
+    current: list[trainer.Trainer] = []
     train = reference.config.train.model_copy(update={"checkpoint_seconds": 1e-9})
     config = reference.config.model_copy(update={"train": train})
     data = load_data(config, torch.device("cpu"))
     task = ProtectionTask(config, data, None, None)
-    current.append(trainer.Loop(task, Ruined(tmp_path)))
-    with pytest.raises(StoppedError, match=r"at step 1 .* last good checkpoint: none yet"):
+    current.append(trainer.Trainer(task, Ruined(tmp_path)))
+    with pytest.raises(NonRetryableError, match=r"at step 1 .* last good checkpoint: none yet"):
         current[0].run()
-    assert newest_first(Storage(tmp_path)) == []
+    assert list_checkpoints(Storage(tmp_path)) == []
 
 
 def test_a_worker_without_validation_images_counts_none(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny(train__mode="plain", protection="plain", data__num_val=3)
     data = load_data(config, torch.device("cpu"))
-    system = build_system(config, phases(config)[0], len(data.classes), (16, 16))
+    system = build_protected_classifier(config, phases(config)[0], len(data.classes), (16, 16))
     images, labels = data.val
     alone = validate_system(system, images, labels, config, 0, 1)
     shares: list[Tensor] = []
@@ -412,9 +414,9 @@ def test_the_checkpoint_just_written_is_never_pruned(tmp_path: Path) -> None:
     run = Storage(tmp_path)
     for name in ("epoch_0002", "epoch_0002_part_300000", "epoch_0002_part_700000", "epoch_0001"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert newest_first(run)[:2] == ["epoch_0002_part_700000", "epoch_0002_part_300000"]
+    assert list_checkpoints(run)[:2] == ["epoch_0002_part_700000", "epoch_0002_part_300000"]
     prune(run, "epoch_0002")  # what is newer is damaged, as it seems, since training goes on from before
-    assert newest_first(run) == ["epoch_0002_part_700000", "epoch_0002"]
+    assert list_checkpoints(run) == ["epoch_0002_part_700000", "epoch_0002"]
     assert checkpoint_name(2, 1 / 3) == "epoch_0002_part_333333"
 
 
@@ -422,7 +424,7 @@ def test_the_checkpoint_just_written_is_never_pruned(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("every_step")
 def test_a_part_of_an_epoch_goes_on_in_other_batches(reference: Reference, tmp_path: Path) -> None:
     """Another number of workers may make other batches: the part that is done stays about the same."""
-    with pytest.raises(ToldToStop):
+    with pytest.raises(TrainingInterrupted):
         fit(reference.config, Stopped(tmp_path, 5))
     train = reference.config.train.model_copy(update={"batch_size": reference.config.train.batch_size // 2})
     other = reference.config.model_copy(update={"train": train})
@@ -524,7 +526,7 @@ def test_other_data_are_refused_on_resume(reference: Reference, tmp_path: Path) 
     source = reference.config.data.source.model_copy(update={"seed": 1})
     data = reference.config.data.model_copy(update={"source": source})
     before = files(folder)
-    with pytest.raises(StoppedError, match="not what checkpoint epoch_0003 was trained on; restore the data"):
+    with pytest.raises(NonRetryableError, match="not what checkpoint epoch_0003 was trained on; restore the data"):
         fit(reference.config.model_copy(update={"data": data}), Sink(folder))
     assert files(folder) == before
 
@@ -532,10 +534,10 @@ def test_other_data_are_refused_on_resume(reference: Reference, tmp_path: Path) 
 def test_a_code_of_other_classes_is_refused_at_once(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny(train__alpha="0", protection__skips="0", protection__code=CODE.replace("10", "7"))
     with pytest.raises(
-        StoppedError, match=r"^protection\.code\.classes is 7, allowed is null or what the data has, 10$"
+        NonRetryableError, match=r"^protection\.code\.classes is 7, allowed is null or what the data has, 10$"
     ):
         fit(config, Sink(tmp_path))
-    assert newest_first(Storage(tmp_path)) == []
+    assert list_checkpoints(Storage(tmp_path)) == []
 
 
 def test_a_checkpoint_of_other_networks_is_refused(reference: Reference, tmp_path: Path) -> None:
@@ -578,7 +580,7 @@ def test_storage_that_cannot_be_written_is_one_sentence(tiny: Tiny, tmp_path: Pa
 class Poisoned:
     """Batches of which one holds an image that is no number."""
 
-    sound: Batches
+    sound: BatchLoader
     at: tuple[int, int]
 
     @property
@@ -614,7 +616,7 @@ def test_an_absurd_learning_rate_is_found_out(tiny: Tiny, tmp_path: Path) -> Non
 
 def test_a_validation_loss_of_nought_is_shown() -> None:
     text = io.StringIO()
-    display = Display(Console(file=text, width=500))
+    display = ProgressDisplay(Console(file=text, width=500))
     row = {
         "phase": "own",
         "epoch": 1,
@@ -788,10 +790,10 @@ def test_muon_is_torchs_own_on_matrices_and_adamw_on_the_rest() -> None:
 def test_muon_makes_matrices_orthogonal() -> None:
     torch.manual_seed(0)
     for rows, columns in ((6, 30), (30, 6)):
-        values = torch.linalg.svdvals(orthogonal(torch.randn(3, rows, columns)))
+        values = torch.linalg.svdvals(zeropower_via_newtonschulz(torch.randn(3, rows, columns)))
         assert values.shape == (3, 6)
         assert 0.6 < values.min() < values.max() < 1.3
-    assert orthogonal(torch.zeros(1, 4, 4)).abs().max() == 0
+    assert zeropower_via_newtonschulz(torch.zeros(1, 4, 4)).abs().max() == 0
 
 
 # Two workers without Ray
@@ -826,10 +828,10 @@ def batch_norm_results(layer: BatchNorm, x: Tensor, weights: Tensor) -> dict[str
 
 def gradients(config: Config, data: TrainingData, share: slice, synchronise: bool) -> dict[str, Tensor]:
     """Of the joint objective on a share of one batch; float64, for rounding in float32 decides max-pooling ties."""
-    plain = build_system(config, phases(config)[0], 10, None, None).classifier.state_dict()
-    system = build_system(config, phases(config)[1], 10, None, plain).double().train()
+    plain = build_protected_classifier(config, phases(config)[0], 10, None, None).classifier.state_dict()
+    system = build_protected_classifier(config, phases(config)[1], 10, None, plain).double().train()
     if synchronise:
-        synchronise_batch_norms(system)
+        convert_sync_batchnorm(system)
     images, labels = next(iter(data.train.epoch(0)))
     images, labels = images[share].double(), labels[share]
     assert isinstance(system.protection, Learned)
@@ -847,7 +849,7 @@ def work(rank: int, folder: Path, trees: dict[str, Any]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
     for name, sides in BATCH_NORMS.items():
         layer, x, weights = batch_norm_case(sides)
-        synchronise_batch_norms(layer)
+        convert_sync_batchnorm(layer)
         assert type(layer) is (SyncBatchNorm2d if len(sides) == 2 else SyncBatchNorm1d)
         mine = slice(4 * rank, 4 * rank + 4)
         torch.save(batch_norm_results(layer, x[mine], weights[mine]), folder / f"bn_{name}_{rank}.pt")
@@ -864,10 +866,10 @@ def work(rank: int, folder: Path, trees: dict[str, Any]) -> None:
         torch.save({"history": result.history, "state": result.system.own_state()}, folder / f"{name}_{rank}.pt")
     trainer.CHECK_STEPS = 1
     for name, tree in trees.items():
-        with contextlib.suppress(ToldToStop):
+        with contextlib.suppress(TrainingInterrupted):
             fit(validate(tree), Stopped(folder / f"{name}_stopped", 5))
         dist.barrier()  # the first of them may still be writing
-        assert newest_first(Storage(folder / f"{name}_stopped"))[0].endswith("_part_500000")
+        assert list_checkpoints(Storage(folder / f"{name}_stopped"))[0].endswith("_part_500000")
         result = fit(validate(tree), Sink(folder / f"{name}_stopped"))
         torch.save(
             {"history": result.history, "state": result.system.own_state()}, folder / f"{name}_resumed_{rank}.pt"
@@ -955,7 +957,7 @@ def test_two_workers_that_were_told_to_stop_end_as_if_they_had_not_been(two_work
             )
 
 
-def losses(history: list[Row]) -> dict[str, list[float]]:
+def losses(history: list[EpochMetrics]) -> dict[str, list[float]]:
     return {key: [row[key] for row in history] for key in history[0] if key.endswith(("loss", "distance"))}
 
 

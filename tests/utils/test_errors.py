@@ -48,10 +48,10 @@ def test_storage_that_refuses_without_a_reason(tmp_path: Path, error: OSError, r
 
 @pytest.mark.parametrize("error", EMPTY[:3], ids=repr)
 def test_a_service_that_does_not_start_and_says_nothing(error: Exception) -> None:
-    from raypp.serve.server import _why
+    from raypp.serve.server import _failure_reason
 
-    assert _why("", error) == type(error).__name__
-    assert _why("x raypp.utils.errors.BundleError: it is damaged\\n", error) == "it is damaged"
+    assert _failure_reason("", error) == type(error).__name__
+    assert _failure_reason("x raypp.utils.errors.BundleError: it is damaged\\n", error) == "it is damaged"
 
 
 def test_no_message_is_taken_apart_without_the_helper() -> None:

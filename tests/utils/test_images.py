@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from raypp.data.loader import as_input
+from raypp.data.loader import to_float_tensor
 from raypp.utils import image_files, images
 from raypp.utils.errors import DataError, StorageError
 
@@ -194,7 +194,7 @@ def test_bombs_are_refused(side: int) -> None:
     size=st.tuples(st.integers(1, 50), st.integers(1, 50)),
 )
 def test_fit_gives_the_size_and_keeps_flat_colour(shape: tuple[int, int, int], size: tuple[int, int]) -> None:
-    fitted = images.fit(np.full(shape, 77, dtype=np.uint8), size)
+    fitted = images.resize_and_center_crop(np.full(shape, 77, dtype=np.uint8), size)
     assert fitted.shape == (*size, shape[2])
     assert (fitted == 77).all()
 
@@ -202,27 +202,27 @@ def test_fit_gives_the_size_and_keeps_flat_colour(shape: tuple[int, int, int], s
 def test_fit_crops_the_centre_and_keeps_the_aspect() -> None:
     wide = np.zeros((10, 30, 3), dtype=np.uint8)
     wide[:, 10:20] = 200
-    assert (images.fit(wide, (10, 10)) == 200).all()
-    assert (images.fit(wide.transpose(1, 0, 2), (10, 10)) == 200).all()
+    assert (images.resize_and_center_crop(wide, (10, 10)) == 200).all()
+    assert (images.resize_and_center_crop(wide.transpose(1, 0, 2), (10, 10)) == 200).all()
     square = noise(10, 10)
-    assert images.fit(square, (10, 10)) is square
+    assert images.resize_and_center_crop(square, (10, 10)) is square
 
 
 def test_fit_is_antialiased() -> None:
     checks = np.indices((64, 64)).sum(axis=0) % 2 * np.uint8(255)
-    fitted = images.fit(checks.astype(np.uint8)[..., None], (8, 8))
+    fitted = images.resize_and_center_crop(checks.astype(np.uint8)[..., None], (8, 8))
     assert abs(fitted.astype(int) - 127).max() <= 2
 
 
 def test_decode_with_size_is_decode_then_fit() -> None:
     data = encoded(Image.fromarray(noise(40, 60)), "JPEG")
-    expected = images.fit(images.decode(data, name="x"), (16, 16))
+    expected = images.resize_and_center_crop(images.decode(data, name="x"), (16, 16))
     assert np.array_equal(images.decode(data, name="x", size=(16, 16)), expected)
 
 
 def test_grey_is_the_grey_of_decode() -> None:
     pixels = noise(50, 50)
-    assert np.array_equal(images.grey(pixels), images.decode(images.encode_png(pixels), name="x", channels=1))
+    assert np.array_equal(images.to_grayscale(pixels), images.decode(images.encode_png(pixels), name="x", channels=1))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -244,23 +244,23 @@ def test_write_png_failure_leaves_nothing(tmp_path: Path) -> None:
 
 def test_tensors_and_back_are_exact() -> None:
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-    tensor = as_input(torch.from_numpy(pixels))
+    tensor = to_float_tensor(torch.from_numpy(pixels))
     assert tensor.shape == (1, 1, 16, 16)
     assert tensor.dtype == torch.float32
     assert tensor.max() == 1
     assert np.array_equal(images.to_uint8(tensor).permute(0, 2, 3, 1).numpy(), pixels)
-    assert torch.equal(images.round_8bit(tensor), tensor)
+    assert torch.equal(images.quantize_8bit(tensor), tensor)
 
 
 def test_rounding_is_to_the_nearest_after_clamping() -> None:
     values = torch.tensor([-3.0, 0.4 / 255, 0.6 / 255, 254.6 / 255, 7.0]).view(1, 1, 1, 5)
     assert images.to_uint8(values).flatten().tolist() == [0, 0, 1, 255, 255]
-    assert torch.equal(images.round_8bit(values).flatten(), torch.tensor([0, 0, 1, 255, 255]) / 255)
+    assert torch.equal(images.quantize_8bit(values).flatten(), torch.tensor([0, 0, 1, 255, 255]) / 255)
 
 
 def test_grid_shows_every_pixel() -> None:
     rows = [noise(4, 5)[None].repeat(3, axis=0), noise(4, 5, 1)[None]]
-    picture = images.grid(rows, labels=["a", "longer"], scale=2)
+    picture = images.make_grid(rows, labels=["a", "longer"], scale=2)
     assert picture.ndim == 3
     assert picture.shape[2] == 3
     left = picture.shape[1] - 3 * (10 + 4)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from raypp.evaluation.plotting import as_png, new_figure
-from raypp.evaluation.report.pictures import (
-    _done,
-)
+from raypp.evaluation.report.pictures import _done
 from raypp.evaluation.report.source import Source
 
 COLOURS = {"holds": "#1f8a4c", "weak": "#b8860b", "broken": "#c0392b", "inconclusive": "#66707c"}

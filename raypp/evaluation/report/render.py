@@ -10,16 +10,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
-
 import raypp
 from raypp.evaluation.report.figures import _boxes, _curves, _front
-from raypp.evaluation.report.pictures import (
-    _embedded,
-    _estimates,
-    _protected,
-    _worst,
-)
+from raypp.evaluation.report.pictures import _embedded, _estimates, _protected, _worst
 from raypp.evaluation.report.source import Source, read_source
 from raypp.utils.errors import ConfigError, StorageError
 from raypp.utils.storage import Storage
@@ -65,7 +58,7 @@ def write_report(sources: Sequence[str], target: Storage) -> dict[str, Any]:
         figures={name: _embedded(pngs[name]) for name in ("protected", "front") if name in pngs},
         victims=[
             {
-                "card": s.card, "title": s.title, "words": words(s.card), "rows": _rows(s.card),
+                "card": s.card, "title": s.title, "words": explain_results(s.card), "rows": _rows(s.card),
                 "figures": s.figures, "effort": _effort(s.card),
             }
             for s in found
@@ -80,7 +73,7 @@ def write_report(sources: Sequence[str], target: Storage) -> dict[str, Any]:
     return summary
 
 
-def words(card: dict[str, Any]) -> str:
+def explain_results(card: dict[str, Any]) -> str:
     """The summary for people who did not run it."""
     if card["worst_attack"] is None:
         return "No attack has run."
@@ -189,14 +182,3 @@ def _csv(found: Sequence[Source]) -> bytes:
                 head = [s.card["victim"], f"null: {name}", "", "", s.card["num_queries"], "", "", ""]
                 writer.writerow([*head, metric, *(numbers.get(key, "") for key in keys)])
     return text.getvalue().encode()
-
-
-def _read_scores(text: str) -> dict[str, dict[str, np.ndarray]]:
-    rows = list(csv.DictReader(io.StringIO(text)))
-    found: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        of = found.setdefault(row["attack"], {})
-        for name, value in row.items():
-            if name not in {"attack", "image", "label"} and value:
-                of.setdefault(name, []).append(float(value))
-    return {name: {key: np.array(values) for key, values in of.items()} for name, of in found.items()}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from raypp.evaluation.report.render import _read_scores
 from raypp.utils.errors import BundleError, ConfigError
 from raypp.utils.storage import Storage
 
@@ -37,10 +38,21 @@ def read_source(location: str) -> Source:
             try:
                 card = json.loads(at.read("scorecard.json"))
                 pictures = dict(load(at.read("examples.safetensors")))
-                scores = _read_scores(at.read("scores.csv").decode())
+                scores = read_scores(at.read("scores.csv").decode())
                 if lacking := {"attacks", "nulls", "worst_attack", "worst_drawing", "label"} - set(card):
                     raise ValueError(f"scorecard.json lacks {', '.join(sorted(lacking))}")
             except (ValueError, KeyError, TypeError, SafetensorError) as error:
                 raise BundleError(f"the scorecard in {at.uri} cannot be read: {error}") from error
             return Source(card, scores, pictures)
     raise ConfigError(f"{location!r} holds no scorecard; `raypp attack` makes one")
+
+
+def read_scores(text: str) -> dict[str, dict[str, np.ndarray]]:
+    rows = list(csv.DictReader(io.StringIO(text)))
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        of = found.setdefault(row["attack"], {})
+        for name, value in row.items():
+            if name not in {"attack", "image", "label"} and value:
+                of.setdefault(name, []).append(float(value))
+    return {name: {key: np.array(values) for key, values in of.items()} for name, of in found.items()}
