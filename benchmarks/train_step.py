@@ -82,7 +82,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
 
 class PilBatches:
-    """Batches of a torch DataLoader over :class:`Pictures`, NCHW float32; see :class:`raypp.data.loader.BatchLoader`."""
+    """Batches of a torch DataLoader over `Pictures`, NCHW float32, as a :class:`~raypp.data.loader.BatchLoader`."""
 
     def __init__(self, steps: int, batch_size: int, workers: int, device: torch.device) -> None:
         self.num_batches, self.device = steps, device

@@ -23,8 +23,7 @@ from raypp.data.base import ImageDataset
 from raypp.data.splits import load_split
 from raypp.metrics.image import MIN_SIDE
 from raypp.protections import PROTECTIONS
-from raypp.utils import image_files
-from raypp.utils import images as image_files
+from raypp.utils import image_files, images
 from raypp.utils.errors import ConfigError, DataError
 from raypp.utils.keys import Key
 from raypp.utils.storage import Storage
@@ -297,7 +296,7 @@ def _read_folder(folder: Path) -> dict[str, np.ndarray]:
         if name in found:
             raise DataError(f"{str(folder)!r} has two images named {name!r}")
         try:
-            found[name] = image_files.decode(path.read_bytes(), name=str(path))
+            found[name] = images.decode(path.read_bytes(), name=str(path))
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from error
     return found

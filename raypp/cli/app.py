@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
 import raypp
 from raypp.utils.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 app = App(
     name="raypp",

@@ -9,26 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter, validators
 from rich.console import Console
 
-from raypp.experiments import attack_plan
+from raypp.cli.app import ATTACK_HELP, SETTINGS_HELP, Settings, app, import_from_ray, new_name, without_settings
+from raypp.cli.render import print_accuracy, print_chance_error, print_scorecard, print_threats
 from raypp.utils.errors import ConfigError, RayppError
 
 if TYPE_CHECKING:
     from raypp.experiments.attack_plan import AttackPlan
-from raypp.cli.app import (
-    ATTACK_HELP,
-    SETTINGS_HELP,
-    Settings,
-    app,
-    import_from_ray,
-    new_name,
-    without_settings,
-)
-from raypp.cli.render import (
-    print_accuracy,
-    print_chance_error,
-    print_scorecard,
-    print_threats,
-)
 
 
 @app.command(help_epilogue=ATTACK_HELP)
@@ -74,6 +60,7 @@ def attack(
     quiet
         Print nothing but warnings and errors.
     """
+    from raypp.experiments.attack_plan import make_attack_plan
 
     if resume and name is None:
         raise ConfigError("--resume needs --name, the attack run to continue")
@@ -82,7 +69,7 @@ def attack(
         raise ConfigError(
             f"name one bundle, found {' and '.join(map(repr, bundles))}; a setting is written --name VALUE"
         )
-    plan = attack_plan.make_attack_plan(
+    plan = make_attack_plan(
         bundle=bundles[0] if bundles else None,
         function=function,
         folders=folders,
@@ -99,14 +86,15 @@ def attack(
 def run_attacks(plan: AttackPlan, *, resume: bool = False, local: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Run a plan's attacks, write report and scorecard, print and return the latter."""
     from raypp.evaluation.report.render import write_report
-    from raypp.experiments import attack_run
+    from raypp.experiments.attack_plan import threat_table
+    from raypp.experiments.attack_run import run_attack_suite, run_attacks_locally
 
     def announce(opened: AttackPlan) -> None:
         if not quiet:
-            print_threats(attack_plan.threat_table(opened))
+            print_threats(threat_table(opened))
 
-    run = attack_run.run_attacks_locally if local else import_from_ray("raypp.cluster.attack", "run_on_ray")
-    card = attack_run.run_attack_suite(plan, resume=resume, quiet=quiet, announce=announce, run=run)
+    run = run_attacks_locally if local else import_from_ray("raypp.cluster.attack", "run_on_ray")
+    card = run_attack_suite(plan, resume=resume, quiet=quiet, announce=announce, run=run)
     write_report([plan.storage.uri], plan.storage)
     if not quiet:
         print_scorecard(card, plan.storage.uri)

@@ -6,19 +6,16 @@ import os
 import select
 import sys
 import traceback
-from typing import TYPE_CHECKING
 
 from cyclopts import CycloptsError
 from rich.console import Console
 
+from raypp.cli import attack, data, service, train
+from raypp.cli.app import app
 from raypp.utils.errors import FAILURE, USAGE, RayppError
 
-if TYPE_CHECKING:
-    pass
-from raypp.cli.app import (
-    app,
-)
-
+COMMANDS = (attack, data, service, train)
+"""Modules whose functions are the commands; each adds its own to :data:`app`."""
 TRACEBACK = "RAYPP_TRACEBACK"  # in the environment: errors show where they arose, too
 
 

@@ -8,20 +8,14 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import Parameter, validators
 from rich.console import Console
 
+from raypp.cli.app import app, import_from_ray
 from raypp.utils.errors import ConfigError, RayppError
 from raypp.utils.signals import stop_on_signal
-
-if TYPE_CHECKING:
-    pass
-from raypp.cli.app import (
-    app,
-    import_from_ray,
-)
 
 NOTICE_SECONDS = 10.0  # between two lines that say that a service does not answer
 

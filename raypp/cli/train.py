@@ -11,29 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.console import Console
 
-from raypp.experiments import attack_plan, table1_grid
+from raypp.cli.app import SETTINGS_HELP, First, Settings, app, import_from_ray, new_name, preset_and_flags
+from raypp.cli.attack import run_attacks
+from raypp.cli.render import print_chance_error, print_results, print_search, print_table1
 from raypp.utils import runtime
 from raypp.utils.errors import ConfigError, RayppError
 from raypp.utils.signals import stop_on_signal
 
 if TYPE_CHECKING:
     from raypp.config.schema import Config
-from raypp.cli.app import (
-    SETTINGS_HELP,
-    First,
-    Settings,
-    app,
-    import_from_ray,
-    new_name,
-    preset_and_flags,
-)
-from raypp.cli.attack import run_attacks
-from raypp.cli.render import (
-    print_chance_error,
-    print_results,
-    print_search,
-    print_table1,
-)
 
 
 @app.command(help_epilogue=SETTINGS_HELP)
@@ -121,6 +107,7 @@ def quickstart(*, local: bool = False, name: str | None = None, storage: Path = 
     from rich.markup import escape
 
     from raypp.config.presets import load_config
+    from raypp.experiments.attack_plan import make_attack_plan
 
     console = Console()
     # One worker with all of this machine: where cores are few, every further process costs ten seconds to start.
@@ -131,7 +118,7 @@ def quickstart(*, local: bool = False, name: str | None = None, storage: Path = 
     run_training(merged, name, local=local)
     where = storage / name
     console.print("\n[bold]What an attacker gets out of it[/]")
-    plan = attack_plan.make_attack_plan(bundle=str(where / "bundle"), suite="quick", name="attack", storage=str(where))
+    plan = make_attack_plan(bundle=str(where / "bundle"), suite="quick", name="attack", storage=str(where))
     run_attacks(plan, local=True)  # a minute's work: starting Ray again would cost as much
     console.print("\n[bold]Next[/]")
     for command, why in (
@@ -179,11 +166,12 @@ def table1(
         Print nothing but warnings and errors.
     """
     from raypp.experiments import table1 as table
+    from raypp.experiments.table1_grid import table_rows
 
     run = table.run_cells_locally if local else import_from_ray("raypp.cluster.table1", "run_on_ray")
     results = table.table1(
         ["cifar10", "cifar100"] if datasets is None else datasets,
-        list(table1_grid.table_rows()) if methods is None else methods,
+        list(table_rows()) if methods is None else methods,
         [0] if seeds is None else seeds,
         settings,
         storage=storage,

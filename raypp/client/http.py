@@ -18,17 +18,7 @@ from typing import Any
 import httpx
 
 from raypp.bundle.load import PublicBundle
-from raypp.client.session import (
-    BATCH,
-    MAX_ARCHIVE,
-    Errors,
-    Image,
-    Prediction,
-    RemoteError,
-    Request,
-    Step,
-    _Session,
-)
+from raypp.client.session import BATCH, MAX_ARCHIVE, Errors, Image, Prediction, RemoteError, Request, Step, _Session
 from raypp.utils.errors import RayppError
 from raypp.utils.images import Pixels
 

@@ -73,7 +73,7 @@ class Prediction:
 Errors = dict[int, RayppError]
 """What is wrong with single images, by their places."""
 
-Step = Generator["Call | float", "httpx.Response | Exception | None", Any]
+Step = Generator["Request | float", "httpx.Response | Exception | None", Any]
 """What a client does, without doing it: gives requests to send and seconds to wait, takes answers."""
 
 

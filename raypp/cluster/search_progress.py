@@ -15,12 +15,7 @@ from ray.tune.experiment import Trial
 
 from raypp.cluster.progress_actor import drain, shutdown_grace_period
 from raypp.cluster.trial import STOPPED, _decoded
-from raypp.experiments import (
-    plots,
-    search_records,
-    search_results,
-    search_settings,
-)
+from raypp.experiments import plots, search_records, search_results, search_settings
 from raypp.experiments.search_records import TrialRecord
 from raypp.experiments.search_settings import SearchPlan
 from raypp.utils.errors import RayppError

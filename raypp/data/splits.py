@@ -16,8 +16,8 @@ _split_cache: dict[str, ImageDataset] | None = None
 
 def enable_split_cache() -> None:
     """Read every split once from now on: for a process that trains many runs on the same images."""
-    global _kept
-    _kept = {} if _split_cache is None else _split_cache
+    global _split_cache
+    _split_cache = {} if _split_cache is None else _split_cache
 
 
 def load_split(config: Config, split: str) -> ImageDataset:

@@ -169,7 +169,7 @@ def point_latest(run: Storage) -> None:
 def same_configuration(config: Config, stored: dict[str, Any], run: Storage, name: str) -> None:
     """Raise StorageError unless ``config`` may go on with a run that was started with the ``stored`` one."""
     with contextlib.suppress(ConfigError):  # settings that have come since the run was started have their default
-        stored = validate(read_checked).model_dump(mode="json")
+        stored = validate(stored).model_dump(mode="json")
     given, kept = flatten_dict(config.model_dump(mode="json")), flatten_dict(stored)
     if given["train.epochs"] < kept.get("train.epochs", 0):
         trained = _trained(run, phases(config)[-1].name)

@@ -10,7 +10,7 @@ from typing import Any
 from raypp.utils.errors import RayppError
 
 
-class HTTPProblemError(RayppError):
+class RequestError(RayppError):
     """A request that is answered by an error of the client's making.
 
     Args:
@@ -56,7 +56,7 @@ class AdmissionControl:
     def admitted(self, num: int) -> Iterator[None]:
         """Count ``num`` images while they wait, or raise RefusedError (503); a first request always may."""
         if self.now and self.now + num > self.most:
-            raise HTTPProblemError(
+            raise RequestError(
                 503,
                 "busy",
                 f"{self.now} images wait already, with these {num} more than {self.most}; come back after Retry-After",

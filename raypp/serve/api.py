@@ -26,7 +26,7 @@ from raypp.attacks import ATTACKS
 from raypp.attacks.base import Threat
 from raypp.metrics.image import MIN_SIDE, psnr, ssim
 from raypp.metrics.statistics import chance_error
-from raypp.serve.admission import AdmissionControl, HTTPProblemError, Limits
+from raypp.serve.admission import AdmissionControl, Limits, RequestError
 from raypp.serve.auth import Tokens
 from raypp.serve.image_parsing import Shape
 from raypp.serve.loaded_model import LoadedModel
@@ -168,7 +168,7 @@ def classifier_api(service: Callable[[], ClassifierService], observe: RequestObs
         tag = f'"{served.protection}"'
         headers = {"ETag": tag, MODEL_HEADER: served.version, "Cache-Control": "no-cache", "Accept-Ranges": "none"}
         if not matches_etag(request.headers.get("if-match", "*"), tag, weakly=False):
-            raise HTTPProblemError(412, "other-version", f"If-Match names another protection than {tag}, which is live")
+            raise RequestError(412, "other-version", f"If-Match names another protection than {tag}, which is live")
         if matches_etag(request.headers.get("if-none-match", ""), tag, weakly=True):
             return Response(status_code=304, headers=headers)
         return Response(served.archive, media_type="application/zip", headers=headers)
@@ -247,9 +247,7 @@ def attack_api(service: Callable[[], AttackService], observe: RequestObserver | 
         served, chosen = offered.served, offered.attacks.get(attack)
         if chosen is None:
             known = ", ".join(offered.attacks) or "none: the bundle has not been attacked"
-            raise HTTPProblemError(
-                404, "unknown-attack", f"there is no attack {attack[:50]!r} here; served are {known}"
-            )
+            raise RequestError(404, "unknown-attack", f"there is no attack {attack[:50]!r} here; served are {known}")
         most = replace(asked.limits, images=min(asked.limits.images, chosen.max_images))
         async with _request_timeout(asked.limits):
             images, plain = await _images(request, served.shape, most, served.plain)
@@ -259,7 +257,7 @@ def attack_api(service: Callable[[], AttackService], observe: RequestObserver | 
             try:
                 made = await asked.reconstruct(chosen, values)
             except RayppError as error:
-                raise HTTPProblemError(422, "attack-does-not-apply", str(error)) from error
+                raise RequestError(422, "attack-does-not-apply", str(error)) from error
         pixels = made.cpu().permute(0, 2, 3, 1).numpy()
         if request.state.media_type == PNG:
             return Response(encode_png(pixels[0]), media_type=PNG, headers={MODEL_HEADER: served.version})
@@ -359,15 +357,15 @@ async def _request_timeout(limits: Limits) -> AsyncIterator[None]:
         async with asyncio.timeout(limits.seconds):
             yield
     except TimeoutError as error:
-        raise HTTPProblemError(408, "too-slow", f"the request was given up after {limits.seconds:g} s") from error
+        raise RequestError(408, "too-slow", f"the request was given up after {limits.seconds:g} s") from error
 
 
 def _to_tensor(images: Pixels) -> Tensor:
     return torch.from_numpy(np.array(images, copy=True)).permute(0, 3, 1, 2)
 
 
-def _other_protection() -> HTTPProblemError:
-    return HTTPProblemError(
+def _other_protection() -> RequestError:
+    return RequestError(
         409, "other-protection",
         "the images were protected with a protection that is not served (any more); fetch "
         "/classifier/v1/protection and protect them anew",
@@ -378,7 +376,7 @@ def _refuse_plain(protected: Tensor) -> None:
     """Refuse a request if one of its images does not look protected, bool (N,); says which, counted from zero."""
     if not bool(protected.all()):
         places = (~protected).nonzero().flatten().tolist()
-        raise HTTPProblemError(
+        raise RequestError(
             422, "not-protected",
             f"image {places[0] + 1} of {len(protected)} does not look protected; nothing of it was kept. Protect it "
             "first: raypp protect, or raypp.Client",

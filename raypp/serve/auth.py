@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from raypp.serve.admission import HTTPProblemError
+from raypp.serve.admission import RequestError
 from raypp.utils.errors import ConfigError
 from raypp.utils.storage import Storage
 
@@ -55,11 +55,11 @@ class Tokens:
             if hmac.compare_digest(entry[1], digest):
                 found = entry
         if kind.lower() != "bearer" or found is None:
-            raise HTTPProblemError(
+            raise RequestError(
                 401, "no-token", "a valid bearer token is required", {"WWW-Authenticate": 'Bearer realm="raypp"'}
             )
         if scope not in found[2]:
-            raise HTTPProblemError(
+            raise RequestError(
                 403, "wrong-scope", f"this token does not have the scope {scope!r}",
                 {"WWW-Authenticate": f'Bearer realm="raypp", error="insufficient_scope", scope="{scope}"'},
             )  # fmt: skip

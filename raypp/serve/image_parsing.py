@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from raypp.serve.admission import HTTPProblemError, Limits
+from raypp.serve.admission import Limits, RequestError
 from raypp.utils.errors import DataError
 from raypp.utils.images import Pixels, decode
 
@@ -28,14 +28,14 @@ Shape = tuple[int, int, int]
 """(H, W, C)."""
 
 
-def _too_many(limits: Limits) -> HTTPProblemError:
-    return HTTPProblemError(413, "too-many-images", f"the request holds more than the {limits.images} images allowed")
+def _too_many(limits: Limits) -> RequestError:
+    return RequestError(413, "too-many-images", f"the request holds more than the {limits.images} images allowed")
 
 
 def _png(data: bytes, where: str, shape: Shape) -> Pixels:
     """An 8-bit PNG of the given shape, with nothing in it but the image and how to show it, which is passed over."""
     if not data.startswith(PNG_SIGNATURE):
-        raise HTTPProblemError(422, "not-png", f"{where} is no PNG image")
+        raise RequestError(422, "not-png", f"{where} is no PNG image")
     kept, at = [PNG_SIGNATURE], len(PNG_SIGNATURE)
     kinds: list[bytes] = []
     packed: list[bytes] = []
@@ -46,58 +46,54 @@ def _png(data: bytes, where: str, shape: Shape) -> Pixels:
         if end > len(data):
             break
         if len(kinds) == MAX_PNG_CHUNKS or (kinds and kind == b"IHDR"):
-            raise HTTPProblemError(422, "damaged-image", f"{where} has chunks that no PNG image of this size has")
+            raise RequestError(422, "damaged-image", f"{where} has chunks that no PNG image of this size has")
         if not kinds:
             _check_header(kind, data[at + 8 : end - 4], where, shape)
         if zlib.crc32(data[at + 4 : end - 4]) != struct.unpack_from(">I", data, end - 4)[0]:
-            raise HTTPProblemError(422, "damaged-image", f"{where} is a damaged PNG image")
+            raise RequestError(422, "damaged-image", f"{where} is a damaged PNG image")
         kinds.append(kind)
         if kind in {b"IHDR", b"IDAT", b"IEND"}:
             kept.append(data[at:end])
             if kind == b"IDAT":
                 packed.append(data[at + 8 : end - 4])
             if kind == b"IEND" and length:
-                raise HTTPProblemError(422, "trailing-bytes", f"{where} goes on for {length} bytes in its last chunk")
+                raise RequestError(422, "trailing-bytes", f"{where} goes on for {length} bytes in its last chunk")
         elif kind[:1].isupper():  # a critical chunk, as a palette, which these colour types do not have
-            raise HTTPProblemError(
+            raise RequestError(
                 422, "not-png", f"{where} has a PNG chunk that an 8-bit image of this kind does not have"
             )
         elif length > SMALL_CHUNKS.get(kind, -1) or kinds.count(kind) > 1:
             name = kind.decode("ascii") if kind.isalpha() else "of an unknown kind"
-            raise HTTPProblemError(
+            raise RequestError(
                 422, "metadata", f"{where} carries metadata ({name}), which may tell more of an original than a "
                 "protected image does; leave it out",
             )  # fmt: skip
         at = end
     if not kinds or kinds[-1] != b"IEND":
-        raise HTTPProblemError(422, "damaged-image", f"{where} is a truncated PNG image")
+        raise RequestError(422, "damaged-image", f"{where} is a truncated PNG image")
     if at != len(data):
-        raise HTTPProblemError(
-            422, "trailing-bytes", f"{where} goes on for {len(data) - at} bytes after the image's end"
-        )
+        raise RequestError(422, "trailing-bytes", f"{where} goes on for {len(data) - at} bytes after the image's end")
     _check_values(b"".join(packed), where, shape)
     try:
         image = decode(b"".join(kept), name=where, channels=shape[2], max_pixels=shape[0] * shape[1])
     except DataError as error:
-        raise HTTPProblemError(422, "damaged-image", str(error)) from error
+        raise RequestError(422, "damaged-image", str(error)) from error
     if image.shape != shape:
-        raise HTTPProblemError(422, "wrong-shape", f"{where} has not the shape that its header says")
+        raise RequestError(422, "wrong-shape", f"{where} has not the shape that its header says")
     return image
 
 
 def _check_header(kind: bytes, header: bytes, where: str, shape: Shape) -> None:
     if kind != b"IHDR" or len(header) != 13:
-        raise HTTPProblemError(422, "damaged-image", f"{where} is a damaged PNG image")
+        raise RequestError(422, "damaged-image", f"{where} is a damaged PNG image")
     width, height, depth, colour = struct.unpack(">IIBB", header[:10])
     wanted = RGB if shape[2] == 3 else GREY
     if (height, width) != shape[:2]:
-        raise HTTPProblemError(
-            422, "wrong-shape", f"{where} is {height} x {width}; this classifier reads {_said(shape)}"
-        )
+        raise RequestError(422, "wrong-shape", f"{where} is {height} x {width}; this classifier reads {_said(shape)}")
     if depth != 8 or colour != wanted:
-        raise HTTPProblemError(422, "wrong-shape", f"{where} is no 8-bit {'RGB' if wanted == RGB else 'grey'} image")
+        raise RequestError(422, "wrong-shape", f"{where} is no 8-bit {'RGB' if wanted == RGB else 'grey'} image")
     if header[12]:
-        raise HTTPProblemError(422, "not-png", f"{where} is interlaced; allowed are images that are not")
+        raise RequestError(422, "not-png", f"{where} is interlaced; allowed are images that are not")
 
 
 def _check_values(packed: bytes, where: str, shape: Shape) -> None:
@@ -108,9 +104,9 @@ def _check_values(packed: bytes, where: str, shape: Shape) -> None:
     try:
         values = stream.decompress(packed, expected + 1)
     except zlib.error as error:
-        raise HTTPProblemError(422, "damaged-image", f"{where} is a damaged PNG image") from error
+        raise RequestError(422, "damaged-image", f"{where} is a damaged PNG image") from error
     if len(values) != expected or not stream.eof or stream.unused_data:
-        raise HTTPProblemError(422, "damaged-image", f"{where} holds other data than an image of its size has")
+        raise RequestError(422, "damaged-image", f"{where} holds other data than an image of its size has")
 
 
 @lru_cache(maxsize=64)  # clients send few different ones, and reading one takes as long as making a tensor
@@ -128,24 +124,22 @@ def _npy_header(header: bytes) -> tuple[Any, Any, tuple[Any, ...]]:
 def _npy(data: bytes, where: str, shape: Shape, limits: Limits, num_before: int = 0) -> Pixels:
     """A NumPy file of uint8 (H, W, C) or (N, H, W, C), in C order; ``num_before`` images came before it."""
     if not data.startswith(NPY_SIGNATURE) or len(data) < 12:
-        raise HTTPProblemError(422, "not-npy", f"{where} is no NumPy file")
+        raise RequestError(422, "not-npy", f"{where} is no NumPy file")
     major, wide = data[6], data[6] >= 2
     length = struct.unpack_from("<I" if wide else "<H", data, 8)[0]
     begin = 12 if wide else 10
     if major not in (1, 2, 3) or length > MAX_NPY_HEADER or begin + length > len(data):
-        raise HTTPProblemError(422, "not-npy", f"{where} is no NumPy file of a known version")
+        raise RequestError(422, "not-npy", f"{where} is no NumPy file of a known version")
     try:
         kind, order, dims = _npy_header(data[begin : begin + length])
     except (ValueError, SyntaxError, AttributeError, TypeError, MemoryError, RecursionError) as error:
-        raise HTTPProblemError(422, "not-npy", f"{where} has a damaged NumPy header") from error
+        raise RequestError(422, "not-npy", f"{where} has a damaged NumPy header") from error
     if kind not in ("|u1", "u1", "uint8") or order is not False:
-        raise HTTPProblemError(
-            422, "wrong-type", f"{where} holds no uint8 values in C order: an upload is an 8-bit image"
-        )
+        raise RequestError(422, "wrong-type", f"{where} holds no uint8 values in C order: an upload is an 8-bit image")
     if any(type(n) is not int for n in dims):
-        raise HTTPProblemError(422, "not-npy", f"{where} has a damaged NumPy header")
+        raise RequestError(422, "not-npy", f"{where} has a damaged NumPy header")
     if len(dims) not in (3, 4) or dims[-3:] != shape or (len(dims) == 4 and dims[0] < 1):
-        raise HTTPProblemError(
+        raise RequestError(
             422, "wrong-shape", f"{where} has shape {dims[:6]}; this classifier reads {_said(shape)}, one or a batch"
         )
     num = dims[0] if len(dims) == 4 else 1
@@ -153,7 +147,7 @@ def _npy(data: bytes, where: str, shape: Shape, limits: Limits, num_before: int 
         raise _too_many(limits)
     values = memoryview(data)[begin + length :]
     if len(values) != num * math.prod(shape):
-        raise HTTPProblemError(
+        raise RequestError(
             422, "damaged-image", f"{where} holds {len(values)} bytes for {num * math.prod(shape)} values"
         )
     return np.frombuffer(values, np.uint8).reshape(num, *shape)

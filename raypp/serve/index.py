@@ -12,7 +12,7 @@ from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
 import raypp
-from raypp.serve.admission import HTTPProblemError
+from raypp.serve.admission import RequestError
 from raypp.serve.middleware import RequestMiddleware, RequestObserver
 from raypp.serve.problems import add_problems, check_bare
 from raypp.serve.request_checks import negotiate
@@ -73,7 +73,7 @@ def index_api(running: Callable[[], Awaitable[Collection[str]]], observe: Reques
     @api.api_route(ATTACK + "/{rest:path}", methods=["GET", "POST"])
     async def attack() -> Response:
         # Serve sends requests here only while it has no application for them.
-        raise HTTPProblemError(404, "attack-service-off", SWITCH_ON)
+        raise RequestError(404, "attack-service-off", SWITCH_ON)
 
     return api
 

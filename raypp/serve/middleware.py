@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from raypp.serve.admission import HTTPProblemError
+from raypp.serve.admission import RequestError
 from raypp.serve.problems import CLIENT_CLOSED_REQUEST, _refusal, check_bare, problem_response
 from raypp.serve.request_checks import negotiate
 
@@ -118,7 +118,7 @@ class RequestMiddleware:
             check_bare(request)
             if path in self.pages:
                 negotiate(request.headers.getlist("accept"), (self.pages[path],))
-        except HTTPProblemError as error:
+        except RequestError as error:
             return _refusal(request, error)
         there = f"{scope.get('root_path', '')}{self.root}"
         return Response(status_code=307, headers={"Location": there}) if to_root else None

@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from raypp.serve.admission import HTTPProblemError
+from raypp.serve.admission import RequestError
 from raypp.serve.request_checks import check_headers, check_query, shown
 from raypp.utils.registry import suggest
 
@@ -30,8 +30,8 @@ def check_bare(request: Request) -> None:
 def add_problems(api: FastAPI) -> None:
     """Have every error answered by a problem document."""
 
-    @api.exception_handler(HTTPProblemError)
-    async def refused(request: Request, error: HTTPProblemError) -> Response:
+    @api.exception_handler(RequestError)
+    async def refused(request: Request, error: RequestError) -> Response:
         return _refusal(request, error)
 
     @api.exception_handler(RequestValidationError)
@@ -57,7 +57,7 @@ def add_problems(api: FastAPI) -> None:
         return problem_response(request, error.status_code, "http", sentence, headers)
 
 
-def _refusal(request: Request, error: HTTPProblemError) -> Response:
+def _refusal(request: Request, error: RequestError) -> Response:
     return problem_response(request, error.status, error.code, str(error), error.headers, error.more)
 
 

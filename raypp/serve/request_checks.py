@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from starlette.datastructures import Headers
 
-from raypp.serve.admission import HTTPProblemError
+from raypp.serve.admission import RequestError
 from raypp.utils.registry import suggest
 
 ONCE = ("authorization", "content-type", "content-range", "expect", "raypp-protection")
@@ -32,47 +32,45 @@ def check_headers(headers: Headers, *, reads_body: bool, tagged: bool) -> None:
     """
     for name in ONCE:
         if len(headers.getlist(name)) > 1:
-            raise HTTPProblemError(400, "header-twice", f"the header {_title(name)} is sent twice; allowed is once")
+            raise RequestError(400, "header-twice", f"the header {_title(name)} is sent twice; allowed is once")
     transfer = _words(headers.getlist("transfer-encoding"))
     if transfer not in ([], ["chunked"]):
-        raise HTTPProblemError(
+        raise RequestError(
             501, "unsupported-transfer-encoding",
             f"Transfer-Encoding {shown(', '.join(transfer))} is not read here; allowed is chunked",
         )  # fmt: skip
     expectation = headers.get("expect")
     if expectation is not None and expectation.strip().lower() != "100-continue":
-        raise HTTPProblemError(
+        raise RequestError(
             417, "unsupported-expectation", f"Expect {shown(expectation)} is not known here; allowed is 100-continue"
         )
     if not reads_body and (transfer or headers.get("content-length", "0").strip("0 ")):
-        raise HTTPProblemError(
-            400, "body-not-read", "the request has a body, and none is read here; send it without one"
-        )
+        raise RequestError(400, "body-not-read", "the request has a body, and none is read here; send it without one")
     encodings = [word for word in _words(headers.getlist("content-encoding")) if word != "identity"]
     if encodings:
-        raise HTTPProblemError(
+        raise RequestError(
             415, "unsupported-encoding",
             f"Content-Encoding {shown(', '.join(encodings))} is not read here; allowed is identity, a body as it is",
             {"Accept-Encoding": "identity"},
         )  # fmt: skip
     if "content-range" in headers:
-        raise HTTPProblemError(
+        raise RequestError(
             400, "partial-body", "Content-Range is not read here: a request holds the whole body; leave the header out"
         )
     for name in DIGESTS:
         if name in headers:
-            raise HTTPProblemError(
+            raise RequestError(
                 400, "digest-not-read", f"{_title(name)} is not checked here, and damage would stay unseen; leave the "
                 "header out",
             )  # fmt: skip
     if tagged:
         return
     if headers.get("if-match", "*").strip() != "*":
-        raise HTTPProblemError(
+        raise RequestError(
             412, "no-version", "If-Match names a version, and this answer has none (no ETag); leave the header out"
         )
     if headers.get("if-none-match", "").strip() == "*":
-        raise HTTPProblemError(412, "no-version", "If-None-Match: * can never hold here; leave the header out")
+        raise RequestError(412, "no-version", "If-None-Match: * can never hold here; leave the header out")
 
 
 def check_query(names: Iterable[str], allowed: Sequence[str]) -> None:
@@ -81,11 +79,11 @@ def check_query(names: Iterable[str], allowed: Sequence[str]) -> None:
     for name in names:
         if name not in allowed:
             known = f"allowed: {', '.join(allowed)}" if allowed else "this request takes none"
-            raise HTTPProblemError(
+            raise RequestError(
                 422, "unknown-parameter", f"unknown query parameter {shown(name)}{suggest(name, allowed)}; {known}"
             )
         if name in seen:
-            raise HTTPProblemError(422, "parameter-twice", f"query parameter {name!r} is there twice; allowed is once")
+            raise RequestError(422, "parameter-twice", f"query parameter {name!r} is there twice; allowed is once")
         seen.add(name)
 
 
@@ -120,7 +118,7 @@ def negotiate(accept: Sequence[str], offered: Sequence[str]) -> str:
         if quality > 0 and (best is None or (quality, -place) > best[:2]):
             best = quality, -place, media_type
     if best is None:
-        raise HTTPProblemError(
+        raise RequestError(
             406, "not-acceptable", f"Accept {shown(text)} allows no answer that there is; allowed: {', '.join(offered)}"
         )
     return best[2]

@@ -18,7 +18,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from raypp.serve.admission import HTTPProblemError, Limits
+from raypp.serve.admission import Limits, RequestError
 from raypp.serve.image_parsing import NPY_SIGNATURE, Shape, _npy, _png, _too_many
 from raypp.utils.errors import first_line
 from raypp.utils.images import Pixels
@@ -50,7 +50,7 @@ async def read_body(chunks: AsyncIterator[bytes], length: str | None, limits: Li
         except StopAsyncIteration:
             break
         except TimeoutError as error:
-            raise HTTPProblemError(408, "too-slow", f"nothing of the body came for {limits.idle:g} s") from error
+            raise RequestError(408, "too-slow", f"nothing of the body came for {limits.idle:g} s") from error
         size += len(chunk)
         if size > limits.body:
             raise _too_large(limits)
@@ -58,8 +58,8 @@ async def read_body(chunks: AsyncIterator[bytes], length: str | None, limits: Li
     return b"".join(parts)
 
 
-def _too_large(limits: Limits) -> HTTPProblemError:
-    return HTTPProblemError(413, "body-too-large", f"the body is larger than the {limits.body:,} bytes allowed")
+def _too_large(limits: Limits) -> RequestError:
+    return RequestError(413, "body-too-large", f"the body is larger than the {limits.body:,} bytes allowed")
 
 
 async def read_images(
@@ -86,7 +86,7 @@ async def read_images(
         shapes = {"image": shape} | ({"plain": plain} if plain is not None else {})
         return await _multipart(body, content_type, shapes, limits)
     sent = f"Content-Type {kind[:60]!r} is not read here" if kind else "there is no Content-Type"
-    raise HTTPProblemError(
+    raise RequestError(
         415,
         "unsupported-type",
         f"{sent}; allowed are {PNG}, {NPY} and {MULTIPART} (lossy formats destroy what the classifier reads)",
@@ -102,7 +102,7 @@ async def _multipart(
 
     boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
     if not boundary:
-        raise HTTPProblemError(
+        raise RequestError(
             400, "bad-form", f"Content-Type {MULTIPART} names no boundary; let your HTTP library write the header"
         )
     allowed = " and ".join(repr(name) for name in shapes)
@@ -118,27 +118,25 @@ async def _multipart(
         if reason.startswith("Too many files"):
             raise _too_many(limits) from error
         if reason.startswith("Too many fields"):
-            raise HTTPProblemError(
+            raise RequestError(
                 422, "unknown-field", f"the form has more than {MAX_TEXT_FIELDS} text fields; allowed are files in "
                 f"{allowed}",
             ) from error  # fmt: skip
-        raise HTTPProblemError(400, "bad-form", f"the form cannot be read: {reason}") from error
+        raise RequestError(400, "bad-form", f"the form cannot be read: {reason}") from error
     # Batches as they are, which takes no decoding; PNG files when it is known that they are not too many.
     found: dict[str, list[Pixels | bytes]] = {name: [] for name in shapes}
     counts = dict.fromkeys(shapes, 0)
     try:
         if not body.rstrip(b"\r\n").endswith(b"--" + boundary + b"--"):
-            raise HTTPProblemError(
-                400, "bad-form", "the form cannot be read: something follows its end, or it has none"
-            )
+            raise RequestError(400, "bad-form", "the form cannot be read: something follows its end, or it has none")
         for name, value in form.multi_items():
             if not isinstance(value, UploadFile):
-                raise HTTPProblemError(
+                raise RequestError(
                     422, "unknown-field", f"the form has a text field {name[:50]!r}; allowed are files (parts with a "
                     f"filename) in {allowed}",
                 )  # fmt: skip
             if name not in found:
-                raise HTTPProblemError(
+                raise RequestError(
                     422, "unknown-field", f"the form has a file in field {name[:50]!r}{suggest(name, shapes)}; "
                     f"allowed are files in {allowed}",
                 )  # fmt: skip
@@ -154,9 +152,9 @@ async def _multipart(
     finally:
         await form.close()
     if not counts["image"]:
-        raise HTTPProblemError(422, "no-image", "the form holds no file in field 'image'")
+        raise RequestError(422, "no-image", "the form holds no file in field 'image'")
     if counts.get("plain", 0) not in (0, counts["image"]):
-        raise HTTPProblemError(
+        raise RequestError(
             422, "wrong-number", f"field 'plain' holds {counts['plain']} images, field 'image' {counts['image']}"
         )
 
@@ -179,19 +177,19 @@ def _part_type(headers: Headers, where: str) -> str:
     headers with room for more than an image's name."""
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind.startswith("multipart/"):
-        raise HTTPProblemError(
+        raise RequestError(
             415, "unsupported-type", f"{where} is {kind[:60]!r}, several parts in one; send each image as a file of "
             "the form itself",
         )  # fmt: skip
     others = sorted({name.lower() for name in headers.keys()} - {"content-disposition", "content-type"})  # noqa: SIM118
     if others or sum(map(len, headers.values())) > MAX_PART_HEADER:
         extra = f"the header {others[0][:50]!r}" if others else "long headers"
-        raise HTTPProblemError(
+        raise RequestError(
             422, "metadata", f"{where} has {extra}, which may tell more than its image does; allowed are "
             "Content-Disposition and Content-Type, short ones",
         )  # fmt: skip
     if kind not in PART_TYPES:
-        raise HTTPProblemError(
+        raise RequestError(
             415, "unsupported-type", f"{where} is {kind[:60]!r}, which is not read here; allowed are {PNG} and {NPY}, "
             f"or {ANY}, which may be either",
         )  # fmt: skip

@@ -5,13 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from raypp.utils.errors import DataError
 from raypp.utils.image_formats import START_BYTES, is_unread, kind_of
-
-if TYPE_CHECKING:
-    pass
 from raypp.utils.images import SUFFIXES, printable
 
 UNSUPPORTED_SUFFIXES = frozenset(

@@ -150,9 +150,9 @@ def test_thousands_of_damaged_bodies(which: str, here: Here) -> None:
 @given(st.binary(max_size=400), st.sampled_from(["image/png", "application/x-npy", "multipart/form-data; boundary=x"]))
 def test_bytes_that_are_nothing(body: bytes, kind: str) -> None:
     """No body that is made up is an image."""
-    from raypp.serve.admission import HTTPProblemError, Limits
+    from raypp.serve.admission import Limits, RequestError
     from raypp.serve.request_parsing import read_images
 
-    with pytest.raises(HTTPProblemError) as refused:
+    with pytest.raises(RequestError) as refused:
         asyncio.run(read_images(body, kind, (16, 16, 3), Limits()))
     assert 400 <= refused.value.status < 500

@@ -35,7 +35,7 @@ from raypp.experiments import attack_run
 from raypp.experiments.run_folder import point_latest
 from raypp.experiments.training_run import open_run, train_locally
 from raypp.serve import model_store
-from raypp.serve.admission import AdmissionControl, HTTPProblemError
+from raypp.serve.admission import AdmissionControl, RequestError
 from raypp.serve.api import attack_api, classifier_api
 from raypp.serve.attack_catalog import load_attacks
 from raypp.serve.auth import TokenFile, Tokens, add_token
@@ -178,7 +178,7 @@ def test_images_that_would_wait_too_long_are_refused(here: Here) -> None:
     assert client.post("/v1/classify", content=body, headers=NPY).status_code == 200
     assert here.waiting.now == 16
     alone = AdmissionControl(2)
-    with alone.admitted(3), pytest.raises(HTTPProblemError), alone.admitted(1):
+    with alone.admitted(3), pytest.raises(RequestError), alone.admitted(1):
         pass
     assert alone.now == 0
 

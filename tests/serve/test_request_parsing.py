@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from raypp.serve.admission import HTTPProblemError, Limits
+from raypp.serve.admission import Limits, RequestError
 from raypp.serve.request_parsing import MULTIPART, NPY, PNG, read_body, read_images
 from raypp.utils.images import Pixels, encode_png
 
@@ -68,7 +68,7 @@ def test_other_requests_go_on_while_large_images_are_decoded() -> None:
 
 
 def refused(body: bytes, kind: str, plain: tuple[int, int, int] | None = None) -> tuple[int, str]:
-    with pytest.raises(HTTPProblemError) as raised:
+    with pytest.raises(RequestError) as raised:
         read(body, kind, plain=plain)
     assert "\n" not in str(raised.value)
     return raised.value.status, raised.value.code
@@ -177,7 +177,7 @@ def test_a_form_of_too_many_images_names_the_whole_limit() -> None:
     """Not what is left of it after the files before."""
     for files in ([3, 2], [1, 1, 1, 2], [4, 1]):
         body, kind = form(*(("image", npy(batch(num))) for num in files))
-        with pytest.raises(HTTPProblemError) as refusal:
+        with pytest.raises(RequestError) as refusal:
             read(body, kind)
         assert (refusal.value.status, refusal.value.code) == (413, "too-many-images")
         assert "more than the 4 images allowed" in str(refusal.value)
@@ -253,7 +253,7 @@ def test_a_body_is_refused_when_it_is_known_to_be_too_large() -> None:
 
     for length, most in (("200000", 0), (None, 11), ("nonsense", 11), ("5", 11)):
         taken.clear()
-        with pytest.raises(HTTPProblemError) as raised:
+        with pytest.raises(RequestError) as raised:
             asyncio.run(read_body(chunks(), length, LIMITS))
         assert raised.value.status == 413
         assert len(taken) <= most
@@ -264,7 +264,7 @@ def test_a_body_that_stops_coming_is_given_up() -> None:
         yield b"x"
         await asyncio.sleep(30)
 
-    with pytest.raises(HTTPProblemError, match=r"nothing of the body came for 0\.05 s") as raised:
+    with pytest.raises(RequestError, match=r"nothing of the body came for 0\.05 s") as raised:
         asyncio.run(read_body(chunks(), "5", Limits(idle=0.05)))
     assert raised.value.status == 408
 
@@ -287,7 +287,7 @@ def test_mutated_bodies_are_read_or_refused(data: st.DataObject) -> None:
             return
     try:
         found, _ = read(bytes(body), good[1])
-    except HTTPProblemError:
+    except RequestError:
         return
     else:
         assert found.shape[1:] == SHAPE
