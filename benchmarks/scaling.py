@@ -181,7 +181,7 @@ def both(num: int, folder: Path, preset: str) -> Iterator[dict[str, Side]]:
 def streaming(folder: Path, num_images: int, epochs: int, rounds: int) -> dict[str, Spread]:
     """Images/s of a Parquet file in memory and as a stream."""
     size = ["--data.source.num_train", str(num_images), "--data.source.num_test", "200"]
-    raypp = [sys.executable, "-m", "raypp.cli.main"]
+    raypp = [sys.executable, "-m", "raypp.cli"]
     convert = [*raypp, "data", "convert", "shapes", str(folder / "set"), *(s.replace("data.source.", "") for s in size)]
     subprocess.run(convert, check=True, stdout=subprocess.DEVNULL)
     number = 0

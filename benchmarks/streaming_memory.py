@@ -164,7 +164,7 @@ def train(folder: Path, dataset: Path, stream: bool, shuffle_buffer: int, interv
     }
     config = folder / f"{name}.yaml"
     config.write_text(yaml.safe_dump(tree))
-    command = [sys.executable, "-m", "raypp.cli.main", "train", str(config), "--name", name, "--quiet"]
+    command = [sys.executable, "-m", "raypp.cli", "train", str(config), "--name", name, "--quiet"]
     samples: list[Sample] = []
     began = time.monotonic()
     process = subprocess.Popen(command, env=own_ray(folder))

@@ -142,7 +142,7 @@ def test_ray_stays_on_its_floor(name: str) -> None:
     for target, line, inside in imports(name):
         assert not within(target, "ray"), f"{name}:{line} imports {target}"
         if any(within(target, allowed) for allowed in RAY):
-            assert name == "raypp.cli.main", f"{name}:{line} imports {target}"
+            assert within(name, "raypp.cli"), f"{name}:{line} imports {target}"
             assert inside, f"{name}:{line} imports {target} before a command asks for it"
 
 
@@ -195,7 +195,7 @@ def refuse(*_, **__):
 
 sys.meta_path.insert(0, NoRay())
 socket.socket.connect = socket.getaddrinfo = refuse
-from raypp.cli import main
+from raypp.cli.main import main
 
 bundle, *flags = sys.argv[1:]
 main(["protect", bundle, "image.png", "protected.png"])

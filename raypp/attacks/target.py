@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from raypp.attacks.base import AttackerKnowledge, ImageMap
 from raypp.attacks.user_function import source_of, user_function
-from raypp.bundle import load
-from raypp.bundle import manifest as bundles
+from raypp.bundle.load import PublicBundle, load_plain_classifier, load_private, load_public
+from raypp.bundle.manifest import MANIFEST
 from raypp.config.overrides import deep_merge
 from raypp.config.schema import Config
 from raypp.config.validation import validate
@@ -139,7 +139,7 @@ def load_target(
 
 def _bundle(spec: TargetSpec, num_queries: int, num_images: int | None, seed: int, device: torch.device) -> Target:
     assert spec.bundle is not None
-    public, private = load.load_public(spec.bundle), load.load_private(spec.bundle)
+    public, private = load_public(spec.bundle), load_private(spec.bundle)
     config = validate(deep_merge(private.config, spec.config or {}))
     protection = public.protection.to(device)
     classifier = private.classifier.to(device)
@@ -173,12 +173,12 @@ def _bundle(spec: TargetSpec, num_queries: int, num_images: int | None, seed: in
         classify=classify,
         device=device,
     )
-    plain_classifier = load.load_plain_classifier(spec.bundle)
+    plain_classifier = load_plain_classifier(spec.bundle)
     found = _split_images(spec.bundle, access, config, private.classes, num_queries, num_images, seed)
     return replace(
         found,
         label=_label(config),
-        source=hashlib.sha256(Storage(spec.bundle).folder("public").read(bundles.MANIFEST)).hexdigest(),
+        source=hashlib.sha256(Storage(spec.bundle).folder("public").read(MANIFEST)).hexdigest(),
         metrics=private.metrics,
         plain_classifier=plain_classifier.to(device) if plain_classifier is not None else None,
     )
@@ -193,7 +193,7 @@ def _label(config: Config) -> str:
     return f"{config.protection.name}{alpha}"
 
 
-def _options(public: load.PublicBundle) -> Any:
+def _options(public: PublicBundle) -> Any:
     about = public.about["protection"]
     return PROTECTIONS.options(about["name"]).model_validate(about)
 

@@ -1,4 +1,4 @@
-"""Run the command line as ``python -m raypp.cli.main``."""
+"""``python -m raypp.cli``."""
 
 from raypp.cli.main import main
 

@@ -105,7 +105,7 @@ def serve(
         Storage(write.absolute().parent).write(write.name, text.encode())
         console.print(f"wrote {write}; serve deploy {write}", markup=False, highlight=False, soft_wrap=True)
         return
-    serving = import_from_ray("raypp.serve.server", "serving")
+    serving = import_from_ray("raypp.serve.server", "running_server")
     metrics_of = import_from_ray("raypp.cluster.session", "metrics_url")
     try:
         with console.status("starting Ray and the services"), contextlib.ExitStack() as stack:

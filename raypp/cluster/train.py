@@ -177,7 +177,7 @@ def run_trainer(trainer: TorchTrainer, max_failures: int, run: Storage, board: A
     except ray.train.WorkerGroupError as error:
         text = "\n".join(map(str, error.worker_failures.values())) or str(error)
         # What a user can mend may lie deep: a damaged image is met in a task that feeds the worker.
-        known = re.findall(r"raypp\.errors\.(\w+): (.+)", text)
+        known = re.findall(r"raypp\.utils\.errors\.(\w+): (.+)", text)
         lines = text.strip().splitlines() or [type(error).__name__]
         kind, reason = known[-1] if known else (TrainingError.__name__, lines[-1])
         raise TrainingError(

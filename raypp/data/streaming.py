@@ -123,7 +123,7 @@ def collect_validation_set(rows: ray.data.Dataset) -> Batch:
     try:
         found = [batch for batch in _batches(rows, batch_size=1024) if len(batch["label"])]
     except ray.exceptions.RayError as error:
-        reasons = re.findall(r"raypp\.errors\.\w+: (.+)", str(error))
+        reasons = re.findall(r"raypp\.utils\.errors\.\w+: (.+)", str(error))
         raise DataError(reasons[-1] if reasons else f"the images cannot be read: {error}") from error
     if not found:
         raise DataError("data.num_val left no validation image in this set; raise it")

@@ -7,7 +7,7 @@ import io
 import json
 from typing import Any
 
-from raypp.bundle import export
+from raypp.bundle.export import add_attacks
 from raypp.evaluation.scorecard import rank_key
 from raypp.experiments.attack_plan import EXAMPLES, SCORECARD, SCORES, AttackPlan
 from raypp.experiments.attack_scores import headline
@@ -41,7 +41,7 @@ def _merge_into_bundle(plan: AttackPlan, card: dict[str, Any]) -> None:
         folder = plan.folder(options.name)
         if folder.exists("network.safetensors"):
             networks[options.name] = (options.model_dump(mode="json"), load(folder.read("network.safetensors")))
-    export.add_attacks(plan.spec.bundle, networks, card, files)
+    add_attacks(plan.spec.bundle, networks, card, files)
 
 
 def _merge_with_stored(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from raypp.attacks.target import Target
-from raypp.bundle import load
+from raypp.bundle.load import load_private
 from raypp.config.schema import Config
 from raypp.experiments.attack_plan import REFERENCE_CLASSIFIER, AttackPlan
 from raypp.experiments.training_run import open_run, train_locally
@@ -48,4 +48,4 @@ def load_reference_classifier(plan: AttackPlan, victim: Target) -> nn.Module | N
     folder = plan.storage.folder(REFERENCE_CLASSIFIER)
     if not folder.exists("summary.json"):
         return None
-    return load.load_private(folder.folder("bundle").uri).classifier.to(victim.plain.device)
+    return load_private(folder.folder("bundle").uri).classifier.to(victim.plain.device)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from raypp.bundle import manifest as bundles
+from raypp.bundle.manifest import MANIFEST
 from raypp.config.schema import Config
 from raypp.config.validation import validate
 from raypp.experiments.pareto import hypervolume, pareto, rank_correlation, select_best
@@ -101,7 +101,7 @@ def export_best(
             write_report([storage.folder(f"attacks/{trial}").uri for trial in scorecards], storage.folder("report"))
     for name, record in best.items():
         with Storage(_bundle(plan, record)).download("") as folder:
-            storage.upload(folder, f"best/{name}", last=bundles.MANIFEST)
+            storage.upload(folder, f"best/{name}", last=MANIFEST)
     found = {
         "trials": {word: sum(r["status"] == word for r in records) for word in sorted({r["status"] for r in records})},
         "least_accuracy": least,

@@ -12,7 +12,7 @@ import torch
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import AttackerKnowledge, TrainedAttack
 from raypp.attacks.target import Target
-from raypp.bundle import load
+from raypp.bundle.load import load_public
 from raypp.config.schema import Config
 from raypp.data.base import stratified_split
 from raypp.data.splits import load_split, subsample
@@ -120,7 +120,7 @@ def proxy_leakage(
     ``found``, the share of originals that are nearest to their reconstruction among all validation images.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    public = load.load_public(bundle)
+    public = load_public(bundle)
     protection = public.protection.to(device)
 
     def protect(images: torch.Tensor) -> torch.Tensor:

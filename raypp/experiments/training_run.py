@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raypp.bundle import export
+from raypp.bundle.export import export
 from raypp.bundle.guard import LEAST, PlainImageDetector, calibrate_detector
 from raypp.config.schema import Config
 from raypp.data.loader import inference_batch_size, to_device
@@ -177,7 +177,7 @@ def finalize_run(run: Run, result: TrainResult, device: torch.device) -> dict[st
     picture = images.make_grid(rows, labels=["plain", label])
     run.storage.write("protected.png", images.encode_png(picture))
     guard, sample = _build_serving_data(system, result.data.val[0], test_images)
-    export.export(
+    export(
         run.storage,
         "bundle",
         config=config,

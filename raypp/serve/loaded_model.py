@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor, nn
 
-from raypp.bundle import load
-from raypp.bundle import manifest as bundles
 from raypp.bundle.guard import PlainImageDetector
+from raypp.bundle.load import PrivateBundle, PublicBundle, load_private, load_public
+from raypp.bundle.manifest import MANIFEST, verify
 from raypp.models.fusion import fuse_conv_bn
 from raypp.utils.errors import BundleError, RayppError, StorageError
 from raypp.utils.storage import Storage
@@ -32,7 +32,7 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file in an archive, so that equal part
 class AttackMaterial:
     """A bundle's public part, with its key, and the weights of its attack networks by the attacks' names."""
 
-    public: load.PublicBundle
+    public: PublicBundle
     networks: dict[str, bytes]
 
 
@@ -59,7 +59,7 @@ class LoadedModel:
     classes: tuple[str, ...]
     classifier: nn.Module
     guard: PlainImageDetector | None
-    private: load.PrivateBundle
+    private: PrivateBundle
     card: str
     scorecard: dict[str, Any] | None
     attack_material: AttackMaterial | None = None
@@ -115,17 +115,17 @@ def load_model(location: str | Path, device: torch.device | None = None, *, atta
 
 def _manifest(location: str | Path) -> bytes | None:
     try:
-        return Storage(location).read(bundles.MANIFEST)
+        return Storage(location).read(MANIFEST)
     except StorageError:
         return None
 
 
 def _load(location: str | Path, device: torch.device | None, attacks: bool) -> LoadedModel:
     with Storage(location).download("") as folder:
-        private = load.load_private(folder)
-        bundles.verify(folder)
-        whole = (folder / bundles.MANIFEST).read_bytes()
-        public = (folder / "public" / bundles.MANIFEST).read_bytes()
+        private = load_private(folder)
+        verify(folder)
+        whole = (folder / MANIFEST).read_bytes()
+        public = (folder / "public" / MANIFEST).read_bytes()
         try:
             protects = json.loads((folder / "public" / "protection.json").read_text())
             plain = (*protects["image_size"], protects["channels"])
@@ -139,7 +139,7 @@ def _load(location: str | Path, device: torch.device | None, attacks: bool) -> L
         if attacks:
             files = sorted((folder / "private" / "attacks").glob("*.safetensors"))
             networks = {file.stem: file.read_bytes() for file in files}
-            material = AttackMaterial(load.load_public(folder), networks)
+            material = AttackMaterial(load_public(folder), networks)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier = fuse_conv_bn(private.classifier, private.sample[:8].float() / 255)
     classifier = classifier.to(device).to(memory_format=torch.channels_last)

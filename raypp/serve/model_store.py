@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from raypp.bundle import manifest as bundles
+from raypp.bundle.manifest import MANIFEST
 from raypp.serve.loaded_model import NUM_KEPT, LoadedModel, load_model
 from raypp.utils.errors import BundleError, RayppError, StorageError
 from raypp.utils.storage import Storage
@@ -65,11 +65,11 @@ def current(location: str | Path) -> ModelRef:
         if version is None:
             raise StorageError(f"{storage.uri}/{ACTIVE_FILE} is damaged; raypp publish writes it anew")
         return ModelRef(storage.folder(f"versions/{version}").uri, version, named["published"])
-    if not storage.exists(bundles.MANIFEST):
-        if storage.exists(f"bundle/{bundles.MANIFEST}"):
+    if not storage.exists(MANIFEST):
+        if storage.exists(f"bundle/{MANIFEST}"):
             raise StorageError(f"{storage.uri} is a run; its bundle is {storage.folder('bundle').uri}")
         raise StorageError(f"{storage.uri} is neither a bundle nor a shelf of published ones")
-    return ModelRef(storage.uri, hashlib.sha256(storage.read(bundles.MANIFEST)).hexdigest()[:16], None)
+    return ModelRef(storage.uri, hashlib.sha256(storage.read(MANIFEST)).hexdigest()[:16], None)
 
 
 def _previous(location: str | Path) -> str | None:
@@ -217,13 +217,13 @@ def publishing(
         except Exception as error:  # whatever damaged attacks make their loader raise
             raise BundleError(f"the attacks of bundle {str(bundle)!r} do not load: {_reason(error)}") from error
     storage = Storage(shelf)
-    if storage.exists(bundles.MANIFEST):
+    if storage.exists(MANIFEST):
         raise BundleError(f"{storage.uri} is a bundle itself; allowed is a new or empty folder, or a shelf")
     version = served.version
     place = storage.folder(f"versions/{version}")
-    if not place.exists(bundles.MANIFEST):
+    if not place.exists(MANIFEST):
         with Storage(bundle).download("") as folder:
-            storage.upload(folder, f"versions/{version}", last=bundles.MANIFEST)
+            storage.upload(folder, f"versions/{version}", last=MANIFEST)
     if load_model(place.uri).version != version:  # what was uploaded, not what was meant to be
         raise BundleError(f"{place.uri} is not the bundle that was published; remove that folder")
     before = storage.read(ACTIVE_FILE) if storage.exists(ACTIVE_FILE) else None

@@ -191,7 +191,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def _failure_reason(status: str, error: Exception) -> str:
-    reasons = re.findall(r"raypp\.errors\.\w+: ([^\\\n]+)", status)
+    reasons = re.findall(r"raypp\.utils\.errors\.\w+: ([^\\\n]+)", status)
     return reasons[-1] if reasons else first_line(error)
 
 

@@ -363,7 +363,7 @@ def test_a_worker_without_images_to_judge_by_counts_none(pictures: Pictures, mon
         shares.append(share.clone())
         return torch.stack(shares).sum(0)
 
-    monkeypatch.setattr("raypp.attacks.inverse.total", added)
+    monkeypatch.setattr("raypp.attacks.inverse_task.all_reduce_sum", added)
     for rank in range(3):  # for two images
         together = task.validate(trainee, rank, 3)
     assert not shares[2].any()

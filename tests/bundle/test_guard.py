@@ -10,9 +10,8 @@ import torch
 from conftest import Trained
 from torch import Tensor
 
-from raypp.bundle import model_card
+from raypp.bundle import guard, model_card
 from raypp.bundle.load import load_private, load_public
-from raypp.bundle.manifest import guard
 from raypp.data import SOURCES
 from raypp.experiments import training_run
 from raypp.protections import PROTECTIONS
@@ -27,11 +26,11 @@ def pictures() -> tuple[Tensor, Tensor]:
     return train, test
 
 
-def calibrated(name: str, pictures: tuple[Tensor, Tensor]) -> guard.Guard:
+def calibrated(name: str, pictures: tuple[Tensor, Tensor]) -> guard.PlainImageDetector:
     options = PROTECTIONS.options(name)(name=name)
     key = Key(bytes(range(32))) if PROTECTIONS.get(name).needs_key(options) else None
     protect = PROTECTIONS.build(options, channels=3, key=key).protect
-    found = guard.calibrate(pictures[0], protect(pictures[0]), pictures[1], protect(pictures[1]))
+    found = guard.calibrate_detector(pictures[0], protect(pictures[0]), pictures[1], protect(pictures[1]))
     assert found is not None
     return found
 
@@ -48,23 +47,23 @@ def test_plain_images_are_refused_and_protected_ones_are_not(name: str, pictures
 
 def test_rates_are_honest_where_there_is_nothing_to_tell_apart(pictures: tuple[Tensor, Tensor]) -> None:
     """What protects nothing cannot be told from plain images: few are refused, and the rates say so."""
-    found = guard.calibrate(pictures[0], pictures[0], pictures[1], pictures[1])
+    found = guard.calibrate_detector(pictures[0], pictures[0], pictures[1], pictures[1])
     assert found is not None
     assert found.plain_refused["share"] == found.protected_refused["share"] <= 0.05
 
 
 def test_a_guard_survives_json(pictures: tuple[Tensor, Tensor]) -> None:
     found = calibrated("tanaka", pictures)
-    again = guard.restore(json.loads(json.dumps(found.dump())))
+    again = guard.restore_detector(json.loads(json.dumps(found.dump())))
     assert torch.equal(again.scores(pictures[1]), found.scores(pictures[1]))
     damaged = found.dump() | {"weights": [1.0]}
     with pytest.raises(ValueError, match="do not fit together"):
-        guard.restore(damaged)
+        guard.restore_detector(damaged)
 
 
 def test_too_few_images_give_no_guard(pictures: tuple[Tensor, Tensor]) -> None:
     few = pictures[0][:199]
-    assert guard.calibrate(few, few, few, few) is None
+    assert guard.calibrate_detector(few, few, few, few) is None
 
 
 def test_statistics_do_not_depend_on_the_size(pictures: tuple[Tensor, Tensor]) -> None:
@@ -129,7 +128,9 @@ def test_the_guard_of_large_images_is_fitted_to_a_bounded_number_of_bytes(
     """Without a bound 5,000 validation images of 224 x 224 took over 24 GB when training had ended."""
     images = torch.randint(0, 256, (400, 16, 16, 3), dtype=torch.uint8)
     lengths = []
-    monkeypatch.setattr(training_run, "calibrate", lambda *parts: lengths.append([len(part) for part in parts]))
+    monkeypatch.setattr(
+        training_run, "calibrate_detector", lambda *parts: lengths.append([len(part) for part in parts])
+    )
     training_run._build_serving_data(trained.fit.system, images, images)
     monkeypatch.setattr(training_run, "GUARDED_BYTES", 250 * images[0].numel())
     training_run._build_serving_data(trained.fit.system, images, images)

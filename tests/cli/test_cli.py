@@ -131,7 +131,7 @@ def test_version(capsys: Captured) -> None:
 
 QUICK = """
 import sys
-from raypp.cli import main
+from raypp.cli.main import main
 try:
     main(sys.argv[1:])
 except SystemExit as stop:
@@ -315,7 +315,7 @@ def test_a_reader_who_leaves_ends_a_command_quietly(arguments: list[str]) -> Non
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "wb") as closed:
-        command = [sys.executable, "-m", "raypp.cli.main", *arguments]
+        command = [sys.executable, "-m", "raypp.cli", *arguments]
         result = subprocess.run(command, stdout=closed, stderr=PIPE, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (1, "")
 
@@ -523,7 +523,7 @@ def test_quickstart_says_what_to_do_next(capsys: Captured, tmp_path: Path, monke
 def test_a_local_run_that_is_told_to_stop_writes_a_checkpoint_first(tmp_path: Path) -> None:
     flags = ["--local", "--name", "told", *tiny_flags(tmp_path, train__epochs=100_000)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "raypp.cli.main", "train", "quickstart", *flags], stderr=PIPE, text=True
+        [sys.executable, "-m", "raypp.cli", "train", "quickstart", *flags], stderr=PIPE, text=True
     )
     run = Storage(tmp_path / "told")
     wait_until(lambda: len(list_checkpoints(run)) == 2, process)

@@ -346,7 +346,7 @@ def test_what_comes_out_as_it_went_in_is_not_sent(
     flat = np.full((16, 16, 3), 128, np.uint8)
     faulty = Faulty(Here(trained.live))
     with running(faulty.app) as url, Client(url, cache=cache) as client:
-        monkeypatch.setattr("raypp.client.http.protect_images", leaves)
+        monkeypatch.setattr("raypp.client.session.protect_images", leaves)
         with pytest.raises(DataError, match="image 4 comes out of the protection as it went in; nothing was sent"):
             client.classify(images)
         assert not any(faulty.bodies)

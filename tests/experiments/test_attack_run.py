@@ -789,7 +789,7 @@ def test_two_attack_runs_that_end_together_both_stay_in_a_bundle(
             second.join(0.5)  # as long as the first is under way it must not write
         return merged
 
-    monkeypatch.setattr(attack_run, "_with_stored", slow)
+    monkeypatch.setattr(attack_export, "_merge_with_stored", slow)
     attack_export.export_to_bundle(plans[0], cards[0], True)
     second.join()
     assert set(json.loads((bundle / "private" / "scorecard.json").read_text())["attacks"]) == set(names)

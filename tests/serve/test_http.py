@@ -26,15 +26,17 @@ from starlette.testclient import TestClient
 from torch import Tensor
 
 from raypp.attacks import ATTACKS
+from raypp.attacks.target import TargetSpec, load_target
+from raypp.bundle import guard
 from raypp.bundle.load import load_private, load_public
-from raypp.bundle.manifest import guard, write_manifest
+from raypp.bundle.manifest import write_manifest
 from raypp.cli.main import main
 from raypp.config.presets import load_config
 from raypp.data.splits import load_split
 from raypp.experiments import attack_run
 from raypp.experiments.run_folder import point_latest
 from raypp.experiments.training_run import open_run, train_locally
-from raypp.serve import model_store
+from raypp.serve import loaded_model, model_store
 from raypp.serve.admission import AdmissionControl, RequestError
 from raypp.serve.api import attack_api, classifier_api
 from raypp.serve.attack_catalog import load_attacks
@@ -121,7 +123,7 @@ def test_an_image_that_does_not_look_protected_is_refused(trained: Trained) -> N
     config = load_config("quickstart", flags=tiny_flags(trained.run, data__source__num_train=500))
     shapes = torch.from_numpy(load_split(config, "train").images).permute(0, 3, 1, 2)
     hidden = load_public(trained.bundle).protection.protect(shapes)
-    fitted = guard.calibrate(shapes[:400], hidden[:400], shapes[400:], hidden[400:])
+    fitted = guard.calibrate_detector(shapes[:400], hidden[:400], shapes[400:], hidden[400:])
     assert fitted is not None
     here = Here(trained.live)
     here.live._kept = [replace(here.now(), guard=fitted)]
@@ -253,9 +255,9 @@ def test_attacks_are_listed_and_carried_out(attacked: Path) -> None:
         assert Image.open(io.BytesIO(base64.b64decode(found[0]["png"]))).size == (16, 16)
         assert "psnr" not in found[0]
     kept = attack_run.load_network(
-        attack_run.Storage(attacked.parent / "a" / "attacks" / "inverse"),
+        Storage(attacked.parent / "a" / "attacks" / "inverse"),
         ATTACKS.options("inverse").model_validate(here.now().scorecard["attacks"]["inverse"]["options"]),  # type: ignore[index]
-        attack_run.load_victim(attack_run.VictimSpec(bundle=str(attacked)), num_queries=10).access,
+        load_target(TargetSpec(bundle=str(attacked)), num_queries=10).access,
     )
     expected = kept(torch.from_numpy(images[:1]).permute(0, 3, 1, 2))[0].permute(1, 2, 0).numpy()
     picture = client.post("/v1/inverse", content=encode_png(images[0]), headers=PNG | {"Accept": "image/png"})
@@ -734,7 +736,7 @@ def test_a_bundle_that_is_attacked_again_while_it_is_loaded_is_of_one_version(
         return new
 
     for step in ("load_private", "verify", "load_public"):  # the moment at which the other attack run writes
-        whole = getattr(model_store.bundles, step)
+        whole = getattr(loaded_model, step)
         calls: list[int] = []
 
         def meanwhile(*arguments: Any, whole: Any = whole, calls: list[int] = calls) -> Any:
@@ -745,7 +747,7 @@ def test_a_bundle_that_is_attacked_again_while_it_is_loaded_is_of_one_version(
             return result
 
         with monkeypatch.context() as patch:
-            patch.setattr(model_store.bundles, step, meanwhile)
+            patch.setattr(loaded_model, step, meanwhile)
             assert is_one(load_model(location, attacks=True))
         restore()
     assert not is_one(load_model(location, attacks=True))
@@ -760,7 +762,7 @@ def test_a_bundle_that_is_attacked_again_while_it_is_loaded_is_of_one_version(
 
 def test_a_bundle_that_is_replaced_each_time_is_given_up(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = iter(range(100))
-    monkeypatch.setattr(model_store, "_manifest", lambda location: str(next(numbers)).encode())
+    monkeypatch.setattr(loaded_model, "_manifest", lambda location: str(next(numbers)).encode())
     with pytest.raises(StorageError, match="was replaced by another one each of 3 times it was read"):
         load_model(trained.bundle)
 

@@ -403,7 +403,7 @@ def test_a_worker_without_validation_images_counts_none(tiny: Tiny, monkeypatch:
         shares.append(share.clone())
         return torch.stack(shares).sum(0)
 
-    monkeypatch.setattr("raypp.training.protection_task.total", added)
+    monkeypatch.setattr("raypp.training.protection_task.all_reduce_sum", added)
     for rank in range(5):  # two of whom have no image
         together = validate_system(system, images, labels, config, rank, 5)
     assert shares[4].tolist() == [0] * 5

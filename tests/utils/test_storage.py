@@ -12,7 +12,8 @@ import pyarrow.fs
 import pytest
 
 from raypp.utils.errors import StorageError
-from raypp.utils.storage import Storage, absolute
+from raypp.utils.paths import resolve_path
+from raypp.utils.storage import Storage
 
 
 def everything(folder: Path) -> dict[str, bytes]:
@@ -49,9 +50,9 @@ def test_paths_and_file_uris_are_the_same_place(tmp_path: Path, monkeypatch: pyt
         assert storage.read("x") == b"1"
         assert storage.path == by_uri.path == tmp_path / "run"
         assert storage.local
-    assert absolute("run") == str(tmp_path / "run")
-    assert absolute("~") == str(Path.home())
-    assert absolute("s3://bucket/key") == "s3://bucket/key"
+    assert resolve_path("run") == str(tmp_path / "run")
+    assert resolve_path("~") == str(Path.home())
+    assert resolve_path("s3://bucket/key") == "s3://bucket/key"
 
 
 @pytest.mark.parametrize("uri", ["foo://bucket/x", "://x", "s4://", "http://example.org/x"])
@@ -222,5 +223,5 @@ def test_a_path_is_settled_even_where_the_current_folder_is_gone(
     monkeypatch.chdir(gone)
     monkeypatch.setenv("PWD", str(gone))
     gone.rmdir()
-    assert absolute("runs") == f"{gone}/runs"
-    assert absolute("/x") == "/x"
+    assert resolve_path("runs") == f"{gone}/runs"
+    assert resolve_path("/x") == "/x"

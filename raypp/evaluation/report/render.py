@@ -49,7 +49,7 @@ def write_report(sources: Sequence[str], target: Storage) -> dict[str, Any]:
         for name, png in made.items():
             pngs[f"{name}_{i}"] = png
             source.figures[name] = _embedded(png)
-    page = Environment(loader=PackageLoader("raypp.evaluation.report.render", "."), autoescape=True).get_template(
+    page = Environment(loader=PackageLoader("raypp.evaluation.report", "."), autoescape=True).get_template(
         "report.html.j2"
     )
     html = page.render(
