@@ -16,7 +16,7 @@ from torch import Tensor
 
 from raypp.attacks.base import AttackerKnowledge, AttackError, AttackTask, Threat, TrainedAttack
 from raypp.attacks.inverse_network import InverseBaseConfig, InverseModule, InverseNetwork, ProtectedBatches
-from raypp.attacks.inverse_task import InverseTask, _batched
+from raypp.attacks.inverse_task import InverseTask, in_batches
 from raypp.config.schema import MultiStep, OptimizationConfig, Optimizer
 from raypp.models.perceptual import StateDict
 from raypp.training.task import TrainableModule
@@ -107,7 +107,7 @@ class InverseAttack(TrainedAttack):
         if self.options.conditional:
             assert self.access.classify is not None
             labels = self.access.classify(protected)
-        return to_uint8(_batched(self._net, protected, labels, self.options.train.eval_batch_size))
+        return to_uint8(in_batches(self._net, protected, labels, self.options.train.eval_batch_size))
 
 
 def _num_val(num: int) -> int:

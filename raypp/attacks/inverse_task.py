@@ -86,7 +86,7 @@ class InverseTask:
         if len(plain):  # of few images a worker may have none
             net = trainee.final.eval()
             labels = self.labels[at] if self.labels is not None else None
-            estimates = _batched(net, protected, labels, self.train.eval_batch_size)
+            estimates = in_batches(net, protected, labels, self.train.eval_batch_size)
             estimates = to_uint8(estimates).float() / 255
             target = plain.float() / 255
             originals = torch.arange(len(self.val[0]), device=plain.device)[rank::world]
@@ -113,7 +113,7 @@ class InverseTask:
         """Nothing is kept beside the networks."""
 
 
-def _batched(net: InverseNetwork, protected: Tensor, labels: Tensor | None, batch: int) -> Tensor:
+def in_batches(net: InverseNetwork, protected: Tensor, labels: Tensor | None, batch: int) -> Tensor:
     """Estimates float (N, C, H, W) of protected images uint8."""
     found = []
     for start in range(0, len(protected), batch):

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from raypp.bundle.guard import PlainImageDetector
-from raypp.bundle.manifest import LEAKAGE, MANIFEST, _folder, _json, write_manifest
+from raypp.bundle.manifest import LEAKAGE, MANIFEST, _json, local_folder, write_manifest
 from raypp.bundle.model_card import NOT_ATTACKED, leakage_card, model_card
 from raypp.config.schema import Config
 from raypp.models.perceptual import StateDict
@@ -110,7 +110,7 @@ def add_attacks(
         StorageError: it cannot be written.
     """
     storage = Storage(location)
-    with _folder(location, "private") as (_, whole):
+    with local_folder(location, "private") as (_, whole):
         if not whole:
             raise BundleError(f"{str(location)!r} is only a part of a bundle")
     with storage.download("") as folder, tempfile.TemporaryDirectory(prefix="raypp-bundle-") as scratch:

@@ -12,7 +12,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from raypp.bundle.guard import PlainImageDetector, restore_detector
-from raypp.bundle.manifest import PRIVATE, _folder, _listed, _read_json, verify
+from raypp.bundle.manifest import PRIVATE, listed_files, local_folder, read_json_file, verify
 from raypp.config.presets import read_yaml
 from raypp.models import CLASSIFIERS
 from raypp.models.adaptation import build_classifier
@@ -72,14 +72,14 @@ def load_public(location: str | Path, key: Key | None = None) -> PublicBundle:
         BundleError: the bundle is missing, altered or incomplete, or ``key`` is missing, another one or not needed.
         ConfigError: the private part's key file is damaged.
     """
-    with _folder(location, "public") as (folder, whole):
+    with local_folder(location, "public") as (folder, whole):
         given = key is not None
         beside = folder.parent / "private" / FILE
         if key is None and whole and beside.is_file():
             key = Key.read(beside)
         manifest = verify(folder)
-        _listed(manifest, folder, "protection.json", "protection.safetensors")
-        about = _read_json(folder / "protection.json")
+        listed_files(manifest, folder, "protection.json", "protection.safetensors")
+        about = read_json_file(folder / "protection.json")
         try:
             options = PROTECTIONS.options(about["protection"]["name"]).model_validate(about["protection"])
             if PROTECTIONS.get(options.name).needs_key(options):
@@ -99,10 +99,10 @@ def load_public(location: str | Path, key: Key | None = None) -> PublicBundle:
 
 def load_private(location: str | Path) -> PrivateBundle:
     """Load and verify the private part of a bundle, given the bundle or its ``private`` folder (path or URI)."""
-    with _folder(location, "private") as (folder, _):
+    with local_folder(location, "private") as (folder, _):
         manifest = verify(folder)
-        _listed(manifest, folder, *PRIVATE)
-        about = _read_json(folder / "classifier.json")
+        listed_files(manifest, folder, *PRIVATE)
+        about = read_json_file(folder / "classifier.json")
         try:
             classes = tuple(about["classes"])
             options = CLASSIFIERS.options(about["classifier"]["name"]).model_validate(about["classifier"])
@@ -118,26 +118,26 @@ def load_private(location: str | Path) -> PrivateBundle:
             sample = load((folder / "sample.safetensors").read_bytes())
             images, made = sample["images"], sample["classes"]
             found = folder / "guard.json"
-            guard = restore_detector(_read_json(found)) if found.is_file() else None
+            guard = restore_detector(read_json_file(found)) if found.is_file() else None
         except (ConfigError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise BundleError(f"the classifier in {str(location)!r} cannot be built: {first_line(error)}") from error
         try:
             config = read_yaml(folder / "config.yaml")
         except ConfigError as error:
             raise BundleError(str(error)) from error
-        metrics = _read_json(folder / "metrics.json")
+        metrics = read_json_file(folder / "metrics.json")
     net.eval().requires_grad_(False)
     return PrivateBundle(net, classes, config, metrics, guard, images, made)
 
 
 def load_plain_classifier(location: str | Path) -> nn.Module | None:
     """The classifier that a bundle's run trained on plain images first, or None where it trained none."""
-    with _folder(location, "private") as (folder, _):
+    with local_folder(location, "private") as (folder, _):
         file = folder / "plain_classifier.safetensors"
         if not file.is_file():
             return None
         verify(folder)
-        about = _read_json(folder / "classifier.json")
+        about = read_json_file(folder / "classifier.json")
         try:
             options = CLASSIFIERS.options(about["classifier"]["name"]).model_validate(about["classifier"])
             net = build_classifier(

@@ -77,7 +77,7 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _folder(location: str | Path, part: str) -> Iterator[tuple[Path, bool]]:
+def local_folder(location: str | Path, part: str) -> Iterator[tuple[Path, bool]]:
     """Give the local folder of one part of a bundle, and whether the rest stands beside it.
 
     Of a whole bundle every file is verified first: so nobody can put the public part of one beside the private part of
@@ -96,14 +96,14 @@ def _folder(location: str | Path, part: str) -> Iterator[tuple[Path, bool]]:
         raise BundleError(f"bundle {str(location)!r} cannot be read: {error}") from error
 
 
-def _listed(manifest: dict[str, Any], folder: Path, *names: str) -> None:
+def listed_files(manifest: dict[str, Any], folder: Path, *names: str) -> None:
     """Refuse a part whose manifest does not vouch for a file that will be read."""
     for name in names:
         if name not in manifest["files"]:
             raise BundleError(f"{str(folder)!r} is incomplete: its manifest does not list {name}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json_file(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:

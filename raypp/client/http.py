@@ -18,7 +18,17 @@ from typing import Any
 import httpx
 
 from raypp.bundle.load import PublicBundle
-from raypp.client.session import BATCH, MAX_ARCHIVE, Errors, Image, Prediction, RemoteError, Request, Step, _Session
+from raypp.client.session import (
+    BATCH,
+    MAX_ARCHIVE,
+    Errors,
+    Image,
+    Prediction,
+    ProtectingSession,
+    RemoteError,
+    Request,
+    Step,
+)
 from raypp.utils.errors import RayppError
 from raypp.utils.images import Pixels
 
@@ -46,7 +56,7 @@ class Client:
     """
 
     def __init__(self, url: str, **options: Any) -> None:
-        self._session = _Session(url, **options)
+        self._session = ProtectingSession(url, **options)
         self._http = httpx.Client(timeout=self._session.timeout, trust_env=self._session.trust_env)
 
     def __enter__(self) -> Client:
@@ -131,7 +141,7 @@ class AsyncClient:
     """:class:`Client` for asyncio; images are read and protected in a thread."""
 
     def __init__(self, url: str, **options: Any) -> None:
-        self._session = _Session(url, **options)
+        self._session = ProtectingSession(url, **options)
         self._http = httpx.AsyncClient(timeout=self._session.timeout, trust_env=self._session.trust_env)
 
     async def __aenter__(self) -> AsyncClient:

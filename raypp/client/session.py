@@ -87,7 +87,7 @@ class Request:
     body: bytes | None = None
 
 
-class _Session:
+class ProtectingSession:
     """Everything that the two clients have in common: what to send, and what an answer means.
 
     Args and errors: see :class:`Client`.

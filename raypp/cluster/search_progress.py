@@ -14,7 +14,7 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial
 
 from raypp.cluster.progress_actor import drain, shutdown_grace_period
-from raypp.cluster.trial import STOPPED, _decoded
+from raypp.cluster.trial import STOPPED, decode_parameters
 from raypp.experiments import plots, search_records, search_results, search_settings
 from raypp.experiments.search_records import TrialRecord
 from raypp.experiments.search_settings import SearchPlan
@@ -89,7 +89,7 @@ class TrialMonitor:
 
     def _settings(self, trial: Any) -> dict[str, Any]:
         space = self.plan.search.space
-        return {key: _decoded(space[key], value) for key, value in trial.config.items() if key in space}
+        return {key: decode_parameters(space[key], value) for key, value in trial.config.items() if key in space}
 
 
 def _said(record: TrialRecord) -> str:
@@ -164,7 +164,7 @@ def _reason(error: BaseException | None) -> str:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silence_tune() -> Iterator[None]:
     """Keep Tune's own tables off the screen: the display shows the trials."""
     loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train", "ray.air")]
     levels = [logger.level for logger in loggers]

@@ -117,7 +117,7 @@ def train_trial(point: dict[str, Any], *, dumped: dict[str, Any], least: float |
     enable_split_cache()  # the process may train more trials
     reports = TuneListener(plan, least, board)
     carry = plan.search.scheduler == "pbt"
-    decoded = {key: _decoded(plan.search.space[key], value) for key, value in point.items()}
+    decoded = {key: decode_parameters(plan.search.space[key], value) for key, value in point.items()}
     if carry and tune.get_checkpoint() is not None:
         _clear_trial_folder(plan, name, decoded)
 
@@ -169,7 +169,7 @@ def _leakage(bundle: str, config: dict[str, Any], asked: dict[str, Any], folder:
     )
 
 
-def _decoded(values: Range | tuple[Any, ...], value: Any) -> Any:
+def decode_parameters(values: Range | tuple[Any, ...], value: Any) -> Any:
     """The setting that a label of the space stands for."""
     if isinstance(values, Range):
         return int(value) if values.whole else float(value)

@@ -20,7 +20,7 @@ from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 from raypp.cluster import attack as attacks
 from raypp.cluster.progress_actor import create_progress_actor
 from raypp.cluster.search_algorithms import PatienceStopper, build_param_space, build_sampler, build_scheduler
-from raypp.cluster.search_progress import TrialMonitor, TuneProgress, _silent, all_records
+from raypp.cluster.search_progress import TrialMonitor, TuneProgress, all_records, silence_tune
 from raypp.cluster.session import insufficient_resources, is_autoscaling, ray_session, uses_gpu
 from raypp.cluster.tasks import run_tasks
 from raypp.cluster.trial import HEAD, train_trial
@@ -125,7 +125,7 @@ def _tune(
     trial = tune.with_resources(tune.with_parameters(train_trial, **parameters), needs)
     follow = TuneProgress(watch)
     folder = plan.storage.folder(EXPERIMENT)
-    with _silent():
+    with silence_tune():
         if begun and Tuner.can_restore(folder.uri):
             tuner = Tuner.restore(folder.uri, trainable=trial, resume_unfinished=True, resume_errored=True)
         else:

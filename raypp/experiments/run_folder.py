@@ -68,7 +68,7 @@ def cpu_name() -> str:
     return f"{name}, {runtime.num_cores()} cores"
 
 
-def _describe_features(config: Config) -> str:
+def describe_feature_network(config: Config) -> str:
     if not uses_features(config):
         return "none"
     options = config.features.model_dump(mode="json")
@@ -78,7 +78,7 @@ def _describe_features(config: Config) -> str:
     return f"{name}, {layer}" + (f" ({told})" if told else "")
 
 
-def _ensure_free(storage: Storage, name: str) -> None:
+def ensure_free(storage: Storage, name: str) -> None:
     """Refuse a folder that holds work, or anything that is not a run's; one that stopped before its first checkpoint
     is free. Whoever asks holds the lock, so of two runs that start at once the second finds it taken or in use."""
     begun = storage.exists("config.yaml") and (storage.exists("summary.json") or list_checkpoints(storage))

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from raypp.config.presets import load_tree
 from raypp.config.validation import check_milestones, format_validation_error, validate
 from raypp.experiments.run_folder import lock, read_checked, refuse_foreign, validate_name
-from raypp.experiments.search_settings import FILE, SUMMARY, Search, SearchPlan, _Root, attack_options
+from raypp.experiments.search_settings import FILE, SUMMARY, Search, SearchFile, SearchPlan, attack_options
 from raypp.training.protection_task import check_features
 from raypp.utils.errors import ConfigError, StorageError
 from raypp.utils.storage import Storage
@@ -64,9 +64,9 @@ def validate_search(tree: Any) -> Search:
     if not isinstance(tree, dict):
         raise ConfigError(f"search is {tree!r}; allowed is a mapping of its settings")
     try:
-        search = _Root.model_validate({"search": tree}).search
+        search = SearchFile.model_validate({"search": tree}).search
     except ValidationError as error:
-        raise ConfigError(format_validation_error(error, {"search": tree}, root=_Root)) from None
+        raise ConfigError(format_validation_error(error, {"search": tree}, root=SearchFile)) from None
     try:
         check_milestones(attack_options(search).train, "search.attack.train")
     except ValidationError as error:

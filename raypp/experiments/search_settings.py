@@ -140,7 +140,7 @@ class Search(ConfigModel):
         return float(self.min_accuracy.partition("-")[2]) if isinstance(self.min_accuracy, str) else None
 
 
-class _Root(ConfigModel):
+class SearchFile(ConfigModel):
     search: Search
 
 

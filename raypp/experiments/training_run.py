@@ -29,9 +29,9 @@ from raypp.data.loader import inference_batch_size, to_device
 from raypp.data.splits import load_split
 from raypp.evaluation.evaluate import evaluate
 from raypp.experiments.run_folder import (
-    _describe_features,
-    _ensure_free,
     _json,
+    describe_feature_network,
+    ensure_free,
     environment,
     lock,
     read_checked,
@@ -97,7 +97,7 @@ def open_run(config: Config, name: str, *, resume: bool = False) -> Iterator[Run
             storage.write("config.yaml", config.to_yaml().encode())
             yield run
         else:
-            _ensure_free(storage, name)
+            ensure_free(storage, name)
             warnings = (warning,) if warning else ()
             storage.remove("features.safetensors")
             storage.remove(KEY)
@@ -165,7 +165,7 @@ def finalize_run(run: Run, result: TrainResult, device: torch.device) -> dict[st
         "num_val": len(result.data.val[1]),
         "data_fingerprint": result.data.fingerprint,
         "test_fingerprint": test.fingerprint(),
-        "features": _describe_features(config),
+        "features": describe_feature_network(config),
         "warnings": list(run.warnings),
     }
     shown = first_of_each_class(test.labels, NUM_PICTURED)

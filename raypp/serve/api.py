@@ -34,7 +34,7 @@ from raypp.serve.middleware import MODEL_HEADER, PROTECTION_HEADER, RequestMiddl
 from raypp.serve.problems import add_problems
 from raypp.serve.request_checks import check_headers, check_query, matches_etag, negotiate
 from raypp.serve.request_parsing import MULTIPART, NPY, PNG, read_body, read_images
-from raypp.serve.schemas import ATTACKS_OFFERED, CLASSIFIED, MODEL, RECONSTRUCTED, _answers, _given
+from raypp.serve.schemas import ATTACKS_OFFERED, CLASSIFIED, MODEL, RECONSTRUCTED, example_of, response_of
 from raypp.utils.errors import RayppError
 from raypp.utils.images import Pixels, encode_png
 
@@ -116,7 +116,7 @@ def classifier_api(service: Callable[[], ClassifierService], observe: RequestObs
         "raypp classifier", "Classifies protected images. It never sees a plain one.", service, "classify", observe
     )
 
-    @api.post("/v1/classify", openapi_extra=_body("image", plain=False), responses=_answers(CLASSIFIED))
+    @api.post("/v1/classify", openapi_extra=_body("image", plain=False), responses=response_of(CLASSIFIED))
     async def classify(
         request: Request, top: int = Query(5, ge=1, le=1000, description="Classes to return for each image.")
     ) -> Response:
@@ -157,7 +157,7 @@ def classifier_api(service: Callable[[], ClassifierService], observe: RequestObs
 
     @api.get(
         "/v1/protection",
-        responses=_given("application/zip", {"type": "string", "format": "binary"})
+        responses=example_of("application/zip", {"type": "string", "format": "binary"})
         | {304: {"description": "The client has it already."}},
         response_class=Response,
     )
@@ -173,7 +173,7 @@ def classifier_api(service: Callable[[], ClassifierService], observe: RequestObs
             return Response(status_code=304, headers=headers)
         return Response(served.archive, media_type="application/zip", headers=headers)
 
-    @api.get("/v1/model", responses=_given("application/json", {"type": "object"}, MODEL))
+    @api.get("/v1/model", responses=example_of("application/json", {"type": "object"}, MODEL))
     async def model() -> Response:
         """What is served: card, classes, shape of an upload, what attacks recovered, how the guard was calibrated."""
         asked = service()
@@ -210,7 +210,7 @@ def attack_api(service: Callable[[], AttackService], observe: RequestObserver | 
         observe,
     )  # fmt: skip
 
-    @api.get("/v1", responses=_given("application/json", {"type": "object"}, ATTACKS_OFFERED))
+    @api.get("/v1", responses=example_of("application/json", {"type": "object"}, ATTACKS_OFFERED))
     async def listing() -> Response:
         """Which attacks are served, who carries them out, and what they recovered when the bundle was attacked."""
         asked = service()
@@ -231,7 +231,7 @@ def attack_api(service: Callable[[], AttackService], observe: RequestObserver | 
         }  # fmt: skip
         return Response(json.dumps(about), media_type="application/json")
 
-    @api.post("/v1/{attack}", openapi_extra=_body("image", plain=True), responses=_answers(RECONSTRUCTED, PNG))
+    @api.post("/v1/{attack}", openapi_extra=_body("image", plain=True), responses=response_of(RECONSTRUCTED, PNG))
     async def run(request: Request, attack: str) -> Response:
         """Reconstruct plain images from protected ones.
 

@@ -28,11 +28,11 @@ Shape = tuple[int, int, int]
 """(H, W, C)."""
 
 
-def _too_many(limits: Limits) -> RequestError:
+def too_many_images(limits: Limits) -> RequestError:
     return RequestError(413, "too-many-images", f"the request holds more than the {limits.images} images allowed")
 
 
-def _png(data: bytes, where: str, shape: Shape) -> Pixels:
+def parse_png(data: bytes, where: str, shape: Shape) -> Pixels:
     """An 8-bit PNG of the given shape, with nothing in it but the image and how to show it, which is passed over."""
     if not data.startswith(PNG_SIGNATURE):
         raise RequestError(422, "not-png", f"{where} is no PNG image")
@@ -121,7 +121,7 @@ def _npy_header(header: bytes) -> tuple[Any, Any, tuple[Any, ...]]:
     return found["descr"], found["fortran_order"], tuple(found["shape"])
 
 
-def _npy(data: bytes, where: str, shape: Shape, limits: Limits, num_before: int = 0) -> Pixels:
+def parse_npy(data: bytes, where: str, shape: Shape, limits: Limits, num_before: int = 0) -> Pixels:
     """A NumPy file of uint8 (H, W, C) or (N, H, W, C), in C order; ``num_before`` images came before it."""
     if not data.startswith(NPY_SIGNATURE) or len(data) < 12:
         raise RequestError(422, "not-npy", f"{where} is no NumPy file")
@@ -144,7 +144,7 @@ def _npy(data: bytes, where: str, shape: Shape, limits: Limits, num_before: int 
         )
     num = dims[0] if len(dims) == 4 else 1
     if num_before + num > limits.images:
-        raise _too_many(limits)
+        raise too_many_images(limits)
     values = memoryview(data)[begin + length :]
     if len(values) != num * math.prod(shape):
         raise RequestError(

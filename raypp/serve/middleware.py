@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raypp.serve.admission import RequestError
-from raypp.serve.problems import CLIENT_CLOSED_REQUEST, _refusal, check_bare, problem_response
+from raypp.serve.problems import CLIENT_CLOSED_REQUEST, check_bare, problem_of, problem_response
 from raypp.serve.request_checks import negotiate
 
 PROTECTION_HEADER, MODEL_HEADER, REQUEST_ID = "Raypp-Protection", "Raypp-Model", "X-Request-ID"
@@ -119,6 +119,6 @@ class RequestMiddleware:
             if path in self.pages:
                 negotiate(request.headers.getlist("accept"), (self.pages[path],))
         except RequestError as error:
-            return _refusal(request, error)
+            return problem_of(request, error)
         there = f"{scope.get('root_path', '')}{self.root}"
         return Response(status_code=307, headers={"Location": there}) if to_root else None

@@ -32,7 +32,7 @@ def add_problems(api: FastAPI) -> None:
 
     @api.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
-        return _refusal(request, error)
+        return problem_of(request, error)
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -57,7 +57,7 @@ def add_problems(api: FastAPI) -> None:
         return problem_response(request, error.status_code, "http", sentence, headers)
 
 
-def _refusal(request: Request, error: RequestError) -> Response:
+def problem_of(request: Request, error: RequestError) -> Response:
     return problem_response(request, error.status, error.code, str(error), error.headers, error.more)
 
 
@@ -102,7 +102,7 @@ _MEANING = {
     500: "A defect.", 501: "A transfer encoding that is not read.", 503: "Busy: come back after Retry-After.",
 }  # fmt: skip
 _BY_THE_PROXY = {408, 500, 503}  # Serve's proxy may answer before or instead of a replica: by a sentence, no document
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
+PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {
         "description": meaning,
         "content": {PROBLEM: {"schema": _PROBLEM_SCHEMA}}

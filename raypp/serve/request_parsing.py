@@ -19,7 +19,7 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from raypp.serve.admission import Limits, RequestError
-from raypp.serve.image_parsing import NPY_SIGNATURE, Shape, _npy, _png, _too_many
+from raypp.serve.image_parsing import NPY_SIGNATURE, Shape, parse_npy, parse_png, too_many_images
 from raypp.utils.errors import first_line
 from raypp.utils.images import Pixels
 from raypp.utils.registry import suggest
@@ -79,9 +79,9 @@ async def read_images(
     """
     kind = content_type.partition(";")[0].strip().lower()
     if kind == PNG:
-        return await _aside(lambda: _png(body, "the body", shape)[None], math.prod(shape)), None
+        return await _aside(lambda: parse_png(body, "the body", shape)[None], math.prod(shape)), None
     if kind == NPY:
-        return _npy(body, "the body", shape, limits), None
+        return parse_npy(body, "the body", shape, limits), None
     if kind == MULTIPART:
         shapes = {"image": shape} | ({"plain": plain} if plain is not None else {})
         return await _multipart(body, content_type, shapes, limits)
@@ -116,7 +116,7 @@ async def _multipart(
     except (MultiPartException, MultipartParseError, KeyError, ValueError, UnicodeError) as error:
         reason = getattr(error, "message", "") or first_line(error)
         if reason.startswith("Too many files"):
-            raise _too_many(limits) from error
+            raise too_many_images(limits) from error
         if reason.startswith("Too many fields"):
             raise RequestError(
                 422, "unknown-field", f"the form has more than {MAX_TEXT_FIELDS} text fields; allowed are files in "
@@ -144,11 +144,11 @@ async def _multipart(
             kind = _part_type(value.headers, where)
             data = await value.read()
             is_npy = kind == NPY or (kind != PNG and data.startswith(NPY_SIGNATURE))
-            part = _npy(data, where, shapes[name], limits, counts[name]) if is_npy else data
+            part = parse_npy(data, where, shapes[name], limits, counts[name]) if is_npy else data
             found[name].append(part)
             counts[name] += 1 if isinstance(part, bytes) else len(part)
             if counts[name] > limits.images:
-                raise _too_many(limits)
+                raise too_many_images(limits)
     finally:
         await form.close()
     if not counts["image"]:
@@ -161,7 +161,9 @@ async def _multipart(
     def images(name: str) -> Pixels:
         return np.concatenate(
             [
-                _png(part, f"file {number} of field {name!r}", shapes[name])[None] if isinstance(part, bytes) else part
+                parse_png(part, f"file {number} of field {name!r}", shapes[name])[None]
+                if isinstance(part, bytes)
+                else part
                 for number, part in enumerate(found[name], 1)
             ]
         )

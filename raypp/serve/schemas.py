@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from raypp.serve.problems import _PROBLEMS
+from raypp.serve.problems import PROBLEM_RESPONSES
 
 CLASSIFIED = {
     "model": "0123456789abcdef",
@@ -54,13 +54,15 @@ RECONSTRUCTED = {
 }
 
 
-def _given(kind: str, schema: dict[str, Any], example: dict[str, Any] | None = None) -> dict[int | str, dict[str, Any]]:
+def example_of(
+    kind: str, schema: dict[str, Any], example: dict[str, Any] | None = None
+) -> dict[int | str, dict[str, Any]]:
     content = {"schema": schema} | ({"example": example} if example is not None else {})
     found: dict[int | str, dict[str, Any]] = {200: {"description": "Done.", "content": {kind: content}}}
-    return found | _PROBLEMS
+    return found | PROBLEM_RESPONSES
 
 
-def _answers(example: dict[str, Any], *others: str) -> dict[int | str, dict[str, Any]]:
+def response_of(example: dict[str, Any], *others: str) -> dict[int | str, dict[str, Any]]:
     content: dict[str, Any] = {"application/json": {"example": example, "schema": {"type": "object"}}}
     content |= {kind: {"schema": {"type": "string", "format": "binary"}} for kind in others}
-    return {200: {"description": "Done.", "content": content}} | _PROBLEMS
+    return {200: {"description": "Done.", "content": content}} | PROBLEM_RESPONSES

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from raypp.evaluation.plotting import as_png, new_figure
-from raypp.evaluation.report.pictures import _done
+from raypp.evaluation.report.pictures import finished_attacks
 from raypp.evaluation.report.source import Source
 
 COLOURS = {"holds": "#1f8a4c", "weak": "#b8860b", "broken": "#c0392b", "inconclusive": "#66707c"}
 
 
-def _boxes(source: Source) -> bytes:
+def score_boxes(source: Source) -> bytes:
     """Fig. 5: PSNR and SSIM of every image under every attack, with outliers; nulls below."""
-    names = [*_done(source), *(f"null: {name}" for name in source.card["nulls"])]
+    names = [*finished_attacks(source), *(f"null: {name}" for name in source.card["nulls"])]
     figure = new_figure(11, 1.2 + 0.34 * len(names))
     panels = figure.subplots(1, 2, sharey=True)
     for panel, metric, title in zip(panels, ("psnr", "ssim"), ("PSNR, dB (60 is exact)", "SSIM"), strict=True):
@@ -36,12 +36,12 @@ def _boxes(source: Source) -> bytes:
     return as_png(figure, dpi=120)
 
 
-def _curves(source: Source) -> bytes | None:
+def convergence_figure(source: Source) -> bytes | None:
     """Leakage against epochs within a training, and against effort from one training to the next; None without any."""
     epochs: dict[str, list[tuple[float, float]]] = {}
     effort: dict[str, list[tuple[float, float]]] = {}
     longer: dict[str, list[tuple[float, float]]] = {}
-    for name in _done(source):
+    for name in finished_attacks(source):
         attack = source.card["attacks"][name]
         epochs[name] = [(row["epoch"], row["val_ssim"]) for row in attack["history"] if "val_ssim" in row]
         points = {point["what"]: point for point in attack["curve"]}
@@ -80,7 +80,7 @@ def _curves(source: Source) -> bytes | None:
     return as_png(figure, dpi=120)
 
 
-def _front(found: Sequence[Source]) -> bytes:
+def accuracy_leakage_front(found: Sequence[Source]) -> bytes:
     """Share found by the worst attack (filled), and by the worst of those that draw (open), against accuracy."""
     figure = new_figure(8, 5.4)
     panel = figure.subplots()

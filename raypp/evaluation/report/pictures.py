@@ -50,7 +50,7 @@ def _sheet(rows: Sequence[tuple[str, np.ndarray, Sequence[str] | None]]) -> byte
     return image_files.encode_png(np.array(canvas))
 
 
-def _protected(found: Sequence[Source]) -> bytes:
+def protected_tiles(found: Sequence[Source]) -> bytes:
     """Fig. 3: plain images over what each protection makes of them."""
     rows: list[tuple[str, np.ndarray, Sequence[str] | None]] = []
     shown: bytes | None = None
@@ -62,7 +62,7 @@ def _protected(found: Sequence[Source]) -> bytes:
     return _sheet(rows)
 
 
-def _done(source: Source) -> list[str]:
+def finished_attacks(source: Source) -> list[str]:
     return [name for name, a in source.card["attacks"].items() if a["status"] == "done"]
 
 
@@ -70,13 +70,13 @@ def _captions(source: Source, key: str) -> list[str]:
     return [f"{psnr:.1f} dB" for psnr in source.pictures[f"{key}/psnr"]]
 
 
-def _estimates(source: Source) -> bytes:
+def estimate_tiles(source: Source) -> bytes:
     """Fig. 4: plain, protected and what each attack makes of it, PSNR under each."""
     rows: list[tuple[str, np.ndarray, Sequence[str] | None]] = [
         ("plain", source.pictures["plain"], None),
         ("protected", source.pictures["protected"], None),
     ]
-    for name in _done(source):
+    for name in finished_attacks(source):
         key = f"{name}/first"
         if not np.array_equal(source.pictures[f"{key}/plain"], rows[0][1]):  # kept of a run on other images
             rows.append((f"plain of {name}", source.pictures[f"{key}/plain"], None))
@@ -84,7 +84,7 @@ def _estimates(source: Source) -> bytes:
     return _sheet(rows)
 
 
-def _worst(source: Source) -> bytes:
+def best_recovered_tiles(source: Source) -> bytes:
     """What the worst of the attacks that draw recovered best; one that picks from candidates shows the originals."""
     name = source.card["worst_drawing"] or source.card["worst_attack"] or next(iter(source.card["attacks"]))
     key = f"{name}/worst"
@@ -100,5 +100,5 @@ def _worst(source: Source) -> bytes:
     )
 
 
-def _embedded(png: bytes) -> str:
+def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 import raypp
-from raypp.evaluation.report.figures import _boxes, _curves, _front
-from raypp.evaluation.report.pictures import _embedded, _estimates, _protected, _worst
+from raypp.evaluation.report.figures import accuracy_leakage_front, convergence_figure, score_boxes
+from raypp.evaluation.report.pictures import best_recovered_tiles, data_uri, estimate_tiles, protected_tiles
 from raypp.evaluation.report.source import Source, read_source
 from raypp.utils.errors import ConfigError, StorageError
 from raypp.utils.storage import Storage
@@ -39,23 +39,27 @@ def write_report(sources: Sequence[str], target: Storage) -> dict[str, Any]:
     for source in found:
         twice = titles.count(source.card["label"]) > 1
         source.title = f"{source.card['label']} ({source.card['victim']})" if twice else source.card["label"]
-    pngs: dict[str, bytes] = {"protected": _protected(found)}
+    pngs: dict[str, bytes] = {"protected": protected_tiles(found)}
     if any(s.card["accuracy"] is not None for s in found):
-        pngs["front"] = _front(found)
+        pngs["front"] = accuracy_leakage_front(found)
     for i, source in enumerate(found, 1):
-        made = {"estimates": _estimates(source), "boxes": _boxes(source), "worst": _worst(source)}
-        if (curves := _curves(source)) is not None:
+        made = {
+            "estimates": estimate_tiles(source),
+            "boxes": score_boxes(source),
+            "worst": best_recovered_tiles(source),
+        }
+        if (curves := convergence_figure(source)) is not None:
             made["curves"] = curves
         for name, png in made.items():
             pngs[f"{name}_{i}"] = png
-            source.figures[name] = _embedded(png)
+            source.figures[name] = data_uri(png)
     page = Environment(loader=PackageLoader("raypp.evaluation.report", "."), autoescape=True).get_template(
         "report.html.j2"
     )
     html = page.render(
         version=raypp.__version__,
         date=datetime.now(UTC).date(),
-        figures={name: _embedded(pngs[name]) for name in ("protected", "front") if name in pngs},
+        figures={name: data_uri(pngs[name]) for name in ("protected", "front") if name in pngs},
         victims=[
             {
                 "card": s.card, "title": s.title, "words": explain_results(s.card), "rows": _rows(s.card),
