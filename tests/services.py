@@ -87,7 +87,7 @@ def attack_copy(bundle: Path, folder: Path, attacks: dict[str, Any]) -> Path:
     """Copy a bundle into a folder and run attacks on the copy, ten images each; returns the copy."""
     copied = shutil.copytree(bundle, folder / "bundle")
     suite = folder / "suite.yaml"
-    suite.write_text(json.dumps({"num_queries": 10, "curve": False, "judge_epochs": 0, "attacks": attacks}))
+    suite.write_text(json.dumps({"num_queries": 10, "curve": False, "reference_epochs": 0, "attacks": attacks}))
     attack_run.run_attack_suite(
         attack_plan.make_attack_plan(bundle=str(copied), suite=str(suite), name="a", storage=folder), quiet=True
     )

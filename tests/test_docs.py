@@ -115,9 +115,9 @@ def check_attack(words: list[str]) -> None:
     card = _json(f"runs/{name}/scorecard.json")
     assert (Path("runs") / name / "report.html").stat().st_size > 10_000
     if name == "first-attack":  # public and deterministic: whoever suspects an image can check it
-        assert (card["verdict"], card["worst_attack"]) == ("broken", "known_gallery")
-        assert card["attacks"]["known_gallery"]["found"] == 1
-        assert card["attacks"]["inverse"]["found"] > 0.2
+        assert (card["verdict"], card["strongest_attack"]) == ("broken", "known_gallery")
+        assert card["attacks"]["known_gallery"]["reidentification_rate"] == 1
+        assert card["attacks"]["inverse"]["reidentification_rate"] > 0.2
         assert card["num_queries"] == (500 if IN_FULL else 300)
         assert "Verdict: **broken**" in Path("runs/first/bundle/MODEL_CARD.md").read_text()
     elif name == "few":
@@ -126,7 +126,7 @@ def check_attack(words: list[str]) -> None:
     else:  # the negative of an image says everything
         assert name == "mine"
         assert card["verdict"] == "broken"
-        assert card["attacks"]["chosen_plaintext"]["found"] > 0.9
+        assert card["attacks"]["chosen_plaintext"]["reidentification_rate"] > 0.9
 
 
 def check_tune(words: list[str]) -> None:

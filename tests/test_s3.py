@@ -123,7 +123,7 @@ def test_a_run_its_data_and_its_bundle_live_there(s3: Any, tmp_path: Path) -> No
     assert load_public(bundle.replace("/bundle?", "/bundle/public?")).image_size == (16, 16)
     load_private(bundle)
 
-    suite = ["--num_queries", "10", "--judge_epochs", "0", "--curve", "false"]
+    suite = ["--num_queries", "10", "--reference_epochs", "0", "--curve", "false"]
     plan = make_attack_plan(
         bundle=bundle, suite="quick", attacks=["feature_reconstruction"], flags=suite, storage=s3("runs"), name="a"
     )

@@ -69,7 +69,7 @@ class InverseNetwork(nn.Module):
         self.unet = UNet(inputs, options.width, options.depth, channels_out=outputs, smooth=options.smooth)
 
     @torch.no_grad()
-    def look_at(self, protected: Tensor) -> None:
+    def fit_normalization(self, protected: Tensor) -> None:
         """Take mean and spread of every place from protected images uint8 (N, C', H', W')."""
         if self.standardise:
             seen = self._seen(self._fitted(protected.float() / 255))
@@ -120,11 +120,11 @@ class InverseModule(TrainableModule):
         """The network that attacks."""
         return self.net if self.average is None else self.average
 
-    def own_state(self) -> StateDict:
-        return super().own_state() | {STEPS: torch.tensor(self.steps)}
+    def trainable_state_dict(self) -> StateDict:
+        return super().trainable_state_dict() | {STEPS: torch.tensor(self.steps)}
 
-    def load_own_state(self, state: StateDict) -> None:
-        super().load_own_state({key: tensor for key, tensor in state.items() if key != STEPS})
+    def load_trainable_state_dict(self, state: StateDict) -> None:
+        super().load_trainable_state_dict({key: tensor for key, tensor in state.items() if key != STEPS})
         self.steps = int(state[STEPS])
 
     def forward(self, images: Tensor, at: Tensor) -> StepOutput:
@@ -137,7 +137,7 @@ class InverseModule(TrainableModule):
         labels = self.labels[at] if self.labels is not None else None
         return reconstruction_loss(self.net(protected, labels), images, self.options)
 
-    def after_step(self) -> None:
+    def on_after_optimizer_step(self) -> None:
         if self.average is None:
             return
         self.steps += 1

@@ -26,7 +26,7 @@ MAX_PSNR = 60.0  # dB: an exact estimate would make a mean infinite
 class InverseTask:
     """An inverse network that trains on the attacker's images and is judged on some that he keeps back."""
 
-    remedy = "learning rate (optimizer.lr)"
+    divergence_hint = "learning rate (optimizer.lr)"
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class InverseTask:
     def build(self, phase: Phase) -> InverseModule:
         torch.manual_seed(self.seed)
         net = self.attack.network(self.val[1].shape[1:])
-        net.look_at(self.val[1].cpu())
+        net.fit_normalization(self.val[1].cpu())
         return InverseModule(net, self.source, self.labels, self.attack.options)
 
     @torch.inference_mode()

@@ -49,7 +49,7 @@ class Suite(ConfigModel):
     """Images of his own that the attacker has; null gives him the whole training split."""
     curve: bool = True
     """Train again with half the epochs, a quarter and a sixteenth of the images, to see whether leakage still rises."""
-    judge_epochs: int = Field(3, ge=0)
+    reference_epochs: int = Field(3, ge=0)
     """Epochs of a plain classifier that reads the reconstructions, where the bundle brings none; 0 does without."""
     attacks: Annotated[tuple[SerializeAsAny[MethodConfig], ...], BeforeValidator(_attacks)]
     cluster: Cluster = Field(default_factory=Cluster)

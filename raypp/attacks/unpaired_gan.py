@@ -221,7 +221,7 @@ class GANTrainee(TrainableModule):
 class GANTask:
     """The adversarial game; nothing tells the attacker which epoch is the best, so the last counts."""
 
-    remedy = "learning rate (optimizer.lr)"
+    divergence_hint = "learning rate (optimizer.lr)"
 
     def __init__(self, attack: UnpairedGAN, epochs: int, num_images: int | None) -> None:
         self.attack, self.train, self.seed = attack, attack.options.train, attack.seed

@@ -51,7 +51,7 @@ class PlainImageDetector:
         scores: Tensor = standard.clamp(-10, 10) @ self.weights.to(values.device) + self.bias
         return scores
 
-    def looks_protected(self, images: Tensor) -> Tensor:
+    def is_protected(self, images: Tensor) -> Tensor:
         """Whether each of the images uint8 (N, C, H, W) looks protected, bool (N,)."""
         return self.scores(images) > self.threshold
 
@@ -96,8 +96,8 @@ def calibrate_detector(
     guard = PlainImageDetector(mean.cpu(), scale.cpu(), weights.cpu(), bias, threshold, {}, {})
     return PlainImageDetector(
         guard.mean, guard.scale, guard.weights, bias, threshold,
-        _rate(int((~guard.looks_protected(test_plain)).sum()), len(test_plain)),
-        _rate(int((~guard.looks_protected(test_protected)).sum()), len(test_protected)),
+        _rate(int((~guard.is_protected(test_plain)).sum()), len(test_plain)),
+        _rate(int((~guard.is_protected(test_protected)).sum()), len(test_protected)),
     )  # fmt: skip
 
 

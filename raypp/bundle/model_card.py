@@ -34,10 +34,10 @@ def leakage_card(scorecard: dict[str, Any]) -> str:
             continue
         scores, bound = attack["scores"], " (at least)" if attack["lower_bound"] else ""
         lines.append(
-            f"| {name} | {attack['threat']} | {attack['found']:.1%}{bound} | {scores['ssim']['mean']:.3f} | "
+            f"| {name} | {attack['threat']} | {attack['reidentification_rate']:.1%}{bound} | {scores['ssim']['mean']:.3f} | "
             f"{attack['verdict']} |"
         )
-    null = scorecard["nulls"].get("class mean") or scorecard["nulls"]["mean image"]
+    null = scorecard["baselines"].get("class mean") or scorecard["baselines"]["mean image"]
     lines += [
         "",
         f"Who never saw the protected image and knows at most the class gets SSIM {null['ssim']['mean']:.3f} and finds "

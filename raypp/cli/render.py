@@ -31,20 +31,24 @@ def print_search(found: dict[str, Any], where: str) -> None:
     console = Console()
     keys = sorted({key for point in found["front"] for key in point["settings"]})
     table = Table("trial", box=None, pad_edge=False)
-    for title in ("accuracy", "leakage", "found", *(key.rpartition(".")[2] for key in keys)):
+    for title in ("accuracy", "leakage", "re-identified", *(key.rpartition(".")[2] for key in keys)):
         table.add_column(title, justify="right")
     for point in found["front"]:
         shown = [_setting(point["settings"].get(key)) for key in keys]
         table.add_row(
-            point["trial"], f"{point['accuracy']:.1%}", f"{point['leakage']:.3f}", f"{point['found']:.1%}", *shown
+            point["trial"],
+            f"{point['accuracy']:.1%}",
+            f"{point['leakage']:.3f}",
+            f"{point['reidentification_rate']:.1%}",
+            *shown,
         )
     console.print("\n[bold]Pareto front[/] (validation accuracy after rounding, SSIM of the quick attack)")
     console.print(table)
     for name, trial in found["best"].items():
         card = found["scorecards"].get(trial)
         said = ""
-        if card and card["found_by_drawing"] is not None:
-            said = f"; the worst attack that draws finds {card['found_by_drawing']:.1%}"
+        if card and card["reidentification_rate_by_reconstruction"] is not None:
+            said = f"; the worst attack that draws finds {card['reidentification_rate_by_reconstruction']:.1%}"
         console.print(f"best {name:<9} {where}/best/{name}  (trial {trial}{said})", highlight=False, soft_wrap=True)
     for file in ("trials.csv", "front.png", *(["report/report.html"] if found["scorecards"] else [])):
         console.print(f"{where}/{file}", markup=False, highlight=False, soft_wrap=True)
@@ -97,7 +101,7 @@ def print_scorecard(card: dict[str, Any], where: str) -> None:
     table = Table(box=None, pad_edge=False)
     for title in ("attack", "threat"):
         table.add_column(title, no_wrap=True)
-    for title in ("found", "SSIM", "PSNR dB", "edges"):
+    for title in ("re-identified", "SSIM", "PSNR dB", "edges"):
         table.add_column(title, justify="right")
     table.add_column("verdict", no_wrap=True)
     for name, found in card["attacks"].items():
@@ -108,22 +112,22 @@ def print_scorecard(card: dict[str, Any], where: str) -> None:
         numbers = (f"{scores['ssim']['mean']:.3f}", f"{scores['psnr']['mean']:.1f}", f"{scores['edges']['mean']:.3f}")
         words = f"[{colours[found['verdict']]}]{found['verdict']}[/]"
         least = "≥ " if found["lower_bound"] else ""  # more effort would find more
-        table.add_row(name, found["threat"], f"{least}{found['found']:.1%}", *numbers, words)
-    for name, scores in card["nulls"].items():
+        table.add_row(name, found["threat"], f"{least}{found['reidentification_rate']:.1%}", *numbers, words)
+    for name, scores in card["baselines"].items():
         numbers = (f"{scores['ssim']['mean']:.3f}", f"{scores['psnr']['mean']:.1f}", f"{scores['edges']['mean']:.3f}")
         table.add_row(f"[dim]{name}[/]", "", f"{reidentification_rate(scores):.1%}", *numbers, "[dim]no attack[/]")
     console = Console()
     console.print(table)
     if card["verdict"] is not None:
         console.print(
-            f"\n[bold {colours[card['verdict']]}]{card['verdict']}[/] by the strongest attack, {card['worst_attack']}"
+            f"\n[bold {colours[card['verdict']]}]{card['verdict']}[/] by the strongest attack, {card['strongest_attack']}"
             f"{_reason(card['verdict_reason'])}"
         )
-    if card["worst_drawing"] not in (None, card["worst_attack"]):
-        words = card["verdict_by_drawing"]
+    if card["strongest_reconstruction"] not in (None, card["strongest_attack"]):
+        words = card["verdict_by_reconstruction"]
         console.print(
-            f"[bold {colours[words]}]{words}[/] by the strongest reconstruction attack, {card['worst_drawing']}"
-            f"{_reason(card['verdict_reason_by_drawing'])}"
+            f"[bold {colours[words]}]{words}[/] by the strongest reconstruction attack, {card['strongest_reconstruction']}"
+            f"{_reason(card['verdict_reason_by_reconstruction'])}"
         )
     console.print(f"{where}/report.html", markup=False, highlight=False, soft_wrap=True)
 

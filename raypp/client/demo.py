@@ -26,7 +26,7 @@ from raypp.utils.errors import ConfigError, RayppError
 from raypp.utils.images import Pixels, encode_png
 
 NOT_SERVED = 404
-SEEN = "protected image"  # listed with the nulls of a scorecard, but its owner has seen it
+SEEN = "protected image"  # listed with the baselines of a scorecard, but its owner has seen it
 KEPT_SECONDS = 60  # that a dropped image may lie in this machine's temporary folder
 CSS = """
 .raypp { font-family: system-ui, sans-serif; }
@@ -116,9 +116,9 @@ def page(service: Service, image: Pixels) -> str:
     plain, hidden = service.client.protect([image])
     (found,) = service.client.classify([image])
     attacks = [_attacked(service, about, image, plain[0]) for about in service.offered.get("attacks", [])]
-    nulls = [
+    baselines = [
         {"name": name, "ssim": scores.get("ssim"), "reidentified": scores.get("reidentified")}
-        for name, scores in (service.offered.get("nulls") or {}).items()
+        for name, scores in (service.offered.get("baselines") or {}).items()
         if name != SEEN
     ]
     template = (resources.files("raypp.client") / "demo.html.j2").read_text()
@@ -129,7 +129,7 @@ def page(service: Service, image: Pixels) -> str:
         protected=_png(hidden[0]),
         classes=found.top,
         attacks=attacks,
-        nulls=nulls,
+        baselines=baselines,
         no_attacks="This service offers no attacks."
         if not service.offered
         else "This bundle has not been attacked: raypp attack BUNDLE tells what it leaks.",
@@ -141,7 +141,7 @@ def _attacked(service: Service, about: dict[str, Any], image: Pixels, plain: Pix
     shown = {
         "name": about["attack"], "threat": about["threat"], "attacker_has": about["attacker_has"],
         "verdict": measured.get("verdict"), "verdict_reason": measured.get("verdict_reason"),
-        "found": measured.get("found"), "mean_ssim": measured.get("ssim"),
+        "reidentification_rate": measured.get("reidentification_rate"), "mean_ssim": measured.get("ssim"),
         "lower_bound": measured.get("lower_bound"), "png": None, "problem": None, "ssim": None,
     }  # fmt: skip
     try:

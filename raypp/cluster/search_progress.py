@@ -41,7 +41,7 @@ class TrialMonitor:
         self._stopped |= {trial for trial, kind, _ in drain(self.board)[1] if kind == STOPPED}
         running = {trial.trial_id for trial in trials if trial.status == Trial.RUNNING}
         if running <= self._stopped or time.monotonic() > self._until:
-            self.display.end_if_told()
+            self.display.raise_if_stop_requested()
 
     def result(self, trial: Any, result: dict[str, Any]) -> None:
         row = self.rows.setdefault(trial.trial_id, {"epochs": 0})
@@ -95,7 +95,7 @@ class TrialMonitor:
 def _said(record: TrialRecord) -> str:
     if record["status"] != "done":
         return f"{record['status']}: {record['explanation']}"
-    return f"accuracy {record['accuracy']:.1%}, leakage {record['leakage']:.3f}, {record['found']:.1%} found"
+    return f"accuracy {record['accuracy']:.1%}, leakage {record['leakage']:.3f}, {record['reidentification_rate']:.1%} found"
 
 
 def _short(value: Any) -> str:

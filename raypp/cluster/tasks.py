@@ -37,7 +37,7 @@ class RemoteProgress:
     def warn(self, message: str) -> None:
         self._board.pin.remote("warning", message, self._work)
 
-    def told_to_stop(self) -> bool:
+    def should_stop(self) -> bool:
         return stop_requested(self._board)
 
 
@@ -107,7 +107,7 @@ def run_tasks(
                 else:
                     ended(name, outcome)
         if left:
-            display.end_if_told()
+            display.raise_if_stop_requested()
 
 
 def _outcome(reference: Any) -> Outcome:

@@ -62,7 +62,7 @@ class RayTrainReporter(CheckpointStore):
             self._board.pin.remote("epoch", history[-1])
         ray.train.report(history[-1])
 
-    def told_to_stop(self) -> bool:
+    def should_stop(self) -> bool:
         return self.rank == 0 and stop_requested(self._board)
 
     def progress(self, info: EpochMetrics) -> None:
@@ -267,7 +267,7 @@ def _scale(config: Config, have: dict[str, float]) -> tuple[int, bool]:
 
 def _progress_of(display: ProgressDisplay, board: Any) -> Callable[[Steps, Events], None]:
     def show(steps: Steps, events: Events) -> None:
-        if display.told_to_stop():  # within a search, whose driver hears the signals
+        if display.should_stop():  # within a search, whose driver hears the signals
             board.stop.remote()
         for _, kind, what in events:
             display.epoch(what) if kind == "epoch" else display.warn(what)

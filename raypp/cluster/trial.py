@@ -93,7 +93,7 @@ class TuneListener(search_trial.NullListener):
         told = pareto.objectives(row["val_accuracy"], search_records.WORST_LEAKAGE, self.plan.search, self.least)
         tune.report(found | told, checkpoint=self.checkpoint)
 
-    def told_to_stop(self) -> bool:
+    def should_stop(self) -> bool:
         return stop_requested(self.board)
 
     def end(self, record: TrialRecord) -> None:
@@ -104,7 +104,11 @@ class TuneListener(search_trial.NullListener):
         total = sum(phase.epochs for phase in self.phases)
         found = {"epoch": total + 1, "epochs": total, "accuracy": accuracy, "judged": accuracy, "leakage": leakage}
         told = pareto.objectives(accuracy, leakage, self.plan.search, self.least)
-        tune.report(found | told | {"found": record.get("found", 1.0), "finished": True, "done": True})
+        tune.report(
+            found
+            | told
+            | {"reidentification_rate": record.get("reidentification_rate", 1.0), "finished": True, "done": True}
+        )
 
 
 def train_trial(point: dict[str, Any], *, dumped: dict[str, Any], least: float | None, board: Any) -> None:

@@ -187,12 +187,12 @@ def verdict(share: float, num_queries: int, *, lower_bound: bool, at_chance: boo
 def is_rising(curve: list[dict[str, float]]) -> bool:
     """Whether leakage rose by more than a hundredth between a curve's last two points."""
     last, before = curve[-1], curve[-2]
-    return any(last[name] - before[name] > RISE for name in ("ssim_invariant", "found"))
+    return any(last[name] - before[name] > RISE for name in ("ssim_invariant", "reidentification_rate"))
 
 
 def rank_key(attack: dict[str, Any]) -> tuple[float, float]:
     """What attacks that have run are ordered by: the share of originals found, then SSIM."""
-    return attack["found"], attack["scores"]["ssim_invariant"]["mean"]
+    return attack["reidentification_rate"], attack["scores"]["ssim_invariant"]["mean"]
 
 
 def strongest_attack(attacks: dict[str, dict[str, Any]]) -> str | None:

@@ -66,7 +66,7 @@ def _merge_with_stored(
         elif now is None:
             attacks[name] = was
     base, other = (card, before) if card["num_queries"] >= before["num_queries"] else (before, card)
-    # What a card measured on fewer images says of its own attacks stays true; nulls are those of more images.
+    # What a card measured on fewer images says of its own attacks stays true; baselines are those of more images.
     merged = other | base | {"attacks": attacks} | headline(attacks, at_chance=card["at_chance"] is not None)
     rows: list[list[str]] = []
     tables = [list(csv.reader(io.StringIO(text.decode()))) for text in (files[SCORES], private.read(SCORES))]
@@ -74,7 +74,7 @@ def _merge_with_stored(
     for table, of_before in zip(tables, (False, True), strict=True):
         for row in table[1:]:
             cells = dict(zip(table[0], row, strict=True))
-            of_stored = base is before if row[0].startswith("null: ") else row[0] in kept
+            of_stored = base is before if row[0].startswith("baseline: ") else row[0] in kept
             if of_stored == of_before:
                 rows.append([cells.get(name, "") for name in names])
     text = io.StringIO()

@@ -27,7 +27,7 @@ from raypp.utils.storage import Storage
 
 SUITE, SCORECARD, SCORES, EXAMPLES = "suite.yaml", "scorecard.json", "scores.csv", "examples.safetensors"
 REFERENCE_CLASSIFIER = "judge"
-FIXED_ON_RESUME = ("seed", "num_queries", "num_images", "curve", "judge_epochs")
+FIXED_ON_RESUME = ("seed", "num_queries", "num_images", "curve", "reference_epochs")
 """Settings of a suite that a resumed run cannot change."""
 
 Outcome = dict[str, Any]

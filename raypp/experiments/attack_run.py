@@ -167,7 +167,7 @@ def _fit(
 def _release_memory(estimates: Tensor, victim: Target) -> dict[str, float]:
     scores = score_images(match_shape(estimates, victim.access.shape), victim)
     means = {key: {"mean": round(float(values.double().mean()), 5)} for key, values in scores.items()}
-    return {"found": reidentification_rate(means)} | {
+    return {"reidentification_rate": reidentification_rate(means)} | {
         key: means[key]["mean"] for key in ("ssim", "ssim_invariant", "psnr", "reidentified")
     }
 
@@ -208,7 +208,7 @@ def run_attacks_locally(
     victim = load_target_of(plan)
     with stop_on_signal(display.stop, signal.SIGTERM):
         for name in missing:
-            display.end_if_told()
+            display.raise_if_stop_requested()
             try:
                 if name == REFERENCE_CLASSIFIER:
                     train_reference_classifier(plan, victim, display.of(REFERENCE_CLASSIFIER))

@@ -65,14 +65,14 @@ def scorecard(plan: AttackPlan, victim: Target, failures: dict[str, str]) -> dic
             estimates = load(plan.folder(name).read("estimates.safetensors"))["estimates"]
             images[name] = score_images(estimates, victim, judge)
             result["scores"] = aggregate(images[name], plan.suite.seed)
-            result["found"] = reidentification_rate(result["scores"])
+            result["reidentification_rate"] = reidentification_rate(result["scores"])
             result |= _convergence(result)
         attacks[name] = result
     beside = {name: score_images(made, victim, judge) for name, made in baselines(victim, plan.suite.seed).items()}
-    null_scores = {name: aggregate(scores, plan.suite.seed) for name, scores in beside.items()}
+    baseline_scores = {name: aggregate(scores, plan.suite.seed) for name, scores in beside.items()}
     for result in attacks.values():
         if result["status"] == "done":
-            result["above_null"] = _above_baselines(result["scores"], null_scores)
+            result["above_baseline"] = _above_baselines(result["scores"], baseline_scores)
     card = {
         "victim": victim.name,
         "label": victim.label,
@@ -84,16 +84,16 @@ def scorecard(plan: AttackPlan, victim: Target, failures: dict[str, str]) -> dic
         "accuracy": (test or {}).get("accuracy"),
         "accuracy_interval": (test or {}).get("accuracy_interval"),
         "at_chance": at_chance,
-        "judge_accuracy": _reference_accuracy(judge, victim),
-        "judge_note": failures.get(REFERENCE_CLASSIFIER, ""),
+        "reference_accuracy": _reference_accuracy(judge, victim),
+        "reference_note": failures.get(REFERENCE_CLASSIFIER, ""),
         **headline(attacks, at_chance=at_chance is not None),
         "attacks": attacks,
-        "nulls": null_scores,
+        "baselines": baseline_scores,
         "suite": plan.dump()["suite"],
         "environment": environment(),
     }
     plan.storage.write(SCORECARD, _json(card))
-    plan.storage.write(SCORES, _csv(victim, images | {f"null: {k}": v for k, v in beside.items()}))
+    plan.storage.write(SCORES, _csv(victim, images | {f"baseline: {k}": v for k, v in beside.items()}))
     plan.storage.write(EXAMPLES, _examples(plan, victim, images))
     return card
 
@@ -125,7 +125,7 @@ def headline(attacks: dict[str, Any], *, at_chance: bool) -> dict[str, Any]:
     for a in attacks.values():
         if a["status"] == "done":
             a["verdict"], a["verdict_reason"] = verdict(
-                a["found"], a["num_queries"], lower_bound=a["lower_bound"], at_chance=at_chance
+                a["reidentification_rate"], a["num_queries"], lower_bound=a["lower_bound"], at_chance=at_chance
             )
     failed = [name for name, a in attacks.items() if a["status"] == "failed"]
 
@@ -140,14 +140,14 @@ def headline(attacks: dict[str, Any], *, at_chance: bool) -> dict[str, Any]:
     worst_name = strongest_attack(attacks)
     drawing = strongest_attack({name: a for name, a in attacks.items() if ATTACKS.get(name).draws})
     (words, reason), (drawing_words, drawing_reason) = of(worst_name), of(drawing)
-    red = worst_name is not None and attacks[worst_name]["found"] > RED
+    red = worst_name is not None and attacks[worst_name]["reidentification_rate"] > RED
     return {
-        "worst_attack": worst_name,
-        "worst_drawing": drawing,
-        "found_by_drawing": attacks[drawing]["found"] if drawing else None,
-        "verdict_by_drawing": drawing_words,
-        "verdict_reason_by_drawing": drawing_reason,
-        "found": attacks[worst_name]["found"] if worst_name else None,
+        "strongest_attack": worst_name,
+        "strongest_reconstruction": drawing,
+        "reidentification_rate_by_reconstruction": attacks[drawing]["reidentification_rate"] if drawing else None,
+        "verdict_by_reconstruction": drawing_words,
+        "verdict_reason_by_reconstruction": drawing_reason,
+        "reidentification_rate": attacks[worst_name]["reidentification_rate"] if worst_name else None,
         "verdict": words,
         "verdict_reason": reason,
         "lower_bound": any(a.get("lower_bound") for a in attacks.values()) and not red,
@@ -170,9 +170,9 @@ def _convergence(result: Outcome) -> Outcome:
     return {"lower_bound": bool(rising or unknown), "rises_with": rising, "unknown": unknown}
 
 
-def _above_baselines(scores: dict[str, dict[str, float]], null_scores: dict[str, Any]) -> bool:
+def _above_baselines(scores: dict[str, dict[str, float]], baseline_scores: dict[str, Any]) -> bool:
     """Whether the reconstructions resemble the originals more than what the class alone tells, beyond chance."""
-    null = null_scores.get("class mean") or null_scores["mean image"]
+    null = baseline_scores.get("class mean") or baseline_scores["mean image"]
     return any(scores[key]["low"] > null[key]["high"] for key in ("ssim_invariant", "edges", "reidentified"))
 
 

@@ -30,7 +30,7 @@ def front_figure(searches: dict[str, Sequence[TrialRecord]], least: float | None
     """Leakage against accuracy of every finished trial, with the front of each search, as a PNG."""
     canvas, panel = _panel(7.2, 5.0)
     colours = ("#1f6fb2", "#d1602b", "#3a8f4f", "#8a5fb0")
-    null = [r["leakage_null"] for records in searches.values() for r in records if r["status"] == "done"]
+    null = [r["leakage_baseline"] for records in searches.values() for r in records if r["status"] == "done"]
     for (name, records), colour in zip(searches.items(), colours, strict=False):
         done = [r for r in records if r["status"] == "done"]
         missed = [r for r in done if not feasible(r, least)]

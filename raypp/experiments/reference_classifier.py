@@ -17,7 +17,9 @@ from raypp.utils.progress import ProgressListener
 def needs_reference_classifier(plan: AttackPlan, victim: Target) -> bool:
     """Whether a plain classifier has still to be trained."""
     possible = victim.plain_classifier is None and victim.config is not None and bool(victim.classes)
-    return possible and plan.suite.judge_epochs > 0 and not plan.storage.exists(f"{REFERENCE_CLASSIFIER}/summary.json")
+    return (
+        possible and plan.suite.reference_epochs > 0 and not plan.storage.exists(f"{REFERENCE_CLASSIFIER}/summary.json")
+    )
 
 
 def reference_classifier_config(plan: AttackPlan, victim: Target) -> Config:
@@ -25,7 +27,7 @@ def reference_classifier_config(plan: AttackPlan, victim: Target) -> Config:
     assert victim.config is not None
     tree = victim.config.model_dump(mode="json")
     tree |= {"protection": {"name": "plain"}, "adaptation": "auto", "seed": plan.suite.seed}
-    tree["train"] |= {"mode": "plain", "epochs": plan.suite.judge_epochs, "plain_epochs": None}
+    tree["train"] |= {"mode": "plain", "epochs": plan.suite.reference_epochs, "plain_epochs": None}
     if tree["train"]["schedule"]["name"] == "multistep":
         tree["train"]["schedule"] = {"name": "one_cycle"}
     tree["data"] |= {"stream": False}

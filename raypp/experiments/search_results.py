@@ -22,8 +22,20 @@ from raypp.utils.storage import Storage
 BASELINE = "plain"  # the run whose accuracy a constraint may name
 
 
-COLUMNS = ("trial", "status", "accuracy", "leakage", "leakage_null", "found", "psnr", "test_accuracy", "epochs",
-           "seconds", "on_front", "explanation")  # fmt: skip
+COLUMNS = (
+    "trial",
+    "status",
+    "accuracy",
+    "leakage",
+    "leakage_baseline",
+    "reidentification_rate",
+    "psnr",
+    "test_accuracy",
+    "epochs",
+    "seconds",
+    "on_front",
+    "explanation",
+)
 
 
 def write_table(storage: Storage, records: Sequence[TrialRecord], least: float | None) -> None:
@@ -91,7 +103,7 @@ def export_best(
         wanted = list({r["trial"]: r for r in [*best.values(), *front]}.values())[: search.num_attacked]
         for record in wanted:
             card = attack(_bundle(plan, record), search.suite, record["trial"])
-            kept = ("found", "verdict", "worst_attack", "found_by_drawing")
+            kept = ("reidentification_rate", "verdict", "strongest_attack", "reidentification_rate_by_reconstruction")
             scorecards[record["trial"]] = {key: card[key] for key in kept}
             strong = card["attacks"].get("inverse", {})
             if strong.get("status") == "done":
@@ -105,7 +117,10 @@ def export_best(
     found = {
         "trials": {word: sum(r["status"] == word for r in records) for word in sorted({r["status"] for r in records})},
         "least_accuracy": least,
-        "front": [{key: r[key] for key in ("trial", "settings", "accuracy", "leakage", "found")} for r in front],
+        "front": [
+            {key: r[key] for key in ("trial", "settings", "accuracy", "leakage", "reidentification_rate")}
+            for r in front
+        ],
         "hypervolume": hypervolume(records, least),
         "best": {name: record["trial"] for name, record in best.items()},
         "scorecards": scorecards,

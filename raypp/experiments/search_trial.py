@@ -45,7 +45,7 @@ class NullListener:
     def warn(self, message: str) -> None:
         """Nothing: a run's warnings are in its record."""
 
-    def told_to_stop(self) -> bool:
+    def should_stop(self) -> bool:
         return False
 
 
@@ -170,8 +170,8 @@ def proxy_leakage(
     return {
         "leakage": scores["ssim_invariant"]["mean"],
         "leakage_interval": [scores["ssim_invariant"]["low"], scores["ssim_invariant"]["high"]],
-        "leakage_null": beside["ssim_invariant"]["mean"],
-        "found": reidentification_rate(scores),
+        "leakage_baseline": beside["ssim_invariant"]["mean"],
+        "reidentification_rate": reidentification_rate(scores),
         "psnr": scores["psnr"]["mean"],
         "num_queries": len(queries),
     }

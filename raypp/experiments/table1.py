@@ -76,7 +76,7 @@ def run_cells_locally(
     """
     with stop_on_signal(display.stop, signal.SIGTERM):
         for cell in grid:
-            display.end_if_told()
+            display.raise_if_stop_requested()
             try:
                 outcome: dict[str, Any] = {"result": train_cell(cell.config, cell.name, display.of(cell.name))}
             except RayppError as error:

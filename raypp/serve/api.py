@@ -79,7 +79,7 @@ class AttackCatalog:
 
     served: LoadedModel
     attacks: dict[str, ServedAttack]
-    nulls: dict[str, Any]
+    baselines: dict[str, Any]
 
 
 def build_catalog(served: LoadedModel, runnable: dict[str, tuple[Callable[[Tensor], Tensor], int]]) -> AttackCatalog:
@@ -89,7 +89,7 @@ def build_catalog(served: LoadedModel, runnable: dict[str, tuple[Callable[[Tenso
         name: ServedAttack(name, ATTACKS.get(name).threat, most, measured(listed[name]), run)
         for name, (run, most) in runnable.items()
     }
-    return AttackCatalog(served, attacks, null_scores(served.scorecard))
+    return AttackCatalog(served, attacks, baseline_scores(served.scorecard))
 
 
 class AttackService(Protocol):
@@ -227,8 +227,11 @@ def attack_api(service: Callable[[], AttackService], observe: RequestObserver | 
             for attack in offered.attacks.values()
         ]
         about = {
-            "model": offered.served.version, "attacks": found, "nulls": offered.nulls, "rejected": asked.rejected(),
-        }  # fmt: skip
+            "model": offered.served.version,
+            "attacks": found,
+            "baselines": offered.baselines,
+            "rejected": asked.rejected(),
+        }
         return Response(json.dumps(about), media_type="application/json")
 
     @api.post("/v1/{attack}", openapi_extra=_body("image", plain=True), responses=response_of(RECONSTRUCTED, PNG))
@@ -253,7 +256,7 @@ def attack_api(service: Callable[[], AttackService], observe: RequestObserver | 
             images, plain = await _images(request, served.shape, most, served.plain)
             values = _to_tensor(images)
             if served.guard is not None:
-                _refuse_plain(await asyncio.to_thread(served.guard.looks_protected, values))
+                _refuse_plain(await asyncio.to_thread(served.guard.is_protected, values))
             try:
                 made = await asked.reconstruct(chosen, values)
             except RayppError as error:
@@ -280,24 +283,35 @@ def summary(scorecard: dict[str, Any] | None) -> dict[str, Any] | None:
     """What anybody may know of a scorecard: verdict, and of every attack what it found beside the null."""
     if scorecard is None:
         return None
-    kept = ("verdict", "verdict_reason", "worst_attack", "found", "num_queries", "num_gallery", "accuracy")
+    kept = (
+        "verdict",
+        "verdict_reason",
+        "strongest_attack",
+        "reidentification_rate",
+        "num_queries",
+        "num_gallery",
+        "accuracy",
+    )
     attacks = {name: measured(found) for name, found in scorecard["attacks"].items()}
-    return {key: scorecard.get(key) for key in kept} | {"attacks": attacks, "nulls": null_scores(scorecard)}
+    return {key: scorecard.get(key) for key in kept} | {"attacks": attacks, "baselines": baseline_scores(scorecard)}
 
 
 def measured(found: dict[str, Any]) -> dict[str, Any]:
     """Of one attack's entry in a scorecard: threat, share found, SSIM and PSNR, verdict."""
-    about = {key: found.get(key) for key in ("threat", "status", "verdict", "verdict_reason", "found", "lower_bound")}
+    about = {
+        key: found.get(key)
+        for key in ("threat", "status", "verdict", "verdict_reason", "reidentification_rate", "lower_bound")
+    }
     scores = found.get("scores") or {}
     return about | {key: scores[key]["mean"] for key in ("ssim", "psnr", "edges") if key in scores}
 
 
-def null_scores(scorecard: dict[str, Any] | None) -> dict[str, Any]:
+def baseline_scores(scorecard: dict[str, Any] | None) -> dict[str, Any]:
     """What somebody recovers who never saw the protected image."""
-    nulls = (scorecard or {}).get("nulls") or {}
+    baselines = (scorecard or {}).get("baselines") or {}
     return {
         name: {key: scores[key]["mean"] for key in ("ssim", "psnr", "edges", "reidentified") if key in scores}
-        for name, scores in nulls.items()
+        for name, scores in baselines.items()
     }
 
 

@@ -189,7 +189,7 @@ def classify(jobs: list[Inference]) -> list[tuple[Tensor, Tensor]]:
         served = jobs[places[0]][0]
         images = torch.cat([jobs[i][1] for i in places]) if len(places) > 1 else jobs[places[0]][1]
         guard = served.guard
-        protected = guard.looks_protected(images) if guard is not None else torch.ones(len(images), dtype=torch.bool)
+        protected = guard.is_protected(images) if guard is not None else torch.ones(len(images), dtype=torch.bool)
         probabilities = served.probabilities(images)
         sizes = [len(jobs[i][1]) for i in places]
         parts = zip(probabilities.split(sizes), protected.split(sizes), strict=True)

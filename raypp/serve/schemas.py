@@ -28,7 +28,12 @@ MODEL = {
     "limits": {"body_bytes": 16777216, "images": 256},
     "accuracy": 0.75,
     "guard": {"plain_refused": {"share": 1.0}, "protected_refused": {"share": 0.0}},
-    "scorecard": {"verdict": "broken", "verdict_reason": "", "worst_attack": "inverse", "found": 0.8},
+    "scorecard": {
+        "verdict": "broken",
+        "verdict_reason": "",
+        "strongest_attack": "inverse",
+        "reidentification_rate": 0.8,
+    },
     "rejected": None,
 }
 ATTACKS_OFFERED = {
@@ -39,10 +44,10 @@ ATTACKS_OFFERED = {
             "threat": "T4",
             "attacker_has": "protected versions of any images he chooses",
             "max_images": 32,
-            "measured": {"verdict": "broken", "verdict_reason": "", "found": 0.8, "ssim": 0.6},
+            "measured": {"verdict": "broken", "verdict_reason": "", "reidentification_rate": 0.8, "ssim": 0.6},
         }
     ],
-    "nulls": {"mean image": {"ssim": 0.13, "reidentified": 0.0}},
+    "baselines": {"mean image": {"ssim": 0.13, "reidentified": 0.0}},
     "rejected": None,
 }
 RECONSTRUCTED = {

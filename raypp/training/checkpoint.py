@@ -86,12 +86,12 @@ class CheckpointStore:
         with self._run.folder(CHECKPOINTS).download(name) as folder:
             yield folder
 
-    def keep_within(self, name: str, checkpoint: Path) -> None:
+    def save_mid_epoch(self, name: str, checkpoint: Path) -> None:
         self._run.upload(checkpoint, f"{CHECKPOINTS}/{name}", last="checkpoint.json")
         prune(self._run, name)
 
     def keep(self, history: list[EpochMetrics], name: str, checkpoint: Path | None) -> None:
         """Store an epoch: its checkpoint whole or not at all, then the rows up to it; called on rank 0."""
         if checkpoint is not None:
-            self.keep_within(name, checkpoint)
+            self.save_mid_epoch(name, checkpoint)
         self._run.write("metrics.jsonl", to_json_lines(history))

@@ -195,7 +195,7 @@ class ProtectionTask:
     """A protection and its classifier, in the phases of ``config.train.mode``."""
 
     train: OptimizationConfig
-    remedy = "train.optimizer.lr or train.alpha"
+    divergence_hint = "train.optimizer.lr or train.alpha"
 
     def __init__(self, config: Config, data: TrainingData, phi: StateDict | None, key: Key | None) -> None:
         self.config, self.data, self.phi, self.key = config, data, phi, key

@@ -29,10 +29,10 @@ class Reporter(Protocol):
     def report(self, history: list[EpochMetrics], name: str, checkpoint: Path | None) -> None:
         """Record an epoch: ``history`` is every row so far. Called on every worker; rank 0 brings the checkpoint."""
 
-    def keep_within(self, name: str, checkpoint: Path) -> None:
+    def save_mid_epoch(self, name: str, checkpoint: Path) -> None:
         """Store a checkpoint from within an epoch; called on rank 0."""
 
-    def told_to_stop(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether training shall write a checkpoint and end: one worker's yes is enough. Asked about once a second."""
 
     def progress(self, info: EpochMetrics) -> None:
@@ -59,8 +59,8 @@ class LocalReporter(CheckpointStore):
         super().__init__(run)
         self._display = display
 
-    def told_to_stop(self) -> bool:
-        return self._display.told_to_stop()
+    def should_stop(self) -> bool:
+        return self._display.should_stop()
 
     def report(self, history: list[EpochMetrics], name: str, checkpoint: Path | None) -> None:
         if self.rank:

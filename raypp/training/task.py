@@ -49,11 +49,11 @@ class TrainableModule(nn.Module):
     fixed: tuple[str, ...] = ()
     """Prefixes of weights that come from elsewhere and are not stored."""
 
-    def own_state(self) -> StateDict:
+    def trainable_state_dict(self) -> StateDict:
         """Weights of all that is trained."""
         return {k: v for k, v in self.state_dict().items() if not k.startswith(self.fixed or ("\0",))}
 
-    def load_own_state(self, state: StateDict) -> None:
+    def load_trainable_state_dict(self, state: StateDict) -> None:
         other = TrainingError("checkpoint holds weights of other networks than the configuration describes")
         try:
             missing, unexpected = self.load_state_dict(state, strict=False)
@@ -66,7 +66,7 @@ class TrainableModule(nn.Module):
         """What is trained: ``params``, and by which ``factor`` of the learning rate."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "factor": 1.0}]
 
-    def after_step(self) -> None:
+    def on_after_optimizer_step(self) -> None:
         """Called after every step of the optimiser."""
 
 
@@ -79,7 +79,7 @@ class Task(Protocol):
     batches: BatchLoader
     fingerprint: str
     """Of the data: a checkpoint is taken up only with the same."""
-    remedy: str
+    divergence_hint: str
     """Settings to make smaller when training diverges."""
 
     def build(self, phase: Phase) -> TrainableModule:

@@ -91,11 +91,13 @@ class Trainer:
                 self.history.append(row)
                 if row["best"]:
                     self.best = row
-                    self.best_state = {k: v.detach().cpu().clone() for k, v in self.trainee.own_state().items()}
+                    self.best_state = {
+                        k: v.detach().cpu().clone() for k, v in self.trainee.trainable_state_dict().items()
+                    }
                 self.report(index, epoch)
                 if epoch + 1 < phase.epochs or index + 1 < len(self.phases):
-                    self.end_if_told(any(all_gather_objects(self.sink.told_to_stop())))
-            self.trainee.load_own_state(self.best_state)
+                    self.raise_if_stop_requested(any(all_gather_objects(self.sink.should_stop())))
+            self.trainee.load_trainable_state_dict(self.best_state)
             self.task.end(phase, self.trainee)
         self.trainee.eval()
         return TrainingOutcome(self.trainee, self.history, self.best)
@@ -111,7 +113,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.task.train.optimizer, self.trainee.groups())
         self.best, self.best_state = {}, {}
         if resumed is not None:
-            self.trainee.load_own_state(resumed["system"])
+            self.trainee.load_trainable_state_dict(resumed["system"])
             self.optimizer.load_state_dict(resumed["optimizer"])
             self.best, self.best_state = resumed["best"], resumed["best_state"]
         self.forward: Callable[..., StepOutput] = self.trainee
@@ -151,7 +153,7 @@ class Trainer:
                 terms = self.forward(images, labels)
             terms.loss.backward()
             self.optimizer.step()
-            self.trainee.after_step()
+            self.trainee.on_after_optimizer_step()
             with torch.no_grad():
                 loss = terms.loss.detach()
                 now.names = ["loss", *terms.metrics]
@@ -166,8 +168,8 @@ class Trainer:
             if self.look_in <= 0:
                 save, stop = self.look(bad_step, phase, epoch, (now.step - first) / (now.seconds - before))
                 if (save or stop) and now.step < loader.num_batches:
-                    self.save_within(index, epoch, now)
-                    self.end_if_told(stop)
+                    self.save_mid_epoch_checkpoint(index, epoch, now)
+                    self.raise_if_stop_requested(stop)
             self.show(phase, epoch, seen / (now.seconds - before), now)
         if not seen:
             raise TrainingError("a worker's share of the training images is less than one batch; see train.batch_size")
@@ -203,7 +205,7 @@ class Trainer:
         due = self.task.train.checkpoint_seconds
         save = due is not None and time.monotonic() - self.saved_at >= due
         steps = max(1, min(CHECK_STEPS, int(CHECK_SECONDS * steps_per_s)))
-        found = all_gather_objects((int(bad_step), self.sink.told_to_stop(), save, steps))
+        found = all_gather_objects((int(bad_step), self.sink.should_stop(), save, steps))
         bad = next((step for step, *_ in found if step >= 0), None)
         if bad is not None:
             batches = self.task.batches.num_batches
@@ -212,14 +214,14 @@ class Trainer:
         _, _, save, self.look_in = found[0]  # the first worker's clock is everybody's
         return save, any(stop for _, stop, *_ in found)
 
-    def end_if_told(self, stop: bool) -> None:
+    def raise_if_stop_requested(self, stop: bool) -> None:
         if stop:
             raise TrainingInterrupted(f"stopped after checkpoint {self.newest}, as told; --resume goes on from it")
 
     def diverged(self, step: int, lr: float) -> NonRetryableError:
         return NonRetryableError(
             f"the loss is not a finite number at step {step} with learning rate {lr:.4g}; last good checkpoint: "
-            f"{self.newest}; try a smaller {self.task.remedy}"
+            f"{self.newest}; try a smaller {self.task.divergence_hint}"
         )
 
     def show(self, phase: Phase, epoch: int, images_per_s: float, part: EpochState) -> None:
@@ -250,17 +252,17 @@ class Trainer:
                 self.sink.report(self.history, name, folder)
         self.newest, self.saved_at = name, time.monotonic()
 
-    def save_within(self, index: int, epoch: int, part: EpochState) -> None:
+    def save_mid_epoch_checkpoint(self, index: int, epoch: int, part: EpochState) -> None:
         """Store a checkpoint from within an epoch, if the last step left nothing that is no number."""
         sync_batch_norm_buffers(self.trainee)  # once more at the epoch's end: means of moving means are the same
-        if not all(bool(value.isfinite().all()) for value in self.trainee.own_state().values()):
+        if not all(bool(value.isfinite().all()) for value in self.trainee.trainable_state_dict().values()):
             return  # all workers have the same values; the next loss will tell
         name = checkpoint_name(len(self.history), part.step / self.task.batches.num_batches)
         images = int(all_reduce_sum(torch.tensor(float(part.images), dtype=torch.float64, device=self.sink.device)))
         whole = dataclasses.replace(part, sums=all_reduce_sum(part.sums.clone()), images=images)
         if self.sink.rank == 0:
             with self.written(index, epoch, whole) as folder:
-                self.sink.keep_within(name, folder)
+                self.sink.save_mid_epoch(name, folder)
         self.newest, self.saved_at = name, time.monotonic()
 
     @contextmanager
@@ -271,7 +273,7 @@ class Trainer:
             "epoch": epochs,
             "part": vars(part) if part is not None else None,
             "batches": self.task.batches.num_batches,
-            "system": self.trainee.own_state(),
+            "system": self.trainee.trainable_state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "best": self.best,
             "best_state": self.best_state,

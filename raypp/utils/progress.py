@@ -32,7 +32,7 @@ class ProgressListener(Protocol):
 
     def warn(self, message: str) -> None: ...
 
-    def told_to_stop(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether to write a checkpoint and end, with ToldToStop; asked about once a second."""
 
 
@@ -115,7 +115,7 @@ class ProgressDisplay:
     def warn(self, message: str) -> None:
         self.console.print(f"[yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
-    def told_to_stop(self) -> bool:
+    def should_stop(self) -> bool:
         return self.stop.is_set()
 
 
@@ -182,7 +182,7 @@ class MultiProgressDisplay:
     def warn(self, run: str, message: str) -> None:
         self.console.print(f"[yellow]warning:[/] {escape(f'{run}: {message}')}", highlight=False, soft_wrap=True)
 
-    def end_if_told(self) -> None:
+    def raise_if_stop_requested(self) -> None:
         """Raise ToldToStop if told to stop."""
         if self.stop.is_set():
             raise TrainingInterrupted("stopped, as told; --resume goes on from what is finished and from checkpoints")
@@ -205,7 +205,7 @@ class _ChildProgress:
     def warn(self, message: str) -> None:
         self._grid.warn(self._run, message)
 
-    def told_to_stop(self) -> bool:
+    def should_stop(self) -> bool:
         return self._grid.stop.is_set()
 
 

@@ -285,7 +285,7 @@ def test_an_inverse_network_comes_back_from_its_weights(
     attack = build("inverse", access, width=2, **options)
     net = attack.network(protected).eval()
     images = torch.randint(0, 256, (5, *protected), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    net.look_at(images)
+    net.fit_normalization(images)
     with torch.no_grad():
         expected = net(images.float() / 255, torch.arange(5) if options.get("conditional") else None)
     assert expected.shape == (5, 3, 16, 17)
@@ -300,7 +300,7 @@ def test_saturated_values_are_spread_out(pictures: Pictures) -> None:
     images = torch.full((100, 1, 16, 16), 255, dtype=torch.uint8)
     images[:50, :, :8] = 254
     net = attack.network((1, 16, 16))
-    net.look_at(images)
+    net.fit_normalization(images)
     value, logit = ((net._seen(images.float() / 255) - net.mean) / net.std).split(1, dim=1)
     assert torch.allclose(logit[:50, :, :8], torch.tensor(-1.0), atol=1e-4)
     assert torch.allclose(logit[50:, :, :8], torch.tensor(1.0), atol=1e-4)
@@ -325,7 +325,7 @@ def test_an_average_keeps_its_count(pictures: Pictures) -> None:
     task = build("inverse", knows(pictures, identity), **SMALL, train={"epochs": 1}).task()
     trainee, resumed = (task.build(task.phases[0]) for _ in range(2))
     trainee.steps = 5000
-    resumed.load_own_state(trainee.own_state())
+    resumed.load_trainable_state_dict(trainee.trainable_state_dict())
     assert resumed.steps == 5000
 
 

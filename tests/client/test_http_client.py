@@ -194,7 +194,7 @@ class Picky:
 
     plain_refused = protected_refused = None
 
-    def looks_protected(self, images: torch.Tensor) -> torch.Tensor:
+    def is_protected(self, images: torch.Tensor) -> torch.Tensor:
         return images[:, 0, 0, 0] % 2 == 1
 
 

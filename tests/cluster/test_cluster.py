@@ -162,7 +162,7 @@ def test_a_search_waits_for_nodes_and_spreads_over_them(head: Nodes, tmp_path: P
     nodes = head
     suite = tmp_path / "suite.yaml"
     suite.write_text(
-        json.dumps({"num_queries": 20, "curve": False, "judge_epochs": 0, "attacks": {"known_gallery": {}}})
+        json.dumps({"num_queries": 20, "curve": False, "reference_epochs": 0, "attacks": {"known_gallery": {}}})
     )
     flags = [
         "--storage", str(tmp_path), "--name", "search", "--search.num_trials", "4", "--search.scheduler", "none",
@@ -251,7 +251,7 @@ def table_flags(storage: Path) -> list[str]:
 def test_attacks_and_a_table_outlive_a_node(nodes: Nodes, trained: Trained, tmp_path: Path) -> None:
     epochs = 24
     inverse = {"width": 4, "depth": 2, "train": {"epochs": epochs, "batch_size": 10}}
-    suite = {"num_queries": 20, "curve": False, "judge_epochs": 0}
+    suite = {"num_queries": 20, "curve": False, "reference_epochs": 0}
     suite["attacks"] = {"feature_reconstruction": {}, "inverse": inverse, "known_gallery": {}}
     file = tmp_path / "suite.yaml"
     file.write_text(json.dumps(suite))
@@ -270,7 +270,7 @@ def test_attacks_and_a_table_outlive_a_node(nodes: Nodes, trained: Trained, tmp_
     assert rows[: len(kept)] == kept
     card = json.loads((tmp_path / "a" / "scorecard.json").read_text())
     assert {found["status"] for found in card["attacks"].values()} == {"done"}
-    assert card["attacks"]["known_gallery"]["found"] == 1
+    assert card["attacks"]["known_gallery"]["reidentification_rate"] == 1
     undisturbed = attack_run.run_attack_suite(
         attack_plan.make_attack_plan(bundle=str(bundle), suite=str(file), name="undisturbed", storage=tmp_path),
         quiet=True,

@@ -317,7 +317,7 @@ def write_suite(folder: Path, epochs: int) -> Path:
     file = folder / "suite.yaml"
     inverse = {"width": 4, "depth": 2, "train": {"epochs": epochs, "batch_size": 10}}
     attacks = {"feature_reconstruction": {}, "inverse": inverse, "white_box": {"steps": 2, "num_images": 10}}
-    file.write_text(json.dumps({"num_queries": 20, "curve": False, "judge_epochs": 0, "attacks": attacks}))
+    file.write_text(json.dumps({"num_queries": 20, "curve": False, "reference_epochs": 0, "attacks": attacks}))
     return file
 
 

@@ -176,7 +176,7 @@ def test_budgets_end_a_search_and_every_trial_is_told(cluster: Cluster, tmp_path
     folder = tmp_path / "budget"
     suite = tmp_path / "suite.yaml"
     attacks = {"feature_reconstruction": {}, "inverse": {"width": 4, "train": {"epochs": 1}}}
-    suite.write_text(json.dumps({"num_queries": 20, "curve": False, "judge_epochs": 0, "attacks": attacks}))
+    suite.write_text(json.dumps({"num_queries": 20, "curve": False, "reference_epochs": 0, "attacks": attacks}))
     flags = [
         "--search.num_trials", "1000", "--search.scheduler", "median", "--search.max_minutes", "0.1",
         "--search.min_accuracy", "plain - 1.0", "--search.suite", str(suite), "--search.num_attacked", "1",

@@ -37,7 +37,7 @@ from raypp.utils.storage import Storage
 
 SUITE: dict[str, Any] = {
     "num_queries": 20,
-    "judge_epochs": 0,
+    "reference_epochs": 0,
     "attacks": {
         "feature_reconstruction": {},
         "inverse": {"width": 4, "depth": 2, "train": {"epochs": 2, "batch_size": 10}},
@@ -92,10 +92,10 @@ def test_the_scorecard_holds_every_attack_beside_its_nulls(attacked: tuple[Path,
         "chosen_plaintext": "does not apply",
     }
     assert "found no permutation" in card["attacks"]["chosen_plaintext"]["note"]
-    assert set(card["nulls"]) == {
+    assert set(card["baselines"]) == {
         "mean image", "class mean", "random image", "nearest training image", "protected image",
     }  # fmt: skip
-    for found in (card["attacks"]["inverse"]["scores"], card["nulls"]["mean image"]):
+    for found in (card["attacks"]["inverse"]["scores"], card["baselines"]["mean image"]):
         assert {"psnr", "ssim", "ssim_lab", "ssim_invariant", "edges", "reidentified", "reidentified_top5",
                 "reidentified_same_class", "accuracy"} <= set(found)  # fmt: skip
         assert found["ssim"]["low"] <= found["ssim"]["mean"] <= found["ssim"]["high"]
@@ -111,9 +111,9 @@ def test_the_scorecard_holds_every_attack_beside_its_nulls(attacked: tuple[Path,
     ]
     assert card["attacks"]["white_box"]["num_queries"] == 10
     assert "the inverse network's estimate" in card["attacks"]["white_box"]["note"]
-    assert card["worst_attack"] in status
-    assert card["attacks"][card["worst_attack"]]["found"] == max(
-        found["found"] for found in card["attacks"].values() if found["status"] == "done"
+    assert card["strongest_attack"] in status
+    assert card["attacks"][card["strongest_attack"]]["reidentification_rate"] == max(
+        found["reidentification_rate"] for found in card["attacks"].values() if found["status"] == "done"
     )
 
 
@@ -126,7 +126,9 @@ def test_scores_are_there_image_by_image(attacked: tuple[Path, Path, dict[str, A
     mean = np.mean([float(row["ssim"]) for row in of_gallery])
     assert mean == pytest.approx(card["attacks"]["known_gallery"]["scores"]["ssim"]["mean"], abs=1e-4)
     assert len({row["image"] for row in of_gallery}) == 20
-    assert {row["attack"] for row in rows if row["attack"].startswith("null")} == {f"null: {n}" for n in card["nulls"]}
+    assert {row["attack"] for row in rows if row["attack"].startswith("baseline")} == {
+        f"baseline: {n}" for n in card["baselines"]
+    }
 
 
 @pytest.mark.slow
@@ -142,7 +144,7 @@ def test_the_bundle_keeps_networks_and_verdict(attacked: tuple[Path, Path, dict[
     assert json.loads((bundle / "private" / "scorecard.json").read_text()) == card
     text = (bundle / "MODEL_CARD.md").read_text()
     assert "No attack has been run" not in text
-    assert f"| inverse | T4 | {card['attacks']['inverse']['found']:.1%}" in text
+    assert f"| inverse | T4 | {card['attacks']['inverse']['reidentification_rate']:.1%}" in text
     assert load_plain_classifier(bundle) is not None
     assert not any("attack" in path.name for path in (bundle / "public").rglob("*"))
 
@@ -191,7 +193,7 @@ def test_resuming_runs_what_is_missing_and_nothing_else(
     [
         ({"num_queries": 10}, "num_queries"),
         ({"seed": 3}, "seed"),
-        ({"judge_epochs": 1}, "judge_epochs"),
+        ({"reference_epochs": 1}, "reference_epochs"),
         ({"attacks": {"inverse": {"width": 5}}}, "inverse"),
     ],
 )
@@ -306,21 +308,21 @@ def of_function(tmp_path: Path, name: str = "attack", **more: Any) -> attack_pla
 @pytest.mark.slow
 def test_any_function_can_be_attacked(tmp_path: Path) -> None:
     attacks = {"feature_reconstruction": {}, "known_gallery": {}, "chosen_plaintext": {}, "white_box": {}}
-    card = attack(of_function(tmp_path, suite=SUITE | {"attacks": attacks, "judge_epochs": 1}))
-    assert card["attacks"]["chosen_plaintext"]["found"] == 1
-    assert card["attacks"]["known_gallery"]["found"] > 0.2
+    card = attack(of_function(tmp_path, suite=SUITE | {"attacks": attacks, "reference_epochs": 1}))
+    assert card["attacks"]["chosen_plaintext"]["reidentification_rate"] == 1
+    assert card["attacks"]["known_gallery"]["reidentification_rate"] > 0.2
     assert "needs a differentiable protection, which this victim" in card["attacks"]["white_box"]["note"]
     assert card["accuracy"] is None
-    assert card["judge_accuracy"] is not None
+    assert card["reference_accuracy"] is not None
     assert (tmp_path / "runs" / "attack" / "report.html").exists()
 
 
 @pytest.mark.slow
 def test_a_judge_that_cannot_be_trained_is_said_so(tmp_path: Path) -> None:
     settings = override(IMAGES, ["--data.num_val", "60"])
-    suite = SUITE | {"attacks": {"feature_reconstruction": {}}, "judge_epochs": 1}
+    suite = SUITE | {"attacks": {"feature_reconstruction": {}}, "reference_epochs": 1}
     card = attack(of_function(tmp_path, suite=suite, flags=settings))
-    assert "cannot set 60 of 60 images aside" in card["judge_note"]
+    assert "cannot set 60 of 60 images aside" in card["reference_note"]
     assert "cannot set 60 of 60 images aside" in (tmp_path / "runs" / "attack" / "report.html").read_text()
 
 
@@ -544,9 +546,9 @@ def test_two_folders_can_be_attacked(tmp_path: Path) -> None:
     }
     card = attack(plan(tmp_path, suite=SUITE | {"attacks": attacks, "curve": False}, folders=folders))
     assert card["num_queries"] == 12
-    assert card["attacks"]["inverse"]["found"] > 0.2
+    assert card["attacks"]["inverse"]["reidentification_rate"] > 0.2
     assert card["attacks"]["known_gallery"]["status"] == "does not apply"
-    assert "class mean" not in card["nulls"]
+    assert "class mean" not in card["baselines"]
 
 
 def test_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
@@ -637,11 +639,17 @@ def test_verdicts() -> None:
 def test_the_verdict_of_a_scorecard_needs_evidence() -> None:
     def done(found: float, **changes: Any) -> dict[str, Any]:
         scores = {"ssim_invariant": {"mean": found}}
-        return {"status": "done", "found": found, "num_queries": 500, "lower_bound": False, "scores": scores} | changes
+        return {
+            "status": "done",
+            "reidentification_rate": found,
+            "num_queries": 500,
+            "lower_bound": False,
+            "scores": scores,
+        } | changes
 
     def of(attacks: dict[str, Any], at_chance: bool = False) -> tuple[Any, ...]:
         card = attack_scores.headline(attacks, at_chance=at_chance)
-        return card["worst_attack"], card["verdict"], card["verdict_by_drawing"]
+        return card["strongest_attack"], card["verdict"], card["verdict_by_reconstruction"]
 
     assert of({"inverse": done(0.01), "known_gallery": done(0.02)}) == ("known_gallery", "holds", "holds")
     assert of({"inverse": done(0.01, lower_bound=True)}) == ("inverse", "inconclusive", "inconclusive")
@@ -669,15 +677,18 @@ def test_accuracy_at_chance_is_an_error(correct: int, num: int, chance: float, a
     if chance == 0.1:  # bundles of earlier versions say nothing about chance
         assert chance_error({key: numbers[key] for key in ("accuracy", "accuracy_interval")}, 10) == sentence
     assert chance_error(None, 10) is None
-    flat = [{"ssim_invariant": 0.3, "found": 0.1}, {"ssim_invariant": 0.305, "found": 0.105}]
+    flat = [
+        {"ssim_invariant": 0.3, "reidentification_rate": 0.1},
+        {"ssim_invariant": 0.305, "reidentification_rate": 0.105},
+    ]
     assert not is_rising(flat)
-    assert is_rising([flat[0], {"ssim_invariant": 0.3, "found": 0.12}])
-    assert is_rising([flat[0], {"ssim_invariant": 0.32, "found": 0.1}])
+    assert is_rising([flat[0], {"ssim_invariant": 0.3, "reidentification_rate": 0.12}])
+    assert is_rising([flat[0], {"ssim_invariant": 0.32, "reidentification_rate": 0.1}])
 
 
 def test_the_worst_attack_counts_not_the_average() -> None:
     def of(found: float, likeness: float = 0.1, status: str = "done") -> dict[str, Any]:
-        return {"status": status, "found": found, "scores": {"ssim_invariant": {"mean": likeness}}}
+        return {"status": status, "reidentification_rate": found, "scores": {"ssim_invariant": {"mean": likeness}}}
 
     assert strongest_attack({}) is None
     assert strongest_attack({"a": of(0.1), "b": of(0.3), "c": of(0.9, status="failed")}) == "b"
@@ -710,8 +721,8 @@ def test_the_report_is_one_page_that_needs_nothing_else(
         assert f"<td>{name}</td>" in page
         if found["status"] == "done":
             assert f'<span class="mark {found["verdict"]}">{found["verdict"]}</span>' in page
-    assert "null: class mean" in page
-    assert f"{card['found']:.1%}" in page
+    assert "baseline: class mean" in page
+    assert f"{card['reidentification_rate']:.1%}" in page
     pictures = sorted((tmp_path / "report" / "figures").glob("*.png"))
     assert {p.stem.rstrip("_12") for p in pictures} == {
         "protected", "front", "estimates", "boxes", "worst", "curves",
@@ -720,7 +731,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(
         with Image.open(path) as picture:
             assert np.asarray(picture.convert("RGB")).std() > 5, path
     rows = list(csv.DictReader(io.StringIO((tmp_path / "report" / "report.csv").read_text())))
-    assert {row["attack"] for row in rows} >= {"inverse", "null: mean image"}
+    assert {row["attack"] for row in rows} >= {"inverse", "baseline: mean image"}
     assert len(json.loads((tmp_path / "report" / "report.json").read_text())["victims"]) == 2
 
 
@@ -750,15 +761,15 @@ def test_a_weaker_attack_afterwards_does_not_make_a_bundle_look_better(
     attack(plan(tmp_path, suite=SUITE | {"num_queries": 10, "attacks": weak, "curve": False}, bundle=str(bundle)))
     verify(bundle)
     kept = json.loads((bundle / "private" / "scorecard.json").read_text())
-    assert (kept["verdict"], kept["worst_attack"]) == (before["verdict"], before["worst_attack"])
+    assert (kept["verdict"], kept["strongest_attack"]) == (before["verdict"], before["strongest_attack"])
     assert set(kept["attacks"]) >= set(before["attacks"])
     for name, was in before["attacks"].items():
         if was["status"] == "done":
-            assert kept["attacks"][name]["found"] >= was["found"]
-    assert kept["num_queries"] == 20  # of the nulls: those of more images
+            assert kept["attacks"][name]["reidentification_rate"] >= was["reidentification_rate"]
+    assert kept["num_queries"] == 20  # of the baselines: those of more images
     rows = list(csv.DictReader(io.StringIO((bundle / "private" / "scores.csv").read_text())))
-    assert {row["attack"] for row in rows} >= {"known_gallery", "null: mean image"}
-    assert sum(row["attack"] == "null: mean image" for row in rows) == 20
+    assert {row["attack"] for row in rows} >= {"known_gallery", "baseline: mean image"}
+    assert sum(row["attack"] == "baseline: mean image" for row in rows) == 20
     write_report([str(bundle)], Storage(tmp_path / "report"))
     assert "known_gallery" in (tmp_path / "report" / "report.html").read_text()
 
@@ -814,9 +825,10 @@ def test_a_function_may_be_attacked_further_from_another_folder(
         monkeypatch.chdir(folder)
         card = attack(of_function(tmp_path, function="mine_in_a_module:protect", suite=suite), resume=resume)
         assert card["attacks"]["feature_reconstruction"]["status"] == "done"
-    with pytest.raises(StorageError, match="was started with another judge_epochs; resume it with the same"):
+    with pytest.raises(StorageError, match="was started with another reference_epochs; resume it with the same"):
         attack(
-            of_function(tmp_path, function="mine_in_a_module:protect", suite=suite | {"judge_epochs": 1}), resume=True
+            of_function(tmp_path, function="mine_in_a_module:protect", suite=suite | {"reference_epochs": 1}),
+            resume=True,
         )
 
 
@@ -871,9 +883,9 @@ def test_a_protection_that_says_nothing_is_not_broken(tmp_path: Path, value: int
     card = attack(of_function(tmp_path, function=where, suite=SUITE | {"attacks": {name: {} for name in names}}))
     assert [found["status"] for found in card["attacks"].values()] == ["done"] * 3
     for found in (card["attacks"][name] for name in names[:2]):
-        assert found["found"] <= 0.05
+        assert found["reidentification_rate"] <= 0.05
         assert found["verdict"] == "inconclusive"  # of so few images
-    assert card["attacks"]["known_gallery"]["found"] <= 0.1
+    assert card["attacks"]["known_gallery"]["reidentification_rate"] <= 0.1
 
 
 @pytest.mark.slow
@@ -892,7 +904,7 @@ def test_protected_images_of_another_shape_are_attacked(tmp_path: Path, body: st
     suite = SUITE | {"attacks": attacks, "curve": False}
     card = attack(of_function(tmp_path, function=function(tmp_path, body), suite=suite))
     assert [found["status"] for found in card["attacks"].values()] == ["done"] * 3
-    assert card["attacks"]["feature_reconstruction"]["found"] > 0.5
+    assert card["attacks"]["feature_reconstruction"]["reidentification_rate"] > 0.5
 
 
 @pytest.mark.slow

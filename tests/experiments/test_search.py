@@ -31,9 +31,16 @@ def plan(tmp_path: Path, *flags: str, name: str = "s") -> search_settings.Search
 
 def record(trial: str, accuracy: float, leakage: float, **others: Any) -> dict[str, Any]:
     return {
-        "trial": trial, "status": "done", "explanation": "", "accuracy": accuracy, "leakage": leakage,
-        "leakage_null": 0.2, "found": 0.5, "settings": {"train.alpha": accuracy, "protection.skips": 1}, **others,
-    }  # fmt: skip
+        "trial": trial,
+        "status": "done",
+        "explanation": "",
+        "accuracy": accuracy,
+        "leakage": leakage,
+        "leakage_baseline": 0.2,
+        "reidentification_rate": 0.5,
+        "settings": {"train.alpha": accuracy, "protection.skips": 1},
+        **others,
+    }
 
 
 # What may be searched
@@ -227,8 +234,8 @@ def test_the_quick_attack_tells_protections_apart(tmp_path: Path, trained: Train
     }
     assert leaks["plain"]["leakage"] > 0.6
     assert leaks["plain"]["leakage"] > leaks["learned"]["leakage"] + 0.03
-    assert leaks["plain"]["found"] > 0.8
-    assert leaks["plain"]["leakage_null"] == leaks["learned"]["leakage_null"] < 0.5
+    assert leaks["plain"]["reidentification_rate"] > 0.8
+    assert leaks["plain"]["leakage_baseline"] == leaks["learned"]["leakage_baseline"] < 0.5
 
 
 def test_a_search_is_resumed_with_the_same_settings_only(tmp_path: Path) -> None:

@@ -351,8 +351,8 @@ def test_leakage_in_parts_gives_the_same_scores(monkeypatch: pytest.MonkeyPatch)
     judge = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 144, 3))
 
     def measured() -> list[dict[str, torch.Tensor]]:
-        nulls = scorecard.baselines(victim)
-        return [nulls, *(scorecard.score_images(images, victim, judge) for images in nulls.values())]
+        baselines = scorecard.baselines(victim)
+        return [baselines, *(scorecard.score_images(images, victim, judge) for images in baselines.values())]
 
     whole = measured()
     assert set(whole[0]) == {"mean image", "random image", "class mean", "nearest training image", "protected image"}

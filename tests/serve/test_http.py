@@ -128,8 +128,8 @@ def test_an_image_that_does_not_look_protected_is_refused(trained: Trained) -> N
     here = Here(trained.live)
     here.live._kept = [replace(here.now(), guard=fitted)]
     client = TestClient(classifier_api(lambda: here))
-    good = fitted.looks_protected(hidden).nonzero().flatten()
-    bad = (~fitted.looks_protected(shapes)).nonzero().flatten()
+    good = fitted.is_protected(hidden).nonzero().flatten()
+    bad = (~fitted.is_protected(shapes)).nonzero().flatten()
     assert len(good) >= 495
     assert len(bad) > 0
     sent = client.post("/v1/classify", content=npy(hidden[good[:3]].permute(0, 2, 3, 1).numpy()), headers=NPY)
@@ -290,7 +290,7 @@ def test_attacks_refuse_plain_images_and_other_protections(attacked: Path) -> No
     class Nothing:
         """A guard to whom nothing looks protected."""
 
-        def looks_protected(self, images: Tensor) -> Tensor:
+        def is_protected(self, images: Tensor) -> Tensor:
             return torch.zeros(len(images), dtype=torch.bool)
 
     client = TestClient(attack_api(lambda: here))

@@ -81,7 +81,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def initial(config: Config, data: TrainingData, name: str) -> dict[str, Tensor]:
     """The weights that a phase begins with."""
-    return build_protected_classifier(config, Phase(name, 1), len(data.classes), None, None).own_state()
+    return build_protected_classifier(config, Phase(name, 1), len(data.classes), None, None).trainable_state_dict()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +156,9 @@ def test_frozen_mode_keeps_every_bit_of_the_plain_classifier(tiny: Tiny, tmp_pat
 def test_joint_mode_trains_both_and_leaves_the_feature_network(reference: Reference) -> None:
     plain = reference.fit.plain
     assert plain is not None
-    before = build_protected_classifier(reference.config, phases(reference.config)[1], 10, None, plain).own_state()
+    before = build_protected_classifier(
+        reference.config, phases(reference.config)[1], 10, None, plain
+    ).trainable_state_dict()
     after = newest(reference.folder)[0]["system"]
     assert before.keys() == after.keys()
     unchanged = [k for k in before if torch.equal(before[k], after[k])]
@@ -227,7 +229,7 @@ def test_the_same_seed_gives_the_same_run(reference: Reference, tmp_path: Path) 
     again = fit(reference.config, Sink(tmp_path))
     assert timeless(again.history) == timeless(reference.fit.history)
     assert same(newest(tmp_path)[0], newest(reference.folder)[0])
-    assert same(again.system.own_state(), reference.fit.system.own_state())
+    assert same(again.system.trainable_state_dict(), reference.fit.system.trainable_state_dict())
 
 
 @pytest.mark.slow
@@ -269,7 +271,7 @@ def test_the_lowest_validation_loss_is_what_is_left(tiny: Tiny, tmp_path: Path) 
     found = validate_system(result.system, *data.val, config, 0, 1)
     assert found["val_loss"] == pytest.approx(min(losses), rel=1e-6)
     state, _ = newest(tmp_path)
-    assert same(state["best_state"], result.system.own_state())
+    assert same(state["best_state"], result.system.trainable_state_dict())
     assert not same(state["system"], state["best_state"])
 
 
@@ -314,7 +316,7 @@ class Stopped(Sink):
         super().__init__(folder)
         self.at, self.asked = at, 0
 
-    def told_to_stop(self) -> bool:
+    def should_stop(self) -> bool:
         self.asked += 1
         return self.asked == self.at
 
@@ -356,9 +358,9 @@ def test_checkpoints_within_epochs_are_as_many_as_asked_for(reference: Reference
     written: list[str] = []
 
     class Counting(Sink):
-        def keep_within(self, name: str, checkpoint: Path) -> None:
+        def save_mid_epoch(self, name: str, checkpoint: Path) -> None:
             written.append(name)
-            super().keep_within(name, checkpoint)
+            super().save_mid_epoch(name, checkpoint)
 
     ends = [f"epoch_{n:04d}" for n in range(1, 5)]
     fit(reference.config, Counting(tmp_path / "rare"))
@@ -375,7 +377,7 @@ def test_weights_that_are_no_numbers_are_not_kept(reference: Reference, tmp_path
     """A step may have a finite loss and leave weights that have none."""
 
     class Ruined(Sink):
-        def told_to_stop(self) -> bool:
+        def should_stop(self) -> bool:
             with torch.no_grad():
                 next(current[0].trainee.parameters()).fill_(math.nan)
             return False
@@ -863,7 +865,9 @@ def work(rank: int, folder: Path, trees: dict[str, Any]) -> None:
     )
     for name, tree in trees.items():
         result = fit(validate(tree), Sink(folder / name))
-        torch.save({"history": result.history, "state": result.system.own_state()}, folder / f"{name}_{rank}.pt")
+        torch.save(
+            {"history": result.history, "state": result.system.trainable_state_dict()}, folder / f"{name}_{rank}.pt"
+        )
     trainer.CHECK_STEPS = 1
     for name, tree in trees.items():
         with contextlib.suppress(TrainingInterrupted):
@@ -872,7 +876,8 @@ def work(rank: int, folder: Path, trees: dict[str, Any]) -> None:
         assert list_checkpoints(Storage(folder / f"{name}_stopped"))[0].endswith("_part_500000")
         result = fit(validate(tree), Sink(folder / f"{name}_stopped"))
         torch.save(
-            {"history": result.history, "state": result.system.own_state()}, folder / f"{name}_resumed_{rank}.pt"
+            {"history": result.history, "state": result.system.trainable_state_dict()},
+            folder / f"{name}_resumed_{rank}.pt",
         )
     data = load_data(config, torch.device("cpu"), rank, WORLD)
     if rank:

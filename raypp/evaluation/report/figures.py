@@ -12,8 +12,8 @@ COLOURS = {"holds": "#1f8a4c", "weak": "#b8860b", "broken": "#c0392b", "inconclu
 
 
 def score_boxes(source: Source) -> bytes:
-    """Fig. 5: PSNR and SSIM of every image under every attack, with outliers; nulls below."""
-    names = [*finished_attacks(source), *(f"null: {name}" for name in source.card["nulls"])]
+    """Fig. 5: PSNR and SSIM of every image under every attack, with outliers; baselines below."""
+    names = [*finished_attacks(source), *(f"baseline: {name}" for name in source.card["baselines"])]
     figure = new_figure(11, 1.2 + 0.34 * len(names))
     panels = figure.subplots(1, 2, sharey=True)
     for panel, metric, title in zip(panels, ("psnr", "ssim"), ("PSNR, dB (60 is exact)", "SSIM"), strict=True):
@@ -86,19 +86,19 @@ def accuracy_leakage_front(found: Sequence[Source]) -> bytes:
     panel = figure.subplots()
     labels: list[tuple[float, float, str]] = []
     for s in found:
-        if s.card["accuracy"] is None or s.card["found"] is None:
+        if s.card["accuracy"] is None or s.card["reidentification_rate"] is None:
             continue
         x = 100 * s.card["accuracy"]
-        worst, drawing = s.card["worst_attack"], s.card["worst_drawing"]
+        worst, drawing = s.card["strongest_attack"], s.card["strongest_reconstruction"]
         if drawing not in (None, worst):
             attack = s.card["attacks"][drawing]
-            y, low = 100 * s.card["attacks"][worst]["found"], 100 * attack["found"]
+            y, low = 100 * s.card["attacks"][worst]["reidentification_rate"], 100 * attack["reidentification_rate"]
             panel.plot((x, x), (y, low), color="0.7", lw=1, zorder=1)
             panel.plot(x, low, "o", ms=9, color=COLOURS[attack["verdict"]], mfc="white")
             if y - low > 10:
                 panel.annotate(drawing, (x, low), (8, -4), textcoords="offset points", fontsize=8)
         attack = s.card["attacks"][worst]
-        y, colour = 100 * attack["found"], COLOURS[attack["verdict"]]
+        y, colour = 100 * attack["reidentification_rate"], COLOURS[attack["verdict"]]
         panel.plot(x, y, "o", ms=9, color=colour)
         labels.append((x, y, f"{s.card['label']}: {worst}"))
     panel.axhspan(0, 5, color=COLOURS["holds"], alpha=0.08)

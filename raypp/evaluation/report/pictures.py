@@ -86,7 +86,9 @@ def estimate_tiles(source: Source) -> bytes:
 
 def best_recovered_tiles(source: Source) -> bytes:
     """What the worst of the attacks that draw recovered best; one that picks from candidates shows the originals."""
-    name = source.card["worst_drawing"] or source.card["worst_attack"] or next(iter(source.card["attacks"]))
+    name = (
+        source.card["strongest_reconstruction"] or source.card["strongest_attack"] or next(iter(source.card["attacks"]))
+    )
     key = f"{name}/worst"
     if f"{key}/plain" not in source.pictures:
         return _sheet([("plain", source.pictures["plain"], None)])

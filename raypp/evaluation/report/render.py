@@ -79,9 +79,9 @@ def write_report(sources: Sequence[str], target: Storage) -> dict[str, Any]:
 
 def explain_results(card: dict[str, Any]) -> str:
     """The summary for people who did not run it."""
-    if card["worst_attack"] is None:
+    if card["strongest_attack"] is None:
         return "No attack has run."
-    attack = card["attacks"][card["worst_attack"]]
+    attack = card["attacks"][card["strongest_attack"]]
     num = sum(a["status"] == "done" for a in card["attacks"].values())
     ways = "one way" if num == 1 else f"{num} ways"
     says = {
@@ -94,16 +94,16 @@ def explain_results(card: dict[str, Any]) -> str:
         ),
     }[card["verdict"]]
     drawing = ""
-    if card["worst_drawing"] not in (None, card["worst_attack"]):
-        drawn = card["attacks"][card["worst_drawing"]]
+    if card["strongest_reconstruction"] not in (None, card["strongest_attack"]):
+        drawn = card["attacks"][card["strongest_reconstruction"]]
         drawing = (
-            f"Of those that draw a picture without having it among candidates, {card['worst_drawing']} did best: "
-            f"{card['found_by_drawing']:.1%} found, SSIM {drawn['scores']['ssim']['mean']:.2f}. "
+            f"Of those that draw a picture without having it among candidates, {card['strongest_reconstruction']} did best: "
+            f"{card['reidentification_rate_by_reconstruction']:.1%} found, SSIM {drawn['scores']['ssim']['mean']:.2f}. "
         )
     accuracy = f"The cloud reads {card['accuracy']:.1%} of protected images correctly. " if card["accuracy"] else ""
     return (
-        f"{accuracy}We tried {ways} to get the originals back. The best, {card['worst_attack']}, with "
-        f"{attack['threat_meaning']}, found {card['found']:.1%} of {attack['num_queries']:,} originals among "
+        f"{accuracy}We tried {ways} to get the originals back. The best, {card['strongest_attack']}, with "
+        f"{attack['threat_meaning']}, found {card['reidentification_rate']:.1%} of {attack['num_queries']:,} originals among "
         f"{card['num_gallery']:,} pictures; blind guessing finds {card['chance']:.2%}. {drawing}{says}"
     )
 
@@ -136,8 +136,8 @@ def _rows(card: dict[str, Any]) -> list[dict[str, Any]]:
             [f"still rises with more {what}" for what in rising] + [f"not known whether more {w} help" for w in unknown]
         )
         rows.append(row | _numbers(a.get("scores")))
-    for name, scores in card["nulls"].items():
-        row = {"name": f"null: {name}", "threat": "", "meaning": "", "note": "", "null": True, "verdict": None}
+    for name, scores in card["baselines"].items():
+        row = {"name": f"baseline: {name}", "threat": "", "meaning": "", "note": "", "null": True, "verdict": None}
         rows.append(row | {"num": f"{card['num_queries']:,}"} | _numbers(scores))
     return rows
 
@@ -153,7 +153,7 @@ def _numbers(scores: dict[str, dict[str, float]] | None) -> dict[str, Any]:
 
     return {
         "scores": True,
-        "found": share(best),
+        "reidentification_rate": share(best),
         "interval": f"{scores[best]['low']:.1%} to {scores[best]['high']:.1%}",
         "top5": share("reidentified_top5"),
         "same_class": share("reidentified_same_class"),
@@ -171,18 +171,27 @@ def _numbers(scores: dict[str, dict[str, float]] | None) -> dict[str, Any]:
 def _csv(found: Sequence[Source]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["victim", "attack", "threat", "status", "num_queries", "found", "verdict",
+    writer.writerow(["victim", "attack", "threat", "status", "num_queries", "reidentification_rate", "verdict",
                      "verdict_reason", "lower_bound", "metric",
                      "mean", "low", "high", "median", "worst_1_percent", "max"])  # fmt: skip
     for s in found:
         for name, a in s.card["attacks"].items():
-            head = [s.card["victim"], name, a["threat"], a["status"], a.get("num_queries", ""), a.get("found", ""),
-                    a.get("verdict", ""), a.get("verdict_reason", ""), a.get("lower_bound", "")]  # fmt: skip
+            head = [
+                s.card["victim"],
+                name,
+                a["threat"],
+                a["status"],
+                a.get("num_queries", ""),
+                a.get("reidentification_rate", ""),
+                a.get("verdict", ""),
+                a.get("verdict_reason", ""),
+                a.get("lower_bound", ""),
+            ]
             keys = ("mean", "low", "high", "median", "worst_1_percent", "max")
             for metric, numbers in a.get("scores", {}).items():
                 writer.writerow([*head, metric, *(numbers.get(key, "") for key in keys)])
-        for name, scores in s.card["nulls"].items():
+        for name, scores in s.card["baselines"].items():
             for metric, numbers in scores.items():
-                head = [s.card["victim"], f"null: {name}", "", "", s.card["num_queries"], "", "", ""]
+                head = [s.card["victim"], f"baseline: {name}", "", "", s.card["num_queries"], "", "", ""]
                 writer.writerow([*head, metric, *(numbers.get(key, "") for key in keys)])
     return text.getvalue().encode()

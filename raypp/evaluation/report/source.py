@@ -20,7 +20,7 @@ class Source:
 
     card: dict[str, Any]
     scores: dict[str, dict[str, np.ndarray]]
-    """Values of each metric, one per image, by attack (nulls are named ``null: ...``)."""
+    """Values of each metric, one per image, by attack (baselines are named ``null: ...``)."""
     pictures: dict[str, np.ndarray]
     figures: dict[str, str] = field(default_factory=dict)
     title: str = ""
@@ -39,7 +39,9 @@ def read_source(location: str) -> Source:
                 card = json.loads(at.read("scorecard.json"))
                 pictures = dict(load(at.read("examples.safetensors")))
                 scores = read_scores(at.read("scores.csv").decode())
-                if lacking := {"attacks", "nulls", "worst_attack", "worst_drawing", "label"} - set(card):
+                if lacking := {"attacks", "baselines", "strongest_attack", "strongest_reconstruction", "label"} - set(
+                    card
+                ):
                     raise ValueError(f"scorecard.json lacks {', '.join(sorted(lacking))}")
             except (ValueError, KeyError, TypeError, SafetensorError) as error:
                 raise BundleError(f"the scorecard in {at.uri} cannot be read: {error}") from error
