@@ -220,7 +220,7 @@ class RayppLoop:
         self._phase = phases(config)[-1]
         self._loop = Trainer(ProtectionTask(config, data, phi, None), sink)
         with torch_settings(config):
-            self._loop.enter(self._phase, None)
+            self._loop.setup_phase(self._phase)
 
     def feed(self, batches: BatchLoader) -> None:
         """Take the batches of every epoch from ``batches`` from now on."""
@@ -229,7 +229,7 @@ class RayppLoop:
     def epoch(self) -> float:
         """Train one epoch and return images/s over all workers, as raypp reports it."""
         with torch_settings(self._config):
-            row = self._loop.train_epoch(self._loop.phases.index(self._phase), 0, None)
+            row = self._loop.train_epoch(self._loop.phases.index(self._phase), 0)
         return float(row["images_per_s"])
 
 

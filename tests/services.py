@@ -18,8 +18,7 @@ from raypp.bundle.load import load_private
 from raypp.bundle.manifest import write_manifest
 from raypp.experiments import attack_plan, attack_run
 from raypp.serve.admission import AdmissionControl, Limits
-from raypp.serve.api import AttackCatalog, ServedAttack, build_catalog
-from raypp.serve.attack_catalog import load_attacks
+from raypp.serve.attack_catalog import AttackCatalog, ServedAttack, build_catalog
 from raypp.serve.auth import Tokens
 from raypp.serve.loaded_model import LoadedModel, classify
 from raypp.serve.model_store import ModelManager
@@ -46,21 +45,21 @@ class Here:
     async def tokens(self) -> Tokens | None:
         return self.valid
 
-    def now(self) -> LoadedModel:
-        return self.live.now
+    def active_model(self) -> LoadedModel:
+        return self.live.active
 
     def rejected(self) -> dict[str, str] | None:
         return self.live.rejected
 
-    async def served(self, protection: str | None) -> LoadedModel | None:
-        return self.live.of(protection)
+    async def find_model(self, protection: str | None) -> LoadedModel | None:
+        return self.live.get(protection)
 
-    async def predict(self, served: LoadedModel, images: Tensor) -> tuple[Tensor, Tensor]:
-        return classify([(served, images)])[0]
+    async def predict(self, model: LoadedModel, images: Tensor) -> tuple[Tensor, Tensor]:
+        return classify([(model, images)])[0]
 
-    async def offered(self, protection: str | None) -> AttackCatalog | None:
-        served = self.live.of(protection)
-        return build_catalog(served, load_attacks(served)) if served is not None else None
+    async def find_attacks(self, protection: str | None) -> AttackCatalog | None:
+        model = self.live.get(protection)
+        return build_catalog(model) if model is not None else None
 
     async def reconstruct(self, attack: ServedAttack, images: Tensor) -> Tensor:
         return attack.run(images)

@@ -243,7 +243,7 @@ def test_the_shipped_configuration_needs_no_editing(tmp_path: Path) -> None:
     ("args", "sentence"),
     [
         ({"bundle": "runs/none"}, "there is no 'runs/none' in {here} or in {root}; `raypp quickstart` makes"),
-        ({"bundle": "{here}/none"}, "{here}/none is neither a bundle nor a shelf of published ones"),
+        ({"bundle": "{here}/none"}, "{here}/none is neither a bundle nor a model repository"),
         ({"bundle": "{run}"}, "{run} is a run; its bundle is {run}/bundle"),
         ({"bundle": ""}, "a location is not understood: '' is empty; allowed is a path or a URI"),
         ({"bundle": 7}, "bundle is 7: input should be a valid string"),

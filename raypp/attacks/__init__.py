@@ -1,4 +1,4 @@
-"""Attacks: each estimates plain images from protected ones, given what its threat level allows."""
+"""Attacks, which estimate plain images from protected ones with the knowledge of their threat level."""
 
 from raypp.utils.registry import Registry
 

@@ -1,7 +1,8 @@
-"""What every attack is: a threat level, what it needs of its victim, and reconstructions of protected images."""
+"""The attack interface: a threat level, the knowledge an attack needs, and reconstructions of protected images."""
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,20 +16,21 @@ from torch import Tensor
 
 from raypp.config.overrides import deep_merge
 from raypp.config.schema import OptimizationConfig
+from raypp.data.loader import Augmentation, DeviceLoader
 from raypp.models.perceptual import StateDict
-from raypp.training.task import Task
+from raypp.training.task import Phase, Task, TrainableModule
 from raypp.utils.errors import RayppError
 from raypp.utils.registry import MethodConfig
 
 ImageMap = Callable[[Tensor], Tensor]
 """uint8 (N, C, H, W) to uint8 (N, C, H', W')."""
 
-
-MOST_PADDING = 11  # pixels that blocks may fill a side up by; more is another size
+MAX_PADDING = 11  # pixels that blocks add to a side; a larger difference is another size
+PROTECT_BATCH_SIZE = 500
 
 
 class Threat(IntEnum):
-    """What an attacker has besides the protected images that he attacks; each level has what those below it have."""
+    """Knowledge of an attacker besides the attacked images; each level includes those below it."""
 
     T0 = 0
     T1 = 1
@@ -42,37 +44,37 @@ class Threat(IntEnum):
         return (
             "nothing but protected images",
             "plain images of the same kind, unpaired",
-            "the algorithm, with keys of his own",
+            "the algorithm, with the attacker's own keys",
             "some plain images and their protected ones under the victim's key",
-            "protected versions of any images he chooses",
+            "protected versions of images of the attacker's choice",
             "the protection itself, with gradients",
         )[self]
 
 
 class AttackError(RayppError):
-    """An attack does not apply to this victim, or lacks what it needs."""
+    """An attack does not apply to a target, or lacks knowledge that it needs."""
 
 
 @dataclass(frozen=True)
 class AttackerKnowledge:
-    """What an attacker may touch of a victim; None where he cannot.
+    """Everything an attacker may use against a target; None where it is not available.
 
     Attributes:
         shape: (C, H, W) of the plain images.
-        structure: how protected images are made up, which who knows the algorithm knows: "none", "pixel" (values stay
-            at their pixels), "block" or "shuffled_block", as the protection's adaptation network has it.
-        images: plain images like the victim's that are not his, uint8 (N, C, H, W) (T1).
-        labels: their classes, int64 (N,), and ``num_classes`` of them.
-        ciphertexts: gives plain images uint8 (N, C, H, W) and their classes (N,), protected images uint8
-            (M, C', H', W') of quite other originals and theirs (M,) (T1).
-        fresh: the algorithm under a key of the attacker's own, one for each number (T2).
+        structure: structure of protected images, known with the algorithm: "none", "pixel" (values stay at their
+            pixels), "block" or "shuffled_block", as the name of the protection's adaptation network.
+        images: plain images like the target's, but not the target's own, uint8 (N, C, H, W) (T1).
+        labels: their classes, int64 (N,), in [0, ``num_classes``).
+        ciphertexts: returns plain images uint8 (N, C, H, W) and their classes (N,), then protected images uint8
+            (M, C', H', W') of different originals and their classes (M,) (T1).
+        fresh: returns the algorithm under a key of the attacker, a different one for each number (T2).
         pairs: plain and protected images under the victim's key, uint8 (N, C, H, W) and (N, C, H', W') (T3).
-        protect: the victim's protection as an oracle (T4).
-        gradients: the protection itself, float (N, C, H, W) in [0, 1] to the same, differentiable (T5).
-        gallery: plain images among which the originals may be, uint8 (M, C, H, W).
-        classify: the cloud's answer to protected images uint8, classes int64 (N,).
-        earlier: trained networks of other attacks by their names, for those that build on them.
-        device: where attacks compute.
+        protect: the target's protection as an oracle (T4).
+        gradients: the differentiable protection, from and to float (N, C, H, W) in [0, 1] (T5).
+        gallery: plain images that may contain the originals, uint8 (M, C, H, W).
+        classify: the cloud's classifier, from protected images uint8 to classes int64 (N,).
+        earlier: trained networks of other attacks by name.
+        device: device of the attack's computations.
     """
 
     shape: tuple[int, int, int]
@@ -91,7 +93,7 @@ class AttackerKnowledge:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
-NEEDS = {
+KNOWLEDGE_DESCRIPTIONS = {
     "images": "plain images of the same kind",
     "ciphertexts": "protected images to learn from",
     "fresh": "an algorithm with keys",
@@ -99,20 +101,21 @@ NEEDS = {
     "protect": "the protection as an oracle",
     "gradients": "a differentiable protection",
     "gallery": "a gallery of plain images",
-    "classify": "the cloud's classifier",
 }
-"""Fields of :class:`Access` in words."""
+"""Fields of :class:`AttackerKnowledge` in words."""
 
 
 def size_mismatch(protected: Sequence[int], plain: Sequence[int]) -> bool:
-    """Whether protected images (H', W') have quite another size than plain ones (H, W), not only padding."""
-    extra = [theirs - ours for theirs, ours in zip(protected, plain, strict=True)]
-    return min(extra) < 0 or max(extra) > MOST_PADDING
+    """Whether protected images (H', W') differ from plain ones (H, W) by more than padding."""
+    padding = [size - plain_size for size, plain_size in zip(protected, plain, strict=True)]
+    return min(padding) < 0 or max(padding) > MAX_PADDING
 
 
 def match_shape(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Images uint8 (N, C', H', W') in the shape (C, H, W) of plain ones: padding is cut, another size resized, grey
-    repeated and colour averaged where the channels differ."""
+    """Convert images uint8 (N, C', H', W') to the shape (C, H, W) of plain ones.
+
+    Padding is cut, and images of another size are resized. Where the channels differ, color is averaged to gray.
+    """
     channels, height, width = shape
     if size_mismatch(images.shape[2:], (height, width)):
         resized = F.interpolate(images.float(), size=(height, width), mode="bilinear", antialias=True)
@@ -120,18 +123,30 @@ def match_shape(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
     images = images[:, :, :height, :width]
     if images.shape[1] == channels:
         return images
-    grey = images.float().mean(1, keepdim=True).round().to(torch.uint8)
-    return grey.expand(-1, channels, -1, -1)
+    gray = images.float().mean(1, keepdim=True).round().to(torch.uint8)
+    return gray.expand(-1, channels, -1, -1)
+
+
+def protect_in_batches(protect: ImageMap, images: Tensor) -> Tensor:
+    return torch.cat([protect(batch) for batch in images.split(PROTECT_BATCH_SIZE)])
+
+
+def tensor_sha256(*tensors: Tensor) -> str:
+    """The SHA-256 of the tensors' bytes, one after the other."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Attack(ABC):
-    """One attack.
+    """An attack on protected images.
 
     Args:
         options: its validated options.
-        access: what it may touch.
-        seed: sets everything random in it.
-        learned: its network is trained already and will be loaded: it needs nothing to learn from.
+        access: the attacker's knowledge.
+        seed: seed of all its random numbers.
+        learned: its network is trained already and will be loaded, so it needs no knowledge to train.
 
     Raises:
         AttackError: ``access`` lacks what it needs.
@@ -140,98 +155,129 @@ class Attack(ABC):
     Options: ClassVar[type[MethodConfig]]
     threat: ClassVar[Threat]
     needs: ClassVar[tuple[str, ...]] = ()
-    """Fields of :class:`Access` without which it cannot run."""
+    """Required fields of :class:`AttackerKnowledge`."""
     after: ClassVar[tuple[str, ...]] = ()
-    """Attacks whose trained networks it builds on where they have been run."""
+    """Attacks whose trained networks it uses if they are available."""
     draws: ClassVar[bool] = True
-    """Whether it draws images that it has not seen; else it only picks one of those that it is given."""
+    """Whether it reconstructs images; otherwise it only picks one of a gallery."""
     max_queries: int | None = None
-    """Images that it takes on at most, where each one costs it much."""
+    """Most images that it attacks, where each one is expensive."""
     effort: str | None = None
-    """An option that says how long it tries, where that is not a training; half of it is measured too."""
+    """The option that sets its number of steps, if it trains no network; half of it is measured too."""
     note: str = ""
-    """What it found out about the victim, in words, once it has prepared."""
+    """A summary of its result on the target, available after :meth:`prepare`."""
 
     def __init__(self, options: Any, access: AttackerKnowledge, *, seed: int = 0, learned: bool = False) -> None:
         self.options, self.access, self.seed = options, access, seed
-        if not learned and (lacks := self.lacking(access)):
-            words = " and ".join(NEEDS[need] for need in lacks)
-            raise AttackError(f"attack {options.name} needs {words}, which this victim does not give")
+        if not learned and (missing := self.lacking(access)):
+            words = " and ".join(KNOWLEDGE_DESCRIPTIONS[need] for need in missing)
+            raise AttackError(f"attack {options.name} needs {words}, which this target does not provide")
 
     @classmethod
     def lacking(cls, access: AttackerKnowledge) -> list[str]:
-        """Fields that it needs and ``access`` does not give."""
+        """Required fields that are missing in ``access``."""
         return [need for need in cls.needs if getattr(access, need) is None]
 
-    @abstractmethod
-    def prepare(self) -> None:
-        """Do once what does not depend on the images attacked, such as recovering a key.
+    def prepare(self) -> None:  # noqa: B027
+        """Do the work that does not depend on the attacked images, such as recovering a key.
 
         Raises:
-            AttackError: it does not apply to this victim.
+            AttackError: it does not apply to this target.
         """
 
     @abstractmethod
     def reconstruct(self, protected: Tensor) -> Tensor:
-        """Estimate plain images uint8 (N, C, H, W) from protected ones uint8 (N, C, H', W')."""
+        """Estimate plain images uint8 (N, C, H, W) from protected ones uint8 (N, C', H', W')."""
 
 
 class TrainedOptions(MethodConfig):
-    """Options of an attack that trains a network; what ``train`` leaves out keeps the attack's own default."""
+    """Options of an attack that trains a network; settings missing in ``train`` have the attack's own defaults."""
 
     train: OptimizationConfig
 
     @model_validator(mode="before")
     @classmethod
-    def _over_defaults(cls, given: Any) -> Any:
-        train = given.get("train") if isinstance(given, dict) else None
+    def _merge_with_defaults(cls, values: Any) -> Any:
+        train = values.get("train") if isinstance(values, dict) else None
         if not isinstance(train, dict):
-            return given
+            return values
         default: OptimizationConfig = cls.model_fields["train"].default
-        return given | {"train": deep_merge(default.model_dump(mode="json"), train)}
+        return values | {"train": deep_merge(default.model_dump(mode="json"), train)}
 
 
 class AttackTask(Task, Protocol):
-    """A task whose batches workers can share."""
+    """A training task with one phase, whose batches workers can share.
+
+    Attributes:
+        images: training images uint8 (N, C, H, W).
+        indices: their numbers (N,), which come with the batches.
+        augmentation: augmentation before protecting.
+    """
+
+    images: Tensor
+    indices: Tensor
+    augmentation: Augmentation
+    divergence_hint: str = "learning rate (optimizer.lr)"
 
     def share(self, rank: int, world: int) -> None:
-        """Take one worker's share of every batch."""
+        """Set this worker's share of every batch."""
+        self.batches = DeviceLoader(
+            self.images.permute(0, 2, 3, 1),
+            self.indices,
+            batch_size=self.train.batch_size,
+            seed=self.seed,
+            augmentation=self.augmentation,
+            rank=rank,
+            world=world,
+        )
+
+    def on_phase_end(self, phase: Phase, trainee: TrainableModule) -> None:
+        return
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        return
 
 
 class TrainedAttack(Attack):
-    """An attack that trains a network first; ``prepare`` is replaced by training and loading.
+    """An attack that trains a network before :meth:`reconstruct`.
 
-    The network trains in the project's own loop, so that it can stop, resume and spread as protections do:
-    :meth:`task` gives what to train, and :meth:`load` takes what came of it.
+    The network trains in the project's trainer, so that it can stop, resume and run on several workers. :meth:`task`
+    defines the training, and :meth:`load` takes its result.
     """
 
     @property
     def epochs(self) -> int:
-        """Of its training at full effort."""
-        found: int = self.options.train.epochs
-        return found
+        epochs: int = self.options.train.epochs
+        return epochs
 
     @property
     @abstractmethod
     def num_images(self) -> int:
-        """Images that it has to learn from."""
+        """Number of training images, without those for validation."""
 
     @abstractmethod
     def task(self, share_epochs: float = 1.0, num_images: int | None = None) -> AttackTask:
-        """What the loop trains.
+        """Build the training task.
 
         Args:
-            share_epochs: take this share of the epochs only.
-            num_images: take only this many of the attacker's images, for as many steps.
+            share_epochs: fraction of the epochs.
+            num_images: number of training images, None for all; the number of steps stays the same.
         """
+
+    def _num_epochs(self, share_epochs: float, num_images: int | None) -> int:
+        """Epochs of :meth:`task`: more of them on fewer images, for the same number of steps."""
+        epochs = max(1, round(self.epochs * share_epochs))
+        if num_images is not None and num_images < self.num_images:
+            epochs = max(1, round(epochs * self.num_images / num_images))
+        return epochs
 
     @abstractmethod
     def state(self, trainee: Any) -> StateDict:
-        """The weights of a trained task that reconstruct."""
+        """Weights of a trained task that :meth:`reconstruct` needs."""
 
     @abstractmethod
     def load(self, state: StateDict) -> None:
-        """Take up weights that :meth:`state` gave."""
-
-    def prepare(self) -> None:
-        """Nothing to do: it is ready once it has loaded its weights."""
+        """Load weights that :meth:`state` returned."""

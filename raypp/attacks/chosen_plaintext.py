@@ -1,9 +1,9 @@
-"""T4: recover a cipher's permutation and mask from a few images of one's own choice, and undo it exactly.
+"""T4: recover a cipher's permutation and mask from a few chosen images, and invert it exactly.
 
-Every keyed scheme of this field permutes symbols and inverts some of them. The protected zeros show what is inverted;
-images whose symbols are digits of their own place show where each one went. Sources: Chang, Li 2020 (pixel-based
-encryption, one image); Tanaka's cipher in 3 blocks of one image, and any such cipher at all in 1 + log16(symbols)
-images: ours, by the same idea.
+Every keyed scheme of this field permutes symbols and inverts some of them. Protected zeros reveal the inversions;
+images whose symbols are the digits of their position reveal the permutation. Source: Chang, Li 2020 (pixel-based
+encryption, one image). By the same idea, Tanaka's cipher takes 3 blocks of one image, and any such cipher takes
+1 + log16(symbols) images (ours).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from raypp.attacks.base import Attack, AttackError, Threat
+from raypp.attacks.known_plaintext import BLOCK, decrypt
 from raypp.protections.cipher import from_symbols, to_symbols
 from raypp.utils import registry
 
-BLOCK = 4
 DIGIT = 16
 Undo = Callable[[Tensor], Tensor]
 
@@ -26,12 +26,12 @@ Undo = Callable[[Tensor], Tensor]
 class ChosenPlaintextOptions(registry.MethodConfig):
     name: Literal["chosen_plaintext"] = "chosen_plaintext"
     scheme: Literal["auto", "pixel", "tanaka", "any"] = "auto"
-    """``pixel`` and ``tanaka`` take one image; ``any`` undoes every permutation of half bytes with inversions (ELE and
-    EtC too) from five images of 32 x 32; ``auto`` takes the first of them that works."""
+    """``pixel`` and ``tanaka`` need one image; ``any`` inverts every permutation of half bytes with inversions (ELE and
+    EtC too) from five images of 32 x 32; ``auto`` takes the first scheme that works."""
 
 
 class ChosenPlaintext(Attack):
-    """Solves the key, checks the solution on images that it has not seen, and then decrypts."""
+    """Recovers the key, verifies it on random images, and decrypts."""
 
     Options: ClassVar[type[registry.MethodConfig]] = ChosenPlaintextOptions
     threat: ClassVar[Threat] = Threat.T4
@@ -39,16 +39,16 @@ class ChosenPlaintext(Attack):
 
     def prepare(self) -> None:
         solvers = {"pixel": self._solve_pixel, "tanaka": self._solve_tanaka, "any": self._solve_any}
-        chosen = solvers if self.options.scheme == "auto" else {self.options.scheme: solvers[self.options.scheme]}
+        scheme = self.options.scheme
         generator = torch.Generator().manual_seed(self.seed)
         probe = torch.randint(0, 256, (4, *self.access.shape), dtype=torch.uint8, generator=generator)
-        for name, solve in chosen.items():
-            num, undo = solve()
+        for name in solvers if scheme == "auto" else [scheme]:
+            num, undo = solvers[name]()
             if undo is not None and torch.equal(undo(self._oracle(probe)), probe):
                 self._undo = undo
                 self.note = f"key recovered from {num} chosen image{'s' * (num != 1)} ({name})"
                 return
-        raise AttackError("attack chosen_plaintext found no permutation with inversions that explains this protection")
+        raise AttackError("attack chosen_plaintext: no permutation with inversions explains this protection")
 
     def reconstruct(self, protected: Tensor) -> Tensor:
         return self._undo(protected.cpu()).to(protected.device)
@@ -58,74 +58,61 @@ class ChosenPlaintext(Attack):
         return self.access.protect(images).cpu()
 
     def _solve_pixel(self) -> tuple[int, Undo | None]:
-        """One image of (1, 2, 3) in every pixel: values above 127 were inverted, and 1, 2, 3 name the channels."""
+        """One image of (1, 2, 3) in every pixel: values above 127 are inverted, and 1, 2, 3 are the channels."""
         channels, height, width = self.access.shape
         values = torch.arange(1, channels + 1, dtype=torch.uint8).view(1, -1, 1, 1)
-        seen = self._oracle(values.expand(1, channels, height, width).contiguous())
-        if seen.shape[1:] != self.access.shape:
+        protected = self._oracle(values.expand(1, channels, height, width).contiguous())
+        if protected.shape[1:] != self.access.shape:
             return 1, None
-        inverted = seen > 127
-        source = torch.where(inverted, 255 - seen, seen).long() - 1
+        inverted = protected > 127
+        source = torch.where(inverted, 255 - protected, protected).long() - 1
         if not ((source >= 0) & (source < channels)).all() or not source.sort(1).values.eq(values.long() - 1).all():
             return 1, None
         back, mask = source.argsort(1), inverted.to(torch.uint8) * 255
         return 1, lambda protected: (protected ^ mask).gather(1, back.expand(protected.shape))
 
     def _solve_tanaka(self) -> tuple[int, Undo | None]:
-        """Three blocks of one image: zeros, and each half byte's place in its block modulo and divided by 16."""
+        """Three blocks of one image: zeros, and each half byte's position in its block modulo and divided by 16."""
         channels, height, width = self.access.shape
         size = 2 * BLOCK * BLOCK * channels
         image = torch.zeros(1, channels, -(-height // BLOCK) * BLOCK, -(-width // BLOCK) * BLOCK, dtype=torch.uint8)
         if height // BLOCK * (width // BLOCK) < 3 or height < BLOCK or width < BLOCK:
             return 1, None
         columns = image.shape[3] // BLOCK
-        whole = [y * columns + x for y in range(height // BLOCK) for x in range(width // BLOCK)][:3]
+        blocks = [y * columns + x for y in range(height // BLOCK) for x in range(width // BLOCK)][:3]
         symbols = to_symbols(image, BLOCK, True).view(-1, size)
-        place = torch.arange(size)
-        symbols[whole[1]], symbols[whole[2]] = (place % DIGIT).to(torch.uint8), (place // DIGIT).to(torch.uint8)
+        position = torch.arange(size)
+        symbols[blocks[1]], symbols[blocks[2]] = (position % DIGIT).to(torch.uint8), (position // DIGIT).to(torch.uint8)
         chosen = from_symbols(symbols.view(-1, 1), image.shape, BLOCK, True)
-        answer = self._oracle(chosen[:, :, :height, :width].contiguous())
-        if answer.shape != image.shape:
+        protected = self._oracle(chosen[:, :, :height, :width].contiguous())
+        if protected.shape != image.shape:
             return 1, None
-        seen = to_symbols(answer, BLOCK, True).view(-1, size)
-        mask = seen[whole[0]]
-        source = (seen[whole[1]] ^ mask).long() + DIGIT * (seen[whole[2]] ^ mask).long()
-        if not torch.equal(source.sort().values, place):
+        symbols = to_symbols(protected, BLOCK, True).view(-1, size)
+        mask = symbols[blocks[0]]
+        source = (symbols[blocks[1]] ^ mask).long() + DIGIT * (symbols[blocks[2]] ^ mask).long()
+        if not torch.equal(source.sort().values, position):
             return 1, None
-        back = source.argsort()
-
-        def undo(protected: Tensor) -> Tensor:
-            found = to_symbols(protected, BLOCK, True).view(-1, size, len(protected)) ^ mask[:, None]
-            plain = from_symbols(found[:, back].flatten(0, 1), protected.shape, BLOCK, True)
-            return plain[:, :, :height, :width]
-
-        return 1, undo
+        return 1, lambda protected: decrypt(protected, source, mask, BLOCK, self.access.shape)
 
     def _solve_any(self) -> tuple[int, Undo | None]:
-        """Zeros, and an image per hexadecimal digit of each half byte's place in the image.
+        """Zeros, and an image per hexadecimal digit of each half byte's position in the image.
 
-        Only images whose protected versions have their own size: what a cipher pads is not the attacker's to choose.
+        Protected images must have the size of plain ones, because the attacker cannot choose a cipher's padding.
         """
         size = 2 * int(torch.tensor(self.access.shape).prod())
-        place = torch.arange(size)
+        position = torch.arange(size)
         digits = [torch.zeros(size, dtype=torch.uint8)]
         while DIGIT ** (len(digits) - 1) < size:
-            digits.append((place // DIGIT ** (len(digits) - 1) % DIGIT).to(torch.uint8))
+            digits.append((position // DIGIT ** (len(digits) - 1) % DIGIT).to(torch.uint8))
         shape = torch.Size((len(digits), *self.access.shape))
-        answer = self._oracle(from_symbols(torch.stack(digits, 1), shape, 1, True))
-        if answer.shape != shape:
+        protected = self._oracle(from_symbols(torch.stack(digits, 1), shape, 1, True))
+        if protected.shape != shape:
             return len(digits), None
-        seen = to_symbols(answer, 1, True)
-        mask = seen[:, 0]
+        symbols = to_symbols(protected, 1, True)
+        mask = symbols[:, 0]
         source = torch.zeros(size, dtype=torch.int64)
         for i in range(1, len(digits)):
-            source += (seen[:, i] ^ mask).long() * DIGIT ** (i - 1)
-        if not torch.equal(source.sort().values, place):
+            source += (symbols[:, i] ^ mask).long() * DIGIT ** (i - 1)
+        if not torch.equal(source.sort().values, position):
             return len(digits), None
-        back = source.argsort()
-
-        def undo(protected: Tensor) -> Tensor:
-            found = to_symbols(protected, 1, True) ^ mask[:, None]
-            return from_symbols(found[back], protected.shape, 1, True)
-
-        return len(digits), undo
+        return len(digits), lambda protected: decrypt(protected, source, mask, 1, self.access.shape)

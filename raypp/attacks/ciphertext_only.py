@@ -1,4 +1,4 @@
-"""T0: attacks on protected images alone that need no training. Made for pixel-based encryption; they run on anything.
+"""T0: attacks on protected images alone, without training. They target pixel-based encryption and run on any image.
 
 Source: Chang, Li, "Attack on pixel-based image encryption" (2020), basic and advanced attack under different keys.
 """
@@ -22,13 +22,10 @@ class FeatureReconstructionOptions(registry.MethodConfig):
 
 
 class FeatureReconstruction(Attack):
-    """Fold every value to one half of the range: whatever the key inverted, ``v`` and ``255 - v`` become the same."""
+    """Folds every value to one half of the range, so that ``v`` and ``255 - v`` become the same under every key."""
 
     Options: ClassVar[type[registry.MethodConfig]] = FeatureReconstructionOptions
     threat: ClassVar[Threat] = Threat.T0
-
-    def prepare(self) -> None:
-        """Nothing to do."""
 
     def reconstruct(self, protected: Tensor) -> Tensor:
         protected = match_shape(protected, self.access.shape)
@@ -41,10 +38,10 @@ class MinimumDifferenceOptions(registry.MethodConfig):
 
 
 class MinimumDifference(Attack):
-    """Decode pixel by pixel: of the 48 values that a pixel may have had, take the one most like its neighbour's.
+    """Decodes pixel by pixel: of the 48 possible values of a pixel, it takes the one nearest to its neighbor's.
 
-    The neighbour is the pixel above, in the first row the one to the left. The first pixel is taken as it is; a
-    wrong guess there gives a picture in other colours, just as readable.
+    The neighbor is the pixel above, or in the first row the pixel to the left. The first pixel stays as it is; if it is
+    wrong, the image has other colors and is just as readable.
     """
 
     Options: ClassVar[type[registry.MethodConfig]] = MinimumDifferenceOptions
@@ -61,14 +58,14 @@ class MinimumDifference(Attack):
         signs = torch.tensor(list(product((0, 255), repeat=3)), dtype=torch.int16, device=protected.device)
         decoded = values.clone()
 
-        def nearest(pixels: Tensor, neighbours: Tensor) -> Tensor:
-            """Pixels and neighbours (K, 3)."""
+        def nearest(pixels: Tensor, neighbors: Tensor) -> Tensor:
+            """Pixels and neighbors (K, 3)."""
             candidates = (pixels[:, None, :] ^ signs)[:, :, orders].flatten(1, 2)  # (K, 48, 3)
-            best = (candidates - neighbours[:, None]).abs().sum(2).argmin(1)
+            best = (candidates - neighbors[:, None]).abs().sum(2).argmin(1)
             return candidates[torch.arange(len(pixels), device=pixels.device), best]
 
         for x in range(1, width):
             decoded[0, x] = nearest(values[0, x], decoded[0, x - 1])
-        for y in range(1, height):  # a whole row at a time: its pixels depend on the row above alone
+        for y in range(1, height):  # a row at a time, since its pixels depend only on the row above
             decoded[y] = nearest(values[y].flatten(0, 1), decoded[y - 1].flatten(0, 1)).view_as(decoded[y])
         return decoded.permute(2, 3, 0, 1).to(torch.uint8)

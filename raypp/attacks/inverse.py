@@ -1,8 +1,8 @@
 """Inverse networks: a U-Net that learns plain images from protected ones.
 
-Three attacks share it. ``itn`` is the paper's ITN-Attack with the recipe of its authors' later code; ``inverse`` is as
-strong as we can make it; ``inverse_own_keys`` knows the algorithm only and learns from keys of its own. Source of the
-first: Ito, Kinoshita, Kiya 2020 (arXiv 2008.03143), section III-C, and the code of its journal version.
+Three attacks use it. ``itn`` is the paper's ITN-Attack with the recipe of its authors' later code. ``inverse`` is our
+strongest recipe. ``inverse_own_keys`` knows only the algorithm and learns from the attacker's own keys. Source of
+``itn``: Ito, Kinoshita, Kiya 2020 (arXiv 2008.03143), section III-C, and the code of its journal version.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raypp.attacks.base import AttackerKnowledge, AttackError, AttackTask, Threat, TrainedAttack
+from raypp.attacks.base import AttackerKnowledge, AttackError, AttackTask, Threat, TrainedAttack, protect_in_batches
 from raypp.attacks.inverse_network import InverseBaseConfig, InverseModule, InverseNetwork, ProtectedBatches
-from raypp.attacks.inverse_task import InverseTask, in_batches
+from raypp.attacks.inverse_task import InverseTask, reconstruct_in_batches
 from raypp.config.schema import MultiStep, OptimizationConfig, Optimizer
 from raypp.models.perceptual import StateDict
 from raypp.training.task import TrainableModule
 from raypp.utils import registry
 from raypp.utils.images import to_uint8
 
-MAX_VAL = 1000  # of the attacker's own images, those that he judges his network by
-OWN_KEY = 2**31  # the attacker's own key that he judges his network by; others are drawn below it
+MAX_VAL = 1000  # validation images, which are some of the attacker's own
+VALIDATION_KEY = 2**31  # number of the attacker's key for validation; those for training are smaller
 
 
 class InverseOptions(InverseBaseConfig):
@@ -32,73 +32,76 @@ class InverseOptions(InverseBaseConfig):
 
 
 class InverseAttack(TrainedAttack):
-    """What the three have in common."""
+    """Base of the three attacks."""
 
-    _made: tuple[Tensor, Tensor] | None = None
+    needs: ClassVar[tuple[str, ...]] = ("pairs",)
+    _cached_pairs: tuple[Tensor, Tensor] | None = None
 
     def network(self, protected: Sequence[int]) -> InverseNetwork:
-        """For protected images of the shape (C', H', W')."""
+        """Build the network for protected images of the shape (C', H', W')."""
         channels, height, width = protected
-        classes = self.access.num_classes if self.options.conditional else 0
-        return InverseNetwork(self.access.shape, (channels, height, width), self.options, classes)
+        num_classes = self.access.num_classes if self.options.conditional else 0
+        return InverseNetwork(self.access.shape, (channels, height, width), self.options, num_classes)
 
     @classmethod
     def lacking(cls, access: AttackerKnowledge) -> list[str]:
-        oracle = access.protect is not None and access.images is not None
-        return [] if oracle or access.pairs is not None else ["pairs"]
+        missing = super().lacking(access)
+        has_oracle = access.protect is not None and access.images is not None
+        return [] if has_oracle and missing == ["pairs"] else missing
 
     @property
     def num_images(self) -> int:
-        """Images that the network learns from, without those that it is judged by."""
-        num = len(self._material()[0])
+        num = len(self._training_data()[0])
         return num - _num_val(num)
 
     def task(self, share_epochs: float = 1.0, num_images: int | None = None) -> AttackTask:
         if self.options.conditional and (self.access.classify is None or not self.access.num_classes):
             raise AttackError(
-                f"attack {self.options.name} with conditional = true needs the cloud's classifier, which this victim "
-                "does not give"
+                f"attack {self.options.name} with conditional = true needs the cloud's classifier, which this "
+                "target does not provide"
             )
-        images, source, val_protected = self._material()
+        images, source, protect_indices = self._training_data()
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed)).to(images.device)
         num_val = _num_val(len(images))
-        at = order[num_val:], order[:num_val]
-        epochs = max(1, round(self.epochs * share_epochs))
-        if num_images is not None and num_images < len(at[0]):  # as many steps on fewer images
-            epochs = max(1, round(epochs * len(at[0]) / num_images))
-        val = images[at[1]], val_protected(at[1])
-        return InverseTask(self, epochs, num_images, source, images, at, val)
+        train_indices, val_indices = order[num_val:], order[:num_val]
+        epochs = self._num_epochs(share_epochs, num_images)
+        val = images[val_indices], protect_indices(val_indices)
+        return InverseTask(self, epochs, source, images, (train_indices[:num_images], val_indices), val)
 
-    def _material(self) -> tuple[Tensor, ProtectedBatches, Callable[[Tensor], Tensor]]:
-        """The attacker's plain images, how he protects them, and protected ones for validation by their places."""
+    def _training_data(self) -> tuple[Tensor, ProtectedBatches, Callable[[Tensor], Tensor]]:
+        """Return the attacker's plain images, the protection of batches, and that of validation images by index."""
         protect = self.access.protect
         if protect is None or self.options.fixed_pairs:
-            plain, known = self._pairs()
-            return plain, lambda _, at: known[at].float() / 255, lambda at: known[at]
+            plain, protected = self._pairs()
+            return plain, lambda _, indices: protected[indices].float() / 255, lambda indices: protected[indices]
         assert self.access.images is not None
         images = self.access.images.to(self.access.device)
-        return images, lambda plain, _: protect(plain).float() / 255, lambda at: _in_parts(protect, images[at])
+        return (
+            images,
+            lambda plain, _: protect(plain).float() / 255,
+            lambda indices: protect_in_batches(protect, images[indices]),
+        )
 
     def _pairs(self) -> tuple[Tensor, Tensor]:
-        """Plain images and their protected ones, made once."""
-        if self._made is None:
+        """Return plain images and their protected ones, computed once."""
+        if self._cached_pairs is None:
             images, protect, device = self.access.images, self.access.protect, self.access.device
             if protect is None:
                 assert self.access.pairs is not None
-                self._made = self.access.pairs[0].to(device), self.access.pairs[1].to(device)
+                self._cached_pairs = self.access.pairs[0].to(device), self.access.pairs[1].to(device)
             else:
                 assert images is not None
-                self._made = images.to(device), _in_parts(protect, images.to(device))
-        return self._made
+                self._cached_pairs = images.to(device), protect_in_batches(protect, images.to(device))
+        return self._cached_pairs
 
     def state(self, trainee: TrainableModule) -> StateDict:
         assert isinstance(trainee, InverseModule)
         return {k: v.detach().cpu() for k, v in trainee.final.state_dict().items()}
 
     def load(self, state: StateDict) -> None:
-        self._net = self.network(state["protected"].tolist())
-        self._net.load_state_dict(state)
-        self._net.to(self.access.device).eval().requires_grad_(False)
+        self._network = self.network(state["protected"].tolist())
+        self._network.load_state_dict(state)
+        self._network.to(self.access.device).eval().requires_grad_(False)
 
     @torch.inference_mode()
     def reconstruct(self, protected: Tensor) -> Tensor:
@@ -107,19 +110,15 @@ class InverseAttack(TrainedAttack):
         if self.options.conditional:
             assert self.access.classify is not None
             labels = self.access.classify(protected)
-        return to_uint8(in_batches(self._net, protected, labels, self.options.train.eval_batch_size))
+        return to_uint8(reconstruct_in_batches(self._network, protected, labels, self.options.train.eval_batch_size))
 
 
 def _num_val(num: int) -> int:
     return min(MAX_VAL, max(1, num // 10))
 
 
-def _in_parts(protect: Callable[[Tensor], Tensor], images: Tensor, size: int = 500) -> Tensor:
-    return torch.cat([protect(part) for part in images.split(size)])
-
-
 class Inverse(InverseAttack):
-    """As strong as we can make it: Muon, one cycle, no weight decay, L1 + SSIM, flips and crops, averaged weights."""
+    """Our strongest recipe: Muon, one cycle, no weight decay, L1 + SSIM, flips and crops, averaged weights."""
 
     Options: ClassVar[type[registry.MethodConfig]] = InverseOptions
     threat: ClassVar[Threat] = Threat.T4
@@ -147,7 +146,7 @@ class ITNOptions(InverseBaseConfig):
 
 
 class ITN(InverseAttack):
-    """As released: SGD, squared error, pairs made once and mirrored together, the lowest validation error kept."""
+    """As released: SGD, squared error, fixed pairs flipped together, and the weights of the lowest validation error."""
 
     Options: ClassVar[type[registry.MethodConfig]] = ITNOptions
     threat: ClassVar[Threat] = Threat.T4
@@ -155,26 +154,22 @@ class ITN(InverseAttack):
 
 class InverseOwnKeysOptions(InverseBaseConfig):
     name: Literal["inverse_own_keys"] = "inverse_own_keys"
-    standardise: bool = False  # a place's mean under one key says nothing about another
+    standardise: bool = False  # a position's mean under one key is useless under another
 
 
 class InverseOwnKeys(InverseAttack):
-    """Learns from images protected under the attacker's own keys, a new one for every batch."""
+    """Learns from images protected under the attacker's own keys, with a new key for every batch."""
 
     Options: ClassVar[type[registry.MethodConfig]] = InverseOwnKeysOptions
     threat: ClassVar[Threat] = Threat.T2
     needs: ClassVar[tuple[str, ...]] = ("images", "fresh")
 
-    @classmethod
-    def lacking(cls, access: AttackerKnowledge) -> list[str]:
-        return [need for need in cls.needs if getattr(access, need) is None]
-
-    def _material(self) -> tuple[Tensor, ProtectedBatches, Callable[[Tensor], Tensor]]:
+    def _training_data(self) -> tuple[Tensor, ProtectedBatches, Callable[[Tensor], Tensor]]:
         assert self.access.images is not None
         assert self.access.fresh is not None
         images, fresh = self.access.images.to(self.access.device), self.access.fresh
 
         def protect(plain: Tensor, _: Tensor) -> Tensor:
-            return fresh(int(torch.randint(OWN_KEY, ())))(plain).float() / 255
+            return fresh(int(torch.randint(VALIDATION_KEY, ())))(plain).float() / 255
 
-        return images, protect, lambda at: _in_parts(fresh(OWN_KEY), images[at])
+        return images, protect, lambda indices: protect_in_batches(fresh(VALIDATION_KEY), images[indices])

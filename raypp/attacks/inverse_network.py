@@ -19,26 +19,26 @@ from raypp.models.unet import UNet
 from raypp.training.task import StepOutput, TrainableModule
 from raypp.utils.images import to_uint8
 
-LOGIT_EPS = 0.5 / 255  # how near to 0 and 1 a value of 8 bits may lie: their logits are infinite
-MIN_STD = (0.02, 0.2)  # of a value and of its logit: a place that hardly ever changes is not blown up to unit scale
-STEPS = "steps"  # how many the average has seen, among a checkpoint's tensors
-MAX_ZSCORE = 8.0  # standard deviations that a standardised value may be away from its mean
+LOGIT_EPS = 0.5 / 255  # minimum distance of a value from 0 and 1, whose logits are infinite
+MIN_STD = (0.02, 0.2)  # of a value and of its logit, so that nearly constant positions keep a small scale
+STEPS = "steps"  # key of the average's number of steps in checkpoints
+MAX_ZSCORE = 8.0  # largest distance of a standardized value from its mean, in standard deviations
 
 ProtectedBatches = Callable[[Tensor, Tensor], Tensor]
-"""Protected images float (n, C', H', W') of plain ones uint8 (n, C, H, W) and of their places (n,) in the set."""
+"""Maps plain images uint8 (n, C, H, W) and their indices (n,) to protected images float (n, C', H', W')."""
 
 
 class InverseNetwork(nn.Module):
     """U-Net from protected images N x C' x H' x W' to estimates of plain ones N x C x H x W, all in [0, 1].
 
-    Protected images that are larger by padding are cut, those of quite another size resized. What the U-Net sees
-    besides their values is up to the options: see :class:`BaseOptions`.
+    Estimates lose the padding of protected images; protected images of another size are resized. The options add
+    inputs to the U-Net, see :class:`InverseBaseConfig`.
 
     Args:
         shape: (C, H, W) of plain images.
         protected: (C', H', W') of protected ones.
         options: ``width``, ``depth``, ``standardise``, ``places``, ``patch`` and ``smooth``.
-        num_classes: with more than none, the network is told each image's class.
+        num_classes: with more than 0, each image's class is an input.
     """
 
     mean: Tensor
@@ -57,48 +57,48 @@ class InverseNetwork(nn.Module):
         channels, *size = protected
         self.resized = size_mismatch(size, self.size)
         size = list(self.size) if self.resized else size
-        self.register_buffer("protected", torch.tensor(protected))  # so that its weights alone say how it is built
-        seen = channels * 2 if options.standardise else channels
+        self.register_buffer("protected", torch.tensor(protected))  # the state dict alone suffices to build the network
+        num_features = channels * 2 if options.standardise else channels
         self.standardise = options.standardise
         if self.standardise:
-            self.register_buffer("mean", torch.zeros(1, seen, *size))
-            self.register_buffer("std", torch.ones(1, seen, *size))
+            self.register_buffer("mean", torch.zeros(1, num_features, *size))
+            self.register_buffer("std", torch.ones(1, num_features, *size))
         self.places = nn.Parameter(torch.randn(1, options.places, *size) * 0.1) if options.places else None
-        inputs = (seen + options.places + num_classes) * self.patch**2
+        inputs = (num_features + options.places + num_classes) * self.patch**2
         outputs = shape[0] * self.patch**2
         self.unet = UNet(inputs, options.width, options.depth, channels_out=outputs, smooth=options.smooth)
 
     @torch.no_grad()
     def fit_normalization(self, protected: Tensor) -> None:
-        """Take mean and spread of every place from protected images uint8 (N, C', H', W')."""
+        """Set mean and standard deviation of every position from protected images uint8 (N, C', H', W')."""
         if self.standardise:
-            seen = self._seen(self._fitted(protected.float() / 255))
-            least = seen.new_tensor(MIN_STD).repeat_interleave(seen.shape[1] // 2)[None, :, None, None]
-            self.mean.copy_(seen.mean(0, keepdim=True))
-            self.std.copy_(seen.std(0, correction=0, keepdim=True).maximum(least))
+            features = self._with_logits(self._resize(protected.float() / 255))
+            min_std = features.new_tensor(MIN_STD).repeat_interleave(features.shape[1] // 2)[None, :, None, None]
+            self.mean.copy_(features.mean(0, keepdim=True))
+            self.std.copy_(features.std(0, correction=0, keepdim=True).maximum(min_std))
 
-    def _fitted(self, protected: Tensor) -> Tensor:
+    def _resize(self, protected: Tensor) -> Tensor:
         if self.resized:
             return F.interpolate(protected, size=self.size, mode="bilinear", antialias=True)
         return protected
 
     @staticmethod
-    def _seen(values: Tensor) -> Tensor:
-        """Values in [0, 1] and their logits: a sigmoid's output near 0 or 1 says most by its last bits."""
+    def _with_logits(values: Tensor) -> Tensor:
+        """Values in [0, 1] and their logits, which expand small differences near 0 and 1."""
         return torch.cat((values, torch.logit(values.clamp(LOGIT_EPS, 1 - LOGIT_EPS))), dim=1)
 
     def forward(self, protected: Tensor, labels: Tensor | None = None) -> Tensor:
-        x = self._fitted(protected)
+        x = self._resize(protected)
         if self.standardise:
-            x = ((self._seen(x) - self.mean) / self.std).clamp(-MAX_ZSCORE, MAX_ZSCORE)
-        parts = [x]
+            x = ((self._with_logits(x) - self.mean) / self.std).clamp(-MAX_ZSCORE, MAX_ZSCORE)
+        inputs = [x]
         if self.places is not None:
-            parts.append(self.places.expand(len(x), -1, -1, -1))
+            inputs.append(self.places.expand(len(x), -1, -1, -1))
         if self.num_classes:
             assert labels is not None
             planes = F.one_hot(labels, self.num_classes).to(x.dtype)[:, :, None, None]
-            parts.append(planes.expand(-1, -1, *x.shape[2:]))
-        x = torch.cat(parts, dim=1)
+            inputs.append(planes.expand(-1, -1, *x.shape[2:]))
+        x = torch.cat(inputs, dim=1)
         pad = (0, -x.shape[3] % self.patch, 0, -x.shape[2] % self.patch)
         x = F.pixel_unshuffle(F.pad(x, pad, mode="replicate") if any(pad) else x, self.patch)
         estimate = torch.sigmoid(F.pixel_shuffle(self.unet(x).float(), self.patch))
@@ -107,7 +107,7 @@ class InverseNetwork(nn.Module):
 
 
 class InverseModule(TrainableModule):
-    """An inverse network and, where wanted, the running average of its weights that is used in the end."""
+    """An inverse network and, with option ``ema``, the moving average of its weights, which attacks in the end."""
 
     def __init__(self, net: InverseNetwork, source: ProtectedBatches, labels: Tensor | None, options: Any) -> None:
         super().__init__()
@@ -127,30 +127,29 @@ class InverseModule(TrainableModule):
         super().load_trainable_state_dict({key: tensor for key, tensor in state.items() if key != STEPS})
         self.steps = int(state[STEPS])
 
-    def forward(self, images: Tensor, at: Tensor) -> StepOutput:
+    def forward(self, images: Tensor, indices: Tensor) -> StepOutput:
         with torch.autocast(images.device.type, enabled=False):
-            protected = self.source(to_uint8(images), at)
-        if self.options.flip_pairs:  # plain and protected alike, as the released code does
+            protected = self.source(to_uint8(images), indices)
+        if self.options.flip_pairs:  # plain and protected images together, as in the released code
             flipped = (torch.rand(len(images)) < 0.5).to(images.device)[:, None, None, None]
             images = torch.where(flipped, images.flip(3), images)
             protected = torch.where(flipped, protected.flip(3), protected)
-        labels = self.labels[at] if self.labels is not None else None
+        labels = self.labels[indices] if self.labels is not None else None
         return reconstruction_loss(self.net(protected, labels), images, self.options)
 
     def on_after_optimizer_step(self) -> None:
         if self.average is None:
             return
         self.steps += 1
-        # At the start, when hardly anything has been averaged, the share of what is new is larger.
-        share = 1 - min(self.options.ema, (1 + self.steps) / (10 + self.steps))
+        new_weight = 1 - min(self.options.ema, (1 + self.steps) / (10 + self.steps))  # larger in the first steps
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.net.parameters()), share)
-            for kept, new in zip(self.average.buffers(), self.net.buffers(), strict=True):
-                kept.copy_(new)
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.net.parameters()), new_weight)
+            for average, current in zip(self.average.buffers(), self.net.buffers(), strict=True):
+                average.copy_(current)
 
 
 def reconstruction_loss(estimates: Tensor, images: Tensor, options: Any) -> StepOutput:
-    """What attacks that draw minimise, by options ``loss`` and ``ssim_weight``; images N x C x H x W in [0, 1]."""
+    """Loss and metrics of estimates N x C x H x W in [0, 1], with the options ``loss`` and ``ssim_weight``."""
     error = F.mse_loss(estimates, images)
     metrics = {"psnr": -10 * torch.log10(error.detach().clamp_min(1e-9))}
     loss = error if options.loss == "mse" else F.l1_loss(estimates, images)
@@ -162,38 +161,38 @@ def reconstruction_loss(estimates: Tensor, images: Tensor, options: Any) -> Step
 
 
 class InverseBaseConfig(TrainedOptions):
-    """What inverse networks have in common; the defaults are the strong one's."""
+    """Options of inverse networks; the defaults are those of ``inverse``."""
 
     width: int = Field(64, ge=1, le=1024)
     """Channels of the U-Net's first level."""
     depth: int = Field(3, ge=1, le=6)
     """Number of 2x2 poolings of the U-Net."""
     patch: int = Field(1, ge=1, le=16)
-    """The U-Net works on patches of so many pixels a side, each a pixel with as many more channels: a fourth of the
-    time with 2, for a weaker attack."""
+    """Side of the pixel patches that become channels of the U-Net's input; 2 takes a fourth of the time, for a weaker
+    attack."""
     standardise: bool = True
-    """Show the U-Net each protected value and its logit, both with the mean and the spread that they have at their
-    place taken off: a protection that draws much the same picture for all images says what differs in small changes."""
+    """Standardize each protected value and its logit by mean and standard deviation at their position. This amplifies
+    the small differences between protected images that look alike."""
     places: int = Field(8, ge=0, le=256)
-    """Learned channels that tell the U-Net where it is: a protection need not treat all places alike."""
+    """Learned input channels that encode positions, for protections that depend on the position."""
     smooth: bool = True
     """GELU instead of ReLU."""
     loss: Literal["l1", "mse"] = "l1"
     """Absolute or squared error."""
     ssim_weight: float = Field(0.1, ge=0)
-    """What is added: so many times 1 - SSIM. A large weight learns structure first and brightness last."""
+    """Weight of 1 - SSIM in the loss. A large weight learns structure first and brightness last."""
     fixed_pairs: bool = False
-    """Protect the attacker's images once and for all instead of afresh, cropped and mirrored, in every epoch."""
+    """Protect the attacker's images once, instead of in every epoch after random crops and flips."""
     crop_padding: int = Field(2, ge=0)
-    """Random crops before protecting, after so many pixels of padding."""
+    """Pixels of padding for random crops before protecting."""
     flip: bool = True
-    """Mirror half of the images before they are protected."""
+    """Flip half of the images before protecting."""
     flip_pairs: bool = False
-    """Mirror plain and protected image alike, after protecting."""
+    """Flip plain and protected image together, after protecting."""
     ema: float = Field(0.998, ge=0, lt=1)
-    """Decay of the running average of weights that attacks in the end; 0 takes the weights themselves."""
+    """Decay of the moving average of weights that attacks in the end; 0 for no average."""
     conditional: bool = False
-    """Tell the network the class, which the cloud knows: at the attack, the classifier's answer."""
+    """Use the class as an input; in the attack it is the prediction of the cloud's classifier."""
     train: OptimizationConfig = OptimizationConfig(
         epochs=20,
         batch_size=32,

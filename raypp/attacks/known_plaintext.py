@@ -1,8 +1,8 @@
 """T3: recover the key of Tanaka's cipher (LE) from a few photographs and their protected versions.
 
-All blocks of all images share one key, so that each of the 96 half bytes of a block is seen once per block: where an
-output always equals one input, or always its inversion, that input is its source. Source: ours; that known plaintexts
-break such schemes is stated in many places.
+All blocks of all images share one key, so each of the 96 half bytes of a block has one sample per block. If an output
+always equals one input, or always its inversion, that input is its source. The method is ours; that known plaintexts
+break such schemes is well known.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from raypp.protections.cipher import from_symbols, to_symbols
 from raypp.utils import registry
 
 BLOCK = 4
-LEAST = 0.9
+MIN_EXPLAINED = 0.9  # share of half bytes that need a source
 
 
 class KnownPlaintextOptions(registry.MethodConfig):
     name: Literal["known_plaintext"] = "known_plaintext"
     num_pairs: int = Field(1, ge=1)
-    """Known images that are used."""
+    """Number of known images."""
 
 
 class KnownPlaintext(Attack):
@@ -51,7 +51,7 @@ class KnownPlaintext(Attack):
         size = 2 * BLOCK * BLOCK * channels
 
         def blocks(images: Tensor) -> Tensor:
-            """Half bytes (blocks of all images, 96) of the part of the images that padding does not touch."""
+            """Half bytes (blocks of all images, 96) of the images without padding."""
             symbols = to_symbols(images[:, :, :rows, :columns], BLOCK, True)
             return symbols.view(-1, size, len(images)).permute(2, 0, 1).reshape(-1, size)
 
@@ -60,25 +60,35 @@ class KnownPlaintext(Attack):
         inverted = torch.stack([(15 - before == after[:, j : j + 1]).all(0) for j in range(size)])
         candidates = same | inverted
         num = candidates.sum(1)
-        self.solved = float((num == 1).float().mean())
-        if float((num > 0).float().mean()) < LEAST:
-            raise AttackError("attack known_plaintext found no permutation of half bytes that explains the pairs")
+        located = float((num == 1).float().mean())
+        if float((num > 0).float().mean()) < MIN_EXPLAINED:
+            raise AttackError("attack known_plaintext: no permutation of half bytes explains the pairs")
         self.source = _assign(candidates)
         flipped = inverted[torch.arange(size), self.source]
         self.mask = (flipped * 15).to(torch.uint8)
-        self.note = f"{self.solved:.1%} of the half bytes located without doubt from {len(plain)} known image(s)"
+        self.note = f"{located:.1%} of the half bytes located with certainty from {len(plain)} known image(s)"
 
     def reconstruct(self, protected: Tensor) -> Tensor:
-        _, height, width = self.access.shape
-        size = len(self.source)
-        images = protected.cpu()
-        symbols = to_symbols(images, BLOCK, True).view(-1, size, len(images)) ^ self.mask[:, None]
-        plain = from_symbols(symbols[:, self.source.argsort()].flatten(0, 1), images.shape, BLOCK, True)
-        return plain[:, :, :height, :width].to(protected.device)
+        return decrypt(protected.cpu(), self.source, self.mask, BLOCK, self.access.shape).to(protected.device)
+
+
+def decrypt(protected: Tensor, source: Tensor, mask: Tensor, block: int, shape: tuple[int, int, int]) -> Tensor:
+    """Invert a cipher of half bytes and cut padding.
+
+    Args:
+        protected: uint8 (N, C, H', W').
+        source: int64 (S,), the input of each output within a block.
+        mask: uint8 (S,), 15 where an output is inverted.
+        block: side of the blocks in pixels.
+        shape: (C, H, W) of the plain images.
+    """
+    symbols = to_symbols(protected, block, True).view(-1, len(source), len(protected)) ^ mask[:, None]
+    plain = from_symbols(symbols[:, source.argsort()].flatten(0, 1), protected.shape, block, True)
+    return plain[:, :, : shape[1], : shape[2]]
 
 
 def _assign(candidates: Tensor) -> Tensor:
-    """A permutation that follows the candidates (output, input) as far as it can: those with fewest choices first."""
+    """Assign inputs to outputs from the candidates (output, input), those with the fewest choices first."""
     size = len(candidates)
     source = torch.full((size,), -1, dtype=torch.int64)
     free = torch.ones(size, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Attack suites: which attacks are run, how strong, and on how many images."""
+"""Attack suites: the attacks to run, their options, and the number of images."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from raypp.utils.registry import MethodConfig
 
 HALF_EPOCHS, QUARTER, SIXTEENTH = "half the epochs", "a quarter of the images", "a sixteenth of the images"
 CURVE = ((HALF_EPOCHS, 0.5, 1.0), (SIXTEENTH, 1.0, 1 / 16), (QUARTER, 1.0, 0.25))
-"""Of each trained attack's further trainings: name, share of the epochs, share of the images."""
+"""Additional trainings of each trained attack: name, fraction of the epochs, fraction of the images."""
 HALF_EFFORT = "half the steps"
 
 
-def _attacks(value: Any) -> Any:
+def _validate_attacks(value: Any) -> Any:
     """Validate each attack's options against those of its class."""
     if not isinstance(value, dict):
         return value
-    found = []
-    for name, options in value.items():
-        given = {} if options is None else options
-        if not isinstance(given, dict):
-            raise ValueError(f"attacks.{name} is {given!r}; allowed is a mapping of its options")
+    attacks = []
+    for name, raw_options in value.items():
+        options = {} if raw_options is None else raw_options
+        if not isinstance(options, dict):
+            raise ValueError(f"attacks.{name} is {options!r}; allowed is a mapping of its options")
         try:
-            found.append(ATTACKS.options(name).model_validate({"name": name, **given}))
+            attacks.append(ATTACKS.options(name).model_validate({"name": name, **options}))
         except ConfigError as error:
             raise ValueError(str(error)) from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join((name, *map(str, first["loc"])))
             raise ValueError(f"{where} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
-    return tuple(found)
+    return tuple(attacks)
 
 
 class Suite(ConfigModel):
-    """Which attacks are run, how strong, and on how many images."""
+    """The attacks to run, their options, and the number of images."""
 
     seed: Seed = 0
     num_queries: int = Field(2000, ge=10)
-    """Test images that are attacked, at most; all of the test split are the gallery."""
+    """Most test images to attack; the whole test split is the gallery."""
     num_images: int | None = Field(None, ge=20)
-    """Images of his own that the attacker has; null gives him the whole training split."""
+    """Number of the attacker's images; null for the whole training split."""
     curve: bool = True
-    """Train again with half the epochs, a quarter and a sixteenth of the images, to see whether leakage still rises."""
+    """Train again with half the epochs, and with a quarter and a sixteenth of the images, to test convergence."""
     reference_epochs: int = Field(3, ge=0)
-    """Epochs of a plain classifier that reads the reconstructions, where the bundle brings none; 0 does without."""
-    attacks: Annotated[tuple[SerializeAsAny[MethodConfig], ...], BeforeValidator(_attacks)]
+    """Epochs of a plain classifier for the reconstructions if the bundle has none; 0 for no classifier."""
+    attacks: Annotated[tuple[SerializeAsAny[MethodConfig], ...], BeforeValidator(_validate_attacks)]
     cluster: Cluster = Field(default_factory=Cluster)
 
     def options(self, name: str) -> MethodConfig:

@@ -1,4 +1,4 @@
-"""Whom attacks are run against: a bundle, any protection given as a Python function, or two folders of images."""
+"""Targets of attacks: a bundle, a protection as a Python function, or two folders of images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from raypp.attacks.base import AttackerKnowledge, ImageMap
+from raypp.attacks.base import AttackerKnowledge, ImageMap, protect_in_batches, tensor_sha256
 from raypp.attacks.user_function import source_of, user_function
 from raypp.bundle.load import PublicBundle, load_plain_classifier, load_private, load_public
 from raypp.bundle.manifest import MANIFEST
@@ -23,25 +23,26 @@ from raypp.data.base import ImageDataset
 from raypp.data.splits import load_split
 from raypp.metrics.image import MIN_SIDE
 from raypp.protections import PROTECTIONS
-from raypp.utils import image_files, images
+from raypp.utils import image_files
 from raypp.utils.errors import ConfigError, DataError
+from raypp.utils.images import decode
 from raypp.utils.keys import Key
 from raypp.utils.storage import Storage
 
-KNOWN_PAIRS = 8  # that a bundle's attacker at T3 has
-MIN_PAIRS = 20  # that two folders must hold
-PART = 500
+KNOWN_PAIRS = 8  # pairs of an attacker at T3 on a bundle
+MIN_PAIRS = 20  # of two folders
+CLASSIFIER_BATCH_SIZE = 500
 
 
 class TargetSpec(BaseModel):
-    """Whom to attack; exactly one of ``bundle``, ``function`` and ``folders``.
+    """The target to load; exactly one of ``bundle``, ``function`` and ``folders``.
 
     Attributes:
         bundle: path or URI of a bundle.
         function: ``module:name`` or ``file.py:name`` of a function from and to NumPy uint8 (N, H, W, C).
-        search: where a function's module is looked for first, since workers run in folders of their own.
-        folders: plain images and protected ones of the same names.
-        config: where a bundle's or a function's images come from.
+        search: first folder to search for a function's module, because workers run in other folders.
+        folders: a folder of plain images, and one of protected images with the same names.
+        config: configuration of a bundle's or function's images.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,27 +55,25 @@ class TargetSpec(BaseModel):
 
     @property
     def name(self) -> str:
-        """How reports call it."""
-        if self.folders:
-            return self.folders[1]
-        return str(self.bundle or self.function)
+        """Name in reports."""
+        return self.folders[1] if self.folders else str(self.bundle or self.function)
 
 
 @dataclass(frozen=True)
 class Target:
-    """Whom attacks are run against, and what they are measured on.
+    """A target with the images for its attacks and their measurement.
 
     Attributes:
-        label: what it is, in a few words.
-        access: everything that any attacker may touch.
-        plain: the queries' originals, uint8 (N, C, H, W).
-        protected: what attackers get of them, uint8 (N, C, H', W').
-        labels: int64 (N,).
-        gallery: images among which the originals are looked for, uint8 (M, C, H, W), with ``gallery_labels``.
-        truth: int64 (N,), the originals' places in the gallery.
-        classes: names of labels; none where they are not known.
-        plain_classifier: one that was trained on plain images for its own sake, where the bundle has it.
-        source: the SHA-256 of a function's file, or of a bundle's public manifest.
+        label: short description for reports.
+        access: knowledge of the strongest attacker.
+        plain: originals of the queries, uint8 (N, C, H, W).
+        protected: the queries, uint8 (N, C, H', W').
+        labels: classes of the queries, int64 (N,).
+        gallery: images that contain the originals, uint8 (M, C, H, W), with ``gallery_labels``.
+        truth: indices of the originals in the gallery, int64 (N,).
+        classes: class names; empty if they are unknown.
+        plain_classifier: the bundle's classifier of plain images, if it has one.
+        source: SHA-256 of a function's file, or of a bundle's public manifest.
     """
 
     name: str
@@ -94,19 +93,18 @@ class Target:
 
     @property
     def identity(self) -> str:
-        """Of what is attacked: two victims of one identity may share a scorecard. Functions and protections with a key
-        per image are random, so they are told by their files and not by what they give."""
+        """Hash of the attacked protection and images; targets of equal identity may share a scorecard.
+
+        It uses the source file where there is one, because outputs of a random protection differ.
+        """
         if self.source is None:
             return self.fingerprint
-        plain = hashlib.sha256(self.plain.cpu().contiguous().numpy().tobytes()).hexdigest()
-        return hashlib.sha256(f"{self.source} {plain}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.source} {tensor_sha256(self.plain)}".encode()).hexdigest()
 
     @property
     def fingerprint(self) -> str:
-        """Of what is measured: originals and their protected versions."""
-        digest = hashlib.sha256(self.plain.cpu().contiguous().numpy().tobytes())
-        digest.update(self.protected.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        """Hash of the originals and their protected versions."""
+        return tensor_sha256(self.plain, self.protected)
 
 
 def load_target(
@@ -117,66 +115,61 @@ def load_target(
     seed: int = 0,
     device: torch.device | None = None,
 ) -> Target:
-    """Load a victim, and the images of its attackers and of the measurement.
+    """Load a target with the images for its attacks and their measurement.
 
     Args:
-        num_queries: images that are attacked, at most.
-        num_images: images of his own that an attacker has, at most; None for all of the training split.
-        seed: which images are taken.
+        num_queries: most images to attack.
+        num_images: most images of the attacker; None for the whole training split.
+        seed: seed of the selection of images.
 
     Raises:
-        RayppError: one sentence about what cannot be used.
+        RayppError: the target or its images cannot be loaded.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if spec.folders is not None:
-        return _folders(spec.folders, num_queries, num_images, seed, device)
+        return _load_folders(spec.folders, num_queries, num_images, seed, device)
     if spec.function is not None:
-        return _function(spec, num_queries, num_images, seed, device)
+        return _load_function(spec, num_queries, num_images, seed, device)
     if spec.bundle is None:
-        raise ConfigError("no victim is given; name a bundle, a function or two folders of images")
-    return _bundle(spec, num_queries, num_images, seed, device)
+        raise ConfigError("the target is empty; name a bundle, a function or two folders of images")
+    return _load_bundle(spec, num_queries, num_images, seed, device)
 
 
-def _bundle(spec: TargetSpec, num_queries: int, num_images: int | None, seed: int, device: torch.device) -> Target:
+def _load_bundle(spec: TargetSpec, num_queries: int, num_images: int | None, seed: int, device: torch.device) -> Target:
     assert spec.bundle is not None
     public, private = load_public(spec.bundle), load_private(spec.bundle)
     config = validate(deep_merge(private.config, spec.config or {}))
     protection = public.protection.to(device)
     classifier = private.classifier.to(device)
-    kind = type(protection)
-
-    def gradients(images: Tensor) -> Tensor:
-        protected: Tensor = protection(images)
-        return protected
+    kind, options = type(protection), _options(public)
 
     def fresh(number: int) -> ImageMap:
         key = Key(hashlib.sha256(f"attacker's own key {number}".encode()).digest())
-        built = PROTECTIONS.build(_options(public), channels=public.channels, key=key)
-        own: ImageMap = built.to(device).eval().protect
-        return own
+        built = PROTECTIONS.build(options, channels=public.channels, key=key)
+        with_own_key: ImageMap = built.to(device).eval().protect
+        return with_own_key
 
     @torch.inference_mode()
     def classify(protected: Tensor) -> Tensor:
-        parts = protected.to(device).split(PART)
-        return torch.cat([classifier(part.float() / 255).argmax(1) for part in parts])
+        batches = protected.to(device).split(CLASSIFIER_BATCH_SIZE)
+        return torch.cat([classifier(batch.float() / 255).argmax(1) for batch in batches])
 
     def protect(images: Tensor) -> Tensor:
         return protection.protect(images.to(device))
 
-    keyed = kind.needs_key(_options(public))
     access = AttackerKnowledge(
         shape=(0, 0, 0),
         structure=kind.adaptation,
-        fresh=fresh if keyed else None,
+        fresh=fresh if kind.needs_key(options) else None,
         protect=protect,
-        gradients=gradients if kind.differentiable else None,
+        gradients=protection if kind.differentiable else None,
         classify=classify,
         device=device,
     )
     plain_classifier = load_plain_classifier(spec.bundle)
-    found = _split_images(spec.bundle, access, config, private.classes, num_queries, num_images, seed)
+    target = _build_target(spec.bundle, access, config, private.classes, num_queries, num_images, seed)
     return replace(
-        found,
+        target,
         label=_label(config),
         source=hashlib.sha256(Storage(spec.bundle).folder("public").read(MANIFEST)).hexdigest(),
         metrics=private.metrics,
@@ -194,20 +187,22 @@ def _label(config: Config) -> str:
 
 
 def _options(public: PublicBundle) -> Any:
-    about = public.about["protection"]
-    return PROTECTIONS.options(about["name"]).model_validate(about)
+    options = public.about["protection"]
+    return PROTECTIONS.options(options["name"]).model_validate(options)
 
 
-def _function(spec: TargetSpec, num_queries: int, num_images: int | None, seed: int, device: torch.device) -> Target:
+def _load_function(
+    spec: TargetSpec, num_queries: int, num_images: int | None, seed: int, device: torch.device
+) -> Target:
     assert spec.function is not None
     config = validate(spec.config or {})
     protect = user_function(spec.function, device, spec.search)
     access = AttackerKnowledge(shape=(0, 0, 0), protect=protect, device=device)
-    found = _split_images(spec.function, access, config, None, num_queries, num_images, seed)
-    return replace(found, source=source_of(spec.function))
+    target = _build_target(spec.function, access, config, None, num_queries, num_images, seed)
+    return replace(target, source=source_of(spec.function))
 
 
-def _split_images(
+def _build_target(
     name: str,
     access: AttackerKnowledge,
     config: Config,
@@ -216,90 +211,97 @@ def _split_images(
     num_images: int | None,
     seed: int,
 ) -> Target:
-    """Fill in images: the training split for attackers, the test split as gallery and queries."""
+    """Add images to ``access``: the training split for attackers, the test split as gallery and queries."""
     device = access.device
     train, test = load_split(config, "train"), load_split(config, "test")
     if classes is not None and test.classes != classes:
         raise DataError(f"data.source has the classes {', '.join(test.classes)}; the bundle reads {', '.join(classes)}")
-    _large_enough(test.images.shape[1:3])
-    random = np.random.default_rng(seed)
-    order = random.permutation(len(train))[:num_images]
+    _check_size(test.images.shape[1:3])
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(train))[:num_images]
     if len(order) < 2:
         raise DataError(f"data.source has {len(order)} images for attackers; allowed are two or more")
-    known = _tensors(train.subset(order), device)
+    images, labels = _tensors(train.subset(order), device)
     gallery, gallery_labels = _tensors(test, device)
-    truth = torch.from_numpy(random.permutation(len(test))[:num_queries]).to(device)
+    truth = torch.from_numpy(rng.permutation(len(test))[:num_queries]).to(device)
     plain = gallery[truth]
     protect = access.protect
     assert protect is not None
-    protected = _in_parts(protect, plain)
-    half = len(known[0]) // 2  # a GAN's protected images are of other originals than its plain ones
+    protected = protect_in_batches(protect, plain)
+    half = len(images) // 2  # the protected images of a GAN have other originals than its plain images
     access = replace(
         access,
         shape=(plain.shape[1], plain.shape[2], plain.shape[3]),
-        images=known[0],
-        labels=known[1],
+        images=images,
+        labels=labels,
         num_classes=len(test.classes),
-        ciphertexts=lambda: (known[0][:half], known[1][:half], _in_parts(protect, known[0][half:]), known[1][half:]),
-        pairs=(known[0][:KNOWN_PAIRS], protect(known[0][:KNOWN_PAIRS])),
+        ciphertexts=lambda: (images[:half], labels[:half], protect_in_batches(protect, images[half:]), labels[half:]),
+        pairs=(images[:KNOWN_PAIRS], protect(images[:KNOWN_PAIRS])),
         gallery=gallery,
     )
-    labels = gallery_labels[truth]
-    return Target(name, name, access, plain, protected, labels, gallery, gallery_labels, truth, test.classes, config)
+    query_labels = gallery_labels[truth]
+    return Target(
+        name, name, access, plain, protected, query_labels, gallery, gallery_labels, truth, test.classes, config
+    )
 
 
-def _folders(
+def _load_folders(
     folders: tuple[str, str], num_queries: int, num_images: int | None, seed: int, device: torch.device
 ) -> Target:
+    names, plain, protected = _read_pairs(folders)
+    _check_size(plain.shape[2:])
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(names)))
+    num = min(num_queries, len(names) // 5)
+    truth, known = order[:num].to(device), order[num:][:num_images].to(device)
+    plain, protected = plain.to(device), protected.to(device)
+    half = len(known) // 2
+    labels = torch.zeros(len(names), dtype=torch.int64, device=device)
+    access = AttackerKnowledge(
+        shape=(plain.shape[1], plain.shape[2], plain.shape[3]),
+        images=plain[known],
+        labels=labels[known],
+        ciphertexts=lambda: (plain[known[:half]], labels[known[:half]], protected[known[half:]], labels[known[half:]]),
+        pairs=(plain[known], protected[known]),
+        gallery=plain,
+        device=device,
+    )
+    label = Path(folders[1]).name
+    return Target(folders[1], label, access, plain[truth], protected[truth], labels[truth], plain, labels, truth, ())
+
+
+def _read_pairs(folders: tuple[str, str]) -> tuple[list[str], Tensor, Tensor]:
+    """Read names, plain and protected images uint8 (N, C, H, W), and check that they match."""
     plain, protected = (_read_folder(Path(folder)) for folder in folders)
-    for one, other, where in ((plain, protected, folders[1]), (protected, plain, folders[0])):
-        if lacking := sorted(one.keys() - other.keys()):
-            more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+    for images, others, folder in ((plain, protected, folders[1]), (protected, plain, folders[0])):
+        if missing := sorted(images.keys() - others.keys()):
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise DataError(
-                f"folder {where!r} has no image {lacking[0]!r}{more}; plain and protected images need the same names"
+                f"folder {folder!r} has no image {missing[0]!r}{more}; plain and protected images need the same names"
             )
     if len(plain) < MIN_PAIRS:
         raise DataError(f"folder {folders[0]!r} holds {len(plain)} images; allowed are {MIN_PAIRS} or more")
     names = sorted(plain)
     first, second = (
-        _stack([part[name] for name in names], names, folder)
-        for part, folder in zip((plain, protected), folders, strict=True)
+        _stack([images[name] for name in names], names, folder)
+        for images, folder in zip((plain, protected), folders, strict=True)
     )
-    _large_enough(first.shape[2:])
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(names)))
-    num = min(num_queries, len(names) // 5)
-    truth, known = order[:num].to(device), order[num:][:num_images].to(device)
-    first, second = first.to(device), second.to(device)
-    half = len(known) // 2
-    none = torch.zeros(len(names), dtype=torch.int64, device=device)
-    access = AttackerKnowledge(
-        shape=(first.shape[1], first.shape[2], first.shape[3]),
-        images=first[known],
-        labels=none[known],
-        ciphertexts=lambda: (first[known[:half]], none[known[:half]], second[known[half:]], none[known[half:]]),
-        pairs=(first[known], second[known]),
-        gallery=first,
-        device=device,
-    )
-    return Target(
-        folders[1], Path(folders[1]).name, access, first[truth], second[truth], none[truth], first, none, truth, ()
-    )
+    return names, first, second
 
 
 def _read_folder(folder: Path) -> dict[str, np.ndarray]:
-    """Images below a folder by their paths without suffix."""
-    found: dict[str, np.ndarray] = {}
+    """Read the images below a folder, by their paths without suffix."""
+    decoded: dict[str, np.ndarray] = {}
     if not folder.is_dir():
-        raise DataError(f"{str(folder)!r} is no folder")
+        raise DataError(f"{str(folder)!r} is not a folder")
     for path in image_files.find_images(folder):
         name = path.relative_to(folder).with_suffix("").as_posix()
-        if name in found:
+        if name in decoded:
             raise DataError(f"{str(folder)!r} has two images named {name!r}")
         try:
-            found[name] = images.decode(path.read_bytes(), name=str(path))
+            decoded[name] = decode(path.read_bytes(), name=str(path))
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    return found
+    return decoded
 
 
 def _stack(images: list[np.ndarray], names: list[str], folder: str) -> Tensor:
@@ -312,16 +314,12 @@ def _stack(images: list[np.ndarray], names: list[str], folder: str) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-def _tensors(images: ImageDataset, device: torch.device) -> tuple[Tensor, Tensor]:
+def _tensors(dataset: ImageDataset, device: torch.device) -> tuple[Tensor, Tensor]:
     """Images uint8 (N, C, H, W) and labels on the device."""
-    pixels = torch.from_numpy(images.images).permute(0, 3, 1, 2).contiguous()
-    return pixels.to(device), torch.from_numpy(images.labels).to(device)
+    pixels = torch.from_numpy(dataset.images).permute(0, 3, 1, 2).contiguous()
+    return pixels.to(device), torch.from_numpy(dataset.labels).to(device)
 
 
-def _in_parts(protect: ImageMap, images: Tensor) -> Tensor:
-    return torch.cat([protect(part) for part in images.split(PART)])
-
-
-def _large_enough(size: tuple[int, ...]) -> None:
+def _check_size(size: tuple[int, ...]) -> None:
     if min(size) < MIN_SIDE:
         raise DataError(f"images are {size[0]} x {size[1]} pixels; leakage is measured on sides of {MIN_SIDE} or more")

@@ -1,4 +1,4 @@
-"""A user's Python function as a protection, loaded from a module, or from a file as Python runs a script."""
+"""Loads a user's Python function as a protection, from a module or from a file that runs like a script."""
 
 from __future__ import annotations
 
@@ -24,62 +24,66 @@ from raypp.utils.errors import ConfigError
 from raypp.utils.registry import suggest
 
 _loaded: dict[str, tuple[str, ModuleType]] = {}
-"""Modules of files by path, each with the SHA-256 of what it was made of: a file is executed once."""
+"""Loaded modules by file path, with the SHA-256 of the file, so that each file runs once."""
 
 
 def user_function(name: str, device: torch.device, search: str | None = None) -> ImageMap:
     """Load ``module:name`` or ``file.py:name`` as a map of uint8 tensors (N, C, H, W).
 
     Args:
-        search: folder in which a module is looked for first.
+        search: first folder to search for a module.
 
     Raises:
-        ConfigError: it cannot be loaded; later, it fails or gives something else than uint8 (N, H', W', C').
+        ConfigError: the function cannot be loaded; later, it fails or does not return uint8 (N, H', W', C').
     """
     module, _, attribute = name.rpartition(":")
     if not module or not attribute:
         raise ConfigError(f"function {name!r} is not understood; allowed is MODULE:NAME or FILE.py:NAME")
     file = Path(module) if module.endswith(".py") else None
-    folder, last = (str(file.parent), _is_taken(file)) if file is not None else (search, False)
-    with _as_script(str(file or module), folder, last=last):
+    folder, last = (str(file.parent), _is_name_taken(file)) if file is not None else (search, False)
+    with _script_environment(str(file or module), folder, last=last):
         loaded = _import(name, module, file)
-        call = _callable(name, loaded, attribute)
+        function = _get_function(name, loaded, attribute)
     sizes: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def protect(images: Tensor) -> Tensor:
-        given = images.permute(0, 2, 3, 1).cpu().numpy().copy()  # a function may work in place
-        shape = given.shape
+        array = images.permute(0, 2, 3, 1).cpu().numpy().copy()  # the function may change it in place
+        shape = array.shape
         try:
-            with _as_script(str(file or module), folder, last=last):
-                protected = call(given)
-        except (Exception, SystemExit) as error:  # whatever a user's function may raise
+            with _script_environment(str(file or module), folder, last=last):
+                protected = function(array)
+        except (Exception, SystemExit) as error:  # a user's function may raise anything
             raise ConfigError(f"function {name!r} failed: {_reason(error, loaded)}") from error
-        if not (
-            isinstance(protected, np.ndarray)
-            and protected.dtype == np.uint8
-            and protected.ndim == 4
-            and len(protected) == len(images)
-            and protected.shape[3] in (1, 3)
-            and protected.size
-        ):
+        _check_result(name, protected, shape)
+        size = sizes.setdefault(shape[1:], protected.shape[1:])
+        if protected.shape[1:] != size:
             raise ConfigError(
-                f"function {name!r} gave {_described(protected)} for uint8 {shape}; it must give a NumPy array uint8 "
-                f"(N, H, W, C) with N = {len(images)} and 1 or 3 channels"
+                f"function {name!r} gave images {protected.shape[1:]} after images {size}; all must have one size"
             )
-        before = sizes.setdefault(shape[1:], protected.shape[1:])
-        if protected.shape[1:] != before:
-            raise ConfigError(
-                f"function {name!r} gave images {protected.shape[1:]} after images {before}; it must give one size for "
-                "all"
-            )
-        # A copy: the function may give the same array again, with other images in it.
+        # A copy, because the function may reuse its array for the next images.
         return torch.from_numpy(np.array(protected)).permute(0, 3, 1, 2).to(device)
 
     return protect
 
 
+def _check_result(name: str, protected: Any, shape: tuple[int, ...]) -> None:
+    """Raise ConfigError unless the result for images uint8 of ``shape`` is uint8 (N, H', W', C')."""
+    if not (
+        isinstance(protected, np.ndarray)
+        and protected.dtype == np.uint8
+        and protected.ndim == 4
+        and len(protected) == shape[0]
+        and protected.shape[3] in (1, 3)
+        and protected.size
+    ):
+        raise ConfigError(
+            f"function {name!r} gave {_describe(protected)} for uint8 {shape}; it must give a NumPy array uint8 "
+            f"(N, H, W, C) with N = {shape[0]} and 1 or 3 channels"
+        )
+
+
 def source_of(name: str) -> str | None:
-    """The SHA-256 of the file that a loaded function comes from, or None where there is none."""
+    """The SHA-256 of a loaded function's file, or None if it has no file."""
     module = name.rpartition(":")[0]
     file = module if module.endswith(".py") else getattr(sys.modules.get(module), "__file__", None)
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
@@ -87,17 +91,19 @@ def source_of(name: str) -> str | None:
 
 def _import(name: str, module: str, file: Path | None) -> ModuleType:
     if file is None and ("/" in module or module.endswith((".ipynb", ".pyc"))):
-        raise ConfigError(f"function {name!r} names a file that is no .py; allowed is MODULE:NAME or FILE.py:NAME")
+        raise ConfigError(
+            f"function {name!r} names a file that is not a .py file; allowed is MODULE:NAME or FILE.py:NAME"
+        )
     if file is not None and not file.is_file():
         raise ConfigError(f"function {name!r} cannot be loaded: there is no file {str(file)!r}")
     try:
         return _run_file(file) if file is not None else importlib.import_module(module)
-    except (Exception, SystemExit) as error:  # whatever a user's module may raise
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
         raise ConfigError(f"function {name!r} cannot be loaded: {_reason(error, file)}") from error
 
 
 class _Source(SourceFileLoader):
-    """Compiles a file as it is now, and writes no bytecode."""
+    """Compiles the current content of a file, and writes no bytecode."""
 
     def get_code(self, fullname: str) -> CodeType:
         code: CodeType = self.source_to_code(self.get_data(self.path), self.path)
@@ -105,15 +111,15 @@ class _Source(SourceFileLoader):
 
 
 def _run_file(file: Path) -> ModuleType:
-    """Execute a file as the module of its name, so that its classes are found there (dataclasses, pickle)."""
+    """Execute a file as the module of its name, which dataclasses and pickle need."""
     path, digest = str(file.absolute()), hashlib.sha256(file.read_bytes()).hexdigest()
-    before = _loaded.get(path)
-    if before is not None and before[0] == digest:
-        return before[1]
-    if before is not None:
-        name = before[1].__name__
-    elif not file.stem.isidentifier() or file.stem in sys.modules or _is_taken(file):
-        name = f"{file.stem}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"  # another module keeps its own name
+    loaded = _loaded.get(path)
+    if loaded is not None and loaded[0] == digest:
+        return loaded[1]
+    if loaded is not None:
+        name = loaded[1].__name__
+    elif not file.stem.isidentifier() or file.stem in sys.modules or _is_name_taken(file):
+        name = f"{file.stem}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"  # the other module keeps its name
     else:
         name = file.stem
     spec = importlib.util.spec_from_file_location(name, path, loader=_Source(name, path))
@@ -134,8 +140,8 @@ def _run_file(file: Path) -> ModuleType:
     return module
 
 
-def _is_taken(file: Path) -> bool:
-    """Whether Python or a package has a module of the file's name, whose place the file must not take."""
+def _is_name_taken(file: Path) -> bool:
+    """Whether Python or a package has a module of the file's name, which the file must not replace."""
     name = file.stem
     if name in sys.stdlib_module_names:
         return True
@@ -149,9 +155,8 @@ def _is_taken(file: Path) -> bool:
 
 
 @contextmanager
-def _as_script(name: str, folder: str | None, *, last: bool) -> Iterator[None]:
-    """Give a user's code what Python gives a script: no arguments but its name, and imports that look into a folder
-    first; ``last`` where the file's own name is taken."""
+def _script_environment(name: str, folder: str | None, *, last: bool) -> Iterator[None]:
+    """Set ``sys.argv`` and ``sys.path`` as for a script; ``last`` appends the folder if the file's name is taken."""
     arguments, sys.argv = sys.argv, [name]
     if folder is not None:
         sys.path.insert(len(sys.path) if last else 0, folder)
@@ -163,38 +168,38 @@ def _as_script(name: str, folder: str | None, *, last: bool) -> Iterator[None]:
             del sys.path[len(sys.path) - 1 - sys.path[::-1].index(folder) if last else sys.path.index(folder)]
 
 
-def _callable(name: str, module: ModuleType, attribute: str) -> Callable[[Any], Any]:
-    """What ``attribute`` names in a module; raises ConfigError where it is nothing to call with images."""
+def _get_function(name: str, module: ModuleType, attribute: str) -> Callable[[Any], Any]:
+    """Get a function from a module; raises ConfigError if it does not exist or cannot take images."""
     call: Any = module
     for part in attribute.split("."):
         try:
             call = getattr(call, part)
         except AttributeError as error:
-            known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+            names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
             raise ConfigError(
-                f"function {name!r} cannot be loaded: AttributeError: there is no {part!r}{suggest(part, known)}"
+                f"function {name!r} cannot be loaded: AttributeError: there is no {part!r}{suggest(part, names)}"
             ) from error
-        except Exception as error:  # a module may make its attributes when they are asked for
+        except Exception as error:  # a module's __getattr__ may raise anything
             raise ConfigError(f"function {name!r} cannot be loaded: {_reason(error, module)}") from error
-    wanted = "allowed is a function from and to NumPy uint8 (N, H, W, C)"
+    allowed = "allowed is a function from and to NumPy uint8 (N, H, W, C)"
     if isinstance(call, type):
-        raise ConfigError(f"function {name!r} is a class; {wanted}, or an instance that can be called like one")
+        raise ConfigError(f"function {name!r} is a class; {allowed}, or an instance that can be called like one")
     if not callable(call):
-        raise ConfigError(f"function {name!r} is of type {type(call).__name__}, which cannot be called; {wanted}")
+        raise ConfigError(f"function {name!r} is of type {type(call).__name__}, which cannot be called; {allowed}")
     if inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(getattr(call, "__call__", None)):  # noqa: B004
-        raise ConfigError(f"function {name!r} is asynchronous; {wanted}")
+        raise ConfigError(f"function {name!r} is asynchronous; {allowed}")
     try:
         inspect.signature(call).bind(None)
     except TypeError as error:
-        raise ConfigError(f"function {name!r} does not take one argument, the images: {error}; {wanted}") from error
-    except ValueError:  # of builtins Python knows no signature
+        raise ConfigError(f"function {name!r} does not take one argument, the images: {error}; {allowed}") from error
+    except ValueError:  # builtins have no signature
         pass
     function: Callable[[Any], Any] = call
     return function
 
 
-def _described(value: Any) -> str:
-    """What a function gave, in a few words."""
+def _describe(value: Any) -> str:
+    """Type and shape of a function's result in words."""
     if isinstance(value, np.ndarray):
         return f"{value.dtype} {value.shape}"
     if isinstance(value, Tensor):
@@ -203,10 +208,10 @@ def _described(value: Any) -> str:
 
 
 def _reason(error: BaseException, source: ModuleType | Path | None) -> str:
-    """A user's error in one line, with where in the user's own code it arose."""
-    words = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+    """A user's error in one line, with the line of the user's code that raised it."""
+    message = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
     if isinstance(error, SyntaxError):
-        return words  # which names file and line
+        return message  # it has file and line
     file = str(source.absolute()) if isinstance(source, Path) else getattr(source, "__file__", None)
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if file and frame.filename == file]
-    return f"{words} ({Path(str(file)).name}, line {lines[-1]})" if lines else words
+    return f"{message} ({Path(str(file)).name}, line {lines[-1]})" if lines else message

@@ -1,8 +1,8 @@
-"""T5: look for the plain image whose protected version is the one at hand, by gradients through the protection.
+"""T5: search for the plain image of a protected one, by gradients through the protection.
 
-Minimises ``|h(x) - y|^2 + tv * TV(x) + prior * |x - x'|^2`` over x by Adam (Mahendran, Vedaldi 2015, for networks'
-features), from grey, from noise, and from the inverse network's estimate x' where there is one (else without the last
-term); of all starts each image keeps the one that the objective likes best, which an attacker can tell.
+Adam minimizes ``|h(x) - y|^2 + tv * TV(x) + prior * |x - x'|^2`` over x (Mahendran, Vedaldi 2015, for networks'
+features). It starts from gray, from noise, and from the inverse network's estimate x'; without such an estimate the
+last term is 0. Each image keeps the result with the lowest objective, which the attacker knows.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from raypp.training.threads import AdaptiveThreads
 from raypp.utils import registry
 from raypp.utils.images import to_uint8
 
-MARGIN = 0.01  # of the range at which values saturate: an exact 0 or 1 has no finite logit
+MARGIN = 0.01  # distance of initial values from 0 and 1, whose logits are infinite
 
 
 class WhiteBoxOptions(registry.MethodConfig):
     name: Literal["white_box"] = "white_box"
     steps: int = Field(400, ge=1)
-    """Adam's steps from each start."""
+    """Adam's steps per start."""
     lr: float = Field(0.05, gt=0)
     """Adam's learning rate on logits of pixels; falls linearly to a tenth."""
     tv: float = Field(0.002, ge=0)
-    """Weight of the mean absolute difference of neighbouring pixels."""
+    """Weight of the mean absolute difference of neighboring pixels."""
     prior: float = Field(0.1, ge=0)
-    """Weight of the mean squared distance from the inverse network's estimate, where there is one: what saturates in
-    the protection has no gradient, and there the network knows better."""
+    """Weight of the mean squared distance from the inverse network's estimate, which helps where the protection
+    saturates and has no gradient."""
     restarts: int = Field(1, ge=0)
-    """Random starts, besides grey and the inverse network's estimate."""
+    """Random starts, in addition to gray and the inverse network's estimate."""
     num_images: int = Field(200, ge=1)
-    """How many images to attack at most: each costs steps times starts passes through the protection."""
+    """Most images to attack; each takes steps times starts passes through the protection."""
     batch_size: int = Field(100, ge=1)
 
 
 class WhiteBox(Attack):
-    """Gradient descent on the image itself."""
+    """Gradient descent on the plain image."""
 
     Options: ClassVar[type[registry.MethodConfig]] = WhiteBoxOptions
     threat: ClassVar[Threat] = Threat.T5
@@ -53,43 +53,44 @@ class WhiteBox(Attack):
         self.max_queries = options.num_images
 
     def prepare(self) -> None:
-        warm = "inverse" in (self.access.earlier or {})
-        starts = ["grey", *(["the inverse network's estimate"] if warm else []), *["noise"] * self.options.restarts]
+        has_prior = "inverse" in (self.access.earlier or {})
+        starts = [
+            "gray",
+            *(["the inverse network's estimate"] if has_prior else []),
+            *["noise"] * self.options.restarts,
+        ]
         self.note = f"{self.options.steps} steps from each of {', '.join(starts)}"
 
     def reconstruct(self, protected: Tensor) -> Tensor:
-        found = torch.cat(
-            [self._attack(part) for part in protected.to(self.access.device).split(self.options.batch_size)]
-        )
-        return to_uint8(found)
+        batches = protected.to(self.access.device).split(self.options.batch_size)
+        return to_uint8(torch.cat([self._attack(batch) for batch in batches]))
 
     def _attack(self, protected: Tensor) -> Tensor:
         target = protected.float() / 255
         num = len(protected)
-        warm = (self.access.earlier or {}).get("inverse")
-        likely = warm(protected).float() / 255 if warm is not None else None
-        best = torch.full((num,), float("inf"), device=target.device)
-        kept = torch.zeros(num, *self.access.shape, device=target.device)
-        for start in self._starts(num, likely):
-            estimate, cost = self._descend(start, target, likely)
-            better = cost < best
-            best = torch.where(better, cost, best)
-            kept = torch.where(better[:, None, None, None], estimate, kept)
-        return kept
+        inverse = (self.access.earlier or {}).get("inverse")
+        prior = inverse(protected).float() / 255 if inverse is not None else None
+        lowest = torch.full((num,), float("inf"), device=target.device)
+        best = torch.zeros(num, *self.access.shape, device=target.device)
+        for start in self._starts(num, prior):
+            estimate, objective = self._descend(start, target, prior)
+            better = objective < lowest
+            lowest = torch.where(better, objective, lowest)
+            best = torch.where(better[:, None, None, None], estimate, best)
+        return best
 
-    def _starts(self, num: int, likely: Tensor | None) -> list[Tensor]:
+    def _starts(self, num: int, prior: Tensor | None) -> list[Tensor]:
         shape = (num, *self.access.shape)
         device = self.access.device
         starts = [torch.full(shape, 0.5, device=device)]
-        if likely is not None:
-            starts.append(likely)
-        random = torch.Generator().manual_seed(self.seed)
-        starts += [torch.rand(shape, generator=random).to(device) for _ in range(self.options.restarts)]
+        if prior is not None:
+            starts.append(prior)
+        generator = torch.Generator().manual_seed(self.seed)
+        starts += [torch.rand(shape, generator=generator).to(device) for _ in range(self.options.restarts)]
         return starts
 
-    def _descend(self, start: Tensor, target: Tensor, likely: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Estimates (n, C, H, W) in [0, 1] and their objectives (n,)."""
-        assert self.access.gradients is not None
+    def _descend(self, start: Tensor, target: Tensor, prior: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return estimates (n, C, H, W) in [0, 1] and their objectives (n,)."""
         options = self.options
         logits = torch.logit(start.clamp(MARGIN, 1 - MARGIN)).requires_grad_()
         optimizer = torch.optim.Adam([logits], lr=options.lr)
@@ -98,19 +99,19 @@ class WhiteBox(Attack):
                 optimizer.param_groups[0]["lr"] = options.lr * (1 - 0.9 * step / options.steps)
                 optimizer.zero_grad()
                 with torch.enable_grad():
-                    self._objective(torch.sigmoid(logits), target, likely).sum().backward()
+                    self._objective(torch.sigmoid(logits), target, prior).sum().backward()
                 optimizer.step()
                 threads.update()
         with torch.no_grad():
             estimate = torch.sigmoid(logits)
-            return estimate, self._objective(estimate, target, likely)
+            return estimate, self._objective(estimate, target, prior)
 
-    def _objective(self, images: Tensor, target: Tensor, likely: Tensor | None) -> Tensor:
+    def _objective(self, images: Tensor, target: Tensor, prior: Tensor | None) -> Tensor:
         assert self.access.gradients is not None
         error = (self.access.gradients(images) - target).square().mean(dim=(1, 2, 3))
-        across = (images[..., 1:] - images[..., :-1]).abs().mean(dim=(1, 2, 3))
-        down = (images[..., 1:, :] - images[..., :-1, :]).abs().mean(dim=(1, 2, 3))
-        objective: Tensor = error + self.options.tv * (across + down)
-        if likely is not None:
-            objective = objective + self.options.prior * (images - likely).square().mean(dim=(1, 2, 3))
+        horizontal = (images[..., 1:] - images[..., :-1]).abs().mean(dim=(1, 2, 3))
+        vertical = (images[..., 1:, :] - images[..., :-1, :]).abs().mean(dim=(1, 2, 3))
+        objective: Tensor = error + self.options.tv * (horizontal + vertical)
+        if prior is not None:
+            objective = objective + self.options.prior * (images - prior).square().mean(dim=(1, 2, 3))
         return objective

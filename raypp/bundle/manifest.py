@@ -1,6 +1,6 @@
-"""The exported artefact: ``public/`` is what clients may have, ``private/`` stays with the classifier's owner.
+"""Manifests of bundles: clients get ``public/``; the classifier's owner keeps ``private/``.
 
-Both parts carry a manifest with the SHA-256 of every file in them; ``public/`` alone is enough to protect images.
+Each part has a manifest with the SHA-256 of every file in it. ``public/`` alone is enough to protect images.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import raypp
+from raypp.utils.documents import dump_json
 from raypp.utils.errors import BundleError, StorageError
 from raypp.utils.storage import Storage, sha256
 
@@ -24,7 +25,7 @@ PRIVATE = ("classifier.json", "classifier.safetensors", "sample.safetensors", "m
 
 
 def write_manifest(folder: Path) -> None:
-    """Write ``manifest.json`` over every other file below ``folder``."""
+    """Write ``manifest.json``, which lists every other file below ``folder``."""
     files = {
         path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
         for path in sorted(folder.rglob("*"))
@@ -36,19 +37,19 @@ def write_manifest(folder: Path) -> None:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "files": files,
     }
-    (folder / MANIFEST).write_bytes(_json(manifest))
+    (folder / MANIFEST).write_bytes(dump_json(manifest))
 
 
 def verify(folder: Path) -> dict[str, Any]:
     """Check every file that ``folder/manifest.json`` lists and return the manifest.
 
     Raises:
-        BundleError: no manifest, a newer schema, or a missing, altered or unlisted file, by name.
+        BundleError: the manifest is missing, unreadable or newer, or a file is missing, altered or unlisted.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         schema, files = int(manifest["schema"]), dict(manifest["files"])
-        sums = {str(name): str(entry["sha256"]) for name, entry in files.items()}
+        checksums = {str(name): str(entry["sha256"]) for name, entry in files.items()}
     except FileNotFoundError:
         raise BundleError(f"{str(folder)!r} is no bundle: {MANIFEST} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -57,47 +58,50 @@ def verify(folder: Path) -> dict[str, Any]:
         raise BundleError(
             f"{str(folder)!r} has bundle schema {schema}, raypp {raypp.__version__} reads up to {SCHEMA}; upgrade raypp"
         )
-    for name, expected in sums.items():
-        path = folder / name
-        try:
-            inside = path.resolve().is_relative_to(folder.resolve())
-        except (OSError, RuntimeError, ValueError):  # a name too long, a link to itself, a zero byte
-            inside = False
-        if not inside:
-            raise BundleError(f"{str(folder)!r} lists {name!r}, a file outside of it")
-        if not path.is_file():
-            raise BundleError(f"{str(folder)!r} is incomplete: {name} is missing")
-        if sha256(path) != expected:
-            raise BundleError(f"{str(folder)!r} was altered: {name} does not match its SHA-256")
+    for name, checksum in checksums.items():
+        _check_file(folder, name, checksum)
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != MANIFEST and name not in sums:
+        if path.is_file() and name != MANIFEST and name not in checksums:
             raise BundleError(f"{str(folder)!r} was altered: {name} is not listed in its manifest")
     return dict(manifest)
 
 
+def _check_file(folder: Path, name: str, checksum: str) -> None:
+    path = folder / name
+    try:
+        is_inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # a name too long, a link to itself, a zero byte
+        is_inside = False
+    if not is_inside:
+        raise BundleError(f"{str(folder)!r} lists {name!r}, a file outside of it")
+    if not path.is_file():
+        raise BundleError(f"{str(folder)!r} is incomplete: {name} is missing")
+    if sha256(path) != checksum:
+        raise BundleError(f"{str(folder)!r} was altered: {name} does not match its SHA-256")
+
+
 @contextmanager
 def local_folder(location: str | Path, part: str) -> Iterator[tuple[Path, bool]]:
-    """Give the local folder of one part of a bundle, and whether the rest stands beside it.
+    """Yield the local folder of one part of a bundle, and whether ``location`` is the whole bundle.
 
-    Of a whole bundle every file is verified first: so nobody can put the public part of one beside the private part of
-    another.
+    A whole bundle is verified first, which detects parts of two different bundles.
     """
     try:
         storage = Storage(location)
         if not storage.exists():
             raise BundleError(f"bundle {str(location)!r} does not exist")
-        whole = storage.exists(f"{part}/{MANIFEST}")
+        is_whole = storage.exists(f"{part}/{MANIFEST}")
         with storage.download("") as folder:
-            if whole:
+            if is_whole:
                 verify(folder)
-            yield (folder / part if whole else folder), whole
+            yield (folder / part if is_whole else folder), is_whole
     except StorageError as error:
         raise BundleError(f"bundle {str(location)!r} cannot be read: {error}") from error
 
 
-def listed_files(manifest: dict[str, Any], folder: Path, *names: str) -> None:
-    """Refuse a part whose manifest does not vouch for a file that will be read."""
+def check_listed(manifest: dict[str, Any], folder: Path, *names: str) -> None:
+    """Raise BundleError unless the manifest lists every name."""
     for name in names:
         if name not in manifest["files"]:
             raise BundleError(f"{str(folder)!r} is incomplete: its manifest does not list {name}")
@@ -111,7 +115,3 @@ def read_json_file(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise BundleError(f"{str(path)!r} holds no JSON object")
     return data
-
-
-def _json(data: Any) -> bytes:
-    return (json.dumps(data, indent=2) + "\n").encode()

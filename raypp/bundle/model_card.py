@@ -16,35 +16,27 @@ NOT_ATTACKED = "No attack has been run on this bundle yet."
 
 
 def leakage_card(scorecard: dict[str, Any]) -> str:
-    """What attacks recovered, as a section of the card."""
+    """Attack results as a section of the model card."""
     verdict, reason = scorecard["verdict"], scorecard["verdict_reason"]
-    lines = [
-        LEAKAGE,
-        "",
-        f"Verdict: **{verdict or 'not measured'}**{f' ({reason})' if reason else ''}.",
-        "",
-        f"{scorecard['num_queries']:,} test images attacked, looked for among {scorecard['num_gallery']:,}.",
-        "",
-        "| attack | threat | originals found | SSIM | verdict |",
-        "|---|---|---|---|---|",
-    ]
+    rows = ["| attack | threat | re-identified | SSIM | verdict |", "|---|---|---|---|---|"]
     for name, attack in scorecard["attacks"].items():
         if attack["status"] != "done":
-            lines.append(f"| {name} | {attack['threat']} | - | - | {attack['status']} |")
+            rows.append(f"| {name} | {attack['threat']} | - | - | {attack['status']} |")
             continue
-        scores, bound = attack["scores"], " (at least)" if attack["lower_bound"] else ""
-        lines.append(
-            f"| {name} | {attack['threat']} | {attack['reidentification_rate']:.1%}{bound} | {scores['ssim']['mean']:.3f} | "
-            f"{attack['verdict']} |"
-        )
-    null = scorecard["baselines"].get("class mean") or scorecard["baselines"]["mean image"]
-    lines += [
-        "",
-        f"Who never saw the protected image and knows at most the class gets SSIM {null['ssim']['mean']:.3f} and finds "
-        f"{max(null[key]['mean'] for key in ('reidentified', 'reidentified_edges')):.2%}.",
-        "",
-    ]
-    return "\n".join(lines)
+        rate = f"{attack['reidentification_rate']:.1%}{' (at least)' if attack['lower_bound'] else ''}"
+        ssim = attack["scores"]["ssim"]["mean"]
+        rows.append(f"| {name} | {attack['threat']} | {rate} | {ssim:.3f} | {attack['verdict']} |")
+    baseline = scorecard["baselines"].get("class mean") or scorecard["baselines"]["mean image"]
+    max_rate = max(baseline[key]["mean"] for key in ("reidentified", "reidentified_edges"))
+    paragraphs = (
+        LEAKAGE,
+        f"Verdict: **{verdict or 'not measured'}**{f' ({reason})' if reason else ''}.",
+        f"{scorecard['num_queries']:,} test images attacked; gallery of {scorecard['num_gallery']:,} images.",
+        "\n".join(rows),
+        "Baseline: an attacker without the protected image, who knows at most the class, gets SSIM "
+        f"{baseline['ssim']['mean']:.3f} and re-identifies {max_rate:.2%}.\n",
+    )
+    return "\n\n".join(paragraphs)
 
 
 def model_card(
@@ -55,11 +47,9 @@ def model_card(
     metrics: dict[str, Any],
     environment: dict[str, Any],
 ) -> str:
-    """The card as Markdown: what this is, what was measured, and what it does not promise."""
-    test = metrics["test"]
-    low, high = test["accuracy_interval"]
-    error = chance_error(test, len(classes))
-    similarity = test["ssim"]["mean"] if test["ssim"] else None
+    """The model card as Markdown: description, measurements and limits."""
+    error = chance_error(metrics["test"], len(classes))
+    shown_classes = f"{', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}"
     lines = [
         f"# Model card: {config.protection.name} protection with {config.classifier.name}",
         "",
@@ -68,46 +58,71 @@ def model_card(
         *([f'<p style="color: red"><strong>Error: {error}.</strong></p>', ""] if error else []),
         "| | |",
         "|---|---|",
-        f"| task | {len(classes)} classes: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''} |",
+        f"| task | {len(classes)} classes: {shown_classes} |",
         f"| images | {image_size[0]} x {image_size[1]}, {config.data.channels} channels, 8 bit |",
         f"| training data | source `{config.data.source.name}`, {metrics['num_train']:,} images |",
         f"| mode | {config.train.mode}, alpha {config.train.alpha}, {config.train.epochs} epochs, seed {config.seed} |",
         f"| feature network | {metrics['features']} |",
+        *_accuracy_rows(metrics),
+        *_privacy_rows(config, guard),
+        f"| hardware | {environment['hardware']} |",
+        "",
+        *_limits(config),
+    ]
+    if metrics.get("warnings"):
+        lines += ["## Departures", "", *(f"- {warning}" for warning in metrics["warnings"]), ""]
+    return "\n".join(lines)
+
+
+def _accuracy_rows(metrics: dict[str, Any]) -> list[str]:
+    test = metrics["test"]
+    low, high = test["accuracy_interval"]
+    rows = [
         f"| test accuracy after 8-bit rounding | {test['accuracy']:.2%} "
         f"(95% interval {low:.2%} to {high:.2%}, n = {test['num_images']:,}) |",
         f"| test accuracy without rounding | {test['accuracy_float']:.2%} |",
     ]
     if metrics.get("plain_test"):
-        lines.append(f"| plain classifier, same data | {metrics['plain_test']['accuracy']:.2%} |")
-    if similarity is not None:
-        lines.append(f"| SSIM of protected to plain images | {similarity:.3f} on average |")
-    bits = PROTECTIONS.get(config.protection.name).bits(config.protection)
+        rows.append(f"| plain classifier, same data | {metrics['plain_test']['accuracy']:.2%} |")
+    if test["ssim"] and test["ssim"]["mean"] is not None:
+        rows.append(f"| SSIM of protected to plain images | {test['ssim']['mean']:.3f} on average |")
+    return rows
+
+
+def _privacy_rows(config: Config, guard: PlainImageDetector | None) -> list[str]:
+    protection = PROTECTIONS.get(config.protection.name)
+    rows = []
+    bits = protection.bits(config.protection)
     if bits is not None:
-        lines.append(f"| what leaves the client of an image | {bits:.4g} bits at most |")
-    if PROTECTIONS.get(config.protection.name).classifies(config.protection):
-        lines.append("| who can tell its class | whoever sees the protected image: the public part classifies |")
+        rows.append(f"| information per protected image | {bits:.4g} bits at most |")
+    if protection.classifies(config.protection):
+        rows.append("| class | the public part classifies: everyone who sees a protected image can tell its class |")
     if guard is not None:
-        lines.append(f"| plain images that the service refuses | {_share(guard.plain_refused)} |")
-        lines.append(f"| protected images that it refuses by mistake | {_share(guard.protected_refused)} |")
-    lines += [f"| hardware | {environment['hardware']} |", "", "## What this does not promise", ""]
-    keyed = PROTECTIONS.get(config.protection.name).needs_key(config.protection)
-    who = "whoever has the key, which every client has," if keyed else "whoever has the public part of this bundle"
-    lines += [
-        "A low SSIM between protected and plain images does not even say that a person sees nothing: look at the",
-        "picture. It says **nothing** about an attacker who trains an inverse network on pairs of plain and protected",
-        f"images, which {who} can make. {NOT_ATTACKED}",
-    ]
-    if not PROTECTIONS.get(config.protection.name).trained and config.protection.name != "plain":
-        lines += ["", "This scheme is here to be compared with. Published attacks undo it; do not rely on it."]
-    lines += [
+        rows.append(f"| plain images that the service refuses | {_share(guard.plain_refused)} |")
+        rows.append(f"| protected images that it refuses by mistake | {_share(guard.protected_refused)} |")
+    return rows
+
+
+def _limits(config: Config) -> list[str]:
+    protection = PROTECTIONS.get(config.protection.name)
+    needs_key = protection.needs_key(config.protection)
+    owners = "everyone who has the key (every client)" if needs_key else "everyone who has this bundle's public part"
+    lines = [
+        "## What this does not promise",
         "",
-        "Whoever re-encodes protected images (JPEG) or changes their size may destroy the classification:",
+        "A low SSIM between protected and plain images does not even mean that a person sees nothing: look at the",
+        "picture. It says **nothing** about an attacker who trains an inverse network on pairs of plain and protected",
+        f"images. Such pairs can be made by {owners}. {NOT_ATTACKED}",
+    ]
+    if not protection.trained and config.protection.name != "plain":
+        lines += ["", "This scheme is here for comparison. Published attacks undo it; do not rely on it."]
+    return [
+        *lines,
+        "",
+        "Re-encoding (JPEG) or resizing protected images may destroy the classification:",
         "`raypp evaluate BUNDLE --jpeg 75` measures it.",
         "",
     ]
-    if metrics.get("warnings"):
-        lines += ["## Departures", "", *(f"- {w}" for w in metrics["warnings"]), ""]
-    return "\n".join(lines)
 
 
 def _share(rate: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The application, and what its commands share."""
+"""The application and the helpers that its commands share."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from raypp.utils.errors import ConfigError
 
 app = App(
     name="raypp",
-    suppress_keyboard_interrupt=False,  # main says how to go on
+    suppress_keyboard_interrupt=False,  # main prints how to continue
     version=raypp.__version__,
-    help="Train image protections with their classifiers on Ray, measure what they leak, and use them.",
+    help="Train image protections with their classifiers on Ray, measure their leakage, and use them.",
 )
 data_app = App(name="data", help="Data sources: list them, convert them to Parquet, check their integrity.")
 app.command(data_app)
 
 Settings = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
-# What names the thing itself; settings may stand before it.
+# A positional argument that settings may precede.
 First = Annotated[str, Parameter(allow_leading_hyphen=True)]
 SETTINGS_HELP = (
     "Any setting of the configuration is a flag: --train.alpha 0.01 --data.source.name parquet. "
@@ -29,37 +29,37 @@ SETTINGS_HELP = (
 )
 
 ATTACK_HELP = (
-    "Any setting of the suite is a flag, as --num_queries 500, any of an attack by its name, as "
-    "--inverse.train.epochs 5, and any of the images, as --data.source.path FOLDER."
+    "Flags set any setting of the suite (--num_queries 500), of an attack by its name (--inverse.train.epochs 5), and "
+    "of the images (--data.source.path FOLDER)."
 )
 
 
 def preset_and_flags(first: str, more: tuple[str, ...]) -> tuple[str, list[str]]:
-    """The preset among a command's words, wherever it stands, and all others, which have to be settings."""
-    others, settings = without_settings((first, *more))
-    if not others:
+    """Return the preset, wherever it stands in a command's words, and the other words."""
+    positional, settings = without_settings((first, *more))
+    if not positional:
         raise ConfigError(f"no preset is given; `raypp config` lists them, and a setting such as {first} needs a value")
-    return others[0], [*others[1:], *settings]
+    return positional[0], [*positional[1:], *settings]
 
 
 def without_settings(words: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Split words into those that stand for themselves and settings, ``--name VALUE`` or ``--name=VALUE``."""
-    others: list[str] = []
+    """Split words into positional ones and settings, ``--name VALUE`` or ``--name=VALUE``."""
+    positional: list[str] = []
     settings: list[str] = []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
         if not word.startswith("--"):
-            others.append(word)
+            positional.append(word)
             continue
         settings.append(word)
-        if "=" not in word and rest and not rest[0].startswith("--"):
-            settings.append(rest.pop(0))
-    return others, settings
+        if "=" not in word and remaining and not remaining[0].startswith("--"):
+            settings.append(remaining.pop(0))
+    return positional, settings
 
 
 def import_from_ray(module: str, function: str, instead: str = "--local trains in this process without it") -> Any:
-    """A function that needs Ray, or one sentence where Ray is not installed or its cluster does not answer."""
+    """Import a function that needs Ray; raises ConfigError if Ray is not installed or its cluster does not answer."""
     try:
         importlib.import_module("raypp.cluster.session").check_address()
         return getattr(importlib.import_module(module), function)

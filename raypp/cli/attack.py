@@ -1,8 +1,7 @@
-"""Commands that measure: attack, report, evaluate."""
+"""Commands attack, report and evaluate."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,7 +9,7 @@ from cyclopts import Parameter, validators
 from rich.console import Console
 
 from raypp.cli.app import ATTACK_HELP, SETTINGS_HELP, Settings, app, import_from_ray, new_name, without_settings
-from raypp.cli.render import print_accuracy, print_chance_error, print_scorecard, print_threats
+from raypp.cli.render import print_accuracy, print_chance_error, print_scorecard, print_text, print_threats
 from raypp.utils.errors import ConfigError, RayppError
 
 if TYPE_CHECKING:
@@ -31,32 +30,30 @@ def attack(
     local: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Attack a protection with everything that its threat levels allow, and write scorecard and report.
+    """Run all attacks that the threat levels allow, and write a scorecard and a report.
 
     Parameters
     ----------
     bundle
-        Path or URI of a bundle to attack, where neither --function nor --folders names a victim; settings may stand
-        before and after it.
+        Path or URI of a bundle to attack, unless --function or --folders names a target. Settings may precede it.
     function
-        Attack a protection of yours instead: MODULE:NAME or FILE.py:NAME of a function from and to NumPy uint8
-        (N, H, W, C).
+        Attack your own protection: MODULE:NAME or FILE.py:NAME of a function on NumPy uint8 (N, H, W, C).
     preset
-        Preset whose images a function is attacked on; by default cifar10-small.
+        Preset with the images for --function; by default cifar10-small.
     folders
-        Attack pairs of images instead: a folder of plain ones, and one of protected ones of the same names.
+        Attack pairs of images: a folder of plain images, and one of protected images with the same names.
     attacks
-        Only these attacks, by default all of the suite.
+        Names of the attacks to run; by default all of the suite.
     suite
-        How strong: quick, small, standard, or the path of a YAML file.
+        Strength of the attacks: quick, small, standard, or the path of a YAML file.
     name
         The attack run's name, a new folder under the storage path; by default attack, date and time.
     storage
-        Folder or URI under which it gets its own.
+        Folder or URI that holds the attack run's folder.
     resume
-        Go on with the attack run NAME: what is finished is not run again; attacks may be added.
+        Continue the attack run NAME: finished attacks are not repeated, and attacks may be added.
     local
-        Attack in this process, one attack after the other, without Ray.
+        Run the attacks in this process, one after the other, without Ray.
     quiet
         Print nothing but warnings and errors.
     """
@@ -66,9 +63,7 @@ def attack(
         raise ConfigError("--resume needs --name, the attack run to continue")
     bundles, settings = without_settings(bundle)
     if len(bundles) > 1:
-        raise ConfigError(
-            f"name one bundle, found {' and '.join(map(repr, bundles))}; a setting is written --name VALUE"
-        )
+        raise ConfigError(f"name one bundle, not {' and '.join(map(repr, bundles))}; a setting is written --name VALUE")
     plan = make_attack_plan(
         bundle=bundles[0] if bundles else None,
         function=function,
@@ -84,14 +79,14 @@ def attack(
 
 
 def run_attacks(plan: AttackPlan, *, resume: bool = False, local: bool = False, quiet: bool = False) -> dict[str, Any]:
-    """Run a plan's attacks, write report and scorecard, print and return the latter."""
+    """Run a plan's attacks, write the report, print and return the scorecard."""
     from raypp.evaluation.report.render import write_report
     from raypp.experiments.attack_plan import threat_table
     from raypp.experiments.attack_run import run_attack_suite, run_attacks_locally
 
-    def announce(opened: AttackPlan) -> None:
+    def announce(opened_plan: AttackPlan) -> None:
         if not quiet:
-            print_threats(threat_table(opened))
+            print_threats(threat_table(opened_plan))
 
     run = run_attacks_locally if local else import_from_ray("raypp.cluster.attack", "run_on_ray")
     card = run_attack_suite(plan, resume=resume, quiet=quiet, announce=announce, run=run)
@@ -99,7 +94,7 @@ def run_attacks(plan: AttackPlan, *, resume: bool = False, local: bool = False, 
     if not quiet:
         print_scorecard(card, plan.storage.uri)
     print_chance_error(card["at_chance"])
-    failed = [name for name, found in card["attacks"].items() if found["status"] == "failed"]
+    failed = [name for name, attack in card["attacks"].items() if attack["status"] == "failed"]
     if failed:
         raise RayppError(f"{len(failed)} of the attacks failed ({', '.join(failed)}); --resume tries them again")
     return card
@@ -107,21 +102,21 @@ def run_attacks(plan: AttackPlan, *, resume: bool = False, local: bool = False, 
 
 @app.command
 def report(*sources: str, out: str = "report") -> None:
-    """Put attack runs and attacked bundles into one HTML page with figures, CSV and JSON.
+    """Write one HTML report of attack runs and attacked bundles, with figures, CSV and JSON.
 
     Parameters
     ----------
     sources
-        Attack runs (see `raypp attack`), or runs of `raypp train` and bundles that were attacked.
+        Attack runs (see `raypp attack`), or attacked bundles and runs of `raypp train`.
     out
-        A new or empty folder, or one that holds an earlier report; a path or URI.
+        Path or URI of a folder that is new, empty, or holds an earlier report.
     """
     from raypp.evaluation.report.render import write_report
     from raypp.utils.storage import Storage
 
     target = Storage(out)
     write_report(sources, target)
-    Console().print(f"{target.uri}/report.html", markup=False, highlight=False, soft_wrap=True)
+    print_text(Console(), f"{target.uri}/report.html")
 
 
 @app.command(help_epilogue=SETTINGS_HELP)
@@ -132,27 +127,28 @@ def evaluate(
     jpeg: Annotated[int | None, Parameter(validator=validators.Number(gte=1, lte=100))] = None,
     output: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure a bundle from its files: accuracy after 8-bit rounding, and likeness of protected to plain images.
+    """Measure a bundle's accuracy after 8-bit rounding, and the similarity of protected and plain images.
 
     Parameters
     ----------
     bundle
         Path or URI of a bundle.
     split
-        Which split of the data to measure on.
+        Split of the data to measure on.
     jpeg
-        Also measure what is classified when the upload is re-encoded as a JPEG of this quality.
+        Also measure the accuracy after re-encoding protected images as JPEG of this quality.
     output
-        Also write the numbers to this JSON file.
+        Also write the metrics to this JSON file.
     """
     from raypp.evaluation.evaluate import evaluate_bundle
     from raypp.metrics.statistics import chance_error
 
-    numbers = evaluate_bundle(bundle, settings, split, jpeg)
+    metrics = evaluate_bundle(bundle, settings, split, jpeg)
     if output is not None:
+        from raypp.utils.documents import dump_json
         from raypp.utils.storage import Storage
 
-        Storage(output.absolute().parent).write(output.name, (json.dumps(numbers, indent=2) + "\n").encode())
-    print_accuracy(Console(), numbers, None, split)
-    print_chance_error(chance_error(numbers))
-    return numbers
+        Storage(output.absolute().parent).write(output.name, dump_json(metrics))
+    print_accuracy(Console(), metrics, None, split)
+    print_chance_error(chance_error(metrics))
+    return metrics

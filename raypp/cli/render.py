@@ -1,157 +1,177 @@
-"""Tables on a terminal."""
+"""Tables and messages on a terminal."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 if TYPE_CHECKING:
+    from raypp.data.convert import Report
     from raypp.experiments.table1_results import CellResult
+
+COLORS = {"holds": "green", "weak": "yellow", "broken": "red", "inconclusive": "magenta"}
+
+
+def print_text(console: Console, text: object, style: str | None = None) -> None:
+    """Print a line without markup, highlighting or wrapping."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_chance_error(sentence: str | None) -> None:
-    """Print one red line on standard error, also with --quiet, if a classifier is at chance."""
+    """Print an error on standard error, also with --quiet, if a classifier is at chance."""
     if sentence is not None:
-        Console(stderr=True).print(f"error: {sentence}", style="red", markup=False, highlight=False, soft_wrap=True)
+        print_text(Console(stderr=True), f"error: {sentence}", "red")
 
 
-def print_results(found: dict[str, Any], where: str) -> None:
+def print_results(results: dict[str, Any], where: str) -> None:
     console = Console()
     console.print()
-    print_accuracy(console, found["test"], found["plain_test"])
+    print_accuracy(console, results["test"], results["plain_test"])
     for label, file in (("picture", "protected.png"), ("bundle", "bundle"), ("metrics", "metrics.jsonl")):
-        console.print(f"{label:<8} {where}/{file}", markup=False, highlight=False, soft_wrap=True)
+        print_text(console, f"{label:<8} {where}/{file}")
 
 
-def print_search(found: dict[str, Any], where: str) -> None:
-    """The front of a search, and where its best bundles lie."""
-    from rich.table import Table
-
+def print_search(results: dict[str, Any], where: str) -> None:
+    """Print the Pareto front of a search and the paths of its best bundles."""
     console = Console()
-    keys = sorted({key for point in found["front"] for key in point["settings"]})
-    table = Table("trial", box=None, pad_edge=False)
-    for title in ("accuracy", "leakage", "re-identified", *(key.rpartition(".")[2] for key in keys)):
-        table.add_column(title, justify="right")
-    for point in found["front"]:
-        shown = [_setting(point["settings"].get(key)) for key in keys]
+    keys = sorted({key for point in results["front"] for key in point["settings"]})
+    titles = ("accuracy", "leakage", "re-identified", *(key.rpartition(".")[2] for key in keys))
+    table = _table(("trial",), titles)
+    for point in results["front"]:
         table.add_row(
             point["trial"],
             f"{point['accuracy']:.1%}",
             f"{point['leakage']:.3f}",
             f"{point['reidentification_rate']:.1%}",
-            *shown,
+            *(_format_setting(point["settings"].get(key)) for key in keys),
         )
     console.print("\n[bold]Pareto front[/] (validation accuracy after rounding, SSIM of the quick attack)")
     console.print(table)
-    for name, trial in found["best"].items():
-        card = found["scorecards"].get(trial)
-        said = ""
-        if card and card["reidentification_rate_by_reconstruction"] is not None:
-            said = f"; the worst attack that draws finds {card['reidentification_rate_by_reconstruction']:.1%}"
-        console.print(f"best {name:<9} {where}/best/{name}  (trial {trial}{said})", highlight=False, soft_wrap=True)
-    for file in ("trials.csv", "front.png", *(["report/report.html"] if found["scorecards"] else [])):
-        console.print(f"{where}/{file}", markup=False, highlight=False, soft_wrap=True)
+    for name, trial in results["best"].items():
+        card = results["scorecards"].get(trial)
+        rate = card["reidentification_rate_by_reconstruction"] if card else None
+        leakage = "" if rate is None else f"; the strongest reconstruction attack re-identifies {rate:.1%}"
+        console.print(f"best {name:<9} {where}/best/{name}  (trial {trial}{leakage})", highlight=False, soft_wrap=True)
+    for file in ("trials.csv", "front.png", *(["report/report.html"] if results["scorecards"] else [])):
+        print_text(console, f"{where}/{file}")
 
 
-def _setting(value: Any) -> str:
+def _format_setting(value: Any) -> str:
     from raypp.experiments.plots import label
 
     return f"{value:.3g}" if isinstance(value, float) else str(label(value))
 
 
 def print_table1(results: list[CellResult], where: str) -> None:
-    from rich.table import Table
-
     console = Console()
-    table = Table("data", "method", box=None, pad_edge=False)
-    for title in ("paper", "ours, 8 bit", "spread", "SSIM to plain"):
-        table.add_column(title, justify="right")
-    for r in results:
-        paper = r.paper
-        row = [r.dataset, r.method.name, "-" if paper is None else f"{paper:.2f}%"]
-        if r.accuracies:
-            low, high = r.interval
-            spread = f"± {r.spread:.2%}" if r.spread is not None else f"{low:.1%} to {high:.1%}"
-            row += [f"{r.mean:.2%}", spread, "-" if r.ssim is None else f"{r.ssim:.3f}"]
+    table = _table(("data", "method"), ("paper", "ours, 8 bit", "spread", "SSIM to plain"))
+    for result in results:
+        row = [result.dataset, result.method.name, "-" if result.paper is None else f"{result.paper:.2f}%"]
+        if result.accuracies:
+            low, high = result.interval
+            spread = f"± {result.spread:.2%}" if result.spread is not None else f"{low:.1%} to {high:.1%}"
+            row += [f"{result.mean:.2%}", spread, "-" if result.ssim is None else f"{result.ssim:.3f}"]
         table.add_row(*row)
     console.print(table)
     for file in ("table1.md", "table1.csv", "table1.png"):
-        console.print(f"{where}/{file}", markup=False, highlight=False, soft_wrap=True)
+        print_text(console, f"{where}/{file}")
 
 
 def print_threats(rows: list[tuple[str, str, str]]) -> None:
-    """The threat model of every attack, before it runs."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for title in ("attack", "threat", "the attacker has"):
-        table.add_column(title, no_wrap=title != "the attacker has")
+    """Print each attack's threat model."""
+    table = _table(("attack", "threat"), no_wrap=True)
+    table.add_column("the attacker has")
     for row in rows:
         table.add_row(*row)
     Console(stderr=True).print(table)
 
 
 def print_scorecard(card: dict[str, Any], where: str) -> None:
-    from rich.table import Table
-
     from raypp.evaluation.scorecard import reidentification_rate
 
-    colours = {"holds": "green", "weak": "yellow", "broken": "red", "inconclusive": "magenta"}
-    table = Table(box=None, pad_edge=False)
-    for title in ("attack", "threat"):
-        table.add_column(title, no_wrap=True)
-    for title in ("re-identified", "SSIM", "PSNR dB", "edges"):
-        table.add_column(title, justify="right")
+    table = _table(("attack", "threat"), ("re-identified", "SSIM", "PSNR dB", "edges"), no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    for name, found in card["attacks"].items():
-        if found["status"] != "done":
-            table.add_row(name, found["threat"], "-", "-", "-", "-", f"[dim]{found['status']}[/]")
+    for name, attack in card["attacks"].items():
+        if attack["status"] != "done":
+            table.add_row(name, attack["threat"], "-", "-", "-", "-", f"[dim]{attack['status']}[/]")
             continue
-        scores = found["scores"]
-        numbers = (f"{scores['ssim']['mean']:.3f}", f"{scores['psnr']['mean']:.1f}", f"{scores['edges']['mean']:.3f}")
-        words = f"[{colours[found['verdict']]}]{found['verdict']}[/]"
-        least = "≥ " if found["lower_bound"] else ""  # more effort would find more
-        table.add_row(name, found["threat"], f"{least}{found['reidentification_rate']:.1%}", *numbers, words)
+        rate = f"{'≥ ' if attack['lower_bound'] else ''}{attack['reidentification_rate']:.1%}"
+        verdict = f"[{COLORS[attack['verdict']]}]{attack['verdict']}[/]"
+        table.add_row(name, attack["threat"], rate, *_similarities(attack["scores"]), verdict)
     for name, scores in card["baselines"].items():
-        numbers = (f"{scores['ssim']['mean']:.3f}", f"{scores['psnr']['mean']:.1f}", f"{scores['edges']['mean']:.3f}")
-        table.add_row(f"[dim]{name}[/]", "", f"{reidentification_rate(scores):.1%}", *numbers, "[dim]no attack[/]")
+        rate = f"{reidentification_rate(scores):.1%}"
+        table.add_row(f"[dim]{name}[/]", "", rate, *_similarities(scores), "[dim]no attack[/]")
     console = Console()
     console.print(table)
+    strongest, reconstruction = card["strongest_attack"], card["strongest_reconstruction"]
     if card["verdict"] is not None:
-        console.print(
-            f"\n[bold {colours[card['verdict']]}]{card['verdict']}[/] by the strongest attack, {card['strongest_attack']}"
-            f"{_reason(card['verdict_reason'])}"
-        )
-    if card["strongest_reconstruction"] not in (None, card["strongest_attack"]):
-        words = card["verdict_by_reconstruction"]
-        console.print(
-            f"[bold {colours[words]}]{words}[/] by the strongest reconstruction attack, {card['strongest_reconstruction']}"
-            f"{_reason(card['verdict_reason_by_reconstruction'])}"
-        )
-    console.print(f"{where}/report.html", markup=False, highlight=False, soft_wrap=True)
+        reason = card["verdict_reason"]
+        console.print(f"\n{_bold(card['verdict'])} by the strongest attack, {strongest}{reason and f': {reason}'}")
+    if reconstruction not in (None, strongest):
+        verdict, reason = _bold(card["verdict_by_reconstruction"]), card["verdict_reason_by_reconstruction"]
+        console.print(f"{verdict} by the strongest reconstruction attack, {reconstruction}{reason and f': {reason}'}")
+    print_text(console, f"{where}/report.html")
 
 
-def _reason(sentence: str) -> str:
-    return f": {sentence}" if sentence else ""
+def _similarities(scores: dict[str, dict[str, float]]) -> tuple[str, str, str]:
+    return f"{scores['ssim']['mean']:.3f}", f"{scores['psnr']['mean']:.1f}", f"{scores['edges']['mean']:.3f}"
+
+
+def _bold(verdict: str) -> str:
+    return f"[bold {COLORS[verdict]}]{verdict}[/]"
 
 
 def print_accuracy(console: Console, test: dict[str, Any], plain: dict[str, Any] | None, split: str = "test") -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column(f"{test['num_images']:,} {split} images")
-    table.add_column("accuracy", justify="right")
-    table.add_column("95% interval", justify="right")
-    table.add_column("SSIM to plain", justify="right")
-    for label, numbers in (("plain images", plain), ("protected, 8 bit", test)):
-        if numbers is not None:
-            low, high = numbers["accuracy_interval"]
-            similarity = f"{numbers['ssim']['mean']:.3f}" if numbers["ssim"] else "-"
-            table.add_row(label, f"{numbers['accuracy']:.2%}", f"{low:.1%} to {high:.1%}", similarity)
+    table = _table((f"{test['num_images']:,} {split} images",), ("accuracy", "95% interval", "SSIM to plain"))
+    for label, metrics in (("plain images", plain), ("protected, 8 bit", test)):
+        if metrics is not None:
+            low, high = metrics["accuracy_interval"]
+            similarity = f"{metrics['ssim']['mean']:.3f}" if metrics["ssim"] else "-"
+            table.add_row(label, f"{metrics['accuracy']:.2%}", f"{low:.1%} to {high:.1%}", similarity)
     if "jpeg" in test:
         low, high = test["accuracy_jpeg_interval"]
+        label = f"after JPEG, quality {test['jpeg']}"
+        table.add_row(label, f"{test['accuracy_jpeg']:.2%}", f"{low:.1%} to {high:.1%}", "")
+    console.print(table)
+
+
+def print_data_report(report: Report) -> None:
+    """Print the report of ``raypp data check``: images of each split and class, warnings and errors."""
+    console = Console()
+    splits = (("train", report.train), ("test", report.test))
+    table = Table("split", "images", "H x W x C", "duplicates", "unreadable", "fingerprint", box=None, pad_edge=False)
+    for name, split in splits:
+        shape = " x ".join(map(str, split.shape)) if split.shape else "-"
+        fingerprint = split.fingerprint[:16] if split.fingerprint else "-"
         table.add_row(
-            f"after JPEG, quality {test['jpeg']}", f"{test['accuracy_jpeg']:.2%}", f"{low:.1%} to {high:.1%}", ""
+            name, f"{split.num_images:,}", shape, f"{split.num_duplicates:,}", f"{split.num_unreadable:,}", fingerprint
         )
     console.print(table)
+    counts = Table("class", "train", "test", box=None, pad_edge=False)
+    for label, num in report.train.counts.items():
+        counts.add_row(escape(label), f"{num:,}", f"{report.test.counts[label]:,}")
+    console.print(counts)
+    console.print(f"test images that are also training images: {report.num_shared:,}", highlight=False)
+    for name, split in splits:
+        if empty := [label for label, num in split.counts.items() if not num]:
+            print_text(console, f"classes without images in {name}: {', '.join(empty)}", "yellow")
+    if report.unused:
+        more = f" and {len(report.unused) - 20} more" if len(report.unused) > 20 else ""
+        names = ", ".join(report.unused[:20])
+        print_text(console, f"not read, since they belong to no split that is used: {names}{more}", "yellow")
+    for _, split in splits:
+        for sentence in (*split.unreadable, *([split.problem] if split.problem else [])):
+            print_text(console, sentence, "red")
+
+
+def _table(left: tuple[str, ...], right: tuple[str, ...] = (), *, no_wrap: bool = False) -> Table:
+    """An empty table with left-aligned and right-aligned columns."""
+    table = Table(box=None, pad_edge=False)
+    for title in left:
+        table.add_column(title, no_wrap=no_wrap)
+    for title in right:
+        table.add_column(title, justify="right")
+    return table

@@ -1,4 +1,4 @@
-"""Commands of services and their clients: serve, publish, token, classify, protect, demo."""
+"""Commands of services and their clients: protect, serve, publish, token, classify and demo."""
 
 from __future__ import annotations
 
@@ -7,29 +7,24 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter, validators
 from rich.console import Console
 
 from raypp.cli.app import app, import_from_ray
+from raypp.cli.render import print_text
 from raypp.utils.errors import ConfigError, RayppError
 from raypp.utils.signals import stop_on_signal
 
-NOTICE_SECONDS = 10.0  # between two lines that say that a service does not answer
+NOTICE_SECONDS = 10.0  # between two messages that a service does not answer
 
 
 @app.command
 def protect(
-    bundle: str,
-    source: Path,
-    target: Path,
-    /,
-    *,
-    key: Path | None = None,
-    keep_size: bool = False,
-    quiet: bool = False,
+    bundle: str, source: Path, target: Path, /, *, key: Path | None = None, keep_size: bool = False, quiet: bool = False
 ) -> int:
     """Protect images with the public part of a bundle, offline.
 
@@ -40,11 +35,11 @@ def protect(
     source
         An image, or a folder of images.
     target
-        Where to write: a .png file for one image, a folder (made anew or empty) for a folder.
+        Output: a .png file for one image, a new or empty folder for a folder.
     key
-        Key file of a keyed protection; not needed with a whole bundle, whose private part holds it.
+        Key file of a keyed protection; a whole bundle holds it in its private part.
     keep_size
-        Keep each image's own size instead of fitting it to the size that the classifier was trained on.
+        Keep each image's size instead of resizing and cropping it to the classifier's size.
     quiet
         Print nothing but errors.
     """
@@ -71,78 +66,85 @@ def serve(
     Parameters
     ----------
     bundle
-        Path or URI of a bundle, or of a shelf that `raypp publish` fills: what becomes live there is taken over.
+        Path or URI of a bundle, or of a model repository (see `raypp publish`), whose active bundle is served.
     host
-        Address to listen on; one that others can reach needs tokens.
+        Address to listen on; one that other machines can reach needs --tokens.
     port
         Port to listen on.
     tokens
-        Token file (see `raypp token`): every request then needs one.
+        Token file (see `raypp token`): every request then needs a token.
     attack
-        Also serve the attacks on the bundle, to all who can reach the service.
+        Also serve the attacks on the bundle, to everyone who can reach the service.
     haproxy
-        Let Ray's HAProxy take the requests in place of its own proxy: more than twice as many a second of one image.
+        Use Ray's HAProxy instead of Ray's proxy: more than twice as many one-image requests per second.
     write
-        Start nothing; write the configuration for `serve deploy` to this file.
+        Write the configuration for `serve deploy` to this file and start nothing.
     """
     from raypp.serve.server import build_serve_config
 
     config = build_serve_config(bundle, host=host, port=port, tokens=tokens, attack=attack)
+    if write is None:
+        _serve_until_interrupted(config, haproxy)
+    elif haproxy:
+        raise ConfigError(
+            "--haproxy has no effect on `serve deploy`: the environment of the cluster's `ray start` decides (see "
+            "docs/serve.md); leave it out"
+        )
+    else:
+        _write_serve_config(config, write)
+
+
+def _write_serve_config(config: dict[str, Any], path: Path) -> None:
+    import yaml
+
+    from raypp.utils.storage import Storage
+
+    if path.exists():
+        raise ConfigError(f"--write: {str(path)!r} exists already; give a new file")
+    Storage(path.absolute().parent).write(path.name, yaml.safe_dump(config, sort_keys=False).encode())
+    print_text(Console(stderr=True), f"wrote {path}; serve deploy {path}")
+
+
+def _serve_until_interrupted(config: dict[str, Any], haproxy: bool) -> None:
+    running_server = import_from_ray("raypp.serve.server", "running_server")
+    metrics_url = import_from_ray("raypp.cluster.session", "metrics_url")
     console = Console(stderr=True)
-    if write is not None:
-        import yaml
-
-        from raypp.utils.storage import Storage
-
-        if haproxy:
-            raise ConfigError(
-                "--haproxy has no place in a configuration for `serve deploy`: what the cluster's `ray start` finds in "
-                "the environment decides (see docs/serve.md)"
-            )
-        if write.exists():
-            raise ConfigError(f"--write: {str(write)!r} exists already; give a new file")
-        text = yaml.safe_dump(config, sort_keys=False)
-        Storage(write.absolute().parent).write(write.name, text.encode())
-        console.print(f"wrote {write}; serve deploy {write}", markup=False, highlight=False, soft_wrap=True)
-        return
-    serving = import_from_ray("raypp.serve.server", "running_server")
-    metrics_of = import_from_ray("raypp.cluster.session", "metrics_url")
     try:
         with console.status("starting Ray and the services"), contextlib.ExitStack() as stack:
-            url = stack.enter_context(serving(config, haproxy=haproxy))
-            running = stack.pop_all()
-        with running:
-            said = [(a["name"], f"{url}/{a['name']}/docs") for a in config["applications"]]
-            said += [("metrics", found)] if (found := metrics_of()) is not None else []
-            for name, where in said:
-                console.print(f"{name:<11} {where}", markup=False, highlight=False, soft_wrap=True)
-            console.print(f"raypp classify {url} IMAGE_OR_FOLDER", markup=False, highlight=False, soft_wrap=True)
-            _until_interrupted()
+            url = stack.enter_context(running_server(config, haproxy=haproxy))
+            server = stack.pop_all()
+        with server:
+            links = [(app["name"], f"{url}/{app['name']}/docs") for app in config["applications"]]
+            links += [("metrics", metrics)] if (metrics := metrics_url()) is not None else []
+            for name, link in links:
+                print_text(console, f"{name:<11} {link}")
+            print_text(console, f"raypp classify {url} IMAGE_OR_FOLDER")
+            _wait_for_interrupt()
             console.print("stopping", highlight=False)
-    except KeyboardInterrupt:  # while it starts or stops
+    except KeyboardInterrupt:  # during the start or the stop
         raise KeyboardInterrupt("stopped") from None
 
 
 @app.command
-def publish(bundle: str, shelf: str, /, *, url: str | None = None, token_file: Path | None = None) -> None:
-    """Check a bundle, put it on a shelf and make it the live one; services that serve the shelf take it over.
+def publish(bundle: str, repository: str, /, *, url: str | None = None, token_file: Path | None = None) -> None:
+    """Check a bundle, add it to a model repository and activate it; services of the repository switch to it.
 
     Parameters
     ----------
     bundle
         Path or URI of a bundle.
-    shelf
-        Folder or URI of published bundles; made anew where there is none.
+    repository
+        Folder or URI of published bundles; created if it does not exist.
     url
-        Of a service that serves the shelf: wait until it has taken over; if it refuses, the old bundle is live again.
+        URL of a service of the repository: wait until it has switched; if it refuses, reactivate the old bundle.
     token_file
         File that holds a bearer token for that service.
     """
-    from raypp.serve.server import publish as put
+    from raypp.serve import server
 
-    published = put(bundle, shelf, url=url, token=_token(token_file))
-    before = f", before it {published.previous}" if published.previous else ""
-    Console().print(f"{published.version} is live{before}", markup=False, highlight=False, soft_wrap=True)
+    published = server.publish(bundle, repository, url=url, token=_read_token(token_file))
+    previous = f" instead of {published.previous}" if published.previous else ""
+    print_text(Console(), f"{published.version} is active{previous}")
 
 
 @app.command
@@ -154,18 +156,18 @@ def token(
     scopes: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
     revoke: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
-    """Make a bearer token for the services; it is printed once, the file keeps its hash.
+    """Create and print a bearer token for the services; the token file stores its hash.
 
     Parameters
     ----------
     name
-        Whose token it is.
+        Name of the token's owner.
     file
-        Token file; made anew where there is none.
+        Token file; created if it does not exist.
     scopes
-        What it allows: classify (the default), attack.
+        Permissions of the token: classify (the default), attack.
     revoke
-        Take this token out of the file instead; running services refuse it from then on.
+        Remove this token from the file instead; running services refuse it from then on.
     """
     from raypp.serve.auth import add_token, remove_token
 
@@ -192,19 +194,19 @@ def classify(
     Parameters
     ----------
     url
-        Of the service, as http://127.0.0.1:8000.
+        URL of the service, such as http://127.0.0.1:8000.
     paths
         Images and folders of images.
     key
         Key file of a keyed protection.
     pin
-        SHA-256 that the service's protection must have; another one is refused.
+        Required SHA-256 of the service's protection; others are refused.
     token_file
         File that holds a bearer token for the service.
     top
-        Classes to print of each image, up to 5.
+        Number of classes to print for each image, up to 5.
     patience
-        Seconds for which a service that does not answer is asked again.
+        Seconds during which requests to a service that does not answer are retried.
     """
     from rich.progress import Progress
 
@@ -213,36 +215,42 @@ def classify(
 
     files = [file for path in paths for file in find_images(path)]
     console = Console(stderr=True)
-    failed = 0
-    told = float("-inf")
+    num_failed = 0
 
-    def failing(file: object, error: RayppError) -> None:
-        nonlocal failed
-        failed += 1
+    def print_failure(file: object, error: RayppError) -> None:
+        nonlocal num_failed
+        num_failed += 1
         reason = str(error) if str(file) in str(error) else f"{file}: {error}"
-        console.print(f"raypp: {reason}", style="red", markup=False, highlight=False, soft_wrap=True)
+        print_text(console, f"raypp: {reason}", "red")
         bars.advance(task)
 
-    def waiting(reason: str, seconds: float) -> None:
-        nonlocal told
-        if time.monotonic() - told > NOTICE_SECONDS:  # else every request to a busy service would say so
-            told = time.monotonic()
-            said = f"{_printable(reason)}; asking again for up to {seconds:.0f} s"
-            console.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
-
+    token, on_wait = _read_token(token_file), _retry_notice(console)
     with (
-        Client(url, token=_token(token_file), key=key, pin=pin, patience=patience, on_wait=waiting) as client,
+        Client(url, token=token, key=key, pin=pin, patience=patience, on_wait=on_wait) as client,
         Progress(console=console, disable=not console.is_terminal, transient=True) as bars,
     ):
         task = bars.add_task("classifying", total=len(files))
-        for file, found in client.stream(files, on_error=failing):
-            # Labels are the cloud's words: none of them may speak to the terminal.
-            words = "  ".join(f"{_printable(label)} {probability:.1%}" for label, probability in found.top[:top])
-            sys.stdout.write(f"{file!s}  {words}\n")
+        for file, prediction in client.stream(files, on_error=print_failure):
+            # The service chooses the labels, so they are stripped of control characters.
+            classes = "  ".join(f"{_printable(label)} {probability:.1%}" for label, probability in prediction.top[:top])
+            sys.stdout.write(f"{file!s}  {classes}\n")
             bars.advance(task)
-    if failed:
-        raise RayppError(f"{failed:,} of {len(files):,} images were not classified")
+    if num_failed:
+        raise RayppError(f"{num_failed:,} of {len(files):,} images were not classified")
     return len(files)
+
+
+def _retry_notice(console: Console) -> Callable[[str, float], None]:
+    """Callback that prints why requests are retried, at most every ``NOTICE_SECONDS``."""
+    last_notice = float("-inf")
+
+    def notify(reason: str, seconds: float) -> None:
+        nonlocal last_notice
+        if time.monotonic() - last_notice > NOTICE_SECONDS:
+            last_notice = time.monotonic()
+            print_text(console, f"{_printable(reason)}; retrying for up to {seconds:.0f} s", "yellow")
+
+    return notify
 
 
 def _printable(text: str) -> str:
@@ -258,14 +266,14 @@ def demo(
     key: Path | None = None,
     token_file: Path | None = None,
 ) -> None:
-    """Show on a page of this machine what is sent of an image, what the cloud answers and what attackers recover.
+    """Open a local web page that shows an image's protected form, its classification and the attacks' results.
 
     Parameters
     ----------
     urls
-        Of services, as http://127.0.0.1:8000 or NAME=http://127.0.0.1:8000; of several, one is chosen on the page.
+        URLs of services: http://127.0.0.1:8000 or NAME=http://127.0.0.1:8000; the page offers a choice of several.
     port
-        Port of the page, on this machine only.
+        Port of the page, reachable from this machine only.
     key
         Key file of a keyed protection.
     token_file
@@ -274,22 +282,22 @@ def demo(
     from raypp.client.demo import open_services, running_demo
 
     console = Console(stderr=True)
-    offered = open_services(urls, token=_token(token_file), key=key)
-    with running_demo(offered, port=port) as address:
-        console.print(address, markup=False, highlight=False, soft_wrap=True)
-        _until_interrupted()
+    services = open_services(urls, token=_read_token(token_file), key=key)
+    with running_demo(services, port=port) as address:
+        print_text(console, address)
+        _wait_for_interrupt()
         console.print("stopping", highlight=False)
 
 
-def _until_interrupted() -> None:
-    """Wait for an interrupt or SIGTERM."""
+def _wait_for_interrupt() -> None:
+    """Wait for SIGINT or SIGTERM."""
     stop = threading.Event()
     with stop_on_signal(stop, signal.SIGINT, signal.SIGTERM):
         while not stop.wait(1):
             pass
 
 
-def _token(file: Path | None) -> str | None:
+def _read_token(file: Path | None) -> str | None:
     if file is None:
         return None
     try:

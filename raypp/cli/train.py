@@ -1,4 +1,4 @@
-"""Commands that train: train, quickstart, tune, table1; and config."""
+"""Commands train, quickstart, table1, tune and config."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def train(
     name
         The run's name, a new folder under cluster.storage; by default preset, date and time.
     config
-        YAML file laid over the preset.
+        YAML file whose settings override the preset.
     resume
-        Continue the run NAME from its newest sound checkpoint.
+        Continue the run NAME from its newest intact checkpoint.
     local
         Train in this process, without Ray.
     quiet
@@ -61,39 +61,38 @@ def train(
 def run_training(
     config: Config, name: str, *, resume: bool = False, local: bool = False, quiet: bool = False
 ) -> dict[str, Any]:
-    """Train a run and print what came of it; returns its summary."""
+    """Train a run, print its results and return its summary."""
     from raypp.experiments.run_folder import point_latest
     from raypp.experiments.training_run import open_run, summary, train_locally
     from raypp.metrics.statistics import chance_error
     from raypp.utils.progress import ProgressDisplay
 
-    on_ray = None if local else import_from_ray("raypp.cluster.train", "train_on_ray")
+    train_on_ray = None if local else import_from_ray("raypp.cluster.train", "train_on_ray")
     with open_run(config, name, resume=resume) as run, ProgressDisplay(quiet=quiet) as display:
         for warning in run.warnings:
             display.warn(warning)
-        found = summary(run)
-        if found is not None:
-            if not quiet:
-                display.console.print(f"run {name!r} is finished: nothing left to train", markup=False, highlight=False)
-        else:
-            if on_ray is None:
+        results = summary(run)
+        if results is None:
+            if train_on_ray is None:
                 with stop_on_signal(display.stop, signal.SIGTERM):
-                    found = train_locally(run, display)
+                    results = train_locally(run, display)
             else:
-                found = on_ray(run, display)
+                results = train_on_ray(run, display)
             point_latest(run.storage)
+        elif not quiet:
+            display.console.print(f"run {name!r} is finished: nothing left to train", markup=False, highlight=False)
         where = run.storage.uri
     if not quiet:
-        print_results(found, where)
-    num_classes = len(found["classes"])
-    print_chance_error(chance_error(found["plain_test"], num_classes, "plain images"))
-    print_chance_error(chance_error(found["test"], num_classes))
-    return found
+        print_results(results, where)
+    num_classes = len(results["classes"])
+    print_chance_error(chance_error(results["plain_test"], num_classes, "plain images"))
+    print_chance_error(chance_error(results["test"], num_classes))
+    return results
 
 
 @app.command
 def quickstart(*, local: bool = False, name: str | None = None, storage: Path = Path("runs")) -> None:
-    """Train on embedded pictures of shapes and attack the result, in minutes on two cores: a first look at everything.
+    """Train on generated pictures of shapes and attack the bundle, in minutes on two cores.
 
     Parameters
     ----------
@@ -102,7 +101,7 @@ def quickstart(*, local: bool = False, name: str | None = None, storage: Path = 
     name
         The run's name; by default quickstart, date and time.
     storage
-        Folder under which the run gets its own.
+        Folder that holds the run's folder.
     """
     from rich.markup import escape
 
@@ -110,23 +109,23 @@ def quickstart(*, local: bool = False, name: str | None = None, storage: Path = 
     from raypp.experiments.attack_plan import make_attack_plan
 
     console = Console()
-    # One worker with all of this machine: where cores are few, every further process costs ten seconds to start.
-    alone = not os.environ.get("RAY_ADDRESS")
-    cores = ["--cluster.num_workers", "1", "--cluster.cpus_per_worker", str(runtime.num_cores())] if alone else []
+    # One worker with all cores of this machine: each further process takes ten seconds to start.
+    on_cluster = bool(os.environ.get("RAY_ADDRESS"))
+    cores = [] if on_cluster else ["--cluster.num_workers", "1", "--cluster.cpus_per_worker", str(runtime.num_cores())]
     merged = load_config("quickstart", flags=["--cluster.storage", str(storage), *cores])
     name = new_name("quickstart") if name is None else name
     run_training(merged, name, local=local)
     where = storage / name
-    console.print("\n[bold]What an attacker gets out of it[/]")
+    console.print("\n[bold]Attacks on this bundle[/]")
     plan = make_attack_plan(bundle=str(where / "bundle"), suite="quick", name="attack", storage=str(where))
-    run_attacks(plan, local=True)  # a minute's work: starting Ray again would cost as much
+    run_attacks(plan, local=True)  # takes a minute, as long as starting Ray again
     console.print("\n[bold]Next[/]")
     for command, why in (
-        (f"raypp protect {where}/bundle/public IMAGE_OR_FOLDER OUT", "what a client does, offline"),
-        (f"raypp evaluate {where}/bundle", "measure the bundle again, from its files alone"),
-        (f"raypp attack {where}/bundle", "every attack, larger"),
+        (f"raypp protect {where}/bundle/public IMAGE_OR_FOLDER OUT", "protect images offline, as a client does"),
+        (f"raypp evaluate {where}/bundle", "measure the bundle again from its files"),
+        (f"raypp attack {where}/bundle", "all attacks, at a larger size"),
         ("raypp train cifar10-small", "real images: downloads CIFAR-10 (or --data.source parquet)"),
-        ("raypp config cifar10", "the paper's experiment, every number of it"),
+        ("raypp config cifar10", "all settings of the paper's experiment"),
         (f"raypp serve {storage}/latest/bundle", "classify over HTTP"),
     ):
         console.print(f"  {escape(command):<58} [dim]{why}[/]", highlight=False, soft_wrap=True)
@@ -144,22 +143,22 @@ def table1(
     local: bool = False,
     quiet: bool = False,
 ) -> list[Any]:
-    """Train the grid of the paper's Table I, run beside run, and write it as CSV, Markdown and a figure.
+    """Train the grid of the paper's Table I in parallel and write it as CSV, Markdown and a figure.
 
     Parameters
     ----------
     datasets
-        Presets, or paths of YAML files; by default cifar10 and cifar100, the paper's own (for GPUs).
+        Presets or paths of YAML files; by default cifar10 and cifar100, as in the paper (for GPUs).
     methods
-        Rows of the table, by default all: see the message about an unknown one.
+        Rows of the table, by default all; the error about an unknown row lists them.
     seeds
         Seeds of each row, by default 0.
     name
         The table's name, a new folder under the storage path.
     storage
-        Folder or URI under which the table gets its own.
+        Folder or URI that holds the table's folder.
     resume
-        Go on with the table NAME: what is finished is not trained again; rows and seeds may be added.
+        Continue the table NAME: finished runs are not repeated, and rows and seeds may be added.
     local
         Train in this process, one run after the other, without Ray.
     quiet
@@ -199,21 +198,21 @@ def tune(
     resume: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Search a preset's settings for accuracy and privacy at once, and hand over the best bundles, attacked.
+    """Search a preset's settings for accuracy and privacy, and attack and export the best bundles.
 
     Parameters
     ----------
     preset
-        Name of a preset with a section `search` (see `raypp config`), or the path of a YAML file; settings of the
-        search are flags too, such as --search.num_trials 8.
+        Name of a preset with a section `search` (see `raypp config`), or the path of a YAML file; flags also set the
+        search, such as --search.num_trials 8.
     name
         The search's name, a new folder under the storage path; by default tune, preset, date and time.
     config
-        YAML file laid over the preset.
+        YAML file whose settings override the preset.
     storage
-        Folder or URI under which it gets its own.
+        Folder or URI that holds the search's folder.
     resume
-        Go on with the search NAME: no finished trial runs again.
+        Continue the search NAME: finished trials are not repeated.
     quiet
         Print nothing but warnings and errors.
     """
@@ -225,12 +224,11 @@ def tune(
     name = f"tune-{new_name(preset)}" if name is None else name
     file = None if config is None else str(config)
     plan = make_search_plan(preset, file, flags, storage=storage, name=name)
-    found: dict[str, Any] = import_from_ray("raypp.cluster.tune", "run_search", "a search needs it")(
-        plan, resume=resume, quiet=quiet
-    )
+    run_search = import_from_ray("raypp.cluster.tune", "run_search", "a search needs it")
+    results: dict[str, Any] = run_search(plan, resume=resume, quiet=quiet)
     if not quiet:
-        print_search(found, plan.storage.uri)
-    return found
+        print_search(results, plan.storage.uri)
+    return results
 
 
 @app.command
@@ -247,7 +245,7 @@ def config(
     preset
         Name of a preset or path of a YAML file.
     file
-        YAML file laid over the preset.
+        YAML file whose settings override the preset.
     """
     import yaml
 
@@ -256,8 +254,8 @@ def config(
     console = Console()
     if preset is None:
         for name, path in presets().items():
-            first = path.read_text().splitlines()[0].lstrip("# ")
-            console.print(f"{name:<16} {first}", highlight=False, soft_wrap=True)
+            description = path.read_text().splitlines()[0].lstrip("# ")
+            console.print(f"{name:<16} {description}", highlight=False, soft_wrap=True)
         return
     preset, flags = preset_and_flags(preset, settings)
     sys.stdout.write(load_config(preset, file, flags).to_yaml())

@@ -1,4 +1,4 @@
-"""The client's side: protect images with the public part of a bundle. No network, no classifier, no Ray."""
+"""Protect images with the public part of a bundle, without network, classifier or Ray."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from raypp.utils.images import Pixels, decode, write_png
 from raypp.utils.keys import Key
 from raypp.utils.storage import new_folder
 
-BATCH_PIXELS = 2**20  # images are protected together up to this many pixels: 1,024 of 32 x 32, one photograph
+BATCH_PIXELS = 2**20  # of a batch: 1,024 images of 32 x 32, or one photograph
 
 
 def protect_images(bundle: PublicBundle, images: Pixels) -> Pixels:
@@ -26,7 +26,7 @@ def protect_images(bundle: PublicBundle, images: Pixels) -> Pixels:
         images: uint8 (N, H, W, C), C as the bundle's ``channels``.
 
     Returns:
-        protected images, uint8 (N, H, W, C), or larger where the protection fills up blocks.
+        protected images uint8 (N, H, W, C), larger if the protection pads images to whole blocks.
     """
     protected = bundle.protection.protect(torch.from_numpy(images).permute(0, 3, 1, 2))
     return protected.permute(0, 2, 3, 1).contiguous().numpy()
@@ -45,48 +45,30 @@ def protect_files(
 
     Args:
         location: a bundle or its public folder.
-        target: a ``.png`` file for one image; for a folder, a folder that does not exist or is empty, which appears
-            complete or not at all and mirrors the source's subfolders.
-        key: key file of a keyed protection; a whole bundle has it in its private part.
-        keep_size: protect at each image's own size, not at the bundle's.
-        console: where to show progress.
+        target: a new ``.png`` file for one image; a new or empty folder for a folder. It mirrors the subfolders of the
+            source, and remains unchanged after an error.
+        key: key file of a keyed protection; a whole bundle has the key in its private part.
+        keep_size: keep the size of each image instead of the bundle's.
+        console: shows progress.
 
     Raises:
-        BundleError: the bundle is missing, altered or incomplete, or its key is.
+        BundleError: the bundle or its key is missing, altered or incomplete.
         ConfigError: ``key`` names no key file.
         DataError: an image cannot be read.
         StorageError: the target exists, has another suffix than ``.png``, or cannot be written.
     """
     paths = find_images(source)
-    single = source.is_file()
-    if single and target.suffix.lower() != ".png":
-        raise StorageError(f"target {str(target)!r} must end in .png: lossy formats destroy what the classifier reads")
-    if single and target.exists():
-        raise StorageError(f"target {str(target)!r} exists already; give a new file")
-    if not target.name:
-        raise StorageError(f"target {str(target)!r} cannot be replaced; give a new or empty folder")
-    if not single and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise StorageError(f"target {str(target)!r} exists already; give a new or empty folder")
+    _check_target(source, target)
     bundle = load_public(location, None if key is None else Key.read(key))
-    if single:
+    if source.is_file():
         image = _read(paths[0], bundle, keep_size)
-        _make_folder(target.parent)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot create {str(target.parent)!r}: {error.strerror}") from error
         write_png(target, protect_images(bundle, image[None])[0])
     else:
-        outputs = [target / path.relative_to(source).with_suffix(".png") for path in paths]
-        _refuse_clashes(paths, outputs)
-        with new_folder(target) as aside:
-            jobs = list(zip(paths, outputs, strict=True))
-            height, width = bundle.image_size
-            together = 1 if keep_size else max(1, BATCH_PIXELS // (height * width))
-            groups = [jobs[start : start + together] for start in range(0, len(jobs), together)]
-            hidden = console is None or not console.is_terminal
-            for group in track(groups, "protecting", console=console, disable=hidden, transient=True):
-                loaded = np.stack([_read(path, bundle, keep_size) for path, _ in group])
-                for protected, (_, output) in zip(protect_images(bundle, loaded), group, strict=True):
-                    file = aside / output.relative_to(target)
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    write_png(file, protected)
+        _protect_folder(bundle, paths, source, target, keep_size, console)
     if console is not None:
         size = "their own size" if keep_size else f"{bundle.image_size[0]} x {bundle.image_size[1]}"
         console.print(
@@ -97,8 +79,48 @@ def protect_files(
     return len(paths)
 
 
+def _check_target(source: Path, target: Path) -> None:
+    if source.is_file():
+        if target.suffix.lower() != ".png":
+            raise StorageError(
+                f"target {str(target)!r} must end in .png: lossy formats destroy what the classifier reads"
+            )
+        if target.exists():
+            raise StorageError(f"target {str(target)!r} exists already; give a new file")
+    if not target.name:
+        raise StorageError(f"target {str(target)!r} cannot be replaced; give a new or empty folder")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StorageError(f"target {str(target)!r} exists already; give a new or empty folder")
+
+
+def _protect_folder(
+    bundle: PublicBundle, paths: list[Path], source: Path, target: Path, keep_size: bool, console: Console | None
+) -> None:
+    outputs = [path.relative_to(source).with_suffix(".png") for path in paths]
+    _check_clashes(paths, outputs, target)
+    jobs = list(zip(paths, outputs, strict=True))
+    height, width = bundle.image_size
+    batch_size = 1 if keep_size else max(1, BATCH_PIXELS // (height * width))
+    batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
+    disable = console is None or not console.is_terminal
+    with new_folder(target) as temporary:
+        for batch in track(batches, "protecting", console=console, disable=disable, transient=True):
+            images = np.stack([_read(path, bundle, keep_size) for path, _ in batch])
+            for protected, (_, output) in zip(protect_images(bundle, images), batch, strict=True):
+                (temporary / output).parent.mkdir(parents=True, exist_ok=True)
+                write_png(temporary / output, protected)
+
+
+def _check_clashes(paths: list[Path], outputs: list[Path], target: Path) -> None:
+    sources: dict[Path, Path] = {}
+    for path, output in zip(paths, outputs, strict=True):
+        if output in sources:
+            raise StorageError(f"{sources[output]} and {path} would both become {target / output}; rename one of them")
+        sources[output] = path
+
+
 def read_image(path: Path, size: tuple[int, int] | None = None, channels: int = 3) -> Pixels:
-    """Read an image file as uint8 (H, W, channels), fitted to ``size``; raises DataError as images.decode does."""
+    """Read an image file as uint8 (H, W, channels), fitted to ``size``; raises DataError."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -108,22 +130,9 @@ def read_image(path: Path, size: tuple[int, int] | None = None, channels: int = 
 
 def _read(path: Path, bundle: PublicBundle, keep_size: bool) -> Pixels:
     image = read_image(path, None if keep_size else bundle.image_size, bundle.channels)
-    least = bundle.protection.least_side
-    if min(image.shape[:2]) < least:
-        raise DataError(f"{path} is {image.shape[0]} x {image.shape[1]}; the protection needs sides of {least} or more")
+    min_side = bundle.protection.least_side
+    if min(image.shape[:2]) < min_side:
+        raise DataError(
+            f"{path} is {image.shape[0]} x {image.shape[1]}; the protection needs sides of {min_side} or more"
+        )
     return image
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot create {str(folder)!r}: {error.strerror}") from error
-
-
-def _refuse_clashes(paths: list[Path], outputs: list[Path]) -> None:
-    seen: dict[Path, Path] = {}
-    for path, output in zip(paths, outputs, strict=True):
-        if output in seen:
-            raise StorageError(f"{seen[output]} and {path} would both become {output}; rename one of them")
-        seen[output] = path

@@ -1,4 +1,4 @@
-"""What workers tell the driver while they run. A file of its own: the actor's process need not import torch."""
+"""An actor that relays progress from workers to the driver. Its process does not import torch."""
 
 from __future__ import annotations
 
@@ -12,86 +12,89 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 POLL_SECONDS = 0.2
-STOP_SECONDS = 25.0  # for checkpoints, where nobody says how long there is
-GIVE_BACK_SECONDS = 2.0  # what Ray may need to take back what a driver holds
+ANSWER_SECONDS = 5
+STOP_SECONDS = 25.0  # for checkpoints after a stop request, outside of a job
+CLEANUP_SECONDS = 2.0  # that Ray may need to free the resources of a driver
 
 Steps = dict[str, dict[str, Any]]
+"""The newest step of each task."""
+
 Events = list[tuple[str, str, Any]]
+"""Task, kind of event, value."""
 
 
 class ProgressActor:
-    """Where workers pin what the driver shows: of each piece of work the newest step, and every event once."""
+    """Holds the newest step of each task, a queue of events, and whether the driver requests a stop."""
 
     def __init__(self) -> None:
         self._steps: Steps = {}
         self._events: Events = []
-        self._stop = False
+        self._stop_requested = False
 
-    def stop(self) -> None:
-        """Tell whoever asks to write a checkpoint and end."""
-        self._stop = True
+    def request_stop(self) -> None:
+        self._stop_requested = True
 
-    def stopping(self) -> bool:
-        return self._stop
+    def stop_requested(self) -> bool:
+        return self._stop_requested
 
-    def pin(self, kind: str, what: Any, work: str = "") -> None:
+    def report(self, kind: str, value: Any, task: str = "") -> None:
         if kind == "step":
-            self._steps[work] = what
+            self._steps[task] = value
         else:
-            self._events.append((work, kind, what))
+            self._events.append((task, kind, value))
 
-    def take(self) -> tuple[Steps, Events]:
+    def drain(self) -> tuple[Steps, Events]:
         events, self._events = self._events, []
         steps, self._steps = self._steps, {}
         return steps, events
 
 
 def create_progress_actor() -> Any:
-    """Start a board on the driver's own node: anywhere else, a node that leaves would take it along."""
+    """Create the actor on the driver's node, so that the loss of a worker node does not end it."""
     # With soft affinity, Ray 2.60 sometimes chose another node although this one had room.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0)(ProgressActor).options(scheduling_strategy=here).remote()
+    driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0)(ProgressActor).options(scheduling_strategy=driver_node).remote()
 
 
-def drain(board: Any) -> tuple[Steps, Events]:
-    """What is new on a board; nothing where it does not answer: the display is not worth a run."""
+def drain(actor: Any) -> tuple[Steps, Events]:
+    """Steps and events since the last call; none if the actor does not respond, since a run can do without them."""
     try:
-        found: tuple[Steps, Events] = ray.get(board.take.remote(), timeout=5)
+        steps, events = ray.get(actor.drain.remote(), timeout=ANSWER_SECONDS)
     except ray.exceptions.RayError:
         return {}, []
-    return found
+    return steps, events
 
 
-def stop_requested(board: Any) -> bool:
-    """Whether the driver has been told to stop; no, where the board does not answer."""
+def stop_requested(actor: Any) -> bool:
+    """Whether the driver requests a stop; False if the actor does not respond."""
     try:
-        return bool(ray.get(board.stopping.remote(), timeout=5))
+        return bool(ray.get(actor.stop_requested.remote(), timeout=ANSWER_SECONDS))
     except ray.exceptions.RayError:
         return False
 
 
 def shutdown_grace_period() -> float:
-    """How long checkpoints may take before the driver has to end."""
+    """Seconds for checkpoints between a stop request and the end of the driver."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
         return STOP_SECONDS
-    # A job is killed so long after it was told to stop; 3 seconds is Ray's own default.
-    return max(0.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3")) - GIVE_BACK_SECONDS)
+    # Ray kills a job this long after its stop request; 3 seconds is Ray's default.
+    return max(0.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3")) - CLEANUP_SECONDS)
 
 
 @contextmanager
-def polling(board: Any, show: Callable[[Steps, Events], None]) -> Iterator[None]:
-    """Call ``show`` with what is new on the board, from a thread, while the driver waits for something else."""
+def polling(actor: Any, show: Callable[[Steps, Events], None]) -> Iterator[None]:
+    """Call ``show`` with new steps and events, from a thread, until the context ends."""
     finished = threading.Event()
 
-    def follow() -> None:
+    def poll() -> None:
         while not finished.wait(POLL_SECONDS):
-            show(*drain(board))
+            show(*drain(actor))
 
-    thread = threading.Thread(target=follow, daemon=True)
+    thread = threading.Thread(target=poll, daemon=True)
     thread.start()
     try:
         yield
     finally:
         finished.set()
         thread.join()
-        show(*drain(board))
+        show(*drain(actor))

@@ -1,7 +1,7 @@
-"""Connecting to Ray: the cluster that the environment names, or one on this machine.
+"""Connect to the Ray cluster in RAY_ADDRESS, or start Ray on this machine.
 
-A Ray that starts here listens on loopback, but for a port of each Serve replica, which Ray opens on all interfaces. It
-asks for a token, which Ray makes by itself.
+A Ray that starts here listens on loopback and requires a token. One port of each Serve replica is an exception: Ray
+opens it on all interfaces.
 """
 
 from __future__ import annotations
@@ -21,36 +21,52 @@ from ray._private import ray_constants
 from raypp.utils import runtime
 from raypp.utils.errors import ConfigError, first_line
 
-ANSWER_SECONDS = 10.0
+CONNECT_TIMEOUT = 10.0  # seconds
 _started_here = False
 
 if TYPE_CHECKING:
     from raypp.config.schema import Cluster
 
 
-def uses_gpu(cluster: Cluster, have: dict[str, float]) -> bool:
-    """Whether work gets GPUs: as configured, else wherever the cluster has some."""
-    return have.get("GPU", 0) > 0 if cluster.gpu is None else cluster.gpu
+def uses_gpu(cluster: Cluster, resources: dict[str, float]) -> bool:
+    """Whether tasks use GPUs: by default if the cluster has any."""
+    return resources.get("GPU", 0) > 0 if cluster.gpu is None else cluster.gpu
 
 
 def is_autoscaling() -> bool:
-    """Whether somebody else runs the cluster and may add nodes to it: not so for one that was started here."""
+    """Whether the cluster may grow; a Ray that started here does not."""
     return not _started_here
 
 
 def insufficient_resources(sentence: str, see: str) -> str:
-    """Say at once what Ray would wait for in silence: the warning that it waits, on a cluster that may grow.
+    """The warning that Ray waits for resources, if the cluster may grow.
 
     Raises:
-        ConfigError: it would wait for ever.
+        ConfigError: Ray would wait forever.
     """
     if is_autoscaling():
         return f"{sentence}: waiting for it to grow"
     raise ConfigError(f"{sentence}; see {see}")
 
 
+def missing_resources(subject: str, required: dict[str, float], resources: dict[str, float]) -> list[str]:
+    """Warnings as of :func:`insufficient_resources` for each kind of resource that the cluster lacks.
+
+    Args:
+        subject: with its verb, such as "a task needs".
+    """
+    return [
+        insufficient_resources(
+            f"{subject} {amount:g} {kind}s, the cluster has {resources.get(kind, 0):g}",
+            "cluster.num_workers, cluster.cpus_per_worker and cluster.gpu",
+        )
+        for kind, amount in required.items()
+        if amount > resources.get(kind, 0)
+    ]
+
+
 def metrics_url() -> str | None:
-    """Where a Ray that was started here gives its metrics; None on somebody else's cluster."""
+    """Metrics endpoint of a Ray that started here; None on another cluster."""
     if not _started_here:
         return None
     (node,) = (node for node in ray.nodes() if node["Alive"])
@@ -58,13 +74,13 @@ def metrics_url() -> str | None:
 
 
 def check_address() -> None:
-    """Raise ConfigError if RAY_ADDRESS names a cluster that nobody answers for: Ray itself would try for minutes."""
+    """Raise ConfigError if no cluster answers at RAY_ADDRESS; Ray would retry for minutes."""
     address = os.environ.get("RAY_ADDRESS", "")
     host, _, port = address.rpartition(":")
-    if not port.isdigit() or "/" in host:  # "auto", or none
+    if not port.isdigit() or "/" in host:  # "auto", or unset
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT).close()
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
@@ -74,13 +90,13 @@ def check_address() -> None:
 
 @contextmanager
 def ray_session() -> Iterator[dict[str, float]]:
-    """Use the running Ray, the cluster in RAY_ADDRESS, or start one here and stop it at the end.
+    """Use the running Ray, connect to RAY_ADDRESS, or start Ray here and stop it at the end.
 
     Yields:
         the cluster's total resources, such as ``{"CPU": 2.0}``.
 
     Raises:
-        ConfigError: Ray does not start here, or the named cluster cannot be reached.
+        ConfigError: Ray does not start here, or RAY_ADDRESS cannot be reached.
     """
     global _started_here
     if ray.is_initialized():
@@ -105,28 +121,27 @@ def ray_session() -> Iterator[dict[str, float]]:
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Have the Ray that is started next listen on loopback only, its metrics too, which ask for no token.
+    """Let a Ray that starts within the context listen on loopback only, also for metrics, which require no token.
 
-    Ray 2.60 takes the machine's address, and turns a loopback address that it is given into that one, unless it runs
-    where it forms no clusters (Windows and macOS by default): then it takes loopback for all that it starts.
+    Ray 2.60 replaces a loopback address by the machine's address where clusters are enabled (not on Windows and macOS).
     """
-    before = ray_constants.ENABLE_RAY_CLUSTER
+    previous = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+        ray_constants.ENABLE_RAY_CLUSTER = previous
 
 
 def _bring_token() -> None:
-    """Give a Ray that starts here a token of its own, where there is none yet.
+    """Create a token for a Ray that starts here, unless the user has configured one.
 
-    Ray would write one to the user's home, after which every later `ray start` asks for tokens and its clients, such as
-    `serve deploy`, are refused until RAY_AUTH_MODE is set.
+    Ray would write a token to the user's home. Every later `ray start` would then require it, and refuse clients such
+    as `serve deploy` until RAY_AUTH_MODE is set.
     """
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     if not any(name in os.environ for name in names) and not (Path.home() / ".ray" / "auth_token").exists():
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # for as long as this process lives: Ray keeps it
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # until this process ends
 
 
 def _start(num_cpus: int) -> None:
@@ -135,13 +150,13 @@ def _start(num_cpus: int) -> None:
     try:
         with _on_loopback():
             ray.init(
-                address="local",  # not the cluster of somebody else that Ray would find on this machine
+                address="local",  # not another cluster on this machine
                 num_cpus=num_cpus,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-    except Exception as error:  # Ray raises a bare Exception when its processes do not come up in time
+    except Exception as error:  # bare, if Ray's processes do not start in time
         ray.shutdown()
         raise ConfigError(
             f"Ray did not start on this machine: {first_line(error)}; --local trains without it"

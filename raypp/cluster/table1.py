@@ -1,4 +1,4 @@
-"""Table I on a cluster: a task per cell, as many at a time as there are CPUs or GPUs for."""
+"""Table I on a cluster: each cell of the grid is a task."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from raypp.utils.progress import MultiProgressDisplay, ProgressListener
 
 
 def run_on_ray(
-    grid: Sequence[GridCell], display: MultiProgressDisplay, ended: Callable[[GridCell, Outcome], None]
+    grid: Sequence[GridCell], display: MultiProgressDisplay, on_done: Callable[[GridCell, Outcome], None]
 ) -> None:
-    """Train every cell; ``ended`` is called with each one's ``{"result": summary}`` or ``{"error": sentence}``.
+    """Train every cell; a cell whose worker dies resumes from its newest checkpoint.
 
-    A task whose worker dies is started again and resumes from its newest checkpoint.
+    Args:
+        on_done: called with each cell and its ``{"result": summary}`` or ``{"error": sentence}``.
 
     Raises:
         ConfigError: no cell fits into a cluster that cannot grow.
-        ToldToStop: by ``display`` or SIGTERM, once the cells under way have written checkpoints.
+        TrainingInterrupted: by ``display`` or SIGTERM, after checkpoints of the running cells.
     """
     cells = {cell.name: cell for cell in grid}
     work = {name: (cell.config.model_dump(mode="json"), name) for name, cell in cells.items()}
-    run_tasks(
-        _train, work, grid[0].config.cluster, display, lambda name, outcome: ended(cells[name], outcome), what="a cell"
-    )
+
+    def done(name: str, outcome: Outcome) -> None:
+        on_done(cells[name], outcome)
+
+    run_tasks(_train, work, grid[0].config.cluster, display, done, what="a cell")
 
 
 def _train(tree: dict[str, Any], name: str, display: ProgressListener) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Independent pieces of work side by side on a cluster: Table I's cells, the ladder's attacks."""
+"""Independent tasks in parallel on a cluster, such as the runs of Table I or the attacks of a suite."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import ray
 import torch
 
-from raypp.cluster.progress_actor import create_progress_actor, drain, shutdown_grace_period, stop_requested
-from raypp.cluster.session import insufficient_resources, ray_session, uses_gpu
+from raypp.cluster import progress_actor
+from raypp.cluster.progress_actor import create_progress_actor, stop_requested
+from raypp.cluster.session import missing_resources, ray_session, uses_gpu
 from raypp.config.schema import Cluster
 from raypp.utils.errors import RayppError, TrainingInterrupted, first_line
 from raypp.utils.progress import MultiProgressDisplay, Row
@@ -19,134 +20,148 @@ from raypp.utils.signals import stop_on_signal
 
 POLL_SECONDS = 0.5
 
+Work = Mapping[str, tuple[Any, ...]]
+"""Arguments by task."""
+
 Outcome = dict[str, Any]
+"""``{"result": ...}``, ``{"error": sentence}`` or ``{"interrupted": sentence}``."""
 
 
 class RemoteProgress:
-    """Shows the progress of one piece of work on the driver's board."""
+    """Reports the progress of one task to the driver."""
 
-    def __init__(self, board: Any, work: str) -> None:
-        self._board, self._work = board, work
+    def __init__(self, actor: Any, task: str) -> None:
+        self._actor, self._task = actor, task
 
     def step(self, info: Row) -> None:
-        self._board.pin.remote("step", info, self._work)
+        self._actor.report.remote("step", info, self._task)
 
     def epoch(self, row: Row) -> None:
-        """One among many shows no epochs."""
+        """Ignored: the display of many tasks shows no epochs."""
 
     def warn(self, message: str) -> None:
-        self._board.pin.remote("warning", message, self._work)
+        self._actor.report.remote("warning", message, self._task)
 
     def should_stop(self) -> bool:
-        return stop_requested(self._board)
+        return stop_requested(self._actor)
 
 
 def run_tasks(
     function: Callable[..., Any],
-    work: Mapping[str, tuple[Any, ...]],
+    work: Work,
     cluster: Cluster,
     display: MultiProgressDisplay,
-    ended: Callable[[str, Outcome], None],
+    on_done: Callable[[str, Outcome], None],
     *,
     what: str,
     after: Mapping[str, Collection[str]] | None = None,
 ) -> None:
-    """Call ``function(*arguments, display)`` for every piece of work, as many at a time as there is room for.
+    """Call ``function(*arguments, display)`` for every task, as many at a time as the cluster has room for.
 
-    A task whose worker dies is started again: the function has to go on from where it was.
+    Ray restarts a task whose worker dies, so the function has to resume from its last checkpoint.
 
     Args:
-        work: arguments by name.
-        cluster: what one piece takes.
-        ended: told of each how it ended: ``{"result": ...}`` or ``{"error": sentence}``.
-        what: what a piece of work is called in a message.
-        after: pieces that have to end before another begins.
+        cluster: resources of one task.
+        on_done: called with each task and its ``{"result": ...}`` or ``{"error": sentence}``.
+        what: a task's name in messages, such as "an attack".
+        after: tasks that have to end before another one starts.
 
     Raises:
-        ConfigError: none fits into a cluster that cannot grow.
-        ToldToStop: by ``display`` or SIGTERM, when the pieces under way have written checkpoints or taken too long.
+        ConfigError: no task fits into a cluster that cannot grow.
+        TrainingInterrupted: by ``display`` or SIGTERM, after checkpoints or the grace period.
     """
-    after = after or {}
-    # After the session, for Ray's start takes the signal to itself.
-    with ray_session() as have, stop_on_signal(display.stop, signal.SIGTERM):
-        task = ray.remote(
-            **task_resources(cluster, have, what, display),
+    # ray_session comes first: Ray's start replaces the handler of the signal.
+    with ray_session() as resources, stop_on_signal(display.stop, signal.SIGTERM):
+        remote_call = ray.remote(
+            **task_resources(cluster, resources, what, display),
             max_retries=cluster.max_failures,
-            max_calls=1,  # a process each: one's memory and settings are not the next one's
+            max_calls=1,  # a new process per task, without the memory and settings of the last one
         )(_call)
-        board = create_progress_actor()
-        waiting, open_ = dict(work), set(work)
-        running: dict[Any, str] = {}
-        until: float | None = None  # when to give up those that were told to stop
-        left = False  # whether something is
-        while open_:
-            if until is None and display.stop.is_set():
-                board.stop.remote()
-                until = time.monotonic() + shutdown_grace_period()
-                left = bool(waiting)
-                open_ -= waiting.keys()
-                waiting.clear()
-            if until is not None and time.monotonic() > until:
-                left = True
-                break
-            for name in [n for n in waiting if not open_ & set(after.get(n, ()))]:
-                arguments = waiting.pop(name)
-                running[task.remote(function, arguments, name, board, cluster.cpus_per_worker)] = name
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
-            steps, events = drain(board)
-            for name, step in steps.items():
-                display.step(name, step)
-            for name, _, message in events:
-                display.warn(name, message)
-            for reference in ready:
-                name = running.pop(reference)
-                open_.remove(name)
-                outcome = _outcome(reference)
-                if "told" in outcome:
-                    left = True
-                else:
-                    ended(name, outcome)
-        if left:
+        actor = create_progress_actor()
+
+        def submit(name: str, arguments: tuple[Any, ...]) -> Any:
+            return remote_call.remote(function, arguments, name, actor, cluster.cpus_per_worker)
+
+        if not _run_until_done(submit, work, after or {}, actor, display, on_done):
             display.raise_if_stop_requested()
+
+
+def _run_until_done(
+    submit: Callable[[str, tuple[Any, ...]], Any],
+    work: Work,
+    after: Mapping[str, Collection[str]],
+    actor: Any,
+    display: MultiProgressDisplay,
+    on_done: Callable[[str, Outcome], None],
+) -> bool:
+    """Run tasks until all have ended or a stop was requested; returns whether all have ended."""
+    pending = dict(work)
+    running: dict[Any, str] = {}
+    deadline: float | None = None  # of running tasks, after a stop request
+    all_done = True
+    while pending or running:
+        if deadline is None and display.stop.is_set():
+            actor.request_stop.remote()
+            deadline = time.monotonic() + progress_actor.shutdown_grace_period()
+            all_done = not pending
+            pending.clear()
+        if deadline is not None and time.monotonic() > deadline:
+            return False
+        unfinished = {*pending, *running.values()}
+        for name in [name for name in pending if not unfinished.intersection(after.get(name, ()))]:
+            running[submit(name, pending.pop(name))] = name
+        ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
+        show_progress(display, *progress_actor.drain(actor))
+        for reference in ready:
+            name, outcome = running.pop(reference), _outcome(reference)
+            if "interrupted" in outcome:
+                all_done = False
+            else:
+                on_done(name, outcome)
+    return all_done
+
+
+def show_progress(display: MultiProgressDisplay, steps: progress_actor.Steps, events: progress_actor.Events) -> None:
+    """Show what tasks have reported by :class:`RemoteProgress`."""
+    for name, step in steps.items():
+        display.step(name, step)
+    for name, _, message in events:
+        display.warn(name, message)
 
 
 def _outcome(reference: Any) -> Outcome:
     try:
-        found: Outcome = ray.get(reference)
-    except ray.exceptions.RayTaskError as error:  # what it raised is none of ours
+        outcome: Outcome = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:  # not a RayppError
         cause = error.cause or error
         return {"error": f"it failed: {type(cause).__name__}: {' '.join(str(cause).split())}"}
     except ray.exceptions.RayError as error:
         return {"error": f"its worker died too often: {first_line(error)}"}
-    return found
+    return outcome
 
 
 def task_resources(
-    cluster: Cluster, have: dict[str, float], what: str, display: MultiProgressDisplay, num: int = 1
+    cluster: Cluster, resources: dict[str, float], what: str, display: MultiProgressDisplay, num: int = 1
 ) -> dict[str, float]:
-    """What one of ``num`` pieces takes that run at once; where the cluster does not have it, says that it waits.
+    """Ray's resource options of one of ``num`` parallel workers; warns if a growing cluster lacks them yet.
 
     Raises:
         ConfigError: the cluster cannot grow.
     """
-    use_gpu = uses_gpu(cluster, have)
-    for kind, each in {"CPU": cluster.cpus_per_worker, "GPU": float(use_gpu)}.items():
-        if num * each > have.get(kind, 0):
-            sentence = f"{what} needs {num * each:g} {kind}s, the cluster has {have.get(kind, 0):g}"
-            display.warn(
-                "cluster",
-                insufficient_resources(sentence, "cluster.num_workers, cluster.cpus_per_worker and cluster.gpu"),
-            )
+    use_gpu = uses_gpu(cluster, resources)
+    required = {"CPU": num * cluster.cpus_per_worker, "GPU": float(num * use_gpu)}
+    for warning in missing_resources(f"{what} needs", required, resources):
+        display.warn("cluster", warning)
     return {"num_cpus": cluster.cpus_per_worker, "num_gpus": int(use_gpu)}
 
 
-def _call(function: Callable[..., Any], arguments: tuple[Any, ...], name: str, board: Any, cpus: float) -> Outcome:
+def _call(function: Callable[..., Any], arguments: tuple[Any, ...], name: str, actor: Any, cpus: float) -> Outcome:
     torch.set_num_threads(max(1, int(cpus)))
-    if stop_requested(board):  # while it waited for a place
-        return {"told": "not begun"}
+    if stop_requested(actor):  # while the task waited for resources
+        return {"interrupted": "not started"}
     try:
-        return {"result": function(*arguments, RemoteProgress(board, name))}
+        return {"result": function(*arguments, RemoteProgress(actor, name))}
     except RayppError as error:
         return {"error": str(error)}
-    except TrainingInterrupted as told:
-        return {"told": str(told)}
+    except TrainingInterrupted as interrupt:
+        return {"interrupted": str(interrupt)}

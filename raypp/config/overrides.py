@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import reduce
 from typing import Any
 
 from raypp.config.schema import Config, scaled_milestones
@@ -11,40 +12,41 @@ from raypp.utils.errors import ConfigError
 from raypp.utils.registry import suggest
 
 
-def deep_merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Return ``base`` overlaid by ``over``.
+def deep_merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """Merge ``override`` into a copy of ``base``.
 
-    A section whose ``name`` changes starts afresh, since other options apply. Milestones belong to the epochs that they
-    are stated with: where ``over`` changes ``epochs`` and states no milestones, they keep their shares of the training.
+    A section whose ``name`` changes replaces the old one, since other options apply. If ``override`` changes ``epochs``
+    and sets no milestones, the milestones of ``base`` are scaled to the new number of epochs.
     """
-    return _deep_merge(base, over, scale=True)
+    return _deep_merge(base, override, scale_milestones=True)
 
 
-def _deep_merge(base: dict[str, Any], over: dict[str, Any], *, scale: bool) -> dict[str, Any]:
+def _deep_merge(base: dict[str, Any], override: dict[str, Any], *, scale_milestones: bool) -> dict[str, Any]:
     merged = dict(base)
-    for key, value in over.items():
+    for key, value in override.items():
         old = merged.get(key)
-        # A bare name stands for {name: ...}, in whichever order a name and its options come.
+        # A bare name stands for {name: ...}, whether the name or its options come first.
         if isinstance(old, str) and isinstance(value, dict):
             old = {"name": old}
         if isinstance(old, dict) and isinstance(value, str):
             value = {"name": value}
+        merged[key] = value
         if isinstance(old, dict) and isinstance(value, dict):
-            fresh = "name" in value and "name" in old and value["name"] != old["name"]
-            merged[key] = value if fresh else _deep_merge(old, value, scale=scale)
-        else:
-            merged[key] = value
-    return _with_scaled_milestones(base, over, merged) if scale else merged
+            renamed = "name" in value and "name" in old and value["name"] != old["name"]
+            if not renamed:
+                merged[key] = _deep_merge(old, value, scale_milestones=scale_milestones)
+    return _with_scaled_milestones(base, override, merged) if scale_milestones else merged
 
 
-def _with_scaled_milestones(base: dict[str, Any], over: dict[str, Any], merged: dict[str, Any]) -> dict[str, Any]:
-    """``merged`` with the milestones of ``base`` moved to the epochs of ``over``, where both are stated."""
-    old, new, schedule, changes = base.get("epochs"), over.get("epochs"), merged.get("schedule"), over.get("schedule")
+def _with_scaled_milestones(base: dict[str, Any], override: dict[str, Any], merged: dict[str, Any]) -> dict[str, Any]:
+    """Scale the milestones of ``base`` in ``merged`` to the epochs of ``override``, if both have epochs."""
+    schedule, changes = merged.get("schedule"), override.get("schedule")
     if not isinstance(schedule, dict) or (isinstance(changes, dict) and "milestones" in changes):
         return merged
+    old_epochs, new_epochs = str(base.get("epochs")), str(override.get("epochs"))
     try:
-        milestones = scaled_milestones([float(m) for m in schedule["milestones"]], int(str(old)), int(str(new)))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):  # nothing to scale, or what validation refuses
+        milestones = scaled_milestones([float(m) for m in schedule["milestones"]], int(old_epochs), int(new_epochs))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):  # nothing to scale, or validation rejects it later
         return merged
     return merged | {"schedule": schedule | {"milestones": milestones}}
 
@@ -58,67 +60,66 @@ def flatten_dict(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 COMMAND_OPTIONS = ("name", "config", "resume", "local", "quiet", "storage")
-"""Options of commands that take settings as well: a misspelt one arrives here."""
+"""Command options that a misspelled flag may mean."""
 
 
 def parse_overrides(flags: Sequence[str], roots: Iterable[str] | None = None) -> dict[str, Any]:
-    """Turn ``--a.b value`` and ``--a.b=value`` into a tree; dashes in keys are read as underscores.
+    """Convert ``--a.b value`` and ``--a.b=value`` to a tree; dashes in keys are read as underscores.
 
     Args:
-        roots: what a key may begin with; by default a section of the configuration.
+        roots: allowed first parts of a key; by default the sections of the configuration.
 
     Raises:
-        ConfigError: a flag is not understood, or a setting is given twice.
+        ConfigError: a flag is invalid, or a setting is given twice.
     """
-    known = list(Config.model_fields if roots is None else roots)
+    sections = list(Config.model_fields if roots is None else roots)
     tree: dict[str, Any] = {}
     settings: dict[tuple[str, ...], Any] = {}
-    rest = list(flags)
-    while rest:
-        flag = rest.pop(0)
+    words = list(flags)
+    while words:
+        flag = words.pop(0)
         if not flag.startswith("--") or len(flag) == 2:
             raise ConfigError(f"unexpected argument {flag!r}; a setting is written --section.key VALUE")
         key, equals, text = flag[2:].partition("=")
         parts = key.replace("-", "_").split(".")
-        if parts[0] not in known:
+        if parts[0] not in sections:
             raise ConfigError(
-                f"unknown option --{key}{suggest(parts[0], [*known, *COMMAND_OPTIONS])}; settings begin with "
-                f"{', '.join(known)}"
+                f"unknown option --{key}{suggest(parts[0], [*sections, *COMMAND_OPTIONS])}; settings begin with "
+                f"{', '.join(sections)}"
             )
         if not equals:
-            if not rest or rest[0].startswith("--"):
+            if not words or words[0].startswith("--"):
                 raise ConfigError(f"--{key} needs a value, as in --{key} VALUE")
-            text = rest.pop(0)
+            text = words.pop(0)
         try:
-            value = _value(text)
+            value = _parse_value(text)
         except DocumentError as error:
             raise ConfigError(f"--{key} is {text!r}: {error}") from error
-        _add_settings(settings, tuple(parts), value)
-        tree = _deep_merge(tree, unflatten(parts, value), scale=False)  # all flags are stated together
+        _add_setting(settings, tuple(parts), value)
+        tree = _deep_merge(tree, unflatten(parts, value), scale_milestones=False)
     return tree
 
 
-def _add_settings(settings: dict[tuple[str, ...], Any], path: tuple[str, ...], value: Any) -> None:
-    """Add what a flag sets to what others set, by paths of keys; raises ConfigError for a setting that is there."""
+def _add_setting(settings: dict[tuple[str, ...], Any], path: tuple[str, ...], value: Any) -> None:
+    """Add a flag's leaves to ``settings`` by path of keys; raises ConfigError for a setting that is there already."""
     if isinstance(value, dict):
         for key, part in value.items():
-            _add_settings(settings, (*path, *key.split(".")), part)
+            _add_setting(settings, (*path, *key.split(".")), part)
         return
-    for earlier, earlier_value in settings.items():
-        (outer, name), (inner, _) = sorted([(earlier, earlier_value), (path, value)], key=lambda pair: len(pair[0]))
+    for other_path, other_value in settings.items():
+        pair = sorted([(other_path, other_value), (path, value)], key=lambda setting: len(setting[0]))
+        (outer, outer_value), (inner, _) = pair
         if inner[: len(outer)] != outer:
             continue
-        # A bare name stands for {name: ...}, whose other keys may be given by themselves; null leaves a section out.
-        if inner != outer and isinstance(name, str | None) and inner[len(outer)] != "name":
+        # A bare name stands for {name: ...}, so its other keys may follow; so may those of a null section.
+        if inner != outer and isinstance(outer_value, str | None) and inner[len(outer)] != "name":
             continue
-        raise ConfigError(
-            f"{'.'.join(inner)} is given twice, first as {earlier_value}, then as {value}; allowed is once"
-        )
+        raise ConfigError(f"{'.'.join(inner)} is given twice, first as {other_value}, then as {value}; allowed is once")
     settings[path] = value
 
 
-def _value(text: str) -> Any:
-    """A flag's value: lists and mappings are YAML, ``null`` is none, all else is text that its setting converts."""
+def _parse_value(text: str) -> Any:
+    """Parse lists and mappings as YAML and ``null`` as None; other text is converted by validation."""
     if text == "null":
         return None
     if text.startswith(("[", "{")):
@@ -132,7 +133,5 @@ def _value(text: str) -> Any:
 
 def unflatten(parts: Sequence[str], value: Any) -> dict[str, Any]:
     """Return ``{"a": {"b": value}}`` for the parts a and b."""
-    for part in reversed(parts):
-        value = {part: value}
-    nested: dict[str, Any] = value
-    return nested
+    tree: dict[str, Any] = reduce(lambda nested, part: {part: nested}, reversed(parts), value)
+    return tree

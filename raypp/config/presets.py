@@ -15,20 +15,20 @@ from raypp.utils.errors import ConfigError
 from raypp.utils.registry import suggest
 
 EXTRA_SECTIONS = ("search",)
-"""Sections of a preset that other commands read (``raypp tune``): no part of a run's configuration."""
+"""Sections of a preset that only other commands (``raypp tune``) read."""
 
 
 def presets() -> dict[str, Path]:
-    """Shipped presets by name."""
+    """Files of the presets in this package, by name."""
     folder = Path(str(resources.files("raypp") / "presets"))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def load_config(preset: str | Path, file: str | Path | None = None, flags: tuple[str, ...] | list[str] = ()) -> Config:
-    """Merge a preset (by name, or a YAML path), an optional YAML file and flags ``--train.alpha 0.01``.
+    """Merge a preset (a name or a YAML path), an optional YAML file and flags ``--train.alpha 0.01``, and validate.
 
     Raises:
-        ConfigError: one sentence that names the key, the value and what is allowed.
+        ConfigError: the message names the key, the value and the allowed values.
     """
     config = validate(load_tree(preset, file, flags))
     check_milestones(config.train, "train")
@@ -38,20 +38,20 @@ def load_config(preset: str | Path, file: str | Path | None = None, flags: tuple
 def load_tree(
     preset: str | Path, file: str | Path | None = None, flags: Sequence[str] = (), more: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Merge as :func:`load_config` does, but do not validate; raises ConfigError for what cannot be read.
+    """Merge as :func:`load_config` does, without validation; raises ConfigError for an unreadable file or flag.
 
     Args:
-        more: sections to keep, and to allow in flags, that are no part of a run's configuration.
+        more: sections of ``EXTRA_SECTIONS`` to keep, and to allow in flags.
     """
-    known = presets()
-    if str(preset) in known:
-        tree = read_yaml(known[str(preset)])
+    files = presets()
+    if str(preset) in files:
+        tree = read_yaml(files[str(preset)])
     elif Path(preset).suffix in {".yaml", ".yml"}:
         tree = read_yaml(Path(preset))
     else:
         raise ConfigError(
-            f"unknown preset {str(preset)!r}{suggest(str(preset), known)}; "
-            f"allowed: {', '.join(known)}, or the path of a .yaml file"
+            f"unknown preset {str(preset)!r}{suggest(str(preset), files)}; "
+            f"allowed: {', '.join(files)}, or the path of a .yaml file"
         )
     if file is not None:
         tree = deep_merge(tree, read_yaml(Path(file)))
@@ -60,14 +60,14 @@ def load_tree(
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a file that holds a mapping; raises ConfigError with one sentence for what is wrong with it."""
+    """Read a YAML file that holds a mapping; raises ConfigError."""
     try:
         tree = load_yaml(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror}") from error
     except DocumentError as error:
-        what = "is no valid YAML" if error.syntax else "is not understood"
-        raise ConfigError(f"config file {str(path)!r} {what}: {error}") from error
+        problem = "is no valid YAML" if error.syntax else "is not understood"
+        raise ConfigError(f"config file {str(path)!r} {problem}: {error}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):

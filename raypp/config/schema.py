@@ -1,7 +1,6 @@
-"""The configuration tree: a preset, then a YAML file, then command-line flags, validated once.
+"""Schema of the configuration; :mod:`raypp.config.presets` merges and validates it.
 
-Every number of the paper that a run uses stands in a preset, none in code. The merged tree is frozen, unknown keys are
-refused, and it is written into each run and bundle.
+Presets hold the paper's numbers. The validated tree is frozen; each run and bundle stores it.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ from raypp.utils.paths import PathOrUri
 from raypp.utils.registry import MethodConfig, Registry, suggest
 
 REGISTRIES = {"source": SOURCES, "protection": PROTECTIONS, "classifier": CLASSIFIERS, "features": FEATURES}
-"""Methods by the section that names one."""
+"""Registry of each section that selects a method by ``name``."""
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Side = Annotated[int, Field(ge=1)]
 
 
 def _select(registry: Registry) -> BeforeValidator:
-    """Validate a section against the options model that its ``name`` selects in ``registry``."""
+    """Validate a section with the options model that its ``name`` selects in ``registry``."""
 
     def validate(value: Any) -> Any:
         if isinstance(value, MethodConfig):
@@ -54,8 +53,8 @@ def _select(registry: Registry) -> BeforeValidator:
     return BeforeValidator(validate)
 
 
-def _number(value: Any) -> Any:
-    """A flag's text as the integer it is; a Literal does not convert by itself."""
+def _to_int(value: Any) -> Any:
+    """Convert a flag's text to an integer, which Literal does not."""
     return int(value) if isinstance(value, str) and value.isdigit() else value
 
 
@@ -74,11 +73,11 @@ class AugmentConfig(ConfigModel):
 
 class Data(ConfigModel):
     source: Annotated[SerializeAsAny[MethodConfig], _select(SOURCES)]
-    """Where images come from; ``raypp data ls`` lists the sources and their options."""
+    """Data source; ``raypp data ls`` lists the sources and their options."""
     image_size: tuple[Side, Side] | None = None
-    """Height and width that every image is fitted to (resize, then centre crop); null takes them as they are."""
-    channels: Annotated[Literal[1, 3], BeforeValidator(_number)] = 3
-    """3 for RGB, 1 for grey."""
+    """Height and width of all images after resizing and center cropping; null keeps their size."""
+    channels: Annotated[Literal[1, 3], BeforeValidator(_to_int)] = 3
+    """3 for RGB, 1 for gray."""
     num_val: int = Field(5000, ge=1)
     """Images held out of the training split for validation, stratified by class."""
     num_train: int | None = Field(None, ge=1)
@@ -94,8 +93,8 @@ class Data(ConfigModel):
 
 class Optimizer(ConfigModel):
     name: Literal["sgd", "adamw", "muon"] = "sgd"
-    """``muon`` (Jordan et al. 2024) makes what it adds to a weight of two and more dimensions orthogonal, and takes
-    learning rates of ``adamw``'s size: more gained per image, and more to compute per step."""
+    """``muon`` (Jordan et al. 2024) orthogonalizes the updates of weights with two or more dimensions. Its learning
+    rates have the size of ``adamw``'s. It learns more per image and computes more per step."""
     lr: float = Field(0.1, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     """SGD's and Muon's momentum; AdamW's first beta."""
@@ -107,12 +106,12 @@ class Constant(ConfigModel):
 
 
 def scaled_milestones(milestones: Sequence[float], old_epochs: int, new_epochs: int) -> list[float]:
-    """Milestones of a training of ``old_epochs`` at the same shares of one of ``new_epochs``."""
+    """Scale milestones from ``old_epochs`` to ``new_epochs``."""
     return [_whole(round(milestone * new_epochs / old_epochs, 6)) for milestone in milestones]
 
 
 def _whole(value: float) -> float:
-    """A whole number as an integer, so that it is printed as one."""
+    """Convert a whole number to an integer, which prints without a decimal point."""
     return int(value) if value == int(value) else value
 
 
@@ -123,22 +122,21 @@ Milestone = Annotated[float, Field(ge=0), AfterValidator(_whole), PlainSerialize
 class MultiStep(ConfigModel):
     name: Literal["multistep"] = "multistep"
     milestones: tuple[Milestone, ...] = (60, 120, 160)
-    """Epochs, counted from 0, after which the learning rate is multiplied by ``gamma``. They belong to the number of
-    epochs that they are stated with: another number, and a phase of another length, keep their shares of the whole.
-    The default is at 30, 60 and 80% of the epochs."""
+    """Epochs, counted from 0, after which the learning rate is multiplied by ``gamma``. They are scaled with the
+    number of epochs, also for a phase of another length. The default is 30, 60 and 80% of the epochs."""
     gamma: float = Field(0.2, gt=0, le=1)
 
 
 class LinearWarmupDecay(ConfigModel):
     name: Literal["one_cycle"] = "one_cycle"
     warmup: float = Field(0.2, ge=0, lt=1)
-    """Share of all steps in which the learning rate rises linearly to ``lr``; it then falls linearly to ``final``."""
+    """Share of all steps in which the learning rate rises linearly to ``lr``, before it falls linearly to ``final``."""
     final: float = Field(0.0, ge=0, le=1)
     """Learning rate after the last step, as a share of ``lr``."""
 
 
 def _default_milestones(schedule: Any, info: ValidationInfo) -> Any:
-    """Move milestones that nobody stated from the paper's number of epochs to the configured one."""
+    """Scale default milestones from the paper's number of epochs to the configured one."""
     epochs = info.data.get("epochs")
     if epochs is None or not isinstance(schedule, MultiStep) or "milestones" in schedule.model_fields_set:
         return schedule
@@ -147,12 +145,12 @@ def _default_milestones(schedule: Any, info: ValidationInfo) -> Any:
 
 
 class OptimizationConfig(ConfigModel):
-    """How networks are trained: what every loop needs, the attacks' included."""
+    """Training settings that runs and attacks share."""
 
     epochs: int = Field(200, ge=1, le=1_000_000)
-    """Epochs of the mode's own phase."""
+    """Epochs of the main phase."""
     batch_size: int = Field(128, ge=2)
-    """Images per step over all workers together."""
+    """Images per step, over all workers."""
     eval_batch_size: int = Field(500, ge=1)
     """Images per evaluation step and worker."""
     optimizer: Optimizer = Optimizer()
@@ -162,55 +160,54 @@ class OptimizationConfig(ConfigModel):
         AfterValidator(_default_milestones),
     ] = MultiStep()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """``auto`` takes bf16 autocast where the hardware has bf16 instructions."""
+    """``auto`` selects bf16 autocast on hardware with bf16 instructions."""
     channels_last: bool = True
     compile: bool = False
-    """torch.compile; measure before you switch it on."""
+    """Use torch.compile; measure first whether it is faster."""
     sync_batchnorm: bool = False
     """Batch statistics over all workers, so that the number of workers does not change the result."""
     deterministic: bool = True
-    """Ask torch for deterministic algorithms."""
+    """Use torch's deterministic algorithms."""
     adapt_threads: bool = True
-    """CPU only: compute with fewer threads while other processes use the cores. Rounding depends on the number of
-    threads; false keeps it, so that two runs end with the same bits."""
+    """CPU only: use fewer threads while other processes use the cores. Rounding depends on the number of threads;
+    false fixes it, which makes runs reproducible bit by bit."""
     checkpoint_seconds: float | None = Field(300, gt=0)
-    """Write a checkpoint within an epoch as well when the last is so old; null writes them at the ends of epochs."""
+    """Age of the last checkpoint at which another is written within an epoch; null writes them after epochs only."""
 
 
 class Train(OptimizationConfig):
     mode: Literal["joint", "frozen", "plain"] = "joint"
-    """``joint`` trains protection and classifier together. ``frozen`` trains the classifier on plain images first and
-    then the protection alone, as the authors' released code does; the paper's Eq. 3, too, minimises over the
-    protection's weights only. ``plain`` trains the classifier alone, the baseline."""
+    """``joint`` trains protection and classifier together. ``frozen`` trains the classifier on plain images, then the
+    protection alone, as the authors' released code and the paper's Eq. 3 do. ``plain`` trains the classifier alone,
+    as a baseline."""
     alpha: float = Field(0.005, ge=0)
     """Weight of the feature distance in Eq. 4."""
     plain_epochs: int | None = Field(None, ge=1, le=1_000_000)
-    """Epochs of the plain classifier where a phase needs one first; null means ``epochs``."""
+    """Epochs of the plain classifier, if the mode trains one first; null means ``epochs``."""
 
 
 class Cluster(ConfigModel):
     num_workers: int | None = Field(None, ge=1)
-    """Training workers; null takes one per GPU, else one per CPU, at most 8 and so that they divide the batch."""
+    """Training workers; null takes one per GPU, else one per CPU, at most 8, and a divisor of the batch size."""
     min_workers: int | None = Field(None, ge=1)
-    """Go on with as few workers as this when nodes leave, and take up more, to ``num_workers``, when they come; null
-    waits for all of them. Where their number does not divide the batch, a step takes the next smaller one that it
-    does."""
+    """Minimum number of workers: the run continues with fewer when nodes leave and grows to ``num_workers`` when nodes
+    join. null always waits for ``num_workers``. If the workers do not divide the batch, steps use the next smaller
+    batch size that they divide."""
     resize_seconds: float = Field(30, ge=0)
-    """Seconds between looks whether a run with ``min_workers`` can grow. To grow, it starts its workers again from the
+    """Seconds between checks whether a run with ``min_workers`` can grow. To grow, it restarts its workers from the
     newest checkpoint."""
     cpus_per_worker: float = Field(1, gt=0)
     """CPUs that Ray reserves per worker; also its number of torch threads."""
     gpu: bool | None = None
-    """One GPU per worker; null takes GPUs when the cluster has one for each worker at the start (true waits for
-    them)."""
+    """One GPU per worker; true waits for the GPUs, null uses them if each worker can have one at the start."""
     max_failures: int = Field(3, ge=-1)
-    """Times in all that a worker group is restarted from the last checkpoint before the run is given up; -1 sets no
-    limit, which a long run on nodes that come and go wants."""
+    """Restarts of the worker group from the last checkpoint before the run fails; -1 sets no limit, for long runs on
+    nodes that come and go."""
     storage: PathOrUri = Field("runs", validate_default=True)
-    """Folder or pyarrow filesystem URI (s3://...) under which each run has its folder."""
+    """Folder or pyarrow filesystem URI (s3://...) that holds the run folders."""
 
     @model_validator(mode="after")
-    def _range(self) -> Cluster:
+    def _check_min_workers(self) -> Cluster:
         if self.min_workers is not None and self.min_workers > (self.num_workers or 0):
             raise ValueError(
                 f"min_workers is {self.min_workers}; allowed is at most num_workers, which is "
@@ -220,53 +217,60 @@ class Cluster(ConfigModel):
 
 
 class Config(ConfigModel):
-    """One run. Sections are frozen; make another with ``load_config`` or ``model_copy``."""
+    """Configuration of one run, frozen."""
 
     seed: Seed = 0
-    """Sets everything random: split, initial weights, batch order, augmentation."""
+    """Seed of the data split, initial weights, batch order and augmentation."""
     data: Data
     protection: Annotated[SerializeAsAny[MethodConfig], _select(PROTECTIONS)]
     classifier: Annotated[SerializeAsAny[MethodConfig], _select(CLASSIFIERS)]
     adaptation: str = "auto"
-    """Network between protected images and the classifier; ``auto`` is the one that the protection names."""
+    """Network between protected images and the classifier; ``auto`` uses the protection's default."""
     features: Annotated[SerializeAsAny[MethodConfig], _select(FEATURES)]
     train: Train = Train()
-    cluster: Cluster = Field(default_factory=Cluster)  # at each use: its storage is relative to the current folder
+    cluster: Cluster = Field(default_factory=Cluster)  # not shared: its storage is relative to the current folder
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Config:
-        if self.cluster.num_workers and self.train.batch_size % self.cluster.num_workers:
+    def _check_sections(self) -> Config:
+        self._check_workers()
+        self._check_protection()
+        self._check_adaptation()
+        return self
+
+    def _check_workers(self) -> None:
+        batch_size, num_workers = self.train.batch_size, self.cluster.num_workers
+        if num_workers and batch_size % num_workers:
             raise ValueError(
-                f"train.batch_size {self.train.batch_size} cannot be divided among cluster.num_workers "
-                f"{self.cluster.num_workers}; allowed is a multiple of it"
+                f"train.batch_size {batch_size} cannot be divided among cluster.num_workers {num_workers}; allowed is "
+                "a multiple of it"
             )
-        if self.cluster.num_workers and self.train.batch_size // self.cluster.num_workers < 2:
+        if num_workers and batch_size // num_workers < 2:
             raise ValueError(
-                f"train.batch_size {self.train.batch_size} leaves each of cluster.num_workers "
-                f"{self.cluster.num_workers} one image; allowed are two and more, for batch normalisation"
+                f"train.batch_size {batch_size} leaves each of cluster.num_workers {num_workers} one image; allowed "
+                "are two and more, for batch normalization"
             )
         if self.data.stream and self.cluster.min_workers is not None and not self.cluster.gpu:
             raise ValueError(
-                "cluster.min_workers with data.stream needs cluster.gpu true: workers that take every CPU as it comes "
-                "leave none for reading; allowed is a fixed cluster.num_workers"
+                "cluster.min_workers with data.stream needs cluster.gpu true, since CPU workers leave no CPU for "
+                "reading; allowed is a fixed cluster.num_workers"
             )
-        if self.train.mode == "plain" and self.protection.name != "plain":
-            raise ValueError(
-                f"train.mode 'plain' trains no protection, found {self.protection.name!r}; allowed: 'plain'"
-            )
-        kind = PROTECTIONS.get(self.protection.name)
-        if self.train.mode == "frozen" and not kind.trained:
-            raise ValueError(
-                f"train.mode 'frozen' trains the protection alone, and {self.protection.name!r} has nothing to train"
-            )
-        if (problem := kind.problem(self.protection, self.data.channels)) is not None:
+
+    def _check_protection(self) -> None:
+        name, protection = self.protection.name, PROTECTIONS.get(self.protection.name)
+        if self.train.mode == "plain" and name != "plain":
+            raise ValueError(f"train.mode 'plain' trains no protection, but protection is {name!r}; allowed: 'plain'")
+        if self.train.mode == "frozen" and not protection.trained:
+            raise ValueError(f"train.mode 'frozen' trains the protection alone, and {name!r} has nothing to train")
+        if (problem := protection.problem(self.protection, self.data.channels)) is not None:
             raise ValueError(problem)
-        chosen = kind.adaptation if self.adaptation == "auto" else self.adaptation
-        together = ADAPTATIONS.get(chosen).side if chosen in ADAPTATIONS else None
+
+    def _check_adaptation(self) -> None:
+        name = self.adaptation_name
+        reads_blocks = name in ADAPTATIONS and ADAPTATIONS.get(name).side == BLOCK
         block = getattr(self.protection, "block", BLOCK)
-        if together == BLOCK and block != BLOCK:
+        if reads_blocks and block != BLOCK:
             raise ValueError(
-                f"protection.block {block} is not {BLOCK}, the side of the blocks that adaptation {chosen!r} "
+                f"protection.block {block} is not {BLOCK}, the side of the blocks that adaptation {name!r} "
                 f"reads; allowed is {BLOCK}, or adaptation 'none'"
             )
         allowed = ("auto", "none", *ADAPTATIONS)
@@ -277,15 +281,14 @@ class Config(ConfigModel):
             )
         if self.train.mode == "frozen" and self.adaptation not in ("auto", "none"):
             raise ValueError(
-                f"train.mode 'frozen' takes the plain classifier as it is, without adaptation {self.adaptation!r}"
+                f"train.mode 'frozen' uses the plain classifier unchanged, without adaptation {self.adaptation!r}"
             )
-        return self
 
     @property
     def adaptation_name(self) -> str:
-        """The adaptation network in front of the classifier; "auto" is the one that the protection names."""
-        automatic: str = PROTECTIONS.get(self.protection.name).adaptation
-        return automatic if self.adaptation == "auto" else self.adaptation
+        """Name of the adaptation network; "auto" is resolved to the protection's default."""
+        default: str = PROTECTIONS.get(self.protection.name).adaptation
+        return default if self.adaptation == "auto" else self.adaptation
 
     def to_yaml(self) -> str:
         text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -1,8 +1,7 @@
-"""Validation: one sentence for an error of pydantic, with field, value and what is allowed."""
+"""Validation: pydantic's errors as one sentence with the field, its value and the allowed values."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import Any, get_args
 
@@ -10,11 +9,11 @@ from pydantic import BaseModel, ValidationError
 
 from raypp.config.schema import REGISTRIES, Config, Data, MultiStep, OptimizationConfig
 from raypp.utils.errors import ConfigError
-from raypp.utils.registry import MethodConfig
+from raypp.utils.registry import MethodConfig, suggest
 
 
 def validate(tree: dict[str, Any]) -> Config:
-    """Validate a merged tree; raises ConfigError with one sentence for the first thing that is wrong."""
+    """Validate a merged tree; raises ConfigError for the first error."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -22,12 +21,12 @@ def validate(tree: dict[str, Any]) -> Config:
 
 
 def check_milestones(train: OptimizationConfig, section: str) -> None:
-    """Refuse milestones that training ends before; raises ConfigError.
+    """Raise ConfigError for milestones after the end of training.
 
-    A check of what users write: stored configurations of earlier versions may hold such milestones.
+    Only for configurations that users write: stored ones of earlier versions may have such milestones.
 
     Args:
-        section: where ``train`` stands, for the message.
+        section: key of ``train``, for the message.
     """
     if not isinstance(train.schedule, MultiStep):
         return
@@ -40,7 +39,7 @@ def check_milestones(train: OptimizationConfig, section: str) -> None:
 
 
 def validate_data(tree: dict[str, Any]) -> Data:
-    """Validate a ``data`` section by itself; raises ConfigError as :func:`validate` does."""
+    """Validate a ``data`` section alone; raises ConfigError as :func:`validate` does."""
     try:
         return Data.model_validate(tree)
     except ValidationError as error:
@@ -50,24 +49,23 @@ def validate_data(tree: dict[str, Any]) -> Data:
 def format_validation_error(
     error: ValidationError, tree: dict[str, Any], within: tuple[str, ...] = (), root: type[BaseModel] | None = None
 ) -> str:
-    """The first error as one sentence; pydantic's own wording, with the key spelled as the user wrote it.
+    """Format the first error as one sentence: the key as the user wrote it, then pydantic's message.
 
     Args:
-        within: the section that was validated by itself.
-        root: the model that was validated; by default a :class:`Config`.
+        within: path of the section, if it was validated alone.
+        root: the validated model; by default :class:`Config`.
     """
-    # An unknown key explains other errors (a missing required one, say), so it comes first.
+    # Report unknown keys first; they usually cause the other errors.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     loc = [*within, *(str(part) for part in first["loc"])]
-    # pydantic puts a discriminated union's tag into the path; the user never wrote it.
+    # pydantic adds a discriminated union's tag to the path.
     if loc[:2] == ["train", "schedule"] and len(loc) > 2:
         del loc[2]
     key = ".".join(loc)
     if first["type"] == "extra_forbidden":
         siblings = _allowed_keys(loc[:-1], tree, root or Config)
-        close = difflib.get_close_matches(loc[-1], siblings, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        return f"unknown key {key!r}{hint}; allowed there: {', '.join(siblings)}{_owners(loc, tree)}"
+        allowed = ", ".join(siblings) + _methods_with_key(loc, tree)
+        return f"unknown key {key!r}{suggest(loc[-1], siblings)}; allowed there: {allowed}"
     if first["type"] == "missing":
         return f"{key} is missing; it has no default"
     reason = first["msg"].removeprefix("Value error, ")
@@ -78,25 +76,25 @@ def format_validation_error(
     return f"{key} is {shown}: {reason[0].lower()}{reason[1:]}"
 
 
-def _owners(loc: list[str], tree: dict[str, Any]) -> str:
-    """Which methods have a key that the chosen one lacks; an empty string if none has it."""
-    *above, key = loc
-    registry = REGISTRIES.get(above[-1]) if above else None
-    owners = [name for name in registry or () if registry and key in registry.options(name).model_fields]
-    if not owners:
+def _methods_with_key(loc: list[str], tree: dict[str, Any]) -> str:
+    """Name the other methods that have the unknown key at ``loc``; an empty string if none has it."""
+    *section, key = loc
+    registry = REGISTRIES.get(section[-1]) if section else None
+    methods = [name for name in registry or () if registry and key in registry.options(name).model_fields]
+    if not methods:
         return ""
     node: Any = tree
-    for part in above:
-        node = node.get(part, {}) if isinstance(node, dict) else {}
+    for part in section:
+        node = _child(node, part)
     name = node.get("name") if isinstance(node, dict) else node
-    return f"; {'.'.join(above)} is {name!r}, and only {' or '.join(map(repr, owners))} has that key"
+    return f"; {'.'.join(section)} is {name!r}, and only {' or '.join(map(repr, methods))} has that key"
 
 
 def _allowed_keys(loc: list[str], tree: dict[str, Any], model: type[BaseModel]) -> list[str]:
-    """Keys allowed in the section at ``loc``, given what the user's tree selects there."""
+    """Keys allowed in the section at ``loc``, which depend on the methods that ``tree`` selects."""
     node: Any = tree
     for part in loc:
-        node = node.get(part, {}) if isinstance(node, dict) else {}
+        node = _child(node, part)
         annotation = model.model_fields[part].annotation
         choices = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
         name = node.get("name") if isinstance(node, dict) else None
@@ -106,3 +104,7 @@ def _allowed_keys(loc: list[str], tree: dict[str, Any], model: type[BaseModel]) 
             named = [m for m in choices if "name" in m.model_fields and m.model_fields["name"].default == name]
             model = (named or choices)[0]
     return list(model.model_fields)
+
+
+def _child(node: Any, key: str) -> Any:
+    return node.get(key, {}) if isinstance(node, dict) else {}

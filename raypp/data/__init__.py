@@ -1,4 +1,4 @@
-"""Data sources: where plain images and their labels come from."""
+"""Data sources: plain images and their labels."""
 
 from raypp.utils.registry import Registry
 

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 through torchvision, which checks every file against its published md5 before reading it."""
+"""CIFAR-10 and CIFAR-100 from torchvision, which checks the md5 of every file."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class _Cifar(DataSource):
     """Name of the class in torchvision.datasets."""
 
     class Options(registry.MethodConfig):
-        """Where the data set lies."""
+        """Location of the data set."""
 
         root: paths.PathOrUri = Field("data", validate_default=True)
-        """Folder that holds (or gets) the extracted python version of the data set."""
+        """Folder of the extracted Python version of the data set."""
         download: bool = True
-        """Fetch the data set into ``root`` if it is not there."""
+        """Download the data set to ``root`` if it is missing."""
 
     options: Options
 
     def __init__(self, options: Options, *, size: tuple[int, int] | None = None, channels: int = 3) -> None:
         super().__init__(options, size=size or (32, 32), channels=channels)
-        self._opened: dict[Split, Any] = {}
+        self._datasets: dict[Split, Any] = {}
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -45,41 +45,39 @@ class _Cifar(DataSource):
 
     def _read(self, split: Split) -> Iterator[Example]:
         assert self.size is not None
-        opened = self._open(split)
-        for i, (image, label) in enumerate(zip(opened.data, opened.targets, strict=True)):
+        dataset = self._open(split)
+        for i, (image, label) in enumerate(zip(dataset.data, dataset.targets, strict=True)):
             image = resize_and_center_crop(image, self.size)
-            yield Example(
-                f"{self.dataset} {split} image {i}", label, to_grayscale(image) if self.channels == 1 else image
-            )
+            if self.channels == 1:
+                image = to_grayscale(image)
+            yield Example(f"{self.dataset} {split} image {i}", label, image)
 
     def _open(self, split: Split) -> Any:
-        """Return torchvision's data set, read once; raises DataError that says which file is missing or damaged."""
-        if split not in self._opened:
+        """Return torchvision's data set, read once; raises DataError that names the missing or damaged file."""
+        if split not in self._datasets:
             from torchvision import datasets
 
             dataset = getattr(datasets, self.dataset)
             root = Path(self.options.root)
             try:
-                with _only_one(root) if self.options.download else contextlib.nullcontext():
-                    self._opened[split] = dataset(root, train=split == "train", download=self.options.download)
+                with _download_lock(root) if self.options.download else contextlib.nullcontext():
+                    self._datasets[split] = dataset(root, train=split == "train", download=self.options.download)
             except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, tarfile.TarError, KeyError) as error:
-                if self.options.download:
-                    tried = f"downloading {dataset.url} failed ({error})"
-                else:
-                    tried = "data.source.download is false"
+                failed = f"downloading {dataset.url} failed ({error})"
+                reason = failed if self.options.download else "data.source.download is false"
                 raise DataError(
-                    f"{_defect(dataset, root)} and {tried}; data.source.root can point at an existing copy"
+                    f"{_defect(dataset, root)} and {reason}; data.source.root can point at an existing copy"
                 ) from error
-        return self._opened[split]
+        return self._datasets[split]
 
 
 @contextlib.contextmanager
-def _only_one(root: Path) -> Iterator[None]:
-    """Let one process or thread of this machine at a time download and extract: torchvision does neither atomically."""
+def _download_lock(root: Path) -> Iterator[None]:
+    """Let one process or thread of this machine download and extract at a time; torchvision does neither atomically."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         file = (root / ".download.lock").open("a")
-    except OSError:  # a folder that cannot be written holds the data set, or torchvision says what is wrong
+    except OSError:  # a read-only folder contains the data set, or torchvision raises an error
         yield
         return
     with file:
@@ -88,7 +86,7 @@ def _only_one(root: Path) -> Iterator[None]:
 
 
 def _defect(dataset: Any, root: Path) -> str:
-    """Say what is wrong with the copy of a torchvision data set at ``root``."""
+    """Describe the defect of a torchvision data set at ``root``."""
     from torchvision.datasets.utils import check_integrity
 
     folder = root / dataset.base_folder
@@ -102,22 +100,22 @@ def _defect(dataset: Any, root: Path) -> str:
 
 
 class Cifar10(_Cifar):
-    """CIFAR-10: 50,000 + 10,000 colour photos of 32 x 32 in 10 classes."""
+    """CIFAR-10: 50,000 + 10,000 color photos of 32 x 32 in 10 classes."""
 
     dataset = "CIFAR10"
 
     class Options(_Cifar.Options):
-        """Where CIFAR-10 lies."""
+        """Location of CIFAR-10."""
 
         name: Literal["cifar10"] = "cifar10"
 
 
 class Cifar100(_Cifar):
-    """CIFAR-100: 50,000 + 10,000 colour photos of 32 x 32 in 100 fine classes."""
+    """CIFAR-100: 50,000 + 10,000 color photos of 32 x 32 in 100 fine classes."""
 
     dataset = "CIFAR100"
 
     class Options(_Cifar.Options):
-        """Where CIFAR-100 lies."""
+        """Location of CIFAR-100."""
 
         name: Literal["cifar100"] = "cifar100"

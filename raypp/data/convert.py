@@ -1,9 +1,10 @@
-"""What ``raypp data`` does: list the sources, convert one to Parquet, check one for damage and duplicates."""
+"""List the data sources, convert one to Parquet, and check one for damage and duplicates."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raypp.data import SOURCES
-from raypp.data.base import THREADS_FROM, DataSource, Example, Fingerprint, Split, check_labels, num_threads
+from raypp.data.base import MIN_BYTES_FOR_THREADS, DataSource, Fingerprint, Split, check_labels, num_threads
 from raypp.utils.errors import DataError, StorageError
-from raypp.utils.images import Pixels, encode_png
+from raypp.utils.images import encode_png
 from raypp.utils.storage import new_folder
 
 ROWS_PER_GROUP = 1000
@@ -27,18 +28,14 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 def describe() -> list[dict[str, Any]]:
-    """Return one entry per source: its name, the first line of its documentation, and its options.
+    """Return the name, the documentation's first line and the options of each source.
 
     Options map each field to its default as text, or to "required".
     """
     entries = []
     for name in SOURCES:
-        fields = SOURCES.options(name).model_fields
-        options = {
-            key: "required" if field.is_required() else str(field.default)
-            for key, field in fields.items()
-            if key != "name"
-        }
+        fields = {key: field for key, field in SOURCES.options(name).model_fields.items() if key != "name"}
+        options = {key: "required" if field.is_required() else str(field.default) for key, field in fields.items()}
         entries.append({"name": name, "doc": (SOURCES.get(name).__doc__ or "").splitlines()[0], "options": options})
     return entries
 
@@ -52,23 +49,23 @@ def convert(
 ) -> None:
     """Write a source as Parquet files in the Hugging Face layout, images as PNG.
 
-    The folder appears whole or not at all.
+    The conversion runs in bounded memory and leaves no folder after an error.
 
     Args:
-        source: what to convert; it is read in bounded memory.
+        source: the source to convert.
         out: folder to create; it may exist if it is empty.
         rows_per_file: a larger split becomes several files.
-        progress: called with the split, the images written and their total.
+        progress: called with the split, the number of images written and their total.
 
     Raises:
         DataError: an image cannot be used.
-        StorageError: ``out`` is taken or cannot be written.
+        StorageError: ``out`` is not empty or cannot be written.
     """
     if not out.name or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise StorageError(f"{out} exists and is not an empty folder")
-    with new_folder(out) as aside:
+    with new_folder(out) as folder:
         for split in SPLITS:
-            _write_split(source, split, aside, rows_per_file, progress)
+            _write_split(source, split, folder, rows_per_file, progress)
 
 
 def _write_split(
@@ -78,51 +75,45 @@ def _write_split(
     rows_per_file: int,
     progress: Callable[[Split, int, int], None] | None,
 ) -> None:
-    num, done = source.num_images(split), 0
+    num, num_written = source.num_images(split), 0
     num_files = -(-num // rows_per_file)
     features = {"img": {"_type": "Image"}, "label": {"names": list(source.classes), "_type": "ClassLabel"}}
     schema = pa.schema(
         [("img", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())],
         metadata={"huggingface": json.dumps({"info": {"features": features}})},
     )
-    records = source.records(split)
+    examples = source.examples(split)
     with ThreadPoolExecutor(num_threads()) as pool:
         for index in range(num_files):
             path = folder / f"{split}-{index:05d}-of-{num_files:05d}.parquet"
-            in_file = islice(records, rows_per_file)
+            examples_of_file = islice(examples, rows_per_file)
             with pq.ParquetWriter(path, schema, compression="none") as writer:  # PNG is compressed already
-                while group := list(islice(in_file, ROWS_PER_GROUP)):
-                    images = [_usable(record) for record in group]
-                    encode = pool.map if images[0].nbytes >= THREADS_FROM else map
+                while group := list(islice(examples_of_file, ROWS_PER_GROUP)):
+                    images = [example.pixels() for example in group]
+                    encode = pool.map if images[0].nbytes >= MIN_BYTES_FOR_THREADS else map
                     rows = [
                         {"bytes": png, "path": f"{split}/{row:08d}.png"}
-                        for row, png in enumerate(encode(encode_png, images), done)
+                        for row, png in enumerate(encode(encode_png, images), num_written)
                     ]
-                    writer.write_table(pa.table([rows, [record.label for record in group]], schema=schema))
-                    done += len(group)
+                    writer.write_table(pa.table([rows, [example.label for example in group]], schema=schema))
+                    num_written += len(group)
                     if progress:
-                        progress(split, done, num)
-
-
-def _usable(record: Example) -> Pixels:
-    if isinstance(record.image, DataError):
-        raise record.image
-    return record.image
+                        progress(split, num_written, num)
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What one split holds.
+    """Contents of one split.
 
     Attributes:
-        num_images: readable images.
+        num_images: number of readable images.
         shape: (H, W, C), or None if no image is readable.
-        counts: readable images per class, every class named.
-        num_duplicates: images whose pixels occurred before in the same split.
-        unreadable: why images cannot be used, a sentence each, the first 20.
-        num_unreadable: how many there are.
-        fingerprint: that of the loaded :class:`ImageSet`, or None if any image is unreadable.
-        problem: why the split as a whole cannot be used, a sentence.
+        counts: number of readable images of every class.
+        num_duplicates: number of images whose pixels occur before in the same split.
+        unreadable: error messages of the first 20 unreadable images.
+        num_unreadable: number of unreadable images.
+        fingerprint: that of the loaded :class:`ImageDataset`, or None if an image is unreadable.
+        problem: error message if the whole split cannot be used.
     """
 
     num_images: int
@@ -137,7 +128,7 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Both splits, how many test images have the pixels of a train image, and what belongs to no split."""
+    """Both splits, the number of test images with the pixels of a train image, and paths that belong to no split."""
 
     train: SplitReport
     test: SplitReport
@@ -146,44 +137,43 @@ class Report:
 
     @property
     def readable(self) -> bool:
-        """Whether every image of both splits, and each split as a whole, can be used."""
-        return not any(part.num_unreadable or part.problem for part in (self.train, self.test))
+        """Whether both splits and all their images can be used."""
+        return not any(split.num_unreadable or split.problem for split in (self.train, self.test))
 
 
 def check(source: DataSource) -> Report:
-    """Read every image of a source once, in bounded memory, and report instead of stopping at the first bad one.
+    """Read every image of a source once, in bounded memory, and report all unreadable ones.
 
     Raises:
         DataError: the source as a whole, or its labels, cannot be read.
     """
-    train, in_train = _check_split(source, "train")
-    test, in_test = _check_split(source, "test")
-    num_shared = sum(num for key, num in in_test.items() if key in in_train)
+    train, train_counts = _check_split(source, "train")
+    test, test_counts = _check_split(source, "test")
+    num_shared = sum(num for key, num in test_counts.items() if key in train_counts)
     return Report(train, test, num_shared, source.unused())
 
 
-def _check_split(source: DataSource, split: Split) -> tuple[SplitReport, dict[bytes, int]]:
-    """Return the report, and how often each image occurs by the hash of its pixels."""
+def _check_split(source: DataSource, split: Split) -> tuple[SplitReport, Counter[bytes]]:
+    """Return the report, and the number of images by the hash of their pixels."""
     fingerprint = Fingerprint()
     labels: list[int] = []
-    seen: dict[bytes, int] = {}
+    hash_counts: Counter[bytes] = Counter()
     unreadable: list[str] = []
     num_unreadable = 0
     shape: tuple[int, ...] | None = None
-    for record in source.records(split):
-        if isinstance(record.image, DataError):
+    for example in source.examples(split):
+        if isinstance(example.image, DataError):
             num_unreadable += 1
             if num_unreadable <= NUM_LISTED:
-                unreadable.append(str(record.image))
+                unreadable.append(str(example.image))
             continue
-        shape = record.image.shape
-        key = hashlib.blake2b(record.image.tobytes(), digest_size=16).digest()
-        seen[key] = seen.get(key, 0) + 1
-        labels.append(record.label)
-        fingerprint.add(record.image)
+        shape = example.image.shape
+        hash_counts[hashlib.blake2b(example.image.tobytes(), digest_size=16).digest()] += 1
+        labels.append(example.label)
+        fingerprint.add(example.image)
     classes = source.classes
     problem = None
-    if labels or not num_unreadable:  # else each image has its sentence
+    if labels or not num_unreadable:  # otherwise the messages of the images suffice
         try:
             check_labels(labels, split, classes)
         except DataError as error:
@@ -193,10 +183,10 @@ def _check_split(source: DataSource, split: Split) -> tuple[SplitReport, dict[by
         num_images=len(labels),
         shape=shape,
         counts=dict(zip(classes, counts.tolist(), strict=True)),
-        num_duplicates=len(labels) - len(seen),
+        num_duplicates=len(labels) - len(hash_counts),
         unreadable=tuple(unreadable),
         num_unreadable=num_unreadable,
         fingerprint=None if num_unreadable or shape is None else fingerprint.hexdigest(shape, labels, classes),
         problem=problem,
     )
-    return report, seen
+    return report, hash_counts

@@ -1,7 +1,7 @@
-"""Batches for training: the whole set as uint8 on the device, augmented there by a few tensor operations.
+"""Training batches from a set that is on the device as uint8 and is augmented there.
 
-Random numbers are drawn on the CPU for the whole batch of all workers and then sliced, so that neither the device nor
-a number of workers that divides the batch changes which images are seen, in which order, or how they are cropped.
+The CPU draws random numbers for the whole batch of all workers, and each worker takes its slice. Images, order and
+crops therefore do not depend on the device, nor on a number of workers that divides the batch.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from raypp.utils.errors import DataError
 
-PIXELS_AT_A_TIME = 2**21  # of images that networks read without training: 2,048 of 32 x 32, 41 of 224 x 224
+PIXELS_AT_A_TIME = 2**21  # of an inference batch: 2,048 images of 32 x 32, 41 of 224 x 224
 
 
 class BatchLoader(Protocol):
-    """One epoch after another of training batches on one worker."""
+    """Interface of the training batches of one worker."""
 
     num_batches: int
 
@@ -38,28 +38,30 @@ def to_float_tensor(images: Tensor) -> Tensor:
 
 
 def inference_batch_size(images: Tensor, most: int = 500) -> int:
-    """Return how many images uint8 (N, H, W, C) a network may read together without training: ``most``, or fewer where
-    they are large. A network's memory grows with the pixels that it reads."""
+    """Return the batch size for inference on uint8 (N, H, W, C): at most ``most``, and fewer if images are large.
+
+    A network's memory grows with the number of pixels.
+    """
     height, width = images.shape[1:3]
     return max(1, min(most, PIXELS_AT_A_TIME // max(1, height * width)))
 
 
-def make_generator(*numbers: int) -> torch.Generator:
+def make_generator(*seeds: int) -> torch.Generator:
     """A CPU generator seeded by several numbers, such as seed, epoch and step, without collisions between them."""
-    # SeedSequence pads with zeros: without their count, (seed, epoch) and (seed, epoch, 0) would be the same.
-    seed = np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0]
+    # SeedSequence pads with zeros: without the count, (seed, epoch) and (seed, epoch, 0) would be the same.
+    seed = np.random.SeedSequence((len(seeds), *seeds)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed) & (2**63 - 1))
 
 
 class Augmentation:
-    """Random crop after zero padding, and horizontal flip, drawn per image."""
+    """Random crop after zero padding, and random horizontal flip, of each image."""
 
     def __init__(self, crop_padding: int, flip: bool) -> None:
         self.crop_padding = crop_padding
         self.flip = flip
 
-    def draw(self, num: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw vertical and horizontal crop offsets in [0, 2*padding] and flips, each (num,)."""
+    def sample_params(self, num: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Sample vertical and horizontal crop offsets in [0, 2*padding] and flips, each (num,)."""
         span = 2 * self.crop_padding + 1
         dy = torch.randint(0, span, (num,), generator=random)
         dx = torch.randint(0, span, (num,), generator=random)
@@ -71,8 +73,8 @@ class Augmentation:
         if not self.crop_padding and not self.flip:
             return images
         num, height, width, _ = images.shape
-        device, p = images.device, self.crop_padding
-        padded = torch.nn.functional.pad(images, (0, 0, p, p, p, p))
+        device, padding = images.device, self.crop_padding
+        padded = torch.nn.functional.pad(images, (0, 0, padding, padding, padding, padding))
         columns = torch.arange(width, device=device).expand(num, -1)
         flips = flips.to(device)[:, None]
         columns = torch.where(flips, width - 1 - columns, columns) + dx.to(device)[:, None]
@@ -82,16 +84,16 @@ class Augmentation:
 
 
 class DeviceLoader:
-    """Shuffled, augmented batches of a set that lives on the device.
+    """Shuffled, augmented batches of a set on the device.
 
-    Each epoch is one permutation; batches are full and what is left over at its end is dropped (another remainder each
-    epoch). A set smaller than a batch makes one batch.
+    Each epoch is one permutation. All batches are full, and each epoch drops another remainder. A set smaller than a
+    batch makes one batch.
 
     Args:
         images: uint8 (N, H, W, C) on the device.
         labels: int64 (N,) on the device.
-        batch_size: images per step over all workers; where ``world`` does not divide it, the next smaller that it does.
-        first: applied to uint8 (n, H, W, C) before they are augmented: a protection that allows that order.
+        batch_size: images per step over all workers, rounded down to a multiple of ``world``.
+        first: applied to uint8 (n, H, W, C) before augmentation: a protection that allows this order.
 
     Raises:
         DataError: there are fewer images than workers.
@@ -119,11 +121,12 @@ class DeviceLoader:
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.images), generator=make_generator(self.seed, epoch))
-        share = self.batch_size // self.world
-        mine = slice(self.rank * share, (self.rank + 1) * share)
+        num_per_worker = self.batch_size // self.world
+        slice_of_rank = slice(self.rank * num_per_worker, (self.rank + 1) * num_per_worker)
         for step in range(first, self.num_batches):
-            chosen = order[step * self.batch_size : (step + 1) * self.batch_size][mine].to(self.images.device)
-            drawn = self.augmentation.draw(self.batch_size, make_generator(self.seed, epoch, step))
-            images = self.images[chosen] if self.first is None else self.first(self.images[chosen])
-            images = self.augmentation.apply(images, *(d[mine] for d in drawn))
-            yield to_float_tensor(images), self.labels[chosen]
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            indices = batch[slice_of_rank].to(self.images.device)
+            params = self.augmentation.sample_params(self.batch_size, make_generator(self.seed, epoch, step))
+            images = self.images[indices] if self.first is None else self.first(self.images[indices])
+            images = self.augmentation.apply(images, *(param[slice_of_rank] for param in params))
+            yield to_float_tensor(images), self.labels[indices]

@@ -1,4 +1,4 @@
-"""Ten shapes a person recognises, drawn on the fly: embedded data for first steps, tests and offline machines."""
+"""Ten procedurally drawn shapes: built-in data for first steps, tests and offline machines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Plane: TypeAlias = npt.NDArray[np.float32]
 Vector: TypeAlias = npt.NDArray[np.float64]
 """float64 (N,): one value per image."""
 
-# Images are drawn in chunks, each with a random stream of its own, so that image i does not depend on how many follow.
+# Images are drawn in chunks with separate random streams, so that image i does not depend on the number of images.
 CHUNK = 100
 MIN_SIDE = 16
 NUM_PARAMETERS = 64
@@ -34,7 +34,7 @@ class Shapes(DataSource):
     """
 
     class Options(registry.MethodConfig):
-        """How many images to draw."""
+        """Number and seed of the images."""
 
         name: Literal["shapes"] = "shapes"
         num_train: int = Field(default=6000, ge=1)
@@ -42,7 +42,7 @@ class Shapes(DataSource):
         num_test: int = Field(default=1000, ge=1)
         """Images in the test split."""
         seed: int = Field(default=0, ge=0)
-        """Another seed draws other images."""
+        """Seed of the images."""
 
     options: Options
 
@@ -76,11 +76,10 @@ class Shapes(DataSource):
 def _draw(rng: np.random.Generator, num: int, size: tuple[int, int]) -> Pixels:
     """Draw the first ``num`` images of a chunk, classes in turn; returns uint8 (num, H, W, 3).
 
-    Only operations that IEEE 754 rounds in one way are applied to pixels (no sine, no sum over an axis), so that
-    every machine draws the same bytes.
+    Pixels depend only on operations that IEEE 754 rounds uniquely (no sine, no sum over an axis), so that every machine
+    draws the same bytes.
     """
     height, width = size
-    short = min(size)
     # Parameters come first and for the whole chunk, pixel noise last: a shorter chunk is a prefix of a longer one.
     parameters = iter(rng.random((CHUNK, NUM_PARAMETERS))[:num].T)
     noise = rng.integers(0, 256, (num, height, width, 3), dtype=np.uint8)
@@ -89,43 +88,48 @@ def _draw(rng: np.random.Generator, num: int, size: tuple[int, int]) -> Pixels:
         values: Vector = low + (high - low) * next(parameters)
         return values
 
-    radius = uniform(0.27, 0.42) * short
-    reach = 1.1 * radius  # of the corners, when turned
-    centre_x = uniform(reach, width - reach)
-    centre_y = uniform(reach, height - reach)
+    radius = uniform(0.27, 0.42) * min(size)
+    margin = 1.1 * radius  # reach of the corners of a rotated shape
+    center_x = uniform(margin, width - margin)
+    center_y = uniform(margin, height - margin)
     angle = uniform(-0.26, 0.26)
     cos, sin = (_column(np.round(f(angle), 6) / radius) for f in (np.cos, np.sin))
-    dx = np.arange(width, dtype=np.float32)[None, None, :] + 0.5 - _column(centre_x)
-    dy = _column(centre_y) - 0.5 - np.arange(height, dtype=np.float32)[None, :, None]
-    x, y = cos * dx + sin * dy, cos * dy - sin * dx  # shape's own axes: y up, about 1 at its edge
+    dx = np.arange(width, dtype=np.float32)[None, None, :] + 0.5 - _column(center_x)
+    dy = _column(center_y) - 0.5 - np.arange(height, dtype=np.float32)[None, :, None]
+    x, y = cos * dx + sin * dy, cos * dy - sin * dx  # axes of the shape: y up, about 1 at its edge
 
-    # Background and shape differ in brightness by a clear step; the hue of each is its own.
+    # The brightness of background and shape differs clearly; their hues are independent.
     dark, light = uniform(0.12, 0.42), uniform(0.62, 0.92)
     shape_is_light = next(parameters) < 0.5
     shape_luma = np.where(shape_is_light, light, dark)
     background_luma = np.where(shape_is_light, dark, light)
-    shape_colour = [shape_luma + c for c in _chroma([uniform(-1, 1) for _ in range(3)], uniform(0.1, 0.45))]
-    hue = _chroma([uniform(-1, 1) for _ in range(3)], uniform(0.05, 0.35))
-    # A 3 x 3 net of colours around one base colour, interpolated smoothly: gradients, vignettes and soft blobs.
-    net = [[[background_luma + c + uniform(-0.13, 0.13) for c in hue] for _ in range(3)] for _ in range(3)]
-    columns, rows = _hats(width), _hats(height)
-    shade = _column(uniform(-0.1, 0.1)) * y  # the shape is lit a little from above or below
+    shape_color = [shape_luma + c for c in _chroma([uniform(-1, 1) for _ in range(3)], uniform(0.1, 0.45))]
+    chroma = _chroma([uniform(-1, 1) for _ in range(3)], uniform(0.05, 0.35))
+    # Smooth interpolation of a 3 x 3 grid of colors around one base color gives gradients, vignettes and soft blobs.
+    grid = [[[background_luma + c + uniform(-0.13, 0.13) for c in chroma] for _ in range(3)] for _ in range(3)]
+    shade = _column(uniform(-0.1, 0.1)) * y  # light on the shape from above or below
+    coverage = _coverage(x, y, radius)
+    columns, rows = _knot_weights(width), _knot_weights(height)
 
-    coverage = np.empty((num, height, width), dtype=np.float32)
+    images = np.empty((num, height, width, 3), dtype=np.uint8)
+    for channel in range(3):
+        lines = [sum(_column(grid[r][c][channel]) * columns[c] for c in range(3)) for r in range(3)]
+        background = sum(lines[r] * rows[r][:, None] for r in range(3))
+        foreground = _column(shape_color[channel]) + shade
+        color = background + coverage * (foreground - background)
+        color += (noise[..., channel].astype(np.float32) - np.float32(127.5)) * np.float32(0.07 / 255)
+        images[..., channel] = np.clip(np.rint(color * np.float32(255)), 0, 255)
+    return images
+
+
+def _coverage(x: Plane, y: Plane, radius: Vector) -> Plane:
+    """Return the fraction of each pixel that the shape covers, classes in turn."""
+    coverage = np.empty(x.shape, dtype=np.float32)
     for label, distance in enumerate(SHAPES.values()):
         of_class = slice(label, None, len(SHAPES))
         edge = distance(x[of_class], y[of_class]) * _column(radius[of_class])
         coverage[of_class] = np.clip(np.float32(0.5) - edge, 0, 1)
-
-    images = np.empty((num, height, width, 3), dtype=np.uint8)
-    for channel in range(3):
-        lines = [sum(_column(net[r][c][channel]) * columns[c] for c in range(3)) for r in range(3)]
-        background = sum(lines[r] * rows[r][:, None] for r in range(3))
-        foreground = _column(shape_colour[channel]) + shade
-        colour = background + coverage * (foreground - background)
-        colour += (noise[..., channel].astype(np.float32) - np.float32(127.5)) * np.float32(0.07 / 255)
-        images[..., channel] = np.clip(np.rint(colour * np.float32(255)), 0, 255)
-    return images
+    return coverage
 
 
 def _column(values: Vector) -> Plane:
@@ -134,21 +138,21 @@ def _column(values: Vector) -> Plane:
 
 
 def _chroma(direction: list[Vector], amount: Vector) -> list[Vector]:
-    """Return three per-channel offsets without brightness of their own, the largest ``amount`` in size."""
+    """Return three per-channel offsets that keep the luma; the largest has the absolute value ``amount``."""
     luma = sum(weight * d for weight, d in zip(LUMA, direction, strict=True))
     offsets = [d - luma for d in direction]
     largest = np.maximum(np.maximum(*np.abs(offsets[:2])), np.abs(offsets[2]))
     return [amount * offset / largest for offset in offsets]
 
 
-def _hats(num: int) -> list[npt.NDArray[np.float32]]:
+def _knot_weights(num: int) -> list[npt.NDArray[np.float32]]:
     """Return the smooth weights (num,) of three knots at the start, middle and end of a line; they sum to 1."""
-    place = (np.arange(num, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / num)
-    hats = [np.clip(1 - np.abs(place - np.float32(knot)), 0, 1) for knot in range(3)]
+    position = (np.arange(num, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / num)
+    hats = [np.clip(1 - np.abs(position - np.float32(knot)), 0, 1) for knot in range(3)]
     return [hat * hat * (3 - 2 * hat) for hat in hats]
 
 
-# Signed distances, negative inside. x, y: Plane in the shape's axes; returns Plane.
+# Signed distances from the edge, negative inside. x and y are coordinates in the shape's axes.
 
 
 def _circle(x: Plane, y: Plane) -> Plane:

@@ -1,8 +1,8 @@
-"""The one door between data and Ray: training images that do not fit in memory stream through Ray Data.
+"""Stream training images that do not fit in memory through Ray Data.
 
-Encoded images are read, split, decoded and shuffled in tasks beside the training workers; memory holds a few blocks and
-the shuffle buffers, however large the set is. Validation images are those whose keyed hash falls below a threshold: the
-split needs no index, does not depend on order or number of workers, and puts identical images on the same side.
+Ray tasks read, split, decode and shuffle encoded images while workers train. Memory holds a few blocks and the shuffle
+buffers, whatever the size of the set. Validation images are those whose keyed hash is below a threshold. This split
+needs no index, does not depend on order or number of workers, and keeps identical images together.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ BLOCK_BYTES = 16 * 2**20
 
 
 @singledispatch
-def read_encoded_rows(source: DataSource, seed: int) -> ray.data.Dataset:  # noqa: ARG001 (its implementations shuffle by it)
-    """The training split as rows of ``name``, ``label`` and, where it is at hand, ``bytes``."""
+def read_encoded_rows(source: DataSource, seed: int) -> ray.data.Dataset:  # noqa: ARG001 (implementations use it)
+    """Return the training split as rows of ``name``, ``label`` and, if the source reads them, ``bytes``."""
     raise ConfigError(
         f"data.stream cannot read data.source {source.options.name!r}; allowed: parquet, folder "
         "(raypp data convert turns any source into Parquet)"
@@ -50,21 +50,21 @@ def read_encoded_rows(source: DataSource, seed: int) -> ray.data.Dataset:  # noq
 @read_encoded_rows.register
 def _(source: Parquet, seed: int) -> ray.data.Dataset:
     column = source.columns()[0]
-    groups = list(source.groups("train"))  # refuses a wrong label by file and row, before anything starts
+    groups = list(source.groups("train"))  # raises for invalid labels before anything starts
     labels = np.concatenate([np.empty(0, np.int64), *(group.labels for group in groups)])
     check_labels(labels, "train", source.classes)
     order = np.random.default_rng(seed).permutation(len(groups))
     items = [group._replace(labels=group.labels.tobytes())._asdict() for group in (groups[i] for i in order)]
 
     def read_rows(batch: Batch) -> Iterator[Batch]:
-        for path, number, first, labels in zip(*(batch[key] for key in RowGroup._fields), strict=True):
-            group = RowGroup(str(path), int(number), int(first), np.frombuffer(labels, np.int64))
+        for path, number, first, label_bytes in zip(*(batch[key] for key in RowGroup._fields), strict=True):
+            group = RowGroup(str(path), int(number), int(first), np.frombuffer(label_bytes, np.int64))
             rows = source.read(group, column)
-            while some := list(itertools.islice(rows, ROWS_AT_A_TIME)):
-                names, numbers, data = zip(*some, strict=True)
-                cells = np.empty(len(data), dtype=object)
-                cells[:] = [cell or b"" for cell in data]
-                yield {"name": np.array(list(map(os.fsencode, names))), "label": np.array(numbers), "bytes": cells}
+            while block := list(itertools.islice(rows, ROWS_AT_A_TIME)):
+                names, labels, images = zip(*block, strict=True)
+                cells = np.empty(len(images), dtype=object)
+                cells[:] = [image or b"" for image in images]
+                yield {"name": np.array(list(map(os.fsencode, names))), "label": np.array(labels), "bytes": cells}
 
     return ray.data.from_items(items).map_batches(read_rows, batch_format="numpy", batch_size=1)
 
@@ -78,7 +78,7 @@ def _(source: Folder, seed: int) -> ray.data.Dataset:
 
 
 def datasets(config: Config) -> tuple[ray.data.Dataset, ray.data.Dataset]:
-    """Lazily streamed training and validation rows of ``image`` uint8 (H, W, C) and ``label``.
+    """Return lazy training and validation sets with rows of ``image`` uint8 (H, W, C) and ``label``.
 
     Raises:
         ConfigError, DataError: the set cannot be streamed.
@@ -91,50 +91,46 @@ def datasets(config: Config) -> tuple[ray.data.Dataset, ray.data.Dataset]:
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK_BYTES
     source: DataSource = SOURCES.build(config.data.source, size=config.data.image_size, channels=config.data.channels)
-    share = _val_fraction(config, source)
+    val_fraction = _val_fraction(config, source)
     rows = read_encoded_rows(source, config.seed)
+    arguments = {
+        "val_fraction": val_fraction,
+        "key": config.seed,
+        "size": config.data.image_size,
+        "channels": config.data.channels,
+    }
 
-    def part(val: bool) -> ray.data.Dataset:
+    def decode_split(is_val: bool) -> ray.data.Dataset:
         return rows.map_batches(
-            _decode,
-            batch_format="numpy",
-            batch_size=256,
-            fn_kwargs={
-                "val": val,
-                "share": share,
-                "key": config.seed,
-                "size": config.data.image_size,
-                "channels": config.data.channels,
-            },
+            _decode, batch_format="numpy", batch_size=256, fn_kwargs={"is_val": is_val, **arguments}
         )
 
-    return part(val=False), part(val=True)
+    return decode_split(is_val=False), decode_split(is_val=True)
 
 
 def collect_validation_set(rows: ray.data.Dataset) -> Batch:
-    """All validation images and labels.
+    """Return all validation images and labels.
 
-    Finding them takes a pass over the whole set: the driver makes it, once, for all workers and those that come later.
+    This takes a pass over the whole set, which the driver does once for all workers.
 
     Raises:
-        DataError: there is none, or an image is damaged.
+        DataError: there is no validation image, or an image is damaged.
     """
     rows.context.execution_options = build_execution_options()
     try:
-        found = [batch for batch in _batches(rows, batch_size=1024) if len(batch["label"])]
+        batches = [batch for batch in _batches(rows, batch_size=1024) if len(batch["label"])]
     except ray.exceptions.RayError as error:
         reasons = re.findall(r"raypp\.utils\.errors\.\w+: (.+)", str(error))
         raise DataError(reasons[-1] if reasons else f"the images cannot be read: {error}") from error
-    if not found:
+    if not batches:
         raise DataError("data.num_val left no validation image in this set; raise it")
-    return {key: np.concatenate([batch[key] for batch in found]) for key in ("image", "label")}
+    return {key: np.concatenate([batch[key] for batch in batches]) for key in ("image", "label")}
 
 
 def build_execution_options() -> ray.data.ExecutionOptions:
-    """Execution options that bound the blocks in flight: by default they fill a share of the machine. Blocks come in
-    the order of the files."""
+    """Return options that bound the memory of blocks in flight and keep them in the order of the files."""
     limits = ray.data.ExecutionResources.for_limits(object_store_memory=IN_FLIGHT_BYTES)
-    # In order, so that an epoch that is taken up again passes over the images that were trained on.
+    # The order lets a resumed epoch skip the images that were trained on.
     return ray.data.ExecutionOptions(resource_limits=limits, preserve_order=True)
 
 
@@ -145,7 +141,9 @@ def _val_fraction(config: Config, source: DataSource) -> float:
     return config.data.num_val / num
 
 
-def _decode(batch: Batch, *, val: bool, share: float, key: int, size: tuple[int, int], channels: int) -> Batch:
+def _decode(
+    batch: Batch, *, is_val: bool, val_fraction: float, key: int, size: tuple[int, int], channels: int
+) -> Batch:
     images, labels = [], []
     for i, (encoded_name, label) in enumerate(zip(batch["name"], batch["label"], strict=True)):
         path = os.fsdecode(encoded_name)
@@ -153,13 +151,12 @@ def _decode(batch: Batch, *, val: bool, share: float, key: int, size: tuple[int,
         data = batch["bytes"][i] if "bytes" in batch else _read_file(path, name)
         if not data:
             raise DataError(f"{name} holds no image bytes")
-        if (_hash_to_unit_interval(data, key) < share) != val:
+        if (_hash_to_unit_interval(data, key) < val_fraction) != is_val:
             continue
         images.append(decode(data, name=name, size=size, channels=channels))
         labels.append(int(label))
-    shape = (0, *size, channels)
     return {
-        "image": np.stack(images) if images else np.empty(shape, dtype=np.uint8),
+        "image": np.stack(images) if images else np.empty((0, *size, channels), dtype=np.uint8),
         "label": np.asarray(labels, dtype=np.int64),
     }
 
@@ -172,15 +169,15 @@ def _read_file(path: str, name: str) -> bytes:
 
 
 def _hash_to_unit_interval(data: bytes, key: int) -> float:
-    """A number in [0, 1) that depends on the bytes and the key alone."""
+    """Return a number in [0, 1) that depends only on the bytes and the key."""
     digest = hashlib.blake2b(data, digest_size=8, key=key.to_bytes(8, "big")).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 class StreamLoader:
-    """Batches of this worker's shard of the training stream; see :class:`raypp.data.loader.BatchLoader`.
+    """Batches of this worker's shard of the training stream; a :class:`raypp.data.loader.BatchLoader`.
 
-    All validation images, as :func:`held_out` found them, are held as uint8 on the device.
+    The device holds the validation images of :func:`collect_validation_set` as uint8.
     """
 
     def __init__(
@@ -197,34 +194,34 @@ class StreamLoader:
             config.data.source, size=config.data.image_size, channels=config.data.channels
         )
         self._config, self._device, self._rank = config, device, rank
-        self._share = config.train.batch_size // world
+        self._batch_size = config.train.batch_size // world
         self._augmentation = Augmentation(config.data.augment.crop_padding, config.data.augment.flip)
         self.classes = source.classes
         labels = val["label"].copy()  # Ray's arrays are read-only views
         self.val: tuple[Tensor, Tensor] = to_device(val["image"].copy(), labels, device)
         num = source.num_images("train")
         self.num_train = num - len(labels)
-        self.num_batches = max(1, self.num_train // world // self._share)
+        self.num_batches = max(1, self.num_train // world // self._batch_size)
         self.fingerprint = hashlib.sha256(
             repr((num, source.classes, hashlib.sha256(np.sort(labels).tobytes()).hexdigest())).encode()
         ).hexdigest()
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        # A stream has no places to go back to: what was trained on is read again and passed over. Every epoch reads in
-        # the same order and shuffles in the buffer by a seed of its own.
+        # A stream cannot seek: a resumed epoch reads the first batches again and skips them. Every epoch reads in the
+        # same order, and its seed shuffles the buffer.
         seed = self._config.seed
         batches = _batches(
             ray.train.get_dataset_shard("train"),
-            batch_size=self._share,
+            batch_size=self._batch_size,
             drop_last=True,
-            local_shuffle_buffer_size=max(self._config.data.shuffle_buffer, self._share),
+            local_shuffle_buffer_size=max(self._config.data.shuffle_buffer, self._batch_size),
             local_shuffle_seed=seed + epoch,
         )
         for step, batch in enumerate(itertools.islice(batches, first, None), first):
             images, labels = to_device(batch["image"], batch["label"], self._device)
             images = images if self._first is None else self._first(images)
-            drawn = self._augmentation.draw(len(labels), make_generator(seed, epoch, step, self._rank))
-            yield to_float_tensor(self._augmentation.apply(images, *drawn)), labels
+            params = self._augmentation.sample_params(len(labels), make_generator(seed, epoch, step, self._rank))
+            yield to_float_tensor(self._augmentation.apply(images, *params)), labels
 
 
 def _batches(shard: Any, **options: Any) -> Iterator[Batch]:

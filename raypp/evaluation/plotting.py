@@ -1,4 +1,4 @@
-"""Figures without a display: matplotlib's parts that need no window and leave no global state."""
+"""Matplotlib figures without a display or global state."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure of so many inches."""
+    """An empty figure; width and height in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -17,7 +17,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def as_png(figure: Any, dpi: int = 130) -> bytes:
-    """The bytes of a PNG file."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=dpi)
-    return file.getvalue()
+    """Render a figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()

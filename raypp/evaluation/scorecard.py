@@ -1,13 +1,11 @@
-"""What attacks recover, beside what an attacker gets who never saw the protected image.
+"""Scores and verdicts of attacks, and no-information baselines to compare them with.
 
-Every number is a mean over images with its 95% bootstrap interval, its quartiles and its worst 1%. What decides is
-re-identification: how often the original is the nearest of the gallery's images to the reconstruction. Thresholds of 5%
-and 20% are those of NeuraCrypt's authors (2021).
+The verdict depends on the re-identification rate: how often the original is the gallery image nearest to the
+reconstruction. The thresholds of 5% and 20% are those of NeuraCrypt's authors (2021).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,38 +19,33 @@ from raypp.metrics.statistics import bootstrap_interval
 
 MAX_PSNR = 60.0  # dB: an exact reconstruction would make a mean infinite
 AMBER, RED = 0.05, 0.20
-MIN_QUERIES = 200  # attacked images; with fewer, chance alone moves a share across a threshold
-RISE = 0.01  # of SSIM, and of the share found: a curve that rises by less between its last two points is flat
-PART, JUDGED_PIXELS = 500, 2**21  # images that the judge reads at a time, at most, and their pixels
+MIN_QUERIES = 200  # attacked images; with fewer, chance alone moves a rate across a threshold
+MIN_RISE = 0.01  # of SSIM or re-identification rate, between the last two points of a rising curve
+MAX_IMAGES, MAX_PIXELS = 500, 2**21  # per batch of the reference classifier
 RATES = ("reidentified", "reidentified_edges", "reidentified_top5", "reidentified_same_class", "accuracy")
 """Metrics that are 0 or 1 for each image."""
 
 INCONCLUSIVE = "inconclusive"
-VERDICTS = ("holds", "weak", "broken", INCONCLUSIVE)
 
 Scores = dict[str, Tensor]
 """Values (N,) of each metric, one per image."""
-ReferenceClassifier = Callable[[Tensor], Tensor]
-"""Classes int64 (N,) of plain images float in [0, 1]: a classifier that has nothing to do with the victim."""
 
 
 @torch.inference_mode()
-def score_images(estimates: Tensor, victim: Target, judge: nn.Module | None = None) -> Scores:
+def score_images(estimates: Tensor, target: Target, reference_classifier: nn.Module | None = None) -> Scores:
     """Compare reconstructions with the originals.
 
     Args:
-        estimates: uint8 (n, C, H, W) of the victim's first n queries.
-        judge: a classifier trained on plain images apart from the victim; None leaves ``accuracy`` out.
+        estimates: uint8 (n, C, H, W), reconstructions of the target's first n queries.
+        reference_classifier: trained on plain images, independent of the target; None omits ``accuracy``.
     """
     num = len(estimates)
-    estimates = estimates.to(victim.plain.device)
-    truth, labels = victim.truth[:num], victim.gallery_labels
-    ranks = reidentify(estimates, victim.gallery, truth, labels)
-    ranks_edges = reidentify(estimates, victim.gallery, truth, labels, _edges)
-    parts = [
-        _compare(*pair, judge if victim.classes else None)
-        for pair in zip(in_parts(estimates), in_parts(victim.plain[:num]), strict=True)
-    ]
+    estimates = estimates.to(target.plain.device)
+    truth, labels = target.truth[:num], target.gallery_labels
+    ranks = reidentify(estimates, target.gallery, truth, labels)
+    ranks_edges = reidentify(estimates, target.gallery, truth, labels, _edges)
+    batches = zip(in_parts(estimates), in_parts(target.plain[:num]), strict=True)
+    parts = [_compare(*batch, reference_classifier if target.classes else None) for batch in batches]
     scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     predictions = scores.pop("predictions", None)
     scores |= {
@@ -60,10 +53,10 @@ def score_images(estimates: Tensor, victim: Target, judge: nn.Module | None = No
         "reidentified_top5": ranks.top(5),
         "reidentified_edges": ranks_edges.top(1),
     }
-    if victim.classes:
+    if target.classes:
         scores["reidentified_same_class"] = (ranks.same_class == 0).float()
         if predictions is not None:
-            scores["accuracy"] = (predictions == victim.labels[:num]).float()
+            scores["accuracy"] = (predictions == target.labels[:num]).float()
     return {name: values.float().cpu() for name, values in scores.items()}
 
 
@@ -71,133 +64,127 @@ def _edges(images: Tensor) -> Tensor:
     return edge_maps(images.float() / 255)
 
 
-def _compare(estimates: Tensor, originals: Tensor, judge: nn.Module | None) -> Scores:
-    """Metrics of pairs of uint8 images (n, C, H, W), and the judge's ``predictions`` of the estimates."""
-    made, originals = estimates.float() / 255, originals.float() / 255
+def _compare(estimates: Tensor, originals: Tensor, reference_classifier: nn.Module | None) -> Scores:
+    """Metrics of pairs of uint8 images (n, C, H, W), and the classifier's ``predictions`` of the estimates."""
+    estimates, originals = estimates.float() / 255, originals.float() / 255
     scores = {
-        "psnr": psnr(made, originals).clamp_max(MAX_PSNR),
-        "ssim": ssim(made, originals),
-        "ssim_lab": ssim_lab(made, originals),
-        "ssim_invariant": ssim_invariant(made, originals),
-        "edges": edge_correlation(made, originals).float(),
+        "psnr": psnr(estimates, originals).clamp_max(MAX_PSNR),
+        "ssim": ssim(estimates, originals),
+        "ssim_lab": ssim_lab(estimates, originals),
+        "ssim_invariant": ssim_invariant(estimates, originals),
+        "edges": edge_correlation(estimates, originals).float(),
     }
-    if (distances := lpips(made, originals)) is not None:
+    if (distances := lpips(estimates, originals)) is not None:
         scores["lpips"] = distances
-    if judge is not None:
-        num_together = max(1, min(PART, JUDGED_PIXELS // made[0, 0].numel()))
-        scores["predictions"] = torch.cat([judge(part).argmax(1) for part in made.split(num_together)])
+    if reference_classifier is not None:
+        batch_size = max(1, min(MAX_IMAGES, MAX_PIXELS // estimates[0, 0].numel()))
+        predictions = [reference_classifier(batch).argmax(1) for batch in estimates.split(batch_size)]
+        scores["predictions"] = torch.cat(predictions)
     return scores
 
 
 def aggregate(scores: Scores, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Numbers of each metric: mean and 95% interval; of those that are no shares also quartiles and the worst 1%."""
-    found = {}
+    """Mean and 95% bootstrap interval of each metric; except for rates also quartiles, range and the worst 1%."""
+    summary = {}
     for name, values in scores.items():
         low, high = bootstrap_interval(values.numpy(), seed=seed)
         numbers = {"mean": float(values.double().mean()), "low": low, "high": high}
         if name not in RATES:
-            worst = 0.01 if name == "lpips" else 0.99  # a distance: the smaller, the more has leaked
-            at = (("min", 0.0), ("q1", 0.25), ("median", 0.5), ("q3", 0.75), ("worst_1_percent", worst), ("max", 1.0))
-            numbers |= {key: float(np.quantile(values.numpy(), q)) for key, q in at}
-        found[name] = {key: round(number, 5) for key, number in numbers.items()}
-    return found
+            worst = 0.01 if name == "lpips" else 0.99  # LPIPS is a distance: small values mean leakage
+            levels = {"min": 0.0, "q1": 0.25, "median": 0.5, "q3": 0.75, "worst_1_percent": worst, "max": 1.0}
+            numbers |= {key: float(np.quantile(values.numpy(), level)) for key, level in levels.items()}
+        summary[name] = {key: round(number, 5) for key, number in numbers.items()}
+    return summary
 
 
 @torch.inference_mode()
-def baselines(victim: Target, seed: int = 0) -> dict[str, Tensor]:
-    """What an attacker can say who never saw the protected image, and the protected image itself: uint8 (N, C, H, W).
+def baselines(target: Target, seed: int = 0) -> dict[str, Tensor]:
+    """Estimates uint8 (N, C, H, W) that do not use the protected image, and the protected image itself.
 
-    ``class mean`` knows the class, which the cloud does; ``nearest training image`` even knows the original and picks
-    the most similar of the attacker's own images: a bound on what prior knowledge can give.
+    ``class mean`` uses the class, which the cloud knows. ``nearest training image`` uses the original: it is the most
+    similar of the attacker's images, an upper bound for prior knowledge.
     """
-    plain = victim.plain
-    own = victim.access.images
-    assert own is not None
-    own = own.to(plain.device)
-    mean = _mean(own)
-    random = torch.Generator().manual_seed(seed)
-    found = {
+    plain = target.plain
+    assert target.access.images is not None
+    images = target.access.images.to(plain.device)
+    mean = _mean(images)
+    generator = torch.Generator().manual_seed(seed)
+    estimates = {
         "mean image": mean.expand(len(plain), *mean.shape),
-        "random image": own[torch.randint(len(own), (len(plain),), generator=random).to(plain.device)],
+        "random image": images[torch.randint(len(images), (len(plain),), generator=generator).to(plain.device)],
     }
-    labels = victim.access.labels
-    if victim.classes and labels is not None:
+    labels = target.access.labels
+    if target.classes and labels is not None:
         labels = labels.to(plain.device)
-        means = [_mean(own, labels == c) if (labels == c).any() else mean for c in range(len(victim.classes))]
-        found["class mean"] = torch.stack(means)[victim.labels]
-    found["nearest training image"] = own[torch.cat([_nearest(part, own) for part in in_parts(plain)])]
+        means = [_mean(images, labels == c) if (labels == c).any() else mean for c in range(len(target.classes))]
+        estimates["class mean"] = torch.stack(means)[target.labels]
+    estimates["nearest training image"] = images[torch.cat([_nearest(part, images) for part in in_parts(plain)])]
     height, width = plain.shape[2:]
-    protected = victim.protected[:, :, :height, :width]
+    protected = target.protected[:, :, :height, :width]
     if protected.shape == plain.shape:
-        found["protected image"] = protected
-    return found
+        estimates["protected image"] = protected
+    return estimates
 
 
-def _mean(images: Tensor, chosen: Tensor | None = None) -> Tensor:
-    """The mean image uint8 (C, H, W) of images uint8 (N, C, H, W), or of those that ``chosen`` bool (N,) names."""
-    chosen = torch.ones(len(images), dtype=torch.bool, device=images.device) if chosen is None else chosen
+def _mean(images: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean image uint8 (C, H, W) of images uint8 (N, C, H, W), or of those where ``mask`` bool (N,) is true."""
+    mask = torch.ones(len(images), dtype=torch.bool, device=images.device) if mask is None else mask
     total = torch.zeros(images.shape[1:], dtype=torch.float64, device=images.device)
-    for part, mask in zip(in_parts(images), in_parts(chosen, images), strict=True):
-        total += part[mask].sum(0, dtype=torch.float64)
-    return (total / chosen.sum()).round().to(torch.uint8)
+    for part, part_mask in zip(in_parts(images), in_parts(mask, images), strict=True):
+        total += part[part_mask].sum(0, dtype=torch.float64)
+    return (total / mask.sum()).round().to(torch.uint8)
 
 
 def _nearest(images: Tensor, others: Tensor) -> Tensor:
-    """Index int64 (n,) of the one of ``others`` that is nearest to each image, both uint8."""
+    """Indices int64 (n,) of the nearest of ``others`` to each image, both uint8."""
     queries = images.flatten(1).float()
-    least = torch.full((len(images),), torch.inf, device=images.device)
+    min_distances = torch.full((len(images),), torch.inf, device=images.device)
     nearest = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     start = 0
     for part in in_parts(others):
         flat = part.flatten(1).float()
         distances, index = (flat.square().sum(1) - 2 * queries @ flat.t()).min(1)
-        nearest = torch.where(distances < least, index + start, nearest)
-        least = torch.minimum(least, distances)
+        nearest = torch.where(distances < min_distances, index + start, nearest)
+        min_distances = torch.minimum(min_distances, distances)
         start += len(part)
     return nearest
 
 
 def reidentification_rate(summary: dict[str, dict[str, float]]) -> float:
-    """The share of originals that are found, by pixels or by edges, whichever finds more."""
+    """The larger of the re-identification rates by pixels and by edges."""
     return max(summary["reidentified"]["mean"], summary["reidentified_edges"]["mean"])
 
 
-def verdict(share: float, num_queries: int, *, lower_bound: bool, at_chance: bool) -> tuple[str, str]:
-    """Return the verdict on one attack, and why it is ``inconclusive`` (empty for any other verdict).
+def verdict(rate: float, num_queries: int, *, lower_bound: bool, at_chance: bool) -> tuple[str, str]:
+    """Return the verdict on one attack, and the reason if it is ``inconclusive`` (else an empty string).
 
     Args:
-        share: share of originals that the attack re-identifies, 0 to 1.
+        rate: re-identification rate, 0 to 1.
         num_queries: number of attacked images.
-        lower_bound: a stronger attack of the same kind may find more. That cannot rescue a broken protection, so
-            ``broken`` stands.
-        at_chance: the classifier reads nothing, see :func:`raypp.metrics.statistics.chance_error`.
-
-    Returns:
-        ``holds``, ``weak``, ``broken`` or ``inconclusive``, and the reason.
+        lower_bound: a stronger attack of the same kind may re-identify more; ``broken`` stays ``broken``.
+        at_chance: the classifier is at chance, see :func:`raypp.metrics.statistics.chance_error`.
     """
     if at_chance:
         return INCONCLUSIVE, "the classifier's accuracy is at chance"
     if num_queries < MIN_QUERIES:
         return INCONCLUSIVE, f"{num_queries} images were attacked, a verdict needs {MIN_QUERIES}"
-    if lower_bound and share <= RED:
+    if lower_bound and rate <= RED:
         return INCONCLUSIVE, "its score is a lower bound: a stronger attack may find more"
-    return ("holds" if share < AMBER else "weak" if share <= RED else "broken"), ""
+    return ("holds" if rate < AMBER else "weak" if rate <= RED else "broken"), ""
 
 
 def is_rising(curve: list[dict[str, float]]) -> bool:
-    """Whether leakage rose by more than a hundredth between a curve's last two points."""
-    last, before = curve[-1], curve[-2]
-    return any(last[name] - before[name] > RISE for name in ("ssim_invariant", "reidentification_rate"))
+    """Whether leakage rises by more than ``MIN_RISE`` between a curve's last two points."""
+    before, last = curve[-2:]
+    return any(last[name] - before[name] > MIN_RISE for name in ("ssim_invariant", "reidentification_rate"))
 
 
 def rank_key(attack: dict[str, Any]) -> tuple[float, float]:
-    """What attacks that have run are ordered by: the share of originals found, then SSIM."""
+    """Sort key of finished attacks: re-identification rate, then SSIM."""
     return attack["reidentification_rate"], attack["scores"]["ssim_invariant"]["mean"]
 
 
 def strongest_attack(attacks: dict[str, dict[str, Any]]) -> str | None:
-    """The attack that finds the most originals, of equal ones that with the largest SSIM; None where none has run."""
-    ran = {name: a for name, a in attacks.items() if a["status"] == "done"}
-    if not ran:
-        return None
-    return max(ran, key=lambda n: rank_key(ran[n]))
+    """Name of the finished attack with the largest :func:`rank_key`; None if no attack is finished."""
+    finished = [name for name, attack in attacks.items() if attack["status"] == "done"]
+    return max(finished, key=lambda name: rank_key(attacks[name]), default=None)

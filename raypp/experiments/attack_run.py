@@ -1,9 +1,9 @@
-"""The attack ladder: every attack of a suite against one victim, each resumable, and the scorecard that comes of them.
+"""Run every attack of a suite against one target. Each attack can be resumed; the scorecard has all results.
 
-NAME/suite.yaml           what was asked for: victim, suite, where images come from
-NAME/attacks/ATTACK/      of each attack: training checkpoints, network.safetensors, estimates.safetensors, result.json
-NAME/judge/               the plain classifier that reads reconstructions, where one is trained for it
-NAME/scorecard.json       everything measured; scores.csv has it image by image
+NAME/suite.yaml           settings: target, suite, source of the images
+NAME/attacks/ATTACK/      per attack: training checkpoints, network.safetensors, estimates.safetensors, result.json
+NAME/judge/               the reference classifier, where one is trained
+NAME/scorecard.json       all measurements; scores.csv lists them per image
 NAME/examples.safetensors pictures for reports
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,150 +33,155 @@ from raypp.experiments.attack_plan import (
     open_attack_plan,
     topological_order,
 )
-from raypp.experiments.attack_scores import _json, scorecard
+from raypp.experiments.attack_scores import scorecard
 from raypp.experiments.reference_classifier import needs_reference_classifier, train_reference_classifier
 from raypp.models.perceptual import StateDict
 from raypp.training.checkpoint import EpochMetrics
-from raypp.training.distributed import is_rank_zero
+from raypp.training.distributed import is_rank_zero, run_on_all_ranks
 from raypp.training.optim import configure_torch
 from raypp.training.reporter import LocalReporter, Reporter
-from raypp.training.trainer import Trainer, run_on_all_ranks
+from raypp.training.trainer import Trainer
+from raypp.utils.documents import dump_json
 from raypp.utils.errors import RayppError
 from raypp.utils.progress import MultiProgressDisplay, ProgressListener
 from raypp.utils.registry import MethodConfig
 from raypp.utils.signals import stop_on_signal
 from raypp.utils.storage import Storage
 
+CurvePoint = dict[str, Any]
 
-def run_attack(plan: AttackPlan, name: str, display: ProgressListener, victim: Target | None = None) -> Outcome:
-    """Run one attack to its end, from where it was stopped; store and return its result.
 
-    In an initialised process group all processes call it: they train together, and the first does the rest.
+def run_attack(plan: AttackPlan, name: str, display: ProgressListener, target: Target | None = None) -> Outcome:
+    """Run one attack to its end, or resume it; store and return its result.
+
+    In an initialized process group, all processes call it. They train together, and rank 0 does the rest.
 
     Args:
-        victim: already loaded, or None.
+        target: the loaded target; None loads it.
 
     Raises:
-        RayppError: the victim cannot be loaded or fails; an attack that does not apply to it is a result, not an error.
+        RayppError: the target cannot be loaded or fails. An attack that does not apply to it returns a result.
     """
-    if (found := load_result(plan, name)) is not None:
-        return found
-    suite, folder = plan.suite, plan.folder(name)
-    began = time.monotonic()
-    victim = victim or load_target_of(plan)
-    kind, options = ATTACKS.get(name), suite.options(name)
-    about: Outcome = {
+    if (stored := load_result(plan, name)) is not None:
+        return stored
+    folder = plan.folder(name)
+    start = time.monotonic()
+    target = target or load_target_of(plan)
+    kind, options = ATTACKS.get(name), plan.suite.options(name)
+    result: Outcome = {
         "attack": name,
         "threat": kind.threat.name,
         "threat_meaning": kind.threat.meaning,
         "options": options.model_dump(mode="json"),
-        "victim": victim.fingerprint,
+        "victim": target.fingerprint,
     }
     try:
-        attack: Attack = kind(options, _with_earlier(plan, kind, victim.access), seed=suite.seed)
+        attack: Attack = kind(options, _with_earlier_networks(plan, kind, target.access), seed=plan.suite.seed)
         history: list[EpochMetrics] = []
-        curve: list[dict[str, Any]] = []
+        curve: list[CurvePoint] = []
         if isinstance(attack, TrainedAttack):
-            history, curve = _train(attack, plan, name, victim, display)
+            history, curve = _train(attack, plan, name, target, display)
         if not is_rank_zero():
-            return about
+            return result
         attack.prepare()
-        num = min(len(victim.plain), attack.max_queries or len(victim.plain))
-        torch.manual_seed(suite.seed)
-        estimates = match_shape(attack.reconstruct(victim.protected[:num]), victim.access.shape).cpu()
-        if attack.effort is not None and suite.curve:
-            curve = _half_effort(attack, estimates, plan, victim)
+        num_queries = min(len(target.plain), attack.max_queries or len(target.plain))
+        estimates = _reconstruct(attack, plan, target, num_queries).cpu()
+        if attack.effort is not None and plan.suite.curve:
+            curve = _effort_curve(attack, estimates, plan, target)
     except AttackError as error:
-        result = about | {"status": "does not apply", "note": str(error)}
+        result |= {"status": "does not apply", "note": str(error)}
         if is_rank_zero():
-            folder.write("result.json", _json(result))
+            folder.write("result.json", dump_json(result))
         return result
-    from safetensors.torch import save
-
-    folder.write("estimates.safetensors", save({"estimates": estimates.contiguous()}))
-    summary = aggregate(score_images(estimates, victim), suite.seed)
-    result = about | {
+    _save_tensors(folder, "estimates.safetensors", {"estimates": estimates})
+    scores = aggregate(score_images(estimates, target), plan.suite.seed)
+    result |= {
         "status": "done",
         "note": attack.note,
-        "num_queries": num,
-        "seconds": round(time.monotonic() - began, 1),
-        "scores": summary,
+        "num_queries": num_queries,
+        "seconds": round(time.monotonic() - start, 1),
+        "scores": scores,
         "history": history,
         "curve": curve,
     }
-    folder.write("result.json", _json(result))
+    folder.write("result.json", dump_json(result))
     return result
 
 
-def _half_effort(attack: Attack, estimates: Tensor, plan: AttackPlan, victim: Target) -> list[dict[str, Any]]:
-    """The curve of an attack that is no training: what it finds with half its effort, and with all of it."""
-    assert attack.effort is not None
-    full = attack.options
-    attack.options = full.model_copy(update={attack.effort: max(1, getattr(full, attack.effort) // 2)})
+def _reconstruct(attack: Attack, plan: AttackPlan, target: Target, num_queries: int) -> Tensor:
     torch.manual_seed(plan.suite.seed)
-    half = match_shape(attack.reconstruct(victim.protected[: len(estimates)]), victim.access.shape)
-    attack.options = full
-    points = ((HALF_EFFORT, half), ("everything", estimates))
-    return [{"what": what} | _release_memory(images, victim) for what, images in points]
+    return match_shape(attack.reconstruct(target.protected[:num_queries]), target.access.shape)
+
+
+def _effort_curve(attack: Attack, estimates: Tensor, plan: AttackPlan, target: Target) -> list[CurvePoint]:
+    """Scores of an attack without training, at half its effort and at all of it."""
+    assert attack.effort is not None
+    options = attack.options
+    attack.options = options.model_copy(update={attack.effort: max(1, getattr(options, attack.effort) // 2)})
+    half = _reconstruct(attack, plan, target, len(estimates))
+    attack.options = options
+    return [{"what": HALF_EFFORT} | _score(half, target), {"what": "everything"} | _score(estimates, target)]
 
 
 def _train(
-    attack: TrainedAttack, plan: AttackPlan, name: str, victim: Target, display: ProgressListener
-) -> tuple[list[EpochMetrics], list[dict[str, Any]]]:
-    """Train the attack's network, and for its curve smaller ones; leaves the attack loaded with the full one."""
+    attack: TrainedAttack, plan: AttackPlan, name: str, target: Target, display: ProgressListener
+) -> tuple[list[EpochMetrics], list[CurvePoint]]:
+    """Train the attack's network, and smaller trainings for its curve; the attack ends with the full network loaded."""
     folder, total = plan.folder(name), attack.num_images
+    curve: list[CurvePoint] = []
 
-    def make(storage: Storage) -> Reporter:
-        return LocalReporter(storage, display, victim.access.device)
+    def make_reporter(storage: Storage) -> Reporter:
+        return LocalReporter(storage, display, target.access.device)
 
-    sink = make(folder)
-    num_workers = sink.world
-    full, history = _fit(attack, sink, 1.0, None)
-    attack.load(full)
+    def add_point(point: CurvePoint) -> None:
+        curve.append(point | _score(attack.reconstruct(target.protected), target))
+
+    reporter = make_reporter(folder)
+    num_workers = reporter.world
+    network, history = _fit(attack, reporter, 1.0, None)
+    attack.load(network)
     if is_rank_zero():
-        _save_network(folder, full)
-    curve = []
-    if plan.suite.curve:
-        for label, epochs, share in CURVE:
-            num = max(2, num_workers, round(share * total)) if share < 1 else None
-            if epochs < 1 and round(epochs * attack.epochs) in (0, attack.epochs):
-                continue  # one epoch has no half: whether more of them would help stays unknown
-            state, rows = _fit(attack, make(folder.folder(label.replace(" ", "_"))), epochs, num)
-            if is_rank_zero():
-                attack.load(state)
-                point = {"what": label, "epochs": len(rows), "num_images": num or total}
-                curve.append(point | _release_memory(attack.reconstruct(victim.protected), victim))
+        _save_tensors(folder, "network.safetensors", network)
+    if not plan.suite.curve:
+        return history, curve
+    for label, epochs, share in CURVE:
+        num_images = max(2, num_workers, round(share * total)) if share < 1 else None
+        if epochs < 1 and round(epochs * attack.epochs) in (0, attack.epochs):
+            continue  # one epoch has no half, so the effect of more epochs stays unknown
+        reporter = make_reporter(folder.folder(label.replace(" ", "_")))
+        smaller, rows = _fit(attack, reporter, epochs, num_images)
         if is_rank_zero():
-            attack.load(full)
-            curve.append(
-                {"what": "everything", "epochs": len(history), "num_images": total}
-                | _release_memory(attack.reconstruct(victim.protected), victim)
-            )
+            attack.load(smaller)
+            add_point({"what": label, "epochs": len(rows), "num_images": num_images or total})
+    if is_rank_zero():
+        attack.load(network)
+        add_point({"what": "everything", "epochs": len(history), "num_images": total})
     return history, curve
 
 
 def _fit(
-    attack: TrainedAttack, sink: Reporter, epochs: float, num_images: int | None
+    attack: TrainedAttack, reporter: Reporter, epochs: float, num_images: int | None
 ) -> tuple[StateDict, list[EpochMetrics]]:
     task = attack.task(epochs, num_images)
-    run_on_all_ranks(lambda: task.share(sink.rank, sink.world))  # refuses fewer images than workers
+    run_on_all_ranks(lambda: task.share(reporter.rank, reporter.world))  # refuses fewer images than workers
     configure_torch(task.train)
-    done = Trainer(task, sink).run()
-    return attack.state(done.trainee), done.history
+    result = Trainer(task, reporter).train()
+    return attack.state(result.trainee), result.history
 
 
-def _release_memory(estimates: Tensor, victim: Target) -> dict[str, float]:
-    scores = score_images(match_shape(estimates, victim.access.shape), victim)
+def _score(estimates: Tensor, target: Target) -> dict[str, float]:
+    """Mean scores of reconstructions, for a point of a curve."""
+    scores = score_images(match_shape(estimates, target.access.shape), target)
     means = {key: {"mean": round(float(values.double().mean()), 5)} for key, values in scores.items()}
     return {"reidentification_rate": reidentification_rate(means)} | {
         key: means[key]["mean"] for key in ("ssim", "ssim_invariant", "psnr", "reidentified")
     }
 
 
-def _save_network(folder: Storage, state: StateDict) -> None:
+def _save_tensors(folder: Storage, file: str, tensors: StateDict) -> None:
     from safetensors.torch import save
 
-    folder.write("network.safetensors", save({k: v.contiguous() for k, v in state.items()}))
+    folder.write(file, save({key: tensor.contiguous() for key, tensor in tensors.items()}))
 
 
 def load_network(folder: Storage, options: MethodConfig, access: AttackerKnowledge) -> ImageMap:
@@ -187,9 +193,7 @@ def load_network(folder: Storage, options: MethodConfig, access: AttackerKnowled
     return attack.reconstruct
 
 
-def _with_earlier(plan: AttackPlan, kind: type[Attack], access: AttackerKnowledge) -> AttackerKnowledge:
-    from dataclasses import replace
-
+def _with_earlier_networks(plan: AttackPlan, kind: type[Attack], access: AttackerKnowledge) -> AttackerKnowledge:
     networks = {}
     for name in kind.after:
         if any(o.name == name for o in plan.suite.attacks) and plan.folder(name).exists("network.safetensors"):
@@ -198,28 +202,31 @@ def _with_earlier(plan: AttackPlan, kind: type[Attack], access: AttackerKnowledg
 
 
 def run_attacks_locally(
-    plan: AttackPlan, missing: Sequence[str], display: MultiProgressDisplay, ended: Callable[[str, Outcome], None]
+    plan: AttackPlan, missing: Sequence[str], display: MultiProgressDisplay, on_done: Callable[[str, Outcome], None]
 ) -> None:
-    """Run attacks in this process, one after the other; ``ended`` is told of each ``{"result"}`` or ``{"error"}``.
+    """Run attacks in this process, one after the other.
+
+    Args:
+        on_done: called with each attack's name and ``{"result": ...}`` or ``{"error": ...}``.
 
     Raises:
-        ToldToStop: by ``display`` or SIGTERM, after a checkpoint.
+        TrainingInterrupted: a stop was requested by ``display`` or SIGTERM, and a checkpoint is saved.
     """
-    victim = load_target_of(plan)
+    target = load_target_of(plan)
     with stop_on_signal(display.stop, signal.SIGTERM):
         for name in missing:
             display.raise_if_stop_requested()
             try:
                 if name == REFERENCE_CLASSIFIER:
-                    train_reference_classifier(plan, victim, display.of(REFERENCE_CLASSIFIER))
+                    train_reference_classifier(plan, target, display.of(REFERENCE_CLASSIFIER))
                     outcome: Outcome = {"result": {}}
                 else:
-                    outcome = {"result": run_attack(plan, name, display.of(name), victim)}
+                    outcome = {"result": run_attack(plan, name, display.of(name), target)}
             except RayppError as error:
                 outcome = {"error": str(error)}
-            except Exception as error:  # one attack's defect is not the others'; Ray's tasks do likewise
+            except Exception as error:  # a defect of one attack does not stop the others, as with Ray's tasks
                 outcome = {"error": f"it failed: {type(error).__name__}: {' '.join(str(error).split())}"}
-            ended(name, outcome)
+            on_done(name, outcome)
 
 
 def run_attack_suite(
@@ -232,25 +239,24 @@ def run_attack_suite(
         [AttackPlan, Sequence[str], MultiProgressDisplay, Callable[[str, Outcome], None]], None
     ] = run_attacks_locally,
 ) -> dict[str, Any]:
-    """Run what is missing of a plan and write its scorecard; returns the scorecard.
+    """Run the attacks of a plan that have no result yet; write and return the scorecard.
 
     Args:
-        announce: called when victim and folder have turned out to be right, before the first attack.
-        run: runs attacks and tells of each how it ended: :func:`run_locally`, or Ray's.
+        announce: called before the first attack, once target and folder are valid.
+        run: runs attacks, with the signature of :func:`run_attacks_locally`.
 
     Raises:
-        RayppError: the victim, the suite or the folder is not allowed; an attack that fails does not stop the others.
+        RayppError: target, suite or folder is invalid. An attack that fails does not stop the others.
     """
-    with open_attack_plan(plan, resume=resume) as (plan, victim):
+    with open_attack_plan(plan, resume=resume) as (plan, target):
         announce(plan)
         failures: dict[str, str] = {}
-        names = topological_order(plan)
-        jobs = [name for name in names if load_result(plan, name) is None]
-        if needs_reference_classifier(plan, victim):
+        jobs = [name for name in topological_order(plan) if load_result(plan, name) is None]
+        if needs_reference_classifier(plan, target):
             jobs.append(REFERENCE_CLASSIFIER)
         with MultiProgressDisplay(len(jobs), quiet=quiet, what="attacks") as display:
 
-            def ended(name: str, outcome: Outcome) -> None:
+            def on_done(name: str, outcome: Outcome) -> None:
                 if "error" in outcome:
                     failures[name] = outcome["error"]
                     display.done(name, f"failed: {outcome['error']}")
@@ -258,8 +264,8 @@ def run_attack_suite(
                     display.done(name, _outcome_line(outcome["result"]))
 
             if jobs:
-                run(plan, jobs, display, ended)
-        card = scorecard(plan, victim, failures)
+                run(plan, jobs, display, on_done)
+        card = scorecard(plan, target, failures)
         if plan.spec.bundle is not None and not failures.keys() - {REFERENCE_CLASSIFIER}:
             export_to_bundle(plan, card, quiet)
         return card
@@ -270,4 +276,5 @@ def _outcome_line(result: Outcome) -> str:
         return "trained"
     if result["status"] != "done":
         return str(result["note"] or result["status"])
-    return f"{reidentification_rate(result['scores']):.1%} found, SSIM {result['scores']['ssim']['mean']:.3f}"
+    rate = reidentification_rate(result["scores"])
+    return f"{rate:.1%} re-identified, SSIM {result['scores']['ssim']['mean']:.3f}"

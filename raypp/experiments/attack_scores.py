@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from typing import Any
 
 import torch
@@ -39,162 +38,180 @@ from raypp.experiments.attack_plan import (
 from raypp.experiments.reference_classifier import load_reference_classifier
 from raypp.experiments.run_folder import environment
 from raypp.metrics.statistics import chance_error
+from raypp.utils.documents import dump_json
 
-NUM_SHOWN = 10
+NUM_EXAMPLES = 10
 
 
-def scorecard(plan: AttackPlan, victim: Target, failures: dict[str, str]) -> dict[str, Any]:
-    """Put together what has been measured, write ``scorecard.json`` and ``scores.csv``, and return the first."""
-    from safetensors.torch import load
-
-    judge = load_reference_classifier(plan, victim)
-    test = (victim.metrics or {}).get("test")
-    at_chance = chance_error(test, len(victim.classes))
-    attacks: dict[str, Any] = {}
-    images: dict[str, Scores] = {}
-    for name in topological_order(plan):
-        result = load_result(plan, name)
-        if result is None:
-            kind = ATTACKS.get(name)
-            attacks[name] = {
-                "attack": name, "threat": kind.threat.name, "threat_meaning": kind.threat.meaning,
-                "status": "failed", "note": failures.get(name, "not run"),
-            }  # fmt: skip
-            continue
-        if result["status"] == "done":
-            estimates = load(plan.folder(name).read("estimates.safetensors"))["estimates"]
-            images[name] = score_images(estimates, victim, judge)
-            result["scores"] = aggregate(images[name], plan.suite.seed)
-            result["reidentification_rate"] = reidentification_rate(result["scores"])
-            result |= _convergence(result)
-        attacks[name] = result
-    beside = {name: score_images(made, victim, judge) for name, made in baselines(victim, plan.suite.seed).items()}
-    baseline_scores = {name: aggregate(scores, plan.suite.seed) for name, scores in beside.items()}
+def scorecard(plan: AttackPlan, target: Target, failures: dict[str, str]) -> dict[str, Any]:
+    """Write ``scorecard.json``, ``scores.csv`` and the examples of a run; returns the scorecard."""
+    classifier = load_reference_classifier(plan, target)
+    test = (target.metrics or {}).get("test")
+    at_chance = chance_error(test, len(target.classes))
+    attacks, attack_scores = _score_attacks(plan, target, failures, classifier)
+    baseline_scores = {
+        name: score_images(images, target, classifier) for name, images in baselines(target, plan.suite.seed).items()
+    }
+    baseline_summaries = {name: aggregate(scores, plan.suite.seed) for name, scores in baseline_scores.items()}
     for result in attacks.values():
         if result["status"] == "done":
-            result["above_baseline"] = _above_baselines(result["scores"], baseline_scores)
+            result["above_baseline"] = _above_baselines(result["scores"], baseline_summaries)
     card = {
-        "victim": victim.name,
-        "label": victim.label,
-        "keyed": victim.access.fresh is not None,
-        "num_queries": len(victim.plain),
-        "num_gallery": len(victim.gallery),
-        "num_attacker_images": len(victim.access.images) if victim.access.images is not None else 0,
-        "chance": 1 / len(victim.gallery),
+        "victim": target.name,
+        "label": target.label,
+        "keyed": target.access.fresh is not None,
+        "num_queries": len(target.plain),
+        "num_gallery": len(target.gallery),
+        "num_attacker_images": len(target.access.images) if target.access.images is not None else 0,
+        "chance": 1 / len(target.gallery),
         "accuracy": (test or {}).get("accuracy"),
         "accuracy_interval": (test or {}).get("accuracy_interval"),
         "at_chance": at_chance,
-        "reference_accuracy": _reference_accuracy(judge, victim),
+        "reference_accuracy": _reference_accuracy(classifier, target),
         "reference_note": failures.get(REFERENCE_CLASSIFIER, ""),
         **headline(attacks, at_chance=at_chance is not None),
         "attacks": attacks,
-        "baselines": baseline_scores,
+        "baselines": baseline_summaries,
         "suite": plan.dump()["suite"],
         "environment": environment(),
     }
-    plan.storage.write(SCORECARD, _json(card))
-    plan.storage.write(SCORES, _csv(victim, images | {f"baseline: {k}": v for k, v in beside.items()}))
-    plan.storage.write(EXAMPLES, _examples(plan, victim, images))
+    rows = attack_scores | {f"baseline: {name}": scores for name, scores in baseline_scores.items()}
+    plan.storage.write(SCORECARD, dump_json(card))
+    plan.storage.write(SCORES, _csv(target, rows))
+    plan.storage.write(EXAMPLES, _examples(plan, target, attack_scores))
     return card
 
 
-def _examples(plan: AttackPlan, victim: Target, images: dict[str, Scores]) -> bytes:
-    """Pictures for reports: the first queries, and of each attack those that it recovered best."""
-    from safetensors.torch import load, save
+def _score_attacks(
+    plan: AttackPlan, target: Target, failures: dict[str, str], classifier: nn.Module | None
+) -> tuple[dict[str, Outcome], dict[str, Scores]]:
+    """Results of all attacks, and the scores per image of the finished ones."""
+    attacks: dict[str, Outcome] = {}
+    scores: dict[str, Scores] = {}
+    for name in topological_order(plan):
+        result = load_result(plan, name)
+        if result is None:
+            threat = ATTACKS.get(name).threat
+            result = {
+                "attack": name,
+                "threat": threat.name,
+                "threat_meaning": threat.meaning,
+                "status": "failed",
+                "note": failures.get(name, "not run"),
+            }
+        elif result["status"] == "done":
+            scores[name] = score_images(_load_estimates(plan, name), target, classifier)
+            result["scores"] = aggregate(scores[name], plan.suite.seed)
+            result["reidentification_rate"] = reidentification_rate(result["scores"])
+            result |= _convergence(result)
+        attacks[name] = result
+    return attacks, scores
 
-    found: dict[str, Tensor] = {}
-    for name, scores in images.items():
-        estimates = load(plan.folder(name).read("estimates.safetensors"))["estimates"]
-        best = scores["ssim_invariant"].argsort(descending=True)[:NUM_SHOWN]
-        for what, chosen in (("first", torch.arange(min(NUM_SHOWN, len(estimates)))), ("worst", best)):
-            at = chosen.to(victim.plain.device)
-            found[f"{name}/{what}/plain"] = victim.plain[at].cpu()
-            found[f"{name}/{what}/protected"] = victim.protected[at].cpu()
-            found[f"{name}/{what}/estimate"] = estimates[chosen]
-            found[f"{name}/{what}/psnr"] = scores["psnr"][chosen]
-            found[f"{name}/{what}/ssim"] = scores["ssim"][chosen]
-    found["plain"], found["protected"] = victim.plain[:NUM_SHOWN].cpu(), victim.protected[:NUM_SHOWN].cpu()
-    return save({key: tensor.contiguous() for key, tensor in found.items()})
+
+def _load_estimates(plan: AttackPlan, attack: str) -> Tensor:
+    from safetensors.torch import load
+
+    return load(plan.folder(attack).read("estimates.safetensors"))["estimates"]
+
+
+def _examples(plan: AttackPlan, target: Target, attack_scores: dict[str, Scores]) -> bytes:
+    """Pictures for reports: the first queries, and each attack's best reconstructions."""
+    from safetensors.torch import save
+
+    tensors: dict[str, Tensor] = {}
+    for name, scores in attack_scores.items():
+        estimates = _load_estimates(plan, name)
+        first = torch.arange(min(NUM_EXAMPLES, len(estimates)))
+        best = scores["ssim_invariant"].argsort(descending=True)[:NUM_EXAMPLES]
+        for group, indices in (("first", first), ("worst", best)):
+            on_device = indices.to(target.plain.device)
+            tensors[f"{name}/{group}/plain"] = target.plain[on_device].cpu()
+            tensors[f"{name}/{group}/protected"] = target.protected[on_device].cpu()
+            tensors[f"{name}/{group}/estimate"] = estimates[indices]
+            tensors[f"{name}/{group}/psnr"] = scores["psnr"][indices]
+            tensors[f"{name}/{group}/ssim"] = scores["ssim"][indices]
+    tensors["plain"] = target.plain[:NUM_EXAMPLES].cpu()
+    tensors["protected"] = target.protected[:NUM_EXAMPLES].cpu()
+    return save({key: tensor.contiguous() for key, tensor in tensors.items()})
 
 
 def headline(attacks: dict[str, Any], *, at_chance: bool) -> dict[str, Any]:
-    """Give each attack its verdict, and return those of the strongest attack and the strongest that reconstructs.
+    """Set each attack's verdict; return those of the strongest attack and of the strongest reconstruction attack.
 
-    An attack that failed may have been the strongest: without it, ``holds`` and ``weak`` become ``inconclusive``.
+    A failed attack may be the strongest one, so it turns ``holds`` and ``weak`` into ``inconclusive``.
     """
-    for a in attacks.values():
-        if a["status"] == "done":
-            a["verdict"], a["verdict_reason"] = verdict(
-                a["reidentification_rate"], a["num_queries"], lower_bound=a["lower_bound"], at_chance=at_chance
+    for attack in attacks.values():
+        if attack["status"] == "done":
+            attack["verdict"], attack["verdict_reason"] = verdict(
+                attack["reidentification_rate"],
+                attack["num_queries"],
+                lower_bound=attack["lower_bound"],
+                at_chance=at_chance,
             )
-    failed = [name for name, a in attacks.items() if a["status"] == "failed"]
+    failed = [name for name, attack in attacks.items() if attack["status"] == "failed"]
 
-    def of(name: str | None) -> tuple[str | None, str]:
+    def conclude(name: str | None) -> tuple[float | None, str | None, str]:
         if name is None:
-            return None, ""
-        words, reason = attacks[name]["verdict"], attacks[name]["verdict_reason"]
-        if failed and words in ("holds", "weak"):
-            return INCONCLUSIVE, f"{', '.join(failed)} failed and may have found more"
-        return words, reason
+            return None, None, ""
+        rate, word, reason = (attacks[name][key] for key in ("reidentification_rate", "verdict", "verdict_reason"))
+        if failed and word in ("holds", "weak"):
+            word, reason = INCONCLUSIVE, f"{', '.join(failed)} failed and may be stronger"
+        return rate, word, reason
 
-    worst_name = strongest_attack(attacks)
-    drawing = strongest_attack({name: a for name, a in attacks.items() if ATTACKS.get(name).draws})
-    (words, reason), (drawing_words, drawing_reason) = of(worst_name), of(drawing)
-    red = worst_name is not None and attacks[worst_name]["reidentification_rate"] > RED
+    strongest = strongest_attack(attacks)
+    reconstruction = strongest_attack({name: a for name, a in attacks.items() if ATTACKS.get(name).draws})
+    rate, word, reason = conclude(strongest)
+    reconstruction_rate, reconstruction_word, reconstruction_reason = conclude(reconstruction)
     return {
-        "strongest_attack": worst_name,
-        "strongest_reconstruction": drawing,
-        "reidentification_rate_by_reconstruction": attacks[drawing]["reidentification_rate"] if drawing else None,
-        "verdict_by_reconstruction": drawing_words,
-        "verdict_reason_by_reconstruction": drawing_reason,
-        "reidentification_rate": attacks[worst_name]["reidentification_rate"] if worst_name else None,
-        "verdict": words,
+        "strongest_attack": strongest,
+        "strongest_reconstruction": reconstruction,
+        "reidentification_rate_by_reconstruction": reconstruction_rate,
+        "verdict_by_reconstruction": reconstruction_word,
+        "verdict_reason_by_reconstruction": reconstruction_reason,
+        "reidentification_rate": rate,
+        "verdict": word,
         "verdict_reason": reason,
-        "lower_bound": any(a.get("lower_bound") for a in attacks.values()) and not red,
+        "lower_bound": any(a.get("lower_bound") for a in attacks.values()) and not (rate is not None and rate > RED),
     }
 
 
 def _convergence(result: Outcome) -> Outcome:
-    """Whether a trained attack's score is its last word, by the points of its curve."""
-    trained, tried = bool(result["history"]), ATTACKS.get(result["attack"]).effort is not None
-    if not trained and not tried:
+    """Whether a larger effort would raise an attack's score, read from its curve."""
+    is_trained, has_effort = bool(result["history"]), ATTACKS.get(result["attack"]).effort is not None
+    if not is_trained and not has_effort:
         return {"lower_bound": False, "rises_with": [], "unknown": []}
     points = {point["what"]: point for point in result["curve"]}
-    wanted = (("epochs", HALF_EPOCHS), ("images", QUARTER)) if trained else (("steps", HALF_EFFORT),)
     rising, unknown = [], []
-    for what, before in wanted:
-        if before not in points or result["num_queries"] < MIN_QUERIES:
-            unknown.append(what)
-        elif is_rising([points[before], points["everything"]]):
-            rising.append(what)
+    for resource, label in (("epochs", HALF_EPOCHS), ("images", QUARTER)) if is_trained else (("steps", HALF_EFFORT),):
+        if label not in points or result["num_queries"] < MIN_QUERIES:
+            unknown.append(resource)
+        elif is_rising([points[label], points["everything"]]):
+            rising.append(resource)
     return {"lower_bound": bool(rising or unknown), "rises_with": rising, "unknown": unknown}
 
 
-def _above_baselines(scores: dict[str, dict[str, float]], baseline_scores: dict[str, Any]) -> bool:
-    """Whether the reconstructions resemble the originals more than what the class alone tells, beyond chance."""
-    null = baseline_scores.get("class mean") or baseline_scores["mean image"]
-    return any(scores[key]["low"] > null[key]["high"] for key in ("ssim_invariant", "edges", "reidentified"))
+def _above_baselines(scores: dict[str, dict[str, float]], baseline_summaries: dict[str, Any]) -> bool:
+    """Whether reconstructions resemble the originals more than the class mean does, beyond chance."""
+    baseline = baseline_summaries.get("class mean") or baseline_summaries["mean image"]
+    return any(scores[key]["low"] > baseline[key]["high"] for key in ("ssim_invariant", "edges", "reidentified"))
 
 
-def _reference_accuracy(judge: nn.Module | None, victim: Target) -> float | None:
-    if judge is None:
+def _reference_accuracy(classifier: nn.Module | None, target: Target) -> float | None:
+    if classifier is None:
         return None
-    return float(score_images(victim.plain, victim, judge)["accuracy"].mean())
+    return float(score_images(target.plain, target, classifier)["accuracy"].mean())
 
 
-def _csv(victim: Target, images: dict[str, Scores]) -> bytes:
+def _csv(target: Target, all_scores: dict[str, Scores]) -> bytes:
+    """A row per attack and image; ``image`` is the index in the gallery."""
     text = io.StringIO()
     writer = csv.writer(text)
-    names = list(dict.fromkeys(metric for scores in images.values() for metric in scores))
-    writer.writerow(["attack", "image", "label", *names])
-    places, labels = victim.truth.tolist(), victim.labels.tolist()
-    for attack_name, scores in images.items():
-        columns: list[Tensor | None] = [scores.get(name) for name in names]
+    metrics = list(dict.fromkeys(metric for scores in all_scores.values() for metric in scores))
+    writer.writerow(["attack", "image", "label", *metrics])
+    images, labels = target.truth.tolist(), target.labels.tolist()
+    for name, scores in all_scores.items():
+        columns: list[Tensor | None] = [scores.get(metric) for metric in metrics]
         for i in range(len(next(iter(scores.values())))):
-            numbers = ["" if column is None else f"{float(column[i]):.5g}" for column in columns]
-            writer.writerow([attack_name, places[i], labels[i], *numbers])
+            values = ["" if column is None else f"{float(column[i]):.5g}" for column in columns]
+            writer.writerow([name, images[i], labels[i], *values])
     return text.getvalue().encode()
-
-
-def _json(data: Any) -> bytes:
-    return (json.dumps(data, indent=1) + "\n").encode()

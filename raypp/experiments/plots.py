@@ -14,127 +14,138 @@ from raypp.experiments.pareto import feasible, pareto
 from raypp.experiments.search_records import TrialRecord
 from raypp.experiments.search_settings import Range, Search
 
+COLORS = ("#1f6fb2", "#d1602b", "#3a8f4f", "#8a5fb0")
+
 
 def label(value: Any) -> Any:
     """A setting's value as a scalar: a mapping as ``one_cycle (warmup 0.25)``, a list as its JSON."""
     if isinstance(value, dict) and "name" in value:
-        rest = ", ".join(f"{key} {json.dumps(inner)}" for key, inner in value.items() if key != "name")
-        return f"{value['name']} ({rest})" if rest else value["name"]
+        options = ", ".join(f"{key} {json.dumps(option)}" for key, option in value.items() if key != "name")
+        return f"{value['name']} ({options})" if options else value["name"]
     return json.dumps(value) if isinstance(value, dict | list | tuple) else value
 
 
-# Pictures
-
-
-def front_figure(searches: dict[str, Sequence[TrialRecord]], least: float | None = None) -> bytes:
-    """Leakage against accuracy of every finished trial, with the front of each search, as a PNG."""
-    canvas, panel = _panel(7.2, 5.0)
-    colours = ("#1f6fb2", "#d1602b", "#3a8f4f", "#8a5fb0")
-    null = [r["leakage_baseline"] for records in searches.values() for r in records if r["status"] == "done"]
-    for (name, records), colour in zip(searches.items(), colours, strict=False):
+def front_figure(searches: dict[str, Sequence[TrialRecord]], min_accuracy: float | None = None) -> bytes:
+    """Plot leakage against accuracy of every finished trial, with the front of each search, as a PNG."""
+    figure, axes = _new_axes(7.2, 5.0)
+    baselines = [r["leakage_baseline"] for records in searches.values() for r in records if r["status"] == "done"]
+    for (name, records), color in zip(searches.items(), COLORS, strict=False):
         done = [r for r in records if r["status"] == "done"]
-        missed = [r for r in done if not feasible(r, least)]
-        front = pareto(records, least)
-        kept = [r for r in done if r not in missed]
-        panel.plot([100 * r["accuracy"] for r in kept], [r["leakage"] for r in kept], "o", color=colour, alpha=0.4)
-        panel.plot([100 * r["accuracy"] for r in missed], [r["leakage"] for r in missed], "x", color=colour, alpha=0.4)
-        panel.step(
-            [100 * r["accuracy"] for r in front],
-            [r["leakage"] for r in front],
+        for marker, is_feasible in (("o", True), ("x", False)):
+            points = [r for r in done if feasible(r, min_accuracy) == is_feasible]
+            axes.plot(*_coordinates(points), marker, color=color, alpha=0.4)
+        front = pareto(records, min_accuracy)
+        axes.step(
+            *_coordinates(front),
             "o-",
-            where="post",  # with so much accuracy no trial leaks less
-            color=colour,
+            where="post",  # no trial with at least this accuracy leaks less
+            color=color,
             label=f"{name}: front of {len(front)} among {len(done)} trials",
         )
-    if null:
-        panel.axhline(float(np.mean(null)), color="#555555", ls=":", lw=1.2, label="class mean (null)")
-    if least is not None:
-        panel.axvline(100 * least, color="#555555", ls="--", lw=1.2, label=f"least accuracy, {least:.1%}")
-    panel.set_xlabel("validation accuracy after 8-bit rounding, % (better to the right)")
-    panel.set_ylabel("leakage: SSIM of the quick attack (better below)")
-    panel.legend(frameon=False, fontsize=8)
-    return as_png(canvas)
+    if baselines:
+        axes.axhline(float(np.mean(baselines)), color="#555555", ls=":", lw=1.2, label="class mean (baseline)")
+    if min_accuracy is not None:
+        axes.axvline(
+            100 * min_accuracy, color="#555555", ls="--", lw=1.2, label=f"minimum accuracy, {min_accuracy:.1%}"
+        )
+    axes.set_xlabel("validation accuracy after 8-bit rounding, % (higher is better)")
+    axes.set_ylabel("leakage: SSIM of the quick attack (lower is better)")
+    axes.legend(frameon=False, fontsize=8)
+    return as_png(figure)
 
 
-def parallel_figure(records: Sequence[TrialRecord], least: float | None = None) -> bytes | None:
-    """Every finished trial as a line through its settings and scores; those of the front are drawn in colour."""
+def _coordinates(records: Sequence[TrialRecord]) -> tuple[list[float], list[float]]:
+    """Accuracy in percent, and leakage."""
+    return [100 * r["accuracy"] for r in records], [r["leakage"] for r in records]
+
+
+def parallel_figure(records: Sequence[TrialRecord], min_accuracy: float | None = None) -> bytes | None:
+    """Plot every finished trial as a line through its settings and scores; trials of the front are blue."""
     done = [r for r in records if r["status"] == "done"]
     if not done:
         return None
     keys = sorted({key for r in done for key in r["settings"]})
-    axes = [*keys, "accuracy", "leakage"]
     columns = {key: [label(r["settings"].get(key)) for r in done] for key in keys}
     columns |= {key: [r[key] for r in done] for key in ("accuracy", "leakage")}
-    canvas, panel = _panel(2.2 + 1.5 * len(axes), 4.6)
+    figure, axes = _new_axes(2.2 + 1.5 * len(columns), 4.6)
     heights = []
-    for x, key in enumerate(axes):
-        values = columns[key]
-        numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-        if numeric:
-            low, high = float(min(values)), float(max(values))
-            logarithmic = low > 0 and high / low >= 20
-            at = [math.log(v) if logarithmic else float(v) for v in values]
-            ends = (math.log(low), math.log(high)) if logarithmic else (low, high)
-            ticks = {0.0: f"{low:.3g}", 1.0: f"{high:.3g}"}
-        else:
-            kinds = sorted({str(v) for v in values})
-            at, ends = [float(kinds.index(str(v))) for v in values], (0.0, float(len(kinds) - 1))
-            ticks = {i / max(1, len(kinds) - 1): kind[:24] for i, kind in enumerate(kinds)}
-        span = ends[1] - ends[0]
-        heights.append([(v - ends[0]) / span if span else 0.5 for v in at])
-        panel.axvline(x, color="#bbbbbb", lw=1, zorder=0)
+    for x, values in enumerate(columns.values()):
+        scaled, ticks = _scale_column(values)
+        heights.append(scaled)
+        axes.axvline(x, color="#bbbbbb", lw=1, zorder=0)
         for y, text in ticks.items():
-            panel.text(x, y, f" {text}", fontsize=7, va="bottom" if y < 1 else "top", color="#333333")
-    front = {r["trial"] for r in pareto(records, least)}
-    for i, record in enumerate(done):
-        best = record["trial"] in front
-        panel.plot(range(len(axes)), [column[i] for column in heights], color="#1f6fb2" if best else "#c9c9c9",
-                   lw=1.8 if best else 0.9, zorder=2 if best else 1)  # fmt: skip
-    panel.set_xticks(range(len(axes)), [key.replace(".", ".\n") for key in axes], fontsize=8)
-    panel.set_yticks([])
-    panel.set_xlim(-0.3, len(axes) - 0.3)
-    panel.set_title("trials through their settings and scores; blue: on the front", fontsize=10)
-    return as_png(canvas)
+            axes.text(x, y, f" {text}", fontsize=7, va="bottom" if y < 1 else "top", color="#333333")
+    front = {r["trial"] for r in pareto(records, min_accuracy)}
+    for record, line in zip(done, zip(*heights, strict=True), strict=True):
+        style: dict[str, Any] = {"color": "#c9c9c9", "lw": 0.9, "zorder": 1}
+        if record["trial"] in front:
+            style = {"color": "#1f6fb2", "lw": 1.8, "zorder": 2}
+        axes.plot(range(len(columns)), line, **style)
+    axes.set_xticks(range(len(columns)), [key.replace(".", ".\n") for key in columns], fontsize=8)
+    axes.set_yticks([])
+    axes.set_xlim(-0.3, len(columns) - 0.3)
+    axes.set_title("settings and scores of all trials; blue: on the front", fontsize=10)
+    return as_png(figure)
+
+
+def _scale_column(values: Sequence[Any]) -> tuple[list[float], dict[float, str]]:
+    """Values scaled to [0, 1], and the labels of the axis by height; numbers over a factor of 20 are logarithmic."""
+    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        low, high = float(min(values)), float(max(values))
+        logarithmic = low > 0 and high / low >= 20
+        numbers = [math.log(v) if logarithmic else float(v) for v in values]
+        ticks = {0.0: f"{low:.3g}", 1.0: f"{high:.3g}"}
+        start, end = (math.log(low), math.log(high)) if logarithmic else (low, high)
+    else:
+        choices = sorted({str(v) for v in values})
+        numbers = [float(choices.index(str(v))) for v in values]
+        ticks = {i / max(1, len(choices) - 1): choice[:24] for i, choice in enumerate(choices)}
+        start, end = 0.0, float(len(choices) - 1)
+    span = end - start
+    return [(number - start) / span if span else 0.5 for number in numbers], ticks
 
 
 def importance_figure(records: Sequence[TrialRecord], search: Search) -> bytes | None:
-    """How much each setting says about accuracy and leakage; None for fewer than six finished trials.
+    """Plot each setting's importance for accuracy and leakage; None for fewer than six finished trials.
 
-    Source: fANOVA, Hutter, Hoos, Leyton-Brown 2014, as Optuna has it.
+    Source: fANOVA, Hutter, Hoos, Leyton-Brown 2014, in Optuna's implementation.
     """
-    import optuna
-    from optuna.importance import FanovaImportanceEvaluator
-
     done = [r for r in records if r["status"] == "done"]
     if len(done) < 6:
         return None
-    spaces = {key: distribution(values) for key, values in search.space.items()}
-    found = {}
-    for what in ("accuracy", "leakage"):
-        study = optuna.create_study(direction="maximize" if what == "accuracy" else "minimize")
-        for r in done:
-            params = {key: label(r["settings"][key]) for key in spaces}
-            study.add_trial(optuna.trial.create_trial(params=params, distributions=spaces, value=r[what]))
-        try:
-            shares = optuna.importance.get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
-        except (ValueError, RuntimeError):  # of values that are all alike nothing can be said
-            continue
-        found[what] = shares
-    if not found:
+    importances = {score: _importances(done, search, score) for score in ("accuracy", "leakage")}
+    if not any(importances.values()):
         return None
-    keys = sorted(spaces, key=lambda key: sum(shares.get(key, 0) for shares in found.values()))
-    canvas, panel = _panel(7.0, 1.6 + 0.5 * len(keys))
-    for shift, (what, colour) in zip((0.18, -0.18), (("accuracy", "#1f6fb2"), ("leakage", "#d1602b")), strict=True):
-        if what in found:
-            values = [found[what].get(key, 0.0) for key in keys]
-            panel.barh([y + shift for y in range(len(keys))], values, height=0.34, color=colour, label=what)
-    panel.set_yticks(range(len(keys)), keys)
-    panel.set_xlabel("importance (fANOVA), shares of 1")
-    panel.legend(frameon=False)
-    return as_png(canvas)
+    keys = sorted(search.space, key=lambda key: sum(shares.get(key, 0) for shares in importances.values()))
+    figure, axes = _new_axes(7.0, 1.6 + 0.5 * len(keys))
+    for (score, shares), shift, color in zip(importances.items(), (0.18, -0.18), COLORS, strict=False):
+        if shares:
+            values = [shares.get(key, 0.0) for key in keys]
+            axes.barh([y + shift for y in range(len(keys))], values, height=0.34, color=color, label=score)
+    axes.set_yticks(range(len(keys)), keys)
+    axes.set_xlabel("importance (fANOVA), shares of 1")
+    axes.legend(frameon=False)
+    return as_png(figure)
+
+
+def _importances(done: Sequence[TrialRecord], search: Search, score: str) -> dict[str, float]:
+    """Each setting's share of the variance of a score; empty where all values are equal."""
+    import optuna
+    from optuna.importance import FanovaImportanceEvaluator
+
+    spaces = {key: distribution(values) for key, values in search.space.items()}
+    study = optuna.create_study(direction="maximize" if score == "accuracy" else "minimize")
+    for record in done:
+        params = {key: label(record["settings"][key]) for key in spaces}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=spaces, value=record[score]))
+    try:
+        return optuna.importance.get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
+    except (ValueError, RuntimeError):  # fANOVA needs values that differ
+        return {}
 
 
 def distribution(values: Range | tuple[Any, ...]) -> Any:
+    """The Optuna distribution of a setting of the search space."""
     from optuna import distributions
 
     if isinstance(values, tuple):
@@ -144,8 +155,8 @@ def distribution(values: Range | tuple[Any, ...]) -> Any:
     return distributions.FloatDistribution(float(values.low), float(values.high), log=values.log)
 
 
-def _panel(width: float, height: float) -> tuple[Any, Any]:
-    canvas = new_figure(width, height)
-    panel = canvas.subplots()
-    panel.spines[["top", "right"]].set_visible(False)
-    return canvas, panel
+def _new_axes(width: float, height: float) -> tuple[Any, Any]:
+    figure = new_figure(width, height)
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes

@@ -1,8 +1,8 @@
-"""A search: which configurations are tried, how each is scored, and what is handed over in the end.
+"""Hyperparameter search: make, validate and open the plan of a search.
 
-NAME/search.yaml          what was asked for
-NAME/trials/TRIAL/        a training run each, leak/ with its quick attack, trial.json with its scores
-NAME/trials.csv, .parquet every trial, rewritten whenever one ends
+NAME/search.yaml          settings of the search
+NAME/trials/TRIAL/        per trial: a training run, leak/ with its quick attack, trial.json with its scores
+NAME/trials.csv, .parquet every trial, rewritten when one ends
 NAME/front.png, parallel.png, importance.png
 NAME/best/                bundles of the best accuracy, the best privacy and the knee between them
 NAME/attacks/, report/    the full attacks on them, and their report
@@ -34,17 +34,17 @@ def make_search_plan(
     """Merge a preset, a file and flags, and check the search space at its ends and choices.
 
     Raises:
-        ConfigError: one sentence about the first thing that is not allowed.
+        ConfigError: names the first invalid setting.
     """
     tree = load_tree(preset, file, flags, more=("search",))
-    given = tree.pop("search", None)
-    if given is None:
+    section = tree.pop("search", None)
+    if section is None:
         raise ConfigError(
             f"preset {preset!r} has no section search; give one in a file (--config) or flags such as --search.space "
             "'{train.alpha: {low: 0.001, high: 0.1, log: true}}'"
         )
-    search = validate_search(given)
-    base = validate(tree)  # before the space, whose faults are then its own
+    search = validate_search(section)
+    base = validate(tree)  # before the space, so that later errors are errors of the space
     check_milestones(base.train, "train")
     plan = SearchPlan(base.model_dump(mode="json"), search, Storage(storage).folder(validate_name(name)))
     for point in plan.corners():
@@ -60,7 +60,7 @@ def make_search_plan(
 
 
 def validate_search(tree: Any) -> Search:
-    """Validate a ``search`` section; raises ConfigError with one sentence for the first thing that is wrong."""
+    """Validate a ``search`` section; raises ConfigError for the first invalid setting."""
     if not isinstance(tree, dict):
         raise ConfigError(f"search is {tree!r}; allowed is a mapping of its settings")
     try:
@@ -78,10 +78,10 @@ def validate_search(tree: Any) -> Search:
 
 @contextmanager
 def open_search(plan: SearchPlan, *, resume: bool) -> Iterator[bool]:
-    """Hold a search's folder, a new one or with ``resume`` one of the same settings; gives whether it had begun.
+    """Lock a search's folder: a new one, or with ``resume`` one of the same settings; yields whether it has started.
 
     Raises:
-        StorageError: it exists already, or with ``resume`` does not, or was asked for other things.
+        StorageError: it exists already, or with ``resume`` it does not exist or has other settings.
     """
     storage = plan.storage
     if not storage.exists(FILE):
@@ -92,29 +92,35 @@ def open_search(plan: SearchPlan, *, resume: bool) -> Iterator[bool]:
         check_features(plan.config_at(point) for point in ({}, *plan.corners()))
     storage.create()
     with lock(storage, f"the search {storage.uri}"):
-        begun = storage.exists(FILE)
-        if begun and not resume:
-            raise StorageError(f"{storage.uri} exists already; --resume continues it, another --name starts anew")
-        now = plan.dump()
-        if begun:
-            before = read_checked(storage, FILE, "settings", "search")
-            with contextlib.suppress(ConfigError):  # settings that have come since then have their default
-                before["settings"] = validate(before["settings"]).model_dump(mode="json")
-            # A run that has begun keeps its feature network, so that this may change.
-            before["settings"], now["settings"] = map(_without_fallback, (before["settings"], now["settings"]))
-            for part in ("settings", "search"):
-                for key in sorted({*before[part], *now[part]}):
-                    if key != "cluster" and before[part].get(key) != now[part].get(key):
-                        name = key if part == "settings" else f"search.{key}"
-                        raise StorageError(
-                            f"{storage.uri} was started with another {name}; resume it with the same, or take another "
-                            "--name"
-                        )
+        has_started = storage.exists(FILE)
+        if has_started and not resume:
+            raise StorageError(f"{storage.uri} exists already; --resume continues it, another --name starts a new one")
+        if has_started:
+            _check_resumable(plan)
         else:
-            storage.write(FILE, yaml.safe_dump(now, sort_keys=False).encode())
-        yield begun
+            storage.write(FILE, yaml.safe_dump(plan.dump(), sort_keys=False).encode())
+        yield has_started
 
 
-def _without_fallback(settings: dict[str, Any]) -> dict[str, Any]:
-    features = {key: value for key, value in settings["features"].items() if key != "fallback"}
-    return settings | {"features": features}
+def _check_resumable(plan: SearchPlan) -> None:
+    """Raise StorageError for the first setting that differs from the stored search."""
+    storage, new = plan.storage, plan.dump()
+    old = read_checked(storage, FILE, "settings", "search")
+    with contextlib.suppress(ConfigError):  # settings that are newer than the search have their default
+        old["settings"] = validate(old["settings"]).model_dump(mode="json")
+    for part, prefix in (("settings", ""), ("search", "search.")):
+        before, now = _comparable(old[part]), _comparable(new[part])
+        for key in sorted({*before, *now}):
+            if before.get(key) != now.get(key):
+                raise StorageError(
+                    f"{storage.uri} was started with another {prefix}{key}; resume it with the same, or take another "
+                    "--name"
+                )
+
+
+def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those that may change: the cluster, and the fallback of features, which a run resolves once."""
+    compared = {key: value for key, value in settings.items() if key != "cluster"}
+    if "features" in compared:
+        compared["features"] = {key: value for key, value in compared["features"].items() if key != "fallback"}
+    return compared

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,13 +13,13 @@ from raypp.experiments.pareto import hypervolume, pareto, rank_correlation, sele
 from raypp.experiments.plots import front_figure, importance_figure, label, parallel_figure
 from raypp.experiments.search_records import TrialRecord
 from raypp.experiments.search_settings import SUMMARY, TRIALS, Search, SearchPlan, restore_search_plan
-from raypp.experiments.training_run import open_run, summary
+from raypp.experiments.training_run import open_run, summary, train_locally
+from raypp.utils.documents import dump_json
 from raypp.utils.errors import RayppError
 from raypp.utils.progress import ProgressListener
 from raypp.utils.storage import Storage
 
-BASELINE = "plain"  # the run whose accuracy a constraint may name
-
+BASELINE = "plain"  # the run of plain images; search.min_accuracy may refer to its accuracy
 
 COLUMNS = (
     "trial",
@@ -36,15 +35,17 @@ COLUMNS = (
     "on_front",
     "explanation",
 )
+CARD_KEYS = ("reidentification_rate", "verdict", "strongest_attack", "reidentification_rate_by_reconstruction")
+"""Entries of a full attack's scorecard that the summary repeats."""
 
 
-def write_table(storage: Storage, records: Sequence[TrialRecord], least: float | None) -> None:
+def write_table(storage: Storage, records: Sequence[TrialRecord], least_accuracy: float | None) -> None:
     """Write ``trials.csv`` and ``trials.parquet``, a row per trial."""
     import pyarrow as pa
     import pyarrow.csv
     import pyarrow.parquet
 
-    front = {record["trial"] for record in pareto(records, least)}
+    front = {record["trial"] for record in pareto(records, least_accuracy)}
     keys = sorted({key for record in records for key in record["settings"]})
     rows = [
         {name: record.get(name) for name in COLUMNS}
@@ -62,73 +63,88 @@ def write_table(storage: Storage, records: Sequence[TrialRecord], least: float |
 
 
 def _column(values: list[Any]) -> list[Any]:
-    """Values of one type: of choices of several kinds their text."""
-    kinds = {bool if isinstance(v, bool) else float if isinstance(v, int | float) else type(v)
-             for v in values if v is not None}  # fmt: skip
+    """Values of one type for Arrow: numbers as float, values of several types as text."""
+    present = [v for v in values if v is not None]
+    kinds = {float if isinstance(v, int | float) and not isinstance(v, bool) else type(v) for v in present}
     if kinds == {float}:
         return [None if v is None else float(v) for v in values]
     return values if len(kinds) <= 1 else [None if v is None else str(v) for v in values]
 
 
-# The end
-
-
 def export_best(
     plan: SearchPlan,
     records: Sequence[TrialRecord],
-    least: float | None,
+    least_accuracy: float | None,
     attack: Callable[[str, str, str], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Attack and copy the best bundles, draw the pictures, and write the search's summary; returns it.
+    """Attack and copy the best bundles, draw the figures, and write the search's summary; returns the summary.
 
     Args:
-        least: the accuracy that is asked for, or None.
+        least_accuracy: minimum accuracy of the best trials, or None.
         attack: runs a suite against a bundle under a name, and returns its scorecard.
     """
-    from raypp.evaluation.report.render import write_report
-
-    storage, search = plan.storage, plan.search
-    write_table(storage, records, least)
-    storage.write("front.png", front_figure({"search": records}, least))
-    for name, picture in (
-        ("parallel.png", parallel_figure(records, least)),
-        ("importance.png", importance_figure(records, search)),
-    ):
-        if picture is not None:
-            storage.write(name, picture)
-    best, front = select_best(records, search, least), pareto(records, least)
-    scorecards: dict[str, Any] = {}
-    pairs = []
-    if search.suite is not None:
-        wanted = list({r["trial"]: r for r in [*best.values(), *front]}.values())[: search.num_attacked]
-        for record in wanted:
-            card = attack(_bundle(plan, record), search.suite, record["trial"])
-            kept = ("reidentification_rate", "verdict", "strongest_attack", "reidentification_rate_by_reconstruction")
-            scorecards[record["trial"]] = {key: card[key] for key in kept}
-            strong = card["attacks"].get("inverse", {})
-            if strong.get("status") == "done":
-                scorecards[record["trial"]]["inverse_ssim"] = strong["scores"]["ssim_invariant"]["mean"]
-                pairs.append((record["leakage"], strong["scores"]["ssim_invariant"]["mean"]))
-        if scorecards:
-            write_report([storage.folder(f"attacks/{trial}").uri for trial in scorecards], storage.folder("report"))
+    storage = plan.storage
+    write_table(storage, records, least_accuracy)
+    _write_figures(plan, records, least_accuracy)
+    best, front = select_best(records, plan.search, least_accuracy), pareto(records, least_accuracy)
+    scorecards, leakage_pairs = _attack_best(plan, [*best.values(), *front], attack)
     for name, record in best.items():
         with Storage(_bundle(plan, record)).download("") as folder:
             storage.upload(folder, f"best/{name}", last=MANIFEST)
-    found = {
+    results = {
         "trials": {word: sum(r["status"] == word for r in records) for word in sorted({r["status"] for r in records})},
-        "least_accuracy": least,
+        "least_accuracy": least_accuracy,
         "front": [
             {key: r[key] for key in ("trial", "settings", "accuracy", "leakage", "reidentification_rate")}
             for r in front
         ],
-        "hypervolume": hypervolume(records, least),
+        "hypervolume": hypervolume(records, least_accuracy),
         "best": {name: record["trial"] for name, record in best.items()},
         "scorecards": scorecards,
-        "rank_correlation": rank_correlation(pairs),
-        "num_compared": len(pairs),
+        "rank_correlation": rank_correlation(leakage_pairs),
+        "num_compared": len(leakage_pairs),
     }
-    storage.write(SUMMARY, (json.dumps(found, indent=2) + "\n").encode())
-    return found
+    storage.write(SUMMARY, dump_json(results))
+    return results
+
+
+def _write_figures(plan: SearchPlan, records: Sequence[TrialRecord], least_accuracy: float | None) -> None:
+    for name, figure in (
+        ("front.png", front_figure({"search": records}, least_accuracy)),
+        ("parallel.png", parallel_figure(records, least_accuracy)),
+        ("importance.png", importance_figure(records, plan.search)),
+    ):
+        if figure is not None:
+            plan.storage.write(name, figure)
+
+
+def _attack_best(
+    plan: SearchPlan, candidates: Sequence[TrialRecord], attack: Callable[[str, str, str], dict[str, Any]]
+) -> tuple[dict[str, Any], list[tuple[float, float]]]:
+    """Run the suite against the first candidates and write a report.
+
+    Returns:
+        Scorecard entries by trial, and pairs of leakage (SSIM) in the quick and in the full ``inverse`` attack.
+    """
+    from raypp.evaluation.report.render import write_report
+
+    storage, search = plan.storage, plan.search
+    scorecards: dict[str, Any] = {}
+    leakage_pairs: list[tuple[float, float]] = []
+    if search.suite is None:
+        return scorecards, leakage_pairs
+    distinct = {record["trial"]: record for record in candidates}
+    for trial, record in list(distinct.items())[: search.num_attacked]:
+        card = attack(_bundle(plan, record), search.suite, trial)
+        scorecards[trial] = {key: card[key] for key in CARD_KEYS}
+        inverse = card["attacks"].get("inverse", {})
+        if inverse.get("status") == "done":
+            ssim = inverse["scores"]["ssim_invariant"]["mean"]
+            scorecards[trial]["inverse_ssim"] = ssim
+            leakage_pairs.append((record["leakage"], ssim))
+    if scorecards:
+        write_report([storage.folder(f"attacks/{trial}").uri for trial in scorecards], storage.folder("report"))
+    return scorecards, leakage_pairs
 
 
 def _bundle(plan: SearchPlan, record: TrialRecord) -> str:
@@ -136,7 +152,7 @@ def _bundle(plan: SearchPlan, record: TrialRecord) -> str:
 
 
 def baseline_config(plan: SearchPlan) -> Config:
-    """A classifier of plain images, trained as the trials are."""
+    """Settings of a classifier of plain images, trained as the trials are."""
     tree = plan.config.model_dump(mode="json")
     tree |= {"protection": {"name": "plain"}, "adaptation": "auto"}
     tree["train"] |= {"mode": "plain"}
@@ -145,18 +161,20 @@ def baseline_config(plan: SearchPlan) -> Config:
 
 
 def train_baseline(dumped: dict[str, Any], display: ProgressListener) -> float:
-    """Train the baseline as a run of its own, from where it was stopped; returns its validation accuracy."""
-    from raypp.experiments.training_run import train_locally
-
+    """Train the baseline as a separate run, or resume it; returns its validation accuracy."""
     plan = restore_search_plan(dumped)
-    begun = plan.storage.exists(f"{BASELINE}/config.yaml")
-    with open_run(baseline_config(plan), BASELINE, resume=begun) as run:
-        found = summary(run) or train_locally(run, display)
-    return float(found["best"]["val_accuracy"])
+    resume = plan.storage.exists(f"{BASELINE}/config.yaml")
+    with open_run(baseline_config(plan), BASELINE, resume=resume) as run:
+        results = summary(run) or train_locally(run, display)
+    return float(results["best"]["val_accuracy"])
 
 
 def min_accuracy(search: Search, plain: float | None) -> float | None:
-    """The accuracy that trials have to reach, given that of plain images."""
+    """The minimum accuracy of trials, or None.
+
+    Args:
+        plain: accuracy on plain images, which ``search.min_accuracy`` may refer to.
+    """
     if search.margin is not None:
         if plain is None:
             raise RayppError("the baseline of search.min_accuracy has not been trained")

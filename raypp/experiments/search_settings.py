@@ -15,19 +15,22 @@ from raypp.config.validation import check_milestones, validate
 from raypp.utils.storage import Storage
 
 FILE, TRIALS, RESULT, SUMMARY = "search.yaml", "trials", "trial.json", "search.json"
-MOST_QUERIES = 1000
+MAX_QUERIES = 1000  # validation images that the quick attack reconstructs
 MID_TRAINING = ("train.optimizer.lr",)
-"""Settings that population based training may change while a trial runs: others lie in the optimiser's state, or change
-the loss that epochs are compared by."""
+"""Settings that population based training may change while a trial runs. Other settings are part of the optimizer's
+state, or change the loss by which epochs are compared."""
+
+Point = dict[str, Any]
+"""Values of the searched settings, by dotted key."""
 
 
 class Range(ConfigModel):
-    """Numbers from ``low`` to ``high``; whole ones where both are."""
+    """Numbers from ``low`` to ``high``; integers if both bounds are integers."""
 
     low: int | float
     high: int | float
     log: bool = False
-    """Draw uniformly on a logarithmic scale."""
+    """Sample uniformly on a logarithmic scale."""
 
     @model_validator(mode="after")
     def _not_empty(self) -> Range:
@@ -45,12 +48,11 @@ class Range(ConfigModel):
 
 
 def _space(value: Any) -> Any:
-    """Flatten nested sections, and keep what describes values: a mapping with low and high, or a list of choices."""
-
+    """Flatten nested sections to dotted keys; values are ranges (mappings with low and high) or lists of choices."""
     allowed = "allowed is a range {low, high, log} or a list of choices"
 
     def walk(node: Any, key: str) -> Iterator[tuple[str, Any]]:
-        if node is None or isinstance(node, Range):  # null takes a setting of the preset's space out of it
+        if node is None or isinstance(node, Range):  # null removes a setting from the preset's space
             yield key, node
         elif isinstance(node, dict) and {"low", "high"} & set(node):
             try:
@@ -73,7 +75,7 @@ def _space(value: Any) -> Any:
 
 
 def _min_accuracy(value: Any) -> Any:
-    """A share in [0, 1], or how far below plain images."""
+    """Normalize to a share in [0, 1], or to ``plain - MARGIN``; white space is ignored."""
     if value is None:
         return None
     words = "".join(str(value).split())
@@ -87,56 +89,56 @@ def _min_accuracy(value: Any) -> Any:
 
 
 class Search(ConfigModel):
-    """What is searched, how each trial is scored, and when the search ends."""
+    """The search space, the score of a trial, and the budget."""
 
     space: Annotated[dict[str, Range | tuple[Any, ...]], BeforeValidator(_space)] = Field(min_length=1)
     """Settings to vary, as ``train.alpha: {low: 0.001, high: 0.1, log: true}`` or ``protection.width: [8, 16]``."""
     objective: Literal["both", "accuracy", "leakage"] = "both"
-    """``both`` looks for the Pareto front of validation accuracy (after 8-bit rounding) and leakage."""
+    """``both`` searches the Pareto front of validation accuracy (after 8-bit rounding) and leakage."""
     min_accuracy: Annotated[float | str | None, BeforeValidator(_min_accuracy)] = None
-    """What a trial has to reach: a share such as 0.7, or ``plain - 0.01``: that much below plain images."""
+    """Minimum accuracy of a trial: a share such as 0.7, or ``plain - 0.01``, relative to plain images."""
     sampler: Literal["tpe", "nsga2", "random"] = "tpe"
-    """Optuna's; all three search for one objective or for both."""
+    """A sampler of Optuna; all three support one objective or both."""
     scheduler: Literal["none", "asha", "median", "pbt"] = "none"
-    """Stops (``pbt``: redirects) trials by the accuracy of protected images. Privacy matures late: give it time."""
+    """Stops (``pbt``: redirects) trials by the accuracy on protected images. Privacy improves late in training."""
     grace_epochs: int = Field(2, ge=1)
-    """Epochs, the plain phase's included, before the scheduler judges a trial."""
+    """Epochs before the scheduler may stop a trial, including the plain phase."""
     num_trials: int = Field(20, ge=1)
     max_concurrent: int | None = Field(None, ge=1)
-    """Trials at once; null takes as many as the cluster has room for at the start. Give it for one that grows."""
+    """Trials at once; null uses the resources that the cluster has at the start. Set it for an autoscaling cluster."""
     max_minutes: float | None = Field(None, gt=0)
-    """Start no trial and stop those that run after so many minutes; null sets no limit."""
+    """Minutes after which no trial starts and running trials stop; null sets no limit."""
     patience: int | None = Field(None, ge=1)
-    """End after so many finished trials in a row that did not improve front or objective; null never does."""
+    """Finished trials in a row without a better front or objective, before the search ends; null sets no limit."""
     attack: dict[str, Any] = Field(
         default_factory=lambda: {"width": 16, "depth": 2, "patch": 2, "train": {"epochs": 2}}
     )
     """Options of the ``inverse`` attack that measures leakage in every trial."""
     attack_images: int | None = Field(None, ge=40)
-    """Images that this attack learns from; null gives it the training images."""
+    """Training images of this attack; null uses those of the trial."""
     suite: str | None = "small"
-    """Attack suite against the bundles that are handed over; null leaves them as they are."""
+    """Attack suite that is run against the best bundles; null runs none."""
     num_attacked: int = Field(3, ge=0)
-    """Bundles to attack with it: best accuracy, best privacy and knee, then others of the front."""
+    """Bundles to attack with the suite: best accuracy, best privacy and knee, then others of the front."""
     gpus_per_trial: float = Field(1, gt=0, le=1)
-    """Of a trial of one worker, where the cluster has GPUs; less than 1 packs several on one."""
+    """GPUs of a trial with one worker, if the cluster has GPUs; with less than 1, several trials share a GPU."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Search:
         if self.scheduler == "pbt":
             if self.objective != "accuracy":
-                raise ValueError("scheduler 'pbt' passes on what is read best; set objective to 'accuracy'")
+                raise ValueError("scheduler 'pbt' compares trials by accuracy; set objective to 'accuracy'")
             for key, values in self.space.items():
                 if key not in MID_TRAINING or not isinstance(values, Range):
                     raise ValueError(
-                        f"scheduler 'pbt' changes settings while a trial runs, which {key} does not allow so; "
+                        f"scheduler 'pbt' changes settings while a trial runs, but {key} cannot change; "
                         f"allowed in its space: a range of {', '.join(MID_TRAINING)}"
                     )
         return self
 
     @property
     def margin(self) -> float | None:
-        """How far below plain images a trial may be, where ``min_accuracy`` says so."""
+        """Allowed loss of accuracy relative to plain images, if ``min_accuracy`` is relative."""
         return float(self.min_accuracy.partition("-")[2]) if isinstance(self.min_accuracy, str) else None
 
 
@@ -146,7 +148,7 @@ class SearchFile(ConfigModel):
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """A preset's settings, a search over them, and the folder of what comes of it."""
+    """A preset's settings, a search over them, and the folder of the results."""
 
     tree: dict[str, Any]
     search: Search
@@ -154,11 +156,11 @@ class SearchPlan:
 
     @property
     def config(self) -> Config:
-        """Of a trial, with everything that is not searched."""
+        """The configuration of a trial at the preset's own values."""
         return self.config_at({})
 
     def config_at(self, point: Point) -> Config:
-        """The configuration of one point of the space; raises ConfigError where its settings do not go together."""
+        """The configuration of one point of the space; raises ConfigError if its settings are invalid."""
         settings: dict[str, Any] = {"cluster": {"storage": self.storage.folder(TRIALS).uri}}
         for key, value in point.items():
             settings = deep_merge(settings, unflatten(key.split("."), value))
@@ -167,7 +169,7 @@ class SearchPlan:
         return config
 
     def corners(self) -> list[Point]:
-        """Each setting of the space at its ends or choices, all others as in the preset."""
+        """Points that set one searched setting to one of its bounds or choices."""
         return [
             {key: value}
             for key, values in self.search.space.items()
@@ -175,18 +177,14 @@ class SearchPlan:
         ]
 
     def dump(self) -> dict[str, Any]:
-        """As plain data, from which :func:`restore` makes it again in another process."""
+        """Plain data from which :func:`restore_search_plan` rebuilds the plan in another process."""
         return {"settings": self.tree, "search": self.search.model_dump(mode="json"), "storage": self.storage.uri}
 
 
 def restore_search_plan(dumped: dict[str, Any]) -> SearchPlan:
-    """The plan that ``Plan.dump`` described."""
     return SearchPlan(dumped["settings"], Search.model_validate(dumped["search"]), Storage(dumped["storage"]))
 
 
 def attack_options(search: Search) -> Any:
     """Options of the quick attack."""
     return ATTACKS.options("inverse").model_validate({"name": "inverse", **search.attack})
-
-
-Point = dict[str, Any]

@@ -1,13 +1,14 @@
-"""One trial: a training run and its proxy leakage."""
+"""One trial: a training run and its leakage, measured by the quick attack."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import AttackerKnowledge, TrainedAttack
@@ -18,41 +19,38 @@ from raypp.data.base import stratified_split
 from raypp.data.splits import load_split, subsample
 from raypp.evaluation.scorecard import aggregate, baselines, reidentification_rate, score_images
 from raypp.experiments.search_records import TrialRecord, read_record
-from raypp.experiments.search_settings import MOST_QUERIES, RESULT, TRIALS, Point, Search, SearchPlan, attack_options
+from raypp.experiments.search_settings import MAX_QUERIES, RESULT, TRIALS, Point, Search, SearchPlan, attack_options
 from raypp.experiments.training_run import Run, open_run, summary
 from raypp.training.optim import configure_torch
 from raypp.training.reporter import LocalReporter
 from raypp.training.trainer import Trainer
+from raypp.utils.documents import dump_json
 from raypp.utils.errors import ConfigError, NonRetryableError
 from raypp.utils.progress import ProgressListener
 from raypp.utils.storage import Storage
 
-# One trial
-
 
 class NullListener:
-    """A display that shows nothing."""
+    """A listener that ignores all progress."""
 
     def note(self, message: str) -> None:
-        """Nothing."""
+        pass
 
     def step(self, info: dict[str, Any]) -> None:
-        """Nothing."""
+        pass
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """Nothing."""
+        pass
 
     def warn(self, message: str) -> None:
-        """Nothing: a run's warnings are in its record."""
+        pass  # a run's warnings are in its record
 
     def should_stop(self) -> bool:
         return False
 
 
-class TrainTrial(Protocol):
-    """Trains a run to its end and returns its summary."""
-
-    def __call__(self, run: Run, display: Any) -> dict[str, Any]: ...
+TrainTrial = Callable[[Run, Any], dict[str, Any]]
+"""Trains a run to its end, reporting to the display, and returns its summary."""
 
 
 def run_trial(
@@ -63,26 +61,26 @@ def run_trial(
     train: TrainTrial,
     leak: Callable[..., TrialRecord] | None = None,
 ) -> TrialRecord:
-    """Train and attack one point of the space, from where it was stopped; returns and stores its record.
+    """Train and attack one point of the space, or resume it; returns and stores its record.
 
-    What is wrong with the point itself (settings that do not go together, a loss that diverges) is a record too.
+    Errors of the point itself (invalid settings, a loss that diverges) are stored in the record.
 
     Args:
         display: shows the training.
-        leak: takes :func:`quick_leakage`'s place, to run it elsewhere.
+        leak: replaces :func:`proxy_leakage`, to run it in another process.
     """
     folder = plan.storage.folder(f"{TRIALS}/{name}")
     if folder.exists(RESULT):
         return read_record(folder)
-    began = time.monotonic()
+    start = time.monotonic()
     record: TrialRecord = {"trial": name, "settings": point, "status": "done", "explanation": ""}
     try:
         record |= _score(plan, name, point, display, train, leak or proxy_leakage)
     except (ConfigError, NonRetryableError) as error:
-        word = "diverged" if "not a finite number" in str(error) else "not possible"
-        record |= {"status": word, "explanation": str(error)}
-    record["seconds"] = round(time.monotonic() - began, 1)
-    folder.write(RESULT, (json.dumps(record, indent=2) + "\n").encode())
+        status = "diverged" if "not a finite number" in str(error) else "not possible"
+        record |= {"status": status, "explanation": str(error)}
+    record["seconds"] = round(time.monotonic() - start, 1)
+    folder.write(RESULT, dump_json(record))
     return record
 
 
@@ -97,15 +95,15 @@ def _score(
     config = plan.config_at(point)
     run_folder = Storage(config.cluster.storage).folder(name)
     with open_run(config, name, resume=run_folder.exists("config.yaml")) as run:
-        found = summary(run) or train(run, display)
+        results = summary(run) or train(run, display)
         warnings = list(run.warnings)
-    # The display is the training's: an attack's epochs are others.
+    # The display shows the epochs of the training, so the attack must not report to it.
     leakage = leak(run_folder.folder("bundle").uri, config, plan.search, run_folder.folder("leak"), NullListener())
     return {
-        "accuracy": found["best"]["val_accuracy"],
-        "test_accuracy": found["test"]["accuracy"],
-        "test_interval": list(found["test"]["accuracy_interval"]),
-        "epochs": sum(found["epochs"].values()),
+        "accuracy": results["best"]["val_accuracy"],
+        "test_accuracy": results["test"]["accuracy"],
+        "test_interval": list(results["test"]["accuracy_interval"]),
+        "epochs": sum(results["epochs"].values()),
         "warnings": warnings,
         **leakage,
     }
@@ -114,27 +112,53 @@ def _score(
 def proxy_leakage(
     bundle: str, config: Config, search: Search, folder: Storage, display: ProgressListener
 ) -> TrialRecord:
-    """What a small inverse network recovers of validation images, none of which it or the protection learned from.
+    """Measure what a small inverse network recovers of validation images.
 
-    Returns ``leakage``, the mean polarity-invariant SSIM to the originals; ``leakage_null``, that of the class mean;
-    ``found``, the share of originals that are nearest to their reconstruction among all validation images.
+    Neither the network nor the protection has learned from these images.
+
+    Returns:
+        ``leakage``, the mean polarity-invariant SSIM to the originals; ``leakage_baseline``, that of the class mean;
+        ``reidentification_rate``, the share of originals nearest to their reconstruction among all validation images.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    public = load_public(bundle)
-    protection = public.protection.to(device)
+    target = _validation_target(bundle, config, search)
+    attack: TrainedAttack = ATTACKS.build(attack_options(search), target.access, seed=config.seed)
+    task = attack.task()
+    task.share(0, 1)
+    configure_torch(task.train)
+    result = Trainer(task, LocalReporter(folder, display, target.access.device)).train()
+    attack.load(attack.state(result.trainee))
+    scores = aggregate(score_images(attack.reconstruct(target.protected), target), config.seed)
+    class_mean = baselines(target, config.seed)["class mean"]
+    baseline_scores = aggregate(score_images(class_mean, target), config.seed)
+    folder.delete("checkpoints")
+    return {
+        "leakage": scores["ssim_invariant"]["mean"],
+        "leakage_interval": [scores["ssim_invariant"]["low"], scores["ssim_invariant"]["high"]],
+        "leakage_baseline": baseline_scores["ssim_invariant"]["mean"],
+        "reidentification_rate": reidentification_rate(scores),
+        "psnr": scores["psnr"]["mean"],
+        "num_queries": len(target.plain),
+    }
 
-    def protect(images: torch.Tensor) -> torch.Tensor:
+
+def _validation_target(bundle: str, config: Config, search: Search) -> Target:
+    """A bundle with validation images as queries; the attacker has the training images and can protect images."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    protection = load_public(bundle).protection.to(device)
+
+    def protect(images: Tensor) -> Tensor:
         return protection.protect(images.to(device))
 
     full = load_split(config, "train")
-    train_at, val_at = stratified_split(full.labels, config.data.num_val, config.seed)
-    train = subsample(full.subset(train_at), config.data.num_train, config.seed, "data.num_train")
+    train_indices, val_indices = stratified_split(full.labels, config.data.num_val, config.seed)
+    train = subsample(full.subset(train_indices), config.data.num_train, config.seed, "data.num_train")
     if search.attack_images is not None:
         train = subsample(train, min(search.attack_images, len(train)), config.seed, "search.attack_images")
-    val = full.subset(val_at)
-    images, queries = (torch.from_numpy(part.images).permute(0, 3, 1, 2).contiguous() for part in (train, val))
-    queries = queries[:MOST_QUERIES].to(device)
+    val = full.subset(val_indices)
+    images = _channels_first(train.images)
+    gallery = _channels_first(val.images).to(device)
     labels = torch.from_numpy(val.labels).long().to(device)
+    queries = gallery[:MAX_QUERIES]
     access = AttackerKnowledge(
         shape=(images.shape[1], images.shape[2], images.shape[3]),
         images=images,
@@ -143,13 +167,12 @@ def proxy_leakage(
         protect=protect,
         device=device,
     )
-    gallery = torch.from_numpy(val.images).permute(0, 3, 1, 2).contiguous().to(device)
-    victim = Target(
+    return Target(
         name=bundle,
         label=config.protection.name,
         access=access,
         plain=queries,
-        protected=torch.cat([protect(part) for part in queries.split(500)]),
+        protected=torch.cat([protect(batch) for batch in queries.split(500)]),
         labels=labels[: len(queries)],
         gallery=gallery,
         gallery_labels=labels,
@@ -157,21 +180,8 @@ def proxy_leakage(
         classes=tuple(full.classes),
         config=config,
     )
-    attack: TrainedAttack = ATTACKS.build(attack_options(search), access, seed=config.seed)
-    task = attack.task()
-    task.share(0, 1)
-    configure_torch(task.train)
-    done = Trainer(task, LocalReporter(folder, display, device)).run()
-    attack.load(attack.state(done.trainee))
-    scores = aggregate(score_images(attack.reconstruct(victim.protected), victim), config.seed)
-    null = baselines(victim, config.seed)["class mean"]
-    beside = aggregate(score_images(null, victim), config.seed)
-    folder.delete("checkpoints")
-    return {
-        "leakage": scores["ssim_invariant"]["mean"],
-        "leakage_interval": [scores["ssim_invariant"]["low"], scores["ssim_invariant"]["high"]],
-        "leakage_baseline": beside["ssim_invariant"]["mean"],
-        "reidentification_rate": reidentification_rate(scores),
-        "psnr": scores["psnr"]["mean"],
-        "num_queries": len(queries),
-    }
+
+
+def _channels_first(images: np.ndarray) -> Tensor:
+    """NumPy uint8 (N, H, W, C) as a contiguous tensor (N, C, H, W)."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

@@ -1,6 +1,6 @@
-"""Table I of the paper as a grid of runs: which cells there are, and the table, figure and notes made of their results.
+"""Table I of the paper as a grid of runs: train the cells, and write table, figure and notes.
 
-NAME/cells/DATASET-METHOD-seedN/   a run each
+NAME/cells/DATASET-METHOD-seedN/   one run per cell
 NAME/table1.csv, table1.md, table1.png
 """
 
@@ -25,23 +25,26 @@ from raypp.utils.progress import MultiProgressDisplay, ProgressListener
 from raypp.utils.signals import stop_on_signal
 from raypp.utils.storage import Storage
 
+OnDone = Callable[[GridCell, dict[str, Any]], None]
+"""Receives a cell that ended, with ``{"result": summary}`` or ``{"error": message}``."""
+
 
 @contextmanager
 def open_table(storage: Storage, name: str, *, resume: bool) -> Iterator[Storage]:
-    """Take a table's folder and hold its lock; without ``resume`` it must be new.
+    """Create or open a table's folder and hold its lock.
 
     Raises:
-        StorageError: the name is taken or in use, or with ``resume`` unknown.
+        StorageError: the name is in use; it exists already, or with ``resume`` it does not exist.
     """
     folder = storage.folder(validate_name(name))
-    there = folder.exists(CELLS)
-    if resume and not there:
+    exists = folder.exists(CELLS)
+    if resume and not exists:
         raise StorageError(f"there is no table {name!r} to resume under {storage.uri!r}")
-    if there and not resume:
+    if exists and not resume:
         raise StorageError(
-            f"table {name!r} exists already in {folder.uri}; --resume goes on with it, another --name starts a new one"
+            f"table {name!r} exists already in {folder.uri}; --resume continues it, another --name starts a new one"
         )
-    if not there:
+    if not exists:
         refuse_foreign(folder, "a table")
     if folder.local:
         try:
@@ -52,27 +55,24 @@ def open_table(storage: Storage, name: str, *, resume: bool) -> Iterator[Storage
         yield folder
 
 
-def _begun(config: Config, name: str) -> bool:
-    """Whether a cell has something to go on from."""
+def _is_resumable(config: Config, name: str) -> bool:
     folder = Storage(config.cluster.storage).folder(name)
     return folder.exists("summary.json") or bool(list_checkpoints(folder))
 
 
 def train_cell(config: Config, name: str, display: ProgressListener) -> dict[str, Any]:
-    """Train one cell in this process, from its newest checkpoint if it has begun; returns its summary."""
-    with open_run(config, name, resume=_begun(config, name)) as run:
+    """Train one cell in this process, or resume it; returns its summary."""
+    with open_run(config, name, resume=_is_resumable(config, name)) as run:
         for warning in run.warnings:
             display.warn(warning)
         return summary(run) or train_locally(run, display)
 
 
-def run_cells_locally(
-    grid: Sequence[GridCell], display: MultiProgressDisplay, ended: Callable[[GridCell, dict[str, Any]], None]
-) -> None:
-    """Train every cell in this process, one after the other; ``ended`` as for ``raypp.cluster.table1.run_on_ray``.
+def run_cells_locally(grid: Sequence[GridCell], display: MultiProgressDisplay, on_done: OnDone) -> None:
+    """Train every cell in this process, one after the other.
 
     Raises:
-        ToldToStop: by ``display`` or SIGTERM, after a checkpoint.
+        TrainingInterrupted: a stop was requested by ``display`` or SIGTERM, and a checkpoint is saved.
     """
     with stop_on_signal(display.stop, signal.SIGTERM):
         for cell in grid:
@@ -81,32 +81,12 @@ def run_cells_locally(
                 outcome: dict[str, Any] = {"result": train_cell(cell.config, cell.name, display.of(cell.name))}
             except RayppError as error:
                 outcome = {"error": str(error)}
-            ended(cell, outcome)
-
-
-def _finished_before(
-    datasets: Sequence[str], chosen: Sequence[str], seeds: Sequence[int], flags: Sequence[str], folder: Storage
-) -> list[tuple[GridCell, dict[str, Any]]]:
-    """Finished cells of a table, trained with the same settings, that the command does not ask for."""
-    stems = {Path(dataset).stem: dataset for dataset in datasets}
-    found = []
-    for name in folder.folder(CELLS).folders():
-        match = re.fullmatch(r"(.+)-seed(\d+)", name)
-        row = match[1] if match else ""
-        for stem, dataset in stems.items():
-            method, seed = row.removeprefix(f"{stem}-"), int(match[2]) if match else 0
-            asked = method in chosen and seed in seeds
-            if row == f"{stem}-{method}" and method in table_rows() and not asked:
-                (cell,) = grid_cells([dataset], [method], [seed], flags, folder)
-                summary_before = stored_summary(cell)
-                if summary_before is not None:
-                    found.append((cell, summary_before))
-    return found
+            on_done(cell, outcome)
 
 
 def table1(
     datasets: Sequence[str],
-    chosen: Sequence[str],
+    methods: Sequence[str],
     seeds: Sequence[int],
     flags: Sequence[str],
     *,
@@ -114,43 +94,40 @@ def table1(
     name: str,
     resume: bool = False,
     quiet: bool = False,
-    run: Callable[[Sequence[GridCell], MultiProgressDisplay, Callable[[GridCell, dict[str, Any]], None]], None],
+    run: Callable[[Sequence[GridCell], MultiProgressDisplay, OnDone], None],
 ) -> list[CellResult]:
-    """Train what is missing of the grid and write the table after every cell.
+    """Train the cells of the grid that have no result yet, and write the table after every cell.
 
     Args:
-        run: trains cells and tells of each how it ended: :func:`run_locally`, or Ray's.
+        run: trains cells, with the signature of :func:`run_cells_locally`.
 
     Raises:
-        RayppError: the grid or the folder is not allowed; a cell that fails does not stop the others.
+        RayppError: grid or folder is invalid. A cell that fails does not stop the others.
     """
     root = Storage(storage)
-    grid = grid_cells(datasets, chosen, seeds, flags, root.folder(validate_name(name)))
-    check_features(cell.config for cell in grid if not _begun(cell.config, cell.name))
+    grid = grid_cells(datasets, methods, seeds, flags, root.folder(validate_name(name)))
+    check_features(cell.config for cell in grid if not _is_resumable(cell.config, cell.name))
     with open_table(root, name, resume=resume) as folder:
-        summaries: dict[str, dict[str, Any]] = {}
         failures: dict[str, str] = {}
-        for cell in grid:
-            found = stored_summary(cell)
-            if found is not None:
-                summaries[cell.name] = found
+        summaries = {cell.name: results for cell in grid if (results := stored_summary(cell)) is not None}
         missing = [cell for cell in grid if cell.name not in summaries]
 
         # Finished rows that this command does not name stay in the table.
-        earlier = _finished_before(datasets, chosen, seeds, flags, root.folder(name)) if resume else []
-        for cell, found in earlier:
-            summaries[cell.name] = found
-        order = list(table_rows())
-        whole = sorted([*grid, *(cell for cell, _ in earlier)], key=lambda c: (c.dataset, order.index(c.method.name)))
+        earlier = _earlier_cells(datasets, methods, seeds, flags, root.folder(name)) if resume else []
+        summaries |= {cell.name: results for cell, results in earlier}
+        row_order = list(table_rows())
+        cells = sorted(
+            [*grid, *(cell for cell, _ in earlier)], key=lambda cell: (cell.dataset, row_order.index(cell.method.name))
+        )
 
         def write() -> list[CellResult]:
-            results = collect(whole, summaries, failures)
-            write_table(folder, results, deviations_from_paper(whole, summaries))
+            results = collect(cells, summaries, failures)
+            write_table(folder, results, deviations_from_paper(cells, summaries))
             return results
 
         with MultiProgressDisplay(len(grid), len(grid) - len(missing), quiet=quiet) as display:
 
-            def ended(cell: GridCell, outcome: dict[str, Any]) -> None:
+            def on_done(cell: GridCell, outcome: dict[str, Any]) -> None:
                 if "result" in outcome:
                     summaries[cell.name] = outcome["result"]
                     display.done(cell.name, f"{outcome['result']['test']['accuracy']:.2%}")
@@ -160,5 +137,27 @@ def table1(
                 write()
 
             if missing:
-                run(missing, display, ended)
+                run(missing, display, on_done)
         return write()
+
+
+def _earlier_cells(
+    datasets: Sequence[str], methods: Sequence[str], seeds: Sequence[int], flags: Sequence[str], folder: Storage
+) -> list[tuple[GridCell, dict[str, Any]]]:
+    """Finished cells in a table's folder with the same settings that are not in the command's grid."""
+    rows = table_rows()
+    cells = []
+    for name in folder.folder(CELLS).folders():
+        match = re.fullmatch(r"(.+)-seed(\d+)", name)
+        if match is None:
+            continue
+        seed = int(match[2])
+        for dataset in datasets:
+            prefix = f"{Path(dataset).stem}-"
+            method = match[1].removeprefix(prefix)
+            in_grid = method in methods and seed in seeds
+            if match[1].startswith(prefix) and method in rows and not in_grid:
+                (cell,) = grid_cells([dataset], [method], [seed], flags, folder)
+                if (results := stored_summary(cell)) is not None:
+                    cells.append((cell, results))
+    return cells

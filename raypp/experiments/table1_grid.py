@@ -1,4 +1,4 @@
-"""Table I: methods, cells of the grid, and networks of matching size."""
+"""Table I: rows, cells of the grid, and plain classifiers of matching size."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from raypp.utils.registry import suggest
 from raypp.utils.storage import Storage
 
 CELLS = "cells"
-MAX_WIDTH = 1024  # of a classifier that is to have as many parameters as the proposed
-# What a departure from the paper may lie in; alpha is what rows differ in.
+MAX_WIDTH = 1024  # of the plain classifier that matches the number of parameters of the proposed method
 COMPARED = ("data.", "protection.", "classifier.", "features.", "train.")
-# What came of features.fallback is among the runs' warnings.
+"""Settings that are compared with the paper's."""
 NOT_COMPARED = ("data.source.root", "features.fallback", "train.alpha", "train.eval_batch_size")
+"""Exceptions: rows differ in alpha, and a run warns of a fallback that it uses."""
 GRID_KEYS = {
     "protection.name": "--methods",
     "train.alpha": "--methods",
     "seed": "--seeds",
     "cluster.storage": "--storage",
 }
-"""Settings that the grid itself makes, and the options that say how."""
+"""Settings that the grid sets, and the options that control them."""
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row of the table."""
+    """A row of ``table1.yaml``, which documents the fields."""
 
     name: str
     label: str
@@ -62,55 +62,59 @@ class GridCell:
 
 
 def table_rows() -> dict[str, TableRow]:
-    """Every row that the table can have, by name."""
+    """All rows of the table, by name."""
     text = (resources.files("raypp.experiments") / "table1.yaml").read_text(encoding="utf-8")
     return {row["name"]: TableRow(**(row | {"keep": tuple(row.get("keep", ()))})) for row in load_yaml(text)}
 
 
 def grid_cells(
-    datasets: Sequence[str], chosen: Sequence[str], seeds: Sequence[int], flags: Sequence[str], storage: Storage
+    datasets: Sequence[str], methods: Sequence[str], seeds: Sequence[int], flags: Sequence[str], storage: Storage
 ) -> list[GridCell]:
     """The grid: every data set with every method and seed.
 
     Args:
         datasets: names of presets, or paths of YAML files.
-        chosen: names of methods.
-        flags: settings laid over every preset, such as ``("--train.epochs", "3")``.
+        methods: names of rows.
+        flags: settings that override every preset, such as ``("--train.epochs", "3")``.
         storage: the table's folder.
 
     Raises:
-        ConfigError: an unknown data set or method, one named twice, or a setting that is not allowed.
+        ConfigError: an unknown or repeated data set, method or seed, or an invalid setting.
     """
-    known = table_rows()
-    for name in chosen:
-        if name not in known:
-            raise ConfigError(f"unknown method {name!r}{suggest(name, known)}; allowed: {', '.join(known)}")
-    for what, given in (("dataset", [Path(d).stem for d in datasets]), ("method", chosen), ("seed", seeds)):
-        twice = {str(value) for value in given if list(given).count(value) > 1}
-        if twice:
-            raise ConfigError(f"{what} {', '.join(sorted(twice))} is given twice")
-        if not given:
-            raise ConfigError(f"no {what} is given; allowed is one or more")
-    decided = flatten_dict(parse_overrides(flags))
-    for key, option in GRID_KEYS.items():
-        if key in decided or (key == "protection.name" and isinstance(decided.get("protection"), str)):
-            raise ConfigError(f"--{key} is what the table's grid decides; choose by {option}")
+    rows = table_rows()
+    for name in methods:
+        if name not in rows:
+            raise ConfigError(f"unknown method {name!r}{suggest(name, rows)}; allowed: {', '.join(rows)}")
+    for axis, values in (("dataset", [Path(d).stem for d in datasets]), ("method", methods), ("seed", seeds)):
+        repeated = {str(value) for value in values if list(values).count(value) > 1}
+        if repeated:
+            raise ConfigError(f"{axis} {', '.join(sorted(repeated))} is given twice")
+        if not values:
+            raise ConfigError(f"no {axis} is given; allowed is one or more")
+    _refuse_grid_settings(flags)
     grid = []
     for dataset in datasets:
-        base = load_tree(dataset, flags=tuple(flags))
-        proposed = validate(base)
-        for name in chosen:
+        tree = load_tree(dataset, flags=tuple(flags))
+        base = validate(tree)
+        for name in methods:
             for seed in seeds:
-                config = _configure(base, known[name], seed, storage)
-                grid.append(GridCell(Path(dataset).stem, known[name], seed, config, proposed))
+                config = _configure(tree, rows[name], seed, storage)
+                grid.append(GridCell(Path(dataset).stem, rows[name], seed, config, base))
     return grid
+
+
+def _refuse_grid_settings(flags: Sequence[str]) -> None:
+    overrides = flatten_dict(parse_overrides(flags))
+    for key, option in GRID_KEYS.items():
+        if key in overrides or (key == "protection.name" and isinstance(overrides.get("protection"), str)):
+            raise ConfigError(f"--{key} is set by the table's grid; choose by {option}")
 
 
 def _configure(base: dict[str, Any], method: TableRow, seed: int, storage: Storage) -> Config:
     settings = method.settings
     if method.keep:
-        kept = {key: base["protection"][key] for key in method.keep if key in base["protection"]}
-        settings = deep_merge(settings, {"protection": kept})
+        protection = {key: base["protection"][key] for key in method.keep if key in base["protection"]}
+        settings = deep_merge(settings, {"protection": protection})
     tree = deep_merge(deep_merge(base, settings), {"seed": seed, "cluster": {"storage": storage.folder(CELLS).uri}})
     config = validate(tree)
     check_milestones(config.train, "train")
@@ -130,38 +134,31 @@ def num_parameters(config: Config, num_classes: int = 10, image_size: tuple[int,
     from raypp.models.adaptation import build_classifier
     from raypp.protections import PROTECTIONS
 
-    kind = PROTECTIONS.get(config.protection.name)
+    channels = config.data.channels
     with torch.device("meta"):
-        parts = [
-            build_classifier(
-                config.classifier,
-                config.adaptation_name,
-                num_classes=num_classes,
-                channels=config.data.channels,
-                image_size=image_size,
-            )
-        ]
-        if kind.trained:
-            parts.append(PROTECTIONS.build(config.protection, channels=config.data.channels))
-    return sum(p.numel() for part in parts for p in part.parameters())
+        sizes: Any = {"num_classes": num_classes, "channels": channels, "image_size": image_size}
+        modules = [build_classifier(config.classifier, config.adaptation_name, **sizes)]
+        if PROTECTIONS.get(config.protection.name).trained:
+            modules.append(PROTECTIONS.build(config.protection, channels=channels))
+    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 def _matching_width(config: Config) -> int:
-    """The classifier's width at which it alone has about as many parameters as ``config`` has in all."""
+    """The width at which a plain classifier has about as many parameters as ``config`` has in all."""
     if "width" not in type(config.classifier).model_fields:
         raise ConfigError(f"method plain-matched needs a classifier with a width; {config.classifier.name} has none")
-    wanted = num_parameters(config)
+    target = num_parameters(config)
     plain = validate(deep_merge(config.model_dump(mode="json"), {"protection": "plain", "train": {"mode": "plain"}}))
 
-    def num_parameters_of(width: int) -> int:
+    def excess(width: int) -> int:
         options = plain.classifier.model_copy(update={"width": width})
-        return num_parameters(plain.model_copy(update={"classifier": options}))
+        return num_parameters(plain.model_copy(update={"classifier": options})) - target
 
-    widths = range(1, MAX_WIDTH)  # the more channels the more parameters: halve the range
-    at = bisect_left(widths, 0, key=lambda width: num_parameters_of(width) - wanted)
-    return min(widths[max(at - 1, 0) : at + 1], key=lambda width: abs(num_parameters_of(width) - wanted))
+    widths = range(1, MAX_WIDTH)
+    first = bisect_left(widths, 0, key=excess)  # the number of parameters grows with the width
+    return min(widths[max(first - 1, 0) : first + 1], key=lambda width: abs(excess(width)))
 
 
 def paper_name(dataset: str) -> str | None:
-    """The paper's own experiment that a data set belongs to, by the longest common name; None if it is another."""
+    """The paper's experiment with this data set, by the longest common prefix; None if there is none."""
     return next((name for name in ("cifar100", "cifar10") if dataset.startswith(name) and name in presets()), None)

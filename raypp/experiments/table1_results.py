@@ -15,16 +15,14 @@ from raypp.config.presets import load_tree
 from raypp.config.schema import Config
 from raypp.config.validation import validate
 from raypp.evaluation.plotting import as_png, new_figure
-from raypp.experiments.run_folder import read_checked, same_configuration
+from raypp.experiments.run_folder import check_resumable, read_checked
 from raypp.experiments.table1_grid import COMPARED, NOT_COMPARED, GridCell, TableRow, num_parameters, paper_name
 from raypp.utils.storage import Storage
-
-FILES = ("table1.csv", "table1.md", "table1.png")
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """What the runs of one method on one data set gave; accuracies are shares in [0, 1], one per finished seed."""
+    """Results of one method on one data set; accuracies are shares in [0, 1], one per finished seed."""
 
     dataset: str
     method: TableRow
@@ -43,7 +41,7 @@ class CellResult:
 
     @property
     def paper(self) -> float | None:
-        """The paper's accuracy in percent, where it has this row."""
+        """The paper's accuracy in percent, if it has this row."""
         return self.method.paper.get(paper_name(self.dataset) or "")
 
     @property
@@ -56,14 +54,14 @@ def stored_summary(cell: GridCell) -> dict[str, Any] | None:
     """The results of a finished cell, or None.
 
     Raises:
-        StorageError: it was trained with other settings, or its files are damaged.
+        StorageError: the cell was trained with other settings, or its files are damaged.
     """
     run = Storage(cell.config.cluster.storage).folder(cell.name)
     if not run.exists("summary.json"):
         return None
-    kept = read_checked(run, "config.yaml", "train", "data")
-    same_configuration(cell.config, kept, run, cell.name)
-    if kept["train"]["epochs"] != cell.config.train.epochs:
+    stored = read_checked(run, "config.yaml", "train", "data")
+    check_resumable(cell.config, stored, run, cell.name)
+    if stored["train"]["epochs"] != cell.config.train.epochs:
         return None
     return read_checked(run, "summary.json", "test", "seconds", "classes", "image_size")
 
@@ -71,21 +69,20 @@ def stored_summary(cell: GridCell) -> dict[str, Any] | None:
 def collect(
     grid: Iterable[GridCell], summaries: dict[str, dict[str, Any]], failures: dict[str, str] | None = None
 ) -> list[CellResult]:
-    """Put the cells' summaries together, by data set and method, in the grid's order.
+    """Combine summaries by data set and method, in the grid's order.
 
     Args:
-        summaries: by the cell's name; a cell without one is left out of its row.
-        failures: why a cell has none, by its name.
+        summaries: by the cell's name; a cell without one does not count.
+        failures: error messages by the cell's name.
     """
+    failures = failures or {}
     groups: dict[tuple[str, str], list[GridCell]] = {}
     for cell in grid:
         groups.setdefault((cell.dataset, cell.method.name), []).append(cell)
     results = []
     for (dataset, _), group in groups.items():
-        found = [summaries[cell.name] for cell in group if cell.name in summaries]
-        tests = [summary["test"] for summary in found]
-        similarity = tests[0]["ssim"]["mean"] if tests and tests[0]["ssim"] else None
-        failed = [f"{cell.name}: {(failures or {})[cell.name]}" for cell in group if cell.name in (failures or {})]
+        finished = [summaries[cell.name] for cell in group if cell.name in summaries]
+        tests = [summary["test"] for summary in finished]
         results.append(
             CellResult(
                 dataset=dataset,
@@ -93,47 +90,46 @@ def collect(
                 accuracies=tuple(test["accuracy"] for test in tests),
                 interval=tuple(tests[0]["accuracy_interval"]) if tests else (0.0, 1.0),
                 num_test=tests[0]["num_images"] if tests else 0,
-                seconds=sum(summary["seconds"] for summary in found),
-                num_parameters=_parameters(group[0].config, found[0]) if found else 0,
-                ssim=similarity,
-                failed=tuple(failed),
+                seconds=sum(summary["seconds"] for summary in finished),
+                num_parameters=_num_parameters(group[0].config, finished[0]) if finished else 0,
+                ssim=tests[0]["ssim"]["mean"] if tests and tests[0]["ssim"] else None,
+                failed=tuple(f"{cell.name}: {failures[cell.name]}" for cell in group if cell.name in failures),
             )
         )
     return results
 
 
-def _parameters(config: Config, found: dict[str, Any]) -> int:
-    height, width = found["image_size"]
-    return num_parameters(config, len(found["classes"]), (height, width))
+def _num_parameters(config: Config, summary: dict[str, Any]) -> int:
+    height, width = summary["image_size"]
+    return num_parameters(config, len(summary["classes"]), (height, width))
 
 
 def deviations_from_paper(grid: Sequence[GridCell], summaries: dict[str, dict[str, Any]]) -> list[str]:
-    """What differs from the paper's experiment, as sentences: every setting, and every warning of a run."""
+    """Sentences on each setting that differs from the paper's experiment, and the warnings of all runs."""
     from raypp.protections import PROTECTIONS
 
     sentences = []
     for dataset in dict.fromkeys(cell.dataset for cell in grid):
-        mine = [cell for cell in grid if cell.dataset == dataset]
+        cells = [cell for cell in grid if cell.dataset == dataset]
         paper = paper_name(dataset)
         if paper is not None:
             theirs = flatten_dict(validate(load_tree(paper)).model_dump(mode="json"))
-            ours = flatten_dict(mine[0].base.model_dump(mode="json"))
+            ours = flatten_dict(cells[0].base.model_dump(mode="json"))
             for key in sorted(ours.keys() | theirs.keys()):
                 compared = key.startswith(COMPARED) and not key.startswith(NOT_COMPARED)
                 if compared and ours.get(key) != theirs.get(key):
-                    found, wanted = _shown(ours.get(key)), _shown(theirs.get(key))
-                    sentences.append(f"{dataset}: {key} is {found}; the paper's experiment has {wanted}")
-        for cell in mine:
-            for warning in summaries.get(cell.name, {}).get("warnings", []):
-                sentences.append(f"{dataset}: {warning}")
+                    our_value, their_value = _format(ours.get(key)), _format(theirs.get(key))
+                    sentences.append(f"{dataset}: {key} is {our_value}; the paper's experiment has {their_value}")
+        for cell in cells:
+            sentences += [f"{dataset}: {warning}" for warning in summaries.get(cell.name, {}).get("warnings", [])]
     if any(PROTECTIONS.get(c.config.protection.name).needs_key(c.config.protection) for c in grid):
-        sentences.append("every run of a keyed scheme draws a key of its own: a seed does not repeat it bit by bit")
+        sentences.append("every run of a keyed scheme generates a new key, so equal seeds give different results")
     sentences += [
-        "the paper leaves the feature network and its layer open: VGG-16 relu2_2 is that of its authors' later code",
-        "recipes of Tanaka's and the pixel-based rows are not stated in the paper: adaptation networks are those of "
-        "the schemes' own sources where known, training is as in the other rows",
+        "the paper does not name the feature network and its layer; VGG-16 relu2_2 is from its authors' later code",
+        "the paper does not state the recipes of Tanaka's and the pixel-based rows; adaptation networks follow the "
+        "sources of the schemes where known, and training follows the other rows",
         "row gan is an approximation of reference [19]; the paper has no row for it",
-        "accuracy is measured after 8-bit rounding; the paper's is, by its authors' later code, in float",
+        "accuracy is measured after 8-bit rounding; the authors' later code measures it in float",
     ]
     return list(dict.fromkeys(sentences))
 
@@ -163,7 +159,7 @@ def _csv(results: Sequence[CellResult]) -> str:
 
 
 def markdown(results: Sequence[CellResult], notes: Sequence[str]) -> str:
-    """The table as Markdown, with what failed and the notes below."""
+    """The table as Markdown, followed by failures and notes."""
     lines = ["# Table I", ""]
     for dataset in dict.fromkeys(r.dataset for r in results):
         lines += [
@@ -173,36 +169,35 @@ def markdown(results: Sequence[CellResult], notes: Sequence[str]) -> str:
             "|---|---|---|---|---|---|---|",
         ]
         for r in (r for r in results if r.dataset == dataset):
-            paper = r.paper
-            cells = [r.method.label, "-" if paper is None else f"{paper:.2f}%", _ours(r), str(len(r.accuracies))]
-            cells.append("-" if r.ssim is None else f"{r.ssim:.3f}")
+            paper = "-" if r.paper is None else f"{r.paper:.2f}%"
+            ssim = "-" if r.ssim is None else f"{r.ssim:.3f}"
+            cells = [r.method.label, paper, _format_accuracy(r), str(len(r.accuracies)), ssim]
             cells += [f"{r.num_parameters:,}", f"{r.seconds / 60:.1f}"] if r.accuracies else ["-", "-"]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     lines += [
-        "In brackets the 95% interval over test images of a single seed; after ± the standard deviation over seeds. "
-        "Minutes are those of training and validation, summed over seeds, one worker per run.",
+        "Brackets: 95% interval over test images of a single seed. ±: standard deviation over seeds. "
+        "Minutes: training and validation, summed over seeds, with one worker per run.",
         "",
     ]
     failed = [sentence for r in results for sentence in r.failed]
     if failed:
         lines += ["## Runs that failed", "", *(f"- {sentence}" for sentence in failed), ""]
-    lines += ["## Departures from the paper", "", *(f"- {note}" for note in notes), ""]
+    lines += ["## Deviations from the paper", "", *(f"- {note}" for note in notes), ""]
     return "\n".join(lines)
 
 
 def figure(results: Sequence[CellResult]) -> bytes:
-    """The table as a PNG: a panel per data set, the paper's value beside ours."""
+    """The table as a PNG: a panel per data set, with the paper's accuracies and ours."""
     datasets = list(dict.fromkeys(r.dataset for r in results))
-    num = max(sum(r.dataset == d for r in results) for d in datasets)
-    canvas = new_figure(3 + 5.5 * len(datasets), 1.6 + 0.42 * num)
+    num_rows = max(sum(r.dataset == d for r in results) for d in datasets)
+    canvas = new_figure(3 + 5.5 * len(datasets), 1.6 + 0.42 * num_rows)
     panels = canvas.subplots(1, len(datasets), squeeze=False)[0]
     for panel, dataset in zip(panels, datasets, strict=True):
         rows = [r for r in results if r.dataset == dataset]
         for y, r in enumerate(rows):
-            paper = r.paper
-            if paper is not None:
-                panel.plot(paper, y, "D", color="#8a8a8a", ms=7, label="paper", zorder=2)
+            if r.paper is not None:
+                panel.plot(r.paper, y, "D", color="#8a8a8a", ms=7, label="paper", zorder=2)
             if r.accuracies:
                 low, high = (r.mean - r.spread, r.mean + r.spread) if r.spread is not None else r.interval
                 panel.hlines(y, 100 * low, 100 * high, color="#1f6fb2", lw=2.5)
@@ -223,12 +218,12 @@ def figure(results: Sequence[CellResult]) -> bytes:
         panel.grid(axis="x", alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
         handles, labels = panel.get_legend_handles_labels()
-        known = dict(zip(labels, handles, strict=True))
-        panel.legend(known.values(), known.keys(), loc="lower left", frameon=False)
+        legend = dict(zip(labels, handles, strict=True))  # one entry per label
+        panel.legend(legend.values(), legend.keys(), loc="lower left", frameon=False)
     return as_png(canvas)
 
 
-def _ours(result: CellResult) -> str:
+def _format_accuracy(result: CellResult) -> str:
     if not result.accuracies:
         return "failed" if result.failed else "not run"
     if result.spread is not None:
@@ -237,7 +232,7 @@ def _ours(result: CellResult) -> str:
     return f"{result.mean:.2%} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, str) and value.startswith("/"):
-        return Path(value).name  # where it lies on this machine says nothing to a reader
+        return Path(value).name  # the folder on this machine means nothing to a reader
     return "absent" if value is None else str(value)

@@ -1,1 +1,1 @@
-"""How alike images are, and what a re-identification rate means."""
+"""Image similarity, re-identification and confidence intervals."""

@@ -1,6 +1,6 @@
-"""What images have in common, image by image, in batches on any device; pinned by tests to scikit-image.
+"""Similarity of image pairs, in batches on any device; tests compare them with scikit-image.
 
-Images are float N x C x H x W in [0, 1] throughout.
+All images are float N x C x H x W in [0, 1].
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's name for the weights that LPIPS builds on
-MIN_SIDE = 11  # of SSIM's window
-LPIPS_SIDE = 32
-BATCH = 1000  # images that LPIPS compares at a time
-PART_VALUES = 2**25  # values of images that are compared in float64 at a time, which bounds memory
-SSIM_VALUES = 2**16  # values of a batch of SSIM, which takes some 40 times their size: more of them leave the cache
+ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's file of the weights that LPIPS uses
+MIN_SIDE = 11  # pixels, the side of SSIM's window
+LPIPS_MIN_SIDE = 32  # pixels
+LPIPS_BATCH = 1000  # images per forward pass
+PART_VALUES = 2**25  # image values that are compared in float64 at a time, which bounds memory
+SSIM_VALUES = 2**16  # image values of an SSIM batch, which needs about 40 times their size: more do not fit the cache
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each pair of images; infinite for identical ones."""
+    """Return the peak signal-to-noise ratio of each pair in dB; infinite for identical images."""
     mse = (a.float() - b.float()).square().mean(dim=(1, 2, 3))
     return -10 * torch.log10(mse)
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of each pair of images, sides of at least 11 pixels.
+    """Return the structural similarity of each pair; sides of at least 11 pixels.
 
     Source: Wang, Bovik, Sheikh, Simoncelli 2004: 11 x 11 Gaussian window with sigma 1.5, K1 = 0.01, K2 = 0.03, mean
-    over window positions that lie inside the image, then over channels.
+    over window positions inside the image, then over channels.
     """
     return _ssim(a, b, _gaussian(), covariance_scale=1.0)
 
 
 def ssim_lab(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity as the paper's authors compute it later: 7 x 7 uniform window, sample covariance.
+    """Return SSIM as the paper's authors compute it later: 7 x 7 uniform window, sample covariance.
 
     Source: scikit-image's ``structural_similarity`` with its defaults. Sides of at least 7 pixels.
     """
@@ -44,22 +44,21 @@ def ssim_lab(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ssim_for_loss(a: Tensor, b: Tensor) -> Tensor:
-    """As :func:`ssim`, in float32 and differentiable with finite gradients: close enough to learn by, not to report."""
-    with torch.autocast(a.device.type, enabled=False):  # in bf16 the variances would be nothing but rounding
+    """Return :func:`ssim` in float32, with finite gradients: accurate enough for training, not for results."""
+    with torch.autocast(a.device.type, enabled=False):  # in bf16, rounding errors exceed the variances
         return _ssim_batch(a.float(), b.float(), _gaussian(), covariance_scale=1.0)
 
 
 def ssim_invariant(a: Tensor, b: Tensor) -> Tensor:
-    """The larger SSIM of ``a`` with ``b`` and with the negative of ``b``: a person reads a negative as well."""
+    """Return the larger SSIM of ``a`` with ``b`` and with the negative of ``b``, which people can read as well."""
     return torch.maximum(ssim(a, b), ssim(a, 1 - b))
 
 
 @lru_cache(maxsize=1)
 def load_lpips() -> nn.Module | None:
-    """LPIPS (Zhang, Isola, Efros, Shechtman, Wang 2018) with AlexNet, as the package ``lpips`` has it.
+    """Load LPIPS (Zhang, Isola, Efros, Shechtman, Wang 2018) with AlexNet from the package ``lpips``.
 
-    None where that package is not installed or torch's hub folder does not hold AlexNet's weights: nothing is
-    downloaded behind the user's back.
+    Returns None if that package is not installed or torch's hub folder lacks AlexNet's weights; nothing is downloaded.
     """
     if not (Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET).exists():  # first: the import takes seconds
         return None
@@ -73,34 +72,35 @@ def load_lpips() -> nn.Module | None:
 
 @torch.inference_mode()
 def lpips(a: Tensor, b: Tensor) -> Tensor | None:
-    """Perceptual distance of each pair of images, 0 for identical ones; None where LPIPS cannot be had.
+    """Return the perceptual distance of each pair, 0 for identical images; None if LPIPS is not available.
 
-    Sides of at least 32 pixels; grey images are taken as RGB.
+    It is also None for sides below 32 pixels. Gray images are repeated to RGB.
     """
     net = load_lpips()
-    if net is None or min(a.shape[-2:]) < LPIPS_SIDE:
+    if net is None or min(a.shape[-2:]) < LPIPS_MIN_SIDE:
         return None
     net.to(a.device)
-    pairs = zip(a.split(BATCH), b.split(BATCH), strict=True)
+    pairs = zip(a.split(LPIPS_BATCH), b.split(LPIPS_BATCH), strict=True)
     return torch.cat(
         [net(x.expand(-1, 3, -1, -1), y.expand(-1, 3, -1, -1), normalize=True).flatten() for x, y in pairs]
     )
 
 
 def edge_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Correlation of the gradient magnitudes of each pair of images, in [-1, 1]; 0 where one of them has no edge.
+    """Return the correlation of the gradient magnitudes of each pair, in [-1, 1]; 0 if one image has no edge.
 
-    Central differences of the luma; blind to polarity and brightness, so that it sees contours that PSNR and SSIM miss.
+    Uses central differences of the luma. It ignores polarity and brightness, so it detects contours that PSNR and SSIM
+    miss.
     """
     return (edge_maps(a) * edge_maps(b)).sum(1)
 
 
 def edge_maps(images: Tensor) -> Tensor:
-    """Gradient magnitudes float64 (N, D), centred and of length 1, whose products are correlations; 0 without edges."""
-    found = _edges(images)
-    found = found - found.mean(dim=1, keepdim=True)
-    norm = found.norm(dim=1, keepdim=True)
-    return torch.where(norm > 1e-6, found / norm.clamp_min(1e-6), torch.zeros_like(found))
+    """Return centered gradient magnitudes of norm 1, float64 (N, D); 0 without edges. Dot products are correlations."""
+    magnitudes = _gradient_magnitudes(images)
+    centered = magnitudes - magnitudes.mean(dim=1, keepdim=True)
+    norm = centered.norm(dim=1, keepdim=True)
+    return torch.where(norm > 1e-6, centered / norm.clamp_min(1e-6), torch.zeros_like(centered))
 
 
 def _gaussian() -> tuple[float, ...]:
@@ -108,37 +108,36 @@ def _gaussian() -> tuple[float, ...]:
     return tuple(window / window.sum())
 
 
-def _edges(images: Tensor) -> Tensor:
+def _gradient_magnitudes(images: Tensor) -> Tensor:
     weights = (0.299, 0.587, 0.114) if images.shape[1] == 3 else (1 / images.shape[1],) * images.shape[1]
     luma = (images.double() * torch.tensor(weights, device=images.device).view(1, -1, 1, 1)).sum(1)
-    across = (luma[:, 1:-1, 2:] - luma[:, 1:-1, :-2]) / 2
-    down = (luma[:, 2:, 1:-1] - luma[:, :-2, 1:-1]) / 2
-    return (across.square() + down.square()).sqrt().flatten(1)
+    dx = (luma[:, 1:-1, 2:] - luma[:, 1:-1, :-2]) / 2
+    dy = (luma[:, 2:, 1:-1] - luma[:, :-2, 1:-1]) / 2
+    return (dx.square() + dy.square()).sqrt().flatten(1)
 
 
 def _ssim(a: Tensor, b: Tensor, window: tuple[float, ...], covariance_scale: float) -> Tensor:
-    num = max(1, SSIM_VALUES // max(1, a[:1].numel()))
-    scores = [
-        _ssim_batch(a[i : i + num].float(), b[i : i + num].float(), window, covariance_scale)
-        for i in range(0, len(a), num)
-    ]
-    return torch.cat(scores) if scores else a.new_zeros(0, dtype=torch.float32)
+    if len(a) == 0:
+        return a.new_zeros(0, dtype=torch.float32)
+    batch_size = max(1, SSIM_VALUES // max(1, a[:1].numel()))
+    batches = zip(a.split(batch_size), b.split(batch_size), strict=True)
+    return torch.cat([_ssim_batch(x.float(), y.float(), window, covariance_scale) for x, y in batches])
 
 
 def _ssim_batch(a: Tensor, b: Tensor, window: tuple[float, ...], covariance_scale: float) -> Tensor:
     height, width = a.shape[-2:]
-    rows = _band(window, height).to(a)
-    columns = _band(window, width).to(a).t()
-    # Variances are small differences of squares, in float32 wrong by 3e-4 on smooth bright images, so each image is
-    # centred first: that changes no variance, and squares of small numbers are exact enough.
-    centre_a, centre_b = a.mean(dim=(2, 3), keepdim=True), b.mean(dim=(2, 3), keepdim=True)
-    a, b = a - centre_a, b - centre_b
-    # A window at every position, as two matrix products: many times faster than a convolution on a CPU.
-    # Of the two variances only the sum is asked for.
+    rows = _window_matrix(window, height).to(a)
+    columns = _window_matrix(window, width).to(a).t()
+    # Variances are small differences of squares: on smooth bright images, float32 has errors of 3e-4. Centering each
+    # image changes no variance and makes the squares small.
+    center_a, center_b = a.mean(dim=(2, 3), keepdim=True), b.mean(dim=(2, 3), keepdim=True)
+    a, b = a - center_a, b - center_b
+    # Two matrix products apply the window at every position, many times faster than a convolution on a CPU.
+    # Only the sum of both variances is needed.
     mean_a, mean_b, squares, product = rows @ torch.stack((a, b, a * a + b * b, a * b)) @ columns
     variances = covariance_scale * (squares - mean_a.square() - mean_b.square())
     covariance = covariance_scale * (product - mean_a * mean_b)
-    mean_a, mean_b = mean_a + centre_a, mean_b + centre_b
+    mean_a, mean_b = mean_a + center_a, mean_b + center_b
     c1, c2 = 0.01**2, 0.03**2
     score = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     score = score / ((mean_a.square() + mean_b.square() + c1) * (variances + c2))
@@ -147,19 +146,19 @@ def _ssim_batch(a: Tensor, b: Tensor, window: tuple[float, ...], covariance_scal
 
 
 @lru_cache(maxsize=16)
-def _band(window: tuple[float, ...], side: int) -> Tensor:
-    """A matrix (side - len(window) + 1, side) whose rows hold the window at every position inside an image."""
-    positions = side - len(window) + 1
-    if positions < 1:
-        raise ValueError(f"images must have sides of at least {len(window)} pixels, found {side}")
-    band = torch.zeros(positions, side, dtype=torch.float64)
+def _window_matrix(window: tuple[float, ...], side: int) -> Tensor:
+    """Return a matrix (side - len(window) + 1, side) whose rows contain the window at each position in an image."""
+    num_positions = side - len(window) + 1
+    if num_positions < 1:
+        raise ValueError(f"images must have sides of at least {len(window)} pixels, not {side}")
+    matrix = torch.zeros(num_positions, side, dtype=torch.float64)
     for offset, weight in enumerate(window):
-        band.diagonal(offset).fill_(weight)
-    return band
+        matrix.diagonal(offset).fill_(weight)
+    return matrix
 
 
 def in_parts(values: Tensor, images: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Split ``values`` (N, ...) into the parts in which ``images`` (N, ...) are compared."""
+    """Split ``values`` (N, ...) into parts of at most ``PART_VALUES`` values of ``images`` (N, ...)."""
     images = values if images is None else images
     parts: tuple[Tensor, ...] = values.split(max(1, PART_VALUES // max(1, images.shape[1:].numel())))
     return parts

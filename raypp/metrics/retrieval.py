@@ -10,29 +10,29 @@ from torch import Tensor
 
 from raypp.metrics.image import in_parts
 
-TIE_TOLERANCE = 1e-12  # float64's rounding of a squared distance, relative to the squared lengths it is computed from
-DUPLICATE_TOLERANCE = 1e-9  # float64's rounding of a product
+TIE_TOLERANCE = 1e-12  # rounding of a squared distance in float64, relative to the squared norms
+DUPLICATE_TOLERANCE = 1e-9  # rounding of a product in float64
 
 
 @dataclass(frozen=True)
 class RetrievalRanks:
-    """Where each query's original stands among the gallery's images, nearest first: 0 is a hit at the first guess.
+    """Rank of each query's original among the gallery's images, nearest first; 0 is a top-1 hit.
 
     Attributes:
-        all: int64 (N,), among the whole gallery.
-        same_class: int64 (N,), among the images of the original's class, which takes away what the class alone tells.
+        all: int64 (N,), in the whole gallery.
+        same_class: int64 (N,), among the images of the original's class; excludes the information of the class.
     """
 
     all: Tensor
     same_class: Tensor
 
     def top(self, num: int) -> Tensor:
-        """Whether each original is among the ``num`` nearest, as float (N,)."""
+        """Return whether each original is among the ``num`` nearest images, float (N,)."""
         return (self.all < num).float()
 
 
 def flatten_pixels(images: Tensor) -> Tensor:
-    """Values of each image, float64 (N, D); those of uint8 images stay whole numbers, whose distances are exact."""
+    """Return the values of each image, float64 (N, D); uint8 images become integers with exact distances."""
     return images.flatten(1).double()
 
 
@@ -43,18 +43,18 @@ def reidentify(
     labels: Tensor,
     features: Callable[[Tensor], Tensor] = flatten_pixels,
 ) -> RetrievalRanks:
-    """Look estimates up in a gallery by squared distance of their features, in bounded memory.
+    """Rank the originals of estimates in a gallery by squared feature distance, in bounded memory.
 
     Args:
         estimates: (N, C, H, W).
-        gallery: (M, C, H, W) of the same type, the originals among them.
-        truth: int64 (N,), each original's place in the gallery.
-        labels: int64 (M,), the gallery's classes.
-        features: gives float64 (n, D) of images (n, C, H, W).
+        gallery: (M, C, H, W) of the same dtype; contains the originals.
+        truth: int64 (N,), index of each original in the gallery.
+        labels: int64 (M,), classes of the gallery.
+        features: maps images (n, C, H, W) to float64 (n, D).
 
     Returns:
-        ranks; images equally near as the original count against it, unless they are the same image: who cannot tell two
-        images apart has found neither.
+        the ranks. Ties count against the original, except ties with copies of it: an estimate at the same distance
+        from two images identifies neither.
     """
     parts = [
         _rank(*part, gallery, labels, features)
@@ -66,21 +66,21 @@ def reidentify(
 def _rank(
     estimates: Tensor, truth: Tensor, gallery: Tensor, labels: Tensor, features: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The ranks of one part of the estimates, among the whole gallery and among the original's class."""
+    """Return the ranks of one part of the estimates, in the whole gallery and in the original's class."""
     queries, originals = features(estimates), features(gallery[truth])
-    # The same image is told by its product with one random direction.
+    # The product with one random direction detects copies of the original.
     direction = torch.randn(queries.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     direction = direction.to(queries.device)
-    marks = (originals @ direction)[:, None]
+    signatures = (originals @ direction)[:, None]
     # |e - g|^2 without |e|^2, which is the same for the whole gallery.
-    lengths = originals.square().sum(1)
-    own = (lengths - 2 * (queries * originals).sum(1))[:, None]
-    tie = TIE_TOLERANCE * (lengths + queries.square().sum(1))[:, None]
-    ranks, ranks_same = torch.zeros_like(truth), torch.zeros_like(truth)
+    squared_norms = originals.square().sum(1)
+    distances = (squared_norms - 2 * (queries * originals).sum(1))[:, None]
+    tolerance = TIE_TOLERANCE * (squared_norms + queries.square().sum(1))[:, None]
+    ranks, ranks_in_class = torch.zeros_like(truth), torch.zeros_like(truth)
     for part, classes in zip(in_parts(gallery), in_parts(labels, gallery), strict=True):
-        others = features(part)
-        nearer = others.square().sum(1) - 2 * queries @ others.t() <= own + tie
-        nearer &= ((others @ direction)[None] - marks).abs() > DUPLICATE_TOLERANCE
-        ranks += nearer.sum(1)
-        ranks_same += (nearer & (classes[None] == labels[truth][:, None])).sum(1)
-    return ranks, ranks_same
+        candidates = features(part)
+        is_nearer = candidates.square().sum(1) - 2 * queries @ candidates.t() <= distances + tolerance
+        is_nearer &= ((candidates @ direction)[None] - signatures).abs() > DUPLICATE_TOLERANCE
+        ranks += is_nearer.sum(1)
+        ranks_in_class += (is_nearer & (classes[None] == labels[truth][:, None])).sum(1)
+    return ranks, ranks_in_class

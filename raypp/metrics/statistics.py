@@ -8,38 +8,38 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-BOOTSTRAP_VALUES = 2**20  # drawn at a time
+BOOTSTRAP_VALUES = 2**20  # resampled values in memory at a time
 
 
 def bootstrap_interval(
     values: npt.ArrayLike, *, num: int = 2000, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean (Efron 1979) of values (N,), from ``num`` resamples."""
+    """Return the percentile bootstrap interval (Efron 1979) of the mean of values (N,), from ``num`` resamples."""
     data = np.asarray(values, dtype=np.float64)
-    drawn = np.random.default_rng(seed)
-    together = max(1, BOOTSTRAP_VALUES // max(1, len(data)))
-    parts = [min(together, num - i) for i in range(0, num, together)]
-    means = np.concatenate([data[drawn.integers(0, len(data), (part, len(data)))].mean(1) for part in parts])
+    rng = np.random.default_rng(seed)
+    batch_size = max(1, BOOTSTRAP_VALUES // max(1, len(data)))
+    batches = [min(batch_size, num - i) for i in range(0, num, batch_size)]
+    means = np.concatenate([data[rng.integers(0, len(data), (batch, len(data)))].mean(1) for batch in batches])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def wilson_interval(successes: int, num: int, z: float = 1.96) -> tuple[float, float]:
-    """95% confidence interval of a proportion (Wilson 1927)."""
-    share = successes / num
-    centre = (share + z * z / (2 * num)) / (1 + z * z / num)
-    half = z / (1 + z * z / num) * math.sqrt(share * (1 - share) / num + z * z / (4 * num * num))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    """Return the confidence interval of a proportion (Wilson 1927); 95% with the default ``z``."""
+    rate = successes / num
+    center = (rate + z * z / (2 * num)) / (1 + z * z / num)
+    half_width = z / (1 + z * z / num) * math.sqrt(rate * (1 - rate) / num + z * z / (4 * num * num))
+    return max(0.0, center - half_width), min(1.0, center + half_width)
 
 
 def chance_error(numbers: dict[str, Any] | None, num_classes: int = 1, what: str = "protected images") -> str | None:
-    """Return one sentence if a classifier does no better than chance, else None.
+    """Return one sentence if a classifier is at chance, else None.
 
-    It does no better if the 95% interval of its accuracy contains chance or lies below it.
+    It is at chance if the 95% interval of its accuracy contains chance or lies below it.
 
     Args:
         numbers: ``accuracy``, ``accuracy_interval`` and ``chance`` as :func:`raypp.evaluation.evaluate.evaluate`
-            returns them. Bundles of earlier versions lack ``chance``: it is then 1 / ``num_classes``. None gives None.
+            returns them. Bundles of earlier versions lack ``chance``, which is then 1 / ``num_classes``.
         num_classes: number of classes, for numbers without ``chance``.
         what: the images that were classified.
     """

@@ -1,4 +1,4 @@
-"""Networks. Each takes float images N x C x H x W in [0, 1]; a normalisation it needs lives inside it."""
+"""Networks. Each takes float images N x C x H x W in [0, 1] and normalizes them itself."""
 
 from raypp.utils.registry import Registry
 
@@ -26,5 +26,6 @@ ADAPTATIONS = Registry(
         "pixel": "raypp.models.adaptation:PixelAdaptation",
     },
 )
+
 BLOCK = 4
 """Side in pixels of the blocks that adaptation networks of block-wise schemes read."""

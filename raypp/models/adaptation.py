@@ -1,6 +1,6 @@
-"""Adaptation networks: what stands between protected images and a classifier that expects natural ones.
+"""Adaptation networks: they map protected images to inputs of a classifier for natural images.
 
-Each takes images N x C x H x W in [0, 1] and gives N x ``channels_out`` x H x W for the classifier behind it.
+Each takes images N x C x H x W in [0, 1] and returns N x ``channels_out`` x H x W.
 """
 
 from __future__ import annotations
@@ -17,29 +17,34 @@ from raypp.utils.registry import MethodConfig
 
 
 class Adaptation(nn.Module):
-    """Base; a subclass is built for images of one number of channels and one size."""
+    """Base class; an instance accepts images of one number of channels and one size."""
 
     channels_out: ClassVar[int]
     side: ClassVar[int] = BLOCK
-    """Side in pixels of what it reads together."""
+    """Side in pixels of the blocks that it reads."""
+    layers: nn.Module
 
     def __init__(self, channels: int, image_size: tuple[int, int]) -> None:
         super().__init__()
-        self.normalise = Normalize(channels)
+        self.normalize = Normalize(channels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x: Tensor = self.layers(self.normalize(images))
+        return x
 
     def penalty(self) -> Tensor | None:
-        """What its source adds to the loss, of the latest forward pass; None for nothing."""
+        """Return the regularization term of its source for the latest forward pass, or None."""
         return None
 
 
 class BlockAdaptation(Adaptation):
-    """One small network for every 4 x 4 block.
+    """One network for all 4 x 4 blocks.
 
     Source: Tanaka 2018, the layers of its public code: BN, conv 4x4/4 to 48, ReLU, BN, conv 1x1 to 48, ReLU, BN, conv
     1x1 to 512, pixel shuffle to 32 channels.
     """
 
-    channels_out: ClassVar[int] = 32
+    channels_out = 32
 
     def __init__(self, channels: int, image_size: tuple[int, int]) -> None:
         super().__init__(channels, image_size)
@@ -49,46 +54,39 @@ class BlockAdaptation(Adaptation):
             nn.BatchNorm2d(48), nn.Conv2d(48, self.channels_out * BLOCK**2, 1), nn.PixelShuffle(BLOCK),
         )  # fmt: skip
 
-    def forward(self, images: Tensor) -> Tensor:
-        x: Tensor = self.layers(self.normalise(images))
-        return x
-
 
 class ShuffledBlockAdaptation(Adaptation):
-    """A network of its own for every block, then a learned permutation of the blocks.
+    """A separate network for each block, then a learned permutation of the blocks.
 
-    Source: Madono, Tanaka, Onishi, Ogawa 2020: spectrally normalised conv 4x4/4 to 256, BN, leaky ReLU 0.2 per block, a
+    Source: Madono, Tanaka, Onishi, Ogawa 2020: spectrally normalized conv 4x4/4 to 256, BN, leaky ReLU 0.2 per block, a
     matrix U that mixes the blocks, pixel shuffle to 16 channels; the loss gains 1e-3 L12(U) + 1e-1 TV(features). We
-    read L12 as the l1 - l2 penalty on rows and columns (Lyu, Zhang, Qi, Xin 2019), zero exactly for permutations, and
-    divide both terms by their number of elements.
+    interpret L12 as the l1 - l2 penalty on rows and columns (Lyu, Zhang, Qi, Xin 2019), zero exactly for permutations,
+    and divide both terms by their number of elements.
     """
 
-    channels_out: ClassVar[int] = 16
+    channels_out = 16
     width: ClassVar[int] = 256
-
     left: Tensor
 
     def __init__(self, channels: int, image_size: tuple[int, int]) -> None:
         super().__init__(channels, image_size)
         self.grid = tuple(-(-side // BLOCK) for side in image_size)
-        num, inputs = self.grid[0] * self.grid[1], channels * BLOCK**2
-        self.weight = nn.Parameter(torch.empty(num, inputs, self.width))
-        nn.init.kaiming_uniform_(self.weight.view(num * inputs, self.width).t(), a=5**0.5)
-        self.bias = nn.Parameter(torch.zeros(num, 1, self.width))
-        self.bn = nn.BatchNorm1d(num * self.width)
-        self.mix = nn.Parameter(torch.full((num, num), 1 / num) + 0.1 * torch.eye(num))
-        self.register_buffer("left", F.normalize(torch.randn(num, inputs), dim=1))
+        num_blocks, num_inputs = self.grid[0] * self.grid[1], channels * BLOCK**2
+        self.weight = nn.Parameter(torch.empty(num_blocks, num_inputs, self.width))
+        nn.init.kaiming_uniform_(self.weight.view(num_blocks * num_inputs, self.width).t(), a=5**0.5)
+        self.bias = nn.Parameter(torch.zeros(num_blocks, 1, self.width))
+        self.bn = nn.BatchNorm1d(num_blocks * self.width)
+        self.mix = nn.Parameter(torch.full((num_blocks, num_blocks), 1 / num_blocks) + 0.1 * torch.eye(num_blocks))
+        self.register_buffer("left", F.normalize(torch.randn(num_blocks, num_inputs), dim=1))
         self._features: Tensor | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         rows, columns = self.grid
-        num = rows * columns
-        images = self.normalise(images)
-        blocks = F.unfold(images, BLOCK, stride=BLOCK).permute(2, 0, 1)  # (num, N, C * 16)
-        x = torch.baddbmm(self.bias, blocks, self._normalised())  # (num, N, width)
-        x = self.bn(x.permute(1, 0, 2).flatten(1)).view(-1, num, self.width)
+        blocks = F.unfold(self.normalize(images), BLOCK, stride=BLOCK).permute(2, 0, 1)  # (num_blocks, N, C * 16)
+        x = torch.baddbmm(self.bias, blocks, self._normalized_weight())  # (num_blocks, N, width)
+        x = self.bn(x.permute(1, 0, 2).flatten(1)).view(-1, rows * columns, self.width)
         x = F.leaky_relu(x, 0.2)
-        x = torch.einsum("ij,njw->niw", self._stochastic(), x)
+        x = torch.einsum("ij,njw->niw", self._stochastic_mix(), x)
         x = F.pixel_shuffle(x.permute(0, 2, 1).reshape(-1, self.width, rows, columns), BLOCK)
         self._features = x if self.training else None
         return x
@@ -97,19 +95,19 @@ class ShuffledBlockAdaptation(Adaptation):
         features = self._features
         if features is None:
             return None
-        mix, num = self._stochastic(), len(self.mix)
+        mix = self._stochastic_mix()
         l12 = sum((mix.abs().sum(d) - mix.square().sum(d).add(1e-12).sqrt()).sum() for d in (0, 1))
-        across = (features[..., 1:] - features[..., :-1]).abs().float().mean()
-        down = (features[..., 1:, :] - features[..., :-1, :]).abs().float().mean()
-        return 1e-3 * l12 / num + 1e-1 * (across + down)
+        horizontal = (features[..., 1:] - features[..., :-1]).abs().float().mean()
+        vertical = (features[..., 1:, :] - features[..., :-1, :]).abs().float().mean()
+        return 1e-3 * l12 / len(mix) + 1e-1 * (horizontal + vertical)
 
-    def _stochastic(self) -> Tensor:
-        """U with non-negative entries whose rows sum to one."""
+    def _stochastic_mix(self) -> Tensor:
+        """Return U with non-negative entries and rows that sum to one."""
         positive = self.mix.abs()
         return positive / positive.sum(1, keepdim=True)
 
-    def _normalised(self) -> Tensor:
-        """Each block's weights over their largest singular value, which one power iteration per step follows."""
+    def _normalized_weight(self) -> Tensor:
+        """Divide each block's weights by their largest singular value, tracked with one power iteration per step."""
         with torch.autocast(self.weight.device.type, enabled=False):
             with torch.no_grad():
                 right = F.normalize(torch.einsum("bi,biw->bw", self.left, self.weight), dim=1)
@@ -122,12 +120,12 @@ class ShuffledBlockAdaptation(Adaptation):
 class PixelAdaptation(Adaptation):
     """1x1 convolutions, each with BN and ReLU: 64, 128, 256, 16.
 
-    Source: that Sirichotedumrong et al. 2019 use kernels of 1x1 is a third party's note; the widths follow the lab's
-    attack network for pixel-based encryption and are ours.
+    Source: Sirichotedumrong et al. 2019 use 1x1 kernels, according to a third party. Our widths follow the lab's attack
+    network for pixel-based encryption.
     """
 
-    channels_out: ClassVar[int] = 16
-    side: ClassVar[int] = 1
+    channels_out = 16
+    side = 1
 
     def __init__(self, channels: int, image_size: tuple[int, int]) -> None:
         super().__init__(channels, image_size)
@@ -137,13 +135,9 @@ class PixelAdaptation(Adaptation):
             channels = width
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, images: Tensor) -> Tensor:
-        x: Tensor = self.layers(self.normalise(images))
-        return x
-
 
 class AdaptedClassifier(nn.Module):
-    """A classifier behind its adaptation network; takes images of any size that is padded to the network's blocks."""
+    """A classifier with its adaptation network; takes images of one size, padded to the network's blocks."""
 
     def __init__(self, adaptation: Adaptation, classifier: nn.Module) -> None:
         super().__init__()
@@ -164,7 +158,7 @@ def build_classifier(
     """Build a classifier of protected images.
 
     Args:
-        adaptation: name of the adaptation network in front of it, or "none".
+        adaptation: name of the adaptation network in front of the classifier, or "none".
         image_size: height and width of the plain images.
     """
     if adaptation == "none":

@@ -1,7 +1,7 @@
-"""A JPEG codec that gradients pass through, for training on what survives an upload path that re-encodes.
+"""A differentiable JPEG codec, for training on uploads that are re-encoded.
 
 Source: ITU-T T.81 (baseline DCT, the example tables of annex K, scaled with quality as libjpeg does) and JFIF's
-YCbCr; rounding passes gradients on unchanged (Bengio, Leonard, Courville 2013).
+YCbCr; rounding has a straight-through gradient.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from raypp.models.gradients import straight_through
 
 LUMA = (
     16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56,
@@ -27,57 +29,57 @@ TO_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136, -0.714136), (1.0, 1.772, 0.0))
 
 
 def jpeg(images: Tensor, quality: int, *, subsample: bool = True) -> Tensor:
-    """What images N x C x H x W in [0, 1], C = 3 or 1, look like after a JPEG of this quality (1 to 100).
+    """Encode and decode images N x C x H x W in [0, 1], C = 3 or 1, with this quality (1 to 100).
 
     Args:
-        subsample: halve the chroma's resolution (4:2:0), as most encoders do.
+        subsample: halve the resolution of chroma (4:2:0), as most encoders do.
     """
     with torch.autocast(images.device.type, enabled=False):
         pixels = _round(images.float() * 255)
         height, width = pixels.shape[-2:]
         if pixels.shape[1] == 1:
-            return _clipped(_coded(pixels, LUMA, quality)) / 255
-        colours = torch.einsum("kc,nchw->nkhw", pixels.new_tensor(TO_YCBCR), pixels)
-        luma, chroma = _coded(_round(colours[:, :1]), LUMA, quality), colours[:, 1:] + 128
+            return _clip(_quantize_dct(pixels, LUMA, quality)) / 255
+        ycbcr = torch.einsum("kc,nchw->nkhw", pixels.new_tensor(TO_YCBCR), pixels)
+        luma, chroma = _quantize_dct(_round(ycbcr[:, :1]), LUMA, quality), ycbcr[:, 1:] + 128
         if subsample:
             padded = F.pad(chroma, (0, width % 2, 0, height % 2), mode="replicate")
-            chroma = _coded(_round(F.avg_pool2d(padded, 2)), CHROMA, quality)
+            chroma = _quantize_dct(_round(F.avg_pool2d(padded, 2)), CHROMA, quality)
             chroma = F.interpolate(chroma, scale_factor=2, mode="bilinear")[..., :height, :width]
         else:
-            chroma = _coded(_round(chroma), CHROMA, quality)
-        colours = torch.cat((luma, chroma - 128), dim=1)
-        return _clipped(torch.einsum("ck,nkhw->nchw", pixels.new_tensor(TO_RGB), colours)) / 255
+            chroma = _quantize_dct(_round(chroma), CHROMA, quality)
+        ycbcr = torch.cat((luma, chroma - 128), dim=1)
+        return _clip(torch.einsum("ck,nkhw->nchw", pixels.new_tensor(TO_RGB), ycbcr)) / 255
 
 
-def _coded(plane: Tensor, table: tuple[int, ...], quality: int) -> Tensor:
-    """Planes N x C x H x W of 0 to 255 after quantisation of their 8 x 8 blocks' cosine transforms."""
+def _quantize_dct(plane: Tensor, table: tuple[int, ...], quality: int) -> Tensor:
+    """Quantize the cosine transforms of the 8 x 8 blocks of planes N x C x H x W, values 0 to 255."""
     height, width = plane.shape[-2:]
     padded = F.pad(plane, (0, -width % 8, 0, -height % 8), mode="replicate") - 128
     num, channels, rows, columns = padded.shape
     blocks = padded.view(num, channels, rows // 8, 8, columns // 8, 8).transpose(3, 4)
-    basis = plane.new_tensor(_basis())
-    steps = plane.new_tensor(_steps(table, quality)).view(8, 8)
-    found = basis.t() @ (_round(basis @ blocks @ basis.t() / steps) * steps) @ basis
-    found = found.transpose(3, 4).reshape(num, channels, rows, columns)[..., :height, :width]
-    return _clipped(found + 128)
+    basis = plane.new_tensor(_dct_basis())
+    steps = plane.new_tensor(_quantization_table(table, quality)).view(8, 8)
+    blocks = basis.t() @ (_round(basis @ blocks @ basis.t() / steps) * steps) @ basis
+    plane = blocks.transpose(3, 4).reshape(num, channels, rows, columns)[..., :height, :width]
+    return _clip(plane + 128)
 
 
 def _round(values: Tensor) -> Tensor:
-    return values + (values.round() - values).detach()
+    return straight_through(values, values.round())
 
 
-def _clipped(values: Tensor) -> Tensor:
+def _clip(values: Tensor) -> Tensor:
     return _round(values.clamp(0, 255))
 
 
 @lru_cache
-def _basis() -> tuple[tuple[float, ...], ...]:
-    """The orthonormal cosine transform of 8 values."""
+def _dct_basis() -> tuple[tuple[float, ...], ...]:
+    """Return the orthonormal cosine transform of 8 values."""
     scale = [math.sqrt((1 if k == 0 else 2) / 8) for k in range(8)]
     return tuple(tuple(scale[k] * math.cos((2 * n + 1) * k * math.pi / 16) for n in range(8)) for k in range(8))
 
 
 @lru_cache
-def _steps(table: tuple[int, ...], quality: int) -> tuple[int, ...]:
+def _quantization_table(table: tuple[int, ...], quality: int) -> tuple[int, ...]:
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
     return tuple(min(255, max(1, (step * scale + 50) // 100)) for step in table)

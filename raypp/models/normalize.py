@@ -1,4 +1,4 @@
-"""Input normalisation as a module, so that every image outside a network is plain [0, 1]."""
+"""Input normalization as a module, so that every image outside a network is in [0, 1]."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Normalize(nn.Module):
-    """Maps images in [0, 1] to zero mean and unit scale: ImageNet's values for RGB, 0.45 and 0.225 for grey.
+    """Normalizes images in [0, 1]: ImageNet's mean and std for RGB, 0.45 and 0.225 for gray.
 
-    Other numbers of channels are an adaptation network's output, which is normalised already and left alone.
+    Other numbers of channels are an adaptation network's output, which is not changed.
     """
 
     mean: Tensor

@@ -15,7 +15,7 @@ from raypp.utils.registry import MethodConfig
 class ResNetOptions(MethodConfig):
     name: Literal["resnet20"] = "resnet20"
     width: int = Field(16, ge=1, le=1024)
-    """Channels of the first stage; 16 is the original, a wider one is a baseline with more parameters."""
+    """Channels of the first stage; the original has 16."""
 
 
 class BasicBlock(nn.Module):
@@ -26,13 +26,13 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels_out)
         self.stride = stride
-        self.missing = channels_out - channels_in
+        self.num_new_channels = channels_out - channels_in
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
-        if self.missing:
-            half = self.missing // 2
-            shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.missing - half))
+        if self.num_new_channels:
+            half = self.num_new_channels // 2
+            shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.num_new_channels - half))
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
 
@@ -40,12 +40,12 @@ class BasicBlock(nn.Module):
 class ResNetTrunk(nn.Module):
     """ResNet-20 before its last layer: images N x channels x H x W in [0, 1] to N x 4 width x H/4 x W/4.
 
-    With ``num_classes`` it has that layer too, for a subclass to use.
+    With ``num_classes`` it has that layer as well, for a subclass.
     """
 
     def __init__(self, options: ResNetOptions, channels: int = 3, num_classes: int | None = None) -> None:
         super().__init__()
-        self.normalise = Normalize(channels)
+        self.normalize = Normalize(channels)
         width = options.width
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -61,15 +61,12 @@ class ResNetTrunk(nn.Module):
 
     @staticmethod
     def _stage(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(
-            BasicBlock(channels_in, channels_out, stride),
-            BasicBlock(channels_out, channels_out, 1),
-            BasicBlock(channels_out, channels_out, 1),
-        )
+        first = BasicBlock(channels_in, channels_out, stride)
+        return nn.Sequential(first, *(BasicBlock(channels_out, channels_out, 1) for _ in range(2)))
 
     def early_features(self, images: Tensor) -> Tensor:
-        """The first stage's output, N x width x H x W: a feature network where VGG-16 cannot be had."""
-        x: Tensor = self.layer1(F.relu(self.bn1(self.conv1(self.normalise(images))), inplace=True))
+        """Return the first stage's output, N x width x H x W: the feature network if VGG-16 is not available."""
+        x: Tensor = self.layer1(F.relu(self.bn1(self.conv1(self.normalize(images))), inplace=True))
         return x
 
     def forward(self, images: Tensor) -> Tensor:
@@ -78,8 +75,10 @@ class ResNetTrunk(nn.Module):
 
 
 class ResNet20(ResNetTrunk):
-    """Maps images N x channels x H x W in [0, 1] to logits N x num_classes (269,722 parameters for 10 classes
-    and width 16)."""
+    """Maps images N x channels x H x W in [0, 1] to logits N x num_classes.
+
+    It has 269,722 parameters for 10 classes and width 16.
+    """
 
     Options: ClassVar[type[MethodConfig]] = ResNetOptions
     least_side: ClassVar[int] = 4

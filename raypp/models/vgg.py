@@ -1,4 +1,4 @@
-"""VGG-16 (Simonyan, Zisserman 2015): the batch-normalised classifier for small images, and the slice up to relu2_2."""
+"""VGG-16 (Simonyan, Zisserman 2015): the batch-normalized classifier for small images, and the slice up to relu2_2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raypp.utils.registry import MethodConfig
 VGG16_LAYERS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
 RELU2_2 = 5
 SLICES = {"relu1_2": 2, "relu2_2": RELU2_2, "relu3_3": 9}
-"""Where the last layer before each pooling ends in ``VGG16_LAYERS``."""
+"""Number of entries of ``VGG16_LAYERS`` up to each layer."""
 
 
 def vgg_features(layers: tuple[int, ...], channels: int, batch_norm: bool) -> nn.Sequential:
@@ -36,14 +36,14 @@ class VGG16BNOptions(MethodConfig):
 
 
 class VGG16BN(nn.Module):
-    """Maps images N x channels x H x W in [0, 1], sides of 32 and more, to logits N x num_classes; head 512-512."""
+    """Maps images N x channels x H x W in [0, 1], sides of at least 32, to logits N x num_classes; head 512-512."""
 
     Options: ClassVar[type[MethodConfig]] = VGG16BNOptions
     least_side: ClassVar[int] = 32
 
     def __init__(self, options: VGG16BNOptions, *, num_classes: int, channels: int = 3) -> None:
         super().__init__()
-        self.normalise = Normalize(channels)
+        self.normalize = Normalize(channels)
         self.early = vgg_features(VGG16_LAYERS[:RELU2_2], channels, batch_norm=True)
         self.late = vgg_features(VGG16_LAYERS[RELU2_2:], 128, batch_norm=True)
         self.head = nn.Sequential(
@@ -56,8 +56,8 @@ class VGG16BN(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def early_features(self, images: Tensor) -> Tensor:
-        """relu2_2 of this network, N x 128 x H/2 x W/2."""
-        x: Tensor = self.early(self.normalise(images))
+        """Return relu2_2 of this network, N x 128 x H/2 x W/2."""
+        x: Tensor = self.early(self.normalize(images))
         return x
 
     def forward(self, images: Tensor) -> Tensor:

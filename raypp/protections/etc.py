@@ -1,20 +1,18 @@
-"""Encryption-then-compression (EtC): blocks shuffled, rotated, flipped, inverted, their colours permuted.
+"""Encryption-then-compression (EtC): blocks are shuffled, rotated, flipped and inverted, their colors permuted.
 
-Source: Kurihara, Shiota, Kiya 2015; Chuman, Sirichotedumrong, Kiya 2019. The colour step is a true permutation: public
+Source: Kurihara, Shiota, Kiya 2015; Chuman, Sirichotedumrong, Kiya 2019. The color step is a true permutation. Public
 re-implementations copy channels through aliased views and lose information in five of six cases.
 """
 
 from __future__ import annotations
 
-from itertools import permutations, product
-from typing import Any, ClassVar, Literal
+import itertools
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
-from raypp.protections.base import require_key
 from raypp.protections.cipher import Cipher, KeyedOptions
-from raypp.utils import registry
 from raypp.utils.keys import Key
 
 
@@ -25,38 +23,33 @@ class EtCOptions(KeyedOptions):
 
 
 class EtC(Cipher):
-    """Block-wise rotation, flip, negative-positive, colour permutation and block shuffling; reversible."""
+    """Block-wise rotation, flip, inversion and color permutation, then block shuffling; reversible."""
 
-    Options: ClassVar[type[registry.MethodConfig]] = EtCOptions
-    adaptation: ClassVar[str] = "shuffled_block"
+    Options = EtCOptions
+    adaptation = "shuffled_block"
 
     def __init__(self, options: EtCOptions, *, channels: int = 3, key: Key | None = None) -> None:
-        super().__init__(options, channels=channels)
-        self.block = options.block  # type: ignore[misc]
-        self._key = require_key(key, options.name)
-
-    @classmethod
-    def needs_key(cls, options: Any) -> bool:
-        return True
+        super().__init__(options, channels=channels, key=key)
+        self.block = options.block
 
     def expand(self, height: int, width: int) -> tuple[np.ndarray | None, np.ndarray]:
-        num_blocks, num = self.num_blocks(height, width), self.block**2 * self.channels
+        num_blocks, num_bytes = self.num_blocks(height, width), self.block**2 * self.channels
         size = f"{height} x {width}"
-        moves = self._moves()
-        chosen = self._key.integers(f"etc moves {size}", num_blocks, len(moves))
-        inverted = self._key.bits(f"etc inversions {size}", num_blocks)
-        blocks = self._key.permutations(f"etc blocks {size}", 1, num_blocks)[0]
-        index = blocks[:, None] * num + moves[chosen[blocks]]
-        return index.ravel(), np.repeat(inverted[blocks] * np.uint8(255), num)
+        permutations = self._block_permutations()
+        choices = self.key.integers(f"etc moves {size}", num_blocks, len(permutations))
+        inverted = self.key.bits(f"etc inversions {size}", num_blocks)
+        blocks = self.key.permutations(f"etc blocks {size}", 1, num_blocks)[0]
+        index = blocks[:, None] * num_bytes + permutations[choices[blocks]]
+        return index.ravel(), np.repeat(inverted[blocks] * np.uint8(255), num_bytes)
 
-    def _moves(self) -> np.ndarray:
-        """Every combination of 4 rotations, 3 flips and the colours' permutations as an index, (num, symbols)."""
+    def _block_permutations(self) -> np.ndarray:
+        """Return all combinations of 4 rotations, 3 flips and the color permutations as indices (num, num_bytes)."""
         pixels = np.arange(self.block**2 * self.channels).reshape(self.block, self.block, self.channels)
         flips = (lambda x: x, lambda x: x[::-1], lambda x: x[:, ::-1])
-        colours = list(permutations(range(self.channels)))
+        channel_orders = itertools.permutations(range(self.channels))
         return np.stack(
             [
                 flip(np.rot90(pixels, turns))[:, :, list(order)].ravel()
-                for turns, flip, order in product(range(4), flips, colours)
+                for turns, flip, order in itertools.product(range(4), flips, channel_orders)
             ]
         )

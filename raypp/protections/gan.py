@@ -1,15 +1,15 @@
-"""GAN-based image transformation: an **approximation** of reference [19] of the paper, whose details we do not have.
+"""GAN-based image transformation: an **approximation** of the paper's reference [19], whose details are not public.
 
 Source: Sirichotedumrong, Kiya, "A GAN-based image transformation scheme for privacy-preserving deep neural networks",
-EUSIPCO 2020 (arXiv 2006.01342). Known from its abstract: no key; a network turns plain images into protected ones that
-a classifier takes as they are. Known from notes of others: perceptual, classification and per-pixel losses, a CycleGAN
-backbone. Everything else here is ours: pixel-based encryption with independent keys is what the discriminator takes
-for real and what the pixel and perceptual losses aim at, and so are all weights and widths.
+EUSIPCO 2020 (arXiv 2006.01342). From its abstract: no key; a network turns plain images into protected ones, which a
+classifier reads directly. From notes of others: perceptual, classification and per-pixel losses, a CycleGAN backbone.
+Everything else is ours. The real images of the discriminator and the target of the pixel and perceptual losses are
+images under pixel-based encryption with a key per image. All weights and widths are ours, too.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from raypp.protections.base import Protection
 from raypp.protections.pixel import Pixel, PixelOptions
-from raypp.utils import registry
 from raypp.utils.keys import Key
+from raypp.utils.registry import MethodConfig
 
 
-class GANOptions(registry.MethodConfig):
+class GANOptions(MethodConfig):
     name: Literal["gan"] = "gan"
     width: int = Field(64, ge=1, le=512)
     """Channels of the generator's and the discriminator's first layer."""
@@ -52,13 +52,13 @@ class ResidualBlock(nn.Module):
 class GAN(Protection):
     """CycleGAN's generator (Zhu, Park, Isola, Efros 2017): c7s1-64, d128, d256, residual blocks, u128, u64, c7s1-3.
 
-    Sides that are no multiple of 4 are padded inside and cut again.
+    Sides are padded to multiples of 4 and cropped again.
     """
 
-    Options: ClassVar[type[registry.MethodConfig]] = GANOptions
-    differentiable: ClassVar[bool] = True
-    trained: ClassVar[bool] = True
-    least_side: ClassVar[int] = 8
+    Options = GANOptions
+    differentiable = True
+    trained = True
+    least_side = 8
 
     def __init__(self, options: GANOptions, *, channels: int = 3, key: Key | None = None) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class GAN(Protection):
         height, width = images.shape[-2:]
         padded = F.pad(images, (0, -width % 4, 0, -height % 4), mode="replicate")
         x = self.layers(2 * padded - 1)[:, :, :height, :width]
-        # In float32: bfloat16 could not tell neighbouring 8-bit values near 1 apart.
+        # In float32: near 1, bfloat16 does not separate adjacent 8-bit values.
         return (torch.tanh(x.float()) + 1) / 2
 
 
@@ -107,17 +107,17 @@ class Adversary(nn.Module):
         )  # fmt: skip
 
     def forward(self, plain: Tensor, protected: Tensor, features: nn.Module | None, labels: Tensor) -> Tensor:
-        """Discriminator's and generator's losses in one scalar; each reaches its own weights only."""
+        """Return the sum of discriminator and generator loss; gradients of each reach its own weights only."""
         target = self.target(plain)
         real, fake = self.discriminator(target), self.discriminator(protected.detach())
         loss: Tensor = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-        fixed = {name: value.detach() for name, value in self.discriminator.state_dict(keep_vars=True).items()}
-        judged = torch.func.functional_call(self.discriminator, fixed, (protected,))
-        loss = loss - self.options.adversarial * judged.mean()
+        frozen_state = {name: value.detach() for name, value in self.discriminator.state_dict(keep_vars=True).items()}
+        realness = torch.func.functional_call(self.discriminator, frozen_state, (protected,))
+        loss = loss - self.options.adversarial * realness.mean()
         loss = loss + self.options.pixel * F.mse_loss(protected, target)
         if features is not None:
             with torch.no_grad():
-                wanted = features(target)
-            distance = F.mse_loss(features(protected).float(), wanted.float())
+                target_features = features(target)
+            distance = F.mse_loss(features(protected).float(), target_features.float())
             loss = loss + self.options.perceptual * distance
         return loss

@@ -1,38 +1,39 @@
 """The learned protection h_theta: a U-Net whose sigmoid output is the protected image.
 
 Source: Ito, Kinoshita, Kiya 2020 (arXiv 2008.03143), section II; output range as in the authors' released code. The
-adversary is ours, after adversarial training against a live attacker (Goodfellow et al. 2014) with reversed gradients
-(Ganin, Lempitsky 2015), and so is the code, after finite scalar quantisation (Mentzer et al. 2023).
+adversary and the code are ours. The adversary follows adversarial training (Goodfellow et al. 2014) with reversed
+gradients (Ganin, Lempitsky 2015), the code follows finite scalar quantization (Mentzer et al. 2023).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
+from raypp.models.gradients import straight_through
 from raypp.models.jpeg import jpeg
 from raypp.models.resnet import ResNetOptions, ResNetTrunk
 from raypp.models.unet import UNet
 from raypp.protections.base import Protection
-from raypp.utils import registry
 from raypp.utils.images import quantize_8bit
 from raypp.utils.keys import Key
+from raypp.utils.registry import MethodConfig
 
 
 class AdversaryOptions(BaseModel):
-    """An inverse network that trains along and that h_theta learns to defeat."""
+    """An inverse network that trains with h_theta, which learns to defeat it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = MethodConfig.model_config
 
     weight: float = Field(20.0, gt=0)
-    """What the loss gains: minus so many times the squared error of its estimate of each image."""
+    """The loss of h_theta gains minus this weight times the squared error of the estimate of each image."""
     clip: float = Field(0.06, gt=0)
-    """Squared error per image beyond which h_theta gains nothing: about what an attacker has who saw nothing."""
+    """Squared error per image above which h_theta gains nothing: about the error of a guess without the image."""
     width: int = Field(16, ge=1, le=1024)
     """Channels of its U-Net's first level."""
     depth: int = Field(3, ge=1, le=6)
@@ -40,70 +41,69 @@ class AdversaryOptions(BaseModel):
 
 
 class CodeOptions(BaseModel):
-    """A few whole numbers that an image is reduced to, and that its protected image is drawn from alone."""
+    """A short code of integers; the protected image is generated from it alone."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = MethodConfig.model_config
 
     size: int = Field(10, ge=0, le=4096)
-    """How many numbers; 0 only beside ``classes``."""
+    """Number of integers; 0 is allowed with ``classes`` only."""
     levels: int = Field(2, ge=2, le=256)
-    """How many values each of them takes: an image's protected one tells ``size * log2(levels)`` bits at most, and
-    ``log2(classes)`` more."""
+    """Number of values of each integer. A protected image reveals at most ``size * log2(levels)`` bits, plus
+    ``log2(classes)`` with ``classes``."""
     classes: int | None = Field(None, ge=2)
-    """Send the class before the numbers, as the encoder sees it: how many classes the data has, or null for none."""
+    """Number of classes of the data: the code then starts with the class that the encoder predicts; null: no class."""
     encoder: ResNetOptions | None = None
-    """What makes the features that the numbers are made from: a ResNet-20 without its last layer, or, null, the
-    U-Net's own way down. ``width`` and ``depth`` are then the decoder's only."""
+    """Computes the features that the code is made from: a ResNet-20 without its last layer, or, if null, the U-Net's
+    encoder. With a ResNet-20, ``width`` and ``depth`` describe the decoder only."""
     guide: float = Field(1.0, ge=0)
-    """Weight of the cross-entropies of two linear classifiers, of the pooled features and of the code, which teach the
-    encoder and the code sooner than the classifier of protected images does; 0 leaves them out. With ``classes`` the
-    first of them is what decides on the class, and nothing else teaches the encoder."""
+    """Weight of the cross-entropies of two auxiliary linear classifiers, one of the pooled features and one of the
+    code. They train encoder and code earlier than the classifier of protected images does; 0 omits them. With
+    ``classes`` the first one selects the class, and it alone trains the encoder."""
 
     @model_validator(mode="after")
-    def _something_to_send(self) -> CodeOptions:
+    def _check_size_and_guide(self) -> CodeOptions:
         if self.classes is None and self.size == 0:
-            raise ValueError("size is 0, allowed without classes is at least 1: nothing would be sent")
+            raise ValueError("size is 0, allowed without classes is at least 1: the code would be empty")
         if self.classes is not None and self.guide == 0:
-            raise ValueError("guide is 0, allowed beside classes is more: nothing else teaches the encoder the class")
+            raise ValueError("guide is 0, allowed with classes is more than 0: nothing else trains the encoder")
         return self
 
 
-class LearnedOptions(registry.MethodConfig):
+class LearnedOptions(MethodConfig):
     name: Literal["learned"] = "learned"
     width: int = Field(64, ge=1, le=1024)
     """Channels of the U-Net's first level."""
     depth: int = Field(4, ge=1, le=6)
     """Number of 2x2 poolings of the U-Net."""
     skips: int | None = Field(None, ge=0)
-    """Skip connections kept, counted from the deepest level; null keeps all."""
-
+    """Number of skip connections, counted from the deepest level; null keeps all."""
     code: CodeOptions | None = None
-    """Send no more of an image than a short code; needs skips 0. Null limits nothing."""
+    """Reduce each image to a short code; needs skips 0. Null: no code."""
     jpeg: int | None = Field(None, ge=1, le=100)
-    """Train the classifier on JPEGs too, of this quality and better: for uploads that are re-encoded on their way."""
+    """Lowest JPEG quality for training: half of the images are encoded, for uploads that are re-encoded. Null: none."""
     adversary: AdversaryOptions | None = None
-    """Train against a live inverse network as well; null trains as the paper does."""
+    """Also train against a live inverse network; null trains as in the paper."""
 
     @model_validator(mode="after")
-    def _skips_within_depth(self) -> LearnedOptions:
+    def _check_combination(self) -> LearnedOptions:
         if self.skips is not None and self.skips > self.depth:
             raise ValueError(f"skips is {self.skips}, allowed is at most depth = {self.depth}")
         if self.code is not None and self.skips != 0:
-            raise ValueError(f"skips is {self.skips}, allowed beside a code is 0: a skip connection would pass it by")
+            raise ValueError(f"skips is {self.skips}, allowed with a code is 0: a skip connection bypasses it")
         if self.code is not None and self.code.classes is not None and self.adversary is not None:
             raise ValueError(
-                f"code.classes is {self.code.classes}, allowed beside an adversary is null: nothing that an adversary "
-                "says reaches what decides on the class"
+                f"code.classes is {self.code.classes}, allowed with an adversary is null: an adversary's gradient does "
+                "not reach the layer that selects the class"
             )
         return self
 
 
 class Learned(Protection):
-    """U-Net with a sigmoid; any H and W, best in multiples of ``2**depth``."""
+    """U-Net with a sigmoid; any H and W, preferably multiples of ``2**depth``."""
 
-    Options: ClassVar[type[registry.MethodConfig]] = LearnedOptions
-    differentiable: ClassVar[bool] = True
-    trained: ClassVar[bool] = True
+    Options = LearnedOptions
+    differentiable = True
+    trained = True
 
     def __init__(self, options: LearnedOptions, *, channels: int = 3, key: Key | None = None) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Learned(Protection):
         code = options.code
         if code is None or code.classes in (None, num_classes):
             return None
-        return f"protection.code.classes is {code.classes}, allowed is null or what the data has, {num_classes}"
+        return f"protection.code.classes is {code.classes}, allowed is null or the data's number, {num_classes}"
 
     @classmethod
     def uses_features(cls, options: Any, alpha: float) -> bool:
@@ -139,81 +139,81 @@ class Learned(Protection):
         lowest = self.options.jpeg
         if lowest is None:
             return protected
-        num = len(protected) // 2  # the other half arrives as it is
-        coded = jpeg(protected[:num], int(torch.randint(lowest, 101, ())))
-        return torch.cat((coded, protected[num:]))
+        num_encoded = len(protected) // 2
+        encoded = jpeg(protected[:num_encoded], int(torch.randint(lowest, 101, ())))
+        return torch.cat((encoded, protected[num_encoded:]))
 
     def companion(self, num_classes: int) -> nn.Module | None:
         adversary, code = self.options.adversary, self.options.code
-        guided = code is not None and code.guide > 0
-        return AuxiliaryNetworks(self, num_classes) if adversary is not None or guided else None
+        has_guides = code is not None and code.guide > 0
+        return AuxiliaryNetworks(self, num_classes) if adversary is not None or has_guides else None
 
     def forward(self, images: Tensor) -> Tensor:
-        # The sigmoid in float32: in bfloat16 it could not tell neighbouring 8-bit values near 1 apart.
+        # The sigmoid in float32: near 1, bfloat16 does not separate adjacent 8-bit values.
         return torch.sigmoid(self.unet(images).float())
 
 
 class Bottleneck(nn.Module):
-    """Reduces features N x channels x H x W to a class, where ``classes`` says so, and ``size`` numbers of ``levels``
-    values each, and draws others of ``channels_out`` channels from them.
+    """Reduces features N x channels x H x W to a code of an optional class and ``size`` integers of ``levels`` values.
 
-    Finite scalar quantisation (Mentzer, Minnen, Agustsson, Tschannen 2023), of an image as a whole, with a sigmoid
-    between the first value and the last; rounding passes gradients on (Bengio, Leonard, Courville 2013), and so
-    does the choice of the likeliest class.
+    Its output, features with ``channels_out`` channels, depends on the code alone.
+
+    Source: finite scalar quantization (Mentzer, Minnen, Agustsson, Tschannen 2023) of a whole image, with a sigmoid
+    over the range of values. Rounding and argmax use straight-through gradients (Bengio, Leonard, Courville 2013).
     """
 
-    SIDE = 4  # of the features that a code is spread over, before they take the shape that is asked for
-    HIDDEN = 256  # a number tells classes from others, which takes more than one plane between their features
-    SHARPNESS = 4.0  # of the sigmoid at first: only images near a border shall feel that it could be moved past them
-    SHARE = 0.1  # of the gradient, which rounding has made rough, that goes on to features that a guide teaches too
+    SIDE = 4  # of the feature map that a code is projected to, before it is resized
+    HIDDEN = 256  # units of the hidden layer: one plane does not separate the classes that an integer must separate
+    SHARPNESS = 4.0  # initial scale of the sigmoid's input, so that only images near a border receive large gradients
+    SHARE = 0.1  # share of the gradient, rough after rounding, that reaches features that a guide trains as well
 
     def __init__(self, options: CodeOptions, channels: int, channels_out: int) -> None:
         super().__init__()
         self.options, self.channels, self.channels_out = options, channels, channels_out
         classes = options.classes or 0
-        self.classify = None
-        self.share = self.SHARE
-        if classes:
-            self.share = 0.0
-            self.classify = nn.Linear(channels, classes)
-            nn.init.kaiming_normal_(self.classify.weight)  # as a ResNet-20's last layer
+        self.classify = nn.Linear(channels, classes) if classes else None
+        if self.classify is not None:
+            nn.init.kaiming_normal_(self.classify.weight)  # as the last layer of ResNet-20
         self.narrow = None
         if options.size:
-            # Normalised, no number takes the same value for all images, which would be a part of the code unused.
-            last = nn.BatchNorm1d(options.size)
-            nn.init.constant_(last.weight, self.SHARPNESS)
+            # Normalization prevents an integer with one value for all images, which would waste a part of the code.
+            norm = nn.BatchNorm1d(options.size)
+            nn.init.constant_(norm.weight, self.SHARPNESS)
             self.narrow = nn.Sequential(
                 nn.Linear(channels, self.HIDDEN), nn.BatchNorm1d(self.HIDDEN), nn.ReLU(inplace=True),
-                nn.Linear(self.HIDDEN, options.size), last,
+                nn.Linear(self.HIDDEN, options.size), norm,
             )  # fmt: skip
         self.widen = nn.Linear(classes + options.size, channels_out * self.SIDE**2)
-        # Of the last training batch, for the guide: N x channels features, or N x classes logits, and N x (classes +
-        # size) codes in [-1, 1].
+        # The guides' inputs of the latest training batch: features N x channels (with classes: logits N x classes) and
+        # codes N x (classes + size) in [-1, 1].
         self.last: tuple[Tensor, Tensor] | None = None
 
     def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
         pooled = features.mean(dim=(2, 3))
-        guided = self.training and self.options.guide > 0  # gradients are held back then only: an attacker gets all
-        seen, parts = pooled, []
+        is_guided = self.training and self.options.guide > 0  # otherwise no gradient is blocked: an attacker gets all
+        guide_input, parts = pooled, []
         if self.classify is not None:
-            seen = self.classify(pooled)
-            # In training the encoder learns from the cross-entropy of these logits alone, as a plain classifier does.
-            likely = (seen.detach() if guided else seen).float().softmax(dim=1)
-            chosen = F.one_hot(likely.argmax(dim=1), likely.shape[1])
-            parts.append(2 * (likely + (chosen - likely).detach()) - 1)
+            guide_input = logits = self.classify(pooled)
+            # In training, only the cross-entropy of these logits trains the encoder, as in a plain classifier.
+            probabilities = (logits.detach() if is_guided else logits).float().softmax(dim=1)
+            one_hot = F.one_hot(probabilities.argmax(dim=1), probabilities.shape[1])
+            parts.append(2 * straight_through(probabilities, one_hot) - 1)
         if self.narrow is not None:
-            top = self.options.levels - 1
-            share = self.share if guided else 1.0
-            exact = top * torch.sigmoid(self.narrow(share * pooled + (1 - share) * pooled.detach()).float())
-            parts.append(2 * (exact + (exact.round() - exact).detach()) / top - 1)
+            max_value = self.options.levels - 1
+            inputs = pooled
+            if is_guided:
+                share = self.SHARE if self.classify is None else 0.0
+                inputs = share * pooled + (1 - share) * pooled.detach()
+            values = max_value * torch.sigmoid(self.narrow(inputs).float())
+            parts.append(2 * straight_through(values, values.round()) / max_value - 1)
         code = torch.cat(parts, dim=1)
-        self.last = (seen, code) if guided else None
-        spread: Tensor = self.widen(code).view(-1, self.channels_out, self.SIDE, self.SIDE)
-        return F.interpolate(spread, size=size, mode="nearest")
+        self.last = (guide_input, code) if is_guided else None
+        feature_map: Tensor = self.widen(code).view(-1, self.channels_out, self.SIDE, self.SIDE)
+        return F.interpolate(feature_map, size=size, mode="nearest")
 
 
 class GradientReversal(torch.autograd.Function):
-    """The identity, whose gradient is multiplied image by image with ``scale`` (N,), known only by then."""
+    """The identity; backward multiplies each image's gradient with ``scale`` (N,), which may be filled in later."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, scale: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ class GradientReversal(torch.autograd.Function):
 
 
 class AuxiliaryNetworks(nn.Module):
-    """What a learned protection is trained with: the live inverse network, the guide of its code, or both."""
+    """The auxiliary networks of a learned protection: the live inverse network, the guides of its code, or both."""
 
     takes_features = False
 
@@ -236,7 +236,7 @@ class AuxiliaryNetworks(nn.Module):
         self.adversary = InverseAdversary(options.adversary, protection.channels) if options.adversary else None
         self.guides = None
         if options.code is not None and options.code.guide > 0:
-            # One of the features as well: through rounding alone, a short code teaches them little.
+            # The features have a guide as well: the rounded code passes little information to them.
             code = protection.unet.middle
             assert isinstance(code, Bottleneck)
             of_features = nn.Linear(code.channels, num_classes) if code.classify is None else nn.Identity()
@@ -244,24 +244,24 @@ class AuxiliaryNetworks(nn.Module):
         self._protection = [protection]  # in a list: its weights are not this module's
 
     def forward(self, plain: Tensor, protected: Tensor, features: nn.Module | None, labels: Tensor) -> Tensor:
-        """The losses of both in one scalar."""
+        """Return the sum of all losses."""
         loss = protected.new_zeros(())
         if self.adversary is not None:
             loss = loss + self.adversary(plain, protected)
         if self.guides is not None:
             code = self._protection[0].unet.middle
             assert isinstance(code, Bottleneck)
-            assert code.last is not None, "the guide follows a pass of the protection in training mode"
-            for guide, seen in zip(self.guides, code.last, strict=True):
-                loss = loss + code.options.guide * F.cross_entropy(guide(seen.float()), labels)
-            code.last = None  # no graph outlives its step
+            assert code.last is not None, "a guide needs a forward pass of the protection in training mode"
+            for guide, guide_input in zip(self.guides, code.last, strict=True):
+                loss = loss + code.options.guide * F.cross_entropy(guide(guide_input.float()), labels)
+            code.last = None  # frees the graph
         return loss
 
 
 class InverseAdversary(nn.Module):
-    """A live inverse network. It lowers its squared error e, h_theta the loss ``-weight * min(e, clip)`` of each image.
+    """A live inverse network. It minimizes its squared error e, h_theta minimizes ``-weight * min(e, clip)`` per image.
 
-    One pass serves both: behind it the gradient is turned around and, for images that are past the clip, cut off.
+    One pass trains both: the gradient to h_theta is reversed, and zero for images above the clip.
     """
 
     def __init__(self, options: AdversaryOptions, channels: int) -> None:
@@ -270,8 +270,8 @@ class InverseAdversary(nn.Module):
         self.unet = UNet(channels, options.width, options.depth)
 
     def forward(self, plain: Tensor, protected: Tensor) -> Tensor:
-        """The mean squared error of the network's estimates; its gradient reaches h_theta as described."""
-        uploaded = protected + (quantize_8bit(protected.detach()) - protected.detach())  # rounding passes gradients on
+        """Return the mean squared error of the network's estimates."""
+        uploaded = straight_through(protected, quantize_8bit(protected.detach()))
         scale = torch.zeros(len(plain), device=plain.device)
         estimate = torch.sigmoid(self.unet(GradientReversal.apply(uploaded, scale)).float())
         errors = (estimate - plain).square().mean(dim=(1, 2, 3))

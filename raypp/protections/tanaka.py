@@ -1,47 +1,44 @@
 """Tanaka's learnable image encryption (LE): one key for every 4 x 4 block of every image.
 
 Source: M. Tanaka, "Learnable image encryption", ICCE-TW 2018; order of symbols as in its public code. Each block's 48
-bytes become 96 nibbles, which are permuted and some of them inverted. ``parity`` takes the mask as that code does, from
-the permutation itself: 47 of 96 nibbles are marked, before and after the move. A key of ours has a mask of its own.
+bytes become 96 nibbles; the key permutes them and inverts some. With ``parity`` the mask comes from the permutation, as
+in that code: 47 of 96 nibbles are marked, before and after the permutation. Our keys have a separate mask.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from raypp.protections.base import require_key
 from raypp.protections.cipher import Cipher, KeyedOptions
-from raypp.utils import registry
 from raypp.utils.keys import Key
 
 
 class TanakaOptions(KeyedOptions):
     name: Literal["tanaka"] = "tanaka"
     parity: int | None = Field(None, ge=0, lt=2**32)
-    """Draw the permutation from this seed as published code does, to compare with it. Not a secret key."""
+    """Draw the permutation from this seed as published code does, for comparison. Not a secret key."""
 
 
 class Tanaka(Cipher):
     """LE on 4 x 4 blocks; reversible."""
 
-    Options: ClassVar[type[registry.MethodConfig]] = TanakaOptions
-    nibbles: ClassVar[bool] = True
-    adaptation: ClassVar[str] = "block"
+    Options = TanakaOptions
+    nibbles = True
+    adaptation = "block"
 
     def __init__(self, options: TanakaOptions, *, channels: int = 3, key: Key | None = None) -> None:
-        super().__init__(options, channels=channels)
+        super().__init__(options, channels=channels, key=key)
         num = 2 * self.block**2 * channels
         if options.parity is not None:
             self._order = np.random.RandomState(options.parity).permutation(num)
             marked = self._order > num // 2
             self._inverted = marked ^ marked[self._order]
         else:
-            secret = require_key(key, options.name)
-            self._order = secret.permutations("tanaka order", 1, num)[0]
-            self._inverted = secret.bits("tanaka inversion", num).astype(bool)
+            self._order = self.key.permutations("tanaka order", 1, num)[0]
+            self._inverted = self.key.bits("tanaka inversion", num).astype(bool)
 
     @classmethod
     def needs_key(cls, options: Any) -> bool:

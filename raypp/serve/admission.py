@@ -11,12 +11,13 @@ from raypp.utils.errors import RayppError
 
 
 class RequestError(RayppError):
-    """A request that is answered by an error of the client's making.
+    """The service refuses a request.
 
     Args:
-        status: HTTP status.
-        code: a stable name of the problem, for programs.
-        more: what else the problem document says, for programs too.
+        status: HTTP status, from 400.
+        code: stable name of the problem, for programs.
+        headers: headers of the response.
+        extra: further members of the problem document.
     """
 
     def __init__(
@@ -25,45 +26,49 @@ class RequestError(RayppError):
         code: str,
         message: str,
         headers: dict[str, str] | None = None,
-        more: dict[str, Any] | None = None,
+        extra: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.code, self.headers, self.more = status, code, headers or {}, more or {}
+        self.status, self.code, self.headers, self.extra = status, code, headers or {}, extra or {}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may hold at most, and all together that wait for the classifier."""
+    """Limits of one request and of the queue of a replica."""
 
     body: int = 16 * 2**20
     """Bytes."""
     images: int = 256
     seconds: float = 30.0
-    """Until a request is given up."""
+    """Timeout of a request."""
     idle: float = 5.0
-    """Seconds between two parts of a body."""
+    """Timeout between two parts of a body, in seconds."""
     waiting: int = 4096
-    """Images that wait in a replica: it counts requests by itself, and 128 full ones would wait longer than that."""
+    """Images that wait in a replica. Serve counts requests, but 128 full ones would wait longer than ``seconds``."""
 
 
 class AdmissionControl:
-    """How many images wait for the classifier, itself included; for one event loop."""
+    """Limits how many images wait for the classifier or are computed; for one event loop."""
 
-    def __init__(self, most: int) -> None:
-        self.most, self.now = most, 0
+    def __init__(self, max_images: int) -> None:
+        self.max_images, self.num_images = max_images, 0
 
     @contextmanager
-    def admitted(self, num: int) -> Iterator[None]:
-        """Count ``num`` images while they wait, or raise RefusedError (503); a first request always may."""
-        if self.now and self.now + num > self.most:
+    def acquire(self, num: int) -> Iterator[None]:
+        """Count ``num`` images while they wait; an idle classifier accepts any number.
+
+        Raises:
+            RequestError: 503, too many images wait.
+        """
+        if self.num_images and self.num_images + num > self.max_images:
             raise RequestError(
-                503,
-                "busy",
-                f"{self.now} images wait already, with these {num} more than {self.most}; come back after Retry-After",
+                503, "busy",
+                f"{self.num_images} images wait already, and {num} more exceed the limit of {self.max_images}; send "
+                "the request again after Retry-After",
                 {"Retry-After": "1"},
-            )
-        self.now += num
+            )  # fmt: skip
+        self.num_images += num
         try:
             yield
         finally:
-            self.now -= num
+            self.num_images -= num

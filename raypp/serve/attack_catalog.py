@@ -1,67 +1,92 @@
-"""Which attacks of a bundle can be carried out on request, and how."""
+"""The attacks that a service can run on a bundle."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from safetensors.torch import load
 from torch import Tensor
 
 from raypp.attacks import ATTACKS
-from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap, TrainedAttack
+from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap, Threat, TrainedAttack
 from raypp.attacks.white_box import WhiteBoxOptions
 from raypp.bundle.load import PublicBundle
 from raypp.serve.loaded_model import LoadedModel, pad_to_bucket
+from raypp.serve.scorecard_summary import baseline_scores, summarize_attack
 
-MOST = {"white_box": 4}
-"""Images of one request where each costs much."""
-STEPS = 100  # of an optimisation that somebody waits for
+MAX_IMAGES = 256
+"""Images of one request."""
+MAX_IMAGES_OF_SLOW = {"white_box": 4}
+MAX_STEPS = 100  # optimization steps of an attack while a client waits
 
-Run = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True)
+class ServedAttack:
+    """One attack of a service, and its scores in the bundle's scorecard."""
+
+    name: str
+    threat: Threat
+    max_images: int
+    measured: dict[str, Any]
+    run: Callable[[Tensor], Tensor]
+    """Estimates uint8 (N, C, H, W) of plain images from protected images uint8 (N, C, H', W')."""
 
 
-def load_attacks(served: LoadedModel) -> dict[str, tuple[Run, int]]:
-    """Attacks that a bundle's scorecard has and that need nothing but what the bundle holds.
+@dataclass(frozen=True)
+class AttackCatalog:
+    """The attacks on one bundle."""
 
-    Those that look images up in a gallery, or need pairs, are not among them.
+    model: LoadedModel
+    attacks: dict[str, ServedAttack]
+    baselines: dict[str, Any]
 
-    Returns:
-        by name, a map from protected uint8 (N, C, H', W') to estimates uint8 (N, C, H, W), and its largest batch.
+
+def build_catalog(model: LoadedModel) -> AttackCatalog:
+    """Load the attacks of a model."""
+    return AttackCatalog(model, load_attacks(model), baseline_scores(model.scorecard))
+
+
+def load_attacks(model: LoadedModel) -> dict[str, ServedAttack]:
+    """Load the attacks of a bundle's scorecard, by name, that need no data outside the bundle.
+
+    Attacks that search a gallery or need pairs of images are left out.
     """
-    listed = (served.scorecard or {}).get("attacks", {})
-    done = {name: found for name, found in listed.items() if found["status"] == "done"}
-    material = served.attack_material
+    results = (model.scorecard or {}).get("attacks", {})
+    done = {name: result for name, result in results.items() if result["status"] == "done"}
+    material = model.attack_material
     if material is None:
-        raise ValueError("the bundle was loaded without what its attacks are made of: load_served(..., attacks=True)")
-    access = _access(served, material.public)
+        raise ValueError("the bundle was loaded without its attack networks: load_model(..., attacks=True)")
+    knowledge = _attacker_knowledge(model, material.public)
     networks: dict[str, ImageMap] = {}
-    found: dict[str, tuple[Run, int]] = {}
+    attacks: dict[str, ServedAttack] = {}
     for name in sorted(done, key=lambda n: bool(ATTACKS.get(n).after)):
         kind: type[Attack] = ATTACKS.get(name)
         options = ATTACKS.options(name).model_validate(done[name]["options"])
         if isinstance(options, WhiteBoxOptions):
-            options = options.model_copy(update={"steps": min(options.steps, STEPS), "restarts": 0})
+            options = options.model_copy(update={"steps": min(options.steps, MAX_STEPS), "restarts": 0})
         earlier = {n: networks[n] for n in kind.after if n in networks}
-        learned = issubclass(kind, TrainedAttack)
-        if learned and name not in material.networks:
+        trained = issubclass(kind, TrainedAttack)
+        if trained and name not in material.networks:
             continue
         try:
-            attack = kind(options, replace(access, earlier=earlier or None), learned=learned)
+            attack = kind(options, replace(knowledge, earlier=earlier or None), learned=trained)
             if isinstance(attack, TrainedAttack):
                 attack.load(load(material.networks[name]))
                 networks[name] = attack.reconstruct
             attack.prepare()
-        except AttackError:
+        except AttackError:  # the attack needs other data
             continue
-        run = partial(pad_to_bucket, attack.reconstruct) if learned else attack.reconstruct
-        found[name] = (run, MOST.get(name, 256))
-    return found
+        run = partial(pad_to_bucket, attack.reconstruct) if trained else attack.reconstruct
+        max_images = MAX_IMAGES_OF_SLOW.get(name, MAX_IMAGES)
+        attacks[name] = ServedAttack(name, kind.threat, max_images, summarize_attack(done[name]), run)
+    return attacks
 
 
-def _access(served: LoadedModel, public: PublicBundle) -> AttackerKnowledge:
+def _attacker_knowledge(model: LoadedModel, public: PublicBundle) -> AttackerKnowledge:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     protection = public.protection.to(device)
 
@@ -71,12 +96,12 @@ def _access(served: LoadedModel, public: PublicBundle) -> AttackerKnowledge:
 
     @torch.inference_mode()
     def classify(protected: Tensor) -> Tensor:
-        return served.probabilities(protected).argmax(1).to(protected.device)
+        return model.probabilities(protected).argmax(1).to(protected.device)
 
     return AttackerKnowledge(
         shape=(public.channels, *public.image_size),
         structure=type(protection).adaptation,
-        num_classes=len(served.classes),
+        num_classes=len(model.classes),
         protect=lambda images: protection.protect(images.to(device)),
         gradients=gradients if protection.differentiable else None,
         classify=classify,

@@ -1,4 +1,4 @@
-"""Bearer tokens: who may classify, who may attack. The file holds hashes only; a token is shown once, when made."""
+"""Bearer tokens with scopes. The token file holds only hashes; a token is printed once, when it is created."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from raypp.utils.storage import Storage
 logger = logging.getLogger("raypp.serve")
 SCOPES = ("classify", "attack")
 PREFIX = "raypp_"
-NUM_BYTES = 32  # of a token: 256 bits need no slow hash, nobody guesses them
+NUM_BYTES = 32  # 256 random bits cannot be guessed, so a fast hash is enough
 
 
 @dataclass(frozen=True)
@@ -36,88 +36,95 @@ class Tokens:
     def read(cls, path: str) -> Tokens:
         """Read a token file; raises ConfigError if it is missing or damaged."""
         try:
-            listed = json.loads(Path(path).read_text())["tokens"]
-            entries = tuple((str(e["name"]), bytes.fromhex(e["sha256"]), frozenset(e["scopes"])) for e in listed)
+            tokens = json.loads(Path(path).read_text())["tokens"]
+            entries = tuple((str(e["name"]), bytes.fromhex(e["sha256"]), frozenset(e["scopes"])) for e in tokens)
         except OSError as error:
             raise ConfigError(f"token file {path!r} cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"token file {path!r} is damaged; make tokens with raypp token") from error
+            raise ConfigError(f"token file {path!r} is damaged; create tokens with raypp token") from error
         if not entries:
-            raise ConfigError(f"token file {path!r} holds no token; make one with raypp token")
+            raise ConfigError(f"token file {path!r} holds no token; create one with raypp token")
         return cls(entries)
 
     def check(self, authorization: str | None, scope: str) -> str:
-        """The name of the token in an Authorization header, if it has the scope; raises RefusedError (401 or 403)."""
+        """Return the name of the token in an Authorization header.
+
+        Raises:
+            RequestError: 401, the token is missing or unknown; 403, it lacks the scope.
+        """
         kind, _, token = (authorization or "").partition(" ")
         digest = hashlib.sha256(token.strip().encode()).digest()
-        found = None
-        for entry in self.entries:  # all of them, so that the time taken says nothing
+        match = None
+        for entry in self.entries:  # without an early exit, so that the duration reveals nothing
             if hmac.compare_digest(entry[1], digest):
-                found = entry
-        if kind.lower() != "bearer" or found is None:
+                match = entry
+        if kind.lower() != "bearer" or match is None:
             raise RequestError(
                 401, "no-token", "a valid bearer token is required", {"WWW-Authenticate": 'Bearer realm="raypp"'}
             )
-        if scope not in found[2]:
+        name, _, scopes = match
+        if scope not in scopes:
             raise RequestError(
                 403, "wrong-scope", f"this token does not have the scope {scope!r}",
                 {"WWW-Authenticate": f'Bearer realm="raypp", error="insufficient_scope", scope="{scope}"'},
             )  # fmt: skip
-        return found[0]
+        return name
 
 
 class TokenFile:
-    """The tokens of a file as it is now: one that was added or taken out counts from the next request on.
+    """A token file that is read again after each change.
+
+    If the file later disappears or is damaged, the last valid tokens stay in force.
 
     Raises:
-        ConfigError: at first, the file is missing or damaged; later, what it held stays.
+        ConfigError: the file is missing or damaged at the start.
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._lock = threading.Lock()  # several requests look at the same time, each in a thread
-        self._mark = self._look()
+        self._lock = threading.Lock()  # requests check the file in parallel threads
+        self._stamp = self._read_stamp()
         self._tokens = Tokens.read(path)
 
-    def _look(self) -> tuple[int, int, int] | None:
+    def _read_stamp(self) -> tuple[int, int, int] | None:
         try:
-            found = Path(self._path).stat()
+            stat = Path(self._path).stat()
         except OSError:
             return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
-    def now(self) -> Tokens:
-        """The tokens; looks at the file, so not for an event loop."""
+    def current(self) -> Tokens:
+        """Return the valid tokens. Accesses the file, so do not call it in an event loop."""
         with self._lock:
-            mark = self._look()
-            if mark is None and self._mark is not None:  # a store that is away for a moment locks nobody out
-                self._mark = None
-                logger.error("token file %r is gone; the tokens it held stay valid until it is back", self._path)
-            if mark not in (None, self._mark):
-                self._mark = mark
+            stamp = self._read_stamp()
+            if stamp is None and self._stamp is not None:  # a short outage of the storage locks no client out
+                self._stamp = None
+                logger.error("token file %r is gone; its last tokens stay valid until it is back", self._path)
+            if stamp not in (None, self._stamp):
+                self._stamp = stamp
                 try:
                     self._tokens = Tokens.read(self._path)
                 except ConfigError as error:
-                    logger.error("%s; the tokens it held before stay valid", error)
+                    logger.error("%s; its last valid tokens stay in force", error)
             return self._tokens
 
 
 def add_token(path: Path, name: str, scopes: Sequence[str]) -> str:
-    """Make a token, keep its hash in the file (0600) and return it: nobody can read it from there again.
+    """Create a token, store its hash in the file (mode 0600) and return the token.
 
     Raises:
-        ConfigError: a scope is unknown, the name is taken, or the file is damaged.
+        ConfigError: a scope is unknown, the name is not allowed or taken, or the file is damaged.
     """
     for scope in scopes:
         if scope not in SCOPES:
             raise ConfigError(f"unknown scope {scope!r}; allowed: {', '.join(SCOPES)}")
     if not name or not name.isprintable():
         raise ConfigError(f"token name {name!r} is not allowed; use printable characters")
-    with _changing(path) as listed:
-        if name in [entry["name"] for entry in listed]:
-            raise ConfigError(f"token name {name!r} is taken in {str(path)!r}; allowed is another one")
+    with _edit(path) as entries:
+        if name in [entry["name"] for entry in entries]:
+            raise ConfigError(f"token name {name!r} is taken in {str(path)!r}; choose another one")
         token = PREFIX + secrets.token_urlsafe(NUM_BYTES)
-        listed.append(
+        entries.append(
             {
                 "name": name,
                 "sha256": hashlib.sha256(token.encode()).hexdigest(),
@@ -129,30 +136,30 @@ def add_token(path: Path, name: str, scopes: Sequence[str]) -> str:
 
 
 def remove_token(path: Path, name: str) -> None:
-    """Take a token out of the file; a running service refuses it from its next request on.
+    """Remove a token from the file; running services refuse it from their next request on.
 
     Raises:
-        ConfigError: there is none of this name, it is the last one, or the file is missing or damaged.
+        ConfigError: no token has this name, it is the last one, or the file is damaged.
     """
-    with _changing(path) as listed:
-        names = [entry["name"] for entry in listed]
+    with _edit(path) as entries:
+        names = [entry["name"] for entry in entries]
         if name not in names:
             raise ConfigError(f"there is no token {name!r} in {str(path)!r}; it has {', '.join(names) or 'none'}")
         if len(names) == 1:
-            raise ConfigError(f"token {name!r} is the last one in {str(path)!r}; make another one first")
-        del listed[names.index(name)]
+            raise ConfigError(f"token {name!r} is the last one in {str(path)!r}; create another one first")
+        del entries[names.index(name)]
 
 
 @contextmanager
-def _changing(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """The entries of a token file, to be changed; written back at the end, while nobody else writes."""
+def _edit(path: Path) -> Iterator[list[dict[str, Any]]]:
+    """Lock a token file, yield its entries for changes and write them back."""
     storage = Storage(path.expanduser().absolute().parent)
     storage.path.mkdir(parents=True, exist_ok=True)
     with (storage.path / f".{path.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        listed: list[dict[str, Any]] = []
+        entries: list[dict[str, Any]] = []
         if storage.exists(path.name):
-            Tokens.read(str(storage.path / path.name))  # refuses a damaged one
-            listed = json.loads(storage.read(path.name))["tokens"]
-        yield listed
-        storage.write(path.name, (json.dumps({"tokens": listed}, indent=1) + "\n").encode(), secret=True)
+            Tokens.read(str(storage.path / path.name))  # checks the file
+            entries = json.loads(storage.read(path.name))["tokens"]
+        yield entries
+        storage.write(path.name, (json.dumps({"tokens": entries}, indent=1) + "\n").encode(), secret=True)

@@ -1,4 +1,4 @@
-"""Requests that wait together go through the classifier together."""
+"""Dynamic batching of requests."""
 
 from __future__ import annotations
 
@@ -12,81 +12,83 @@ from torch import Tensor
 from raypp.serve.loaded_model import Inference
 
 Answer = tuple[Tensor, Tensor]
-READY = 2  # batches that are asked for: one is computed, and the next begins in the moment that it ends
+PREFETCH = 2  # batches in flight: the next one is queued while one is computed
 
 
 class DynamicBatcher:
-    """What comes while a batch is computed is the next one: the more wait, the larger it is.
+    """Adaptive batching: requests that arrive while a batch is computed form the next batch.
 
-    Ray's ``serve.batch`` closes a batch every few milliseconds, whether or not it can be computed by then.
+    Ray's ``serve.batch`` closes a batch every few milliseconds, even while the model is busy.
 
     Args:
-        compute: calls a function in the thread that computes, after what it was given before.
-        function: an answer for each job.
-        most: images of a batch; a job that has more is one of its own.
+        compute: runs a function in the inference thread, in the order of the calls.
+        function: returns an answer for each job.
+        max_images: images of a batch; a larger job forms a batch alone.
     """
 
     def __init__(
         self,
         compute: Callable[[Callable[[], None]], Awaitable[Any]],
         function: Callable[[list[Inference]], list[Answer]],
-        most: int,
+        max_images: int,
     ) -> None:
-        self._compute, self._function, self._most = compute, function, most
-        self._waiting: deque[tuple[Inference, asyncio.Future[Answer]]] = deque()
-        self._asking = 0
-        self._tasks: set[asyncio.Task[None]] = set()  # the event loop itself does not keep them
+        self._compute, self._function, self._max_images = compute, function, max_images
+        self._queue: deque[tuple[Inference, asyncio.Future[Answer]]] = deque()
+        self._num_tasks = 0
+        self._tasks: set[asyncio.Task[None]] = set()  # the event loop holds only weak references
 
-    async def answer(self, job: Inference) -> Answer:
-        """The answer to one job; it is left out if nobody waits for it any more."""
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting.append((job, future))
-        if self._asking < READY:
-            self._asking += 1
-            task = asyncio.get_running_loop().create_task(self._ask())
+    async def submit(self, job: Inference) -> Answer:
+        """Compute one job; a job that is cancelled while it waits is skipped."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Answer] = loop.create_future()
+        self._queue.append((job, future))
+        if self._num_tasks < PREFETCH:
+            self._num_tasks += 1
+            task = loop.create_task(self._drain())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         return await future
 
-    async def _ask(self) -> None:
+    async def _drain(self) -> None:
         loop = asyncio.get_running_loop()
         try:
-            while self._waiting:
-                await self._compute(lambda: self._run(loop))
-        finally:  # in one turn with the look at what waits: who comes later begins another
-            self._asking -= 1
+            while self._queue:
+                await self._compute(lambda: self._run_batch(loop))
+        finally:  # in the same turn as the check of the queue, so that a later job starts a new task
+            self._num_tasks -= 1
 
-    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
-        """One batch of what waits now, in the thread that computes."""
-        taken = self._take()
-        if not taken:
+    def _run_batch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Compute one batch of queued jobs; runs in the inference thread."""
+        batch = self._collect()
+        if not batch:
             return
-        found: Sequence[Answer | Exception]
+        results: Sequence[Answer | Exception]
         try:
-            found = self._function([job for job, _ in taken])
-        except Exception as error:  # each of its requests is told
-            found = [error] * len(taken)
-        loop.call_soon_threadsafe(_give, [(future, one) for (_, future), one in zip(taken, found, strict=True)])
+            results = self._function([job for job, _ in batch])
+        except Exception as error:  # every request of the batch gets the error
+            results = [error] * len(batch)
+        futures = [future for _, future in batch]
+        loop.call_soon_threadsafe(_resolve, list(zip(futures, results, strict=True)))
 
-    def _take(self) -> list[tuple[Inference, asyncio.Future[Answer]]]:
-        taken: list[tuple[Inference, asyncio.Future[Answer]]] = []
-        size = 0
-        while self._waiting:
-            job, future = self._waiting[0]  # only this thread takes
-            if taken and size + len(job[1]) > self._most:
+    def _collect(self) -> list[tuple[Inference, asyncio.Future[Answer]]]:
+        batch: list[tuple[Inference, asyncio.Future[Answer]]] = []
+        num_images = 0
+        while self._queue:
+            job, future = self._queue[0]  # only the inference thread removes jobs
+            if batch and num_images + len(job[1]) > self._max_images:
                 break
-            self._waiting.popleft()
+            self._queue.popleft()
             if not future.cancelled():
-                taken.append((job, future))
-                size += len(job[1])
-        return taken
+                batch.append((job, future))
+                num_images += len(job[1])
+        return batch
 
 
-def _give(answers: list[tuple[asyncio.Future[Answer], Answer | Exception]]) -> None:
-    for future, found in answers:
-        if future.done():  # given up meanwhile
+def _resolve(results: list[tuple[asyncio.Future[Answer], Answer | Exception]]) -> None:
+    for future, result in results:
+        if future.done():  # cancelled meanwhile
             continue
-        if isinstance(found, Exception):
-            future.set_exception(found)
+        if isinstance(result, Exception):
+            future.set_exception(result)
         else:
-            future.set_result(found)
+            future.set_result(result)

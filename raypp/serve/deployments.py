@@ -1,4 +1,4 @@
-"""The services on Ray Serve: what ``serve_config.yaml`` and ``raypp serve`` deploy."""
+"""The services on Ray Serve, as ``serve_config.yaml`` and ``raypp serve`` deploy them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import sys
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
@@ -21,107 +20,83 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.metrics import Counter, Histogram
 from torch import Tensor
 
-import raypp
 from raypp.config.validation import format_validation_error
-from raypp.serve.admission import AdmissionControl, Limits
-from raypp.serve.api import AttackCatalog, ServedAttack, attack_api, build_catalog, classifier_api
-from raypp.serve.attack_catalog import load_attacks
+from raypp.serve.admission import AdmissionControl
+from raypp.serve.api import attack_api, classifier_api
+from raypp.serve.attack_catalog import AttackCatalog, ServedAttack, build_catalog
 from raypp.serve.auth import TokenFile, Tokens
 from raypp.serve.batching import DynamicBatcher
+from raypp.serve.deployment_config import DeploymentConfig, located
 from raypp.serve.index import Server
 from raypp.serve.loaded_model import LoadedModel, classify
 from raypp.serve.model_store import ModelManager
 from raypp.utils.errors import ConfigError, RayppError, first_line
 from raypp.utils.network import is_loopback
-from raypp.utils.paths import resolve_path
 from raypp.utils.storage import JOBS_FOLDER
 
 logger = logging.getLogger("raypp.serve")
-MIN_POLL_INTERVAL_S = 0.5  # between two looks for newer bundles that requests cause
-# Between two turns of Python's threads, 5 ms by itself: the thread that computes asks for a turn after every operation,
-# and the one that reads requests would keep it waiting for as long each time.
+MIN_POLL_INTERVAL_S = 0.5  # between two polls that requests cause
+# Python switches threads every 5 ms by default. The inference thread needs the interpreter after every operation, and
+# the thread that reads requests would delay it by that time.
 SWITCH_INTERVAL_S = 0.0002
-STATUS_SECONDS = 2.0  # for which Serve's own list of what runs is kept
-HANG_FACTOR = 4  # times as long as a request may take: a computation of that length ends no more
-STATUS_BOUNDARIES = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000]
-
-
-class DeploymentConfig(BaseModel):
-    """What both services are built from: the ``args`` of an application in ``serve_config.yaml``."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    bundle: str
-    """A bundle, or a shelf of published ones (see ``raypp publish``), on any storage path; see :func:`located`."""
-    tokens: str | None = None
-    """Path of a token file (see ``raypp token``); needed where the service can be reached from elsewhere."""
-    max_body: int = Field(Limits.body, ge=1024)
-    """Bytes of one request."""
-    max_images: int = Field(Limits.images, ge=1)
-    """Images of one request, and of one pass through the classifier."""
-    look_every_s: float = Field(2.0, gt=0)
-    """How often to look whether another bundle has become live."""
-    max_waiting: int = Field(Limits.waiting, ge=1)
-    """Images that wait for a replica's classifier; with more it answers 503."""
-    timeout_s: float = Field(Limits.seconds, gt=0)
-    """Until a request is given up."""
-    threads: int = Field(1, ge=1)
-    """Of torch, in each replica."""
-
-    def limits(self) -> Limits:
-        return Limits(self.max_body, self.max_images, self.timeout_s, waiting=self.max_waiting)
+STATUS_SECONDS = 2.0  # lifetime of the cached list of running applications
+HANG_FACTOR = 4  # a computation longer than this many request timeouts is considered hung
+LATENCY_BOUNDARIES_MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000]
 
 
 class _Replica:
-    """What a replica of either service is: a live bundle, one thread that computes, and a look for newer bundles."""
+    """A replica of either service: the active model, an inference thread and a polling task."""
 
-    def __init__(self, arguments: DeploymentConfig) -> None:
+    def __init__(self, config: DeploymentConfig) -> None:
         _log_as_serve()
-        torch.set_num_threads(arguments.threads)
+        torch.set_num_threads(config.threads)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self.arguments, self.limits = arguments, arguments.limits()
-        host = _listens_on()
-        if arguments.tokens is None and not is_loopback(host):
+        self.config, self.limits = config, config.limits()
+        host = _http_host()
+        if config.tokens is None and not is_loopback(host):
             raise ConfigError(
-                f"the service listens on {host!r}, where others can reach it, and has no token file: set args.tokens "
+                f"the service listens on {host!r}, where others can reach it, and has no token file; set args.tokens "
                 "(see raypp token), or http_options.host to 127.0.0.1"
             )
-        self._tokens = TokenFile(arguments.tokens) if arguments.tokens is not None else None
-        self.live = ModelManager(arguments.bundle, prepare=self.prepares())
-        logger.warning("bundle %s, version %s, is served", self.live.now.location, self.live.now.version)
-        if self.live.now.guard is None:
-            logger.warning("bundle %s has no guard: plain images are not refused", self.live.now.version)
-        self._computer = ThreadPoolExecutor(1, "raypp-compute")
-        self._began: float | None = None  # when what is being computed was begun
-        self._looker: asyncio.Task[None] | None = None
+        self._tokens = TokenFile(config.tokens) if config.tokens is not None else None
+        self.live = ModelManager(config.bundle, prepare=self.model_preparation())
+        model = self.live.active
+        logger.warning("serving bundle %s, version %s", model.location, model.version)
+        if model.guard is None:
+            logger.warning("bundle %s has no guard: plain images are not refused", model.version)
+        self._inference_thread = ThreadPoolExecutor(1, "raypp-compute")
+        self._computation_start: float | None = None
+        self._polling: asyncio.Task[None] | None = None
         self._refresh: asyncio.Future[bool] | None = None
         tags = ("route", "status")
         self._requests = Counter("raypp_requests_total", "Requests answered.", tags)
         self._images = Counter("raypp_images_total", "Images of answered requests.", tags)
-        self._seconds = Histogram("raypp_request_ms", "Time to answer.", STATUS_BOUNDARIES, ("route",))
+        self._latency = Histogram("raypp_request_ms", "Time to answer.", LATENCY_BOUNDARIES_MS, ("route",))
 
-    def prepares(self) -> Callable[[LoadedModel], Any] | None:
-        """What makes of a bundle what this service needs, before it takes over."""
+    def model_preparation(self) -> Callable[[LoadedModel], Any] | None:
+        """Builds a service's own data from a model before it becomes active."""
         return None
 
     async def tokens(self) -> Tokens | None:
-        # In a thread: the file may lie on a network, and looking at it would hold up every other request.
-        return await asyncio.to_thread(self._tokens.now) if self._tokens is not None else None
+        # In a thread: the file may be on network storage, and reading it would block all requests.
+        return await asyncio.to_thread(self._tokens.current) if self._tokens is not None else None
 
-    def now(self) -> LoadedModel:
-        return self.live.now
+    def active_model(self) -> LoadedModel:
+        return self.live.active
 
-    async def served(self, protection: str | None) -> LoadedModel | None:
-        found = self.live.of(protection)
-        # Perhaps it has just been published; who asks for what was never there shall not have storage read each time.
-        loading = self._refresh is not None and not self._refresh.done()  # perhaps what is asked for
-        if found is None and (loading or time.monotonic() - self.live.looked > MIN_POLL_INTERVAL_S):
-            await self._refreshed()
-            found = self.live.of(protection)
-        return found
+    async def find_model(self, protection: str | None) -> LoadedModel | None:
+        model = self.live.get(protection)
+        if model is not None:
+            return model
+        # It may have just been published. The minimum interval bounds the reads that unknown protections cause.
+        is_loading = self._refresh is not None and not self._refresh.done()
+        if is_loading or time.monotonic() - self.live.last_poll > MIN_POLL_INTERVAL_S:
+            await self._refresh_once()
+            model = self.live.get(protection)
+        return model
 
-    async def _refreshed(self) -> bool:
-        """Look for a newer bundle once for all who wait for it: loading takes long, and a thread each would be many."""
+    async def _refresh_once(self) -> bool:
+        """Refresh the model; concurrent calls share one refresh, which may take long."""
         if self._refresh is None or self._refresh.done():
             self._refresh = asyncio.ensure_future(asyncio.to_thread(self.live.refresh))
         return await asyncio.shield(self._refresh)
@@ -130,92 +105,93 @@ class _Replica:
         return self.live.rejected
 
     def observe(self, route: str, status: int, num_images: int, seconds: float) -> None:
-        self._requests.inc(1, {"route": route, "status": str(status)})
+        tags = {"route": route, "status": str(status)}
+        self._requests.inc(1, tags)
         if num_images:
-            self._images.inc(num_images, {"route": route, "status": str(status)})
-        self._seconds.observe(1000 * seconds, {"route": route})
+            self._images.inc(num_images, tags)
+        self._latency.observe(1000 * seconds, {"route": route})
 
     async def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function in the thread that computes; requests are read and answered meanwhile."""
-        return await asyncio.get_running_loop().run_in_executor(self._computer, self._timed, function, *arguments)
+        """Call a function in the inference thread; the event loop stays free."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._inference_thread, self._timed, function, *arguments)
 
     def _timed(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        self._began = time.monotonic()
+        self._computation_start = time.monotonic()
         try:
             return function(*arguments)
         finally:
-            self._began = None
+            self._computation_start = None
 
-    def look(self) -> None:
-        """Look for newer bundles from now on; called once there is an event loop."""
-        if self._looker is None:
-            self._looker = asyncio.get_running_loop().create_task(self._look())
+    def start_polling(self) -> None:
+        """Poll for a new active version from now on; needs a running event loop."""
+        if self._polling is None:
+            self._polling = asyncio.get_running_loop().create_task(self._poll())
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         while True:
-            await asyncio.sleep(self.arguments.look_every_s)
+            await asyncio.sleep(self.config.look_every_s)
             before = self.live.rejected
-            # Not in the thread that computes: loading takes long, and requests go on meanwhile.
-            if await self._refreshed():
-                logger.warning("bundle %s, version %s, is live", self.live.now.location, self.live.now.version)
+            if await self._refresh_once():
+                logger.warning("bundle %s, version %s, is active", self.live.active.location, self.live.active.version)
             elif self.live.rejected is not None and self.live.rejected != before:
-                logger.error("bundle %(version)s is not taken over: %(reason)s", self.live.rejected)
+                logger.error("version %(version)s is rejected: %(reason)s", self.live.rejected)
 
     async def check_health(self) -> None:
-        self.look()
-        # Not in the thread that computes: behind slow attacks it would come too late, and Serve end a sound replica.
-        problem = await asyncio.to_thread(self.live.now.private.problem)
+        self.start_polling()
+        # Not in the inference thread: it would wait behind slow attacks until Serve kills the replica.
+        problem = await asyncio.to_thread(self.live.active.private.problem)
         if problem is not None:
             raise RuntimeError(f"the classifier fails its self-check: {problem}")
-        began = self._began
-        if began is not None and time.monotonic() - began > HANG_FACTOR * self.limits.seconds:
-            raise RuntimeError(f"one computation has taken {time.monotonic() - began:.0f} s")
+        start = self._computation_start
+        if start is not None and time.monotonic() - start > HANG_FACTOR * self.limits.seconds:
+            raise RuntimeError(f"one computation has taken {time.monotonic() - start:.0f} s")
 
 
 def _log_as_serve() -> None:
-    """Write our lines where Serve writes a replica's, in its format."""
-    serving = logging.getLogger("ray.serve")
-    logger.handlers, logger.propagate = serving.handlers, False
-    logger.setLevel(serving.getEffectiveLevel())
+    """Log to the handlers and in the format of Serve's own logger."""
+    serve_logger = logging.getLogger("ray.serve")
+    logger.handlers, logger.propagate = serve_logger.handlers, False
+    logger.setLevel(serve_logger.getEffectiveLevel())
 
 
-def _listens_on() -> str:
-    """The address that Serve's HTTP proxy listens on; Serve tells it nowhere in public, so its own record is asked."""
+def _http_host() -> str:
+    """The host of Serve's HTTP proxy; Serve has no public interface for it."""
     from ray.serve.context import _get_global_client
 
     return str(_get_global_client().http_config.host)
 
 
-def _servable() -> Any:
+def _replica() -> Any:
     return serve.get_replica_context().servable_object
 
 
 def _observe(route: str, status: int, num_images: int, seconds: float) -> None:
-    _servable().observe(route, status, num_images, seconds)
+    _replica().observe(route, status, num_images, seconds)
 
 
 def _classifier_app() -> Server:
-    return Server(classifier_api(_servable, _observe), Running().names, _observe)
+    return Server(classifier_api(_replica, _observe), RunningApplications().names, _observe)
 
 
 def _attack_app() -> FastAPI:
-    return attack_api(_servable, _observe)
+    return attack_api(_replica, _observe)
 
 
-class Running:
-    """The names of the applications that Serve runs, asked for at most every two seconds, however many ask."""
+class RunningApplications:
+    """The names of Serve's running applications, cached for ``STATUS_SECONDS``."""
 
     def __init__(self) -> None:
         self._names: Collection[str] = ()
-        self._until = 0.0
+        self._expiry = 0.0
         self._lock = asyncio.Lock()
 
     async def names(self) -> Collection[str]:
         async with self._lock:
-            if time.monotonic() > self._until:
+            if time.monotonic() > self._expiry:
                 applications = (await asyncio.to_thread(serve.status)).applications
-                self._names = [name for name, about in applications.items() if about.status == "RUNNING"]
-                self._until = time.monotonic() + STATUS_SECONDS
+                self._names = [name for name, status in applications.items() if status.status == "RUNNING"]
+                self._expiry = time.monotonic() + STATUS_SECONDS
         return self._names
 
 
@@ -232,16 +208,16 @@ class Running:
 )
 @serve.ingress(_classifier_app)
 class ClassifierDeployment(_Replica):
-    """Classifies protected images in batches that requests share."""
+    """Classifies protected images in batches across requests."""
 
-    def __init__(self, arguments: DeploymentConfig) -> None:
-        super().__init__(arguments)
+    def __init__(self, config: DeploymentConfig) -> None:
+        super().__init__(config)
         self.waiting = AdmissionControl(self.limits.waiting)
-        self._batches = DynamicBatcher(self.compute, classify, arguments.max_images)
+        self._batcher = DynamicBatcher(self.compute, classify, config.max_images)
 
-    async def predict(self, served: LoadedModel, images: Tensor) -> tuple[Tensor, Tensor]:
-        self.look()
-        return await self._batches.answer((served, images))
+    async def predict(self, model: LoadedModel, images: Tensor) -> tuple[Tensor, Tensor]:
+        self.start_polling()
+        return await self._batcher.submit((model, images))
 
 
 @serve.deployment(
@@ -257,101 +233,72 @@ class ClassifierDeployment(_Replica):
 )
 @serve.ingress(_attack_app)
 class AttackDeployment(_Replica):
-    """Reconstructs plain images with the attacks that a bundle keeps of its attack run."""
+    """Reconstructs plain images with the attacks stored in a bundle."""
 
-    def prepares(self) -> Callable[[LoadedModel], Any]:
-        return lambda served: build_catalog(served, load_attacks(served))
+    def model_preparation(self) -> Callable[[LoadedModel], Any]:
+        return build_catalog
 
-    async def offered(self, protection: str | None) -> AttackCatalog | None:
-        served = await self.served(protection)
-        found: AttackCatalog | None = self.live.prepared(served) if served is not None else None
-        return found
+    async def find_attacks(self, protection: str | None) -> AttackCatalog | None:
+        model = await self.find_model(protection)
+        catalog: AttackCatalog | None = self.live.attachment(model) if model is not None else None
+        return catalog
 
     async def reconstruct(self, attack: ServedAttack, images: Tensor) -> Tensor:
-        self.look()
-        found: Tensor = await self.compute(attack.run, images)
-        return found
+        self.start_polling()
+        estimates: Tensor = await self.compute(attack.run, images)
+        return estimates
 
 
 def build_classifier(args: dict[str, Any]) -> Application:
-    """The application ``classifier``, for ``serve deploy``: ``args`` is what stands in the file."""
-    return _built("classifier", args)
+    """Build the application ``classifier`` for ``serve deploy``."""
+    return _build("classifier", args)
 
 
 def build_attack(args: dict[str, Any]) -> Application:
-    """The application ``attack``, likewise."""
-    return _built("attack", args)
+    """Build the application ``attack`` for ``serve deploy``."""
+    return _build("attack", args)
 
 
 DEPLOYMENTS: dict[str, Any] = {"classifier": ClassifierDeployment, "attack": AttackDeployment}
 
 
-def bind(name: str, arguments: DeploymentConfig) -> Application:
-    """The application of one of ``DEPLOYMENTS``.
+def bind(name: str, config: DeploymentConfig) -> Application:
+    """Create the application of one of ``DEPLOYMENTS``.
 
     Raises:
-        ConfigError: the token file is missing or damaged; here, not in every replica.
+        ConfigError: the token file is missing or damaged; checked here, before any replica starts.
     """
-    if arguments.tokens is not None:
-        Tokens.read(arguments.tokens)
-    application: Application = DEPLOYMENTS[name].bind(arguments)
+    if config.tokens is not None:
+        Tokens.read(config.tokens)
+    application: Application = DEPLOYMENTS[name].bind(config)
     return application
 
 
 COPIED = (
-    "bundle %s lies in a copy of a folder that Ray made, so a later run does not take its place: name the bundle by an "
-    "absolute path, or set RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 where `uv run ray start --block` made the copy"
+    "bundle %s lies in a copy of a folder that Ray made, so later runs do not replace it; use an absolute path, or set "
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 where `uv run ray start --block` made the copy"
 )
 NO_BUNDLE = "; `raypp quickstart` makes a first bundle, and `bundle` in serve_config.yaml names another one"
 
 
-def _built(name: str, args: dict[str, Any]) -> Application:
-    """An application, its bundle loaded once here, so that what is wrong is one sentence in ``serve status``."""
+def _build(name: str, args: dict[str, Any]) -> Application:
+    """Build an application and load its bundle once, so that ``serve status`` shows an error as one sentence."""
     try:
-        arguments = DeploymentConfig.model_validate(args)
-        arguments = arguments.model_copy(
-            update={
-                "bundle": located(arguments.bundle, NO_BUNDLE),
-                "tokens": located(arguments.tokens) if arguments.tokens is not None else None,
-            }
-        )
-        application = bind(name, arguments)
-        served = ModelManager(arguments.bundle).now
+        config = DeploymentConfig.model_validate(args)
+        tokens = located(config.tokens) if config.tokens is not None else None
+        config = config.model_copy(update={"bundle": located(config.bundle, NO_BUNDLE), "tokens": tokens})
+        application = bind(name, config)
+        model = ModelManager(config.bundle).active
     except ValidationError as error:
-        raise RayServeException(
-            f"args of {name}: {format_validation_error(error, args, root=DeploymentConfig)}"
-        ) from None
+        reason = format_validation_error(error, args, root=DeploymentConfig)
+        raise RayServeException(f"args of {name}: {reason}") from None
     except RayppError as error:
         raise RayServeException(f"args of {name}: {error}") from None
-    except Exception as error:  # whatever a damaged bundle makes its loader raise
-        raise RayServeException(
-            f"args of {name}: bundle {arguments.bundle!r} cannot be loaded: {first_line(error)}"
-        ) from error
+    except Exception as error:  # the loader of a damaged bundle can raise anything
+        reason = f"bundle {config.bundle!r} cannot be loaded: {first_line(error)}"
+        raise RayServeException(f"args of {name}: {reason}") from error
     _log_as_serve()
-    logger.warning("%s serves bundle %s, version %s", name, served.location, served.version)
-    if JOBS_FOLDER in served.location:
-        logger.warning(COPIED, served.location)
+    logger.warning("%s serves bundle %s, version %s", name, model.location, model.version)
+    if JOBS_FOLDER in model.location:
+        logger.warning(COPIED, model.location)
     return application
-
-
-def located(location: str, hint: str = "") -> str:
-    """A path as ``serve_config.yaml`` means it: absolute, or relative to where Ray was started, else to the checkout.
-
-    Args:
-        hint: what the error adds.
-
-    Raises:
-        ConfigError: nothing is there.
-    """
-    try:
-        uri = resolve_path(location)
-    except ValueError as error:
-        raise ConfigError(f"a location is not understood: {error}") from error
-    if "://" in uri or Path(location).expanduser().is_absolute():
-        return uri
-    folders = list(dict.fromkeys((Path(resolve_path(".")), Path(raypp.__file__).parent.parent)))
-    for folder in folders:
-        if (folder / location).exists():
-            return str(folder / location)
-    places = " or in ".join(map(str, folders))
-    raise ConfigError(f"there is no {location!r} in {places}{hint}")

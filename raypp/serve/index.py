@@ -1,4 +1,4 @@
-"""The server's own address: which services run, where their documentation is, and how the attacks are switched on."""
+"""The server's root: lists the running services and how to start the attacks."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from raypp.serve.admission import RequestError
 from raypp.serve.middleware import RequestMiddleware, RequestObserver
 from raypp.serve.problems import add_problems, check_bare
 from raypp.serve.request_checks import negotiate
+from raypp.serve.schemas import JSON
 
 CLASSIFIER, ATTACK = "/classifier", "/attack"
-SERVICES = {"classifier": "Classifies protected images.", "attack": "Shows what attackers make of protected images."}
-SWITCH_ON = "The attack service is off: raypp serve BUNDLE --attack, or the lines of serve_config.yaml, switch it on."
-JSON, HTML = "application/json", "text/html"
+SERVICES = {"classifier": "Classifies protected images.", "attack": "Shows what attackers recover."}
+SWITCH_ON = "The attack service is off; start it with raypp serve BUNDLE --attack or the lines of serve_config.yaml."
+HTML = "text/html"
 
 
 class Server(Starlette):
-    """The classifier below ``/classifier``, and an index at the server's own address.
+    """The classifier below ``/classifier``, and an index at the root.
 
-    Where Serve itself has the application below ``/classifier`` (an older configuration's ``route_prefix``) the
-    classifier answers alone.
+    If Serve's own ``route_prefix`` is ``/classifier``, as in older configurations, the classifier answers alone.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Server(Starlette):
 
 
 def index_api(running: Callable[[], Awaitable[Collection[str]]], observe: RequestObserver | None = None) -> FastAPI:
-    """The index; ``running`` gives the names of the services that run now."""
+    """The index; ``running`` returns the names of the running services."""
     api = FastAPI(title="raypp", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     api.add_middleware(RequestMiddleware, observe=observe)
     add_problems(api)
@@ -62,8 +62,8 @@ def index_api(running: Callable[[], Awaitable[Collection[str]]], observe: Reques
         hint = None if "attack" in names else SWITCH_ON
         if media_type == HTML:
             return Response(_page(services, hint), media_type=HTML)
-        answer = {"raypp": raypp.__version__, "services": services} | ({"hint": hint} if hint is not None else {})
-        return Response(json.dumps(answer), media_type=JSON)
+        payload = {"raypp": raypp.__version__, "services": services} | ({"hint": hint} if hint is not None else {})
+        return Response(json.dumps(payload), media_type=JSON)
 
     @api.get(CLASSIFIER, dependencies=[Depends(check_bare)])
     async def classifier(request: Request) -> Response:
@@ -72,21 +72,21 @@ def index_api(running: Callable[[], Awaitable[Collection[str]]], observe: Reques
     @api.api_route(ATTACK, methods=["GET", "POST"])
     @api.api_route(ATTACK + "/{rest:path}", methods=["GET", "POST"])
     async def attack() -> Response:
-        # Serve sends requests here only while it has no application for them.
+        # Serve routes these paths here only while the attack application does not run.
         raise RequestError(404, "attack-service-off", SWITCH_ON)
 
     return api
 
 
 def _page(services: list[dict[str, str]], hint: str | None) -> str:
-    lines = [
+    items = [
         f'<li><a href="{escape(service["docs"])}">{escape(service["name"])}</a>: {escape(service["about"])}</li>'
         for service in services
     ]
-    more = f"<p>{escape(hint)}</p>" if hint is not None else ""
+    footer = f"<p>{escape(hint)}</p>" if hint is not None else ""
     style = "body{font-family:system-ui,sans-serif;max-width:40rem;margin:3rem auto;padding:0 1rem;line-height:1.5}"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>raypp</title><style>{style}</style></head>'
-        f"<body><h1>raypp {escape(raypp.__version__)}</h1><p>The services that run here, with their documentation:</p>"
-        f"<ul>{''.join(lines)}</ul>{more}</body></html>"
+        f"<body><h1>raypp {escape(raypp.__version__)}</h1><p>The running services, with their documentation:</p>"
+        f"<ul>{''.join(items)}</ul>{footer}</body></html>"
     )

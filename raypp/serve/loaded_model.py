@@ -20,17 +20,17 @@ from raypp.bundle.guard import PlainImageDetector
 from raypp.bundle.load import PrivateBundle, PublicBundle, load_private, load_public
 from raypp.bundle.manifest import MANIFEST, verify
 from raypp.models.fusion import fuse_conv_bn
+from raypp.serve.image_parsing import Shape
 from raypp.utils.errors import BundleError, RayppError, StorageError
 from raypp.utils.storage import Storage
 
-MAX_READS = 3  # of a bundle that is replaced while it is read
-NUM_KEPT = 3  # bundles in memory: clients that protected with an earlier one are still answered
-EPOCH = (1980, 1, 1, 0, 0, 0)  # of every file in an archive, so that equal parts are equal bytes
+MAX_READS = 3  # attempts to read a bundle that is replaced meanwhile
+EPOCH = (1980, 1, 1, 0, 0, 0)  # time of every file in an archive, so that equal parts give equal bytes
 
 
 @dataclass(frozen=True)
 class AttackMaterial:
-    """A bundle's public part, with its key, and the weights of its attack networks by the attacks' names."""
+    """A bundle's public part with its key, and the weights of its attack networks by name of the attack."""
 
     public: PublicBundle
     networks: dict[str, bytes]
@@ -38,24 +38,24 @@ class AttackMaterial:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A bundle that has been loaded and checked.
+    """A loaded and checked bundle.
 
     Attributes:
-        location: where its files lie.
-        version: of the whole bundle, 16 hexadecimal digits of its manifest's SHA-256.
-        protection: of its public part, the SHA-256 of that part's manifest: what a client protected with.
+        location: URI of its files.
+        version: first 16 hexadecimal digits of the SHA-256 of the bundle's manifest.
+        protection: SHA-256 of the public part's manifest; identifies the protection of a client's images.
         archive: the public part as a zip file.
         shape: (H, W, C) of protected images.
-        plain: (H, W, C) of the images that they are made of.
-        attack_material: what attacks are made of, read together with the scorecard; None where it was not asked for.
+        plain: (H, W, C) of the plain images.
+        attack_material: data of the attacks, read together with the scorecard; None unless requested.
     """
 
     location: str
     version: str
     protection: str
     archive: bytes
-    shape: tuple[int, int, int]
-    plain: tuple[int, int, int]
+    shape: Shape
+    plain: Shape
     classes: tuple[str, ...]
     classifier: nn.Module
     guard: PlainImageDetector | None
@@ -66,22 +66,22 @@ class LoadedModel:
 
     @property
     def name(self) -> str:
-        """The last two parts of where it lies, such as ``first/bundle``: without the machine's paths."""
+        """The last two parts of the location, such as ``first/bundle``; reveals no paths of the machine."""
         return "/".join(urlsplit(self.location).path.rstrip("/").split("/")[-2:])
 
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:
-        """Of each class, float (N, K), for protected images uint8 (N, C, H, W)."""
+        """Class probabilities float (N, K) of protected images uint8 (N, C, H, W)."""
         device = next(self.classifier.parameters()).device
         logits = pad_to_bucket(lambda batch: self.classifier(batch.to(device).float() / 255), images)
         return torch.softmax(logits.float(), dim=1).cpu()
 
 
 def pad_to_bucket(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """A network's output for images (N, C, H, W), computed in a batch of the next size of three significant bits.
+    """Run a network on images (N, C, H, W), padded to the next batch size of three significant bits.
 
-    The CPU's kernels are compiled and kept for every batch size that comes: all sizes up to 128 take ten times the
-    memory (docs/results.md, Serving) that the sizes here do, which are at most a quarter larger.
+    PyTorch caches compiled CPU kernels for every batch size. All sizes up to 128 need ten times the memory of these
+    (docs/results.md, Serving), which are at most a quarter larger than the batch.
     """
     step = 1 << max(0, (len(images) - 1).bit_length() - 3)
     padding = images.new_zeros(-len(images) % step, *images.shape[1:])
@@ -89,27 +89,27 @@ def pad_to_bucket(function: Callable[[Tensor], Tensor], images: Tensor) -> Tenso
 
 
 def load_model(location: str | Path, device: torch.device | None = None, *, attacks: bool = False) -> LoadedModel:
-    """Load a bundle and check that it does what it did when it was made.
+    """Load a bundle and run its self-check.
 
-    Everything is of one version: a bundle that is attacked again meanwhile is read again.
+    All files are of one version: if the bundle changes meanwhile, for instance by a new attack, it is read again.
 
     Args:
-        attacks: also load what its attacks are made of.
+        attacks: also load the data of its attacks.
 
     Raises:
-        BundleError: it is missing, altered or incomplete, or its classifier gives other answers.
-        StorageError: it is replaced by another one each time that it is read.
+        BundleError: it is missing, altered or incomplete, or fails its self-check.
+        StorageError: it was replaced during every attempt.
     """
     for _ in range(MAX_READS):
         before = _manifest(location)
         try:
-            served = _load(location, device, attacks)
+            model = _load(location, device, attacks)
         except (RayppError, OSError):
             if _manifest(location) == before:
                 raise
         else:
             if _manifest(location) == before:
-                return served
+                return model
     raise StorageError(f"bundle {str(location)!r} was replaced by another one each of {MAX_READS} times it was read")
 
 
@@ -124,45 +124,49 @@ def _load(location: str | Path, device: torch.device | None, attacks: bool) -> L
     with Storage(location).download("") as folder:
         private = load_private(folder)
         verify(folder)
-        whole = (folder / MANIFEST).read_bytes()
-        public = (folder / "public" / MANIFEST).read_bytes()
-        try:
-            protects = json.loads((folder / "public" / "protection.json").read_text())
-            plain = (*protects["image_size"], protects["channels"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BundleError(f"bundle {str(location)!r} does not say what images it protects") from error
-        archive = _archive(folder / "public")
-        card = (folder / "MODEL_CARD.md").read_text()
-        found = folder / "private" / "scorecard.json"
-        scorecard = json.loads(found.read_text()) if found.is_file() else None
-        material = None
-        if attacks:
-            files = sorted((folder / "private" / "attacks").glob("*.safetensors"))
-            networks = {file.stem: file.read_bytes() for file in files}
-            material = AttackMaterial(load_public(folder), networks)
+        channels, height, width = private.sample.shape[1:]
+        model = LoadedModel(
+            location=Storage(location).uri,
+            version=hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:16],
+            protection=hashlib.sha256((folder / "public" / MANIFEST).read_bytes()).hexdigest(),
+            archive=_archive(folder / "public"),
+            shape=(height, width, channels),
+            plain=_plain_shape(folder, location),
+            classes=private.classes,
+            classifier=private.classifier,
+            guard=private.guard,
+            private=private,
+            card=(folder / "MODEL_CARD.md").read_text(),
+            scorecard=_scorecard(folder),
+            attack_material=_attack_material(folder) if attacks else None,
+        )
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier = fuse_conv_bn(private.classifier, private.sample[:8].float() / 255)
     classifier = classifier.to(device).to(memory_format=torch.channels_last)
-    private = replace(private, classifier=classifier)  # what is checked, now and later, is what answers
+    private = replace(private, classifier=classifier)  # the self-check covers the classifier that is served
     problem = private.problem()
     if problem is not None:
         raise BundleError(f"bundle {str(location)!r} fails its self-check: {problem}")
-    channels, height, width = private.sample.shape[1:]
-    return LoadedModel(
-        Storage(location).uri,
-        hashlib.sha256(whole).hexdigest()[:16],
-        hashlib.sha256(public).hexdigest(),
-        archive,
-        (height, width, channels),
-        plain,
-        private.classes,
-        classifier,
-        private.guard,
-        private,
-        card,
-        scorecard,
-        material,
-    )
+    return replace(model, classifier=classifier, private=private)
+
+
+def _plain_shape(folder: Path, location: str | Path) -> Shape:
+    try:
+        config = json.loads((folder / "public" / "protection.json").read_text())
+        height, width = config["image_size"]
+        return height, width, config["channels"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"bundle {str(location)!r} does not state the size of its plain images") from error
+
+
+def _scorecard(folder: Path) -> dict[str, Any] | None:
+    path = folder / "private" / "scorecard.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _attack_material(folder: Path) -> AttackMaterial:
+    files = sorted((folder / "private" / "attacks").glob("*.safetensors"))
+    return AttackMaterial(load_public(folder), {file.stem: file.read_bytes() for file in files})
 
 
 def _archive(folder: Path) -> bytes:
@@ -175,23 +179,27 @@ def _archive(folder: Path) -> bytes:
 
 
 Inference = tuple[LoadedModel, Tensor]
-"""A request: the bundle that answers it, and protected images uint8 (N, C, H, W)."""
+"""A request: the model, and protected images uint8 (N, C, H, W)."""
 
 
 @torch.inference_mode()
 def classify(jobs: list[Inference]) -> list[tuple[Tensor, Tensor]]:
-    """Classes and what looks protected, of the images of several requests at once."""
+    """Compute several requests at once.
+
+    Returns:
+        for each request, probabilities float (N, K) and whether each image looks protected, bool (N,).
+    """
     groups: dict[int, list[int]] = defaultdict(list)
-    for i, (served, _) in enumerate(jobs):
-        groups[id(served)].append(i)
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    for places in groups.values():
-        served = jobs[places[0]][0]
-        images = torch.cat([jobs[i][1] for i in places]) if len(places) > 1 else jobs[places[0]][1]
-        guard = served.guard
+    for i, (model, _) in enumerate(jobs):
+        groups[id(model)].append(i)
+    results: dict[int, tuple[Tensor, Tensor]] = {}
+    for indices in groups.values():
+        model = jobs[indices[0]][0]
+        images = torch.cat([jobs[i][1] for i in indices]) if len(indices) > 1 else jobs[indices[0]][1]
+        guard = model.guard
         protected = guard.is_protected(images) if guard is not None else torch.ones(len(images), dtype=torch.bool)
-        probabilities = served.probabilities(images)
-        sizes = [len(jobs[i][1]) for i in places]
+        probabilities = model.probabilities(images)
+        sizes = [len(jobs[i][1]) for i in indices]
         parts = zip(probabilities.split(sizes), protected.split(sizes), strict=True)
-        found |= dict(zip(places, parts, strict=True))
-    return [found[i] for i in range(len(jobs))]
+        results |= dict(zip(indices, parts, strict=True))
+    return [results[i] for i in range(len(jobs))]

@@ -8,7 +8,7 @@ import re
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from fastapi import Request, Response
 from starlette.datastructures import Headers
@@ -32,13 +32,13 @@ class RequestObserver(Protocol):
 
 
 class RequestMiddleware:
-    """Gives every request a number, counts and logs it, answers HEAD as GET, and answers for defects of ours.
+    """Identifies, counts and logs each request, answers HEAD as GET, and turns exceptions into a response.
 
-    Plain ASGI: Starlette's middleware of functions takes a task and two queues for each request.
+    Plain ASGI: Starlette's ``BaseHTTPMiddleware`` needs a task and two queues for each request.
 
     Args:
-        root: where a request of the application's own address is sent on to; None where a route answers it.
-        pages: media types by path of the pages that FastAPI serves without the checks of our routes.
+        root: redirect target of the application's root path; None if a route answers there.
+        pages: media types, by path, of the pages that FastAPI serves without our checks.
     """
 
     def __init__(
@@ -54,64 +54,66 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began = time.perf_counter()
-        given = Headers(scope=scope).get(REQUEST_ID, "")
-        identifier = given if REQUEST_ID_FORM.fullmatch(given) else uuid.uuid4().hex
-        method, head = scope["method"], scope["method"] == "HEAD"
-        scope = {**scope, "method": "GET"} if head else scope
+        start = time.perf_counter()
+        client_id = Headers(scope=scope).get(REQUEST_ID, "")
+        identifier = client_id if REQUEST_ID_FORM.fullmatch(client_id) else uuid.uuid4().hex
+        method, is_head = scope["method"], scope["method"] == "HEAD"
+        scope = {**scope, "method": "GET"} if is_head else scope
         state = scope["state"] = {**scope.get("state", {}), "identifier": identifier, "num_images": 0}
         status: int | None = None
 
-        async def sending(message: Message) -> None:
+        async def send_adapted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if not given:  # Serve gives each request one and answers with it by itself
+                if not client_id:  # Serve sets and returns this header in all requests
                     message.setdefault("headers", []).append((REQUEST_ID.lower().encode(), identifier.encode()))
-            elif head and message["type"] == "http.response.body":
+            elif is_head and message["type"] == "http.response.body":
                 message = {**message, "body": b""}
             await send(message)
 
         try:
-            await self._answer(scope, receive, sending)
+            await self._respond(scope, receive, send_adapted)
         finally:
-            seconds = time.perf_counter() - began
-            if state.get("gone"):
+            if state.get("disconnected"):
                 status = CLIENT_CLOSED_REQUEST
             route = getattr(scope.get("route"), "path", "none")
-            if self.observe is not None:
-                self.observe(route, status or 0, state["num_images"], seconds)
-            if logger.isEnabledFor(logging.INFO):
-                line = {
-                    "request": identifier, "method": method, "route": route, "status": status,
-                    "images": state["num_images"], "ms": round(1000 * seconds, 2),
-                }  # fmt: skip
-                logger.info("%s", json.dumps(line))
+            self._report(state, method, route, status, time.perf_counter() - start)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = False
+    def _report(self, state: dict[str, Any], method: str, route: str, status: int | None, seconds: float) -> None:
+        if self.observe is not None:
+            self.observe(route, status or 0, state["num_images"], seconds)
+        if logger.isEnabledFor(logging.INFO):
+            record = {
+                "request": state["identifier"], "method": method, "route": route, "status": status,
+                "images": state["num_images"], "ms": round(1000 * seconds, 2),
+            }  # fmt: skip
+            logger.info("%s", json.dumps(record))
 
-        async def sending(message: Message) -> None:
-            nonlocal begun
-            begun = True
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def send_tracked(message: Message) -> None:
+            nonlocal started
+            started = True
             await send(message)
 
         try:
-            await (self._own_answer(scope) or self.app)(scope, receive, sending)
+            await (self._page_response(scope) or self.app)(scope, receive, send_tracked)
         except ClientDisconnect:
-            scope["state"]["gone"] = True
-        except Exception:  # a defect of ours: the log has the trace, the client a number to ask about
+            scope["state"]["disconnected"] = True
+        except Exception:  # a bug: the log has the traceback, the client gets the identifier
             logger.exception("request %s failed", scope["state"]["identifier"])
-            if begun:
-                raise  # only breaking the answer off tells the client
-            answer = problem_response(Request(scope), 500, "defect", "the service failed; its log has the reason")
-            await answer(scope, receive, sending)
+            if started:
+                raise  # only a broken connection tells the client
+            detail = "the service failed; its log has the reason"
+            await problem_response(Request(scope), 500, "defect", detail)(scope, receive, send_tracked)
 
-    def _own_answer(self, scope: Scope) -> Response | None:
-        """The answer to a request that no route is asked for: one that is sent on, or refused."""
+    def _page_response(self, scope: Scope) -> Response | None:
+        """The redirect of the root path, or the refusal of a request for it or a page of FastAPI."""
         path = str(scope["path"]).removeprefix(scope.get("root_path", ""))
-        to_root = self.root is not None and path in ("", "/")
-        if scope["method"] != "GET" or not (to_root or path in self.pages):
+        is_root = self.root is not None and path in ("", "/")
+        if scope["method"] != "GET" or not (is_root or path in self.pages):
             return None
         request = Request(scope)
         try:
@@ -120,5 +122,5 @@ class RequestMiddleware:
                 negotiate(request.headers.getlist("accept"), (self.pages[path],))
         except RequestError as error:
             return problem_of(request, error)
-        there = f"{scope.get('root_path', '')}{self.root}"
-        return Response(status_code=307, headers={"Location": there}) if to_root else None
+        target = f"{scope.get('root_path', '')}{self.root}"
+        return Response(status_code=307, headers={"Location": target}) if is_root else None

@@ -1,8 +1,8 @@
-"""What is served: a bundle, loaded and checked, and how a newer one takes its place while requests are answered.
+"""Model repositories, and the models that a service loads from one.
 
-A *shelf* is a folder with bundles under ``versions/`` and a file ``live.json`` that names one of them. A service looks
-at that file every few seconds. What it names next is loaded and checked beside the bundle that is being served, and
-takes over only if it does what it did when it was made; else the old one stays and the reason is shown.
+A model repository is a folder with bundles under ``versions/`` and the file ``live.json``, which names the active
+version. Services poll this file. They load and check a new version while the old one answers, and keep the old one if
+the new one fails.
 """
 
 from __future__ import annotations
@@ -21,90 +21,78 @@ from typing import Any
 import torch
 
 from raypp.bundle.manifest import MANIFEST
-from raypp.serve.loaded_model import NUM_KEPT, LoadedModel, load_model
+from raypp.serve.loaded_model import LoadedModel, load_model
 from raypp.utils.errors import BundleError, RayppError, StorageError
 from raypp.utils.storage import Storage
 
 ACTIVE_FILE = "live.json"
-RETRY_SECONDS = 60.0  # until a bundle that did not work is tried again
-
-
-# What is live
-
-
-def is_model_repository(location: str | Path) -> bool:
-    """Whether a folder is a shelf, not a bundle."""
-    return Storage(location).exists(ACTIVE_FILE)
+MAX_MODELS = 3  # in memory: clients that protected with an earlier one still get answers
+RETRY_SECONDS = 60.0  # before the service tries a failed version again
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """The bundle that a location names."""
+    """The active bundle of a location."""
 
     location: str
     version: str
     published: str | None
-    """When it was made live, of a shelf."""
+    """Time of publication, in a repository."""
 
 
-def current(location: str | Path) -> ModelRef:
-    """Which bundle a location names.
+def resolve_model(location: str | Path) -> ModelRef:
+    """Find the active bundle of a location.
 
     Args:
-        location: a bundle, or a shelf.
+        location: a bundle or a model repository.
 
     Raises:
-        StorageError: neither is there, or it cannot be read.
+        StorageError: the location is neither, or it cannot be read.
     """
     storage = Storage(location)
-    if storage.local:  # through links such as runs/latest, so that all files are read of the same run
+    if storage.local:  # resolve links such as runs/latest, so that all files come from the same run
         storage = Storage(storage.path.resolve())
     if storage.exists(ACTIVE_FILE):
-        named = _named(storage)
-        version = named["version"]
+        active = _read_active(storage)
+        version = active["version"]
         if version is None:
-            raise StorageError(f"{storage.uri}/{ACTIVE_FILE} is damaged; raypp publish writes it anew")
-        return ModelRef(storage.folder(f"versions/{version}").uri, version, named["published"])
+            raise StorageError(f"{storage.uri}/{ACTIVE_FILE} is damaged; publish a bundle there again")
+        return ModelRef(storage.folder(f"versions/{version}").uri, version, active["published"])
     if not storage.exists(MANIFEST):
         if storage.exists(f"bundle/{MANIFEST}"):
             raise StorageError(f"{storage.uri} is a run; its bundle is {storage.folder('bundle').uri}")
-        raise StorageError(f"{storage.uri} is neither a bundle nor a shelf of published ones")
+        raise StorageError(f"{storage.uri} is neither a bundle nor a model repository")
     return ModelRef(storage.uri, hashlib.sha256(storage.read(MANIFEST)).hexdigest()[:16], None)
 
 
-def _previous(location: str | Path) -> str | None:
-    """Where the bundle lies that was live on a shelf before the one that is named now."""
+def _previous_location(location: str | Path) -> str | None:
+    """The bundle that was active in a repository before the current one."""
     storage = Storage(location)
     try:
-        version = _named(storage)["previous"] if storage.exists(ACTIVE_FILE) else None
+        version = _read_active(storage)["previous"] if storage.exists(ACTIVE_FILE) else None
     except RayppError:
         return None
     return storage.folder(f"versions/{version}").uri if version else None
 
 
-def _named(storage: Storage) -> dict[str, str | None]:
-    """The versions that a shelf names: what is live, since when, and what was before; all None where its file is
-    damaged."""
+def _read_active(storage: Storage) -> dict[str, str | None]:
+    """Version, previous version and time of publication in ``live.json``; all None if the file is damaged."""
     try:
-        found = json.loads(storage.read(ACTIVE_FILE))
-        return {
-            "version": str(found["version"]),
-            "previous": found.get("previous"),
-            "published": found.get("published"),
-        }
+        active = json.loads(storage.read(ACTIVE_FILE))
+        return {"version": str(active["version"])} | {key: active.get(key) for key in ("previous", "published")}
     except (ValueError, KeyError, TypeError, AttributeError):
-        return {"version": None, "previous": None, "published": None}
+        return dict.fromkeys(("version", "previous", "published"))
 
 
 class ModelManager:
-    """The bundle that is live at a location, and those before it.
+    """The active model of a location, and the models before it.
 
     Args:
-        location: a bundle or a shelf.
-        prepare: what else a service makes of a bundle before it takes over; see :meth:`prepared`.
+        location: a bundle or a model repository.
+        prepare: builds a service's own data from a model before it becomes active; see :meth:`attachment`.
 
     Raises:
-        RayppError: there is none that works; later ones that do not are refused and the old one stays.
+        RayppError: no model loads at the start. Later failures leave the old model active.
     """
 
     def __init__(
@@ -115,74 +103,76 @@ class ModelManager:
     ) -> None:
         self.location, self.device, self.prepare = location, device, prepare
         self.rejected: dict[str, str] | None = None
-        self.looked = 0.0  # when, in monotonic seconds
-        self._refused: tuple[ModelRef, float] | None = None  # and until when it is not tried again
+        self.last_poll = 0.0  # monotonic seconds
+        self._retry: tuple[ModelRef, float] | None = None  # the failed version, and the time to try it again
         self._lock = threading.Lock()
-        self._prepared: dict[str, Any] = {}
-        named = current(location)
+        self._attachments: dict[str, Any] = {}
+        ref = resolve_model(location)
         try:
-            self._kept: list[LoadedModel] = [self._load(named.location)]
-        except Exception as error:  # whatever a damaged bundle makes its loader raise
-            before = _previous(location)
-            if before is None:
+            self._models: list[LoadedModel] = [self._load(ref.location)]
+        except Exception as error:  # the loader of a damaged bundle can raise anything
+            previous = _previous_location(location)
+            if previous is None:
                 raise
-            self._kept = [self._load(before)]  # a replica that starts while a bad bundle is named serves the one before
-            self._refuse(named, error)
+            self._models = [self._load(previous)]  # a replica that starts with a damaged version uses the previous one
+            self._reject(ref, error)
 
-    def _load(self, where: str) -> LoadedModel:
-        served = load_model(where, self.device, attacks=self.prepare is not None)
+    def _load(self, location: str) -> LoadedModel:
+        model = load_model(location, self.device, attacks=self.prepare is not None)
         if self.prepare is not None:
-            self._prepared[served.version] = self.prepare(served)
-        return served
+            self._attachments[model.version] = self.prepare(model)
+        return model
 
-    def _refuse(self, named: ModelRef, error: Exception) -> None:
-        # A store may be away for a moment, and a bundle may be on its way.
+    def _reject(self, ref: ModelRef, error: Exception) -> None:
+        # Storage may be unavailable for a moment, and an upload may be incomplete: then retry at once.
         wait = 0.0 if isinstance(error, OSError | StorageError) else RETRY_SECONDS
-        self._refused = named, time.monotonic() + wait
-        self.rejected = {"version": named.version, "reason": _reason(error)}
-        if named.published is not None:
-            self.rejected["published"] = named.published
+        self._retry = ref, time.monotonic() + wait
+        self.rejected = {"version": ref.version, "reason": _reason(error)}
+        if ref.published is not None:
+            self.rejected["published"] = ref.published
 
-    def prepared(self, served: LoadedModel) -> Any:
-        """What ``prepare`` made of a bundle; None if it has just been dropped."""
-        return self._prepared.get(served.version)
+    def attachment(self, model: LoadedModel) -> Any:
+        """The result of ``prepare`` for a model; None once the model has been dropped."""
+        return self._attachments.get(model.version)
 
     @property
-    def now(self) -> LoadedModel:
-        return self._kept[-1]
+    def active(self) -> LoadedModel:
+        return self._models[-1]
 
     def refresh(self) -> bool:
-        """Look whether another bundle has become live and take it over; blocks while that is loaded. Whether it was."""
+        """Load a new active version; blocks meanwhile. Returns whether the active model has changed."""
         with self._lock:
-            self.looked = time.monotonic()
+            self.last_poll = time.monotonic()
             try:
-                named = current(self.location)
-            except Exception as error:  # a store that is away for a moment takes nothing down, whatever it raises
+                ref = resolve_model(self.location)
+            except Exception as error:  # an outage of the storage must not stop the service
                 self.rejected = {"version": "unknown", "reason": _reason(error)}
                 return False
-            if named.version == self.now.version:
-                self.rejected = self._refused = None
+            if ref.version == self.active.version:
+                self.rejected = self._retry = None
                 return False
-            if self._refused is not None and self._refused[0] == named and time.monotonic() < self._refused[1]:
+            if self._retry is not None and self._retry[0] == ref and time.monotonic() < self._retry[1]:
                 return False
             try:
-                found = next((s for s in self._kept if s.version == named.version), None)
-                served = found or self._load(named.location)
-            except Exception as error:  # whatever a damaged bundle makes its loader raise: the old one stays
-                self._refuse(named, error)
+                loaded = next((model for model in self._models if model.version == ref.version), None)
+                self._activate(loaded or self._load(ref.location))
+            except Exception as error:  # the loader of a damaged bundle can raise anything
+                self._reject(ref, error)
                 return False
-            self.rejected = self._refused = None
-            # One list takes the other's place: who looks at the same time sees the old or the new one, whole.
-            self._kept = ([s for s in self._kept if s is not served] + [served])[-NUM_KEPT:]
-            kept = {s.version for s in self._kept}
-            self._prepared = {version: made for version, made in self._prepared.items() if version in kept}
+            self.rejected = self._retry = None
             return True
 
-    def of(self, protection: str | None) -> LoadedModel | None:
-        """The newest bundle in memory with this protection, the live one for None."""
+    def _activate(self, model: LoadedModel) -> None:
+        # One assignment: a concurrent reader sees either the old or the new list.
+        self._models = ([other for other in self._models if other is not model] + [model])[-MAX_MODELS:]
+        versions = {other.version for other in self._models}
+        self._attachments = {version: data for version, data in self._attachments.items() if version in versions}
+
+    def get(self, protection: str | None) -> LoadedModel | None:
+        """The newest model in memory with a protection; the active one for None."""
         if protection is None:
-            return self.now
-        return next((s for s in reversed(self._kept) if s.protection == protection), None)
+            return self.active
+        return next((model for model in reversed(self._models) if model.protection == protection), None)
 
 
 def _reason(error: Exception) -> str:
@@ -195,50 +185,55 @@ class PublishedModel:
     location: str
     previous: str | None
     published: str
-    """When."""
+    """Time of publication."""
 
 
 @contextmanager
 def publishing(
-    bundle: str | Path, shelf: str | Path, check: Callable[[LoadedModel], Any] | None = None
+    bundle: str | Path, repository: str | Path, check: Callable[[LoadedModel], Any] | None = None
 ) -> Iterator[PublishedModel]:
-    """Check a bundle, put it on a shelf and make it live; if the body raises, what was live before is so again.
+    """Check a bundle, upload it to a model repository and make it active; undone if the body raises.
 
     Args:
-        check: what else a service makes of a bundle before it takes over, tried here first.
+        check: also runs on the loaded bundle, as a service's ``prepare`` does.
 
     Raises:
-        RayppError: the bundle does not work, and nothing has changed; or the shelf cannot be written.
+        RayppError: the bundle does not work, and nothing has changed; or the repository cannot be written.
     """
-    served = load_model(bundle, attacks=check is not None)
-    if check is not None:
-        try:
-            check(served)
-        except Exception as error:  # whatever damaged attacks make their loader raise
-            raise BundleError(f"the attacks of bundle {str(bundle)!r} do not load: {_reason(error)}") from error
-    storage = Storage(shelf)
+    version = _check_bundle(bundle, check)
+    storage = Storage(repository)
     if storage.exists(MANIFEST):
-        raise BundleError(f"{storage.uri} is a bundle itself; allowed is a new or empty folder, or a shelf")
-    version = served.version
-    place = storage.folder(f"versions/{version}")
-    if not place.exists(MANIFEST):
+        raise BundleError(f"{storage.uri} is a bundle itself; allowed is a new or empty folder, or a model repository")
+    target = storage.folder(f"versions/{version}")
+    if not target.exists(MANIFEST):
         with Storage(bundle).download("") as folder:
             storage.upload(folder, f"versions/{version}", last=MANIFEST)
-    if load_model(place.uri).version != version:  # what was uploaded, not what was meant to be
-        raise BundleError(f"{place.uri} is not the bundle that was published; remove that folder")
-    before = storage.read(ACTIVE_FILE) if storage.exists(ACTIVE_FILE) else None
-    named = _named(storage) if before else {"version": None, "previous": None}
-    # Of a bundle that is live already, the one before it stays the one to go back to.
-    previous = named["previous"] if named["version"] == version else named["version"]
-    now = {"version": version, "previous": previous, "published": datetime.now(UTC).isoformat(timespec="seconds")}
-    written = (json.dumps(now) + "\n").encode()
-    storage.write(ACTIVE_FILE, written)
+    if load_model(target.uri).version != version:  # verifies the upload
+        raise BundleError(f"{target.uri} is not the bundle that was published; remove that folder")
+    old_file = storage.read(ACTIVE_FILE) if storage.exists(ACTIVE_FILE) else None
+    active = _read_active(storage) if old_file else {"version": None, "previous": None}
+    # Publishing the active bundle again keeps its predecessor for a rollback.
+    previous = active["previous"] if active["version"] == version else active["version"]
+    published = datetime.now(UTC).isoformat(timespec="seconds")
+    new_file = (json.dumps({"version": version, "previous": previous, "published": published}) + "\n").encode()
+    storage.write(ACTIVE_FILE, new_file)
     try:
-        yield PublishedModel(version, place.uri, previous, str(now["published"]))
+        yield PublishedModel(version, target.uri, previous, published)
     except BaseException:
-        if storage.read(ACTIVE_FILE) == written:  # else somebody has published since, and this is not ours to undo
-            if before is not None:
-                storage.write(ACTIVE_FILE, before)
+        if storage.read(ACTIVE_FILE) == new_file:  # else another publication has replaced it since
+            if old_file is not None:
+                storage.write(ACTIVE_FILE, old_file)
             else:
                 storage.remove(ACTIVE_FILE)
         raise
+
+
+def _check_bundle(bundle: str | Path, check: Callable[[LoadedModel], Any] | None) -> str:
+    """Load a bundle and return its version."""
+    model = load_model(bundle, attacks=check is not None)
+    if check is not None:
+        try:
+            check(model)
+        except Exception as error:  # damaged attacks can raise anything
+            raise BundleError(f"the attacks of bundle {str(bundle)!r} do not load: {_reason(error)}") from error
+    return model.version

@@ -11,54 +11,52 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from raypp.serve.admission import RequestError
-from raypp.serve.request_checks import check_headers, check_query, shown
+from raypp.serve.request_checks import check_headers, check_query, quote
+from raypp.serve.schemas import PROBLEM
 from raypp.utils.registry import suggest
 
-PROBLEM = "application/problem+json"
 TYPES = "urn:raypp:problem:"
-CLIENT_CLOSED_REQUEST = (
-    499  # counted for a client that hung up before its request was whole; nobody gets it as an answer
-)
+CLIENT_CLOSED_REQUEST = 499  # counted for a client that disconnects before its request is complete; never sent
 
 
 def check_bare(request: Request) -> None:
-    """Refuse a request that has a query, a body or headers that are not read; raises RefusedError."""
-    check_headers(request.headers, reads_body=False, tagged=False)
+    """Raise RequestError if a request has a query, a body or headers that the service does not support."""
+    check_headers(request.headers, reads_body=False, has_etag=False)
     check_query((name for name, _ in request.query_params.multi_items()), ())
 
 
 def add_problems(api: FastAPI) -> None:
-    """Have every error answered by a problem document."""
+    """Answer every error with a problem document."""
 
     @api.exception_handler(RequestError)
-    async def refused(request: Request, error: RequestError) -> Response:
+    async def request_error(request: Request, error: RequestError) -> Response:
         return problem_of(request, error)
 
     @api.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
+    async def invalid_parameter(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         reason = f"{first['msg'][0].lower()}{first['msg'][1:]}"
-        sentence = f"{first['loc'][0]} parameter {first['loc'][-1]} is {shown(str(first['input']))}: {reason}"
-        return problem_response(request, 422, "bad-parameter", sentence)
+        detail = f"{first['loc'][0]} parameter {first['loc'][-1]} is {quote(str(first['input']))}: {reason}"
+        return problem_response(request, 422, "bad-parameter", detail)
 
     @api.exception_handler(HTTPException)
-    async def other(request: Request, error: HTTPException) -> Response:
+    async def http_error(request: Request, error: HTTPException) -> Response:
         headers, path = dict(error.headers or {}), request.url.path
-        sentence = str(error.detail)
+        detail = str(error.detail)
         if error.status_code == 404:
             root = request.scope.get("root_path", "")
-            known = sorted({root + route.path for route in api.routes if isinstance(route, APIRoute)})
-            listed = f"; {root}/docs lists what there is" if api.docs_url is not None else ""
-            sentence = f"there is nothing at {shown(path)}{suggest(path, known)}{listed}"
+            paths = sorted({root + route.path for route in api.routes if isinstance(route, APIRoute)})
+            docs = f"; {root}/docs lists what there is" if api.docs_url is not None else ""
+            detail = f"there is nothing at {quote(path)}{suggest(path, paths)}{docs}"
         elif error.status_code == 405:
             methods = {word.strip() for word in headers.get("Allow", "").split(",")}
             headers["Allow"] = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
-            sentence = f"{shown(request.method)} is not read at {shown(path)}; allowed: {headers['Allow']}"
-        return problem_response(request, error.status_code, "http", sentence, headers)
+            detail = f"{quote(request.method)} is not supported at {quote(path)}; allowed: {headers['Allow']}"
+        return problem_response(request, error.status_code, "http", detail, headers)
 
 
 def problem_of(request: Request, error: RequestError) -> Response:
-    return problem_response(request, error.status, error.code, str(error), error.headers, error.more)
+    return problem_response(request, error.status, error.code, str(error), error.headers, error.extra)
 
 
 def problem_response(
@@ -67,46 +65,14 @@ def problem_response(
     code: str,
     detail: str,
     headers: dict[str, str] | None = None,
-    more: dict[str, Any] | None = None,
+    extra: dict[str, Any] | None = None,
 ) -> Response:
-    """A problem document, with ``more`` members of its own type."""
+    """A problem document; ``extra`` holds further members."""
     document = {
         "type": TYPES + code,
         "title": code.replace("-", " "),
         "status": status,
         "detail": detail,
         "instance": f"urn:raypp:request:{request.state.identifier}",
-    } | (more or {})
+    } | (extra or {})
     return Response(json.dumps(document), status, headers, PROBLEM)
-
-
-_PROBLEM_SCHEMA = {
-    "type": "object",
-    "properties": {
-        "type": {"type": "string"}, "title": {"type": "string"}, "status": {"type": "integer"},
-        "detail": {"type": "string"}, "instance": {"type": "string"},
-        "images": {
-            "type": "array", "items": {"type": "integer"},
-            "description": "With not-protected: the images that do not look protected, counted from zero.",
-        },
-    },
-    "required": ["type", "title", "status", "detail"],
-}  # fmt: skip
-_MEANING = {
-    400: "The request cannot be read.", 401: "No valid token.", 403: "The token lacks the scope.",
-    404: "There is no such attack.", 405: "Another method is needed.", 406: "Accept allows no type of answer.",
-    408: "It took too long.", 409: "Protected with a protection that is not served.",
-    412: "A condition names another version.", 413: "Too large or too many.",
-    415: "A type or an encoding of content that is not read.", 417: "An expectation that is not known.",
-    422: "No image of the right shape, not a protected one, or a parameter or field that is not known.",
-    500: "A defect.", 501: "A transfer encoding that is not read.", 503: "Busy: come back after Retry-After.",
-}  # fmt: skip
-_BY_THE_PROXY = {408, 500, 503}  # Serve's proxy may answer before or instead of a replica: by a sentence, no document
-PROBLEM_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {
-        "description": meaning,
-        "content": {PROBLEM: {"schema": _PROBLEM_SCHEMA}}
-        | ({"text/plain": {"schema": {"type": "string"}}} if status in _BY_THE_PROXY else {}),
-    }
-    for status, meaning in _MEANING.items()
-}

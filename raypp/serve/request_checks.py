@@ -1,4 +1,4 @@
-"""What a request asks for beyond its body: headers, query, types of content. What is not read is refused by name."""
+"""Checks of a request's headers and query. What the service does not support is refused by name."""
 
 from __future__ import annotations
 
@@ -10,135 +10,148 @@ from starlette.datastructures import Headers
 from raypp.serve.admission import RequestError
 from raypp.utils.registry import suggest
 
-ONCE = ("authorization", "content-type", "content-range", "expect", "raypp-protection")
-"""Headers of which two would contradict each other."""
-DIGESTS = ("content-digest", "repr-digest", "digest", "content-md5")
-"""Headers that state what a body hashes to: a client that sends one expects damage on the way to be noticed."""
+UNIQUE_HEADERS = ("authorization", "content-type", "content-range", "expect", "raypp-protection")
+"""Two of these would contradict each other."""
+DIGEST_HEADERS = ("content-digest", "repr-digest", "digest", "content-md5")
+"""A client that sends one expects the service to detect damage of the body."""
 MEDIA_RANGE = re.compile(r"([^\s/;,]+)/([^\s/;,]+)")
 QUALITY = re.compile(r"q\s*=\s*(\d+(?:\.\d*)?|\.\d+)", re.IGNORECASE)
 ENTITY_TAG = re.compile(r'(W/)?("[^"]*")')
-MAX_SHOWN = 60  # characters of a client's own words in an answer
+MAX_QUOTED = 60  # characters of a client's text in a message
 
 
-def check_headers(headers: Headers, *, reads_body: bool, tagged: bool) -> None:
-    """Refuse headers that ask for something that is not done here.
+def check_headers(headers: Headers, *, reads_body: bool, has_etag: bool) -> None:
+    """Refuse headers that ask for an unsupported feature.
 
     Args:
-        reads_body: whether the request has a body that is read.
-        tagged: whether the answer has an ETag, by which the route itself checks conditions.
+        reads_body: whether the route reads a body.
+        has_etag: whether the response has an ETag; the route then checks conditions itself.
 
     Raises:
-        RefusedError: 400, 412, 415, 417 or 501, with the header's name and what is allowed.
+        RequestError: 400, 412, 415, 417 or 501; the message names the header and what is allowed.
     """
-    for name in ONCE:
+    for name in UNIQUE_HEADERS:
         if len(headers.getlist(name)) > 1:
             raise RequestError(400, "header-twice", f"the header {_title(name)} is sent twice; allowed is once")
-    transfer = _words(headers.getlist("transfer-encoding"))
+    _check_body_headers(headers, reads_body)
+    if has_etag:
+        return
+    if headers.get("if-match", "*").strip() != "*":
+        raise RequestError(
+            412, "no-version", "If-Match names a version, but this response has no ETag; leave the header out"
+        )
+    if headers.get("if-none-match", "").strip() == "*":
+        raise RequestError(412, "no-version", "If-None-Match: * never holds here; leave the header out")
+
+
+def _check_body_headers(headers: Headers, reads_body: bool) -> None:
+    transfer = _list_elements(headers.getlist("transfer-encoding"))
     if transfer not in ([], ["chunked"]):
         raise RequestError(
             501, "unsupported-transfer-encoding",
-            f"Transfer-Encoding {shown(', '.join(transfer))} is not read here; allowed is chunked",
+            f"Transfer-Encoding {quote(', '.join(transfer))} is not supported here; allowed is chunked",
         )  # fmt: skip
     expectation = headers.get("expect")
     if expectation is not None and expectation.strip().lower() != "100-continue":
         raise RequestError(
-            417, "unsupported-expectation", f"Expect {shown(expectation)} is not known here; allowed is 100-continue"
-        )
+            417, "unsupported-expectation",
+            f"Expect {quote(expectation)} is not supported here; allowed is 100-continue",
+        )  # fmt: skip
     if not reads_body and (transfer or headers.get("content-length", "0").strip("0 ")):
-        raise RequestError(400, "body-not-read", "the request has a body, and none is read here; send it without one")
-    encodings = [word for word in _words(headers.getlist("content-encoding")) if word != "identity"]
+        raise RequestError(400, "body-not-read", "the request has a body, but this route reads none; leave it out")
+    encodings = [word for word in _list_elements(headers.getlist("content-encoding")) if word != "identity"]
     if encodings:
         raise RequestError(
             415, "unsupported-encoding",
-            f"Content-Encoding {shown(', '.join(encodings))} is not read here; allowed is identity, a body as it is",
+            f"Content-Encoding {quote(', '.join(encodings))} is not supported here; allowed is identity, an "
+            "uncompressed body",
             {"Accept-Encoding": "identity"},
         )  # fmt: skip
     if "content-range" in headers:
         raise RequestError(
-            400, "partial-body", "Content-Range is not read here: a request holds the whole body; leave the header out"
+            400, "partial-body", "Content-Range is not supported here; send the whole body and leave the header out"
         )
-    for name in DIGESTS:
+    for name in DIGEST_HEADERS:
         if name in headers:
             raise RequestError(
-                400, "digest-not-read", f"{_title(name)} is not checked here, and damage would stay unseen; leave the "
+                400, "digest-not-read", f"{_title(name)} is not checked here, so damage would go unnoticed; leave the "
                 "header out",
             )  # fmt: skip
-    if tagged:
-        return
-    if headers.get("if-match", "*").strip() != "*":
-        raise RequestError(
-            412, "no-version", "If-Match names a version, and this answer has none (no ETag); leave the header out"
-        )
-    if headers.get("if-none-match", "").strip() == "*":
-        raise RequestError(412, "no-version", "If-None-Match: * can never hold here; leave the header out")
 
 
 def check_query(names: Iterable[str], allowed: Sequence[str]) -> None:
-    """Refuse parameters that are unknown, or there twice; raises RefusedError (422)."""
+    """Raise RequestError (422) if a query parameter is unknown or repeated."""
     seen: set[str] = set()
     for name in names:
         if name not in allowed:
             known = f"allowed: {', '.join(allowed)}" if allowed else "this request takes none"
             raise RequestError(
-                422, "unknown-parameter", f"unknown query parameter {shown(name)}{suggest(name, allowed)}; {known}"
+                422, "unknown-parameter", f"unknown query parameter {quote(name)}{suggest(name, allowed)}; {known}"
             )
         if name in seen:
             raise RequestError(422, "parameter-twice", f"query parameter {name!r} is there twice; allowed is once")
         seen.add(name)
 
 
-def negotiate(accept: Sequence[str], offered: Sequence[str]) -> str:
-    """Which of the types of content that an answer can have the client prefers.
+def negotiate(accept: Sequence[str], available: Sequence[str]) -> str:
+    """Choose the media type of a response (RFC 9110, 12.5.1).
 
     Args:
-        accept: the headers Accept, none where everything is accepted.
-        offered: in our own order of preference.
+        accept: the Accept headers; without any, everything is accepted.
+        available: media types in the service's order of preference.
 
     Raises:
-        RefusedError: 406, it accepts none of them.
+        RequestError: 406, the client accepts none of them.
     """
     text = ",".join(accept)
     if not text.strip(" ,"):
-        return offered[0]
-    ranges = []
-    for place, part in enumerate(text.split(",")):
-        kind, *parameters = part.split(";")
-        match = MEDIA_RANGE.fullmatch(kind.strip().lower())
-        if match is not None:
-            qualities = [found for p in parameters if (found := QUALITY.fullmatch(p.strip())) is not None]
-            ranges.append((match[1], match[2], float(qualities[0][1]) if qualities else 1.0, place))
+        return available[0]
+    ranges = _media_ranges(text)
     best: tuple[float, int, str] | None = None
-    for media_type in offered:
+    for media_type in available:
         main, _, sub = media_type.partition("/")
-        matching = [r for r in ranges if r[0] in (main, "*") and r[1] in (sub, "*")]
-        if not matching:
+        matches = [r for r in ranges if r[0] in (main, "*") and r[1] in (sub, "*")]
+        if not matches:
             continue
-        # The most exact range says how welcome a type is.
-        _, _, quality, place = max(matching, key=lambda r: ((r[0] != "*") + (r[1] != "*"), -r[3]))
-        if quality > 0 and (best is None or (quality, -place) > best[:2]):
-            best = quality, -place, media_type
+        # The most specific range decides on the quality of a type.
+        _, _, quality, position = max(matches, key=lambda r: ((r[0] != "*") + (r[1] != "*"), -r[3]))
+        if quality > 0 and (best is None or (quality, -position) > best[:2]):
+            best = quality, -position, media_type
     if best is None:
         raise RequestError(
-            406, "not-acceptable", f"Accept {shown(text)} allows no answer that there is; allowed: {', '.join(offered)}"
-        )
+            406, "not-acceptable", f"Accept {quote(text)} allows no available media type; allowed: "
+            f"{', '.join(available)}",
+        )  # fmt: skip
     return best[2]
 
 
-def matches_etag(condition: str, tag: str, *, weakly: bool) -> bool:
-    """Whether a header If-Match or If-None-Match names an entity tag; ``weakly`` also in the form ``W/"..."``."""
+def _media_ranges(accept: str) -> list[tuple[str, str, float, int]]:
+    """Type, subtype, quality and position of each media range; malformed ones are skipped."""
+    ranges = []
+    for position, part in enumerate(accept.split(",")):
+        media_range, *parameters = part.split(";")
+        match = MEDIA_RANGE.fullmatch(media_range.strip().lower())
+        if match is not None:
+            qualities = [m for parameter in parameters if (m := QUALITY.fullmatch(parameter.strip())) is not None]
+            ranges.append((match[1], match[2], float(qualities[0][1]) if qualities else 1.0, position))
+    return ranges
+
+
+def matches_etag(condition: str, tag: str, *, weak: bool) -> bool:
+    """Whether a header If-Match or If-None-Match names an entity tag; ``weak`` also accepts the form ``W/"..."``."""
     if condition.strip() == "*":
         return True
-    return any(found[2] == tag and (weakly or not found[1]) for found in ENTITY_TAG.finditer(condition))
+    return any(match[2] == tag and (weak or not match[1]) for match in ENTITY_TAG.finditer(condition))
 
 
-def shown(text: str) -> str:
-    """A client's own words, in quotes and cut short."""
+def quote(text: str) -> str:
+    """A client's text in quotes, shortened."""
     text = text.strip()
-    return repr(text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}...")
+    return repr(text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}...")
 
 
-def _words(values: Iterable[str]) -> list[str]:
-    """The elements of a header that is a list, in lower case."""
+def _list_elements(values: Iterable[str]) -> list[str]:
+    """The elements, in lower case, of a header that is a list."""
     return [word for value in values for part in value.split(",") if (word := part.strip().lower())]
 
 

@@ -1,7 +1,7 @@
-"""What a request's body may be: one image or a batch, as PNG or NumPy file, of exactly the shape that is served.
+"""Request bodies: one image or a batch, as PNG or NumPy file, of exactly the served shape.
 
-Everything is decided from headers and lengths before a pixel is decoded, and only what is needed of a file is decoded
-at all: of a PNG the image data, of a NumPy file raw bytes, never pickles.
+Headers and lengths are checked before a pixel is decoded. Of a PNG only the image data is decoded; NumPy files are read
+as raw bytes, never as pickles.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import TypeVar
 import numpy as np
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import parse_options_header
-from starlette.datastructures import Headers, UploadFile
+from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from raypp.serve.admission import Limits, RequestError
 from raypp.serve.image_parsing import NPY_SIGNATURE, Shape, parse_npy, parse_png, too_many_images
+from raypp.serve.schemas import MULTIPART, NPY, PNG
 from raypp.utils.errors import first_line
 from raypp.utils.images import Pixels
 from raypp.utils.registry import suggest
 
-PNG, NPY, MULTIPART = "image/png", "application/x-npy", "multipart/form-data"
-ANY = "application/octet-stream"  # what clients state who know nothing of a file
-PART_TYPES = ("", ANY, PNG, NPY)
-DECODED_AT_ONCE = 2**15  # values of PNG images: ten of 32 x 32
-MAX_TEXT_FIELDS = 16  # that are looked at, for their names in an answer
-MAX_PART_HEADER = 512  # bytes of a form's part: its field and a file's name
+OCTET_STREAM = "application/octet-stream"  # clients send it for files of unknown type
+PART_TYPES = ("", OCTET_STREAM, PNG, NPY)
+MAX_VALUES_INLINE = 2**15  # PNG values decoded in the event loop: ten images of 32 x 32
+MAX_TEXT_FIELDS = 16  # the parser reads so many, to name one in the error
+MAX_PART_HEADER = 512  # bytes of the headers of a form's part
 
 T = TypeVar("T")
 
@@ -37,66 +37,98 @@ logging.getLogger("python_multipart").setLevel(logging.ERROR)  # its warnings qu
 
 
 async def read_body(chunks: AsyncIterator[bytes], length: str | None, limits: Limits) -> bytes:
-    """The whole body, refused as soon as it is known to be too large; ``length`` is the header Content-Length."""
+    """Read a whole body; stops as soon as it is too large.
+
+    Args:
+        length: the header Content-Length.
+
+    Raises:
+        RequestError: 408 or 413.
+    """
     if length is not None and length.isascii() and length.isdigit() and int(length) > limits.body:
-        raise _too_large(limits)
+        raise _body_too_large(limits)
     parts: list[bytes] = []
     size = 0
-    coming = aiter(chunks)
+    iterator = aiter(chunks)
     while True:
         try:
-            async with asyncio.timeout(limits.idle):  # else slow senders would hold every place of a replica
-                chunk = await anext(coming)
+            async with asyncio.timeout(limits.idle):  # else slow clients would occupy the replica
+                chunk = await anext(iterator)
         except StopAsyncIteration:
             break
         except TimeoutError as error:
-            raise RequestError(408, "too-slow", f"nothing of the body came for {limits.idle:g} s") from error
+            raise RequestError(408, "too-slow", f"no part of the body arrived for {limits.idle:g} s") from error
         size += len(chunk)
         if size > limits.body:
-            raise _too_large(limits)
+            raise _body_too_large(limits)
         parts.append(chunk)
     return b"".join(parts)
 
 
-def _too_large(limits: Limits) -> RequestError:
+def _body_too_large(limits: Limits) -> RequestError:
     return RequestError(413, "body-too-large", f"the body is larger than the {limits.body:,} bytes allowed")
 
 
 async def read_images(
     body: bytes, content_type: str, shape: Shape, limits: Limits, plain: Shape | None = None
 ) -> tuple[Pixels, Pixels | None]:
-    """Images of a request.
+    """Read the images of a body.
 
     Args:
-        shape: (H, W, C) that every image must have.
-        plain: likewise for those of the form's field ``plain``; None allows no such field.
+        shape: (H, W, C) of every image.
+        plain: (H, W, C) of the images in the form's field ``plain``; None refuses this field.
 
     Returns:
-        uint8 (N, H, W, C), and as many images of the field ``plain``, if the form has it.
+        uint8 (N, H, W, C), and as many images of the field ``plain`` if the form has it.
 
     Raises:
-        RefusedError: 400, 413, 415 or 422, with a sentence.
+        RequestError: 400, 413, 415 or 422.
     """
-    kind = content_type.partition(";")[0].strip().lower()
-    if kind == PNG:
-        return await _aside(lambda: parse_png(body, "the body", shape)[None], math.prod(shape)), None
-    if kind == NPY:
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type == PNG:
+        return await _maybe_in_thread(lambda: parse_png(body, "the body", shape)[None], math.prod(shape)), None
+    if media_type == NPY:
         return parse_npy(body, "the body", shape, limits), None
-    if kind == MULTIPART:
+    if media_type == MULTIPART:
         shapes = {"image": shape} | ({"plain": plain} if plain is not None else {})
-        return await _multipart(body, content_type, shapes, limits)
-    sent = f"Content-Type {kind[:60]!r} is not read here" if kind else "there is no Content-Type"
+        return await _read_form_images(body, content_type, shapes, limits)
+    reason = f"Content-Type {media_type[:60]!r} is not supported here" if media_type else "there is no Content-Type"
     raise RequestError(
         415,
         "unsupported-type",
-        f"{sent}; allowed are {PNG}, {NPY} and {MULTIPART} (lossy formats destroy what the classifier reads)",
+        f"{reason}; allowed are {PNG}, {NPY} and {MULTIPART} (lossy formats destroy the protected image)",
         {"Accept": f"{PNG}, {NPY}, {MULTIPART}"},
     )
 
 
-async def _multipart(
+async def _read_form_images(
     body: bytes, content_type: str, shapes: dict[str, Shape], limits: Limits
 ) -> tuple[Pixels, Pixels | None]:
+    form = await _parse_form(body, content_type, list(shapes), limits)
+    try:
+        files = await _read_files(form, shapes, limits)
+    finally:
+        await form.close()
+    counts = {name: sum(1 if isinstance(file, bytes) else len(file) for file in files[name]) for name in files}
+    if not counts["image"]:
+        raise RequestError(422, "no-image", "the form holds no file in field 'image'")
+    if counts.get("plain", 0) not in (0, counts["image"]):
+        raise RequestError(
+            422, "wrong-number", f"field 'plain' holds {counts['plain']} images, field 'image' {counts['image']}"
+        )
+    files = {name: contents for name, contents in files.items() if contents}
+
+    def decode_all() -> dict[str, Pixels]:
+        return {name: _decode_files(name, contents, shapes[name]) for name, contents in files.items()}
+
+    num_values = sum(math.prod(shapes[name]) for name in files for file in files[name] if isinstance(file, bytes))
+    images = await _maybe_in_thread(decode_all, num_values)
+    return images["image"], images.get("plain")
+
+
+async def _parse_form(body: bytes, content_type: str, fields: list[str], limits: Limits) -> FormData:
+    """Parse a form; the caller closes it."""
+
     async def stream() -> AsyncGenerator[bytes, None]:
         yield body
 
@@ -105,7 +137,6 @@ async def _multipart(
         raise RequestError(
             400, "bad-form", f"Content-Type {MULTIPART} names no boundary; let your HTTP library write the header"
         )
-    allowed = " and ".join(repr(name) for name in shapes)
     parser = MultiPartParser(
         Headers({"content-type": content_type}), stream(), max_files=2 * limits.images, max_fields=MAX_TEXT_FIELDS,
         max_part_size=limits.body,
@@ -120,84 +151,81 @@ async def _multipart(
         if reason.startswith("Too many fields"):
             raise RequestError(
                 422, "unknown-field", f"the form has more than {MAX_TEXT_FIELDS} text fields; allowed are files in "
-                f"{allowed}",
+                f"{_format_fields(fields)}",
             ) from error  # fmt: skip
         raise RequestError(400, "bad-form", f"the form cannot be read: {reason}") from error
-    # Batches as they are, which takes no decoding; PNG files when it is known that they are not too many.
-    found: dict[str, list[Pixels | bytes]] = {name: [] for name in shapes}
-    counts = dict.fromkeys(shapes, 0)
-    try:
-        if not body.rstrip(b"\r\n").endswith(b"--" + boundary + b"--"):
-            raise RequestError(400, "bad-form", "the form cannot be read: something follows its end, or it has none")
-        for name, value in form.multi_items():
-            if not isinstance(value, UploadFile):
-                raise RequestError(
-                    422, "unknown-field", f"the form has a text field {name[:50]!r}; allowed are files (parts with a "
-                    f"filename) in {allowed}",
-                )  # fmt: skip
-            if name not in found:
-                raise RequestError(
-                    422, "unknown-field", f"the form has a file in field {name[:50]!r}{suggest(name, shapes)}; "
-                    f"allowed are files in {allowed}",
-                )  # fmt: skip
-            where = f"file {len(found[name]) + 1} of field {name!r}"
-            kind = _part_type(value.headers, where)
-            data = await value.read()
-            is_npy = kind == NPY or (kind != PNG and data.startswith(NPY_SIGNATURE))
-            part = parse_npy(data, where, shapes[name], limits, counts[name]) if is_npy else data
-            found[name].append(part)
-            counts[name] += 1 if isinstance(part, bytes) else len(part)
-            if counts[name] > limits.images:
-                raise too_many_images(limits)
-    finally:
+    if not body.rstrip(b"\r\n").endswith(b"--" + boundary + b"--"):
         await form.close()
-    if not counts["image"]:
-        raise RequestError(422, "no-image", "the form holds no file in field 'image'")
-    if counts.get("plain", 0) not in (0, counts["image"]):
-        raise RequestError(
-            422, "wrong-number", f"field 'plain' holds {counts['plain']} images, field 'image' {counts['image']}"
-        )
+        raise RequestError(400, "bad-form", "the form cannot be read: its end is missing, or data follows it")
+    return form
 
-    def images(name: str) -> Pixels:
-        return np.concatenate(
-            [
-                parse_png(part, f"file {number} of field {name!r}", shapes[name])[None]
-                if isinstance(part, bytes)
-                else part
-                for number, part in enumerate(found[name], 1)
-            ]
-        )
 
-    both = [name for name in shapes if counts[name]]
-    values = sum(math.prod(shapes[name]) for name in both for part in found[name] if isinstance(part, bytes))
-    read = await _aside(lambda: {name: images(name) for name in both}, values)
-    return read["image"], read.get("plain")
+async def _read_files(form: FormData, shapes: dict[str, Shape], limits: Limits) -> dict[str, list[Pixels | bytes]]:
+    """Files of each field: NumPy files as arrays, PNG files as bytes, to be decoded once all are counted."""
+    files: dict[str, list[Pixels | bytes]] = {name: [] for name in shapes}
+    counts = dict.fromkeys(shapes, 0)
+    fields = _format_fields(list(shapes))
+    for name, value in form.multi_items():
+        if not isinstance(value, UploadFile):
+            raise RequestError(
+                422, "unknown-field", f"the form has a text field {name[:50]!r}; allowed are files (parts with a "
+                f"filename) in {fields}",
+            )  # fmt: skip
+        if name not in files:
+            raise RequestError(
+                422, "unknown-field", f"the form has a file in field {name[:50]!r}{suggest(name, shapes)}; "
+                f"allowed are files in {fields}",
+            )  # fmt: skip
+        where = f"file {len(files[name]) + 1} of field {name!r}"
+        media_type = _part_type(value.headers, where)
+        data = await value.read()
+        is_npy = media_type == NPY or (media_type != PNG and data.startswith(NPY_SIGNATURE))
+        file = parse_npy(data, where, shapes[name], limits, counts[name]) if is_npy else data
+        files[name].append(file)
+        counts[name] += 1 if isinstance(file, bytes) else len(file)
+        if counts[name] > limits.images:
+            raise too_many_images(limits)
+    return files
+
+
+def _decode_files(field: str, files: list[Pixels | bytes], shape: Shape) -> Pixels:
+    images = [
+        parse_png(file, f"file {number} of field {field!r}", shape)[None] if isinstance(file, bytes) else file
+        for number, file in enumerate(files, 1)
+    ]
+    return np.concatenate(images)
 
 
 def _part_type(headers: Headers, where: str) -> str:
-    """The type that a form's part states, one of ``PART_TYPES``; refuses others, among them forms within the form, and
-    headers with room for more than an image's name."""
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind.startswith("multipart/"):
+    """The media type of a form's part, one of ``PART_TYPES``.
+
+    Nested forms are refused, and so are headers that could hold more than the image's name.
+    """
+    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type.startswith("multipart/"):
         raise RequestError(
-            415, "unsupported-type", f"{where} is {kind[:60]!r}, several parts in one; send each image as a file of "
-            "the form itself",
+            415, "unsupported-type", f"{where} is {media_type[:60]!r}, several parts in one; send each image as a file "
+            "of the form itself",
         )  # fmt: skip
     others = sorted({name.lower() for name in headers.keys()} - {"content-disposition", "content-type"})  # noqa: SIM118
     if others or sum(map(len, headers.values())) > MAX_PART_HEADER:
         extra = f"the header {others[0][:50]!r}" if others else "long headers"
         raise RequestError(
-            422, "metadata", f"{where} has {extra}, which may tell more than its image does; allowed are "
-            "Content-Disposition and Content-Type, short ones",
+            422, "metadata", f"{where} has {extra}, which may reveal more than its image does; allowed are short "
+            "Content-Disposition and Content-Type",
         )  # fmt: skip
-    if kind not in PART_TYPES:
+    if media_type not in PART_TYPES:
         raise RequestError(
-            415, "unsupported-type", f"{where} is {kind[:60]!r}, which is not read here; allowed are {PNG} and {NPY}, "
-            f"or {ANY}, which may be either",
+            415, "unsupported-type", f"{where} is {media_type[:60]!r}, which is not supported here; allowed are {PNG} "
+            f"and {NPY}, or {OCTET_STREAM} for either",
         )  # fmt: skip
-    return kind
+    return media_type
 
 
-async def _aside(function: Callable[[], T], values: int) -> T:
-    """Decode so many values: in a thread where that takes longer than a thread costs, since other requests wait."""
-    return await asyncio.to_thread(function) if values > DECODED_AT_ONCE else function()
+def _format_fields(fields: list[str]) -> str:
+    return " and ".join(map(repr, fields))
+
+
+async def _maybe_in_thread(function: Callable[[], T], num_values: int) -> T:
+    """Run a function that decodes ``num_values``; large work runs in a thread, so that other requests continue."""
+    return await asyncio.to_thread(function) if num_values > MAX_VALUES_INLINE else function()

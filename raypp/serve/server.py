@@ -1,4 +1,4 @@
-"""Running the services: here until interrupted, and what makes a bundle live on a running one."""
+"""Running the services until interrupted, and publishing bundles to running services."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from raypp.client.http import Client
 from raypp.client.session import RemoteError
 from raypp.serve.attack_catalog import load_attacks
 from raypp.serve.auth import Tokens
+from raypp.serve.deployment_config import DeploymentConfig
 from raypp.serve.haproxy import ray_settings
-from raypp.serve.model_store import PublishedModel, current, publishing
+from raypp.serve.model_store import PublishedModel, publishing, resolve_model
 from raypp.utils.errors import BundleError, ConfigError, RayppError, StorageError, first_line, last_line
 from raypp.utils.network import is_loopback
 from raypp.utils.storage import Storage
@@ -37,19 +38,19 @@ ATTACK: dict[str, Any] = {
     "import_path": "raypp.serve.deployments:build_attack",
     "args": {"max_images": 32},
 }
-"""What ``--attack`` adds; in the shipped file the same lines are behind a #."""
+"""The application that ``--attack`` adds; the shipped file has the same lines behind a #."""
+HAPROXY_HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")
+ANSWER_SECONDS = 10.0  # timeout of a service during a publication
 POLL_SECONDS = 0.5
-COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-ANSWER_SECONDS = 10.0  # for which a service that is published to may not answer
+ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def config_template() -> dict[str, Any]:
-    """The shipped ``serve_config.yaml``, from which both a cluster and ``raypp serve`` take what they deploy."""
+    """The shipped ``serve_config.yaml``, the template of all deployments."""
     package = Path(raypp.__file__).parent
-    places = (package / "serve" / CONFIG, package.parent / CONFIG)  # of an installed wheel, of a checkout
-    for place in places:
-        if place.is_file():
-            config: dict[str, Any] = yaml.safe_load(place.read_text())
+    for path in (package / "serve" / CONFIG, package.parent / CONFIG):  # of an installed wheel, of a checkout
+        if path.is_file():
+            config: dict[str, Any] = yaml.safe_load(path.read_text())
             return config
     raise ConfigError(f"{CONFIG} is missing in {package.parent}; install raypp again")
 
@@ -57,20 +58,20 @@ def config_template() -> dict[str, Any]:
 def build_serve_config(
     bundle: str, *, host: str, port: int, tokens: str | None, attack: bool = False
 ) -> dict[str, Any]:
-    """``serve_config.yaml`` for one bundle or shelf.
+    """``serve_config.yaml`` for one bundle or model repository.
 
     Raises:
-        ConfigError: the host can be reached from elsewhere and there are no tokens.
-        RayppError: bundle or token file cannot be used.
+        ConfigError: the port is out of range, or other machines can reach the host and no token file is set.
+        RayppError: the bundle or the token file cannot be used.
     """
     if tokens is None and not is_loopback(host):
         raise ConfigError(
-            f"--host {host} can be reached from elsewhere, so --tokens FILE is needed; raypp token makes one"
+            f"--host {host} can be reached from elsewhere, so --tokens FILE is needed; create one with raypp token"
         )
     if not 0 < port < 2**16:
         raise ConfigError(f"--port is {port}; allowed is 1 to 65535")
-    where = Storage(bundle).uri
-    current(bundle)
+    uri = Storage(bundle).uri
+    resolve_model(bundle)
     if tokens is not None:
         tokens = str(Path(tokens).expanduser().absolute())
         Tokens.read(tokens)
@@ -79,22 +80,23 @@ def build_serve_config(
     if attack:
         config["applications"].append(copy.deepcopy(ATTACK))
     for application in config["applications"]:
-        application["args"] |= {"bundle": where, "tokens": tokens}
+        application["args"] |= {"bundle": uri, "tokens": tokens}
     return config
 
 
 @contextmanager
 def running_server(config: dict[str, Any], *, haproxy: bool = False) -> Iterator[str]:
-    """Run a configuration on this machine's own Ray, or on the cluster in RAY_ADDRESS; gives the services' URL.
+    """Run a configuration on a local Ray, or on the cluster in RAY_ADDRESS; yields the URL.
 
-    With ``haproxy`` Ray's HAProxy takes the requests, see :mod:`raypp.serve.haproxy`.
+    Args:
+        haproxy: HAProxy takes the requests, see :mod:`raypp.serve.haproxy`.
 
     Raises:
-        ConfigError: the port is taken, or Ray does not start; or ``haproxy``, which a cluster's start decides on.
-        RayppError: a service does not start; why.
+        ConfigError: the port is in use, Ray does not start, or ``haproxy`` is not possible here.
+        RayppError: a service does not start.
     """
-    host = config["http_options"]["host"]
-    if haproxy and host not in ("127.0.0.1", "localhost", "0.0.0.0"):
+    host, port = config["http_options"]["host"], config["http_options"]["port"]
+    if haproxy and host not in HAPROXY_HOSTS:
         raise ConfigError(
             f"--haproxy reaches replicas at localhost, where none listens with --host {host}; allowed are 127.0.0.1 "
             "and 0.0.0.0"
@@ -102,67 +104,77 @@ def running_server(config: dict[str, Any], *, haproxy: bool = False) -> Iterator
     from raypp.cluster.session import ray_session
 
     with (
-        contextlib.ExitStack() as ending,  # left last
-        _through_haproxy() if haproxy else contextlib.nullcontext(),
+        contextlib.ExitStack() as last,  # exits after Ray
+        _haproxy_environment() if haproxy else contextlib.nullcontext(),
         ray_session(),
-        _interruptible(),
+        _interrupt_on_sigterm(),
     ):
         from ray import serve
-        from ray.exceptions import RayError
-        from ray.serve.schema import LoggingConfig
 
-        from raypp.serve import deployments
-
-        options = dict(config["http_options"])
-        host, port = options["host"], options["port"]
-        _refuse_taken(host, port)
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        try:
-            serve.start(
-                proxy_location=config["proxy_location"],
-                http_options=options,
-                logging_config=LoggingConfig(**config["logging_config"]),
-            )
-        except RayError as error:
-            reason = COLOURS.sub("", last_line(error))
-            raise RayppError(f"Serve's proxy does not start: {reason}; logs/serve in Ray's folder has why") from error
+        _check_port(host, port)
+        _start_proxy(config)
         try:
             for application in config["applications"]:
-                built = deployments.bind(application["name"], deployments.DeploymentConfig(**application["args"]))
-                try:
-                    serve.run(
-                        built,
-                        name=application["name"],
-                        route_prefix=application["route_prefix"],
-                        logging_config=LoggingConfig(**config["logging_config"]),
-                    )
-                except RuntimeError as error:
-                    said = str(serve.status().applications[application["name"]])
-                    raise RayppError(
-                        f"the service {application['name']} does not start: {_failure_reason(said, error)}"
-                    ) from error
-            reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(str(host), str(host))
-            yield f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
+                _start_application(application, config["logging_config"])
+            reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(str(host), str(host))
+            yield f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
         finally:
-            # Serve ends its controller in the middle of a call, and Ray prints that the call failed.
-            ending.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            # Serve stops its controller during a call, and Ray prints that the call failed.
+            last.enter_context(contextlib.redirect_stdout(io.StringIO()))
             for application in config["applications"]:
                 serve.delete(application["name"])
-            if not serve.status().applications:  # a cluster may serve other things too
+            if not serve.status().applications:  # a cluster may serve other applications
                 serve.shutdown()
 
 
+def _start_proxy(config: dict[str, Any]) -> None:
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.schema import LoggingConfig
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    try:
+        serve.start(
+            proxy_location=config["proxy_location"],
+            http_options=dict(config["http_options"]),
+            logging_config=LoggingConfig(**config["logging_config"]),
+        )
+    except RayError as error:
+        reason = ANSI_COLOR.sub("", last_line(error))
+        raise RayppError(f"Serve's proxy does not start: {reason}; see logs/serve in Ray's folder") from error
+
+
+def _start_application(application: dict[str, Any], logging_config: dict[str, Any]) -> None:
+    from ray import serve
+    from ray.serve.schema import LoggingConfig
+
+    from raypp.serve import deployments
+
+    name = application["name"]
+    bound = deployments.bind(name, DeploymentConfig(**application["args"]))
+    try:
+        serve.run(
+            bound,
+            name=name,
+            route_prefix=application["route_prefix"],
+            logging_config=LoggingConfig(**logging_config),
+        )
+    except RuntimeError as error:
+        reason = _failure_reason(str(serve.status().applications[name]), error)
+        raise RayppError(f"the service {name} does not start: {reason}") from error
+
+
 @contextmanager
-def _through_haproxy() -> Iterator[None]:
-    """Have the Ray that is started next take requests by HAProxy; it reads its environment when it starts."""
+def _haproxy_environment() -> Iterator[None]:
+    """Set the environment that Ray reads at its start, so that HAProxy takes the requests."""
     if os.environ.get("RAY_ADDRESS"):
         raise ConfigError(
-            "--haproxy is for a Ray that this command starts, and RAY_ADDRESS names a cluster: what its `ray start` "
-            "finds in the environment decides (see docs/serve.md)"
+            "--haproxy is for a Ray that this command starts, and RAY_ADDRESS names a cluster; enable HAProxy in the "
+            "environment of the cluster's `ray start` (see docs/serve.md)"
         )
-    with ray_settings() as given:
-        before = {key: os.environ.get(key) for key in given}
-        os.environ.update(given)
+    with ray_settings() as settings:
+        before = {key: os.environ.get(key) for key in settings}
+        os.environ.update(settings)
         try:
             yield
         finally:
@@ -174,8 +186,8 @@ def _through_haproxy() -> Iterator[None]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Make SIGTERM an interrupt: Ray's own handler, in place once Ray runs, ends the process on the spot."""
+def _interrupt_on_sigterm() -> Iterator[None]:
+    """Raise KeyboardInterrupt on SIGTERM; the handler of a running Ray would end the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -195,7 +207,7 @@ def _failure_reason(status: str, error: Exception) -> str:
     return reasons[-1] if reasons else first_line(error)
 
 
-def _refuse_taken(host: str, port: int) -> None:
+def _check_port(host: str, port: int) -> None:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -205,50 +217,60 @@ def _refuse_taken(host: str, port: int) -> None:
 
 
 def publish(
-    bundle: str | Path, shelf: str | Path, *, url: str | None = None, token: str | None = None, patience: float = 120.0
+    bundle: str | Path,
+    repository: str | Path,
+    *,
+    url: str | None = None,
+    token: str | None = None,
+    patience: float = 120.0,
 ) -> PublishedModel:
-    """Make a bundle the live one of a shelf; with the URL of a service that serves it, wait until it has taken over.
+    """Make a bundle the active version of a model repository.
+
+    Args:
+        url: a service of this repository; wait until it has loaded the bundle.
+        token: bearer token for the service.
+        patience: seconds to wait for the service.
 
     Raises:
-        BundleError: it or its attacks do not work, or the service refused it; what was live is live again.
-        RayppError: the shelf cannot be written, or the service does not answer.
+        BundleError: the bundle or its attacks do not work, or the service rejects it; the old version is active again.
+        RayppError: the repository cannot be written, or the service does not answer.
     """
     if url is None:
-        with publishing(bundle, shelf, check=load_attacks) as published:
+        with publishing(bundle, repository, check=load_attacks) as published:
             return published
     with Client(url, token=token, patience=ANSWER_SECONDS) as client:
-        _version(client)  # a service that cannot be asked is no place to publish to
-        with publishing(bundle, shelf, check=load_attacks) as published:
-            _wait_until_active(client, shelf, published, patience)
+        _served_version(client)  # fails before anything changes if the service does not answer
+        with publishing(bundle, repository, check=load_attacks) as published:
+            _wait_until_active(client, repository, published, patience)
             return published
 
 
-def _wait_until_active(client: Client, shelf: str | Path, published: PublishedModel, patience: float) -> None:
-    """Wait until a service serves a version, while its shelf names it."""
+def _wait_until_active(client: Client, repository: str | Path, published: PublishedModel, patience: float) -> None:
+    """Wait until a service uses the published version; fails if another version is published meanwhile."""
     version, end = published.version, time.monotonic() + patience
     while True:
-        with contextlib.suppress(StorageError):  # a store that is away for a moment
-            named = current(shelf).version
+        with contextlib.suppress(StorageError):  # an outage of the storage
+            named = resolve_model(repository).version
             if named != version:
-                raise BundleError(f"somebody has made {named} live in place of {version} meanwhile; it stays live")
+                raise BundleError(f"another publication has replaced {version} by {named}, which stays active")
         with contextlib.suppress(RemoteError):
-            live, rejected = _version(client)
-            if live == version:
+            active, rejected = _served_version(client)
+            if active == version:
                 return
             if rejected.get("version") == version and rejected.get("published") == published.published:
-                raise BundleError(f"the service refused {version}: {rejected['reason']}; the old one stays live")
+                raise BundleError(f"the service rejected {version}: {rejected['reason']}; the old one stays active")
         if time.monotonic() > end:
             raise BundleError(
-                f"the service has not taken over {version} within {patience:g} s; the old one stays live (does it "
-                "serve this shelf?)"
+                f"the service has not loaded {version} within {patience:g} s, so the old one stays active; check that "
+                "the service serves this repository"
             )
         time.sleep(POLL_SECONDS)
 
 
-def _version(client: Client) -> tuple[str, dict[str, str]]:
-    """The version that a service serves, and what it refused to."""
-    about = client.model()
+def _served_version(client: Client) -> tuple[str, dict[str, str]]:
+    """The active version of a service, and the version that it rejected."""
+    info = client.model()
     try:
-        return str(about["version"]), dict(about.get("rejected") or {})
+        return str(info["version"]), dict(info.get("rejected") or {})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RemoteError("the service does not say which bundle it serves; is it a raypp classifier?") from error

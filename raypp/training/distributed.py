@@ -1,13 +1,16 @@
-"""The few collective operations of the loop; all of them do nothing in a single process."""
+"""Collective operations of the trainer; none of them communicates in a single process."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
+
+from raypp.utils.errors import NonRetryableError, RayppError
 
 T = TypeVar("T")
 
@@ -17,7 +20,7 @@ def is_distributed() -> bool:
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the one that writes and shows what all of them did."""
+    """Whether this process writes the results of all workers."""
     return not is_distributed() or dist.get_rank() == 0
 
 
@@ -29,12 +32,25 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 
 def first_error_message(problem: T | None) -> T | None:
-    """Return the first worker's problem that is not None: all workers stop for the same reason, none waits for ever."""
+    """Return the first worker's problem that is not None, so that all workers stop for the same reason."""
     return next((p for p in all_gather_objects(problem) if p is not None), None)
 
 
+def run_on_all_ranks(step: Callable[[], T]) -> T:
+    """Run ``step`` on every worker; if it fails on one, all of them raise the first worker's error."""
+    problem: tuple[str, int] | None = None
+    try:
+        result = step()
+    except RayppError as error:
+        problem = str(error), error.exit_code
+    if (problem := first_error_message(problem)) is not None:
+        message, code = problem
+        raise NonRetryableError(message, exit_code=code)
+    return result
+
+
 def all_gather_objects(value: T) -> list[T]:
-    """What each worker gives, first worker first, for all of them."""
+    """Return every worker's value on every worker, in the order of ranks."""
     if not is_distributed():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -43,7 +59,7 @@ def all_gather_objects(value: T) -> list[T]:
 
 
 def sync_batch_norm_buffers(module: nn.Module) -> None:
-    """Average batch-norm running statistics over workers, each of which saw its own share of every batch."""
+    """Average batch-norm running statistics over workers, which train on different shares of each batch."""
     if not is_distributed():
         return
     buffers = [b for b in module.buffers() if b.is_floating_point()]
@@ -57,21 +73,20 @@ def sync_batch_norm_buffers(module: nn.Module) -> None:
 
 
 class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation over the batch of all workers, on any device (torch's own needs a GPU).
+    """Batch normalization over the batches of all workers, which have equal sizes.
 
-    Expects equal shares on every worker.
+    It works on any device; ``torch.nn.SyncBatchNorm`` needs a GPU.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and is_distributed()):
             return super().forward(x)
         count = x.numel() / x.shape[1] * dist.get_world_size()
-        wide = x if x.dtype == torch.float64 else x.float()
-        others = [dim for dim in range(x.ndim) if dim != 1]
-        sums = torch.stack((wide.sum(dim=others), wide.square().sum(dim=others)))
-        moments: Tensor = all_reduce(sums)
+        values = x if x.dtype == torch.float64 else x.float()
+        dims = [dim for dim in range(x.ndim) if dim != 1]
+        moments: Tensor = all_reduce(torch.stack((values.sum(dim=dims), values.square().sum(dim=dims))))
         mean = moments[0] / count
-        variance = (moments[1] / count - mean.square()).clamp_min(0)  # rounding can carry it below
+        variance = (moments[1] / count - mean.square()).clamp_min(0)  # rounding can make it negative
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.momentum is not None
@@ -80,9 +95,9 @@ class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
         shift = self.bias - mean * scale
-        along = (1, -1, *(1,) * (x.ndim - 2))
-        normalised: Tensor = wide * scale.view(along) + shift.view(along)
-        return normalised.to(x.dtype)
+        shape = (1, -1, *(1,) * (x.ndim - 2))
+        normalized: Tensor = values * scale.view(shape) + shift.view(shape)
+        return normalized.to(x.dtype)
 
 
 class SyncBatchNorm1d(_SyncBatchNorm, nn.BatchNorm1d):
@@ -97,7 +112,7 @@ SYNC_CLASSES = {nn.BatchNorm1d: SyncBatchNorm1d, nn.BatchNorm2d: SyncBatchNorm2d
 
 
 def convert_sync_batchnorm(module: nn.Module) -> None:
-    """Turn every batch norm below ``module`` into its synchronised form, in place: same parameters, same buffers."""
+    """Convert every batch norm in ``module`` in place; parameters and buffers stay the same."""
     for child in module.modules():
-        if (synchronised := SYNC_CLASSES.get(type(child))) is not None:  # type: ignore[arg-type]
-            child.__class__ = synchronised
+        if (sync_class := SYNC_CLASSES.get(type(child))) is not None:  # type: ignore[arg-type]
+            child.__class__ = sync_class

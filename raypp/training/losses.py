@@ -17,5 +17,5 @@ def feature_distance(protected: Tensor, plain: Tensor) -> Tensor:
 
 
 def transformation_loss(classification: Tensor, distance: Tensor, alpha: float) -> Tensor:
-    """Eq. 4: what h_theta minimises; a larger ``alpha`` pushes protected images further from plain ones."""
+    """Eq. 4: the loss of the protection h_theta; a larger ``alpha`` moves protected images further from plain ones."""
     return classification - alpha * distance

@@ -13,9 +13,9 @@ from raypp.training.muon import Muon
 
 
 def learning_rate(train: OptimizationConfig, epochs: int, progress: float) -> float:
-    """The learning rate after ``progress`` epochs (a fraction within an epoch counts) of ``epochs``.
+    """The learning rate after ``progress`` of ``epochs``; ``progress`` includes the fraction of the current epoch.
 
-    A phase of other length than ``train.epochs`` takes the schedule at the same shares of its epochs.
+    A phase whose length is not ``train.epochs`` stretches the schedule to its own length.
     """
     schedule, peak = train.schedule, train.optimizer.lr
     if isinstance(schedule, Constant):
@@ -39,23 +39,21 @@ def build_optimizer(options: Optimizer, parameters: list[Any]) -> torch.optim.Op
 
 
 def autocast(train: OptimizationConfig, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """A context for the forward pass: bf16 where the hardware computes in it, else float32."""
-    wanted = train.precision
-    able = bf16_is_fast(device)
-    enabled = wanted == "bf16" or (wanted == "auto" and able)
+    """A context for the forward pass; precision "auto" is bf16 where the hardware supports it, else float32."""
+    enabled = train.precision == "bf16" or (train.precision == "auto" and bf16_is_fast(device))
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """Whether convolutions gain from bf16: GPUs from Ampere on, CPUs with AVX-512 BF16 or AMX."""
+    """Whether bf16 speeds up convolutions: on GPUs since Ampere, and on CPUs with AVX-512 BF16 or AMX."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def configure_torch(train: OptimizationConfig) -> None:
-    """Make the settings of this process that training depends on."""
+    """Set the determinism of this process."""
     torch.use_deterministic_algorithms(train.deterministic, warn_only=True)
-    # A debugging aid of deterministic mode that would write every new tensor once more.
+    # This debugging aid of deterministic mode writes every new tensor twice.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not train.deterministic

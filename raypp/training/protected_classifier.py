@@ -1,4 +1,4 @@
-"""What one phase of training optimises: a protection and a classifier, with the paper's loss between them."""
+"""The networks of a training phase: a protection and a classifier, trained with the paper's loss."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from raypp.utils.keys import Key
 
 
 def phases(config: Config) -> list[Phase]:
-    """The phases that a mode consists of: a plain classifier comes first where something is built on it."""
-    own = Phase(config.train.mode, config.train.epochs)
+    """The phases of a training mode; a plain classifier comes first where a later phase needs it."""
+    main = Phase(config.train.mode, config.train.epochs)
     needs_plain = config.train.mode == "frozen" or (
         uses_features(config) and FEATURES.get(config.features.name) is PlainClassifierFeatures
     )
-    return [Phase("plain", config.train.plain_epochs or config.train.epochs), own] if needs_plain else [own]
+    return [Phase("plain", config.train.plain_epochs or config.train.epochs), main] if needs_plain else [main]
 
 
 def uses_features(config: Config) -> bool:
@@ -50,16 +50,16 @@ class ProtectedClassifier(TrainableModule):
     """Protection, classifier and feature network of one phase.
 
     Args:
-        protection: maps plain to protected images; trained with the classifier unless it has no parameters.
-        classifier: reads protected images.
-        features: phi_k of Eq. 6, or None where nothing is compared in it.
+        protection: maps plain to protected images; it trains with the classifier unless it has no parameters.
+        classifier: classifies protected images.
+        features: phi_k of Eq. 6, or None without a feature distance.
         alpha: weight of the feature distance.
-        frozen: keep the classifier as it is, in evaluation mode.
-        companion: trained beside the protection, see ``Protection.companion``.
-        protected_already: training images come protected, which only a protection that is not trained allows.
+        frozen: keep the classifier's weights fixed, in evaluation mode.
+        companion: auxiliary networks that train with the protection, see ``Protection.companion``.
+        inputs_are_protected: training images are protected already, so the protection does not train.
     """
 
-    fixed = ("features.",)
+    frozen_prefixes = ("features.",)
 
     def __init__(
         self,
@@ -69,16 +69,11 @@ class ProtectedClassifier(TrainableModule):
         alpha: float,
         frozen: bool,
         companion: nn.Module | None = None,
-        protected_already: bool = False,
+        inputs_are_protected: bool = False,
     ) -> None:
         super().__init__()
-        self.companion = companion
-        self.protection = protection
-        self.classifier = classifier
-        self.features = features
-        self.alpha = alpha
-        self.frozen = frozen
-        self.protected_already = protected_already
+        self.companion, self.protection, self.classifier, self.features = companion, protection, classifier, features
+        self.alpha, self.frozen, self.inputs_are_protected = alpha, frozen, inputs_are_protected
         if frozen:
             classifier.requires_grad_(False)
 
@@ -89,16 +84,16 @@ class ProtectedClassifier(TrainableModule):
         return self
 
     def forward(self, images: Tensor, labels: Tensor, *, round_to_8bit: bool = False) -> ProtectionStepOutput:
-        """Return loss terms for plain images N x C x H x W in [0, 1].
+        """Compute the loss and metrics of plain images N x C x H x W in [0, 1].
 
         Args:
-            round_to_8bit: round protected images as a client's upload is.
+            round_to_8bit: round protected images to 8 bits, as in a client's upload.
         """
-        protected = images if self.training and self.protected_already else self.protection(images)
+        protected = images if self.training and self.inputs_are_protected else self.protection(images)
         if round_to_8bit:
             protected = quantize_8bit(protected)
-        arrived = self.protection.transmitted(protected) if self.training else protected
-        logits = self.classifier(arrived).float()
+        received = self.protection.transmitted(protected) if self.training else protected
+        logits = self.classifier(received).float()
         classification = classification_loss(logits, labels)
         loss, distance = classification, torch.zeros_like(classification)
         if self.features is not None and not (self.companion is not None and self.companion.takes_features):
@@ -106,7 +101,7 @@ class ProtectedClassifier(TrainableModule):
                 target = self.features(images)
             distance = feature_distance(self.features(protected), target)
             loss = transformation_loss(classification, distance, self.alpha)
-        # In validation it has no say: a live adversary's loss cannot be compared from epoch to epoch.
+        # Validation leaves it out: an adversary's loss is not comparable between epochs.
         if self.companion is not None and self.training:
             loss = loss + self.companion(images, protected, self.features, labels)
         if isinstance(self.classifier, AdaptedClassifier) and (penalty := self.classifier.penalty()) is not None:
@@ -125,42 +120,42 @@ def build_protected_classifier(
     plain: StateDict | None = None,
     key: Key | None = None,
 ) -> ProtectedClassifier:
-    """Build the networks of one phase, freshly initialised from ``config.seed``.
+    """Build the networks of one phase, freshly initialized from ``config.seed``.
 
     Args:
         image_size: height and width of the plain images.
-        phi: weights of a feature network that has weights of its own.
-        plain: weights of the classifier from an earlier plain phase.
+        phi: weights of the feature network, where it is not the plain classifier's.
+        plain: weights of the classifier from the plain phase.
         key: the key of a keyed protection.
     """
     torch.manual_seed(config.seed)
     channels = config.data.channels
 
-    def classifier(state: StateDict | None = None, adaptation: str = "none") -> nn.Module:
-        net = build_classifier(
+    def make_classifier(state: StateDict | None = None, adaptation: str = "none") -> nn.Module:
+        network = build_classifier(
             config.classifier, adaptation, num_classes=num_classes, channels=channels, image_size=image_size
         )
         if state is not None:
-            net.load_state_dict(state)
-        return net
+            network.load_state_dict(state)
+        return network
 
     if phase.name == "plain":
         adaptation = config.adaptation_name if config.train.mode == "plain" else "none"
-        psi = classifier(adaptation=adaptation)
-        return ProtectedClassifier(Plain(PlainOptions(), channels=channels), psi, None, 0.0, frozen=False)
+        classifier = make_classifier(adaptation=adaptation)
+        return ProtectedClassifier(Plain(PlainOptions(), channels=channels), classifier, None, 0.0, frozen=False)
     protection: Protection = PROTECTIONS.build(config.protection, channels=channels, key=key)
     frozen = phase.name == "frozen"
-    psi = classifier(plain) if frozen else classifier(adaptation=config.adaptation_name)
+    classifier = make_classifier(plain) if frozen else make_classifier(adaptation=config.adaptation_name)
     features: nn.Module | None = None
     if uses_features(config):
         kind = FEATURES.get(config.features.name)
-        features = kind(classifier(plain)) if kind is PlainClassifierFeatures else kind(phi)
+        features = kind(make_classifier(plain)) if kind is PlainClassifierFeatures else kind(phi)
     return ProtectedClassifier(
         protection,
-        psi,
+        classifier,
         features,
         config.train.alpha,
         frozen,
         protection.companion(num_classes),
-        protected_already=protection.augment == "after",
+        inputs_are_protected=protection.augment == "after",
     )

@@ -1,4 +1,4 @@
-"""Training a protection with its classifier: the data, the task that the loop trains, and what comes of it."""
+"""Training of a protection with its classifier: the data, the task for the trainer, and the result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from raypp.models.perceptual import StateDict, UnavailableWeightsError, VGG16Fea
 from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
 from raypp.training.checkpoint import EpochMetrics
-from raypp.training.distributed import all_reduce_sum
+from raypp.training.distributed import all_reduce_sum, run_on_all_ranks
 from raypp.training.optim import autocast, configure_torch
 from raypp.training.protected_classifier import (
     METRICS,
@@ -30,7 +30,7 @@ from raypp.training.protected_classifier import (
 )
 from raypp.training.reporter import Reporter
 from raypp.training.task import Phase, TrainableModule
-from raypp.training.trainer import Trainer, run_on_all_ranks
+from raypp.training.trainer import Trainer
 from raypp.utils.errors import ConfigError
 from raypp.utils.images import to_uint8
 from raypp.utils.keys import Key
@@ -39,7 +39,7 @@ from raypp.utils.registry import MethodConfig
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What one worker trains on and selects by; images are uint8 (N, H, W, C) on the device."""
+    """Training and validation data of one worker; validation images are uint8 (N, H, W, C) on the device."""
 
     train: BatchLoader
     val: tuple[Tensor, Tensor]
@@ -50,7 +50,7 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training leaves behind: the networks at their lowest validation loss, and how they got there."""
+    """The networks with their lowest validation loss, and the metrics of all epochs."""
 
     system: ProtectedClassifier
     plain: StateDict | None
@@ -60,10 +60,10 @@ class TrainResult:
 
 
 def prepare(config: Config) -> tuple[Config, StateDict | None, str | None]:
-    """Settle the feature network once, before workers start: configuration, its weights, and a warning or None.
+    """Choose the feature network before workers start; return the configuration, its weights, and a warning or None.
 
     Raises:
-        ConfigError: its weights cannot be used, or cannot be had and ``features.fallback`` is "refuse".
+        ConfigError: its weights are invalid, or they are unavailable and ``features.fallback`` is "refuse".
     """
     features = config.features
     if not uses_features(config) or not isinstance(features, VGG16FeatureOptions):
@@ -73,25 +73,22 @@ def prepare(config: Config) -> tuple[Config, StateDict | None, str | None]:
     except UnavailableWeightsError as error:
         if features.fallback == "refuse":
             raise ConfigError(
-                f"VGG-16's ImageNet weights, which the paper's method compares images with, cannot be had: {error}; "
-                "give them as a file with --features.weights FILE, or take a stand-in, which is not the paper's "
-                "method, with --features.fallback allow"
+                f"VGG-16's ImageNet weights, which the paper's method needs, are not available: {error}; pass a file "
+                "with --features.weights FILE, or accept a substitute, which departs from the paper, with "
+                "--features.fallback allow"
             ) from error
     fallback = config.model_copy(update={"features": FEATURES.options("plain_classifier")(name="plain_classifier")})
-    return (
-        fallback,
-        None,
-        (
-            "torchvision's ImageNet VGG-16 weights cannot be had here, so the feature network is the early block of a "
-            "plain classifier: a departure from the paper, whose distances are about a hundredth of VGG-16's: "
-            f"train.alpha {config.train.alpha:g} weighs as {config.train.alpha / 100:g} would with VGG-16, and "
-            "features.layer has no effect (give features.weights a file to avoid it)"
-        ),
+    warning = (
+        "torchvision's ImageNet VGG-16 weights are not available, so the feature network is the early block of a plain "
+        "classifier: a departure from the paper, with distances of about a hundredth of VGG-16's, so train.alpha "
+        f"{config.train.alpha:g} has the effect of {config.train.alpha / 100:g} with VGG-16, and features.layer has no "
+        "effect; set features.weights to a file to avoid it"
     )
+    return fallback, None, warning
 
 
 def check_features(configs: Iterable[Config]) -> None:
-    """Raise ConfigError where training one of ``configs`` would find no feature network; loads each network once."""
+    """Raise ConfigError if one of ``configs`` has no usable feature network; loads each network once."""
     checked: list[MethodConfig] = []
     for config in configs:
         if uses_features(config) and config.features not in checked:
@@ -104,12 +101,12 @@ def load_data(
 ) -> TrainingData:
     """Read the training split into memory, hold out validation images and put both on the device as uint8."""
     if config.data.stream:
-        raise ConfigError("data.stream needs Ray Train; leave out --local, or set data.stream to false")
+        raise ConfigError("data.stream is true, which needs Ray Train; remove --local, or set data.stream to false")
     full = load_split(config, "train")
     check_image_sizes(config, full.images.shape[1], full.images.shape[2])
-    train_at, val_at = stratified_split(full.labels, config.data.num_val, config.seed)
-    train = subsample(full.subset(train_at), config.data.num_train, config.seed, "data.num_train")
-    val = full.subset(val_at)
+    train_indices, val_indices = stratified_split(full.labels, config.data.num_val, config.seed)
+    train = subsample(full.subset(train_indices), config.data.num_train, config.seed, "data.num_train")
+    val = full.subset(val_indices)
     images, labels = to_device(train.images, train.labels, device)
     loader = DeviceLoader(
         images,
@@ -126,19 +123,19 @@ def load_data(
 
 
 def check_image_sizes(config: Config, height: int, width: int) -> None:
-    """Refuse images that a network of the configuration cannot read; raises ConfigError."""
+    """Raise ConfigError if a network of the configuration cannot read images of this size."""
     for kind, name, registry in (
         ("classifier", config.classifier.name, CLASSIFIERS),
         ("protection", config.protection.name, PROTECTIONS),
     ):
-        least = registry.get(name).least_side
-        if min(height, width) < least:
+        min_side = registry.get(name).least_side
+        if min(height, width) < min_side:
             raise ConfigError(
-                f"{kind} {name} needs sides of at least {least} pixels, the images are {height} x {width}; "
+                f"{kind} {name} needs sides of at least {min_side} pixels, the images are {height} x {width}; "
                 "see data.image_size"
             )
-    adaptation, own = config.adaptation_name, PROTECTIONS.get(config.protection.name).adaptation
-    side, padded_to = (ADAPTATIONS.get(name).side if name in ADAPTATIONS else 1 for name in (adaptation, own))
+    adaptation, default = config.adaptation_name, PROTECTIONS.get(config.protection.name).adaptation
+    side, padded_to = (ADAPTATIONS.get(name).side if name in ADAPTATIONS else 1 for name in (adaptation, default))
     if padded_to % side and (height % side or width % side):
         raise ConfigError(
             f"adaptation {adaptation!r} needs sides in multiples of {side} pixels, the images are {height} x "
@@ -147,14 +144,14 @@ def check_image_sizes(config: Config, height: int, width: int) -> None:
 
 
 def check_num_classes(config: Config, num_classes: int) -> None:
-    """Refuse a protection that does not suit so many classes; raises ConfigError."""
+    """Raise ConfigError if the protection does not support this number of classes."""
     problem = PROTECTIONS.get(config.protection.name).unfit(config.protection, num_classes)
     if problem is not None:
         raise ConfigError(problem)
 
 
 def build_pre_transform(config: Config, key: Key | None) -> Callable[[Tensor], Tensor] | None:
-    """For a protection whose images are augmented after it: what a loader applies to uint8 (N, H, W, C), else None."""
+    """Build the protection of uint8 (N, H, W, C) that a loader applies before augmentation; None if it comes after."""
     if PROTECTIONS.get(config.protection.name).augment == "before":
         return None
     protection: Protection = PROTECTIONS.build(config.protection, channels=config.data.channels, key=key)
@@ -169,30 +166,30 @@ def build_pre_transform(config: Config, key: Key | None) -> Callable[[Tensor], T
 def validate(
     system: ProtectedClassifier, images: Tensor, labels: Tensor, config: Config, rank: int, world: int
 ) -> dict[str, float]:
-    """Mean loss terms and accuracy on images after 8-bit rounding, over all workers' shares.
+    """Average the loss and metrics over all workers' images, with protected images rounded to 8 bits.
 
     Args:
-        images: uint8 (N, H, W, C); each worker takes every ``world``-th image, which may be none.
+        images: uint8 (N, H, W, C); each worker takes every ``world``-th image, and may have none.
     """
     system.eval()
     context = autocast(config.train, images.device)
     names = ("loss", *METRICS)
     sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=images.device)
-    mine_images, mine_labels = images[rank::world], labels[rank::world]
-    num_together = inference_batch_size(images, config.train.eval_batch_size)
-    for start in range(0, len(mine_images), num_together):
-        chosen = slice(start, start + num_together)
-        batch, target = to_float_tensor(mine_images[chosen]), mine_labels[chosen]
+    local_images, local_labels = images[rank::world], labels[rank::world]
+    batch_size = inference_batch_size(images, config.train.eval_batch_size)
+    for start in range(0, len(local_images), batch_size):
+        part = slice(start, start + batch_size)
+        batch, target = to_float_tensor(local_images[part]), local_labels[part]
         with context():
-            terms = system(batch, target, round_to_8bit=True)
-        means = torch.stack((terms.loss, *(terms.metrics[name] for name in METRICS), torch.ones_like(terms.loss)))
+            output = system(batch, target, round_to_8bit=True)
+        means = torch.stack((output.loss, *(output.metrics[name] for name in METRICS), torch.ones_like(output.loss)))
         sums += means.double() * len(target)
-    *found, num = all_reduce_sum(sums).tolist()
-    return {f"val_{name}": value / num for name, value in zip(names, found, strict=True)}
+    *totals, num = all_reduce_sum(sums).tolist()
+    return {f"val_{name}": total / num for name, total in zip(names, totals, strict=True)}
 
 
 class ProtectionTask:
-    """A protection and its classifier, in the phases of ``config.train.mode``."""
+    """Trains a protection and its classifier in the phases of ``config.train.mode``."""
 
     train: OptimizationConfig
     divergence_hint = "train.optimizer.lr or train.alpha"
@@ -214,46 +211,46 @@ class ProtectionTask:
         assert isinstance(trainee, ProtectedClassifier)
         return validate(trainee, *self.data.val, self.config, rank, world)
 
-    def end(self, phase: Phase, trainee: TrainableModule) -> None:
+    def on_phase_end(self, phase: Phase, trainee: TrainableModule) -> None:
         assert isinstance(trainee, ProtectedClassifier)
         if phase.name == "plain":
             self.plain = {k: v.cpu() for k, v in trainee.classifier.state_dict().items()}
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"plain": self.plain}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.plain = state["plain"]
 
 
 def fit(
     config: Config,
-    sink: Reporter,
+    reporter: Reporter,
     phi: StateDict | None = None,
     key: Key | None = None,
     load: Callable[[], TrainingData] | None = None,
 ) -> TrainResult:
-    """Train what ``config`` describes, from the sink's newest sound checkpoint if it has one.
+    """Train the networks of ``config``, from the newest intact checkpoint if there is one.
 
     Args:
-        config: a configuration as ``prepare`` returned it.
-        sink: where to report.
-        phi: weights of the feature network, as ``prepare`` returned them.
+        config: a configuration that ``prepare`` returned.
+        reporter: where checkpoints and metrics go.
+        phi: weights of the feature network, from ``prepare``.
         key: the key of a keyed protection.
-        load: gives this worker's training data; by default it is read into memory from ``config.data``.
+        load: loads this worker's training data; by default from ``config.data`` into memory.
 
     Raises:
-        StoppedError: on every worker alike: the data or a checkpoint cannot be used on one of them, or the loss is no
-            longer a number.
-        RayppError: storage fails, or a stream meets a damaged image, on this worker.
+        NonRetryableError: on every worker, if one of them cannot use the data or a checkpoint, or the loss is not
+            finite.
+        RayppError: storage fails, or a streamed image is damaged, on this worker.
     """
     configure_torch(config.train)
-    load = load or (lambda: load_data(config, sink.device, sink.rank, sink.world, key))
+    load = load or (lambda: load_data(config, reporter.device, reporter.rank, reporter.world, key))
     data = run_on_all_ranks(load)
     run_on_all_ranks(lambda: check_num_classes(config, len(data.classes)))
-    # Read once before hours are spent on what could not be measured in the end.
-    run_on_all_ranks(lambda: load_split(config, "test") if sink.rank == 0 else None)
+    # A broken test split raises before training, not after it.
+    run_on_all_ranks(lambda: load_split(config, "test") if reporter.rank == 0 else None)
     task = ProtectionTask(config, data, phi, key)
-    done = Trainer(task, sink).run()
-    assert isinstance(done.trainee, ProtectedClassifier)
-    return TrainResult(done.trainee, task.plain, data, done.history, done.best)
+    outcome = Trainer(task, reporter).train()
+    assert isinstance(outcome.trainee, ProtectedClassifier)
+    return TrainResult(outcome.trainee, task.plain, data, outcome.history, outcome.best)

@@ -1,4 +1,4 @@
-"""Where a training loop reports: the only thing that differs between a plain process, Ray Train and Ray Tune."""
+"""Reporters store checkpoints and show progress, in a plain process, in Ray Train or in Ray Tune."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from raypp.utils.storage import Storage
 
 
 class Reporter(Protocol):
-    """What the loop needs of its surroundings; every worker has one."""
+    """The trainer's interface to its environment; every worker has one."""
 
     rank: int
     world: int
@@ -24,30 +24,30 @@ class Reporter(Protocol):
         """Names of the run's checkpoints, newest first."""
 
     def open(self, name: str) -> Any:
-        """Context manager that gives the checkpoint's folder as a local path."""
+        """Open a checkpoint as a local folder; a context manager."""
 
     def report(self, history: list[EpochMetrics], name: str, checkpoint: Path | None) -> None:
-        """Record an epoch: ``history`` is every row so far. Called on every worker; rank 0 brings the checkpoint."""
+        """Store an epoch on every worker; ``history`` holds all epochs so far, and only rank 0 has a checkpoint."""
 
     def save_mid_epoch(self, name: str, checkpoint: Path) -> None:
-        """Store a checkpoint from within an epoch; called on rank 0."""
+        """Store a checkpoint within an epoch; called on rank 0."""
 
     def should_stop(self) -> bool:
-        """Whether training shall write a checkpoint and end: one worker's yes is enough. Asked about once a second."""
+        """Whether to save a checkpoint and stop; called about once a second, and True on one worker stops all."""
 
     def progress(self, info: EpochMetrics) -> None:
-        """Show where the epoch stands; called on rank 0, at most a few times a second."""
+        """Show the progress of the epoch; called on rank 0, at most a few times a second."""
 
     def warn(self, message: str) -> None:
-        """Tell the user something that does not stop the run; called on rank 0."""
+        """Show a warning; called on rank 0."""
 
 
 class LocalReporter(CheckpointStore):
-    """Reports to a run's folder from this process, or from each process of an initialised process group.
+    """Reports to a run's folder from this process, or from each process of an initialized process group.
 
     Args:
         run: the run's folder.
-        display: shows progress, rank 0's is used, and tells when to stop, any may.
+        display: rank 0's shows progress; every rank's can request a stop.
         device: where to train; by default a GPU if there is one.
     """
 

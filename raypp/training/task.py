@@ -16,7 +16,7 @@ from raypp.utils.errors import TrainingError
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of epochs with its own networks, optimiser and schedule."""
+    """A number of epochs with their own networks, optimizer and schedule."""
 
     name: str
     epochs: int
@@ -24,7 +24,7 @@ class Phase:
 
 @dataclass
 class StepOutput:
-    """What a step gives: the loss to minimise, and what to report beside it; all are means over the batch."""
+    """Output of a training step: the loss, and metrics to log, averaged over the batch."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -32,76 +32,77 @@ class StepOutput:
 
 @dataclass
 class EpochState:
-    """What an epoch has come to: of one worker, or, in a checkpoint, of all of them together."""
+    """Progress within an epoch: of one worker, or in a checkpoint of all workers together."""
 
     step: int
-    """Steps done, of each worker."""
+    """Steps done by each worker."""
     names: list[str]
     sums: Tensor
-    """Of each term over images."""
+    """Sum of the loss and each metric over images."""
     images: int
     seconds: float
 
 
 class TrainableModule(nn.Module):
-    """The networks of one phase; ``forward(images, labels)`` gives :class:`Terms`."""
+    """The networks of a phase; ``forward(images, labels)`` returns a :class:`StepOutput`."""
 
-    fixed: tuple[str, ...] = ()
-    """Prefixes of weights that come from elsewhere and are not stored."""
+    frozen_prefixes: tuple[str, ...] = ()
+    """Prefixes of weights that do not train and are not stored in checkpoints."""
 
     def trainable_state_dict(self) -> StateDict:
-        """Weights of all that is trained."""
-        return {k: v for k, v in self.state_dict().items() if not k.startswith(self.fixed or ("\0",))}
+        return {k: v for k, v in self.state_dict().items() if not k.startswith(self.frozen_prefixes)}
 
     def load_trainable_state_dict(self, state: StateDict) -> None:
-        other = TrainingError("checkpoint holds weights of other networks than the configuration describes")
+        mismatch = TrainingError("checkpoint holds weights of other networks than the configuration describes")
         try:
             missing, unexpected = self.load_state_dict(state, strict=False)
-        except RuntimeError as error:  # a shape is another one
-            raise other from error
-        if unexpected or any(not key.startswith(self.fixed or ("\0",)) for key in missing):
-            raise other
+        except RuntimeError as error:  # a shape differs
+            raise mismatch from error
+        if unexpected or any(not key.startswith(self.frozen_prefixes) for key in missing):
+            raise mismatch
 
-    def groups(self) -> list[dict[str, Any]]:
-        """What is trained: ``params``, and by which ``factor`` of the learning rate."""
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups of the optimizer: ``params``, and ``factor``, which scales the learning rate."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "factor": 1.0}]
 
     def on_after_optimizer_step(self) -> None:
-        """Called after every step of the optimiser."""
+        """Called after every step of the optimizer."""
 
 
 class Task(Protocol):
-    """What a loop trains, and how it is judged."""
+    """The networks, data and validation of a training run."""
 
     seed: int
     train: OptimizationConfig
     phases: list[Phase]
     batches: BatchLoader
     fingerprint: str
-    """Of the data: a checkpoint is taken up only with the same."""
+    """Hash of the data; a checkpoint loads only with the same data."""
     divergence_hint: str
-    """Settings to make smaller when training diverges."""
+    """Names of the settings to reduce when training diverges, for the error message."""
 
     def build(self, phase: Phase) -> TrainableModule:
-        """The networks of a phase, freshly initialised from the seed."""
+        """Build the networks of a phase, initialized from the seed."""
 
     def validate(self, trainee: TrainableModule, rank: int, world: int) -> EpochMetrics:
-        """Numbers after an epoch, over all workers. The networks with the lowest ``val_loss`` are kept; where a task
-        gives none, the last."""
+        """Compute metrics after an epoch, over all workers.
 
-    def end(self, phase: Phase, trainee: TrainableModule) -> None:
-        """A phase is over; ``trainee`` has the weights that were kept."""
+        Training ends with the weights of the lowest ``val_loss``, or without that metric with the last ones.
+        """
 
-    def state(self) -> dict[str, Any]:
-        """What later phases need of earlier ones, for a checkpoint."""
+    def on_phase_end(self, phase: Phase, trainee: TrainableModule) -> None:
+        """Called at the end of a phase; ``trainee`` has the weights of the best epoch."""
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take up what ``state`` gave."""
+    def state_dict(self) -> dict[str, Any]:
+        """Results of earlier phases that later ones need, for a checkpoint."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned."""
 
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """What a loop leaves behind: the networks at their lowest validation loss, and how they got there."""
+    """The networks with their lowest validation loss, and the metrics of all epochs."""
 
     trainee: TrainableModule
     history: list[EpochMetrics]

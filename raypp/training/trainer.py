@@ -1,5 +1,6 @@
-"""The one training loop: for protections with their classifiers and for attack networks, on one worker or many, with or
-without Ray. A :class:`Task` says what is trained; a sink says where it is reported.
+"""The training loop for protections and attack networks, on one worker or many, with or without Ray.
+
+A :class:`Task` defines the training; a :class:`Reporter` stores checkpoints and shows progress.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,41 +26,30 @@ from raypp.training.distributed import (
     all_gather_objects,
     all_reduce_sum,
     convert_sync_batchnorm,
-    first_error_message,
     is_distributed,
+    run_on_all_ranks,
     sync_batch_norm_buffers,
 )
 from raypp.training.optim import autocast, build_optimizer, learning_rate
 from raypp.training.reporter import Reporter
 from raypp.training.task import EpochState, Phase, StepOutput, Task, TrainingOutcome
 from raypp.training.threads import AdaptiveThreads
-from raypp.utils.errors import DataError, NonRetryableError, RayppError, TrainingError, TrainingInterrupted
+from raypp.utils.errors import DataError, NonRetryableError, TrainingError, TrainingInterrupted
 
 PROGRESS_SECONDS = 0.25
-CHECK_STEPS, CHECK_SECONDS = 50, 1.0  # how often, at least, workers agree on how to go on: it waits for the device
-
-
-T = TypeVar("T")
-
-
-def run_on_all_ranks(step: Callable[[], T]) -> T:
-    """Take a step on every worker; if it fails on one, all stop with the first one's reason and none waits for ever."""
-    problem: tuple[str, int] | None = None
-    try:
-        done = step()
-    except RayppError as error:
-        problem = str(error), error.exit_code
-    if (problem := first_error_message(problem)) is not None:
-        message, code = problem
-        raise NonRetryableError(message, exit_code=code)
-    return done
+CHECK_STEPS, CHECK_SECONDS = 50, 1.0  # longest interval between two syncs of the workers; each waits for the device
 
 
 class Trainer:
-    """The state of one run: which phase and epoch it is in, the networks, the best of them so far."""
+    """Trains the phases of a task, one after the other.
 
-    def __init__(self, task: Task, sink: Reporter) -> None:
-        self.task, self.sink = task, sink
+    Args:
+        task: the networks, batches, settings and validation.
+        reporter: where checkpoints and metrics go; it also holds rank, world size and device.
+    """
+
+    def __init__(self, task: Task, reporter: Reporter) -> None:
+        self.task, self.reporter = task, reporter
         self.phases = task.phases
         self.history: list[EpochMetrics] = []
         self.best_state: StateDict = {}
@@ -68,232 +58,252 @@ class Trainer:
         self.last_progress = 0.0
         self.saved_at = time.monotonic()
         self.threads = AdaptiveThreads(enabled=False)
-        self.look_in = 1  # steps until workers agree again on how to go on
+        self.steps_until_sync = 1
 
-    def run(self) -> TrainingOutcome:
-        """Train from the sink's newest sound checkpoint, if it has one, to the end of the last phase."""
-        with AdaptiveThreads(self.task.train.adapt_threads and self.sink.device.type == "cpu") as self.threads:
-            return self.run_from(*run_on_all_ranks(self.restore))
-
-    def run_from(self, at_phase: int, at_epoch: int, resumed: dict[str, Any] | None) -> TrainingOutcome:
-        for index in range(at_phase, len(self.phases)):
-            phase = self.phases[index]
-            self.enter(phase, resumed if index == at_phase else None)
-            for epoch in range(at_epoch if index == at_phase else 0, phase.epochs):
-                part, resumed = (resumed or {}).get("part"), None
-                row = self.train_epoch(index, epoch, EpochState(**part) if part is not None else None)
-                row |= self.task.validate(self.trainee, self.sink.rank, self.sink.world)
-                loss, least = row.get("val_loss"), self.best.get("val_loss")
-                if loss is not None and not math.isfinite(loss):
-                    raise self.diverged(row["step"], row["lr"])
-                # "<=": of equal losses the later wins, as in the authors' released code.
-                row["best"] = loss is None or least is None or loss <= least
-                self.history.append(row)
-                if row["best"]:
-                    self.best = row
-                    self.best_state = {
-                        k: v.detach().cpu().clone() for k, v in self.trainee.trainable_state_dict().items()
-                    }
-                self.report(index, epoch)
-                if epoch + 1 < phase.epochs or index + 1 < len(self.phases):
-                    self.raise_if_stop_requested(any(all_gather_objects(self.sink.should_stop())))
-            self.trainee.load_trainable_state_dict(self.best_state)
-            self.task.end(phase, self.trainee)
+    def train(self) -> TrainingOutcome:
+        """Train from the newest intact checkpoint, if there is one, to the end of the last phase."""
+        with AdaptiveThreads(self.task.train.adapt_threads and self.reporter.device.type == "cpu") as self.threads:
+            first_phase, first_epoch, state = run_on_all_ranks(self.load_checkpoint)
+            for index in range(first_phase, len(self.phases)):
+                self.train_phase(index, first_epoch, state)
+                first_epoch, state = 0, None
         self.trainee.eval()
         return TrainingOutcome(self.trainee, self.history, self.best)
 
-    def enter(self, phase: Phase, resumed: dict[str, Any] | None) -> None:
-        """Build a phase's networks and optimiser, or take them over from a checkpoint."""
-        device = self.sink.device
+    def train_phase(self, index: int, first_epoch: int, state: dict[str, Any] | None) -> None:
+        """Train a phase from ``first_epoch`` on, and load the weights of its best epoch at the end."""
+        phase = self.phases[index]
+        self.setup_phase(phase, state)
+        part = (state or {}).get("part")
+        partial = EpochState(**part) if part is not None else None
+        for epoch in range(first_epoch, phase.epochs):
+            metrics = self.train_epoch(index, epoch, partial)
+            metrics |= self.task.validate(self.trainee, self.reporter.rank, self.reporter.world)
+            self._update_best(metrics)
+            self.save_checkpoint()
+            if epoch + 1 < phase.epochs or index + 1 < len(self.phases):
+                self.raise_if_stop_requested(any(all_gather_objects(self.reporter.should_stop())))
+            partial = None
+        self.trainee.load_trainable_state_dict(self.best_state)
+        self.task.on_phase_end(phase, self.trainee)
+
+    def setup_phase(self, phase: Phase, state: dict[str, Any] | None = None) -> None:
+        """Build a phase's networks and optimizer, and load their state from a checkpoint."""
+        train, device = self.task.train, self.reporter.device
         self.trainee = self.task.build(phase).to(device)
-        if self.task.train.sync_batchnorm:
+        if train.sync_batchnorm:
             convert_sync_batchnorm(self.trainee)
-        if self.task.train.channels_last:
+        if train.channels_last:
             self.trainee.to(memory_format=torch.channels_last)
-        self.optimizer = build_optimizer(self.task.train.optimizer, self.trainee.groups())
+        self.optimizer = build_optimizer(train.optimizer, self.trainee.param_groups())
         self.best, self.best_state = {}, {}
-        if resumed is not None:
-            self.trainee.load_trainable_state_dict(resumed["system"])
-            self.optimizer.load_state_dict(resumed["optimizer"])
-            self.best, self.best_state = resumed["best"], resumed["best_state"]
+        if state is not None:
+            self.trainee.load_trainable_state_dict(state["system"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.best, self.best_state = state["best"], state["best_state"]
+        self.autocast = autocast(train, device)
         self.forward: Callable[..., StepOutput] = self.trainee
         if is_distributed():
             # Running statistics are averaged once an epoch instead: training never reads them.
             self.forward = DistributedDataParallel(
                 self.trainee, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
             )
-        if self.task.train.compile:
+        if train.compile:
             self.forward = torch.compile(self.forward)
 
-    def train_epoch(self, index: int, epoch: int, part: EpochState | None) -> EpochMetrics:
-        """Take one pass over the training batches, or the rest of one; return its row of metrics, means over workers.
+    def train_epoch(self, phase_index: int, epoch: int, partial: EpochState | None = None) -> EpochMetrics:
+        """Train one epoch, or the rest of a partial one; return its metrics, averaged over all workers' images.
 
         Raises:
-            ToldToStop: on every worker, after a checkpoint.
+            TrainingInterrupted: on every worker, after a checkpoint.
         """
-        train, loader, device = self.task.train, self.task.batches, self.sink.device
-        phase, overall = self.phases[index], self.epochs_before(self.phases[index]) + epoch
-        context = autocast(train, device)
+        self.phase_index, self.epoch = phase_index, epoch
         self.trainee.train()
-        now = EpochState(0, [], torch.zeros(1, dtype=torch.float64, device=device), 0, 0.0)
-        if part is not None:
-            now.step, now.seconds = part.step, part.seconds
-            if self.sink.rank == 0:  # what all have done so far is the first one's from here on
-                now.names, now.sums, now.images = part.names, part.sums.to(device), part.images
-        bad_step = torch.tensor(-1, device=device)
-        first, before, seen, began, lr = now.step, now.seconds, 0, time.monotonic(), 0.0
-        for step, (images, labels) in enumerate(loader.epoch(overall, first), first):
-            # What networks draw, such as dropout: the same after a resume, another on each worker.
-            torch.manual_seed(make_generator(self.task.seed, overall, step, self.sink.rank, 0).initial_seed())
-            lr = learning_rate(train, phase.epochs, epoch + min((step + 0.5) / loader.num_batches, 1.0))
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr * group["factor"]
-            self.optimizer.zero_grad(set_to_none=True)
-            with context():
-                terms = self.forward(images, labels)
-            terms.loss.backward()
-            self.optimizer.step()
-            self.trainee.on_after_optimizer_step()
-            with torch.no_grad():
-                loss = terms.loss.detach()
-                now.names = ["loss", *terms.metrics]
-                means = torch.stack([loss, *(m.detach() for m in terms.metrics.values())]).double()
-                now.sums = now.sums + len(labels) * means
-                bad_step = torch.where((bad_step < 0) & ~loss.isfinite(), step, bad_step)
-            self.threads.update()
-            seen += len(labels)
-            now.step, now.images = step + 1, now.images + len(labels)
-            now.seconds = before + time.monotonic() - began
-            self.look_in -= 1
-            if self.look_in <= 0:
-                save, stop = self.look(bad_step, phase, epoch, (now.step - first) / (now.seconds - before))
-                if (save or stop) and now.step < loader.num_batches:
-                    self.save_mid_epoch_checkpoint(index, epoch, now)
+        self._start_epoch(partial)
+        loader, first_step = self.task.batches, self.first_step
+        epochs_done = self._epochs_before(phase_index) + epoch
+        for step, (images, labels) in enumerate(loader.epoch(epochs_done, first_step), first_step):
+            # Random operations, such as dropout, repeat after a resume and differ between workers.
+            torch.manual_seed(make_generator(self.task.seed, epochs_done, step, self.reporter.rank, 0).initial_seed())
+            self.train_step(step, images, labels)
+            self.steps_until_sync -= 1
+            if self.steps_until_sync <= 0:
+                save, stop = self.sync_workers()
+                if (save or stop) and self.state.step < loader.num_batches:
+                    self.save_mid_epoch_checkpoint()
                     self.raise_if_stop_requested(stop)
-            self.show(phase, epoch, seen / (now.seconds - before), now)
-        if not seen:
+            self.log_progress()
+        if not self.images_seen:
             raise TrainingError("a worker's share of the training images is less than one batch; see train.batch_size")
-        self.look(bad_step, phase, epoch, (now.step - first) / (now.seconds - before))
+        self.sync_workers()
         sync_batch_norm_buffers(self.trainee)
-        seconds = before + time.monotonic() - began
-        num_images = all_reduce_sum(torch.tensor(float(now.images), dtype=torch.float64, device=device)).item()
-        found = dict(zip(now.names, (all_reduce_sum(now.sums) / num_images).tolist(), strict=True))
+        return self._epoch_metrics()
+
+    def _start_epoch(self, partial: EpochState | None) -> None:
+        device = self.reporter.device
+        self.state = EpochState(0, [], torch.zeros(1, dtype=torch.float64, device=device), 0, 0.0)
+        if partial is not None:
+            self.state.step, self.state.seconds = partial.step, partial.seconds
+            if self.reporter.rank == 0:  # the checkpoint holds the sums over all workers; rank 0 continues them
+                self.state.names, self.state.images = partial.names, partial.images
+                self.state.sums = partial.sums.to(device)
+        self.bad_step = torch.tensor(-1, device=device)
+        self.first_step, self.seconds_before = self.state.step, self.state.seconds
+        self.images_seen, self.lr, self.epoch_start = 0, 0.0, time.monotonic()
+
+    def train_step(self, step: int, images: Tensor, labels: Tensor) -> None:
+        """Update the weights with one batch, and add its loss and metrics to the epoch's sums."""
+        self.lr = self._learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * group["factor"]
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast():
+            output = self.forward(images, labels)
+        output.loss.backward()
+        self.optimizer.step()
+        self.trainee.on_after_optimizer_step()
+        self.threads.update()
+        self._add_to_epoch(step, output, len(labels))
+
+    @torch.no_grad()
+    def _add_to_epoch(self, step: int, output: StepOutput, num_images: int) -> None:
+        loss, state = output.loss.detach(), self.state
+        means = torch.stack([loss, *(metric.detach() for metric in output.metrics.values())]).double()
+        state.names = ["loss", *output.metrics]
+        state.sums = state.sums + num_images * means
+        self.bad_step = torch.where((self.bad_step < 0) & ~loss.isfinite(), step, self.bad_step)
+        self.images_seen += num_images
+        state.step, state.images = step + 1, state.images + num_images
+        state.seconds = self._epoch_seconds()
+
+    def _epoch_seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.epoch_start
+
+    def _epoch_metrics(self) -> EpochMetrics:
+        state, phase, seconds = self.state, self.phases[self.phase_index], self._epoch_seconds()
+        num_images = self._sum_over_workers(state.images)
+        means = (all_reduce_sum(state.sums) / num_images).tolist()
         return {
             "phase": phase.name,
-            "epoch": epoch + 1,
+            "epoch": self.epoch + 1,
             "epochs": phase.epochs,
-            "step": self.steps_before(phase) + (epoch + 1) * loader.num_batches,
-            "lr": lr,
-            **{f"train_{name}": mean for name, mean in found.items()},
+            "step": self._global_step(self.task.batches.num_batches),
+            "lr": self.lr,
+            **{f"train_{name}": mean for name, mean in zip(state.names, means, strict=True)},
             "images_per_s": num_images / seconds,
             "seconds": round(seconds, 3),
-            "world": self.sink.world,
+            "world": self.reporter.world,
         }
 
-    def epochs_before(self, phase: Phase) -> int:
-        return sum(p.epochs for p in self.phases[: self.phases.index(phase)])
+    def _update_best(self, metrics: EpochMetrics) -> None:
+        """Add an epoch to the history, and keep its weights if its validation loss is the lowest so far."""
+        loss, lowest = metrics.get("val_loss"), self.best.get("val_loss")
+        if loss is not None and not math.isfinite(loss):
+            raise self._divergence_error(metrics["step"], metrics["lr"])
+        metrics["best"] = loss is None or lowest is None or loss <= lowest  # a tie takes the later, as the authors do
+        self.history.append(metrics)
+        if metrics["best"]:
+            self.best = metrics
+            self.best_state = {k: v.detach().cpu().clone() for k, v in self.trainee.trainable_state_dict().items()}
 
-    def steps_before(self, phase: Phase) -> int:
-        return self.epochs_before(phase) * self.task.batches.num_batches
-
-    def look(self, bad_step: Tensor, phase: Phase, epoch: int, steps_per_s: float) -> tuple[bool, bool]:
-        """Agree with all workers on whether a checkpoint is due and whether to stop, and on when to look again.
+    def sync_workers(self) -> tuple[bool, bool]:
+        """Gather all workers' status, set the steps until the next sync, and return whether to save and to stop.
 
         Raises:
-            StoppedError: on every worker, when any of them met a loss that is not a number.
+            NonRetryableError: on every worker, if the loss is not finite on one of them.
         """
-        due = self.task.train.checkpoint_seconds
-        save = due is not None and time.monotonic() - self.saved_at >= due
+        max_seconds = self.task.train.checkpoint_seconds
+        save = max_seconds is not None and time.monotonic() - self.saved_at >= max_seconds
+        steps_per_s = (self.state.step - self.first_step) / (self.state.seconds - self.seconds_before)
         steps = max(1, min(CHECK_STEPS, int(CHECK_SECONDS * steps_per_s)))
-        found = all_gather_objects((int(bad_step), self.sink.should_stop(), save, steps))
-        bad = next((step for step, *_ in found if step >= 0), None)
-        if bad is not None:
-            batches = self.task.batches.num_batches
-            rate = learning_rate(self.task.train, phase.epochs, epoch + min((bad + 0.5) / batches, 1.0))
-            raise self.diverged(self.steps_before(phase) + epoch * batches + bad, rate)
-        _, _, save, self.look_in = found[0]  # the first worker's clock is everybody's
-        return save, any(stop for _, stop, *_ in found)
+        statuses = all_gather_objects((int(self.bad_step), self.reporter.should_stop(), save, steps))
+        bad_step = next((step for step, *_ in statuses if step >= 0), None)
+        if bad_step is not None:
+            raise self._divergence_error(self._global_step(bad_step), self._learning_rate(bad_step))
+        _, _, save, self.steps_until_sync = statuses[0]  # the first worker's clock decides for all
+        return save, any(stop for _, stop, *_ in statuses)
 
     def raise_if_stop_requested(self, stop: bool) -> None:
         if stop:
-            raise TrainingInterrupted(f"stopped after checkpoint {self.newest}, as told; --resume goes on from it")
+            raise TrainingInterrupted(f"training stopped after checkpoint {self.newest}; continue with --resume")
 
-    def diverged(self, step: int, lr: float) -> NonRetryableError:
+    def _divergence_error(self, step: int, lr: float) -> NonRetryableError:
         return NonRetryableError(
             f"the loss is not a finite number at step {step} with learning rate {lr:.4g}; last good checkpoint: "
             f"{self.newest}; try a smaller {self.task.divergence_hint}"
         )
 
-    def show(self, phase: Phase, epoch: int, images_per_s: float, part: EpochState) -> None:
+    def log_progress(self) -> None:
+        """Report the state of the epoch on rank 0, at most every PROGRESS_SECONDS."""
         now = time.monotonic()
-        if self.sink.rank or now - self.last_progress < PROGRESS_SECONDS:
+        if self.reporter.rank or now - self.last_progress < PROGRESS_SECONDS:
             return
         self.last_progress = now
-        batches = self.task.batches.num_batches
-        self.sink.progress(
+        state, phase = self.state, self.phases[self.phase_index]
+        self.reporter.progress(
             {
                 "phase": phase.name,
-                "epoch": epoch + 1,
+                "epoch": self.epoch + 1,
                 "epochs": phase.epochs,
-                "steps_done": self.steps_before(phase) + epoch * batches + part.step,
-                "steps_total": sum(p.epochs for p in self.phases) * batches,
-                "images_per_s": images_per_s * self.sink.world,
-                **dict(zip(part.names, (part.sums / part.images).tolist(), strict=True)),
+                "steps_done": self._global_step(state.step),
+                "steps_total": self._epochs_before(len(self.phases)) * self.task.batches.num_batches,
+                "images_per_s": self.images_seen / (state.seconds - self.seconds_before) * self.reporter.world,
+                **dict(zip(state.names, (state.sums / state.images).tolist(), strict=True)),
             }
         )
 
-    def report(self, index: int, epoch: int) -> None:
-        """Store an epoch, with a checkpoint."""
+    def save_checkpoint(self) -> None:
+        """Store a finished epoch with a checkpoint."""
         name = checkpoint_name(len(self.history))
-        if self.sink.rank:
-            self.sink.report(self.history, name, None)
+        if self.reporter.rank:
+            self.reporter.report(self.history, name, None)
         else:
-            with self.written(index, epoch + 1) as folder:
-                self.sink.report(self.history, name, folder)
+            with self._write_checkpoint(self.epoch + 1) as folder:
+                self.reporter.report(self.history, name, folder)
         self.newest, self.saved_at = name, time.monotonic()
 
-    def save_mid_epoch_checkpoint(self, index: int, epoch: int, part: EpochState) -> None:
-        """Store a checkpoint from within an epoch, if the last step left nothing that is no number."""
-        sync_batch_norm_buffers(self.trainee)  # once more at the epoch's end: means of moving means are the same
+    def save_mid_epoch_checkpoint(self) -> None:
+        """Store a checkpoint within an epoch, unless the last step left weights that are not finite."""
+        sync_batch_norm_buffers(self.trainee)  # averaging once more at the epoch's end gives the same means
         if not all(bool(value.isfinite().all()) for value in self.trainee.trainable_state_dict().values()):
-            return  # all workers have the same values; the next loss will tell
-        name = checkpoint_name(len(self.history), part.step / self.task.batches.num_batches)
-        images = int(all_reduce_sum(torch.tensor(float(part.images), dtype=torch.float64, device=self.sink.device)))
-        whole = dataclasses.replace(part, sums=all_reduce_sum(part.sums.clone()), images=images)
-        if self.sink.rank == 0:
-            with self.written(index, epoch, whole) as folder:
-                self.sink.save_mid_epoch(name, folder)
+            return  # all workers have the same values; the next loss raises the error
+        name = checkpoint_name(len(self.history), self.state.step / self.task.batches.num_batches)
+        images = int(self._sum_over_workers(self.state.images))
+        total = dataclasses.replace(self.state, sums=all_reduce_sum(self.state.sums.clone()), images=images)
+        if self.reporter.rank == 0:
+            with self._write_checkpoint(self.epoch, total) as folder:
+                self.reporter.save_mid_epoch(name, folder)
         self.newest, self.saved_at = name, time.monotonic()
 
     @contextmanager
-    def written(self, index: int, epochs: int, part: EpochState | None = None) -> Iterator[Path]:
-        """A checkpoint in a folder of its own, after so many epochs of a phase and a part of the next."""
+    def _write_checkpoint(self, epochs: int, partial: EpochState | None = None) -> Iterator[Path]:
+        """Write a checkpoint to a temporary folder, after ``epochs`` of the phase and part of the next."""
         state = {
-            "phase": index,
+            "phase": self.phase_index,
             "epoch": epochs,
-            "part": vars(part) if part is not None else None,
+            "part": vars(partial) if partial is not None else None,
             "batches": self.task.batches.num_batches,
             "system": self.trainee.trainable_state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "best": self.best,
             "best_state": self.best_state,
-            "task": self.task.state(),
+            "task": self.task.state_dict(),
             "fingerprint": self.task.fingerprint,
         }
         with tempfile.TemporaryDirectory(prefix="raypp-") as folder:
             checkpoint.save(Path(folder), state, self.history)
             yield Path(folder)
 
-    def restore(self) -> tuple[int, int, dict[str, Any] | None]:
-        """Take up the newest sound checkpoint: phase index, epochs done in it, and its state (None to begin afresh)."""
-        names = self.sink.checkpoints()
+    def load_checkpoint(self) -> tuple[int, int, dict[str, Any] | None]:
+        """Load the newest intact checkpoint: phase index, epochs done in that phase, and state; 0, 0, None without."""
+        names = self.reporter.checkpoints()
         for name in names:
             try:
-                with self.sink.open(name) as folder:
+                with self.reporter.open(name) as folder:
                     state, history = checkpoint.load(folder)
             except TrainingError as error:
-                if self.sink.rank == 0:
-                    self.sink.warn(f"{error}; going back to the one before")
+                if self.reporter.rank == 0:
+                    self.reporter.warn(f"{error}; going back to the one before")
                 continue
             if state["fingerprint"] != self.task.fingerprint:
                 raise DataError(
@@ -301,11 +311,26 @@ class Trainer:
                     "restore the data or start a run with another name"
                 )
             self.history, self.newest = history, name
-            self.task.restore(state["task"])
-            part, batches = state.get("part"), self.task.batches.num_batches
-            if part is not None and state["batches"] != batches:  # another number of workers, which split otherwise
-                part["step"] = min(part["step"] * batches // state["batches"], batches - 1)
+            self.task.load_state_dict(state["task"])
+            partial, batches = state.get("part"), self.task.batches.num_batches
+            if partial is not None and state["batches"] != batches:  # another number of workers splits otherwise
+                partial["step"] = min(partial["step"] * batches // state["batches"], batches - 1)
             return state["phase"], state["epoch"], state
         if names:
             raise TrainingError(f"all checkpoints of this run are damaged: {', '.join(names)}")
         return 0, 0, None
+
+    def _learning_rate(self, step: int) -> float:
+        """The learning rate in the middle of a step of the current epoch."""
+        progress = self.epoch + min((step + 0.5) / self.task.batches.num_batches, 1.0)
+        return learning_rate(self.task.train, self.phases[self.phase_index].epochs, progress)
+
+    def _global_step(self, step: int) -> int:
+        """Steps of all phases before and including ``step`` steps of the current epoch."""
+        return (self._epochs_before(self.phase_index) + self.epoch) * self.task.batches.num_batches + step
+
+    def _epochs_before(self, phase_index: int) -> int:
+        return sum(phase.epochs for phase in self.phases[:phase_index])
+
+    def _sum_over_workers(self, value: int) -> float:
+        return all_reduce_sum(torch.tensor(float(value), dtype=torch.float64, device=self.reporter.device)).item()

@@ -1,4 +1,4 @@
-"""YAML and JSON as every file of raypp is read: no key twice, and nothing that grows without end."""
+"""Read YAML and JSON; duplicate keys and YAML aliases that expand without bound are errors."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from typing import Any
 
 import yaml
 
-MAX_NODES = 100_000  # of a document with its aliases written out
-TIMESTAMP, MERGE, TEXT = (f"tag:yaml.org,2002:{name}" for name in ("timestamp", "merge", "str"))
-
-
-NUMBERS = tuple(f"tag:yaml.org,2002:{name}" for name in ("int", "float"))
-DECIMAL = r"(?![-+]?0[0-9_])(?!.*:)"  # begins the pattern of a number: no octal one, none of base 60
+MAX_NODES = 100_000  # of a document with expanded aliases
+TIMESTAMP, MERGE, TEXT, INTEGER, FLOAT = (
+    f"tag:yaml.org,2002:{name}" for name in ("timestamp", "merge", "str", "int", "float")
+)
+DECIMAL = r"(?![-+]?0[0-9_])(?!.*:)"  # prefix of the number patterns that excludes octal and base 60
 
 
 class DocumentError(ValueError):
     """A document cannot be read; the message names the line where there is one.
 
     Attributes:
-        syntax: whether it is no YAML or JSON at all.
+        syntax: whether the document is not valid YAML or JSON.
     """
 
     def __init__(self, message: str, *, syntax: bool = False) -> None:
@@ -29,16 +28,16 @@ class DocumentError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe, and without dates: no setting is one, and a folder may be called 2024-01-05.
+    """Safe loader that keeps dates, 010 and 1:30 as text, so that a folder may be called 2024-01-05.
 
-    Nor does it read 010 as eight or 1:30 as ninety, as YAML 1.1 has it. They stay text: a setting that is a number
-    reads 010 as ten, as in a flag, and refuses 1:30.
+    YAML 1.1 reads 010 as eight and 1:30 as ninety. A numeric setting reads the text 010 as ten, as in a flag, and
+    refuses 1:30.
     """
 
 
 _Loader.yaml_implicit_resolvers = {
     first: [
-        (tag, re.compile(DECIMAL + pattern.pattern, pattern.flags) if tag in NUMBERS else pattern)
+        (tag, re.compile(DECIMAL + pattern.pattern, pattern.flags) if tag in (INTEGER, FLOAT) else pattern)
         for tag, pattern in resolvers
         if tag != TIMESTAMP
     ]
@@ -50,7 +49,7 @@ def load_yaml(data: bytes | str) -> Any:
     """Read one YAML document; bytes are UTF-8, or UTF-16 with a byte order mark.
 
     Raises:
-        DocumentError: what is wrong, and in which line.
+        DocumentError: the message has the problem and its line.
     """
     try:
         loader = _Loader(data)
@@ -65,30 +64,30 @@ def load_yaml(data: bytes | str) -> Any:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
-        raise DocumentError(where + " ".join(str(error.problem or error.context).split()), syntax=True) from error
+        position = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+        raise DocumentError(position + " ".join(str(error.problem or error.context).split()), syntax=True) from error
     except yaml.reader.ReaderError as error:
-        raise DocumentError(f"at byte {error.position + 1} it is no text in {error.encoding}", syntax=True) from error
+        raise DocumentError(f"byte {error.position + 1} is not valid {error.encoding}", syntax=True) from error
     except RecursionError as error:
         raise DocumentError("its sections are nested too deeply", syntax=True) from error
     except DocumentError:
         raise
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number that is none, say
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an invalid number, for example
         raise DocumentError(" ".join(str(error).split()), syntax=True) from error
 
 
-def _num_nodes(node: yaml.Node, above: list[yaml.Node], counts: dict[int, int]) -> int:
-    """How many values a node stands for with aliases written out; refuses keys that are given twice or are no text."""
-    if any(node is other for other in above):
+def _num_nodes(node: yaml.Node, ancestors: list[yaml.Node], counts: dict[int, int]) -> int:
+    """Count the values of a node with expanded aliases; raises DocumentError for keys that are not unique text."""
+    if any(node is other for other in ancestors):
         raise DocumentError(f"line {_line(node)}: it contains itself by an alias")
     if id(node) not in counts:
         children: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
             _check_keys(node)
-            children = [part for pair in node.value for part in pair]
+            children = [child for pair in node.value for child in pair]
         elif isinstance(node, yaml.SequenceNode):
             children = node.value
-        counts[id(node)] = 1 + sum(_num_nodes(child, [*above, node], counts) for child in children)
+        counts[id(node)] = 1 + sum(_num_nodes(child, [*ancestors, node], counts) for child in children)
     return counts[id(node)]
 
 
@@ -96,11 +95,11 @@ def _check_keys(node: yaml.MappingNode) -> None:
     lines: dict[str, int] = {}
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode) or key.tag not in (TEXT, MERGE):
-            shown = repr(key.value) if isinstance(key, yaml.ScalarNode) else "a list or mapping"
-            raise DocumentError(f"line {_line(key)}: key {shown} is no text; allowed are names, or text in quotes")
+            name = repr(key.value) if isinstance(key, yaml.ScalarNode) else "a list or mapping"
+            raise DocumentError(f"line {_line(key)}: key {name} is no text; allowed are names, or text in quotes")
         if key.value in lines:
-            first = lines[key.value]
-            raise DocumentError(f"line {_line(key)}: key {key.value!r} is given twice, first in line {first}")
+            first_line = lines[key.value]
+            raise DocumentError(f"line {_line(key)}: key {key.value!r} is given twice, first in line {first_line}")
         lines[key.value] = _line(key)
 
 
@@ -113,21 +112,27 @@ def load_json(data: bytes | str) -> Any:
     """Read JSON in UTF-8.
 
     Raises:
-        DocumentError: what is wrong, and in which line where the parser knows.
+        DocumentError: the message has the problem, and the line if the parser knows it.
     """
     try:
-        return json.loads(data, object_pairs_hook=_object)
+        return json.loads(data, object_pairs_hook=_unique_keys)
     except DocumentError:
         raise
     except RecursionError as error:
         raise DocumentError("its objects are nested too deeply", syntax=True) from error
-    except ValueError as error:  # a UnicodeDecodeError too
+    except ValueError as error:  # includes UnicodeDecodeError
         raise DocumentError(" ".join(str(error).split()), syntax=True) from error
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None) if len(set(keys)) < len(keys) else None
-    if twice is not None:
-        raise DocumentError(f"key {twice!r} is given twice")
-    return dict(pairs)
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in mapping:
+            raise DocumentError(f"key {key!r} is given twice")
+        mapping[key] = value
+    return mapping
+
+
+def dump_json(data: Any) -> bytes:
+    """Serialize JSON data as indented UTF-8 text with a final newline."""
+    return (json.dumps(data, indent=2) + "\n").encode()

@@ -1,7 +1,7 @@
-"""Errors whose message is meant for the person who runs raypp: one sentence, no traceback.
+"""Errors with a message for the user: one sentence, no traceback.
 
-The command line prints the message and exits with the error's ``exit_code``. Anything else that is raised is a defect
-of raypp. The codes of all commands:
+The command line prints the message and exits with the error's ``exit_code``. Any other exception is a defect of raypp.
+The exit codes of all commands:
 
 ====  ================================================================================================
 0     done
@@ -15,23 +15,25 @@ FAILURE, USAGE = 1, 2
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or the name of its type where the message is empty."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    """The first line of an error's message, or the name of its type if the message is empty."""
+    return _lines(error)[0].strip()
 
 
 def last_line(error: Exception) -> str:
-    """The last line of an error's message, or the name of its type where the message is empty."""
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip() if lines else type(error).__name__
+    """The last line of an error's message, or the name of its type if the message is empty."""
+    return _lines(error)[-1].strip()
+
+
+def _lines(error: Exception) -> list[str]:
+    return str(error).strip().splitlines() or [type(error).__name__]
 
 
 class RayppError(Exception):
-    """Base of every error a user can cause and mend; by itself a failure at run time.
+    """Base of every error that a user can cause and correct; by default a failure at run time.
 
     Args:
         message: one sentence.
-        exit_code: of the command, where it is not the class's own.
+        exit_code: replaces the exit code of the class.
     """
 
     exit_code = FAILURE
@@ -61,21 +63,21 @@ class BundleError(RayppError):
 
 
 class StorageError(RayppError):
-    """A path cannot be read or written, or is taken by another run; where a disk is full, a failure at run time."""
+    """A path cannot be read or written, or another run uses it; a full disk is a failure at run time."""
 
     exit_code = USAGE
 
 
 class TrainingError(RayppError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class NonRetryableError(TrainingError):
-    """Every worker stops for the same reason, such as a loss that is not a number: a restart would meet it again."""
+    """A restart would fail again for the same reason, such as a loss that is not a number."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Training was told to stop and has written a checkpoint, which the message names; the exit code is 130.
+    """Raised after a requested stop, once a checkpoint is saved; the message names it, and the exit code is 130.
 
-    An interruption, and no error: whoever mends errors lets it pass.
+    It subclasses KeyboardInterrupt so that ``except Exception`` does not swallow it.
     """

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from raypp.utils.errors import DataError
-from raypp.utils.image_formats import START_BYTES, is_unread, kind_of
+from raypp.utils.image_formats import START_BYTES, detect_format, is_unsupported
 from raypp.utils.images import SUFFIXES, printable
 
 UNSUPPORTED_SUFFIXES = frozenset(
@@ -16,61 +16,63 @@ UNSUPPORTED_SUFFIXES = frozenset(
     ".psd .psb .xcf .tga .exr .hdr .ico .cur .icns .pcx .dds .pam .pfm .phm .qoi .bpg .flif .mng .jng .xbm .xpm .wbmp "
     ".ras .sgi .pict .djvu .dcm .dicom .fits .fit .fts .npy .npz".split()
 )
-"""Suffixes of images that are not read here: passing them over in silence would lose data."""
+"""Suffixes of images that raypp does not read; ignoring such files silently would lose data."""
 
 IGNORED_FOLDERS = frozenset(
     {"__MACOSX", "@eaDir", "__pycache__", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 )
 """Folders that systems and file managers add, with thumbnails and copies."""
 
-# A download that was numbered (c.png.1), or that kept the query of its address (d.jpg?w=300).
+# A download with a number (c.png.1) or with the query of its address (d.jpg?w=300).
 DOWNLOADED = re.compile(r"(\.[a-z0-9]+)(?:\.\d+|[?&#;@].*|\s*\(\d+\))$")
 
 
 def find_images(path: Path) -> list[Path]:
-    """Return the image files below ``path``, sorted; a file gives itself.
+    """Return the image files below ``path``, sorted; a file is returned as it is.
 
-    Links to files and folders are followed, except to a folder that holds the link. A file is an image by its suffix,
-    or by its first bytes where the suffix says nothing. Where images have no suffix, an empty file without one is an
-    image too, a damaged one. Hidden files and folders, and those of ``IGNORED_FOLDERS``, are passed over.
+    Links are followed, except to a folder that contains the link. A file is an image by its suffix, or by its first
+    bytes if the suffix is unknown. An empty file without a suffix counts as a damaged image if other images in its
+    folder have no suffix. Hidden entries and ``IGNORED_FOLDERS`` are skipped.
 
     Raises:
-        DataError: ``path`` does not exist, no file below it is an image, one is of a format that is not read here, or
-            one is a link that leads nowhere.
+        DataError: ``path`` does not exist, no file below it is an image, an image has an unsupported format, or a link
+            is broken.
     """
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise DataError(f"{printable(path)} does not exist")
-    files, empty = [], []
+    images, empty_files = [], []
     for file in walk_files(path):
         if is_image(file):
-            files.append(file)
+            images.append(file)
         elif not file.suffix and file.is_file() and not file.stat().st_size:
-            empty.append(file)
-    bare = {file.parent for file in files if not file.suffix}
-    files = sorted(files + [file for file in empty if file.parent in bare])
-    if not files:
+            empty_files.append(file)
+    folders_without_suffixes = {file.parent for file in images if not file.suffix}
+    images += [file for file in empty_files if file.parent in folders_without_suffixes]
+    if not images:
         raise DataError(f"{printable(path)} holds no image, that is no file ending in {', '.join(sorted(SUFFIXES))}")
-    return files
+    return sorted(images)
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a file or folder of this name is passed over: hidden, or a file manager's."""
+    """Whether a file or folder of this name is hidden or belongs to a file manager."""
     return name.startswith(".") or name in IGNORED_FOLDERS
 
 
-def contains_images(folder: Path, entry: Path) -> bool:
-    """Whether ``entry``, as its path says, lies in ``folder`` or is it, wherever links lead."""
-    return entry.parent.resolve().is_relative_to(folder.resolve())
+def links_to_ancestor(entry: Path) -> bool:
+    """Whether an entry is a link to a folder that contains the link."""
+    return entry.is_symlink() and entry.parent.resolve().is_relative_to(entry.resolve())
 
 
-def walk_files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """Yield every file below a folder that is not passed over; links are followed, except to a folder that holds them.
+def walk_files(folder: Path, ancestors: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Yield every file below a folder that is not ignored; links are followed, except to a folder that contains them.
 
-    ``above`` are the real paths of the folders that led here.
+    Args:
+        folder: folder to walk.
+        ancestors: real paths of the folders above it.
     """
-    above |= {folder.resolve()}
+    ancestors |= {folder.resolve()}
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
@@ -78,18 +80,16 @@ def walk_files(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[P
     for entry in entries:
         if is_ignored(entry.name):
             continue
-        if entry.is_dir():
-            if not (entry.is_symlink() and (contains_images(entry, entry) or entry.resolve() in above)):
-                yield from walk_files(entry, above)
-        else:
+        if not entry.is_dir():
             yield entry
+        elif not (links_to_ancestor(entry) or (entry.is_symlink() and entry.resolve() in ancestors)):
+            yield from walk_files(entry, ancestors)
 
 
 def is_image(file: Path) -> bool:
-    """Whether a file is an image; raises DataError where it is one that cannot be read."""
-    suffix = file.suffix.lower()
+    """Whether a file is an image; raises DataError if it is one that cannot be read."""
     downloaded = DOWNLOADED.search(file.name.lower())
-    suffixes = {suffix, downloaded[1]} if downloaded else {suffix}
+    suffixes = {file.suffix.lower(), *(downloaded.groups() if downloaded else ())}
     if not file.exists() and file.is_symlink():
         if suffixes & (SUFFIXES | {""}):
             raise DataError(f"{printable(file)} is a link to a file or folder that does not exist")
@@ -97,18 +97,22 @@ def is_image(file: Path) -> bool:
     if not file.is_file():  # a socket or a pipe
         return False
     if suffixes & UNSUPPORTED_SUFFIXES:
-        raise _unread(file)
+        raise _unsupported(file)
     if suffixes & SUFFIXES:
         return True
+    start = _read_start(file)
+    if is_unsupported(start):
+        raise _unsupported(file)
+    return detect_format(start) is not None
+
+
+def _unsupported(file: Path) -> DataError:
+    return DataError(f"{printable(file)} is an image in a format that is not supported; convert it, or move it away")
+
+
+def _read_start(file: Path) -> bytes:
     try:
-        with file.open("rb") as opened:
-            start = opened.read(START_BYTES)
+        with file.open("rb") as stream:
+            return stream.read(START_BYTES)
     except OSError as error:
         raise DataError(f"{printable(file)} cannot be read: {error.strerror}") from error
-    if is_unread(start):
-        raise _unread(file)
-    return kind_of(start) is not None
-
-
-def _unread(file: Path) -> DataError:
-    return DataError(f"{printable(file)} is an image in a format that is not read here; convert it, or move it away")

@@ -1,7 +1,6 @@
-"""Images at the edges: uint8 H x W x C arrays from bytes and back, and the step to float tensors.
+"""Convert images between encoded bytes, uint8 H x W x C arrays and float tensors.
 
-Everything that enters raypp, from a file, a data set or an HTTP request, passes through :func:`decode`, so that one
-place decides what an image is and refuses, by name, what is not.
+Every image from a file, a data set or an HTTP request passes through :func:`decode`, which names what it refuses.
 """
 
 from __future__ import annotations
@@ -17,7 +16,9 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps, UnidentifiedImageError
 
 from raypp.utils.errors import DataError, StorageError
-from raypp.utils.image_formats import DamagedError, Essence, check_png, check_tiff, essence, exif_orientation, kind_of
+from raypp.utils.image_formats import detect_format, read_picture
+from raypp.utils.image_png import check_png
+from raypp.utils.image_structure import DamagedError, PictureData, check_tiff, exif_orientation
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 Pixels = npt.NDArray[np.uint8]
 """uint8 array, values 0 to 255, channels last."""
 
-# A closed list: Pillow also knows formats that start other programs (EPS) or that nobody sends.
+# Pillow also knows formats that start other programs (EPS) or that nobody sends.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = frozenset(
     ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm".split()  # noqa: SIM905
@@ -40,7 +41,7 @@ EXIF_TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What undoes each EXIF orientation."""
+"""The operation that undoes each EXIF orientation."""
 
 JOINERS = "\u200c\u200d"
 
@@ -55,42 +56,29 @@ def decode(
 ) -> Pixels:
     """Decode the bytes of one image file into the picture that a viewer would show.
 
-    The EXIF orientation is applied, transparency is laid on white, 16-bit grey (and float grey in 0..1) is scaled to
-    8 bits, CMYK becomes RGB. Of an animation the first frame is taken. Metadata that the picture does not need is not
-    read.
+    Decoding applies the EXIF orientation, lays transparency on white, scales 16-bit grey and float grey in 0..1 to
+    8 bits, and converts CMYK to RGB. It takes the first frame of an animation and ignores all other metadata.
 
     Args:
         data: the file's bytes.
-        name: how a message should call the image (path, row, upload).
-        size: (H, W) to fit the image to, see :func:`fit`; None keeps it as it is.
+        name: the image's name in messages (path, row, upload).
+        size: (H, W) to resize to, see :func:`resize_and_center_crop`; None keeps the size.
         channels: 3 for RGB, 1 for grey.
-        max_pixels: refuse what the header says is larger, before any pixel is decoded.
+        max_pixels: largest image allowed; checked in the header before any pixel is decoded.
 
     Returns:
         uint8 array (H, W, channels).
 
     Raises:
-        DataError: not an image, damaged (see :mod:`raypp.utils.image_formats`), truncated, empty or too large.
+        DataError: not an image, damaged (see :mod:`raypp.utils.image_structure`), truncated, empty or too large.
     """
-    kind = kind_of(data[:64])
+    kind = detect_format(data[:64])
     if not data:
         raise DataError(f"{name} is empty")
     if kind is None:
         raise DataError(f"{name} is not an image in one of the formats {', '.join(FORMATS)}")
     try:
-        essential = essence(data, kind)
-        image = _open(essential.data, kind)
-        if image.width * image.height > max_pixels:
-            raise DataError(
-                f"{name} is {image.height} x {image.width} pixels, more than the {max_pixels} pixels allowed"
-            )
-        if kind == "TIFF":
-            check_tiff(data, image.tag_v2)  # type: ignore[attr-defined]
-        elif kind == "PNG":
-            check_png(essential)
-        image.load()
-        flat = _upright(_flatten(image, name, essential), _orientation(image, kind, essential))
-        pixels = np.array(flat.convert("L" if channels == 1 else "RGB"))
+        pixels = _decode_pixels(data, kind, name, channels, max_pixels)
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -99,71 +87,76 @@ def decode(
         raise DataError(f"{name} is a damaged {kind} image: {error}") from error
     except UnidentifiedImageError as error:
         raise DataError(f"{name} is a damaged {kind} image: its header cannot be read") from error
-    except Exception as error:  # on damaged bytes Pillow's decoders raise a dozen types, KeyError among them
+    except Exception as error:  # Pillow's decoders raise a dozen types for damaged bytes, such as KeyError
         reason = " ".join(str(error).split()) or "its data cannot be decoded"
         raise DataError(f"{name} is a damaged {kind} image: {reason}") from error
-    pixels = pixels.reshape(*pixels.shape[:2], channels)
     return pixels if size is None else resize_and_center_crop(pixels, size)
+
+
+def _decode_pixels(data: bytes, kind: str, name: str, channels: int, max_pixels: int) -> Pixels:
+    picture = read_picture(data, kind)
+    image = _open(picture.data, kind)
+    if image.width * image.height > max_pixels:
+        raise DataError(f"{name} is {image.height} x {image.width} pixels, more than the {max_pixels} pixels allowed")
+    if kind == "TIFF":
+        check_tiff(data, image.tag_v2)  # type: ignore[attr-defined]
+    elif kind == "PNG":
+        check_png(picture)
+    image.load()
+    flat = _flatten(image, name, picture)
+    # Pillow applies the orientation of TIFF itself.
+    orientation = exif_orientation(image.info.get("exif") or b"") if kind == "WEBP" else picture.orientation
+    if orientation in EXIF_TRANSPOSITIONS:
+        flat = flat.transpose(EXIF_TRANSPOSITIONS[orientation])
+    pixels = np.array(flat.convert("L" if channels == 1 else "RGB"))
+    return pixels.reshape(*pixels.shape[:2], channels)
 
 
 def _open(data: bytes, kind: str) -> ImageFile.ImageFile:
     image = Image.open(io.BytesIO(data), formats=(kind,))
-    image.decodermaxblock = max(image.decodermaxblock, len(data))  # else Pillow may stop before a PNG's last checksum
+    image.decodermaxblock = max(image.decodermaxblock, len(data))  # Pillow may stop before a PNG's last checksum
     return image
 
 
-def _flatten(image: Image.Image, name: str, essential: Essence) -> Image.Image:
-    """Return the opaque 8-bit form of a loaded image; refuse deep grey whose range is not 0..65535 or 0..1."""
+def _flatten(image: Image.Image, name: str, picture: PictureData) -> Image.Image:
+    """Return a loaded image as opaque 8 bits; raises DataError for deep grey outside 0..65535 or float outside 0..1."""
     if image.mode.startswith("I") or image.mode == "F":
-        values, top = np.asarray(image), 1 if image.mode == "F" else 65535
-        if not (values.min() >= 0 and values.max() <= top):  # also refuses NaN
-            raise DataError(f"{name} has grey values from {values.min()} to {values.max()}, allowed is 0 to {top}")
-        flat = np.rint(values * (255 / top)).astype(np.uint8)
-        if essential.key is not None:
-            flat[values == essential.key[0]] = 255
+        values, maximum = np.asarray(image), 1 if image.mode == "F" else 65535
+        if not (values.min() >= 0 and values.max() <= maximum):  # also refuses NaN
+            raise DataError(f"{name} has grey values from {values.min()} to {values.max()}, allowed is 0 to {maximum}")
+        flat = np.rint(values * (255 / maximum)).astype(np.uint8)
+        if picture.transparent is not None:
+            flat[values == picture.transparent[0]] = 255
         return Image.fromarray(flat)
-    if essential.key is not None:
-        return _on_white(image, essential)
+    if picture.transparent is not None:
+        return _whiten(image, picture, picture.transparent)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA"))
     return image
 
 
-def _on_white(image: Image.Image, essential: Essence) -> Image.Image:
-    """Lay a grey PNG of 1 to 8 bits or an RGB PNG on white where it has the color that is declared transparent."""
-    assert essential.key is not None
-    flat = np.array(image.convert("L" if len(essential.key) == 1 else "RGB"))
+def _whiten(image: Image.Image, picture: PictureData, transparent: tuple[int, ...]) -> Image.Image:
+    """Make the transparent color of a PNG white; the PNG is RGB, or grey of 1 to 8 bits."""
+    flat = np.array(image.convert("L" if len(transparent) == 1 else "RGB"))
     values = flat.astype(np.int64).reshape(*flat.shape[:2], -1)
-    if essential.bits == 16:  # Pillow keeps the upper eight bits; taken for the other byte order, the lower ones
-        lower = _open(essential.data, "PNG")
+    if picture.bit_depth == 16:  # Pillow keeps the upper eight bits; read in the other byte order, the lower ones
+        lower = _open(picture.data, "PNG")
         lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
         values = 256 * values + np.asarray(lower)
-    key = np.array(essential.key)
-    if essential.bits < 8:
-        key = key * 255 // (2**essential.bits - 1)
-    flat[(values == key).all(2)] = 255
+    color = np.array(transparent)
+    if picture.bit_depth < 8:
+        color = color * 255 // (2**picture.bit_depth - 1)
+    flat[(values == color).all(2)] = 255
     return Image.fromarray(flat)
 
 
-def _orientation(image: Image.Image, kind: str, essential: Essence) -> int:
-    """The EXIF orientation; that of TIFF is applied by Pillow as it loads the image."""
-    if kind == "WEBP":
-        return exif_orientation(image.info.get("exif") or b"") or 1
-    return essential.orientation
-
-
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    turn = EXIF_TRANSPOSITIONS.get(orientation)
-    return image if turn is None else image.transpose(turn)
-
-
 def resize_and_center_crop(image: Pixels, size: tuple[int, int]) -> Pixels:
-    """Resize so that the shorter side fits and crop the centre; returns the same array if it fits already.
+    """Resize so that the shorter side fits, and crop the center; an image of this size is returned unchanged.
 
     Args:
         image: uint8 (H, W, C), C is 1 or 3.
-        size: the wanted (H, W).
+        size: (H, W) of the result.
 
     Returns:
         uint8 array (*size, C), aspect ratio preserved, antialiased.
@@ -190,24 +183,24 @@ def encode_png(image: Pixels) -> bytes:
 
 
 def jpeg_roundtrip(images: Pixels, quality: int) -> Pixels:
-    """What is left of uint8 (N, H, W, 1 or 3) after a JPEG of this quality (1 to 100), encoded as Pillow does."""
-    found = []
+    """Encode uint8 (N, H, W, 1 or 3) with Pillow as JPEG of this quality (1 to 100), and decode them again."""
+    decoded = []
     for image in images:
         buffer = io.BytesIO()
         _to_pil(image).save(buffer, "JPEG", quality=quality)
-        found.append(np.asarray(Image.open(buffer)).reshape(image.shape))
-    return np.stack(found)
+        decoded.append(np.asarray(Image.open(buffer)).reshape(image.shape))
+    return np.stack(decoded)
 
 
 def write_png(path: Path, image: Pixels) -> None:
-    """Write a PNG file that appears whole or not at all; raises StorageError if ``path`` cannot be written."""
-    aside = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    """Write a PNG file atomically; raises StorageError if ``path`` cannot be written."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         try:
-            aside.write_bytes(encode_png(image))
-            aside.replace(path)
+            temporary.write_bytes(encode_png(image))
+            temporary.replace(path)
         finally:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
 
@@ -224,17 +217,17 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_8bit(images: torch.Tensor) -> torch.Tensor:
-    """Return what is left of float images after an 8-bit upload: the multiples of 1/255 nearest to them."""
+    """Round float images to the nearest multiples of 1/255 in [0, 1], as an 8-bit upload does."""
     return to_uint8(images).to(images.dtype).div(255)
 
 
 def make_grid(rows: list[Pixels], *, labels: list[str] | None = None, scale: int = 4) -> Pixels:
-    """Lay rows of images out as one picture, each row's label at its left.
+    """Arrange rows of images in one picture, with each row's label on its left.
 
     Args:
         rows: uint8 arrays (N, H, W, 3) or (N, H, W, 1); N may differ between rows.
-        labels: one per row, or None for none.
-        scale: each pixel becomes a square of this side.
+        labels: one per row, or None for no labels.
+        scale: side of the square that shows one pixel.
 
     Returns:
         uint8 array (H', W', 3).
@@ -258,10 +251,10 @@ def make_grid(rows: list[Pixels], *, labels: list[str] | None = None, scale: int
 
 
 def printable(path: str | Path) -> str:
-    """The path as text that any terminal and file takes.
+    """Escape what a terminal or text file cannot show in a path.
 
-    Bytes that are no UTF-8, control characters and those that turn the direction of writing are escaped. Spaces of
-    every kind stay, and so do the joiners that Persian, Hindi and emoji need.
+    These are bytes that are not UTF-8, control characters and characters that change the direction of writing. All
+    kinds of spaces stay, and so do the joiners that Persian, Hindi and emoji need.
     """
     text = str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(

@@ -1,8 +1,7 @@
 """Secret keys of keyed protections, and the permutations and masks that are expanded from them.
 
-A key is 256 bits from the system's cryptographic generator. Everything that a protection needs of it is read from
-SHAKE-256 (FIPS 202) over the key and a label, so two labels give independent streams and nothing leads back to the key.
-A key prints as its identifier only.
+A key is 256 bits from the system's cryptographic generator. A protection expands it by SHAKE-256 (FIPS 202) over the
+key and a label. Two labels give independent streams, and no stream reveals the key. A key prints as its identifier.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class Key:
 
     @classmethod
     def read(cls, path: str | Path) -> Key:
-        """Read a key file; raises ConfigError if it is missing or holds no key."""
+        """Read a key file; raises ConfigError if it is missing or invalid."""
         try:
             text = Path(path).read_text(encoding="ascii")
         except OSError as error:
@@ -51,7 +50,7 @@ class Key:
 
     @classmethod
     def parse(cls, text: str, where: str) -> Key:
-        """Take the text of a key file; ``where`` names it in a message, which never repeats the text."""
+        """Parse the text of a key file; messages name ``where`` and never repeat the text."""
         digits = text.strip()
         if len(digits) != 2 * NUM_BYTES or not set(digits) <= set(string.hexdigits):
             raise ConfigError(f"{where!r} holds no key; a key file is one line of {2 * NUM_BYTES} hexadecimal digits")
@@ -68,14 +67,14 @@ class Key:
 
     @property
     def identifier(self) -> str:
-        """Sixteen hexadecimal digits by which two keys are told apart; they reveal nothing of the key."""
+        """Sixteen hexadecimal digits that distinguish keys and reveal nothing of them."""
         return hashlib.blake2b(self._secret, digest_size=8, person=b"raypp key id").hexdigest()
 
     def __repr__(self) -> str:
         return f"Key({self.identifier})"
 
     def stream(self, label: str, num: int) -> npt.NDArray[np.uint8]:
-        """The first ``num`` bytes of the stream called ``label``."""
+        """The first ``num`` bytes of the stream ``label``."""
         data = hashlib.shake_256(self._secret + label.encode()).digest(num)
         return np.frombuffer(data, dtype=np.uint8)
 
@@ -84,11 +83,11 @@ class Key:
         return np.unpackbits(self.stream(label, -(-num // 8)))[:num]
 
     def integers(self, label: str, num: int, below: int) -> npt.NDArray[np.int64]:
-        """``num`` integers in 0..below-1; the bias of taking 64 bits modulo ``below`` is under below / 2**64."""
+        """``num`` integers in 0..below-1; the bias of 64 bits modulo ``below`` is under below / 2**64."""
         words = self.stream(label, 8 * num).view("<u8")
         return (words % np.uint64(below)).astype(np.int64)
 
     def permutations(self, label: str, num: int, length: int) -> npt.NDArray[np.int64]:
-        """``num`` uniform permutations of 0..length-1, as (num, length)."""
+        """``num`` uniform permutations of 0..length-1, shape (num, length)."""
         words = self.stream(label, 8 * num * length).view("<u8").reshape(num, length)
         return np.argsort(words, axis=1, kind="stable")

@@ -1,8 +1,7 @@
-"""One registry per kind of method, and the options that every method declares beside its code.
+"""Registries of methods by name, and the base of their options.
 
-A registry maps the name a user writes to ``"module:Class"``. The module is imported when the name is first used, so a
-listing or a help text never pays for torch. The class names its options model in ``Options``; the configuration
-validates against it, so that adding a method is one file and one line in its registry.
+A registry maps a name to ``"module:Class"`` and imports the module at first use. Lists and help texts therefore do not
+import torch. The class holds its options model in ``Options``, against which the configuration is validated.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Iterator
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -18,7 +17,7 @@ from raypp.utils.errors import ConfigError
 
 
 class MethodConfig(BaseModel):
-    """Frozen options of one method; ``name`` selects the method, unknown keys are refused."""
+    """Frozen options of one method; ``name`` selects the method, and unknown keys are errors."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, ser_json_inf_nan="constants"
@@ -27,18 +26,12 @@ class MethodConfig(BaseModel):
     name: str
 
 
-class Method(Protocol):
-    """What a registry entry offers: the class of its options, and a constructor that takes them first."""
-
-    Options: ClassVar[type[MethodConfig]]
-
-
 class Registry:
     """Methods of one kind by name.
 
     Args:
-        kind: what the entries are, as it should read in a message ("protection", "data source").
-        entries: name to ``"module:Class"``.
+        kind: what the entries are, for messages ("protection", "data source").
+        entries: ``"module:Class"`` by name.
     """
 
     def __init__(self, kind: str, entries: dict[str, str]) -> None:
@@ -52,14 +45,13 @@ class Registry:
         return name in self._entries
 
     def get(self, name: str) -> Any:
-        """Return the class registered under ``name``; raises ConfigError that lists what is allowed."""
+        """Return the class registered under ``name``; raises ConfigError that lists the allowed names."""
         if name not in self._entries:
             raise ConfigError(f"unknown {self.kind} {name!r}{suggest(name, self._entries)}; allowed: {', '.join(self)}")
         module, _, attribute = self._entries[name].partition(":")
         return getattr(importlib.import_module(module), attribute)
 
     def options(self, name: str) -> type[MethodConfig]:
-        """Return the options model of ``name``."""
         model: type[MethodConfig] = self.get(name).Options
         return model
 
@@ -69,6 +61,6 @@ class Registry:
 
 
 def suggest(word: str, known: Any) -> str:
-    """Return ``", did you mean 'x'?"`` for the closest known word, or an empty string."""
+    """Return ``" (did you mean 'x'?)"`` with the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,4 +1,4 @@
-"""SIGTERM as a request: work ends once it has written what it keeps."""
+"""Stop on a signal after saving the work."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from contextlib import contextmanager
 
 @contextmanager
 def stop_on_signal(stop: threading.Event, *signals: signal.Signals) -> Iterator[None]:
-    """Have the first of these signals set ``stop``; a second one does what it ever did.
+    """Set ``stop`` on the first of these signals; a second one has its previous effect.
 
-    In any thread but the main one, which no signal reaches, nothing is changed.
+    Nothing changes in threads other than the main one, which alone receives signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in signals}
+    previous_handlers = {number: signal.getsignal(number) for number in signals}
 
     def restore() -> None:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
-    def told(*_: object) -> None:
+    def request_stop(*_: object) -> None:
         stop.set()
         restore()
 
     for number in signals:
-        signal.signal(number, told)
+        signal.signal(number, request_stop)
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
-"""A folder on any pyarrow filesystem: a local path, ``s3://bucket/prefix``, and so on, through one interface.
+"""A folder on any pyarrow filesystem, such as a local path or ``s3://bucket/prefix``.
 
-On a local disk every write goes aside and is renamed, so a reader never sees half a file. Object stores make a written
-object visible only when it is complete, which gives the same promise.
+Writes are atomic, so a reader never sees half a file. On a local disk they go to a temporary file that is renamed.
+Object stores show an object only when it is complete.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from urllib.parse import urlsplit
 from raypp.utils.errors import FAILURE, StorageError, first_line
 from raypp.utils.paths import resolve_path
 
-FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of a disk, and of nothing that the user wrote
-JOBS_FOLDER = "/runtime_resources/working_dir_files/"  # where `ray job submit` unpacks what it was given
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # failures at run time, not wrong usage
+JOBS_FOLDER = "/runtime_resources/working_dir_files/"  # where `ray job submit` unpacks the working directory
 
 
 def sha256(path: Path) -> str:
@@ -34,17 +34,20 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Give a folder to fill beside ``target``, which is new or empty and then appears whole or, after an error, not at
-    all; raises StorageError if it cannot be written."""
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    """Yield a temporary folder to fill, and rename it to ``target``, which is new or empty, unless an error occurs.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        aside.mkdir(parents=True)
-        yield aside
-        aside.replace(target)  # also over an empty folder
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.replace(target)  # also over an empty folder
     except OSError as error:
         raise StorageError(f"cannot write {target}: {error.strerror}") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class Storage:
@@ -54,7 +57,7 @@ class Storage:
         location: local path or pyarrow filesystem URI.
 
     Raises:
-        StorageError: the URI's scheme is unknown to pyarrow; later, on each access that the filesystem refuses.
+        StorageError: pyarrow does not know the URI's scheme. The methods raise it when the filesystem refuses access.
     """
 
     def __init__(self, location: str | Path) -> None:
@@ -87,147 +90,153 @@ class Storage:
         return Storage(parts._replace(path=f"{parts.path.rstrip('/')}/{name}").geturl())
 
     def create(self) -> None:
-        """Make this folder where it is local and not there; object stores have none. Raises StorageError."""
-        if self.local:
-            if JOBS_FOLDER in self.path.as_posix():
-                raise StorageError(
-                    f"cannot create {self.uri}: it lies in a job's own folder, which Ray deletes; storage of a job is "
-                    "an absolute path or a URI that every node sees"
-                )
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise StorageError(f"cannot create {self.uri}: {error.strerror}") from error
+        """Create this folder if it is local, as object stores have no folders; raises StorageError."""
+        if not self.local:
+            return
+        if JOBS_FOLDER in self.path.as_posix():
+            raise StorageError(
+                f"cannot create {self.uri}: Ray deletes this working directory of the job; set an absolute path or a "
+                "URI that all nodes can access"
+            )
+        with self._convert_errors("create", ""):
+            self.path.mkdir(parents=True, exist_ok=True)
 
     def exists(self, name: str = "") -> bool:
-        from pyarrow import fs
-
-        with self._refused("read", name):
-            return bool(self._fs.get_file_info(self._at(name)).type != fs.FileType.NotFound)
+        with self._convert_errors("read", name):
+            return bool(self._fs.get_file_info(self._full_path(name)).type.name != "NotFound")
 
     def folders(self) -> list[str]:
         """Names of the folders directly inside, sorted; empty when this folder does not exist."""
-        from pyarrow import fs
-
-        with self._refused("list", ""):
-            infos = self._fs.get_file_info(fs.FileSelector(self._root, allow_not_found=True))
-        return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
+        return sorted(info.base_name for info in self._entries() if info.type.name == "Directory")
 
     def names(self) -> list[str]:
         """Names of everything directly inside, sorted; empty when this folder does not exist."""
+        return sorted(info.base_name for info in self._entries())
+
+    def _entries(self) -> list[Any]:
         from pyarrow import fs
 
-        with self._refused("list", ""):
-            infos = self._fs.get_file_info(fs.FileSelector(self._root, allow_not_found=True))
-        return sorted(info.base_name for info in infos)
+        with self._convert_errors("list", ""):
+            return list(self._fs.get_file_info(fs.FileSelector(self._root, allow_not_found=True)))
 
     def read(self, name: str) -> bytes:
-        with self._refused("read", name), self._fs.open_input_stream(self._at(name)) as stream:
+        with self._convert_errors("read", name), self._fs.open_input_stream(self._full_path(name)) as stream:
             data: bytes = stream.read()
             return data
 
     def write(self, name: str, data: bytes, *, secret: bool = False) -> None:
-        """Write a whole file: it appears complete or not at all. A local ``secret`` is for its owner only (0600)."""
-        target = self._at(name)
-        aside = f"{target}.{uuid.uuid4().hex[:8]}.tmp" if self.local else target
-        with self._refused("write", name):
+        """Write a whole file atomically; only its owner can read a local ``secret`` (0600)."""
+        target = self._full_path(name)
+        temporary = f"{target}.{uuid.uuid4().hex[:8]}.tmp" if self.local else target
+        with self._convert_errors("write", name):
             if self.local:  # object stores have no folders
                 Path(target).parent.mkdir(parents=True, exist_ok=True)
             try:
                 if secret and self.local:
-                    Path(aside).touch(mode=0o600)
-                with self._fs.open_output_stream(aside) as stream:
+                    Path(temporary).touch(mode=0o600)
+                with self._fs.open_output_stream(temporary) as stream:
                     stream.write(data)
-                if aside != target:
-                    Path(aside).replace(target)
+                if temporary != target:
+                    Path(temporary).replace(target)
             except BaseException:
-                if aside != target:
-                    Path(aside).unlink(missing_ok=True)
+                if temporary != target:
+                    Path(temporary).unlink(missing_ok=True)
                 raise
 
     def upload(self, folder: Path, name: str, last: str | None = None) -> None:
-        """Copy a local folder here under ``name``, replacing what was there.
+        """Copy a local folder to ``name`` and replace the previous content.
 
-        ``last`` names the file that is written after all others where a folder cannot be renamed into place; a reader
-        that finds it knows the rest is complete.
+        Object stores cannot rename a folder. There, the file ``last`` is written after all others, and a reader that
+        sees it knows that the rest is complete.
         """
+        with self._convert_errors("write", name):
+            if self.local:
+                _replace_folder(folder, Path(self._full_path(name)))
+            else:
+                self._upload_files(folder, self._full_path(name), last)
+
+    def _upload_files(self, folder: Path, target: str, last: str | None) -> None:
         from pyarrow import fs
 
-        with self._refused("write", name):
-            if self.local:
-                target = Path(self._at(name))
-                target.parent.mkdir(parents=True, exist_ok=True)
-                for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # by a process that was killed
-                    shutil.rmtree(left, ignore_errors=True)
-                for was in target.parent.glob(f".{glob.escape(target.name)}.*.old"):
-                    if target.exists():
-                        shutil.rmtree(was, ignore_errors=True)
-                    else:
-                        was.rename(target)
-                # Closed to other users: until a file's mode is copied it has that of a new file, keys too.
-                closed = Path(tempfile.mkdtemp(".tmp", f".{target.name}.", target.parent))
-                aside = closed / target.name
-                old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
-                try:
-                    shutil.copytree(folder, aside)
-                    if target.exists():
-                        target.rename(old)
-                    try:
-                        aside.rename(target)
-                    except OSError:
-                        if old.exists():
-                            old.rename(target)
-                        raise
-                finally:
-                    shutil.rmtree(closed, ignore_errors=True)
-                shutil.rmtree(old, ignore_errors=True)
-                return
-            root = self._at(name)
-            files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-            for file in sorted(files - {last}):
-                fs.copy_files(str(folder / file), f"{root}/{file}", destination_filesystem=self._fs)
-            for info in self._fs.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True)):
-                if info.type == fs.FileType.File and info.path.removeprefix(f"{root}/") not in files:
-                    self._fs.delete_file(info.path)  # an earlier upload's
-            if last in files:
-                fs.copy_files(str(folder / last), f"{root}/{last}", destination_filesystem=self._fs)
+        files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+        for file in sorted(files - {last}):
+            fs.copy_files(str(folder / file), f"{target}/{file}", destination_filesystem=self._fs)
+        for info in self._fs.get_file_info(fs.FileSelector(target, recursive=True, allow_not_found=True)):
+            if info.is_file and info.path.removeprefix(f"{target}/") not in files:
+                self._fs.delete_file(info.path)  # of an earlier upload
+        if last in files:
+            fs.copy_files(str(folder / last), f"{target}/{last}", destination_filesystem=self._fs)
 
     @contextmanager
     def download(self, name: str) -> Iterator[Path]:
-        """Give a folder as a local path: itself when local, else a temporary copy."""
+        """Yield the local path of a folder, or of a temporary copy if it is not local."""
         from pyarrow import fs
 
         if self.local:
-            yield Path(self._at(name))
+            yield Path(self._full_path(name))
             return
-        with tempfile.TemporaryDirectory() as scratch:
-            with self._refused("read", name):
-                fs.copy_files(self._at(name), scratch, source_filesystem=self._fs)
-            yield Path(scratch)
+        with tempfile.TemporaryDirectory() as temporary:
+            with self._convert_errors("read", name):
+                fs.copy_files(self._full_path(name), temporary, source_filesystem=self._fs)
+            yield Path(temporary)
 
     def delete(self, name: str) -> None:
-        with self._refused("delete", name), contextlib.suppress(FileNotFoundError):
-            self._fs.delete_dir(self._at(name))
+        with self._convert_errors("delete", name), contextlib.suppress(FileNotFoundError):
+            self._fs.delete_dir(self._full_path(name))
 
     def remove(self, name: str) -> None:
-        """Delete one file; nothing happens where there is none."""
-        with self._refused("delete", name), contextlib.suppress(FileNotFoundError):
-            self._fs.delete_file(self._at(name))
+        """Delete one file if it exists."""
+        with self._convert_errors("delete", name), contextlib.suppress(FileNotFoundError):
+            self._fs.delete_file(self._full_path(name))
 
-    def _at(self, name: str) -> str:
+    def _full_path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
 
     @contextmanager
-    def _refused(self, verb: str, name: str) -> Iterator[None]:
+    def _convert_errors(self, verb: str, name: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            where = self.folder(name).uri if name else self.uri
+            location = self.folder(name).uri if name else self.uri
             # copytree collects (source, target, reason) of every file that it could not copy.
             causes = error.args[0] if isinstance(error, shutil.Error) and error.args else ()
             reason = OSError(causes[0][2]) if causes else OSError(error.strerror) if error.strerror else error
-            code = FAILURE if error.errno in FAULTS else None
-            raise StorageError(f"cannot {verb} {where}: {first_line(reason)}", exit_code=code) from error
+            code = FAILURE if error.errno in DISK_ERRORS else None
+            raise StorageError(f"cannot {verb} {location}: {first_line(reason)}", exit_code=code) from error
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    """Copy a folder next to ``target`` and rename it, so that the target is always complete."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _clean_up_interrupted_upload(target)
+    # Other users cannot enter this folder: until copytree sets a file's mode, everyone could read a key in it.
+    private = Path(tempfile.mkdtemp(".tmp", f".{target.name}.", target.parent))
+    copy = private / target.name
+    old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
+    try:
+        shutil.copytree(source, copy)
+        if target.exists():
+            target.rename(old)
+        try:
+            copy.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _clean_up_interrupted_upload(target: Path) -> None:
+    """Delete the copies of a process that was killed, and restore the old folder if the new one is missing."""
+    for copy in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        shutil.rmtree(copy, ignore_errors=True)
+    for old in target.parent.glob(f".{glob.escape(target.name)}.*.old"):
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(target)
 
 
 def _local(uri: str) -> tuple[Any, str]:

@@ -47,14 +47,14 @@ def photos() -> Tensor:
 
 def hashed(images: Tensor) -> Tensor:
     """Noise that only the image determines: nothing can be learned from it."""
-    found = [
+    rows = [
         np.frombuffer(hashlib.shake_256(image.numpy().tobytes()).digest(image.numel()), dtype=np.uint8)
         for image in images
     ]
-    return torch.from_numpy(np.stack(found)).view(images.shape)
+    return torch.from_numpy(np.stack(rows)).view(images.shape)
 
 
-def share_found(estimates: Tensor, photos: Tensor) -> float:
+def reidentification_rate(estimates: Tensor, photos: Tensor) -> float:
     num = len(estimates)
     ranks = reidentify(
         estimates.float() / 255, photos.float() / 255, torch.arange(num), torch.zeros(len(photos), dtype=torch.int64)
@@ -72,7 +72,7 @@ def test_every_attack_states_its_threat_level() -> None:
 
 def test_an_attack_says_what_it_lacks() -> None:
     for name in ("known_plaintext", "chosen_plaintext", "known_gallery"):
-        with pytest.raises(AttackError, match=f"attack {name} needs .*, which this victim does not give"):
+        with pytest.raises(AttackError, match=f"attack {name} needs .*, which this target does not provide"):
             build(name, AttackerKnowledge((3, 32, 32)))
 
 
@@ -82,10 +82,10 @@ def test_an_attack_says_what_it_lacks() -> None:
 @pytest.mark.parametrize(("name", "options"), CIPHERS)
 def test_chosen_plaintexts_decrypt_every_image_exactly(name: str, options: dict[str, Any], photos: Tensor) -> None:
     protection = victim(name, **options)
-    asked: list[int] = []
+    batch_sizes: list[int] = []
 
     def oracle(images: Tensor) -> Tensor:
-        asked.append(len(images))
+        batch_sizes.append(len(images))
         return protection.protect(images)
 
     attack = build("chosen_plaintext", AttackerKnowledge((3, 32, 32), protect=oracle))
@@ -93,8 +93,8 @@ def test_chosen_plaintexts_decrypt_every_image_exactly(name: str, options: dict[
     assert torch.equal(attack.reconstruct(protection.protect(photos)), photos)
     expected = {"pixel": (1, "pixel"), "tanaka": (1, "tanaka"), "ele": (5, "any"), "etc": (5, "any")}[name]
     assert attack.note == f"key recovered from {expected[0]} chosen image{'s' * (expected[0] > 1)} ({expected[1]})"
-    assert asked[-2] == expected[0]  # then the probe that the solution was checked on
-    assert asked[-1] == 4
+    assert batch_sizes[-2] == expected[0]  # then the probe that the solution was checked on
+    assert batch_sizes[-1] == 4
 
 
 @given(
@@ -120,7 +120,7 @@ def test_chosen_plaintexts_of_other_sizes(
 @pytest.mark.parametrize("scheme", ["auto", "pixel", "tanaka", "any"])
 @pytest.mark.parametrize("oracle", [hashed, victim("pixel", keys="per_image").protect], ids=["hash", "key per image"])
 def test_chosen_plaintexts_do_not_explain_what_is_no_cipher(oracle: ImageMap, scheme: str) -> None:
-    with pytest.raises(AttackError, match="found no permutation with inversions"):
+    with pytest.raises(AttackError, match="no permutation with inversions"):
         build("chosen_plaintext", AttackerKnowledge((3, 32, 32), protect=oracle), scheme=scheme).prepare()
 
 
@@ -145,14 +145,14 @@ def test_one_photograph_gives_away_tanakas_key(photos: Tensor) -> None:
 @pytest.mark.parametrize("name", ["ele", "etc"])
 def test_known_plaintexts_do_not_explain_shuffled_blocks(name: str, photos: Tensor) -> None:
     protection = victim(name)
-    with pytest.raises(AttackError, match="found no permutation of half bytes"):
+    with pytest.raises(AttackError, match="no permutation of half bytes"):
         build(
             "known_plaintext", AttackerKnowledge((3, 32, 32), pairs=(photos[:1], protection.protect(photos[:1])))
         ).prepare()
 
 
 def test_known_plaintexts_do_not_explain_a_keyed_hash(photos: Tensor) -> None:
-    with pytest.raises(AttackError, match="found no permutation of half bytes"):
+    with pytest.raises(AttackError, match="no permutation of half bytes"):
         build("known_plaintext", AttackerKnowledge((3, 32, 32), pairs=(photos[:1], hashed(photos[:1])))).prepare()
 
 
@@ -222,8 +222,8 @@ def brute_force(protected: np.ndarray) -> np.ndarray:
 
 def test_minimum_difference_is_its_description(photos: Tensor) -> None:
     protected = victim("pixel", colour_shuffle=True).protect(photos[:2, :, :10, :12])
-    found = build("minimum_difference", AttackerKnowledge((3, 10, 12))).reconstruct(protected)
-    for image, estimate in zip(protected, found, strict=True):
+    estimates = build("minimum_difference", AttackerKnowledge((3, 10, 12))).reconstruct(protected)
+    for image, estimate in zip(protected, estimates, strict=True):
         expected = brute_force(image.permute(1, 2, 0).numpy())
         np.testing.assert_array_equal(estimate.permute(1, 2, 0).numpy(), expected)
 
@@ -257,7 +257,7 @@ def test_a_gallery_does_not_betray_what_is_random_per_image(photos: Tensor) -> N
 
     attack = build("known_gallery", AttackerKnowledge((3, 32, 32), protect=noise, gallery=photos))
     attack.prepare()
-    assert share_found(attack.reconstruct(noise(photos[:500])), photos) < 0.02
+    assert reidentification_rate(attack.reconstruct(noise(photos[:500])), photos) < 0.02
 
 
 def brightness(images: Tensor) -> Tensor:
@@ -313,7 +313,7 @@ def test_identity_is_broken_and_a_keyed_hash_is_not(photos: Tensor) -> None:
     for name in ("chosen_plaintext", "known_gallery"):
         attack = build(name, AttackerKnowledge((3, 32, 32), protect=lambda x: x, gallery=gallery))
         attack.prepare()
-        assert share_found(attack.reconstruct(gallery[:200]), gallery) > 0.95, name
+        assert reidentification_rate(attack.reconstruct(gallery[:200]), gallery) > 0.95, name
     for name in ("feature_reconstruction", "minimum_difference"):
         attack = build(name, AttackerKnowledge((3, 32, 32)))
-        assert share_found(attack.reconstruct(hashed(gallery[:200])), gallery) < 0.02, name
+        assert reidentification_rate(attack.reconstruct(hashed(gallery[:200])), gallery) < 0.02, name

@@ -40,8 +40,8 @@ SMALL = {"width": 8, "depth": 2}
 def pictures() -> Pictures:
     """Shapes of 16 x 16 and their classes: 600 of the attacker's, 200 of others."""
     options = SOURCES.options("shapes").model_validate({"name": "shapes", "num_train": KNOWN + 200, "num_test": 10})
-    found = SOURCES.build(options, size=(16, 16), channels=3).load("train")
-    return torch.from_numpy(found.images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(found.labels)
+    dataset = SOURCES.build(options, size=(16, 16), channels=3).load("train")
+    return torch.from_numpy(dataset.images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(dataset.labels)
 
 
 def knows(pictures: Pictures, protect: ImageMap, structure: str = "none") -> AttackerKnowledge:
@@ -67,13 +67,13 @@ def build(name: str, access: AttackerKnowledge, **options: Any) -> Any:
 def train(attack: TrainedAttack, folder: Path, share: float = 1.0, num: int | None = None) -> list[EpochMetrics]:
     done = Trainer(
         attack.task(share, num), LocalReporter(Storage(folder), ProgressDisplay(quiet=True), torch.device("cpu"))
-    ).run()
+    ).train()
     attack.load(attack.state(done.trainee))
     attack.prepare()
     return done.history
 
 
-def share_found(attack: Attack, pictures: Pictures, protect: ImageMap) -> float:
+def reidentification_rate(attack: Attack, pictures: Pictures, protect: ImageMap) -> float:
     """Of 200 originals that the attacker has never seen, among these 200."""
     others = pictures[0][KNOWN:]
     estimates = attack.reconstruct(protect(others))
@@ -111,11 +111,11 @@ def test_an_inverse_network_breaks_the_identity_and_not_a_hash(name: str, pictur
     attack = build(name, knows(pictures, identity), **INVERSES[name])
     history = train(attack, tmp_path / "identity")
     assert history[-1]["val_loss"] < history[0]["val_loss"]
-    assert share_found(attack, pictures, identity) > 0.8
+    assert reidentification_rate(attack, pictures, identity) > 0.8
     short = INVERSES[name] | {"train": INVERSES[name]["train"] | {"epochs": 2}}
     attack = build(name, knows(pictures, hashed), **short)
     train(attack, tmp_path / "hash")
-    assert share_found(attack, pictures, hashed) < 0.05
+    assert reidentification_rate(attack, pictures, hashed) < 0.05
 
 
 @pytest.mark.slow
@@ -131,7 +131,7 @@ def test_alpha_zero_breaks(pictures: Pictures, tmp_path: Path) -> None:
     longer = INVERSES["inverse"] | {"train": INVERSES["inverse"]["train"] | {"epochs": 10}}
     attack = build("inverse", knows(pictures, protection.protect), **longer)
     train(attack, tmp_path / "attack")
-    assert share_found(attack, pictures, protection.protect) > RED
+    assert reidentification_rate(attack, pictures, protection.protect) > RED
 
 
 @pytest.mark.slow
@@ -141,14 +141,14 @@ def test_own_keys_teach_nothing_about_anothers(name: str, pictures: Pictures, tm
     options = PROTECTIONS.options(name).model_validate({"name": name})
 
     def under(key: Key) -> ImageMap:
-        made: ImageMap = PROTECTIONS.build(options, channels=3, key=key).protect
-        return made
+        protect: ImageMap = PROTECTIONS.build(options, channels=3, key=key).protect
+        return protect
 
     access = knows(pictures, under(Key(bytes(32))))
     own = {"fresh": lambda number: under(Key(hashlib.sha256(str(number).encode()).digest()))}
     attack = build("inverse_own_keys", AttackerKnowledge(**{**vars(access), **own}), **SMALL, train={"epochs": 3})
     train(attack, tmp_path)
-    assert share_found(attack, pictures, under(Key(bytes(32)))) < 0.3
+    assert reidentification_rate(attack, pictures, under(Key(bytes(32)))) < 0.3
 
 
 @pytest.mark.slow
@@ -177,11 +177,11 @@ def test_the_unpaired_gan_learns_what_natural_images_look_like(pictures: Picture
     settings = {"generator": "pixelwise", "train": {"epochs": 6, "batch_size": 20, "optimizer": {"lr": 0.002}}}
     attack = build("unpaired_gan", knows(pictures, dark), **settings)
     train(attack, tmp_path / "dark")
-    made = attack.reconstruct(dark(pictures[0][KNOWN:])).float().mean()
-    assert abs(made - plain) < 0.5 * abs(plain / 4 - plain)
+    mean = attack.reconstruct(dark(pictures[0][KNOWN:])).float().mean()
+    assert abs(mean - plain) < 0.5 * abs(plain / 4 - plain)
     attack = build("unpaired_gan", knows(pictures, hashed), width=4, train={"epochs": 1})
     train(attack, tmp_path / "hash")
-    assert share_found(attack, pictures, hashed) < 0.05
+    assert reidentification_rate(attack, pictures, hashed) < 0.05
 
 
 def test_small_images_are_too_small_for_a_gan() -> None:
@@ -210,9 +210,9 @@ def test_the_white_box_inverts_what_is_differentiable(pictures: Pictures) -> Non
     access = AttackerKnowledge((3, 16, 16), gradients=forward)
     attack = build("white_box", access, steps=200, tv=0.0, restarts=1)
     attack.prepare()
-    assert attack.note == "200 steps from each of grey, noise"
+    assert attack.note == "200 steps from each of gray, noise"
     assert attack.max_queries == 200
-    assert share_found(attack, pictures, protect) > 0.95
+    assert reidentification_rate(attack, pictures, protect) > 0.95
 
 
 def test_the_white_box_begins_where_the_inverse_network_ended(pictures: Pictures) -> None:
@@ -226,7 +226,7 @@ def test_the_white_box_begins_where_the_inverse_network_ended(pictures: Pictures
     def protect(images: Tensor) -> Tensor:
         return (differentiable(4)(images.float() / 255) * 255).round().to(torch.uint8)
 
-    assert share_found(attack, pictures, protect) > 0.95
+    assert reidentification_rate(attack, pictures, protect) > 0.95
 
 
 def test_the_white_box_finds_nothing_where_gradients_say_nothing(pictures: Pictures) -> None:
@@ -235,7 +235,7 @@ def test_the_white_box_finds_nothing_where_gradients_say_nothing(pictures: Pictu
 
     attack = build("white_box", AttackerKnowledge((3, 16, 16), gradients=flat), steps=5, restarts=1)
     attack.prepare()
-    assert share_found(attack, pictures, hashed) < 0.05
+    assert reidentification_rate(attack, pictures, hashed) < 0.05
 
 
 # What trained attacks have in common
@@ -250,23 +250,23 @@ def test_without_an_oracle_the_pairs_are_all_there_is(pictures: Pictures, tmp_pa
     attack = build("inverse", access, **SMALL, train={"epochs": 1})
     assert attack.num_images == 90
     train(attack, tmp_path)
-    with pytest.raises(AttackError, match="attack inverse needs pairs of plain and protected images, which this vic"):
+    with pytest.raises(AttackError, match="attack inverse needs pairs of plain and protected images, which this tar"):
         build("inverse", AttackerKnowledge((3, 16, 16), images=images))
 
 
 @pytest.mark.slow
 def test_the_class_can_be_told(pictures: Pictures, tmp_path: Path) -> None:
-    asked: list[int] = []
+    batch_sizes: list[int] = []
 
     def classify(protected: Tensor) -> Tensor:
-        asked.append(len(protected))
+        batch_sizes.append(len(protected))
         return torch.zeros(len(protected), dtype=torch.int64)
 
     access = AttackerKnowledge(**{**vars(knows(pictures, hashed)), "classify": classify})
     attack = build("inverse", access, **SMALL, conditional=True, train={"epochs": 1})
     train(attack, tmp_path)
-    assert share_found(attack, pictures, hashed) < 0.05
-    assert asked == [200]
+    assert reidentification_rate(attack, pictures, hashed) < 0.05
+    assert batch_sizes == [200]
 
 
 @pytest.mark.slow
@@ -301,7 +301,7 @@ def test_saturated_values_are_spread_out(pictures: Pictures) -> None:
     images[:50, :, :8] = 254
     net = attack.network((1, 16, 16))
     net.fit_normalization(images)
-    value, logit = ((net._seen(images.float() / 255) - net.mean) / net.std).split(1, dim=1)
+    value, logit = ((net._with_logits(images.float() / 255) - net.mean) / net.std).split(1, dim=1)
     assert torch.allclose(logit[:50, :, :8], torch.tensor(-1.0), atol=1e-4)
     assert torch.allclose(logit[50:, :, :8], torch.tensor(1.0), atol=1e-4)
     assert value[:, :, :8].abs().max() < 0.2

@@ -166,7 +166,7 @@ def test_the_card_says_what_a_code_tells(trained: Trained, code: str | None, bit
         {"hardware": "x"},
     )
     assert ("bits at most" in card) == (bits is not None)
-    assert bits is None or f"| what leaves the client of an image | {bits} |" in card
+    assert bits is None or f"| information per protected image | {bits} |" in card
     assert ("the public part classifies" in card) == public
 
 
@@ -368,7 +368,7 @@ def test_the_key_stays_in_the_private_part(keyed: Path) -> None:
     for path in keyed.rglob("*"):
         if path.is_file() and path.name != "protection.key":
             assert key.text().strip() not in path.read_text(errors="replace")
-    assert "whoever has the key" in (keyed / "MODEL_CARD.md").read_text()
+    assert "everyone who has the key" in (keyed / "MODEL_CARD.md").read_text()
 
 
 def test_the_picture_of_a_keyed_run_does_not_show_pairs_under_its_key(keyed: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from raypp.utils.keys import Key
 @pytest.fixture(scope="module")
 def pictures() -> tuple[Tensor, Tensor]:
     """Plain images to fit to, and others, uint8 (N, 3, 32, 32)."""
+    importlib.import_module("sklearn.linear_model")  # takes two seconds, which would count as the first test's
     source = SOURCES.build(SOURCES.options("shapes")(name="shapes", num_train=400, num_test=100), size=None, channels=3)
     train, test = (torch.from_numpy(source.load(split).images).permute(0, 3, 1, 2) for split in ("train", "test"))
     return train, test

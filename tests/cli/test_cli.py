@@ -197,7 +197,7 @@ MISTAKES = {
     "no parquet": ("data check parquet --path none", "none"),
     "target taken": ("data convert shapes taken", "taken exists and is not an empty folder"),
     "target is here": ("data convert shapes .", "exists and is not an empty folder"),
-    "no victim": ("attack --local --name a", "name one victim: a bundle, --function MODULE:NAME, or --folders PLAIN"),
+    "no victim": ("attack --local --name a", "name one target: a bundle, --function MODULE:NAME, or --folders PLAIN"),
     "no such victim": ("attack none --local --name a", "none' does not exist"),
     "unknown attack": ("attack none --attacks invrese", "unknown attack 'invrese' (did you mean 'inverse'?); allowed"),
     "unknown suite": ("attack none --suite smal", "unknown suite 'smal' (did you mean 'small'?); allowed: quick"),
@@ -239,7 +239,7 @@ def test_the_papers_method_without_its_feature_network_is_refused_before_anythin
     capsys: Captured, tmp_path: Path, command: str
 ) -> None:
     sentence = refused(capsys, *command.split())
-    assert "VGG-16's ImageNet weights, which the paper's method compares images with, cannot be had: no net" in sentence
+    assert "VGG-16's ImageNet weights, which the paper's method needs, are not available: no network" in sentence
     assert "--features.weights FILE" in sentence
     assert "--features.fallback allow" in sentence
     assert {path.name for path in tmp_path.iterdir()} <= {"hub"}, "neither a run nor data"
@@ -530,6 +530,4 @@ def test_a_local_run_that_is_told_to_stop_writes_a_checkpoint_first(tmp_path: Pa
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert err.strip().endswith(
-        f"stopped after checkpoint {list_checkpoints(run)[0]}, as told; --resume goes on from it"
-    )
+    assert err.strip().endswith(f"stopped after checkpoint {list_checkpoints(run)[0]}; continue with --resume")

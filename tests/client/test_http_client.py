@@ -29,7 +29,7 @@ from raypp.cli.main import main
 from raypp.cli.service import _printable
 from raypp.client.http import AsyncClient, Client
 from raypp.client.offline import protect_images
-from raypp.client.session import RemoteError, _wait
+from raypp.client.session import RemoteError, retry_delay
 from raypp.serve.api import classifier_api
 from raypp.serve.model_store import publishing
 from raypp.serve.server import publish
@@ -95,12 +95,12 @@ def test_every_form_of_image_is_protected_and_classified(
     files = [tmp_path / f"{i}.png" for i in range(len(images))]
     for file, image in zip(files, images, strict=True):
         write_png(file, image)
-    given = [images[0], str(files[1]), files[2], files[3].read_bytes(), images[4]]
+    inputs = [images[0], str(files[1]), files[2], files[3].read_bytes(), images[4]]
     with running(faulty.app) as url, raypp.Client(url, cache=cache) as client:
-        found = client.classify(given)
-        assert [p.label for p in found] == expected(trained.bundle, images)
-        assert found[0].top[0] == (found[0].label, found[0].probability)
-        assert [i for i, _ in client.stream(given, batch=2)] == given
+        predictions = client.classify(inputs)
+        assert [p.label for p in predictions] == expected(trained.bundle, images)
+        assert predictions[0].top[0] == (predictions[0].label, predictions[0].probability)
+        assert [i for i, _ in client.stream(inputs, batch=2)] == inputs
         uploads = [np.load(io.BytesIO(body)) for body in faulty.bodies if body]
     plain = {image.tobytes() for image in images}
     assert sum(map(len, uploads)) == 10
@@ -113,11 +113,22 @@ def test_the_asynchronous_client_does_the_same(trained: Trained, cache: Path, im
     async def ask(url: str) -> list[list[str]]:
         async with AsyncClient(url, cache=cache) as client:
             both = await asyncio.gather(client.classify(images), client.classify(images[::-1]))
-            return [[p.label for p in found] for found in both]
+            return [[p.label for p in predictions] for predictions in both]
 
     with running(Faulty(Here(trained.live)).app) as url:
         first, second = asyncio.run(ask(url))
     assert first == second[::-1] == expected(trained.bundle, images)
+
+
+def test_closing_a_client_ends_a_cancelled_call(cache: Path) -> None:
+    async def cancel() -> None:
+        async with AsyncClient("http://127.0.0.1:9", cache=cache, patience=60) as client:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(client.model(), 0.3)
+
+    start = time.monotonic()
+    asyncio.run(cancel())  # waits for the thread of the call
+    assert time.monotonic() - start < 10
 
 
 def test_the_protection_is_fetched_once_and_kept(trained: Trained, cache: Path, images: list[np.ndarray]) -> None:
@@ -163,7 +174,9 @@ def test_a_service_that_is_none_is_said_to_be_so(trained: Trained, cache: Path, 
 
 
 @pytest.mark.slow
-def test_faults_are_retried_and_patience_ends(trained: Trained, cache: Path, images: list[np.ndarray]) -> None:
+def test_faults_are_retried_and_patience_ends(
+    trained: Trained, cache: Path, images: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
     faulty = Faulty(Here(trained.live))
     with running(faulty.app) as url:
         with Client(url, cache=cache) as client:
@@ -181,12 +194,13 @@ def test_faults_are_retried_and_patience_ends(trained: Trained, cache: Path, ima
             with pytest.raises(RemoteError, match="answers 503: busy") as raised:
                 client.classify(images)
             assert raised.value.status == 503
-    told: list[tuple[str, float]] = []
-    patient = Client(url, cache=cache, patience=5, on_wait=lambda reason, seconds: told.append((reason, seconds)))
+    monkeypatch.setattr("raypp.client.session.SILENT_SECONDS", 0.2)
+    waits: list[tuple[str, float]] = []
+    patient = Client(url, cache=cache, patience=3, on_wait=lambda reason, seconds: waits.append((reason, seconds)))
     with patient as client, pytest.raises(RemoteError, match="does not answer"):
         client.classify(images)
-    assert told  # nobody waits for long without being told
-    assert all(f"{url} does not answer" in reason and 0 < seconds < 4 for reason, seconds in told)
+    assert waits
+    assert all(f"{url} does not answer" in reason and 0 < seconds < 2.8 for reason, seconds in waits)
 
 
 class Picky:
@@ -212,7 +226,7 @@ def test_one_bad_image_of_a_folder_costs_no_other(
     (folder / "69.png").write_bytes(b"")
     read = [i for i in range(70) if i not in (3, 69)]
     here = Here(trained.live)
-    here.live._kept = [replace(here.now(), guard=Picky())]  # type: ignore[arg-type]
+    here.live._models = [replace(here.active_model(), guard=Picky())]  # type: ignore[arg-type]
     hidden = protect_images(load_public(trained.bundle), pixels)
     taken = [i for i in read if hidden[i, 0, 0, 0] % 2 == 1]
     assert 0 < len(taken) < len(read)
@@ -257,12 +271,12 @@ def test_a_bundle_that_takes_over_costs_no_request(trained: Trained, tmp_path: P
         with publishing(other, tmp_path / "shelf"):
             pass
         assert here.live.refresh()
-        assert len(client.classify(images)) == 5  # protected with the one before, and told of the new one
-        assert client.classify(images)[0].model == here.now().version
+        assert len(client.classify(images)) == 5  # uses the earlier protection; the response names the new one
+        assert client.classify(images)[0].model == here.active_model().version
         second, _ = client.protection()
         assert second != first
-        here.live._kept = here.live._kept[:1]  # a replica that has forgotten the newest: 409, fetched anew
-        assert client.classify(images)[0].model == here.now().version
+        here.live._models = here.live._models[:1]  # a replica that has forgotten the newest: 409, fetched anew
+        assert client.classify(images)[0].model == here.active_model().version
 
 
 def test_a_pinned_client_takes_no_other_protection(trained: Trained, cache: Path, images: list[np.ndarray]) -> None:
@@ -302,7 +316,7 @@ def test_a_protection_that_is_not_what_it_says_is_refused(
 ) -> None:  # type: ignore[no-untyped-def]
     files = {p.name: p.read_bytes() for p in (trained.bundle / "public").iterdir()}
     here = Here(trained.live)
-    tag = {"ETag": f'"{here.now().protection}"'}
+    tag = {"ETag": f'"{here.active_model().protection}"'}
     faulty = Faulty(here)
     with running(faulty.app) as url, Client(url, cache=cache) as client:
         faulty.faults = [Response(change(files), headers=tag)]
@@ -346,7 +360,7 @@ def test_what_comes_out_as_it_went_in_is_not_sent(
     flat = np.full((16, 16, 3), 128, np.uint8)
     faulty = Faulty(Here(trained.live))
     with running(faulty.app) as url, Client(url, cache=cache) as client:
-        monkeypatch.setattr("raypp.client.session.protect_images", leaves)
+        monkeypatch.setattr("raypp.client.http.protect_images", leaves)
         with pytest.raises(DataError, match="image 4 comes out of the protection as it went in; nothing was sent"):
             client.classify(images)
         assert not any(faulty.bodies)
@@ -431,10 +445,10 @@ def test_an_image_that_is_left_out_is_named_when_a_batch_is_halved(
         client.classify(images)  # knows the limits
         here.limits = replace(here.limits, images=2)
         mixed = [images[0], b"no image", images[2], images[3], b"none either"]
-        found = list(client.stream(mixed, on_error=lambda image, error: errors.append(image)))
+        results = list(client.stream(mixed, on_error=lambda image, error: errors.append(image)))
     assert errors == [b"no image", b"none either"]
-    assert [p.label for _, p in found] == [expected(trained.bundle, images)[i] for i in (0, 2, 3)]
-    assert all(image is mixed[i] for (image, _), i in zip(found, (0, 2, 3), strict=True))
+    assert [p.label for _, p in results] == [expected(trained.bundle, images)[i] for i in (0, 2, 3)]
+    assert all(image is mixed[i] for (image, _), i in zip(results, (0, 2, 3), strict=True))
 
 
 def test_one_image_that_is_too_large_is_no_endless_loop(
@@ -449,8 +463,8 @@ def test_one_image_that_is_too_large_is_no_endless_loop(
 
 @pytest.mark.parametrize("tries", [0, 1, 7, 1024, 10**6])
 def test_the_wait_between_two_tries_has_a_limit(tries: int) -> None:
-    assert 0.05 <= _wait(None, tries) <= 5
-    assert 2 <= _wait(httpx.Response(503, headers={"Retry-After": "2"}), tries) <= 7
+    assert 0.05 <= retry_delay(None, tries) <= 5
+    assert 2 <= retry_delay(httpx.Response(503, headers={"Retry-After": "2"}), tries) <= 7
 
 
 @pytest.mark.slow
@@ -469,9 +483,9 @@ def test_an_entity_tag_that_a_proxy_has_weakened_names_the_protection(
 
     with running(faulty.app) as url, Client(url, cache=cache) as client:
         assert [p.label for p in client.classify(images)] == expected(trained.bundle, images)
-        client._session._bundle = None
-        client._session.pin = next(path.name for path in cache.iterdir())
-        assert client.protection()[0] == client._session.pin  # by If-None-Match
+        client._protection = None
+        client._pin = next(path.name for path in cache.iterdir())
+        assert client.protection()[0] == client._pin  # by If-None-Match
         assert faulty.answers[-1] == ("/classifier/v1/protection", 304)
 
 
@@ -499,7 +513,7 @@ def test_a_demo_that_does_not_start_leaves_no_client_open(
             with pytest.raises((ConfigError, RemoteError)):
                 demo.open_services([f"a={url}", second])
         assert len(opened) >= 4
-        assert all(client._http.is_closed for client in opened)
+        assert all(client._session.http.is_closed for client in opened)
         (service,) = demo.open_services([url])
-        assert not service.client._http.is_closed
+        assert not service.client._session.http.is_closed
         service.client.close()

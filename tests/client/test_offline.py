@@ -118,9 +118,9 @@ def test_any_image_becomes_what_the_classifier_reads(
 ) -> None:
     source = save(tmp_path / "in.png", ODD[kind])
     protect_files(trained.bundle, source, tmp_path / "out.png", keep_size=keep_size)
-    found = read(tmp_path / "out.png")
-    assert found.shape == ((*ODD[kind].shape[:2], 3) if keep_size else (16, 16, 3))
-    assert np.array_equal(found, expected(public, source, None if keep_size else (16, 16)))
+    pixels = read(tmp_path / "out.png")
+    assert pixels.shape == ((*ODD[kind].shape[:2], 3) if keep_size else (16, 16, 3))
+    assert np.array_equal(pixels, expected(public, source, None if keep_size else (16, 16)))
 
 
 def test_folders_of_mixed_sizes_keep_them(trained: Trained, public: PublicBundle, tmp_path: Path) -> None:

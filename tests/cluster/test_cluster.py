@@ -206,9 +206,7 @@ def test_a_run_outlives_nodes_a_stopped_job_and_a_killed_driver(nodes: Nodes, tm
     wait_until(lambda: rows_of(folder)[-1]["world"] == 2, process)
 
     output = nodes.stop("elastic", process)
-    assert (
-        f"stopped after checkpoint {list_checkpoints(Storage(folder))[0]}, as told; --resume goes on from it" in output
-    )
+    assert f"stopped after checkpoint {list_checkpoints(Storage(folder))[0]}; continue with --resume" in output
     histories.append(rows_of(folder))
     time.sleep(3)
     assert rows_of(folder) == histories[-1], "a stopped job still trains"

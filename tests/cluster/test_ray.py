@@ -131,7 +131,7 @@ def test_a_run_that_is_told_to_stop_says_what_is_kept(cluster: Cluster, tmp_path
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
     newest = list_checkpoints(Storage(tmp_path / "told"))[0]
-    assert err.strip().endswith(f"stopped after checkpoint {newest}, as told; --resume goes on from it")
+    assert err.strip().endswith(f"stopped after checkpoint {newest}; continue with --resume")
     assert "SIGTERM" not in err
     rows = history(tmp_path / "told")
     assert epochs_of(tmp_path / "told") == expected(len(rows) - 1)
@@ -195,16 +195,16 @@ def test_a_stream_trains_as_well_as_memory(cluster: Cluster, tmp_path: Path, par
 
 STREAM_IN_FULL = """
 import json, sys
-from raypp.cluster.session import session
-from raypp.config import load_config
-from raypp.data.streaming import bounded, datasets
-with session():
+from raypp.cluster.session import ray_session
+from raypp.config.presets import load_config
+from raypp.data.streaming import build_execution_options, datasets
+with ray_session():
     for name, folder in json.loads(sys.argv[1]):
         flags = ["--data.stream", "true", "--data.image_size", "[8, 8]", "--data.num_val", "1"]
         flags += ["--data.source.name", name, "--data.source.path", folder]
         rows = datasets(load_config("quickstart", flags=flags))
         for part in (*rows, *rows):
-            part.context.execution_options = bounded()
+            part.context.execution_options = build_execution_options()
             print("ROWS", json.dumps([[int(row["label"]), row["image"].tolist()] for row in part.iter_rows()]))
 """
 
@@ -367,7 +367,7 @@ def test_attacks_that_are_told_to_stop_write_a_checkpoint_first(
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
-    assert "as told; --resume goes on from" in " ".join(err.split())
+    assert "; continue with --resume" in " ".join(err.split())
     newest = inverse / "checkpoints" / list_checkpoints(Storage(inverse))[0]
     assert (newest / "checkpoint.json").stat().st_mtime > told - 1  # an epoch may have ended just before
     assert not (inverse / "result.json").exists()

@@ -109,7 +109,7 @@ def test_a_stopped_search_loses_nothing(cluster: Cluster, tmp_path: Path, worker
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
-    assert "stopped, as told; --resume goes on" in " ".join(err.split())
+    assert "stopped; continue with --resume" in " ".join(err.split())
     before = {trial.name: rows(trial) for trial in trials.glob("*") if rows(trial)}
     assert len(before) == 2 // workers
     for name, had in before.items():
@@ -167,7 +167,7 @@ def test_nobody_takes_over_a_network_that_is_finished(tmp_path: Path) -> None:
     flags += ["--train.schedule", "{name: constant}"]
     population = build_scheduler(make_search_plan("quickstart", flags=flags, storage=str(tmp_path), name="s"))
     for epoch in (8, 9):  # the last, and the report after the attack
-        result = {"epoch": epoch, "epochs": 8, "judged": 0.5}
+        result = {"epoch": epoch, "epochs": 8, "final_phase_accuracy": 0.5}
         assert population.on_trial_result(None, None, result) == TrialScheduler.CONTINUE
 
 

@@ -257,7 +257,7 @@ MISTAKES = {
     ),
     "plain mode with a protection": (
         ["--train.mode", "plain"],
-        "train.mode 'plain' trains no protection, found 'learned'; allowed: 'plain'",
+        "train.mode 'plain' trains no protection, but protection is 'learned'; allowed: 'plain'",
     ),
     "an unknown fallback": (
         ["--features", "vgg16", "--features.fallback", "alow"],
@@ -325,7 +325,7 @@ FILES = {
     "train: &t {alpha: *t}": "line 1: it contains itself by an alias",
     "train: &t [*t]": "line 1: it contains itself by an alias",
     "train: *t": "is no valid YAML: line 1, column 8: found undefined alias 't'",
-    "\0": "is no valid YAML: at byte 1 it is no text",
+    "\0": "is no valid YAML: byte 1 is not valid",
     "[" * 500: "is no valid YAML: its sections are nested too deeply",
     "\n".join(["x0: &x0 [1]", *(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]" for i in range(1, 9))]): (
         "its aliases stand for more than 100,000 values"
@@ -369,7 +369,7 @@ def test_what_editors_and_shells_write_is_read(tmp_path: Path) -> None:
         assert config.train.alpha == 0.25
         assert config.data.source.model_dump()["path"] == str(Path("2024-01-05").absolute())
     file.write_bytes("train: {alpha: 0.25}  # Größe".encode("latin-1"))
-    assert refusal(file=file) == f"config file {str(file)!r} is no valid YAML: at byte 27 it is no text in utf-8"
+    assert refusal(file=file) == f"config file {str(file)!r} is no valid YAML: byte 27 is not valid utf-8"
 
 
 def test_merge_keys_and_aliases_are_no_duplicates(tmp_path: Path) -> None:

@@ -38,10 +38,10 @@ def seen(batches: DeviceLoader, epoch: int) -> list[list[int]]:
 @given(num=st.integers(1, 60), batch_size=st.integers(2, 20), epoch=st.integers(0, 50))
 def test_an_epoch_is_full_batches_of_different_images(num: int, batch_size: int, epoch: int) -> None:
     batches = loader(num, batch_size)
-    found = seen(batches, epoch)
-    assert len(found) == batches.num_batches == max(1, num // batch_size)
-    assert all(len(batch) == min(batch_size, num) for batch in found)
-    flat = [i for batch in found for i in batch]
+    epoch_batches = seen(batches, epoch)
+    assert len(epoch_batches) == batches.num_batches == max(1, num // batch_size)
+    assert all(len(batch) == min(batch_size, num) for batch in epoch_batches)
+    flat = [i for batch in epoch_batches for i in batch]
     assert len(set(flat)) == len(flat)
     assert set(flat) <= set(range(num))
 
@@ -110,25 +110,25 @@ def crop_and_flip(image: np.ndarray, padding: int, dy: int, dx: int, flip: bool)
 def test_crop_and_flip(height: int, width: int, channels: int, padding: int, flip: bool, seed: int) -> None:
     images = noise(5, height, width, channels)
     augmentation = Augmentation(padding, flip)
-    drawn = augmentation.draw(5, make_generator(seed))
-    found = augmentation.apply(images, *drawn)
-    assert found.dtype == torch.uint8
-    dy, dx, flips = (d.tolist() for d in drawn)
+    params = augmentation.sample_params(5, make_generator(seed))
+    augmented = augmentation.apply(images, *params)
+    assert augmented.dtype == torch.uint8
+    dy, dx, flips = (param.tolist() for param in params)
     expected = [crop_and_flip(images[i].numpy(), padding, dy[i], dx[i], flips[i]) for i in range(5)]
-    assert np.array_equal(found.numpy(), np.stack(expected))
+    assert np.array_equal(augmented.numpy(), np.stack(expected))
 
 
 def test_offsets_and_flips_use_their_whole_range_evenly() -> None:
-    dy, dx, flips = Augmentation(2, True).draw(5000, make_generator(0))
+    dy, dx, flips = Augmentation(2, True).sample_params(5000, make_generator(0))
     for offsets in (dy, dx):
         assert np.bincount(offsets.numpy(), minlength=5).min() > 850
         assert offsets.max() == 4
     assert not torch.equal(dy, dx)
     assert 2350 < flips.sum() < 2650
-    assert not Augmentation(2, False).draw(5000, make_generator(0))[2].any()
+    assert not Augmentation(2, False).sample_params(5000, make_generator(0))[2].any()
 
 
-def test_images_in_a_batch_are_augmented_independently_and_anew_each_epoch() -> None:
+def test_images_in_a_batch_are_augmented_independently_in_each_epoch() -> None:
     one = noise(1, 9, 9).expand(30, -1, -1, -1)
     batches = DeviceLoader(
         one, torch.zeros(30, dtype=torch.int64), batch_size=30, seed=0, augmentation=Augmentation(4, True)
@@ -146,10 +146,10 @@ def test_without_augmentation_images_arrive_as_they_are() -> None:
 
 def test_as_input_maps_every_level_to_its_share() -> None:
     levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1)
-    found = to_float_tensor(levels)
-    assert found.shape == (1, 1, 16, 16)
-    assert found.dtype == torch.float32
-    assert found.flatten().tolist() == pytest.approx([level / 255 for level in range(256)])
+    values = to_float_tensor(levels)
+    assert values.shape == (1, 1, 16, 16)
+    assert values.dtype == torch.float32
+    assert values.flatten().tolist() == pytest.approx([level / 255 for level in range(256)])
     assert to_float_tensor(noise(2)).is_contiguous(memory_format=torch.channels_last)
 
 

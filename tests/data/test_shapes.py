@@ -78,9 +78,9 @@ def test_colour_alone_does_not_tell_the_class() -> None:
         return np.concatenate([pixels.mean(1), pixels.std(1), np.ones((len(images), 1))], axis=1)
 
     source = shapes(num_train=2000)
-    known, asked = source.load("train"), source.load("test")
-    weights = np.linalg.lstsq(features(known), np.eye(10)[known.labels], rcond=None)[0]
-    accuracy = (np.argmax(features(asked) @ weights, axis=1) == asked.labels).mean()
+    train_set, test_set = source.load("train"), source.load("test")
+    weights = np.linalg.lstsq(features(train_set), np.eye(10)[train_set.labels], rcond=None)[0]
+    accuracy = (np.argmax(features(test_set) @ weights, axis=1) == test_set.labels).mean()
     assert accuracy < 0.3
 
 
@@ -100,8 +100,8 @@ def test_the_shape_does_tell_the_class() -> None:
         return np.array(centred).reshape(len(images), -1).astype(np.float32)
 
     source = shapes(num_train=2000, num_test=300)
-    known, asked = source.load("train"), source.load("test")
-    a, b = outlines(asked), outlines(known)
+    train_set, test_set = source.load("train"), source.load("test")
+    a, b = outlines(test_set), outlines(train_set)
     distance = a.sum(1)[:, None] + b.sum(1)[None] - 2 * a @ b.T
-    accuracy = (known.labels[distance.argmin(axis=1)] == asked.labels).mean()
+    accuracy = (train_set.labels[distance.argmin(axis=1)] == test_set.labels).mean()
     assert accuracy > 0.8

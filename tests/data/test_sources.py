@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision import datasets
 
-from raypp.data import SOURCES, base, parquet
-from raypp.data.base import DataSource, Example, ImageDataset, Split, check_memory, stratified_split
+from raypp.data import SOURCES, base, memory, parquet_labels
+from raypp.data.base import DataSource, Example, ImageDataset, Split, stratified_split
 from raypp.data.cifar import Cifar10, Cifar100
 from raypp.data.convert import check, convert, describe
 from raypp.data.folder import Folder
@@ -92,18 +92,18 @@ def test_stratified_split_depends_on_the_seed_and_refuses_the_impossible() -> No
 
 
 def test_check_memory_names_the_way_out() -> None:
-    check_memory(10, (32, 32, 3))
+    memory.check_memory(10, (32, 32, 3))
     if not Path("/proc/meminfo").exists():
         pytest.skip("no /proc/meminfo on this machine")
     with pytest.raises(DataError, match=r"10000000 images of 4000 x 4000 x 3 need 960000\.0 GB .*data\.stream=true"):
-        check_memory(10_000_000, (4000, 4000, 3))
+        memory.check_memory(10_000_000, (4000, 4000, 3))
 
 
-def test_load_asks_for_the_memory_of_the_whole_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(base, "check_memory", lambda num, shape: asked.append((num, shape)))
+def test_load_checks_the_memory_of_the_whole_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(base, "check_memory", lambda num, shape: calls.append((num, shape)))
     build("shapes", num_train=20, size=(16, 24)).load("train")
-    assert asked == [(20, (16, 24, 3))]
+    assert calls == [(20, (16, 24, 3))]
 
 
 def test_registry() -> None:
@@ -226,27 +226,27 @@ def test_cifar_in_a_folder_that_cannot_be_written_is_read(tmp_path: Path, monkey
 def test_files_in_the_page_cache_are_memory_that_may_be_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, path: str
 ) -> None:
-    limit, used, cached = base.CGROUP_FILES[version]
+    limit, used, cached = memory.CGROUP_FILES[version]
     root = tmp_path / "memory" if version == 1 else tmp_path
     folder = root / path.strip("/")
     folder.mkdir(parents=True, exist_ok=True)
     own = tmp_path / "own"
     own.write_text(f"3:cpu:/\n2:memory:{path}\n" if version == 1 else f"0::{path}\n")
-    monkeypatch.setattr(base, "CGROUP_ROOT", tmp_path)
-    monkeypatch.setattr(base, "OWN_CGROUPS", own)
+    monkeypatch.setattr(memory, "CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(memory, "OWN_CGROUPS", own)
     (folder / limit).write_text("1000000\n")
     (folder / used).write_text("900000\n")
-    assert base.available_memory() == 100_000
+    assert memory.available_memory() == 100_000
     (folder / "memory.stat").write_text(f"anon 5\n{cached} 700000\n")
-    assert base.available_memory() == 800_000
+    assert memory.available_memory() == 800_000
     (folder / "memory.stat").write_text("damaged")
-    assert base.available_memory() == 100_000
+    assert memory.available_memory() == 100_000
     (folder / limit).write_text("max\n")
-    assert (base.available_memory() or 0) > 1_000_000
+    assert (memory.available_memory() or 0) > 1_000_000
     if folder != root:
         (root / limit).write_text("500000")
         (root / used).write_text("400000")
-        assert base.available_memory() == 100_000, "the outer group's limit holds too"
+        assert memory.available_memory() == 100_000, "the outer group's limit holds too"
 
 
 # Classes
@@ -408,7 +408,7 @@ def test_parquet_labels_in_folder_names(tmp_path: Path) -> None:
     assert (columns.classes, columns.labels.tolist()) == (("0", "1"), [0, 1] * 3)
     numbers = build("parquet", path=str(tmp_path / "c")).load("train")
     assert (numbers.classes, numbers.labels.tolist()) == (("0", "1"), [0, 0, 1, 1])
-    write_parquet(tmp_path / f"a/train/label={parquet.NO_VALUE}/part-0.parquet", structs(noise(2)), None)
+    write_parquet(tmp_path / f"a/train/label={parquet_labels.HIVE_NULL}/part-0.parquet", structs(noise(2)), None)
     with pytest.raises(DataError, match="row 0: label is null"):
         build("parquet", path=str(tmp_path / "a")).load("train")
     for split in ("train", "test"):
@@ -657,7 +657,7 @@ def test_folder_with_a_class_called_test_is_read(tmp_path: Path) -> None:
 def test_images_that_cannot_be_read_here_are_named(tmp_path: Path) -> None:
     write_folder(tmp_path, {"train/a": 2, "train/b": 2, "test/a": 1})
     (tmp_path / "train" / "a" / "photo.HEIC").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"photo\.HEIC is an image in a format that is not read here"):
+    with pytest.raises(DataError, match=r"photo\.HEIC is an image in a format that is not supported"):
         build("folder", path=tmp_path).load("train")
     (tmp_path / "train" / "a" / "photo.HEIC").unlink()
     (tmp_path / "train" / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
@@ -739,7 +739,7 @@ def test_large_images_are_read_in_threads_in_the_same_order(tmp_path: Path) -> N
         path = tmp_path / f"train/{'ab'[i // 40]}/{i:03}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_png(path, image)
-    assert (tmp_path / "train/a/000.png").stat().st_size > base.THREADS_FROM
+    assert (tmp_path / "train/a/000.png").stat().st_size > base.MIN_BYTES_FOR_THREADS
     assert np.array_equal(build("folder", path=tmp_path).load("train").images, images)
 
 
@@ -790,7 +790,7 @@ def test_splits_below_classes_are_refused(tmp_path: Path, inside: tuple[str, ...
         build("folder", path=tmp_path).load("train")
 
 
-def test_folders_beside_the_splits_are_named(tmp_path: Path) -> None:
+def test_folders_next_to_the_splits_are_named(tmp_path: Path) -> None:
     write_folder(tmp_path, {f"{split}/{label}": 1 for split in ("train", "test", "val", "more") for label in "ab"})
     (tmp_path / "overview.png").write_bytes(encode_png(noise(1)[0]))
     (tmp_path / "README.md").touch()
@@ -947,21 +947,21 @@ def test_check_counts_and_lists_instead_of_stopping(tmp_path: Path) -> None:
 
 
 class Fixed(DataSource):
-    """Records given by the test."""
+    """A source of fixed examples."""
 
-    given: list[Example]
+    examples_of_test: list[Example]
     classes = ("a",)
 
     def num_images(self, split: Split) -> int:
-        return len(self.given)
+        return len(self.examples_of_test)
 
     def _read(self, split: Split) -> Any:
-        return iter(self.given)
+        return iter(self.examples_of_test)
 
 
 def test_an_empty_split_is_refused_and_checked() -> None:
     source = Fixed(Shapes.Options())
-    source.given = []
+    source.examples_of_test = []
     with pytest.raises(DataError, match="the train split has no images; allowed are images of two"):
         source.load("train")
     assert check(source).train.shape is None

@@ -1,4 +1,4 @@
-"""The attack ladder from the command's plan to scorecard, bundle and report; every kind of victim, and bad ones."""
+"""Attack runs from the plan to scorecard, bundle and report, with valid and invalid targets of every kind."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ SUITE: dict[str, Any] = {
 
 
 def plan(
-    tmp_path: Path, name: str = "attack", suite: dict[str, Any] | None = None, **victim: Any
+    tmp_path: Path, name: str = "attack", suite: dict[str, Any] | None = None, **target: Any
 ) -> attack_plan.AttackPlan:
     file = tmp_path / "suite.yaml"
     file.write_text(yaml.safe_dump(SUITE if suite is None else suite))
-    return attack_plan.make_attack_plan(**({"suite": str(file), "storage": tmp_path / "runs", "name": name} | victim))
+    return attack_plan.make_attack_plan(**({"suite": str(file), "storage": tmp_path / "runs", "name": name} | target))
 
 
 def attack(of: attack_plan.AttackPlan, *, resume: bool = False) -> dict[str, Any]:
     return run_attacks(of, local=True, quiet=True, resume=resume)
 
 
-def refusal(tmp_path: Path, **victim: Any) -> str:
+def refusal(tmp_path: Path, **target: Any) -> str:
     with pytest.raises(RayppError) as raised:
-        attack(plan(tmp_path, **victim))
+        attack(plan(tmp_path, **target))
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -83,7 +83,7 @@ def test_the_scorecard_holds_every_attack_beside_its_nulls(attacked: tuple[Path,
     assert card["num_queries"] == 20
     assert card["num_gallery"] == 30
     assert card["num_attacker_images"] == 60
-    status = {name: found["status"] for name, found in card["attacks"].items()}
+    status = {name: result["status"] for name, result in card["attacks"].items()}
     assert status == {
         "feature_reconstruction": "done",
         "inverse": "done",
@@ -91,15 +91,15 @@ def test_the_scorecard_holds_every_attack_beside_its_nulls(attacked: tuple[Path,
         "known_gallery": "done",
         "chosen_plaintext": "does not apply",
     }
-    assert "found no permutation" in card["attacks"]["chosen_plaintext"]["note"]
+    assert "no permutation" in card["attacks"]["chosen_plaintext"]["note"]
     assert set(card["baselines"]) == {
         "mean image", "class mean", "random image", "nearest training image", "protected image",
     }  # fmt: skip
-    for found in (card["attacks"]["inverse"]["scores"], card["baselines"]["mean image"]):
+    for scores in (card["attacks"]["inverse"]["scores"], card["baselines"]["mean image"]):
         assert {"psnr", "ssim", "ssim_lab", "ssim_invariant", "edges", "reidentified", "reidentified_top5",
-                "reidentified_same_class", "accuracy"} <= set(found)  # fmt: skip
-        assert found["ssim"]["low"] <= found["ssim"]["mean"] <= found["ssim"]["high"]
-        assert found["ssim"]["min"] <= found["ssim"]["median"] <= found["ssim"]["worst_1_percent"]
+                "reidentified_same_class", "accuracy"} <= set(scores)  # fmt: skip
+        assert scores["ssim"]["low"] <= scores["ssim"]["mean"] <= scores["ssim"]["high"]
+        assert scores["ssim"]["min"] <= scores["ssim"]["median"] <= scores["ssim"]["worst_1_percent"]
     inverse = card["attacks"]["inverse"]
     assert [row["epoch"] for row in inverse["history"]] == [1, 2]
     assert {"val_ssim", "val_psnr", "val_reidentified"} <= set(inverse["history"][0])
@@ -113,7 +113,7 @@ def test_the_scorecard_holds_every_attack_beside_its_nulls(attacked: tuple[Path,
     assert "the inverse network's estimate" in card["attacks"]["white_box"]["note"]
     assert card["strongest_attack"] in status
     assert card["attacks"][card["strongest_attack"]]["reidentification_rate"] == max(
-        found["reidentification_rate"] for found in card["attacks"].values() if found["status"] == "done"
+        result["reidentification_rate"] for result in card["attacks"].values() if result["status"] == "done"
     )
 
 
@@ -155,12 +155,12 @@ def test_a_stored_network_reconstructs_as_it_did(attacked: tuple[Path, Path, dic
 
     bundle, folder, _ = attacked
     of = plan(tmp_path, bundle=str(bundle))
-    victim = attack_plan.load_target_of(of)
+    target = attack_plan.load_target_of(of)
     network = attack_run.load_network(
-        Storage(folder / "attacks" / "inverse"), of.suite.options("inverse"), victim.access
+        Storage(folder / "attacks" / "inverse"), of.suite.options("inverse"), target.access
     )
     estimates = load((folder / "attacks" / "inverse" / "estimates.safetensors").read_bytes())["estimates"]
-    assert torch.equal(network(victim.protected), estimates)
+    assert torch.equal(network(target.protected), estimates)
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -209,15 +209,15 @@ def test_a_resumed_run_stays_what_it_was(
 @pytest.mark.slow
 def test_a_damaged_file_of_a_run_is_named(attacked: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
     bundle, folder, _ = attacked
-    kept = shutil.copytree(folder, tmp_path / "runs" / "attack")
+    run_folder = shutil.copytree(folder, tmp_path / "runs" / "attack")
     again = plan(tmp_path, bundle=str(bundle))
-    result = kept / "attacks" / "feature_reconstruction" / "result.json"
+    result = run_folder / "attacks" / "feature_reconstruction" / "result.json"
     result.write_text(result.read_text()[:-20])
     with pytest.raises(
         StorageError, match=r"feature_reconstruction/result.json is damaged .*; delete it, and --resume"
     ):
         attack(again, resume=True)
-    (kept / "suite.yaml").write_text("victim: [")
+    (run_folder / "suite.yaml").write_text("victim: [")
     with pytest.raises(StorageError, match=r"suite\.yaml is damaged: "):
         attack(again, resume=True)
 
@@ -230,7 +230,7 @@ def test_a_training_runs_folder_is_no_place_for_attacks(trained: Trained, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_ladder_that_is_told_to_stop_goes_on_from_its_checkpoint(trained: Trained, tmp_path: Path) -> None:
+def test_a_stopped_attack_run_resumes_from_its_checkpoint(trained: Trained, tmp_path: Path) -> None:
     whole = attack(plan(tmp_path, "whole", bundle=str(shutil.copytree(trained.bundle, tmp_path / "bundle"))))
 
     def stopped(plan: attack_plan.AttackPlan, missing: Any, display: MultiProgressDisplay, ended: Any) -> None:
@@ -279,7 +279,7 @@ def test_an_attack_that_is_killed_goes_on_from_its_checkpoint(
     assert again["attacks"]["inverse"]["scores"] == whole["attacks"]["inverse"]["scores"]
 
 
-# Other victims
+# Other targets
 
 INVERT = """
 import numpy as np
@@ -311,14 +311,14 @@ def test_any_function_can_be_attacked(tmp_path: Path) -> None:
     card = attack(of_function(tmp_path, suite=SUITE | {"attacks": attacks, "reference_epochs": 1}))
     assert card["attacks"]["chosen_plaintext"]["reidentification_rate"] == 1
     assert card["attacks"]["known_gallery"]["reidentification_rate"] > 0.2
-    assert "needs a differentiable protection, which this victim" in card["attacks"]["white_box"]["note"]
+    assert "needs a differentiable protection, which this target" in card["attacks"]["white_box"]["note"]
     assert card["accuracy"] is None
     assert card["reference_accuracy"] is not None
     assert (tmp_path / "runs" / "attack" / "report.html").exists()
 
 
 @pytest.mark.slow
-def test_a_judge_that_cannot_be_trained_is_said_so(tmp_path: Path) -> None:
+def test_a_reference_classifier_that_cannot_be_trained_is_reported(tmp_path: Path) -> None:
     settings = override(IMAGES, ["--data.num_val", "60"])
     suite = SUITE | {"attacks": {"feature_reconstruction": {}}, "reference_epochs": 1}
     card = attack(of_function(tmp_path, suite=suite, flags=settings))
@@ -507,7 +507,7 @@ def test_a_file_that_ends_python_or_misses_is_named(tmp_path: Path) -> None:
     for where, sentence in (
         (f"{tmp_path / 'none.py'}:protect", "there is no file"),
         (f"{tmp_path / 'mine.py'}:", "is not understood; allowed is MODULE:NAME or FILE.py:NAME"),
-        (f"{tmp_path / 'mine.txt'}:protect", "names a file that is no .py"),
+        (f"{tmp_path / 'mine.txt'}:protect", "names a file that is not a .py file"),
         (f"{tmp_path}.py:protect", "there is no file"),
     ):
         with pytest.raises(ConfigError, match=re.escape(sentence)):
@@ -521,9 +521,9 @@ def test_a_function_may_work_in_place(tmp_path: Path) -> None:
     for channels in (1, 3):
         images = torch.randint(0, 256, (4, channels, 16, 16), dtype=torch.uint8)
         before = images.clone()
-        made = user_function(where, torch.device("cpu"))(images)
+        protected = user_function(where, torch.device("cpu"))(images)
         assert torch.equal(images, before)
-        assert torch.equal(made, 255 - before)
+        assert torch.equal(protected, 255 - before)
 
 
 def write_folders(tmp_path: Path, num: int = 60) -> tuple[str, str]:
@@ -567,7 +567,7 @@ def test_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
     for folder in (plain, protected):
         (folder / "007.png").unlink()
     assert "holds 19 images; allowed are 20 or more" in refusal(tmp_path, folders=folders)
-    assert "none' is no folder" in refusal(tmp_path, folders=(str(plain), str(tmp_path / "none")))
+    assert "none' is not a folder" in refusal(tmp_path, folders=(str(plain), str(tmp_path / "none")))
     (tmp_path / "empty").mkdir()
     empty = str(tmp_path / "empty")
     assert "empty" in refusal(tmp_path, folders=(empty, empty))
@@ -597,19 +597,19 @@ def test_a_suite_that_makes_no_sense_is_refused(tmp_path: Path, change: dict[str
 
 def test_a_plan_that_makes_no_sense_is_refused(trained: Trained, tmp_path: Path) -> None:
     bundle = str(trained.bundle)
-    assert "name one victim" in refusal(tmp_path)
-    assert "name one victim" in refusal(tmp_path, bundle=bundle, function="a:b")
+    assert "name one target" in refusal(tmp_path)
+    assert "name one target" in refusal(tmp_path, bundle=bundle, function="a:b")
     with pytest.raises(RayppError, match=r"unknown suite 'smal' \(did you mean 'small'\?\)"):
         attack_plan.make_attack_plan(bundle=bundle, suite="smal", name="a")
     with pytest.raises(RayppError, match=r"unknown attack 'invers' \(did you mean 'inverse'\?\)"):
         attack_plan.make_attack_plan(bundle=bundle, attacks=["invers"], name="a")
     with pytest.raises(RayppError, match="--itn sets an attack that is not run"):
         attack_plan.make_attack_plan(bundle=bundle, attacks=["inverse"], flags=["--itn.width", "3"], name="a")
-    for flags, said in (
+    for flags, message in (
         (["--inverse", "5"], "--inverse is '5'; allowed are options of the attack"),
         (["--attacks.inverse.width", "4"], "unknown option --attacks.inverse.width"),
     ):
-        with pytest.raises(RayppError, match=re.escape(said)):
+        with pytest.raises(RayppError, match=re.escape(message)):
             attack_plan.make_attack_plan(bundle=bundle, attacks=["inverse"], flags=flags, name="a")
     with pytest.raises(RayppError, match="--data chooses the images of a bundle or a --function"):
         attack_plan.make_attack_plan(folders=("a", "b"), flags=["--data.source.num_train", "100"], name="a")
@@ -637,11 +637,11 @@ def test_verdicts() -> None:
 
 
 def test_the_verdict_of_a_scorecard_needs_evidence() -> None:
-    def done(found: float, **changes: Any) -> dict[str, Any]:
-        scores = {"ssim_invariant": {"mean": found}}
+    def done(rate: float, **changes: Any) -> dict[str, Any]:
+        scores = {"ssim_invariant": {"mean": rate}}
         return {
             "status": "done",
-            "reidentification_rate": found,
+            "reidentification_rate": rate,
             "num_queries": 500,
             "lower_bound": False,
             "scores": scores,
@@ -687,8 +687,8 @@ def test_accuracy_at_chance_is_an_error(correct: int, num: int, chance: float, a
 
 
 def test_the_worst_attack_counts_not_the_average() -> None:
-    def of(found: float, likeness: float = 0.1, status: str = "done") -> dict[str, Any]:
-        return {"status": status, "reidentification_rate": found, "scores": {"ssim_invariant": {"mean": likeness}}}
+    def of(rate: float, ssim: float = 0.1, status: str = "done") -> dict[str, Any]:
+        return {"status": status, "reidentification_rate": rate, "scores": {"ssim_invariant": {"mean": ssim}}}
 
     assert strongest_attack({}) is None
     assert strongest_attack({"a": of(0.1), "b": of(0.3), "c": of(0.9, status="failed")}) == "b"
@@ -696,12 +696,12 @@ def test_the_worst_attack_counts_not_the_average() -> None:
 
 
 def test_a_summary_of_known_values() -> None:
-    found = aggregate({"ssim": torch.linspace(0, 1, 101), "reidentified": torch.tensor([0.0, 1.0, 1.0, 1.0])})
-    assert found["ssim"]["mean"] == pytest.approx(0.5)
-    assert found["ssim"]["median"] == pytest.approx(0.5)
-    assert found["ssim"]["worst_1_percent"] == pytest.approx(0.99)
-    assert found["ssim"]["low"] < 0.45 < 0.5 < 0.55 < found["ssim"]["high"]
-    assert set(found["reidentified"]) == {"mean", "low", "high"}
+    summary = aggregate({"ssim": torch.linspace(0, 1, 101), "reidentified": torch.tensor([0.0, 1.0, 1.0, 1.0])})
+    assert summary["ssim"]["mean"] == pytest.approx(0.5)
+    assert summary["ssim"]["median"] == pytest.approx(0.5)
+    assert summary["ssim"]["worst_1_percent"] == pytest.approx(0.99)
+    assert summary["ssim"]["low"] < 0.45 < 0.5 < 0.55 < summary["ssim"]["high"]
+    assert set(summary["reidentified"]) == {"mean", "low", "high"}
     assert reidentification_rate({"reidentified": {"mean": 0.1}, "reidentified_edges": {"mean": 0.4}}) == 0.4
 
 
@@ -717,10 +717,10 @@ def test_the_report_is_one_page_that_needs_nothing_else(
     page = (tmp_path / "report" / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', page), "it loads something"
     assert "<script" not in page
-    for name, found in card["attacks"].items():
+    for name, result in card["attacks"].items():
         assert f"<td>{name}</td>" in page
-        if found["status"] == "done":
-            assert f'<span class="mark {found["verdict"]}">{found["verdict"]}</span>' in page
+        if result["status"] == "done":
+            assert f'<span class="mark {result["verdict"]}">{result["verdict"]}</span>' in page
     assert "baseline: class mean" in page
     assert f"{card['reidentification_rate']:.1%}" in page
     pictures = sorted((tmp_path / "report" / "figures").glob("*.png"))
@@ -760,13 +760,13 @@ def test_a_weaker_attack_afterwards_does_not_make_a_bundle_look_better(
     weak = {"feature_reconstruction": {}, "inverse": SUITE["attacks"]["inverse"] | {"train": {"epochs": 1}}}
     attack(plan(tmp_path, suite=SUITE | {"num_queries": 10, "attacks": weak, "curve": False}, bundle=str(bundle)))
     verify(bundle)
-    kept = json.loads((bundle / "private" / "scorecard.json").read_text())
-    assert (kept["verdict"], kept["strongest_attack"]) == (before["verdict"], before["strongest_attack"])
-    assert set(kept["attacks"]) >= set(before["attacks"])
+    stored = json.loads((bundle / "private" / "scorecard.json").read_text())
+    assert (stored["verdict"], stored["strongest_attack"]) == (before["verdict"], before["strongest_attack"])
+    assert set(stored["attacks"]) >= set(before["attacks"])
     for name, was in before["attacks"].items():
         if was["status"] == "done":
-            assert kept["attacks"][name]["reidentification_rate"] >= was["reidentification_rate"]
-    assert kept["num_queries"] == 20  # of the baselines: those of more images
+            assert stored["attacks"][name]["reidentification_rate"] >= was["reidentification_rate"]
+    assert stored["num_queries"] == 20  # of the baselines: those of more images
     rows = list(csv.DictReader(io.StringIO((bundle / "private" / "scores.csv").read_text())))
     assert {row["attack"] for row in rows} >= {"known_gallery", "baseline: mean image"}
     assert sum(row["attack"] == "baseline: mean image" for row in rows) == 20
@@ -841,7 +841,7 @@ def test_a_resumed_run_keeps_the_attacks_that_it_does_not_name(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_resumed_run_refuses_another_version_of_its_victim(tmp_path: Path) -> None:
+def test_a_resumed_run_refuses_another_version_of_its_target(tmp_path: Path) -> None:
     first = {"feature_reconstruction": {}}
     attack(of_function(tmp_path, suite=SUITE | {"attacks": first}))
     where = function(tmp_path, "def protect(images):\n    return images // 2")
@@ -852,7 +852,7 @@ def test_a_resumed_run_refuses_another_version_of_its_victim(tmp_path: Path) -> 
         )
 
 
-# What must not be called flat, or found
+# Convergence, and protections without information
 
 
 @pytest.mark.slow
@@ -860,31 +860,31 @@ def test_one_epoch_has_no_half_so_its_curve_is_not_flat(tmp_path: Path) -> None:
     folders = write_folders(tmp_path)
     inverse = {"width": 4, "depth": 1, "train": {"epochs": 1, "batch_size": 10}}
     card = attack(plan(tmp_path, suite=SUITE | {"attacks": {"inverse": inverse}}, folders=folders))
-    found = card["attacks"]["inverse"]
-    assert "half the epochs" not in [point["what"] for point in found["curve"]]
-    assert found["lower_bound"]
-    assert "epochs" in found["unknown"]
+    result = card["attacks"]["inverse"]
+    assert "half the epochs" not in [point["what"] for point in result["curve"]]
+    assert result["lower_bound"]
+    assert "epochs" in result["unknown"]
     assert "not known for inverse" in (tmp_path / "runs" / "attack" / "report.html").read_text()
 
 
 @pytest.mark.slow
 def test_an_optimisation_has_a_curve_too(attacked: tuple[Path, Path, dict[str, Any]]) -> None:
-    found = attacked[2]["attacks"]["white_box"]
-    assert [point["what"] for point in found["curve"]] == ["half the steps", "everything"]
-    assert found["lower_bound"]  # ten queries say nothing about a hundredth
+    result = attacked[2]["attacks"]["white_box"]
+    assert [point["what"] for point in result["curve"]] == ["half the steps", "everything"]
+    assert result["lower_bound"]  # ten queries say nothing about a hundredth
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("value", [0, 77])
 def test_a_protection_that_says_nothing_is_not_broken(tmp_path: Path, value: int) -> None:
-    """Equal answers for all images: whoever cannot tell images apart has found none."""
+    """All protected images are equal, so no attack can re-identify an image."""
     where = function(tmp_path, f"import numpy as np\ndef protect(images):\n    return np.full_like(images, {value})")
     names = ("feature_reconstruction", "minimum_difference", "known_gallery")
     card = attack(of_function(tmp_path, function=where, suite=SUITE | {"attacks": {name: {} for name in names}}))
-    assert [found["status"] for found in card["attacks"].values()] == ["done"] * 3
-    for found in (card["attacks"][name] for name in names[:2]):
-        assert found["reidentification_rate"] <= 0.05
-        assert found["verdict"] == "inconclusive"  # of so few images
+    assert [result["status"] for result in card["attacks"].values()] == ["done"] * 3
+    for result in (card["attacks"][name] for name in names[:2]):
+        assert result["reidentification_rate"] <= 0.05
+        assert result["verdict"] == "inconclusive"  # of so few images
     assert card["attacks"]["known_gallery"]["reidentification_rate"] <= 0.1
 
 
@@ -903,7 +903,7 @@ def test_protected_images_of_another_shape_are_attacked(tmp_path: Path, body: st
     attacks = {"feature_reconstruction": {}, "minimum_difference": {}, "inverse": inverse}
     suite = SUITE | {"attacks": attacks, "curve": False}
     card = attack(of_function(tmp_path, function=function(tmp_path, body), suite=suite))
-    assert [found["status"] for found in card["attacks"].values()] == ["done"] * 3
+    assert [result["status"] for result in card["attacks"].values()] == ["done"] * 3
     assert card["attacks"]["feature_reconstruction"]["reidentification_rate"] > 0.5
 
 
@@ -924,7 +924,7 @@ def test_a_report_leaves_other_files_alone(attacked: tuple[Path, Path, dict[str,
     write_report([str(attacked[0])], Storage(tmp_path / "new"))  # over an earlier one
 
 
-def test_settings_stand_anywhere_whichever_victim_is_named(
+def test_settings_stand_anywhere_for_every_kind_of_target(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Flags of images and attacks after --function and --folders, and before and after a bundle."""
@@ -949,10 +949,10 @@ def test_settings_stand_anywhere_whichever_victim_is_named(
     assert seen[0].spec.config is not None
     assert seen[0].spec.config["data"]["source"]["num_train"] == 70
     for words, sentence in (
-        (["bundle", "another"], "name one bundle, found 'bundle' and 'another'; a setting is written --name VALUE"),
-        (["--num_queries", "500", "bundle", "another"], "name one bundle, found 'bundle' and 'another'"),
+        (["bundle", "another"], "name one bundle, not 'bundle' and 'another'; a setting is written --name VALUE"),
+        (["--num_queries", "500", "bundle", "another"], "name one bundle, not 'bundle' and 'another'"),
         (["--curve", "bundle"], "curve is 'bundle': input should be a valid boolean"),
-        (["--num_queries", "500"], "name one victim: a bundle, --function MODULE:NAME, or --folders"),
+        (["--num_queries", "500"], "name one target: a bundle, --function MODULE:NAME, or --folders"),
         (["bundle", "--num_queries"], "--num_queries needs a value"),
     ):
         with pytest.raises(SystemExit) as stopped:

@@ -24,9 +24,9 @@ from raypp.utils.storage import Storage
 
 
 def plan(tmp_path: Path, *flags: str, name: str = "s") -> search_settings.SearchPlan:
-    given = [flag for flag in tiny_flags(tmp_path) if flag not in ("--cluster.storage", str(tmp_path))]
-    given += ["--search.space.protection.skips", "[0, 1, 2]"]  # of a U-Net of depth 2
-    return make_search_plan("quickstart", None, override(given, flags), storage=str(tmp_path), name=name)
+    base_flags = [flag for flag in tiny_flags(tmp_path) if flag not in ("--cluster.storage", str(tmp_path))]
+    base_flags += ["--search.space.protection.skips", "[0, 1, 2]"]  # of a U-Net of depth 2
+    return make_search_plan("quickstart", None, override(base_flags, flags), storage=str(tmp_path), name=name)
 
 
 def record(trial: str, accuracy: float, leakage: float, **others: Any) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def record(trial: str, accuracy: float, leakage: float, **others: Any) -> dict[s
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--search.space.train.alhpa", "[1]"], "search.space.train.alhpa: unknown key"),
         (["--search.space.train.alpha", "{low: 3, high: 1}"], "low 3 and high 1 leave an empty range"),
@@ -63,15 +63,15 @@ def record(trial: str, accuracy: float, leakage: float, **others: Any) -> dict[s
         (["--search.min_accuracy", "1.5"], "search.min_accuracy"),
         (["--search.attack", "{widht: 3}"], "search.attack.widht"),
         (["--search.scheduler", "pbt"], "set objective to 'accuracy'"),
-        (["--search.scheduler", "pbt", "--search.objective", "accuracy"], "does not allow so"),
+        (["--search.scheduler", "pbt", "--search.objective", "accuracy"], "cannot change; allowed in its space"),
         (["--data.stream", "true"], "data.stream is True"),
         (["--search.nmu_trials", "3"], "unknown key 'search.nmu_trials' (did you mean 'num_trials'?)"),
     ],
 )
-def test_what_is_wrong_with_a_search_is_said_before_it_begins(tmp_path: Path, flags: list[str], said: str) -> None:
+def test_what_is_wrong_with_a_search_is_said_before_it_begins(tmp_path: Path, flags: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=r"^(?!.*\n)") as caught:
         plan(tmp_path, *flags)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -86,17 +86,19 @@ def test_a_mistake_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_p
 
 
 def test_a_space_is_changed_by_flags(tmp_path: Path) -> None:
-    found = plan(tmp_path, "--search.space.train.alpha", "{low: 1, high: 2}", "--search.space.protection.skips", "null")
-    assert found.search.space["train.alpha"] == Range(low=1, high=2)
-    assert "protection.skips" not in found.search.space
-    assert found.config_at({"train.alpha": 1.5, "protection.skips": 0}).train.alpha == 1.5
-    assert search_settings.restore_search_plan(found.dump()).dump() == found.dump()
+    search_plan = plan(
+        tmp_path, "--search.space.train.alpha", "{low: 1, high: 2}", "--search.space.protection.skips", "null"
+    )
+    assert search_plan.search.space["train.alpha"] == Range(low=1, high=2)
+    assert "protection.skips" not in search_plan.search.space
+    assert search_plan.config_at({"train.alpha": 1.5, "protection.skips": 0}).train.alpha == 1.5
+    assert search_settings.restore_search_plan(search_plan.dump()).dump() == search_plan.dump()
 
 
 @pytest.mark.parametrize("preset", ["quickstart", "cifar10-small", "cifar10-code", "cifar10", "cifar100"])
 def test_every_preset_has_a_space_that_may_be_searched(preset: str, tmp_path: Path) -> None:
-    found = make_search_plan(preset, storage=str(tmp_path), name="s")
-    assert "train.optimizer.lr" in found.search.space
+    search_plan = make_search_plan(preset, storage=str(tmp_path), name="s")
+    assert "train.optimizer.lr" in search_plan.search.space
     assert "search" not in load_config(preset).model_dump()
 
 
@@ -107,7 +109,7 @@ def test_a_preset_without_a_space_says_so(tmp_path: Path) -> None:
         make_search_plan(str(file), storage=str(tmp_path), name="s")
 
 
-# How trials are judged
+# Ranking of trials
 
 
 def test_the_front_and_what_is_chosen_of_it(tmp_path: Path) -> None:
@@ -139,12 +141,12 @@ def test_hypervolume_is_the_share_that_the_front_dominates() -> None:
 
 
 def test_missing_the_constraint_is_worse_than_any_leakage(tmp_path: Path) -> None:
-    asked = plan(tmp_path, "--search.min_accuracy", "0.7", "--search.objective", "leakage").search
-    kept = pareto.objectives(0.7, 0.99, asked, 0.7)
-    missed = pareto.objectives(0.69, 0.0, asked, 0.7)
-    further = pareto.objectives(0.5, 0.0, asked, 0.7)
-    assert kept["told_score"] > missed["told_score"] > further["told_score"]
-    assert kept["told_leakage"] < missed["told_leakage"] < further["told_leakage"]
+    settings = plan(tmp_path, "--search.min_accuracy", "0.7", "--search.objective", "leakage").search
+    feasible = pareto.objectives(0.7, 0.99, settings, 0.7)
+    missed = pareto.objectives(0.69, 0.0, settings, 0.7)
+    further = pareto.objectives(0.5, 0.0, settings, 0.7)
+    assert feasible["told_score"] > missed["told_score"] > further["told_score"]
+    assert feasible["told_leakage"] < missed["told_leakage"] < further["told_leakage"]
 
 
 def test_constraints_are_shares_or_below_plain(tmp_path: Path) -> None:
@@ -180,16 +182,16 @@ def test_table_and_pictures(tmp_path: Path) -> None:
     flags = ["--search.space.train.schedule", '[{name: constant}, {name: one_cycle, warmup: 0.5}]',
              "--search.space.train.optimizer", "null", "--search.space.train.optimizer.lr", "null",
              "--search.space.protection.skips", "[1, 2]"]  # fmt: skip
-    asked = plan(tmp_path, *flags).search
+    settings = plan(tmp_path, *flags).search
     pictures = (
         plots.front_figure({"one": records, "other": records[:3]}, 0.3),
         plots.parallel_figure(records, 0.3),
-        plots.importance_figure(records, asked),
+        plots.importance_figure(records, settings),
     )
     for picture in pictures:
         assert picture is not None
         assert min(Image.open(io.BytesIO(picture)).size) > 200
-    assert plots.importance_figure(records[:3], asked) is None
+    assert plots.importance_figure(records[:3], settings) is None
     assert plots.parallel_figure(records[-1:]) is None
 
 
@@ -202,20 +204,22 @@ def train(run: Any, display: Any) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_trial_is_trained_attacked_and_kept(tmp_path: Path) -> None:
-    asked = plan(tmp_path, "--search.attack", "{width: 4, train: {epochs: 1}}")
+    search_plan = plan(tmp_path, "--search.attack", "{width: 4, train: {epochs: 1}}")
     display = ProgressDisplay(quiet=True)
-    found = search_trial.run_trial(asked, "t1", {"train.alpha": 0.1}, display, train)
-    assert found["status"] == "done"
-    assert -1 <= found["leakage"] <= 1
-    assert found["num_queries"] == 20
-    again = search_trial.run_trial(asked, "t1", {"train.alpha": 0.1}, display, lambda *_: pytest.fail("trained again"))
-    assert again == found
-    diverged = search_trial.run_trial(asked, "t2", {"train.optimizer.lr": 1e12}, display, train)
+    first = search_trial.run_trial(search_plan, "t1", {"train.alpha": 0.1}, display, train)
+    assert first["status"] == "done"
+    assert -1 <= first["leakage"] <= 1
+    assert first["num_queries"] == 20
+    again = search_trial.run_trial(
+        search_plan, "t1", {"train.alpha": 0.1}, display, lambda *_: pytest.fail("trained again")
+    )
+    assert again == first
+    diverged = search_trial.run_trial(search_plan, "t2", {"train.optimizer.lr": 1e12}, display, train)
     assert diverged["status"] == "diverged"
     assert "not a finite number" in diverged["explanation"]
-    impossible = search_trial.run_trial(asked, "t3", {"protection.skips": 9}, display, train)
+    impossible = search_trial.run_trial(search_plan, "t3", {"protection.skips": 9}, display, train)
     assert impossible["status"] == "not possible"
-    assert [r["trial"] for r in search_records.trial_records(asked)] == ["t1", "t2", "t3"]
+    assert [r["trial"] for r in search_records.trial_records(search_plan)] == ["t1", "t2", "t3"]
 
 
 @pytest.mark.slow
@@ -226,10 +230,10 @@ def test_the_quick_attack_tells_protections_apart(tmp_path: Path, trained: Train
         train_locally(run, ProgressDisplay(quiet=True), torch.device("cpu"))
         config = run.config
     attack = "{width: 8, train: {epochs: 40, batch_size: 10, optimizer: {lr: 0.02}}}"
-    asked = plan(tmp_path, "--search.attack", attack).search
+    settings = plan(tmp_path, "--search.attack", attack).search
     display = ProgressDisplay(quiet=True)
     leaks = {
-        name: search_trial.proxy_leakage(str(bundle), config, asked, Storage(tmp_path / f"leak-{name}"), display)
+        name: search_trial.proxy_leakage(str(bundle), config, settings, Storage(tmp_path / f"leak-{name}"), display)
         for name, bundle in (("plain", tmp_path / "plain" / "bundle"), ("learned", trained.bundle))
     }
     assert leaks["plain"]["leakage"] > 0.6
@@ -287,16 +291,16 @@ def test_milestones_of_a_search_belong_to_its_epochs(tmp_path: Path) -> None:
 
 
 def test_a_search_does_not_begin_in_a_folder_of_something_else(tmp_path: Path) -> None:
-    asked = plan(tmp_path)
-    asked.storage.write("run.json", b"{}")
+    search_plan = plan(tmp_path)
+    search_plan.storage.write("run.json", b"{}")
     for resume in (False, True):
-        with pytest.raises(StorageError) as raised, search.open_search(asked, resume=resume):
+        with pytest.raises(StorageError) as raised, search.open_search(search_plan, resume=resume):
             pass
         expected = (
             "is no search to resume" if resume else "holds 'run.json', which a search has not written; take another"
         )
         assert expected in str(raised.value)
-    assert asked.storage.names() == ["run.json"]
+    assert search_plan.storage.names() == ["run.json"]
 
 
 @pytest.mark.parametrize(
@@ -307,6 +311,6 @@ def test_a_search_does_not_begin_in_a_folder_of_something_else(tmp_path: Path) -
     ],
 )  # fmt: skip
 def test_white_space_says_nothing_about_the_least_accuracy(text: Any, expected: Any) -> None:
-    found = search.validate_search({"space": {"seed": [1, 2]}, "min_accuracy": text})
-    assert found.min_accuracy == expected
-    assert found.margin == (float(expected.partition("-")[2]) if isinstance(expected, str) else None)
+    settings = search.validate_search({"space": {"seed": [1, 2]}, "min_accuracy": text})
+    assert settings.min_accuracy == expected
+    assert settings.margin == (float(expected.partition("-")[2]) if isinstance(expected, str) else None)

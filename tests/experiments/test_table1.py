@@ -60,10 +60,10 @@ def test_the_papers_rows_hold_the_papers_numbers() -> None:
     [*(pytest.param(name, marks=pytest.mark.slow) for name in ("cifar10", "cifar100", "cifar10-small")), "quickstart"],
 )
 def test_every_row_is_a_configuration_of_every_preset(tmp_path: Path, dataset: str) -> None:
-    found = grid_cells([dataset], list(table_rows()), [0, 1], (), Storage(tmp_path))
-    assert len(found) == 2 * len(table_rows())
-    assert len({cell.name for cell in found}) == len(found)
-    for cell in found:
+    cells = grid_cells([dataset], list(table_rows()), [0, 1], (), Storage(tmp_path))
+    assert len(cells) == 2 * len(table_rows())
+    assert len({cell.name for cell in cells}) == len(cells)
+    for cell in cells:
         assert cell.config.seed == cell.seed
         assert validate(cell.config.model_dump(mode="json")) == cell.config
         if cell.method.name.startswith("alpha-"):
@@ -267,11 +267,11 @@ def test_the_cifar100_preset_trains_on_torchvisions_files(tmp_path: Path, monkey
 def test_departures_name_what_differs_from_the_paper(tmp_path: Path) -> None:
     grid = grid_cells(["cifar10-small"], ["plain", "alpha-0.005"], [0], ("--train.epochs", "3"), Storage(tmp_path))
     summaries = {grid[1].name: {"warnings": ["the feature network is another"]}}
-    found = deviations_from_paper(grid, summaries)
-    assert "cifar10-small: train.epochs is 3; the paper's experiment has 200" in found
-    assert "cifar10-small: protection.width is 16; the paper's experiment has 64" in found
-    assert "cifar10-small: the feature network is another" in found
-    assert not [sentence for sentence in found if "train.alpha" in sentence]
+    sentences = deviations_from_paper(grid, summaries)
+    assert "cifar10-small: train.epochs is 3; the paper's experiment has 200" in sentences
+    assert "cifar10-small: protection.width is 16; the paper's experiment has 64" in sentences
+    assert "cifar10-small: the feature network is another" in sentences
+    assert not [sentence for sentence in sentences if "train.alpha" in sentence]
     whole = deviations_from_paper(grid_cells(["cifar100"], ["plain"], [0], (), Storage(tmp_path)), {})
     assert not [sentence for sentence in whole if sentence.startswith("cifar100:")]
 

@@ -31,8 +31,8 @@ from raypp.utils.storage import Storage
 
 def train(config: Config, name: str, *, resume: bool = False) -> dict[str, Any]:
     with open_run(config, name, resume=resume) as run:
-        found = summary(run)
-        return train_locally(run, ProgressDisplay(quiet=True), torch.device("cpu")) if found is None else found
+        results = summary(run)
+        return train_locally(run, ProgressDisplay(quiet=True), torch.device("cpu")) if results is None else results
 
 
 def refusal(config: Config, name: str, *, resume: bool = False) -> str:
@@ -59,12 +59,12 @@ def finished(trained: Trained, tmp_path: Path) -> tuple[Callable[..., Config], P
 
 
 def test_a_run_leaves_what_it_promises(trained: Trained) -> None:
-    found = json.loads((trained.run / "summary.json").read_text())
-    assert found["epochs"] == {"plain": 1, "joint": 2}
-    assert found["best"] == trained.fit.best
-    assert (found["num_train"], found["num_val"], found["test"]["num_images"]) == (40, 20, 30)
-    assert found["plain_test"]["num_images"] == 30
-    assert found["features"] == "plain_classifier, early block"
+    results = json.loads((trained.run / "summary.json").read_text())
+    assert results["epochs"] == {"plain": 1, "joint": 2}
+    assert results["best"] == trained.fit.best
+    assert (results["num_train"], results["num_val"], results["test"]["num_images"]) == (40, 20, 30)
+    assert results["plain_test"]["num_images"] == 30
+    assert results["features"] == "plain_classifier, early block"
     assert len(timeless(trained.run)) == 3
     assert list_checkpoints(Storage(trained.run)) == ["epoch_0003", "epoch_0002"]
     assert Image.open(trained.run / "protected.png").size[0] > 16 * 4 * 10
@@ -195,8 +195,8 @@ def test_another_configuration_is_refused(
 ) -> None:
     config, folder = finished
     before = files(folder)
-    found = refusal(config(**changes), "tiny", resume=True)
-    assert found.startswith(f"run 'tiny' was started with {sentence}; ")
+    message = refusal(config(**changes), "tiny", resume=True)
+    assert message.startswith(f"run 'tiny' was started with {sentence}; ")
     assert files(folder) == before
 
 
@@ -204,8 +204,8 @@ def test_what_may_change_on_resume_does_not_matter(finished: tuple[Callable[...,
     config, folder = finished
     before = files(folder)
     changed = config(train__eval_batch_size=7, cluster__max_failures=9)
-    found = train(changed, "tiny", resume=True)
-    assert found == json.loads((folder / "summary.json").read_text())
+    results = train(changed, "tiny", resume=True)
+    assert results == json.loads((folder / "summary.json").read_text())
     after = files(folder)
     assert after.pop("config.yaml") == changed.to_yaml().encode()
     del before["config.yaml"]
@@ -232,8 +232,8 @@ def test_a_stopped_run_is_ended_with_what_it_has(finished: tuple[Callable[..., C
     first, *others = (folder / "metrics.jsonl").read_text().splitlines()
     longer = json.loads(first) | {"epoch": 5}  # a plain phase may be longer than the joint one
     (folder / "metrics.jsonl").write_text("\n".join([json.dumps(longer), *others]))
-    found = train(config(), "tiny", resume=True)
-    assert found["epochs"] == {"plain": 1, "joint": 2}
+    results = train(config(), "tiny", resume=True)
+    assert results["epochs"] == {"plain": 1, "joint": 2}
     assert timeless(folder) == rows
     assert files(folder).keys() == whole.keys()
     assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["epochs"] == 2
@@ -244,13 +244,13 @@ def test_a_stopped_run_is_ended_with_what_it_has(finished: tuple[Callable[..., C
 def test_more_epochs_go_on_from_the_last(finished: tuple[Callable[..., Config], Path]) -> None:
     config, folder = finished
     before = timeless(folder)
-    found = train(config(train__epochs=4), "tiny", resume=True)
+    results = train(config(train__epochs=4), "tiny", resume=True)
     after = timeless(folder)
     assert [(row["phase"], row["epoch"]) for row in after] == [("plain", 1), *(("joint", e) for e in (1, 2, 3, 4))]
     assert after[:3] == before
-    assert found["epochs"] == {"plain": 1, "joint": 4}
+    assert results["epochs"] == {"plain": 1, "joint": 4}
     assert list_checkpoints(Storage(folder)) == ["epoch_0005", "epoch_0004"]
-    assert found["best"]["val_loss"] == min(row["val_loss"] for row in after[1:])
+    assert results["best"]["val_loss"] == min(row["val_loss"] for row in after[1:])
     verify(folder / "bundle")
 
 
@@ -298,13 +298,13 @@ def test_a_resumed_run_keeps_the_feature_network_that_it_began_with(
     assert "take a stand-in, which is not the paper's method, with --features.fallback allow" in refusal(refused, "run")
     assert not (tmp_path / "run").exists()
     config = tiny(features="vgg16", features__fallback="allow", train__epochs=1)
-    found = train(config, "run")
-    assert found["features"] == "plain_classifier, early block"
-    assert "a departure from the paper" in found["warnings"][0]
-    assert found["warnings"][0] in (tmp_path / "run" / "bundle" / "MODEL_CARD.md").read_text()
+    results = train(config, "run")
+    assert results["features"] == "plain_classifier, early block"
+    assert "a departure from the paper" in results["warnings"][0]
+    assert results["warnings"][0] in (tmp_path / "run" / "bundle" / "MODEL_CARD.md").read_text()
     with open_run(config, "run", resume=True) as run:
         assert run.config.features.name == "plain_classifier"
-        assert list(run.warnings) == found["warnings"]
+        assert list(run.warnings) == results["warnings"]
     before = yaml.safe_load(config.to_yaml())
     del before["features"]["fallback"]  # as an earlier version stored it
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(before))
@@ -365,10 +365,10 @@ def test_a_run_is_not_resumed_with_another_key(tiny: Tiny, tmp_path: Path, damag
 def test_a_damaged_record_is_named(finished: tuple[Callable[..., Config], Path]) -> None:
     config, folder = finished
     for file, data in (("config.yaml", "[1"), ("config.yaml", "data: {}"), ("run.json", "{}")):
-        kept = (folder / file).read_bytes()
+        original = (folder / file).read_bytes()
         (folder / file).write_text(data)
         assert f"{file} is damaged" in refusal(config(), "tiny", resume=True)
-        (folder / file).write_bytes(kept)
+        (folder / file).write_bytes(original)
 
 
 def test_the_test_split_is_read_before_hours_of_training(tiny: Tiny, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def reference(a: Array, b: Array) -> tuple[list[float], list[float]]:
 
 @st.composite
 def pairs(draw: st.DrawFn) -> tuple[Array, Array]:
-    """8-bit images: noise, noise on a flat ground, gradients, and what a faint change or a negative makes of them."""
+    """Pairs of 8-bit images: noise, noisy flat images and gradients, and their small changes and negatives."""
     shape = (
         draw(st.integers(1, 2)),
         draw(st.sampled_from([1, 3])),
@@ -136,7 +136,7 @@ def test_wilson_interval_solves_its_equation(num: int, share: float) -> None:
 
 
 class Brightness(nn.Module):
-    """Two classes: is the mean below or above a level that only 8-bit rounding moves some images across."""
+    """Two classes: the mean is below or above a threshold, which some images cross by 8-bit rounding only."""
 
     def forward(self, images: Tensor) -> Tensor:
         mean = images.mean(dim=(1, 2, 3))
@@ -144,7 +144,7 @@ class Brightness(nn.Module):
 
 
 class Faint(Plain):
-    """Adds less than half an 8-bit step: it is gone after an upload."""
+    """Adds less than half an 8-bit step, which an upload removes."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images + 0.4 / 255
@@ -154,14 +154,14 @@ def test_evaluate_counts_what_is_left_after_8_bit_rounding() -> None:
     images = torch.full((10, 12, 12, 3), 127, dtype=torch.uint8)
     images[5:] = 255
     labels = torch.tensor([0] * 5 + [1] * 5)
-    found = evaluate(Plain(PlainOptions()), Brightness(), images, labels, batch_size=3)
-    assert found["num_images"] == 10
-    assert found["accuracy"] == found["accuracy_float"] == 1
-    assert found["accuracy_interval"] == wilson_interval(10, 10)
-    assert found["saturated"] == 0.5
-    assert found["ssim"] == {"mean": 1.0, "median": 1.0, "p99": 1.0}
-    assert found["psnr"] == {"mean": None, "median": None, "p99": None}  # infinite, and JSON has no infinity
-    json.dumps(found, allow_nan=False)
+    metrics = evaluate(Plain(PlainOptions()), Brightness(), images, labels, batch_size=3)
+    assert metrics["num_images"] == 10
+    assert metrics["accuracy"] == metrics["accuracy_float"] == 1
+    assert metrics["accuracy_interval"] == wilson_interval(10, 10)
+    assert metrics["saturated"] == 0.5
+    assert metrics["ssim"] == {"mean": 1.0, "median": 1.0, "p99": 1.0}
+    assert metrics["psnr"] == {"mean": None, "median": None, "p99": None}  # infinite, and JSON has no infinity
+    json.dumps(metrics, allow_nan=False)
     images[:5] = 127  # 127 / 255 is 0.498: in float Faint carries it to 0.4996, still class 0, and 128 lies above
     images[0] = 128
     labels[0] = 1
@@ -181,8 +181,8 @@ def test_evaluate_rounds_before_it_classifies() -> None:
         def forward(self, images: Tensor) -> Tensor:
             return super().forward(images - 0.0015)
 
-    found = evaluate(Step(PlainOptions()), Above(), images, torch.ones(4, dtype=torch.int64))
-    assert (found["accuracy"], found["accuracy_float"]) == (1.0, 0.0)
+    metrics = evaluate(Step(PlainOptions()), Above(), images, torch.ones(4, dtype=torch.int64))
+    assert (metrics["accuracy"], metrics["accuracy_float"]) == (1.0, 0.0)
 
 
 def test_evaluate_does_not_depend_on_the_batch_size_and_takes_small_images() -> None:
@@ -222,7 +222,7 @@ def test_edges_are_correlated_as_numpy_says() -> None:
 
 
 def test_too_small_images_are_refused() -> None:
-    with pytest.raises(ValueError, match="sides of at least 11 pixels, found 10"):
+    with pytest.raises(ValueError, match="sides of at least 11 pixels, not 10"):
         ssim(torch.zeros(1, 1, 10, 20), torch.zeros(1, 1, 10, 20))
 
 
@@ -232,14 +232,14 @@ def test_ranks_are_those_of_a_loop() -> None:
     labels = rng.integers(0, 4, 50)
     truth = rng.permutation(50)[:20]
     estimates = gallery[truth] + rng.normal(0, 1, (20, 3, 4, 4)).astype(np.float32)
-    found = reidentify(*(torch.from_numpy(x) for x in (estimates, gallery, truth, labels)))
+    ranks = reidentify(*(torch.from_numpy(x) for x in (estimates, gallery, truth, labels)))
     for i, (estimate, own) in enumerate(zip(estimates, truth, strict=True)):
         distances = ((gallery - estimate) ** 2).sum((1, 2, 3))
         nearer = distances < distances[own]
-        assert found.all[i] == nearer.sum()
-        assert found.same_class[i] == (nearer & (labels == labels[own])).sum()
-    assert 0 < found.top(1).mean() < 1
-    assert found.top(5).mean() >= found.top(1).mean()
+        assert ranks.all[i] == nearer.sum()
+        assert ranks.same_class[i] == (nearer & (labels == labels[own])).sum()
+    assert 0 < ranks.top(1).mean() < 1
+    assert ranks.top(5).mean() >= ranks.top(1).mean()
     perfect = reidentify(*(torch.from_numpy(x) for x in (gallery[truth], gallery, truth, labels)))
     assert not perfect.all.any()
 
@@ -251,7 +251,7 @@ def test_duplicates_in_a_gallery_do_not_count_against_the_attacker() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_distances_that_float32_cannot_tell_apart_are_told_apart(dtype: torch.dtype) -> None:
+def test_distances_that_are_equal_in_float32_are_distinguished(dtype: torch.dtype) -> None:
     """Three neighbours: one level nearer than the original, as near as it, one level farther."""
     query = torch.full((1, 3, 32, 32), 130, dtype=torch.uint8)
     original = torch.zeros_like(query)
@@ -308,7 +308,7 @@ def test_the_bootstrap_interval_is_near_the_normal_one(num: int, seed: int) -> N
 
 @pytest.mark.slow
 def test_lpips_where_its_weights_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """AlexNet's published weights cannot be had everywhere; LPIPS's own heads come with its package."""
+    """AlexNet's published weights are not available everywhere; LPIPS's own heads come with its package."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     load_lpips.cache_clear()
     a = torch.rand(3, 3, 32, 32)
@@ -329,8 +329,8 @@ def test_lpips_where_its_weights_exist(tmp_path: Path, monkeypatch: pytest.Monke
     load_lpips.cache_clear()
 
 
-def test_who_cannot_tell_images_apart_has_found_none() -> None:
-    """Ties count against an estimate, but not those with copies of the original."""
+def test_ties_count_against_an_estimate() -> None:
+    """Ties with copies of the original do not."""
     gallery = torch.rand(20, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     gallery[7] = gallery[3]
     labels, truth = torch.zeros(20, dtype=torch.int64), torch.tensor([3, 7, 5])
@@ -341,7 +341,7 @@ def test_who_cannot_tell_images_apart_has_found_none() -> None:
 
 
 def test_leakage_in_parts_gives_the_same_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attacks on images of 224 x 224 would else take tens of gigabytes."""
+    """Without parts, attacks on images of 224 x 224 would need tens of gigabytes."""
     gallery = torch.randint(0, 256, (40, 3, 12, 12), dtype=torch.uint8)
     own, own_labels = torch.randint(0, 256, (30, 3, 12, 12), dtype=torch.uint8), torch.arange(30) % 3
     truth, labels = torch.arange(10) * 4, torch.arange(40) % 3

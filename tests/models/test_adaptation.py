@@ -1,4 +1,4 @@
-"""Adaptation networks: shapes, the layers of their sources, and that they read what they are made for."""
+"""Adaptation networks: shapes, the layers of their sources, and that they read the images that they are for."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_per_block_weights_are_divided_by_their_largest_singular_value() -> None
     images = torch.rand(4, 3, 8, 8)
     for _ in range(60):  # one power iteration per step
         net(images)
-    largest = torch.linalg.matrix_norm(net._normalised(), ord=2)
+    largest = torch.linalg.matrix_norm(net._normalized_weight(), ord=2)
     torch.testing.assert_close(largest, torch.ones(4), rtol=0.02, atol=0)
 
 
@@ -105,7 +105,7 @@ def test_shuffled_blocks_can_be_put_back() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tanaka", "ele", "etc", "pixel"])
 def test_a_classifier_learns_through_every_keyed_protection(name: str) -> None:
-    """Sixteen random pictures, each its own class, are told apart after protection."""
+    """Sixteen random pictures, one per class, are classified after protection."""
     torch.manual_seed(0)
     protection = PROTECTIONS.build(PROTECTIONS.options(name)(name=name), channels=3, key=Key(bytes(32)))
     images = protection.protect(torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8)).float() / 255

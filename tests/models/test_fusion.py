@@ -14,7 +14,7 @@ from raypp.models.fusion import fuse_conv_bn
 
 
 def normalised(network: nn.Module) -> nn.Module:
-    """A network whose batch normalisations have seen images."""
+    """Return a network with running statistics of images."""
     network.train()
     with torch.no_grad():
         for _ in range(3):
@@ -51,8 +51,8 @@ class Shared(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.other(x)
-        found: Tensor = self.one(self.conv(x)) + self.two(self.conv(x)) + y + self.three(y)
-        return found
+        output: Tensor = self.one(self.conv(x)) + self.two(self.conv(x)) + y + self.three(y)
+        return output
 
 
 class OfTheBatch(nn.Module):
@@ -63,12 +63,12 @@ class OfTheBatch(nn.Module):
         self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.bn(self.conv(x))
-        return found
+        output: Tensor = self.bn(self.conv(x))
+        return output
 
 
 @pytest.mark.parametrize("kind", [Shared, OfTheBatch])
-def test_what_cannot_be_folded_stays(kind: type[nn.Module]) -> None:
+def test_other_layers_are_not_fused(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     network = normalised(kind())
     images = torch.rand(4, 3, 32, 32)
@@ -79,12 +79,12 @@ def test_what_cannot_be_folded_stays(kind: type[nn.Module]) -> None:
 
 @pytest.mark.slow
 def test_other_threads_compute_meanwhile() -> None:
-    """A replica folds the next bundle's classifier while it answers with the live one."""
+    """A replica fuses the next bundle's classifier while it serves the active one."""
     torch.manual_seed(0)
     network = normalised(CLASSIFIERS.build(CLASSIFIERS.options("resnet20")(), num_classes=10))
     images = torch.rand(2, 3, 32, 32)
     with torch.inference_mode():
-        wanted = network(images)
+        expected = network(images)
     stop, passes, failures = threading.Event(), 0, []
 
     def answer() -> None:
@@ -92,7 +92,7 @@ def test_other_threads_compute_meanwhile() -> None:
         while not stop.is_set():
             try:
                 with torch.inference_mode():
-                    if not torch.allclose(network(images), wanted, atol=1e-4):
+                    if not torch.allclose(network(images), expected, atol=1e-4):
                         failures.append("another answer")
             except Exception as error:
                 failures.append(repr(error))

@@ -76,11 +76,11 @@ def test_skips_are_kept_from_the_deepest_level(skips: int) -> None:
     images = torch.rand(2, 3, 16, 16)
     for cut in range(depth):  # nothing passes the upsampling at this level, so only skips at it or above it speak
         module = unet.up[str(cut)][0]
-        kept = module.weight.data.clone()
+        original = module.weight.data.clone()
         module.weight.data.zero_()
         with torch.no_grad():
             outputs = unet(images)
-        module.weight.data.copy_(kept)
+        module.weight.data.copy_(original)
         assert torch.equal(outputs[0], outputs[1]) == (skips < depth - cut)
 
 
@@ -177,13 +177,13 @@ def test_normalisation_is_inside_the_nets() -> None:
         (VGG16BN(VGG16BNOptions(), num_classes=3).eval(), None),
         (VGG16Features(random_slice()), None),
     ):
-        seen: list[torch.Tensor] = []
+        received: list[torch.Tensor] = []
         module = first or next(m for m in net.modules() if isinstance(m, nn.Conv2d))
-        module.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        module.register_forward_pre_hook(lambda _, inputs, received=received: received.append(inputs[0]))
         with torch.inference_mode():
             net(torch.full((1, 3, 32, 32), 0.456))
-        assert seen[0][0, :, 0, 0].tolist() == pytest.approx([(0.456 - 0.485) / 0.229, 0, (0.456 - 0.406) / 0.225])
-        assert not any("normalise" in key for key in net.state_dict()), "weights files hold weights alone"
+        assert received[0][0, :, 0, 0].tolist() == pytest.approx([(0.456 - 0.485) / 0.229, 0, (0.456 - 0.406) / 0.225])
+        assert not any("normalize" in key for key in net.state_dict()), "weights files hold weights alone"
 
 
 # The feature network
@@ -261,7 +261,7 @@ def test_shared_feature_weights_load() -> None:
 
 def test_a_layer_that_a_file_lacks_is_named(tmp_path: Path) -> None:
     save_file(random_slice(), tmp_path / "slice.safetensors")
-    with pytest.raises(ConfigError, match=r"is no VGG-16 up to relu3_3: 10\.weight must have shape .* found nothing"):
+    with pytest.raises(ConfigError, match=r"is no VGG-16 up to relu3_3: 10\.weight must have shape .* is missing"):
         load_vgg_slice(str(tmp_path / "slice.safetensors"), "relu3_3")
 
 
@@ -275,8 +275,8 @@ def test_wrong_weights_are_refused_in_one_sentence(tmp_path: Path) -> None:
     torch.save({"0.weight": 3}, tmp_path / "number.pt")
     torch.save(nn.Conv2d(1, 1, 1), tmp_path / "module.pt")  # a pickle that would run code
     for name, reason in {
-        "shapes.safetensors": r"0\.weight must have shape \(64, 3, 3, 3\), found \(1, 3, 3, 3\)",
-        "part.safetensors": r"0\.bias must have shape \(64,\), found nothing",
+        "shapes.safetensors": r"0\.weight must have shape \(64, 3, 3, 3\) but has \(1, 3, 3, 3\)",
+        "part.safetensors": r"0\.bias must have shape \(64,\) but is missing",
         "garbage.safetensors": "cannot be read as a state dict",
         "garbage.pt": "cannot be read as a state dict",
         "list.pt": "holds no state dict",
@@ -297,7 +297,7 @@ def test_wrong_weights_are_refused_in_one_sentence(tmp_path: Path) -> None:
         (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
         (IncompleteRead(b""), "IncompleteRead(0 bytes read)"),
         (TimeoutError(), "TimeoutError"),
-        (RuntimeError("invalid hash value"), "what was downloaded in their place is another file"),
+        (RuntimeError("invalid hash value"), "the downloaded file has another content"),
     ],
 )
 def test_torchvisions_weights_that_cannot_be_had_say_why(

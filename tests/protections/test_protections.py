@@ -114,10 +114,10 @@ def test_tanaka_with_parity_is_the_published_cipher() -> None:
     order = np.random.RandomState(11).permutation(96)
     assert (order > 48).sum() == 47
     expected = published_le(image[0].permute(1, 2, 0).numpy().copy(), order)
-    found = build("tanaka", {"parity": 11}).protect(image)[0].permute(1, 2, 0).numpy()
-    np.testing.assert_array_equal(found, expected)
+    protected = build("tanaka", {"parity": 11}).protect(image)[0].permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(protected, expected)
     # Its inverse is the same routine with the inverted permutation and the same marks.
-    blocks = found.reshape(8, 4, 8, 4, 3).transpose(0, 2, 1, 3, 4).reshape(64, 48)
+    blocks = protected.reshape(8, 4, 8, 4, 3).transpose(0, 2, 1, 3, 4).reshape(64, 48)
     halves = np.concatenate((blocks & 15, blocks >> 4), axis=1)
     marked = order > 48
     halves[:, marked] = 15 - halves[:, marked]
@@ -190,8 +190,8 @@ def test_pixel_with_parity_is_the_published_cipher() -> None:
     plain = image[0].permute(1, 2, 0).numpy()
     inverted = np.random.RandomState(0).randint(0, 2, size=plain.shape)
     expected = np.where(inverted == 1, 255 - plain, plain)
-    found = build("pixel", {"parity": 0}).protect(image)[0].permute(1, 2, 0).numpy()
-    np.testing.assert_array_equal(found, expected)
+    protected = build("pixel", {"parity": 0}).protect(image)[0].permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(protected, expected)
 
 
 @pytest.mark.parametrize("colour_shuffle", [False, True])
@@ -208,7 +208,7 @@ def test_pixel_without_key_management_draws_a_key_for_every_image(colour_shuffle
         return both.sort(1).values if colour_shuffle else both
 
     assert torch.equal(unsigned(protected), unsigned(image.repeat(8, 1, 1, 1)))  # nothing but signs and colours changed
-    with pytest.raises(ValueError, match="nobody keeps the keys"):
+    with pytest.raises(ValueError, match="the keys are not stored"):
         protection.unprotect(protected)
     torch.manual_seed(3)
     one = protection(image.repeat(4, 1, 1, 1).float() / 255)
@@ -262,8 +262,8 @@ def test_the_adversary_of_gan_reaches_each_network_with_its_own_loss_only() -> N
 
 def test_the_live_inverse_network_lowers_what_the_protection_raises() -> None:
     def learned(**options: float) -> Learned:
-        given = {"width": 4, "depth": 1, "adversary": {"width": 4, **options}}
-        return Learned(LearnedOptions.model_validate(given))
+        tree = {"width": 4, "depth": 1, "adversary": {"width": 4, **options}}
+        return Learned(LearnedOptions.model_validate(tree))
 
     def gradients(**options: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Of the adversary and of the protection."""
@@ -303,15 +303,15 @@ def test_the_live_inverse_network_lowers_what_the_protection_raises() -> None:
 
 def with_code(**options: object) -> Learned:
     torch.manual_seed(0)
-    given = {"width": 8, "depth": 2, "skips": 0, "code": {"size": 3, "guide": 0.0, **options}}
-    return Learned(LearnedOptions.model_validate(given))
+    tree = {"width": 8, "depth": 2, "skips": 0, "code": {"size": 3, "guide": 0.0, **options}}
+    return Learned(LearnedOptions.model_validate(tree))
 
 
 ENCODERS = pytest.mark.parametrize("encoder", [None, {"width": 4}], ids=["unet", "resnet20"])
 
 
 def encoding(protection: Learned) -> dict[str, nn.Parameter]:
-    """The weights that a code is made with."""
+    """Return the weights that compute a code."""
     parts = ("down", "encoder", "narrow")
     return {n: p for n, p in protection.named_parameters() if n.endswith("weight") and any(part in n for part in parts)}
 
@@ -370,9 +370,9 @@ def test_the_guide_of_a_code_classifies_what_enters_and_what_leaves_it(encoder: 
     assert code.last is None
     assert companion.guides is not None
     expected = torch.zeros(())
-    for guide, seen in zip(companion.guides, last, strict=True):
+    for guide, guide_input in zip(companion.guides, last, strict=True):
         weights = guide.state_dict()
-        logits = seen @ weights["weight"].t() + weights["bias"]
+        logits = guide_input @ weights["weight"].t() + weights["bias"]
         expected = expected - 0.5 * logits.log_softmax(1)[torch.arange(16), labels].mean()
     torch.testing.assert_close(loss, expected)
     loss.backward()
@@ -406,8 +406,8 @@ def sees(protection: Learned, images: Tensor) -> Tensor:
     assert isinstance(code, Bottleneck)
     assert code.classify is not None
     assert protection.unet.encoder is not None
-    said: Tensor = code.classify(protection.unet.encoder(images).mean(dim=(2, 3))).argmax(dim=1)
-    return said
+    predictions: Tensor = code.classify(protection.unet.encoder(images).mean(dim=(2, 3))).argmax(dim=1)
+    return predictions
 
 
 def test_a_code_of_classes_has_an_image_for_each_class() -> None:
@@ -421,12 +421,13 @@ def test_a_code_of_classes_has_an_image_for_each_class() -> None:
     with torch.no_grad():  # so that classes differ and their images do after rounding, untrained
         code.widen.weight *= 1000
         code.classify.bias -= code.classify(protection.unet.encoder(images).mean(dim=(2, 3))).mean(dim=0)
-    said = sees(protection, images)
+    predictions = sees(protection, images)
     protected = {
-        (int(said[i]), p.numpy().tobytes()) for i, p in enumerate(protection.protect((images * 255).round().byte()))
+        (int(predictions[i]), p.numpy().tobytes())
+        for i, p in enumerate(protection.protect((images * 255).round().byte()))
     }
-    assert len(said.unique()) >= 2
-    assert len(protected) == len(said.unique()) == len({image for _, image in protected})
+    assert len(predictions.unique()) >= 2
+    assert len(protected) == len(predictions.unique()) == len({image for _, image in protected})
 
 
 def test_a_class_is_led_by_its_guide_alone_and_numbers_lead_no_encoder() -> None:
@@ -461,7 +462,7 @@ def test_an_attacker_gets_a_gradient_through_the_class() -> None:
     ("options", "sentence"),
     [
         ({"size": 0}, "size is 0, allowed without classes is at least 1"),
-        ({"classes": 10, "guide": 0.0}, "guide is 0, allowed beside classes is more"),
+        ({"classes": 10, "guide": 0.0}, "guide is 0, allowed with classes is more"),
     ],
 )
 def test_a_code_that_could_not_work_is_refused(options: dict[str, object], sentence: str) -> None:
@@ -471,7 +472,7 @@ def test_a_code_that_could_not_work_is_refused(options: dict[str, object], sente
 
 def test_an_adversary_beside_classes_is_refused() -> None:
     options = {"width": 8, "depth": 2, "skips": 0, "adversary": {}, "code": {"classes": 10, "size": 2}}
-    with pytest.raises(ValueError, match=r"code\.classes is 10, allowed beside an adversary is null"):
+    with pytest.raises(ValueError, match=r"code\.classes is 10, allowed with an adversary is null"):
         LearnedOptions.model_validate(options)
 
 
@@ -480,13 +481,13 @@ def test_a_trunk_takes_the_place_of_the_way_down() -> None:
     assert not any("down" in name for name in trunk.state_dict())
     assert not any("encoder" in name for name in plain.state_dict())
     whole = ResNet20(ResNetOptions(width=4), num_classes=10).state_dict()
-    made = {n.removeprefix("unet.encoder."): v for n, v in trunk.state_dict().items() if "encoder" in n}
-    assert {n: v.shape for n, v in made.items()} == {n: v.shape for n, v in whole.items() if "linear" not in n}
+    trained = {n.removeprefix("unet.encoder."): v for n, v in trunk.state_dict().items() if "encoder" in n}
+    assert {n: v.shape for n, v in trained.items()} == {n: v.shape for n, v in whole.items() if "linear" not in n}
     assert trunk(torch.rand(2, 3, 33, 18)).shape == (2, 3, 33, 18)
 
 
 def test_no_skip_connection_passes_a_code_by() -> None:
-    with pytest.raises(ValueError, match="skips is None, allowed beside a code is 0"):
+    with pytest.raises(ValueError, match="skips is None, allowed with a code is 0"):
         LearnedOptions.model_validate({"code": {"size": 3}})
 
 

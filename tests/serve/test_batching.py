@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from raypp.serve.batching import READY, Answer, DynamicBatcher
+from raypp.serve.batching import PREFETCH, Answer, DynamicBatcher
 from raypp.serve.loaded_model import Inference, LoadedModel
 
 
@@ -39,11 +39,11 @@ class Computer:
         return [(2 * images, images > 0) for _, images in jobs]
 
     async def waiting(self, *jobs: Inference) -> list[asyncio.Task[Answer]]:
-        """Have the first job's batch computed, and the others wait; each has been given in when this ends."""
-        tasks = [asyncio.create_task(self.batches.answer(jobs[0]))]
+        """Have the first job's batch computed, and the others wait; returns once all are submitted."""
+        tasks = [asyncio.create_task(self.batches.submit(jobs[0]))]
         while not self.seen:
             await asyncio.sleep(0.001)
-        tasks += [asyncio.create_task(self.batches.answer(one)) for one in jobs[1:]]
+        tasks += [asyncio.create_task(self.batches.submit(one)) for one in jobs[1:]]
         await asyncio.sleep(0.05)
         return tasks
 
@@ -81,15 +81,15 @@ def test_a_request_that_was_given_up_is_not_computed_and_a_fault_is_told_to_its_
         tasks[1].cancel()
         await asyncio.sleep(0)
         computer.first.set()
-        found = await asyncio.gather(*tasks, return_exceptions=True)
-        assert isinstance(found[1], asyncio.CancelledError)
-        assert [str(found[i]) for i in (2, 3)] == ["unlucky", "unlucky"]
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(results[1], asyncio.CancelledError)
+        assert [str(results[i]) for i in (2, 3)] == ["unlucky", "unlucky"]
         assert computer.seen == [[[1]], [[13], [4]], [[5, 6, 7]]]
-        first, last = found[0], found[4]
+        first, last = results[0], results[4]
         assert isinstance(first, tuple)
         assert isinstance(last, tuple)
         assert (first[0].tolist(), last[0].tolist()) == ([2], [10, 12, 14])
-        again = await computer.batches.answer(job(7))  # it goes on
+        again = await computer.batches.submit(job(7))  # the batcher still works
         assert again[0].tolist() == [14]
 
     asyncio.run(check())
@@ -104,10 +104,10 @@ def test_a_request_that_comes_in_the_turn_in_which_all_batches_end_is_not_left_w
             await ended.wait()
 
         batches = DynamicBatcher(compute, lambda jobs: [(images, images > 0) for _, images in jobs], 1)
-        early = [asyncio.create_task(batches.answer(job(number))) for number in range(READY)]
+        early = [asyncio.create_task(batches.submit(job(number))) for number in range(PREFETCH)]
         await asyncio.gather(*early)
-        ended.set()  # wakes what has asked for these batches in the next turn, before this one
-        late = asyncio.create_task(batches.answer(job(9)))
+        ended.set()  # resumes the tasks of these batches in the next turn, before this one
+        late = asyncio.create_task(batches.submit(job(9)))
         assert (await asyncio.wait_for(late, 5))[0].tolist() == [9]
 
     asyncio.run(check())
@@ -119,7 +119,7 @@ def test_many_requests_at_once_all_end(num: int) -> None:
         computer = Computer(16)
         computer.first.set()
         for _ in range(20):
-            found = await asyncio.gather(*(computer.batches.answer(job(100 + i)) for i in range(num)))
-            assert [int(doubled[0]) for doubled, _ in found] == [200 + 2 * i for i in range(num)]
+            results = await asyncio.gather(*(computer.batches.submit(job(100 + i)) for i in range(num)))
+            assert [int(doubled[0]) for doubled, _ in results] == [200 + 2 * i for i in range(num)]
 
     asyncio.run(check())

@@ -16,7 +16,11 @@ from conftest import Trained
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
-from schemathesis.specs.openapi.checks import content_type_conformance, status_code_conformance
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
 from services import Here, attack_copy, npy, protected
 
 from raypp.serve.api import attack_api, classifier_api
@@ -25,6 +29,7 @@ from raypp.utils.images import encode_png
 pytestmark = pytest.mark.slow
 
 NUM = 66 * settings().max_examples  # 10,000 in CI
+CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 MOST_GROWTH = 64 * 2**20  # bytes: of 10,000 answers, what the allocator keeps
 
 
@@ -54,9 +59,7 @@ def test_whatever_openapi_allows_is_answered_as_it_says(which: str, here: Here) 
                 case.path_parameters["attack"] = "feature_reconstruction"
             answer = case.call()
             seen[answer.status_code] += 1
-            case.validate_response(
-                answer, checks=[not_a_server_error, status_code_conformance, content_type_conformance]
-            )
+            case.validate_response(answer, checks=CHECKS)
 
         test()
     assert sum(seen.values()) > 60
@@ -89,7 +92,7 @@ def damaged(body: bytes, random: np.random.Generator) -> bytes:
 
 
 def _mend(data: bytearray) -> None:
-    """Give the chunks of a PNG file the check sums that they need to get past the first look."""
+    """Give the chunks of a PNG file the check sums that they need to pass the first check."""
     at = 8
     while at + 12 <= len(data):
         end = at + 8 + int.from_bytes(data[at : at + 4], "big")

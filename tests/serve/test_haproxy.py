@@ -9,7 +9,7 @@ import pytest
 from conftest import Trained
 
 from raypp.cli.main import main
-from raypp.serve.haproxy import MORE, patch_config, ray_settings
+from raypp.serve.haproxy import EXTRA_DIRECTIVES, patch_config, ray_settings
 from raypp.serve.server import running_server
 from raypp.utils.errors import ConfigError
 
@@ -35,27 +35,27 @@ listen stats
 
 
 def test_only_what_was_asked_for_listens_beyond_this_machine() -> None:
-    kept = patch_config(CONFIG)
-    assert [line.strip() for line in kept.splitlines() if "bind" in line] == [
+    patched = patch_config(CONFIG)
+    assert [line.strip() for line in patched.splitlines() if "bind" in line] == [
         "bind 127.0.0.1:9101", "bind 0.0.0.0:8000", "bind 10.0.0.1:9000 proto h2", "bind 127.0.0.1:8404",
     ]  # fmt: skip
-    assert "mode 600 level admin" in kept
-    others = kept
-    for more in MORE.values():
+    assert "mode 600 level admin" in patched
+    others = patched
+    for more in EXTRA_DIRECTIVES.values():
         others = others.replace(more, "")
     changed = [(a, b) for a, b in zip(CONFIG.splitlines(), others.splitlines(), strict=True) if a != b]
     assert len(changed) == 4
-    assert patch_config(kept) == kept
+    assert patch_config(patched) == patched
 
 
 def test_connections_to_replicas_are_kept_and_silent_clients_are_not() -> None:
     """Else HAProxy resets the former, and replicas grow; and the latter take all places."""
-    kept = patch_config(CONFIG)
-    for section, more in MORE.items():
-        assert f"{section}\n{more}" in kept
-    assert "timeout http-request 5s" in kept
-    assert "    timeout client 120s\n" in kept
-    assert "3600s" not in kept
+    patched = patch_config(CONFIG)
+    for section, more in EXTRA_DIRECTIVES.items():
+        assert f"{section}\n{more}" in patched
+    assert "timeout http-request 5s" in patched
+    assert "    timeout client 120s\n" in patched
+    assert "3600s" not in patched
 
 
 @pytest.mark.slow
@@ -76,7 +76,7 @@ def test_rays_own_configuration_has_what_is_mended() -> None:
 
 
 def test_what_is_not_understood_does_not_start() -> None:
-    with pytest.raises(ConfigError, match="'listen stats' has 'bind unix@/tmp/s'; understood is bind ADDRESS:PORT"):
+    with pytest.raises(ConfigError, match="'listen stats' has 'bind unix@/tmp/s'; supported is bind ADDRESS:PORT"):
         patch_config(CONFIG.replace("*:8404", "unix@/tmp/s"))
 
 
@@ -86,21 +86,21 @@ def test_a_cluster_decides_by_its_start(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{listening.getsockname()[1]}")
-        for given, said in (
-            (["--write", str(tmp_path / "serve.yaml")], "--haproxy has no place in a configuration for `serve deploy`"),
+        for arguments, message in (
+            (["--write", str(tmp_path / "serve.yaml")], "--haproxy has no effect on `serve deploy`"),
             ([], "--haproxy is for a Ray that this command starts, and RAY_ADDRESS names a cluster"),
         ):
             with pytest.raises(SystemExit) as stopped:
-                main(["serve", str(trained.bundle), "--haproxy", *given])
+                main(["serve", str(trained.bundle), "--haproxy", *arguments])
             assert stopped.value.code == 2
-            assert said in capsys.readouterr().err
+            assert message in capsys.readouterr().err
     assert not (tmp_path / "serve.yaml").exists()
 
 
 def test_two_services_on_a_machine_do_not_meet() -> None:
     """Every port of the settings is another one; Serve's own proxy behind HAProxy would answer for both."""
     with ray_settings() as one, ray_settings() as other:
-        ports = [value for given in (one, other) for key, value in given.items() if key.endswith("_PORT")]
+        ports = [value for settings in (one, other) for key, value in settings.items() if key.endswith("_PORT")]
     assert len(set(ports)) == len(ports) == 8
 
 

@@ -36,13 +36,13 @@ from raypp.data.splits import load_split
 from raypp.experiments import attack_run
 from raypp.experiments.run_folder import point_latest
 from raypp.experiments.training_run import open_run, train_locally
-from raypp.serve import loaded_model, model_store
+from raypp.serve import loaded_model, model_store, schemas
 from raypp.serve.admission import AdmissionControl, RequestError
 from raypp.serve.api import attack_api, classifier_api
 from raypp.serve.attack_catalog import load_attacks
 from raypp.serve.auth import TokenFile, Tokens, add_token
 from raypp.serve.loaded_model import LoadedModel, classify, load_model, pad_to_bucket
-from raypp.serve.model_store import ModelManager, current, publishing
+from raypp.serve.model_store import ModelManager, publishing, resolve_model
 from raypp.utils.errors import BundleError, ConfigError, StorageError
 from raypp.utils.images import encode_png
 from raypp.utils.progress import ProgressDisplay
@@ -81,7 +81,7 @@ def client(here: Here) -> TestClient:
 
 
 def test_few_sizes_of_batches_reach_a_network() -> None:
-    """And what is computed beside the images is not answered."""
+    """The output for the padding is dropped."""
     sizes = set()
 
     def network(images: torch.Tensor) -> torch.Tensor:
@@ -99,25 +99,27 @@ def test_classes_are_those_of_the_classifier(client: TestClient, trained: Traine
     images = protected(trained.bundle)
     answer = client.post("/v1/classify?top=2", content=npy(images), headers=NPY)
     assert answer.status_code == 200
-    found = answer.json()
+    payload = answer.json()
     private = load_private(trained.bundle)
     logits = private.classifier(private.sample[:4].float() / 255)
     shares = torch.softmax(logits, 1)
-    for i, image in enumerate(found["images"]):
+    for i, image in enumerate(payload["images"]):
         assert image["index"] == int(logits[i].argmax())
         assert image["class"] == private.classes[image["index"]]
         assert image["probability"] == pytest.approx(float(shares[i].max()), abs=1e-4)
         assert [entry["index"] for entry in image["top"]] == logits[i].topk(2).indices.tolist()
-    assert set(found["timing_ms"]) == {"read", "model", "total"}
-    assert found["model"] == here.now().version == answer.headers["Raypp-Model"]
+    schemas.Classification.model_validate(payload, extra="forbid")
+    assert set(payload["timing_ms"]) == {"read", "model", "total"}
+    assert payload["model"] == here.active_model().version == answer.headers["Raypp-Model"]
     single = client.post("/v1/classify", content=encode_png(images[1]), headers=PNG).json()["images"]
-    assert single[0]["index"] == found["images"][1]["index"]
+    assert single[0]["index"] == payload["images"][1]["index"]
     files = [("image", encode_png(images[0])), ("image", npy(images[1:]))]
     form = client.post("/v1/classify", files=files).json()["images"]
-    assert [image["index"] for image in form] == [image["index"] for image in found["images"]]
+    assert [image["index"] for image in form] == [image["index"] for image in payload["images"]]
     assert ("/v1/classify", 200, 4) in here.seen
 
 
+@pytest.mark.slow  # imports scikit-learn
 def test_an_image_that_does_not_look_protected_is_refused(trained: Trained) -> None:
     """The tiny run has too few images for a guard, so one is fitted here."""
     config = load_config("quickstart", flags=tiny_flags(trained.run, data__source__num_train=500))
@@ -126,7 +128,7 @@ def test_an_image_that_does_not_look_protected_is_refused(trained: Trained) -> N
     fitted = guard.calibrate_detector(shapes[:400], hidden[:400], shapes[400:], hidden[400:])
     assert fitted is not None
     here = Here(trained.live)
-    here.live._kept = [replace(here.now(), guard=fitted)]
+    here.live._models = [replace(here.active_model(), guard=fitted)]
     client = TestClient(classifier_api(lambda: here))
     good = fitted.is_protected(hidden).nonzero().flatten()
     bad = (~fitted.is_protected(shapes)).nonzero().flatten()
@@ -171,18 +173,18 @@ def test_images_that_would_wait_too_long_are_refused(here: Here) -> None:
     """A replica's queue counts requests; 128 full ones would wait longer than a request may."""
     client = TestClient(classifier_api(lambda: here))
     body = npy(protected(Path(here.live.location))[:4])
-    with here.waiting.admitted(17):
+    with here.waiting.acquire(17):
         answer = client.post("/v1/classify", content=body, headers=NPY)
         assert (answer.status_code, answer.json()["type"]) == (503, "urn:raypp:problem:busy")
         assert answer.headers["Retry-After"] == "1"
-        assert "17 images wait already, with these 4 more than 20" in answer.json()["detail"]
-    here.waiting.now = 16
+        assert "17 images wait already, and 4 more exceed the limit of 20" in answer.json()["detail"]
+    here.waiting.num_images = 16
     assert client.post("/v1/classify", content=body, headers=NPY).status_code == 200
-    assert here.waiting.now == 16
+    assert here.waiting.num_images == 16
     alone = AdmissionControl(2)
-    with alone.admitted(3), pytest.raises(RequestError), alone.admitted(1):
+    with alone.acquire(3), pytest.raises(RequestError), alone.acquire(1):
         pass
-    assert alone.now == 0
+    assert alone.num_images == 0
 
 
 def test_a_defect_says_nothing_but_its_number(here: Here, caplog: pytest.LogCaptureFixture) -> None:
@@ -230,6 +232,7 @@ def test_the_protection_is_the_public_part_and_nothing_else(
 def test_the_model_says_what_it_is(attacked: Path) -> None:
     here = Here(attacked)
     about = TestClient(classifier_api(lambda: here)).get("/v1/model").json()
+    schemas.ModelInfo.model_validate(about, extra="forbid")
     assert about["upload"] == {"height": 16, "width": 16, "channels": 3, "bits": 8}
     assert len(about["classes"]) == 10
     assert about["card"].startswith("# Model card")
@@ -242,7 +245,9 @@ def test_the_model_says_what_it_is(attacked: Path) -> None:
 def test_attacks_are_listed_and_carried_out(attacked: Path) -> None:
     here = Here(attacked)
     client = TestClient(attack_api(lambda: here, here.observe))
-    listed = {entry["attack"]: entry for entry in client.get("/v1").json()["attacks"]}
+    attack_list = client.get("/v1").json()
+    schemas.AttackList.model_validate(attack_list, extra="forbid")
+    listed = {entry["attack"]: entry for entry in attack_list["attacks"]}
     assert set(listed) == {"feature_reconstruction", "inverse", "white_box"}  # a gallery is not the service's to search
     assert listed["inverse"]["threat"] == "T4"
     assert listed["inverse"]["measured"]["verdict"] == "inconclusive"  # of so few images
@@ -250,16 +255,18 @@ def test_attacks_are_listed_and_carried_out(attacked: Path) -> None:
     for name in listed:
         answer = client.post(f"/v1/{name}", content=npy(images[:2]), headers=NPY)
         assert answer.status_code == 200, answer.text
-        found = answer.json()["reconstructions"]
-        assert len(found) == 2
-        assert Image.open(io.BytesIO(base64.b64decode(found[0]["png"]))).size == (16, 16)
-        assert "psnr" not in found[0]
-    kept = attack_run.load_network(
+        payload = answer.json()
+        schemas.Reconstructions.model_validate(payload, extra="forbid")
+        reconstructions = payload["reconstructions"]
+        assert len(reconstructions) == 2
+        assert Image.open(io.BytesIO(base64.b64decode(reconstructions[0]["png"]))).size == (16, 16)
+        assert "psnr" not in reconstructions[0]
+    reconstruct = attack_run.load_network(
         Storage(attacked.parent / "a" / "attacks" / "inverse"),
-        ATTACKS.options("inverse").model_validate(here.now().scorecard["attacks"]["inverse"]["options"]),  # type: ignore[index]
+        ATTACKS.options("inverse").model_validate(here.active_model().scorecard["attacks"]["inverse"]["options"]),  # type: ignore[index]
         load_target(TargetSpec(bundle=str(attacked)), num_queries=10).access,
     )
-    expected = kept(torch.from_numpy(images[:1]).permute(0, 3, 1, 2))[0].permute(1, 2, 0).numpy()
+    expected = reconstruct(torch.from_numpy(images[:1]).permute(0, 3, 1, 2))[0].permute(1, 2, 0).numpy()
     picture = client.post("/v1/inverse", content=encode_png(images[0]), headers=PNG | {"Accept": "image/png"})
     assert picture.headers["content-type"] == "image/png"
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(picture.content))), expected)
@@ -297,7 +304,7 @@ def test_attacks_refuse_plain_images_and_other_protections(attacked: Path) -> No
     images = npy(protected(attacked, 2))
     other = client.post("/v1/inverse", content=images, headers=NPY | {"Raypp-Protection": "0" * 64})
     assert (other.status_code, other.json()["type"]) == (409, "urn:raypp:problem:other-protection")
-    here.live._kept = [replace(here.now(), guard=Nothing())]
+    here.live._models = [replace(here.active_model(), guard=Nothing())]
     plain = client.post("/v1/inverse", content=images, headers=NPY)
     assert (plain.status_code, plain.json()["type"]) == (422, "urn:raypp:problem:not-protected")
 
@@ -394,7 +401,7 @@ def test_tokens_count_as_the_file_has_them_now(
 
     class Asked(Here):
         async def tokens(self) -> Tokens | None:
-            return tokens.now()
+            return tokens.current()
 
     here = Asked(trained.bundle)
     client = TestClient(classifier_api(lambda: here))
@@ -412,7 +419,7 @@ def test_tokens_count_as_the_file_has_them_now(
     caplog.clear()
     assert [status(second), status(second)] == [200, 200]
     assert [record.getMessage() for record in caplog.records if "is gone" in record.getMessage()] == [
-        f"token file {str(path)!r} is gone; the tokens it held stay valid until it is back"
+        f"token file {str(path)!r} is gone; its last tokens stay valid until it is back"
     ]
     third = add_token(path, "third", ["classify"])
     assert (status(second), status(third)) == (401, 200)
@@ -425,28 +432,28 @@ def test_tokens_count_as_the_file_has_them_now(
 
 @pytest.mark.slow
 def test_a_slow_token_file_holds_up_no_other_request(trained: Trained, tmp_path: Path) -> None:
-    """A replica looks at the file in a thread: beside a look that hangs, the event loop goes on."""
+    """A replica reads the file in a thread, so the event loop runs while a read hangs."""
     from raypp.serve.deployments import _Replica
 
     path = tmp_path / "tokens.json"
     add_token(path, "first", ["classify"])
-    looking, done = threading.Event(), threading.Event()
+    reading, done = threading.Event(), threading.Event()
 
     class Slow(TokenFile):
-        def now(self) -> Tokens:
-            looking.set()
+        def current(self) -> Tokens:
+            reading.set()
             assert done.wait(10)
-            return super().now()
+            return super().current()
 
     replica = _Replica.__new__(_Replica)
     replica._tokens = Slow(str(path))
 
     async def ask() -> list[str]:
-        asked = asyncio.create_task(replica.tokens())
-        while not looking.is_set():
+        task = asyncio.create_task(replica.tokens())
+        while not reading.is_set():
             await asyncio.sleep(0.001)
-        done.set()  # reached only if the loop runs while the file is looked at
-        tokens = await asked
+        done.set()  # reached only if the loop runs meanwhile
+        tokens = await task
         assert tokens is not None
         return [name for name, _, _ in tokens.entries]
 
@@ -468,17 +475,17 @@ def test_a_service_that_others_can_reach_needs_tokens(trained: Trained, capsys: 
 def test_a_published_bundle_takes_over_and_the_one_before_still_answers(
     trained: Trained, other: Path, tmp_path: Path
 ) -> None:
-    shelf = tmp_path / "shelf"
-    with publishing(trained.bundle, shelf) as first:
+    repository = tmp_path / "repository"
+    with publishing(trained.bundle, repository) as first:
         assert first.previous is None
-    here = Here(shelf)
+    here = Here(repository)
     client = TestClient(classifier_api(lambda: here))
-    before = here.now()
-    with publishing(other, shelf) as second:
+    before = here.active_model()
+    with publishing(other, repository) as second:
         assert second.previous == before.version == first.version
     assert here.live.refresh()
     assert not here.live.refresh()
-    after = here.now()
+    after = here.active_model()
     assert after.version == second.version != before.version
     images = protected(trained.bundle)
     old = client.post("/v1/classify", content=npy(images), headers=NPY | {"Raypp-Protection": before.protection})
@@ -488,10 +495,10 @@ def test_a_published_bundle_takes_over_and_the_one_before_still_answers(
     images = protected(other)
     new = client.post("/v1/classify", content=npy(images), headers=NPY | {"Raypp-Protection": after.protection})
     assert new.json()["model"] == after.version
-    with publishing(trained.bundle, shelf) as back:  # an older one can be made live again
+    with publishing(trained.bundle, repository) as back:  # an older one can be made live again
         assert back.version == first.version
     assert here.live.refresh()
-    assert here.now() is before
+    assert here.active_model() is before
 
 
 @pytest.mark.slow
@@ -501,79 +508,79 @@ def test_damaged_attacks_are_not_published(attacked: Path, tmp_path: Path) -> No
     (broken / "private" / "attacks" / "inverse.safetensors").write_bytes(b"x" * 100)
     for part in ("private", ""):
         write_manifest(broken / part)
-    with publishing(attacked, tmp_path / "shelf", check=load_attacks):
+    with publishing(attacked, tmp_path / "repository", check=load_attacks):
         pass
-    live = (tmp_path / "shelf" / "live.json").read_bytes()
+    live = (tmp_path / "repository" / "live.json").read_bytes()
     with (
         pytest.raises(BundleError, match=r"attacks of bundle .* do not load"),
-        publishing(broken, tmp_path / "shelf", check=load_attacks),
+        publishing(broken, tmp_path / "repository", check=load_attacks),
     ):
         pass
-    assert (tmp_path / "shelf" / "live.json").read_bytes() == live
+    assert (tmp_path / "repository" / "live.json").read_bytes() == live
 
 
 @pytest.mark.slow
 def test_a_bundle_that_does_not_work_is_not_published(trained: Trained, other: Path, tmp_path: Path) -> None:
-    shelf = tmp_path / "shelf"
-    with publishing(trained.bundle, shelf):
+    repository = tmp_path / "repository"
+    with publishing(trained.bundle, repository):
         pass
-    live = (shelf / "live.json").read_bytes()
+    live = (repository / "live.json").read_bytes()
     broken = shutil.copytree(other, tmp_path / "broken")
     break_classifier(broken)
     with (
         pytest.raises(BundleError, match="fails its self-check: it gives the recorded answer for"),
-        publishing(broken, shelf),
+        publishing(broken, repository),
     ):
         pass
     altered = shutil.copytree(other, tmp_path / "altered")
     (altered / "private" / "classifier.json").write_text("{}")
-    with pytest.raises(BundleError, match="was altered"), publishing(altered, shelf):
+    with pytest.raises(BundleError, match="was altered"), publishing(altered, repository):
         pass
-    with pytest.raises(RuntimeError), publishing(other, shelf):
+    with pytest.raises(RuntimeError), publishing(other, repository):
         raise RuntimeError("the service refuses")
-    assert (shelf / "live.json").read_bytes() == live
+    assert (repository / "live.json").read_bytes() == live
 
     def refused_after_another() -> None:
-        with publishing(other, shelf):
-            (shelf / "live.json").write_text('{"version": "somebody else\'s"}')
+        with publishing(other, repository):
+            (repository / "live.json").write_text('{"version": "somebody else\'s"}')
             raise RuntimeError("the service refuses")
 
     with pytest.raises(RuntimeError):
         refused_after_another()
-    assert "somebody else's" in (shelf / "live.json").read_text()
+    assert "somebody else's" in (repository / "live.json").read_text()
 
 
 @pytest.mark.slow
 def test_what_becomes_live_and_does_not_work_is_not_taken_over(trained: Trained, other: Path, tmp_path: Path) -> None:
-    shelf = tmp_path / "shelf"
-    with publishing(trained.bundle, shelf):
+    repository = tmp_path / "repository"
+    with publishing(trained.bundle, repository):
         pass
-    here = Here(shelf)
-    before = here.now()
-    broken = shutil.copytree(other, shelf / "versions" / "0123")
+    here = Here(repository)
+    before = here.active_model()
+    broken = shutil.copytree(other, repository / "versions" / "0123")
     break_classifier(broken)
-    (shelf / "live.json").write_text('{"version": "0123"}')
+    (repository / "live.json").write_text('{"version": "0123"}')
     assert not here.live.refresh()
-    assert here.now() is before
+    assert here.active_model() is before
     about = TestClient(classifier_api(lambda: here)).get("/v1/model").json()
     assert about["rejected"]["version"] == "0123"
     assert "fails its self-check" in about["rejected"]["reason"]
-    shutil.rmtree(shelf)  # storage that is away takes nothing down
+    shutil.rmtree(repository)  # storage that is away takes nothing down
     assert not here.live.refresh()
-    assert here.now() is before
+    assert here.active_model() is before
 
 
 @pytest.mark.slow
 def test_a_replica_that_starts_beside_a_bad_bundle_serves_the_one_before(
     trained: Trained, other: Path, tmp_path: Path
 ) -> None:
-    shelf = tmp_path / "shelf"
+    repository = tmp_path / "repository"
     for bundle in (trained.bundle, other):
-        with publishing(bundle, shelf) as published:
+        with publishing(bundle, repository) as published:
             pass
-    break_classifier(shelf / "versions" / published.version)
-    here = Here(shelf)
-    assert here.now().version == published.previous
+    break_classifier(repository / "versions" / published.version)
+    here = Here(repository)
+    assert here.active_model().version == published.previous
     assert here.rejected()["version"] == published.version  # type: ignore[index]
 
 
@@ -581,9 +588,9 @@ def test_a_replica_that_starts_beside_a_bad_bundle_serves_the_one_before(
 def test_storage_that_is_away_when_a_replica_starts_is_asked_again(
     trained: Trained, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shelf = tmp_path / "shelf"
+    repository = tmp_path / "repository"
     for bundle in (trained.bundle, other):
-        with publishing(bundle, shelf) as published:
+        with publishing(bundle, repository) as published:
             pass
     loads = ModelManager._load
 
@@ -593,23 +600,23 @@ def test_storage_that_is_away_when_a_replica_starts_is_asked_again(
         return loads(live, where)
 
     monkeypatch.setattr(ModelManager, "_load", away)
-    live = ModelManager(shelf)
-    assert live.now.version == published.previous
+    live = ModelManager(repository)
+    assert live.active.version == published.previous
     assert not live.refresh()
     monkeypatch.undo()
     assert live.refresh()
-    assert (live.now.version, live.rejected) == (published.version, None)
+    assert (live.active.version, live.rejected) == (published.version, None)
 
 
 @pytest.mark.slow
 def test_a_disk_that_fails_once_costs_no_bundle(
     trained: Trained, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shelf = tmp_path / "shelf"
-    with publishing(trained.bundle, shelf):
+    repository = tmp_path / "repository"
+    with publishing(trained.bundle, repository):
         pass
-    live = ModelManager(shelf)
-    with publishing(other, shelf) as published:
+    live = ModelManager(repository)
+    with publishing(other, repository) as published:
         pass
 
     def fails(*_: object) -> LoadedModel:
@@ -620,35 +627,35 @@ def test_a_disk_that_fails_once_costs_no_bundle(
         assert not live.refresh()
     assert live.rejected is not None
     assert live.refresh()
-    assert (live.now.version, live.rejected) == (published.version, None)
+    assert (live.active.version, live.rejected) == (published.version, None)
 
 
 @pytest.mark.slow
 def test_publishing_what_is_live_keeps_what_was_before_it(trained: Trained, other: Path, tmp_path: Path) -> None:
-    shelf = tmp_path / "shelf"
-    with publishing(trained.bundle, shelf) as first:
+    repository = tmp_path / "repository"
+    with publishing(trained.bundle, repository) as first:
         pass
     for _ in range(2):
-        with publishing(other, shelf) as second:
+        with publishing(other, repository) as second:
             pass
         assert second.previous == first.version
-    (shelf / "live.json").write_text("{}")
-    with publishing(trained.bundle, shelf) as back:
+    (repository / "live.json").write_text("{}")
+    with publishing(trained.bundle, repository) as back:
         pass
-    assert (current(shelf).version, back.previous) == (first.version, None)
+    assert (resolve_model(repository).version, back.previous) == (first.version, None)
 
 
 @pytest.mark.slow
 def test_attacks_on_the_bundle_before_are_answered_while_one_takes_over(
     attacked: Path, other: Path, tmp_path: Path
 ) -> None:
-    shelf = tmp_path / "shelf"
-    with publishing(attacked, shelf):
+    repository = tmp_path / "repository"
+    with publishing(attacked, repository):
         pass
-    here = Here(shelf)
-    body, before = npy(protected(attacked, 2)), here.now()
+    here = Here(repository)
+    body, before = npy(protected(attacked, 2)), here.active_model()
     client = TestClient(attack_api(lambda: here))
-    with publishing(other, shelf):
+    with publishing(other, repository):
         pass
     assert here.live.refresh()
     headers = NPY | {"Raypp-Protection": before.protection}
@@ -662,8 +669,8 @@ def test_a_bundle_that_breaks_its_loader_is_not_taken_over(
     trained: Trained, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever a service makes of a bundle fails before the bundle takes over, not after."""
-    shelf = tmp_path / "shelf"
-    with publishing(trained.bundle, shelf):
+    repository = tmp_path / "repository"
+    with publishing(trained.bundle, repository):
         pass
     names: list[str] = []
 
@@ -673,25 +680,25 @@ def test_a_bundle_that_breaks_its_loader_is_not_taken_over(
             raise RuntimeError("of no kind that anybody expects")
         return 7
 
-    live = ModelManager(shelf, prepare=prepare)
-    before = live.now
-    with publishing(other, shelf):
+    live = ModelManager(repository, prepare=prepare)
+    before = live.active
+    with publishing(other, repository):
         pass
     assert not live.refresh()
-    assert live.now is before
-    assert live.prepared(before) == 7
+    assert live.active is before
+    assert live.attachment(before) == 7
     assert live.rejected is not None
     assert (live.rejected["version"], live.rejected["reason"]) == (names[1], "RuntimeError while it was loaded")
-    assert not live.refresh()  # not loaded again at each look
+    assert not live.refresh()  # not loaded again at each poll
     assert len(names) == 2
     monkeypatch.setattr(model_store, "RETRY_SECONDS", 0.0)
-    with publishing(other, shelf):  # published again, it is
+    with publishing(other, repository):  # published again, it is
         pass
-    live._refused = None if live._refused is None else (live._refused[0], 0.0)
+    live._retry = None if live._retry is None else (live._retry[0], 0.0)
     assert not live.refresh()
     assert not live.refresh()  # and then after a while each time
     assert len(names) == 4
-    assert live.now is before
+    assert live.active is before
 
 
 @pytest.mark.slow
@@ -752,10 +759,10 @@ def test_a_bundle_that_is_attacked_again_while_it_is_loaded_is_of_one_version(
         restore()
     assert not is_one(load_model(location, attacks=True))
     here = Here(location)
-    served = here.now()
-    before = load_attacks(served)["inverse"][0](served.private.sample[:2])
+    served = here.active_model()
+    before = load_attacks(served)["inverse"].run(served.private.sample[:2])
     attack_again()  # between what the replica loads and what it makes of that
-    assert torch.equal(load_attacks(served)["inverse"][0](served.private.sample[:2]), before)
+    assert torch.equal(load_attacks(served)["inverse"].run(served.private.sample[:2]), before)
     with pytest.raises(ValueError, match="attacks=True"):
         load_attacks(load_model(location))
 
@@ -778,7 +785,7 @@ def test_a_link_to_a_bundle_is_followed_when_it_points_to_another_one(
     here = Here(tmp_path / "latest" / "bundle")
     client = TestClient(classifier_api(lambda: here))
     assert client.get("/v1/model").json()["bundle"] == "one/bundle"
-    assert here.now().location == str(tmp_path / "one" / "bundle")
+    assert here.active_model().location == str(tmp_path / "one" / "bundle")
     point_latest(Storage(tmp_path / "two"))
     assert here.live.refresh()
     assert client.get("/v1/model").json()["bundle"] == "two/bundle"
@@ -797,20 +804,20 @@ def test_what_is_called_latest_and_is_no_link_stays(tmp_path: Path, capsys: pyte
     )
 
 
-def test_locations_that_are_neither_bundle_nor_shelf_are_named(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="is neither a bundle nor a shelf"):
-        current(tmp_path)
+def test_locations_that_are_neither_bundle_nor_repository_are_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="is neither a bundle nor a model repository"):
+        resolve_model(tmp_path)
     (tmp_path / "run" / "bundle").mkdir(parents=True)
     (tmp_path / "run" / "bundle" / "manifest.json").write_text("{}")
     with pytest.raises(StorageError, match=r"/run is a run; its bundle is .*/run/bundle$"):
-        current(tmp_path / "run")
+        resolve_model(tmp_path / "run")
     (tmp_path / "live.json").write_text("x")
     with pytest.raises(StorageError, match=r"live\.json is damaged"):
-        current(tmp_path)
+        resolve_model(tmp_path)
 
 
 def test_requests_of_several_bundles_share_a_batch(trained: Trained, other: Path) -> None:
-    one, two = ModelManager(trained.bundle).now, ModelManager(other).now
+    one, two = ModelManager(trained.bundle).active, ModelManager(other).active
     jobs = [(s, s.private.sample[i : i + n]) for s, i, n in ((one, 0, 1), (two, 1, 3), (one, 2, 2))]
     for (served, images), (shares, protected_) in zip(jobs, classify(jobs), strict=True):
         assert torch.allclose(shares, served.probabilities(images), atol=1e-5)
@@ -823,7 +830,9 @@ def test_openapi_describes_bodies_and_answers(here: Here) -> None:
         posts = [path["post"] for path in document["paths"].values() if "post" in path]
         for post in posts:
             assert set(post["requestBody"]["content"]) == {"image/png", "application/x-npy", "multipart/form-data"}
-            assert "example" in post["responses"]["200"]["content"]["application/json"]
+            schema = post["responses"]["200"]["content"]["application/json"]["schema"]
+            model = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+            assert model["title"] in {"Classification", "Reconstructions"}
             assert {"401", "413", "415", "422", "503"} <= set(post["responses"])
 
 

@@ -278,7 +278,7 @@ def test_forms_are_refused_by_the_names_of_their_fields(
 )  # fmt: skip
 def test_methods_are_refused_by_their_names(client: TestClient, method: str, path: str, allow: str) -> None:
     answer = client.request(method, path)
-    problem(answer, 405, "http", f"'{method}' is not read at '{path}'", f"allowed: {allow}")
+    problem(answer, 405, "http", f"'{method}' is not supported at '{path}'", f"allowed: {allow}")
     assert answer.headers["Allow"] == allow
 
 

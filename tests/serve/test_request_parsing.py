@@ -57,13 +57,13 @@ def test_other_requests_go_on_while_large_images_are_decoded() -> None:
 
         task = asyncio.create_task(other())
         limits = Limits(images=4)
-        found, _ = await read_images(body, kind, (160, 140, 3), limits)
+        decoded, _ = await read_images(body, kind, (160, 140, 3), limits)
         task.cancel()
-        return found, turns
+        return decoded, turns
 
     for body, kind, expected in sent:
-        found, turns = asyncio.run(reading(body, kind))
-        np.testing.assert_array_equal(found, expected)
+        decoded, turns = asyncio.run(reading(body, kind))
+        np.testing.assert_array_equal(decoded, expected)
         assert turns > 0
 
 
@@ -104,8 +104,8 @@ def test_every_allowed_form_gives_the_same_images() -> None:
     assert np.array_equal(read(npy(images[0]), NPY)[0], images[:1])
     assert np.array_equal(read(encode_png(images[0]), "image/PNG; charset=x")[0], images[:1])
     body, kind = form(("image", encode_png(images[0])), ("image", npy(images[1:])), ("plain", npy(images)))
-    found, plain = read(body, kind, plain=SHAPE)
-    assert np.array_equal(found, images)
+    decoded, plain = read(body, kind, plain=SHAPE)
+    assert np.array_equal(decoded, images)
     assert plain is not None
     assert np.array_equal(plain, images)
     grey = batch(1, shape=(16, 12, 1))
@@ -188,8 +188,8 @@ def test_a_plain_image_is_read_only_where_it_is_asked_for() -> None:
     with_plain = form(("image", IMAGE), ("plain", IMAGE))
     assert refused(*with_plain) == (422, "unknown-field")
     small = batch(1, shape=(8, 6, 3))
-    found, plain = read(*form(("image", IMAGE), ("plain", npy(small))), plain=(8, 6, 3))
-    assert len(found) == 1
+    decoded, plain = read(*form(("image", IMAGE), ("plain", npy(small))), plain=(8, 6, 3))
+    assert len(decoded) == 1
     assert plain is not None
     assert np.array_equal(plain, small)
     assert refused(*with_plain, plain=(8, 6, 3)) == (422, "wrong-shape")
@@ -244,19 +244,19 @@ def test_refusals(body: bytes, kind: str, status: int, code: str) -> None:
 
 
 def test_a_body_is_refused_when_it_is_known_to_be_too_large() -> None:
-    taken: list[int] = []
+    chunks_read: list[int] = []
 
     async def chunks() -> AsyncIterator[bytes]:
         for _ in range(100):
-            taken.append(1)
+            chunks_read.append(1)
             yield b"x" * 10_000
 
     for length, most in (("200000", 0), (None, 11), ("nonsense", 11), ("5", 11)):
-        taken.clear()
+        chunks_read.clear()
         with pytest.raises(RequestError) as raised:
             asyncio.run(read_body(chunks(), length, LIMITS))
         assert raised.value.status == 413
-        assert len(taken) <= most
+        assert len(chunks_read) <= most
 
 
 def test_a_body_that_stops_coming_is_given_up() -> None:
@@ -264,7 +264,7 @@ def test_a_body_that_stops_coming_is_given_up() -> None:
         yield b"x"
         await asyncio.sleep(30)
 
-    with pytest.raises(RequestError, match=r"nothing of the body came for 0\.05 s") as raised:
+    with pytest.raises(RequestError, match=r"no part of the body arrived for 0\.05 s") as raised:
         asyncio.run(read_body(chunks(), "5", Limits(idle=0.05)))
     assert raised.value.status == 408
 
@@ -286,9 +286,9 @@ def test_mutated_bodies_are_read_or_refused(data: st.DataObject) -> None:
         if not body:
             return
     try:
-        found, _ = read(bytes(body), good[1])
+        decoded, _ = read(bytes(body), good[1])
     except RequestError:
         return
     else:
-        assert found.shape[1:] == SHAPE
-        assert found.dtype == np.uint8
+        assert decoded.shape[1:] == SHAPE
+        assert decoded.dtype == np.uint8

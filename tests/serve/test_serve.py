@@ -58,7 +58,7 @@ PROGRAM = str(Path(sys.executable).parent / "raypp")
 @dataclass
 class Service:
     url: str
-    shelf: Path
+    repository: Path
     bundle: Path
     token: str | None
     cache: Path
@@ -69,18 +69,18 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(cluster: Cluster, trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """``raypp serve`` of a shelf with an attacked bundle, on the test cluster, with tokens."""
+    """``raypp serve`` of a model repository with an attacked bundle, on the test cluster, with tokens."""
     root = tmp_path_factory.mktemp("serve")
     inverse = {"width": 4, "depth": 2, "train": {"epochs": 1, "batch_size": 10}}
     bundle = attack_copy(trained.bundle, root, {"feature_reconstruction": {}, "inverse": inverse})
-    with publishing(bundle, root / "shelf"):
+    with publishing(bundle, root / "repository"):
         pass
     token = add_token(root / "tokens.json", "test", ["classify", "attack"])
     port = free_port()
     arguments = [
         "raypp",
         "serve",
-        str(root / "shelf"),
+        str(root / "repository"),
         "--port",
         str(port),
         "--tokens",
@@ -90,7 +90,7 @@ def service(cluster: Cluster, trained: Trained, tmp_path_factory: pytest.TempPat
     process = cluster.popen(arguments)
     url = f"http://127.0.0.1:{port}"
     wait_until(lambda: answers(f"{url}/classifier/v1/model") and answers(f"{url}/attack/v1"), process)
-    yield Service(url, root / "shelf", bundle, token, root / "cache")
+    yield Service(url, root / "repository", bundle, token, root / "cache")
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=90)
     assert process.returncode == 0, out + err
@@ -148,14 +148,14 @@ def test_the_command_line_classifies(service: Service, tmp_path: Path, capsys: p
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [str(tmp_path / f"{i}.png") for i in range(3)]
     with service.client() as client:
-        assert [line.split()[1] for line in lines] == [found.label for found in client.classify(images(3))]
+        assert [line.split()[1] for line in lines] == [prediction.label for prediction in client.classify(images(3))]
 
 
 def made_here(service: Service, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What a replica is, in this process; what it sets for a process of its own is left as it is."""
     from raypp.serve import deployments
 
-    monkeypatch.setattr(deployments, "_listens_on", lambda: "127.0.0.1")
+    monkeypatch.setattr(deployments, "_http_host", lambda: "127.0.0.1")
     monkeypatch.setattr(deployments, "_log_as_serve", lambda: None)
     monkeypatch.setattr(sys, "setswitchinterval", lambda _: None)
     return deployments._Replica(
@@ -183,27 +183,27 @@ def test_health_is_checked_while_something_is_computed(service: Service, monkeyp
 
 
 def test_requests_wait_for_the_bundle_that_is_being_loaded(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the first alone: the others would be told that their protection is not served."""
+    """Not the first alone: the others would be refused as of an unknown protection."""
     replica = made_here(service, monkeypatch)
-    released, found = threading.Event(), replica.live.now
+    released, model = threading.Event(), replica.live.active
 
     def slow() -> bool:
-        replica.live.looked = time.monotonic()
+        replica.live.last_poll = time.monotonic()
         assert released.wait(30)
-        monkeypatch.setattr(replica.live, "of", lambda _: found)
+        monkeypatch.setattr(replica.live, "get", lambda _: model)
         return True
 
     monkeypatch.setattr(replica.live, "refresh", slow)
 
     async def check() -> None:
-        asked = []
+        tasks = []
         for _ in range(4):
-            asked.append(asyncio.ensure_future(replica.served("0" * 64)))
+            tasks.append(asyncio.ensure_future(replica.find_model("0" * 64)))
             await asyncio.sleep(0.02)
         released.set()
-        assert await asyncio.gather(*asked) == [found] * 4
+        assert await asyncio.gather(*tasks) == [model] * 4
 
-    replica.live.looked = 0.0
+    replica.live.last_poll = 0.0
     asyncio.run(check())
 
 
@@ -221,12 +221,12 @@ class Load(threading.Thread):
         with self.service.client(patience=self.patience) as client:
             while not self.stop.is_set():
                 try:
-                    found = client.classify(images(4, self.seed))
+                    predictions = client.classify(images(4, self.seed))
                 except RemoteError as error:
                     self.outcomes[str(error)] += 1
                     continue
-                self.models |= {prediction.model for prediction in found}
-                right = [prediction.label for prediction in found] == self.expected[self.seed]
+                self.models |= {prediction.model for prediction in predictions}
+                right = [prediction.label for prediction in predictions] == self.expected[self.seed]
                 self.outcomes["right" if right else "wrong"] += 1
 
 
@@ -256,7 +256,7 @@ def test_nothing_is_lost_while_bundles_change_and_a_replica_dies(
     while not all(load.models for load in loads):
         assert time.monotonic() < end, [load.outcomes for load in loads]
         time.sleep(0.1)
-    main(["publish", str(newer), str(service.shelf), "--url", service.url, "--token-file", str(token)])
+    main(["publish", str(newer), str(service.repository), "--url", service.url, "--token-file", str(token)])
     after = load_model(newer).version
     while not all(after in load.models for load in loads):
         assert time.monotonic() < end, [load.outcomes for load in loads]
@@ -283,14 +283,14 @@ def test_a_bundle_that_does_not_work_never_becomes_live(
     from services import break_classifier
 
     break_classifier(broken)
-    live = (service.shelf / "live.json").read_bytes()
+    live = (service.repository / "live.json").read_bytes()
     with pytest.raises(SystemExit):
-        main(["publish", str(broken), str(service.shelf)])
+        main(["publish", str(broken), str(service.repository)])
     assert "fails its self-check" in capsys.readouterr().err
-    assert (service.shelf / "live.json").read_bytes() == live
+    assert (service.repository / "live.json").read_bytes() == live
     # Put there by hand, it is seen, refused by the service itself, and said so.
-    shutil.copytree(broken, service.shelf / "versions" / "bad")
-    (service.shelf / "live.json").write_text('{"version": "bad"}')
+    shutil.copytree(broken, service.repository / "versions" / "bad")
+    (service.repository / "live.json").write_text('{"version": "bad"}')
     with service.client() as client:
         end = time.monotonic() + 30
         while (client.model()["rejected"] or {}).get("version") != "bad":
@@ -298,7 +298,7 @@ def test_a_bundle_that_does_not_work_never_becomes_live(
             time.sleep(0.2)
         assert "fails its self-check" in client.model()["rejected"]["reason"]
         assert len(client.classify(images(2))) == 2
-    (service.shelf / "live.json").write_bytes(live)
+    (service.repository / "live.json").write_bytes(live)
 
 
 def test_clients_outlast_a_restart_of_the_whole_service(zygote: Path, trained: Trained, tmp_path: Path) -> None:
@@ -396,8 +396,8 @@ def test_the_demo_shows_what_is_sent_and_what_attackers_see(service: Service, cl
             (expected,) = client.classify(images(1))
             (made,) = client.reconstruct("inverse", images(1))
             page = browser.new_page()
-            asked: list[str] = []
-            page.on("request", lambda request: asked.append(request.url))
+            requested: list[str] = []
+            page.on("request", lambda request: requested.append(request.url))
             page.goto(address)
             page.locator("#image input[type=file]").set_input_files(tmp_path / "picture.png")
             page.locator(".raypp-class").first.wait_for(timeout=60_000)
@@ -408,12 +408,12 @@ def test_the_demo_shows_what_is_sent_and_what_attackers_see(service: Service, cl
                     zip(pictures, (plain[0], hidden[0]), strict=True)] == [True, True]  # fmt: skip
             inverse = page.locator("[data-attack=inverse]")
             assert np.array_equal(shown(inverse.locator("img")), made)
-            assert "originals found" in inverse.inner_text()
+            assert "re-identification rate" in inverse.inner_text()
             assert "mean image" in page.locator(".raypp-attacks").inner_text()
-            assert "one, right on" in page.locator(".raypp-classes").inner_text()
+            assert "one, accuracy" in page.locator(".raypp-classes").inner_text()
             page.locator("#service input").click()
             page.get_by_role("option", name="two").click()
-            page.get_by_text("two, right on").wait_for(timeout=60_000)
+            page.get_by_text("two, accuracy").wait_for(timeout=60_000)
             page.screenshot(path=tmp_path / "demo.png", full_page=True)
             before = pictures[0].get_attribute("src")
             page.get_by_label("Capture from camera").click()
@@ -432,7 +432,7 @@ def test_the_demo_shows_what_is_sent_and_what_attackers_see(service: Service, cl
             assert np.abs(photo.mean((0, 1)) - plain[0].mean((0, 1))).max() > 40
             assert len(page.locator(".raypp-attack[data-attack] img").all()) == 2
             local = (address, "data:", "blob:")
-            assert [url for url in asked if not url.startswith(local)] == []
+            assert [url for url in requested if not url.startswith(local)] == []
     finally:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
@@ -463,9 +463,9 @@ def test_monitoring_counts_requests_and_images(service: Service, cluster: Cluste
 
     def counted(name: str, **labels: str) -> float:
         text = httpx.get(f"http://127.0.0.1:{cluster.metrics_port}/metrics", timeout=30).text
-        found = [line for line in text.splitlines() if line.startswith(f"ray_{name}{{")]
+        lines = [line for line in text.splitlines() if line.startswith(f"ray_{name}{{")]
         wanted = [f'{key}="{value}"' for key, value in labels.items()]
-        return sum(float(line.rpartition(" ")[2]) for line in found if all(label in line for label in wanted))
+        return sum(float(line.rpartition(" ")[2]) for line in lines if all(label in line for label in wanted))
 
     here = {"route": "/v1/classify", "status": "200"}
     before = counted("raypp_images_total", **here)
@@ -500,12 +500,12 @@ def test_haproxy_takes_the_requests_and_listens_here_only(zygote: Path, trained:
     address = f"http://127.0.0.1:{port}"
 
     def running(title: str) -> list[psutil.Process]:
-        found = []
+        processes = []
         for child in process.processes():
             with contextlib.suppress(psutil.Error):
                 if title in "".join(child.cmdline()[:1]) and child.status() != psutil.STATUS_ZOMBIE:
-                    found.append(child)
-        return found
+                    processes.append(child)
+        return processes
 
     def heard(processes: list[psutil.Process]) -> Iterator[tuple[str, Any]]:
         for one in processes:
@@ -696,7 +696,7 @@ def test_the_four_commands_of_a_fresh_clone(checkout: Checkout, tmp_path: Path) 
 
 
 def test_a_bundle_in_a_copy_that_ray_made_is_told(trained: Trained, tmp_path: Path) -> None:
-    """As an application below `uv run ray start --block` would be given one: later runs are not taken over."""
+    """Ray gives one to an application below `uv run ray start --block`; later runs do not replace it."""
     from raypp.serve import deployments
 
     copied = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0" / "runs" / "latest" / "bundle"

@@ -47,16 +47,16 @@ def distance(protected: np.ndarray, plain: np.ndarray) -> float:
 def test_equation_5(num: int, classes: int, scale: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     logits, labels = rng.normal(0, scale, (num, classes)), rng.integers(0, classes, num)
-    found = classification_loss(torch.from_numpy(logits), torch.from_numpy(labels))
-    assert float(found) == pytest.approx(cross_entropy(logits, labels), rel=1e-5, abs=1e-5)
+    loss = classification_loss(torch.from_numpy(logits), torch.from_numpy(labels))
+    assert float(loss) == pytest.approx(cross_entropy(logits, labels), rel=1e-5, abs=1e-5)
 
 
 @given(shape=st.tuples(*[st.integers(1, 5)] * 4), scale=st.floats(0, 100), seed=st.integers(0, 1000))
 def test_equation_6(shape: tuple[int, ...], scale: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     a, b = rng.normal(0, scale, shape), rng.normal(0, 1, shape)
-    found = feature_distance(torch.from_numpy(a), torch.from_numpy(b))
-    assert float(found) == pytest.approx(distance(a, b), rel=1e-5)
+    loss = feature_distance(torch.from_numpy(a), torch.from_numpy(b))
+    assert float(loss) == pytest.approx(distance(a, b), rel=1e-5)
 
 
 def test_equation_4_pushes_away_from_the_plain_image() -> None:
@@ -70,9 +70,9 @@ def test_equation_4_pushes_away_from_the_plain_image() -> None:
 def test_losses_are_taken_in_float32_under_bfloat16() -> None:
     logits, features = torch.randn(4, 3, dtype=torch.bfloat16), torch.randn(4, 2, 3, 3, dtype=torch.bfloat16)
     labels = torch.tensor([0, 1, 2, 0])
-    found = classification_loss(logits, labels)
-    assert found.dtype == torch.float32
-    assert float(found) == pytest.approx(cross_entropy(logits.double().numpy(), labels.numpy()), rel=1e-5)
+    loss = classification_loss(logits, labels)
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(cross_entropy(logits.double().numpy(), labels.numpy()), rel=1e-5)
     assert feature_distance(features, features * 2).dtype == torch.float32
 
 

@@ -1,4 +1,4 @@
-"""How many threads torch computes with beside other processes."""
+"""Number of threads of torch while other processes use the cores."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_threads_give_up_the_cores_that_others_use(most: int, cores: int, others
     assert num_threads(most, cores, others) == expected
 
 
-def test_threads_converge_beside_busy_threads() -> None:
+def test_threads_converge_next_to_busy_threads() -> None:
     """Busy threads get the share of the cores that a fair scheduler gives them; the number settles."""
     most = cores = 16
     now = most

@@ -1,4 +1,4 @@
-"""The training loop: what it optimises, what it leaves behind, and that no interruption changes the result."""
+"""The trainer: its losses and results, and that no interruption changes the result."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ EPOCHS = 3  # of the joint phase, after one plain epoch
 
 
 class InterruptedRun(Exception):  # noqa: N818
-    """Stands for a process that is killed."""
+    """Simulates a killed process."""
 
 
-class Sink(LocalReporter):
-    """A local sink that keeps what it would show, and dies after some reports where it is told to."""
+class RecordingReporter(LocalReporter):
+    """Records the progress output, and raises InterruptedRun after a number of reports."""
 
     def __init__(self, folder: Path, dies_after: int | None = None) -> None:
         self.text = io.StringIO()
@@ -98,9 +98,9 @@ class Reference:
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     folder = tmp_path_factory.mktemp("reference")
     config = load_config("quickstart", flags=tiny_flags(folder, train__epochs=EPOCHS))
-    whole = fit(config, Sink(folder / "whole"))
+    whole = fit(config, RecordingReporter(folder / "whole"))
     with pytest.raises(InterruptedRun):
-        fit(config, Sink(folder / "interrupted", dies_after=3))
+        fit(config, RecordingReporter(folder / "interrupted", dies_after=3))
     return Reference(config, whole, folder / "whole", folder / "interrupted")
 
 
@@ -121,8 +121,8 @@ def test_training_lowers_the_loss(mode: str, tiny: Tiny, tmp_path: Path) -> None
         classifier__width=16,
         **changes,
     )
-    sink = Sink(tmp_path)
-    result = fit(config, sink)
+    reporter = RecordingReporter(tmp_path)
+    result = fit(config, reporter)
     own = [row for row in result.history if row["phase"] == mode]
     assert [row["epoch"] for row in own] == [1, 2, 3, 4, 5, 6]
     assert own[-1]["train_loss"] < own[0]["train_loss"] - 0.1
@@ -134,18 +134,18 @@ def test_training_lowers_the_loss(mode: str, tiny: Tiny, tmp_path: Path) -> None
             assert row[f"{part}_loss"] == pytest.approx(expected, rel=1e-5)
         assert (row["val_feature_distance"] > 0) == (row["phase"] != "plain")
     assert [row["step"] for row in result.history] == [4 * (i + 1) for i in range(len(result.history))]
-    assert sink.text.getvalue().count("\n") == len(result.history), "a line per epoch"
+    assert reporter.text.getvalue().count("\n") == len(result.history), "a line per epoch"
 
 
 @pytest.mark.slow
 def test_frozen_mode_keeps_every_bit_of_the_plain_classifier(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny(train__mode="frozen")
-    result = fit(config, Sink(tmp_path))
+    result = fit(config, RecordingReporter(tmp_path))
     assert result.plain is not None
     assert same(dict(result.system.classifier.state_dict()), result.plain)
     state, _ = newest(tmp_path)
-    kept = {k.removeprefix("classifier."): v for k, v in state["system"].items() if k.startswith("classifier.")}
-    assert same(kept, result.plain)
+    classifier = {k.removeprefix("classifier."): v for k, v in state["system"].items() if k.startswith("classifier.")}
+    assert same(classifier, result.plain)
     assert not same(
         result.plain, {k.removeprefix("classifier."): v for k, v in initial(config, result.data, "plain").items()}
     )
@@ -173,7 +173,7 @@ def test_vgg_features_train_without_a_plain_phase_and_stay(tiny: Tiny, tmp_path:
     config, phi, warning = prepare(tiny(features="vgg16", features__weights=tmp_path / "slice.pt", train__epochs=1))
     assert warning is None
     assert phi is not None
-    result = fit(config, Sink(tmp_path), phi)
+    result = fit(config, RecordingReporter(tmp_path), phi)
     assert [row["phase"] for row in result.history] == ["joint"]
     assert result.plain is None
     assert isinstance(result.system.features, VGG16Features)
@@ -188,7 +188,7 @@ def test_without_torchvisions_weights_a_plain_classifier_stands_in(
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.urlopen", offline)
-    with pytest.raises(ConfigError, match=r"cannot be had: no network; give them as a file with"):
+    with pytest.raises(ConfigError, match=r"are not available: no network; pass a file with"):
         prepare(tiny(features="vgg16"))
     config, phi, warning = prepare(tiny(features="vgg16", features__fallback="allow"))
     assert (config.features.name, phi) == ("plain_classifier", None)
@@ -204,7 +204,7 @@ def test_without_torchvisions_weights_a_plain_classifier_stands_in(
 @pytest.mark.parametrize(("channels", "size"), [(1, "[17, 19]"), (3, "[16, 30]")])
 def test_any_size_and_grey(tiny: Tiny, tmp_path: Path, channels: int, size: str) -> None:
     config = tiny(data__channels=channels, data__image_size=size, train__epochs=1)
-    result = fit(config, Sink(tmp_path))
+    result = fit(config, RecordingReporter(tmp_path))
     height, width = json.loads(size)
     images = torch.rand(2, channels, height, width)
     assert result.system.protection(images).shape == images.shape
@@ -214,7 +214,7 @@ def test_any_size_and_grey(tiny: Tiny, tmp_path: Path, channels: int, size: str)
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow), "auto"])
 def test_precision(tiny: Tiny, tmp_path: Path, precision: str, reference: Reference) -> None:
     config = tiny(train__precision=precision, train__epochs=1)
-    row = fit(config, Sink(tmp_path)).history[0]
+    row = fit(config, RecordingReporter(tmp_path)).history[0]
     exact = reference.fit.history[0]["train_loss"]  # the plain phase does not depend on the epochs that follow
     bf16 = precision == "bf16" or (precision == "auto" and bf16_is_fast(torch.device("cpu")))
     assert (row["train_loss"] == exact) != bf16
@@ -226,7 +226,7 @@ def test_precision(tiny: Tiny, tmp_path: Path, precision: str, reference: Refere
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(reference: Reference, tmp_path: Path) -> None:
-    again = fit(reference.config, Sink(tmp_path))
+    again = fit(reference.config, RecordingReporter(tmp_path))
     assert timeless(again.history) == timeless(reference.fit.history)
     assert same(newest(tmp_path)[0], newest(reference.folder)[0])
     assert same(again.system.trainable_state_dict(), reference.fit.system.trainable_state_dict())
@@ -234,7 +234,7 @@ def test_the_same_seed_gives_the_same_run(reference: Reference, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_another_seed_gives_another_run(reference: Reference, tmp_path: Path) -> None:
-    other = fit(reference.config.model_copy(update={"seed": 1}), Sink(tmp_path))
+    other = fit(reference.config.model_copy(update={"seed": 1}), RecordingReporter(tmp_path))
     assert other.history[0]["train_loss"] != reference.fit.history[0]["train_loss"]
 
 
@@ -262,14 +262,14 @@ def test_the_lowest_validation_loss_is_what_is_left(tiny: Tiny, tmp_path: Path) 
     )  # fmt: skip
     data = load_data(config, torch.device("cpu"))
     misleading = dataclasses.replace(data, train=Misleading(data.train, since=3))
-    result = fit(config, Sink(tmp_path), load=lambda: misleading)
+    result = fit(config, RecordingReporter(tmp_path), load=lambda: misleading)
     losses = [row["val_loss"] for row in result.history]
     lowest = losses.index(min(losses))
     assert lowest < 4, "the last epoch is the best: nothing is tested"
     assert result.best == result.history[lowest]
     assert [row["best"] for row in result.history] == [loss == min(losses[: i + 1]) for i, loss in enumerate(losses)]
-    found = validate_system(result.system, *data.val, config, 0, 1)
-    assert found["val_loss"] == pytest.approx(min(losses), rel=1e-6)
+    scores = validate_system(result.system, *data.val, config, 0, 1)
+    assert scores["val_loss"] == pytest.approx(min(losses), rel=1e-6)
     state, _ = newest(tmp_path)
     assert same(state["best_state"], result.system.trainable_state_dict())
     assert not same(state["system"], state["best_state"])
@@ -300,8 +300,8 @@ def test_metrics_lines_are_the_history(reference: Reference) -> None:
 @pytest.mark.parametrize("after", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_an_interrupted_run_ends_as_if_it_had_not_been(reference: Reference, tmp_path: Path, after: int) -> None:
     with pytest.raises(InterruptedRun):
-        fit(reference.config, Sink(tmp_path, dies_after=after))
-    resumed = fit(reference.config, Sink(tmp_path))
+        fit(reference.config, RecordingReporter(tmp_path, dies_after=after))
+    resumed = fit(reference.config, RecordingReporter(tmp_path))
     assert timeless(resumed.history) == timeless(reference.fit.history)
     assert same(newest(tmp_path), newest(reference.folder))
     assert same(resumed.system.state_dict(), reference.fit.system.state_dict())
@@ -309,25 +309,25 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(reference: Reference, tmp
     assert timeless([resumed.best]) == timeless([reference.fit.best])
 
 
-class Stopped(Sink):
-    """A sink that is told to stop at one of the times that the loop asks."""
+class Stopped(RecordingReporter):
+    """Requests a stop at the call number ``at``."""
 
     def __init__(self, folder: Path, at: int) -> None:
         super().__init__(folder)
-        self.at, self.asked = at, 0
+        self.at, self.calls = at, 0
 
     def should_stop(self) -> bool:
-        self.asked += 1
-        return self.asked == self.at
+        self.calls += 1
+        return self.calls == self.at
 
 
 @pytest.fixture
 def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loop looks up after every step."""
+    """The workers sync after every step."""
     monkeypatch.setattr("raypp.training.trainer.CHECK_STEPS", 1)
 
 
-# Asked after each of two steps, and twice at an epoch's end: once before validation, once behind it.
+# Called after each of two steps, and twice at an epoch's end: once before validation, once behind it.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("at", "name"),
@@ -343,11 +343,11 @@ def test_a_run_that_was_told_to_stop_ends_as_if_it_had_not_been(
     reference: Reference, tmp_path: Path, at: int, name: str
 ) -> None:
     with pytest.raises(
-        TrainingInterrupted, match=f"^stopped after checkpoint {name}, as told; --resume goes on from it$"
+        TrainingInterrupted, match=f"^training stopped after checkpoint {name}; continue with --resume$"
     ):
         fit(reference.config, Stopped(tmp_path, at))
     assert list_checkpoints(Storage(tmp_path))[0] == name
-    resumed = fit(reference.config, Sink(tmp_path))
+    resumed = fit(reference.config, RecordingReporter(tmp_path))
     assert timeless(resumed.history) == timeless(reference.fit.history)
     assert same(newest(tmp_path), newest(reference.folder))
 
@@ -357,7 +357,7 @@ def test_a_run_that_was_told_to_stop_ends_as_if_it_had_not_been(
 def test_checkpoints_within_epochs_are_as_many_as_asked_for(reference: Reference, tmp_path: Path) -> None:
     written: list[str] = []
 
-    class Counting(Sink):
+    class Counting(RecordingReporter):
         def save_mid_epoch(self, name: str, checkpoint: Path) -> None:
             written.append(name)
             super().save_mid_epoch(name, checkpoint)
@@ -376,7 +376,7 @@ def test_checkpoints_within_epochs_are_as_many_as_asked_for(reference: Reference
 def test_weights_that_are_no_numbers_are_not_kept(reference: Reference, tmp_path: Path) -> None:
     """A step may have a finite loss and leave weights that have none."""
 
-    class Ruined(Sink):
+    class Ruined(RecordingReporter):
         def should_stop(self) -> bool:
             with torch.no_grad():
                 next(current[0].trainee.parameters()).fill_(math.nan)
@@ -389,7 +389,7 @@ def test_weights_that_are_no_numbers_are_not_kept(reference: Reference, tmp_path
     task = ProtectionTask(config, data, None, None)
     current.append(trainer.Trainer(task, Ruined(tmp_path)))
     with pytest.raises(NonRetryableError, match=r"at step 1 .* last good checkpoint: none yet"):
-        current[0].run()
+        current[0].train()
     assert list_checkpoints(Storage(tmp_path)) == []
 
 
@@ -440,7 +440,7 @@ def test_a_part_of_an_epoch_goes_on_in_other_batches(reference: Reference, tmp_p
             seen.append(first)
             return data.train.epoch(epoch, first)
 
-    fit(other, Sink(tmp_path), load=lambda: dataclasses.replace(data, train=Watched()))
+    fit(other, RecordingReporter(tmp_path), load=lambda: dataclasses.replace(data, train=Watched()))
     assert seen == [data.train.num_batches // 2, 0, 0]
 
 
@@ -494,9 +494,9 @@ def test_a_damaged_checkpoint_costs_an_epoch_and_a_warning(
 ) -> None:
     folder = shutil.copytree(reference.interrupted, tmp_path / "run")
     damage(folder / "checkpoints" / "epoch_0003")
-    sink = Sink(folder)
-    resumed = fit(reference.config, sink)
-    warning = sink.text.getvalue().splitlines()[0]
+    reporter = RecordingReporter(folder)
+    resumed = fit(reference.config, reporter)
+    warning = reporter.text.getvalue().splitlines()[0]
     assert warning.startswith("warning: checkpoint epoch_0003 is damaged: ")
     assert warning.endswith("; going back to the one before")
     assert timeless(resumed.history) == timeless(reference.fit.history)
@@ -509,7 +509,7 @@ def test_when_all_checkpoints_are_damaged_the_run_says_so(reference: Reference, 
     delete_sums(folder / "checkpoints" / "epoch_0002")
     before = files(folder)
     with pytest.raises(TrainingError, match=r"^all checkpoints of this run are damaged: epoch_0003, epoch_0002$"):
-        fit(reference.config, Sink(folder))
+        fit(reference.config, RecordingReporter(folder))
     assert files(folder) == before
 
 
@@ -519,7 +519,7 @@ def test_half_written_checkpoints_are_passed_over(reference: Reference, tmp_path
     aside = folder / "checkpoints" / ".epoch_0004.12345678.tmp"
     aside.mkdir()
     (aside / "state.pt").write_bytes(b"half")
-    resumed = fit(reference.config, Sink(folder))
+    resumed = fit(reference.config, RecordingReporter(folder))
     assert timeless(resumed.history) == timeless(reference.fit.history)
 
 
@@ -529,16 +529,16 @@ def test_other_data_are_refused_on_resume(reference: Reference, tmp_path: Path) 
     data = reference.config.data.model_copy(update={"source": source})
     before = files(folder)
     with pytest.raises(NonRetryableError, match="not what checkpoint epoch_0003 was trained on; restore the data"):
-        fit(reference.config.model_copy(update={"data": data}), Sink(folder))
+        fit(reference.config.model_copy(update={"data": data}), RecordingReporter(folder))
     assert files(folder) == before
 
 
 def test_a_code_of_other_classes_is_refused_at_once(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny(train__alpha="0", protection__skips="0", protection__code=CODE.replace("10", "7"))
     with pytest.raises(
-        NonRetryableError, match=r"^protection\.code\.classes is 7, allowed is null or what the data has, 10$"
+        NonRetryableError, match=r"^protection\.code\.classes is 7, allowed is null or the data's number, 10$"
     ):
-        fit(config, Sink(tmp_path))
+        fit(config, RecordingReporter(tmp_path))
     assert list_checkpoints(Storage(tmp_path)) == []
 
 
@@ -546,7 +546,7 @@ def test_a_checkpoint_of_other_networks_is_refused(reference: Reference, tmp_pat
     folder = shutil.copytree(reference.interrupted, tmp_path / "run")
     protection = reference.config.protection.model_copy(update={"skips": 0})
     with pytest.raises(TrainingError, match=r"^checkpoint holds weights of other networks than the configuration"):
-        fit(reference.config.model_copy(update={"protection": protection}), Sink(folder))
+        fit(reference.config.model_copy(update={"protection": protection}), RecordingReporter(folder))
 
 
 @pytest.mark.slow
@@ -562,16 +562,16 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_checkpoints(
     with monkeypatch.context() as patch:
         patch.setattr("shutil.copyfile", full)
         with pytest.raises(StorageError, match=r"cannot write .*epoch_0004: .*No space left on device") as raised:
-            fit(reference.config, Sink(folder))
+            fit(reference.config, RecordingReporter(folder))
     assert "\n" not in str(raised.value)
     assert files(folder) == before
-    assert timeless(fit(reference.config, Sink(folder)).history) == timeless(reference.fit.history)
+    assert timeless(fit(reference.config, RecordingReporter(folder)).history) == timeless(reference.fit.history)
 
 
 def test_storage_that_cannot_be_written_is_one_sentence(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"^cannot (read|list|write) .*Not a directory$") as raised:
-        fit(tiny(train__epochs=1), Sink(tmp_path / "file" / "run"))
+        fit(tiny(train__epochs=1), RecordingReporter(tmp_path / "file" / "run"))
     assert "\n" not in str(raised.value)
 
 
@@ -600,19 +600,19 @@ def test_a_loss_that_is_no_number_stops_at_its_step(reference: Reference, tmp_pa
     data = load_data(reference.config, torch.device("cpu"))
     poisoned = dataclasses.replace(data, train=Poisoned(data.train, at=(2, 1)))  # the second joint epoch's last step
     with pytest.raises(TrainingError) as raised:
-        fit(reference.config, Sink(tmp_path), load=lambda: poisoned)
+        fit(reference.config, RecordingReporter(tmp_path), load=lambda: poisoned)
     rate = learning_rate(reference.config.train, EPOCHS, 1.75)  # in the middle of the step
     assert str(raised.value) == (
         f"the loss is not a finite number at step 5 with learning rate {rate:.4g}; last good checkpoint: epoch_0002; "
         "try a smaller train.optimizer.lr or train.alpha"
     )
-    assert timeless(fit(reference.config, Sink(tmp_path)).history) == timeless(reference.fit.history)
+    assert timeless(fit(reference.config, RecordingReporter(tmp_path)).history) == timeless(reference.fit.history)
 
 
 def test_an_absurd_learning_rate_is_found_out(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny(train__mode="plain", protection="plain", train__schedule="constant", train__optimizer__lr="1.0e+30")
     with pytest.raises(TrainingError, match=r"step \d+ with learning rate 1e\+30; last good checkpoint: none yet; try"):
-        fit(config, Sink(tmp_path))
+        fit(config, RecordingReporter(tmp_path))
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
@@ -698,7 +698,7 @@ def test_milestones_that_nobody_states_lie_within_the_epochs() -> None:
 def test_milestones_keep_their_shares_of_a_plain_phase(tiny: Tiny, tmp_path: Path, mode: str) -> None:
     schedule = "{name: multistep, milestones: [1, 3], gamma: 0.5}"
     config = tiny(train__mode=mode, train__epochs=4, train__plain_epochs=2, train__schedule=schedule)
-    rates = [row["lr"] for row in fit(config, Sink(tmp_path)).history]  # each in an epoch's last step
+    rates = [row["lr"] for row in fit(config, RecordingReporter(tmp_path)).history]  # each in an epoch's last step
     assert rates == pytest.approx([0.05, 0.025, 0.1, 0.05, 0.05, 0.025])
 
 
@@ -752,7 +752,7 @@ def test_adamw(tiny: Tiny, tmp_path: Path) -> None:
     optimizer = build_optimizer(config.train.optimizer, [nn.Parameter(torch.zeros(1))])
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.defaults["betas"] == (0.9, 0.999)
-    assert math.isfinite(fit(config, Sink(tmp_path)).best["val_loss"])
+    assert math.isfinite(fit(config, RecordingReporter(tmp_path)).best["val_loss"])
 
 
 def test_muon_is_torchs_own_on_matrices_and_adamw_on_the_rest() -> None:
@@ -824,8 +824,8 @@ def batch_norm_results(layer: BatchNorm, x: Tensor, weights: Tensor) -> dict[str
     assert layer.bias.grad is not None
     assert layer.running_mean is not None
     assert layer.running_var is not None
-    found = {"y": y, "x_grad": x.grad, "weight_grad": layer.weight.grad, "bias_grad": layer.bias.grad}
-    return {k: v.detach() for k, v in found.items()} | {"mean": layer.running_mean, "var": layer.running_var}
+    tensors = {"y": y, "x_grad": x.grad, "weight_grad": layer.weight.grad, "bias_grad": layer.bias.grad}
+    return {k: v.detach() for k, v in tensors.items()} | {"mean": layer.running_mean, "var": layer.running_var}
 
 
 def gradients(config: Config, data: TrainingData, share: slice, synchronise: bool) -> dict[str, Tensor]:
@@ -864,7 +864,7 @@ def work(rank: int, folder: Path, trees: dict[str, Any]) -> None:
         folder / f"gradients_{rank}.pt",
     )
     for name, tree in trees.items():
-        result = fit(validate(tree), Sink(folder / name))
+        result = fit(validate(tree), RecordingReporter(folder / name))
         torch.save(
             {"history": result.history, "state": result.system.trainable_state_dict()}, folder / f"{name}_{rank}.pt"
         )
@@ -874,7 +874,7 @@ def work(rank: int, folder: Path, trees: dict[str, Any]) -> None:
             fit(validate(tree), Stopped(folder / f"{name}_stopped", 5))
         dist.barrier()  # the first of them may still be writing
         assert list_checkpoints(Storage(folder / f"{name}_stopped"))[0].endswith("_part_500000")
-        result = fit(validate(tree), Sink(folder / f"{name}_stopped"))
+        result = fit(validate(tree), RecordingReporter(folder / f"{name}_stopped"))
         torch.save(
             {"history": result.history, "state": result.system.trainable_state_dict()},
             folder / f"{name}_resumed_{rank}.pt",
@@ -883,7 +883,7 @@ def work(rank: int, folder: Path, trees: dict[str, Any]) -> None:
     if rank:
         data = dataclasses.replace(data, train=Poisoned(data.train, at=(1, 1)))
     try:
-        fit(config, Sink(folder / "poisoned"), load=lambda: data)
+        fit(config, RecordingReporter(folder / "poisoned"), load=lambda: data)
     except TrainingError as error:
         (folder / f"poisoned_{rank}.txt").write_text(str(error))
     dist.destroy_process_group()
@@ -906,7 +906,7 @@ def cases(folder: Path) -> dict[str, Config]:
 
 @pytest.fixture(scope="module")
 def two_workers(processes: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs ``work`` on two processes; returns the folder of what they found."""
+    """Runs ``work`` on two processes; returns the folder of their results."""
     folder = tmp_path_factory.mktemp("workers")
     trees = {name: config.model_dump(mode="json") for name, config in cases(folder).items()}
     workers = [processes.Process(target=work, args=(rank, folder, trees)) for rank in range(WORLD)]
@@ -975,7 +975,7 @@ def test_two_workers_train_as_one(two_workers: Path, tmp_path: Path, name: str, 
     together = losses(results[0]["history"])
     assert together == losses(results[1]["history"])
     assert [row["world"] for row in results[0]["history"]] == [WORLD] * (EPOCHS + 1)
-    history = fit(cases(tmp_path)[name], Sink(tmp_path)).history
+    history = fit(cases(tmp_path)[name], RecordingReporter(tmp_path)).history
     alone = losses(history)
     for key, values in alone.items():
         assert together[key] == pytest.approx(values, rel=tolerance, abs=1e-6), key

@@ -40,7 +40,7 @@ def test_an_error_of_many_lines_is_cut() -> None:
     ids=repr,
 )
 def test_storage_that_refuses_without_a_reason(tmp_path: Path, error: OSError, reason: str) -> None:
-    with pytest.raises(StorageError) as refusal, Storage(tmp_path)._refused("read", "a"):
+    with pytest.raises(StorageError) as refusal, Storage(tmp_path)._convert_errors("read", "a"):
         raise error
     assert str(refusal.value).startswith(f"cannot read {tmp_path}/a: {reason}")
     assert "\n" not in str(refusal.value)

@@ -42,7 +42,7 @@ def attempt(data: bytes) -> np.ndarray | DataError:
     mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK"]),
     channels=st.sampled_from([1, 3]),
 )
-def test_every_mode_and_size_decodes_to_the_asked_form(height: int, width: int, mode: str, channels: int) -> None:
+def test_every_mode_and_size_decodes_to_the_requested_form(height: int, width: int, mode: str, channels: int) -> None:
     picture = Image.fromarray(noise(height, width)).convert("L" if mode == "I;16" else "RGB").convert(mode)
     data = encoded(picture, "TIFF" if mode == "CMYK" else "PNG")
     pixels = images.decode(data, name="x", channels=channels)
@@ -274,8 +274,8 @@ def test_find_images(tmp_path: Path) -> None:
     for name in ("b/2.JPG", "b/1.png", "a.webp", "b/readme.txt", ".hidden/x.png", "b/._1.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = image_files.find_images(tmp_path)
-    assert [file.relative_to(tmp_path).as_posix() for file in found] == ["a.webp", "b/1.png", "b/2.JPG"]
+    paths = image_files.find_images(tmp_path)
+    assert [file.relative_to(tmp_path).as_posix() for file in paths] == ["a.webp", "b/1.png", "b/2.JPG"]
     assert image_files.find_images(tmp_path / "a.webp") == [tmp_path / "a.webp"]
     with pytest.raises(DataError, match=r"\.hidden/empty does not exist"):
         image_files.find_images(tmp_path / ".hidden" / "empty")
@@ -438,7 +438,7 @@ def test_metadata_that_cannot_be_read_does_not_matter() -> None:
         assert np.array_equal(images.decode(with_segment(jpeg, marker, content), name="x"), expected), content
 
 
-def test_orientation_is_read_beside_metadata_that_cannot_be_read() -> None:
+def test_orientation_is_read_with_metadata_that_cannot_be_read() -> None:
     pixels = noise(8, 6)
     rotated = np.rot90(pixels, -1)
     odd = exif(TURNED, (0x11A, 10, 1, struct.pack("<I", 38)), extra=struct.pack("<ii", -1, 0))
@@ -567,8 +567,8 @@ def test_files_are_images_by_suffix_or_by_content(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "z.png").write_bytes(data)
     (tmp_path / "z.png.2").write_bytes(b"<html>an error page</html>")
-    found = [file.name for file in image_files.find_images(tmp_path)]
-    assert found == sorted([*names, "z.png.2"])
+    paths = [file.name for file in image_files.find_images(tmp_path)]
+    assert paths == sorted([*names, "z.png.2"])
 
 
 def test_an_empty_file_without_a_suffix_is_an_image_where_images_have_none(tmp_path: Path) -> None:
@@ -577,8 +577,8 @@ def test_an_empty_file_without_a_suffix_is_an_image_where_images_have_none(tmp_p
         (tmp_path / name).write_bytes(encoded(Image.fromarray(noise(4, 4))))
     for name in ("a/IMG_0002", "a/log.txt", "b/placeholder"):
         (tmp_path / name).touch()
-    found = [file.relative_to(tmp_path).as_posix() for file in image_files.find_images(tmp_path)]
-    assert found == ["a/IMG_0001", "a/IMG_0002", "b/c.png"]
+    paths = [file.relative_to(tmp_path).as_posix() for file in image_files.find_images(tmp_path)]
+    assert paths == ["a/IMG_0001", "a/IMG_0002", "b/c.png"]
 
 
 UNREAD_STARTS = {
@@ -604,7 +604,7 @@ UNREAD_STARTS = {
 def test_an_image_that_is_not_read_here_is_refused_without_a_suffix_too(tmp_path: Path, start: bytes) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
     (tmp_path / "IMG_0001").write_bytes(start + bytes(40))
-    with pytest.raises(DataError, match="IMG_0001 is an image in a format that is not read here"):
+    with pytest.raises(DataError, match="IMG_0001 is an image in a format that is not supported"):
         image_files.find_images(tmp_path)
 
 
@@ -612,7 +612,7 @@ def test_an_image_that_is_not_read_here_is_refused_without_a_suffix_too(tmp_path
 def test_an_image_that_is_not_read_here_is_refused_by_its_suffix(tmp_path: Path, suffix: str) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
     (tmp_path / f"b{suffix}").write_bytes(b"")
-    with pytest.raises(DataError, match=f"b{suffix} is an image in a format that is not read here"):
+    with pytest.raises(DataError, match=f"b{suffix} is an image in a format that is not supported"):
         image_files.find_images(tmp_path)
 
 
@@ -632,8 +632,8 @@ def test_links_are_followed_once_and_loops_are_not(tmp_path: Path) -> None:
     (a / "self").symlink_to(".")
     (a / "deep" / "top").symlink_to(tmp_path)
     (tmp_path / "elsewhere" / "back").symlink_to(a)
-    found = [file.relative_to(a).as_posix() for file in image_files.find_images(a)]
-    assert found == ["1.png", "deep/2.png", "linked/3.png", "linked/more/4.png"]
+    paths = [file.relative_to(a).as_posix() for file in image_files.find_images(a)]
+    assert paths == ["1.png", "deep/2.png", "linked/3.png", "linked/more/4.png"]
     (a / "gone").symlink_to(tmp_path / "unmounted")
     with pytest.raises(DataError, match="gone is a link to a file or folder that does not exist"):
         image_files.find_images(a)

@@ -9,91 +9,48 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from raypp.evaluation.report.source import Source
-from raypp.utils import images as image_files
-from raypp.utils.images import Pixels
+from raypp.utils.images import Pixels, encode_png
 
-SCALE = 2  # each pixel of a small image becomes a square of this side
-TILE = 64  # that an image is at least wide
+MIN_TILE_WIDTH = 64  # pixels; smaller images are magnified
+GAP, CAPTION_HEIGHT = 5, 15  # pixels
 
-
-# Pictures
-
-
-def _tiles(images: np.ndarray) -> Pixels:
-    """(N, C, H, W) as RGB (N, H, W, 3), small ones enlarged."""
-    pixels = np.repeat(images, 3, axis=1) if images.shape[1] == 1 else images
-    pixels = pixels.transpose(0, 2, 3, 1)
-    times = max(1, -(-TILE // pixels.shape[2]))
-    return pixels.repeat(times, axis=1).repeat(times, axis=2)
+Row = tuple[str, np.ndarray, Sequence[str] | None]
+"""Title, images (N, C, H, W), and a caption for each image."""
 
 
-def _sheet(rows: Sequence[tuple[str, np.ndarray, Sequence[str] | None]]) -> bytes:
-    """Rows of images, each with its name at the left and, where there is one, a caption under each image."""
-    gap, line = 5, 15
-    font, small = ImageFont.load_default(size=15), ImageFont.load_default(size=11)
-    made = [(name, _tiles(images), captions) for name, images, captions in rows]
-    left = int(max(font.getlength(name) for name, _, _ in made)) + 2 * gap
-    width = left + max(sum(t.shape[1] + gap for t in tiles) for _, tiles, _ in made)
-    height = sum(tiles.shape[1] + gap + (line if captions else 0) for _, tiles, captions in made) + gap
-    canvas = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(canvas)
-    top = gap
-    for name, tiles, captions in made:
-        draw.text((left - gap, top + tiles.shape[1] // 2), name, fill="#1d2530", font=font, anchor="rm")
-        for i, tile in enumerate(tiles):
-            x = left + i * (tile.shape[1] + gap)
-            canvas.paste(Image.fromarray(tile), (x, top))
-            if captions:
-                middle = (x + tile.shape[1] // 2, top + tile.shape[0] + 1)
-                draw.text(middle, captions[i], fill="#66707c", font=small, anchor="mt")
-        top += tiles.shape[1] + gap + (line if captions else 0)
-    return image_files.encode_png(np.array(canvas))
-
-
-def protected_tiles(found: Sequence[Source]) -> bytes:
-    """Fig. 3: plain images over what each protection makes of them."""
-    rows: list[tuple[str, np.ndarray, Sequence[str] | None]] = []
-    shown: bytes | None = None
-    for s in found:
-        if s.pictures["plain"].tobytes() != shown:
-            rows.append(("plain", s.pictures["plain"], None))
-            shown = s.pictures["plain"].tobytes()
-        rows.append((s.card["label"], s.pictures["protected"], None))
-    return _sheet(rows)
-
-
-def finished_attacks(source: Source) -> list[str]:
-    return [name for name, a in source.card["attacks"].items() if a["status"] == "done"]
-
-
-def _captions(source: Source, key: str) -> list[str]:
-    return [f"{psnr:.1f} dB" for psnr in source.pictures[f"{key}/psnr"]]
+def protected_tiles(sources: Sequence[Source]) -> bytes:
+    """Fig. 3: plain images above their protected versions."""
+    rows: list[Row] = []
+    plain: bytes | None = None
+    for source in sources:
+        if source.pictures["plain"].tobytes() != plain:
+            rows.append(("plain", source.pictures["plain"], None))
+            plain = source.pictures["plain"].tobytes()
+        rows.append((source.card["label"], source.pictures["protected"], None))
+    return _contact_sheet(rows)
 
 
 def estimate_tiles(source: Source) -> bytes:
-    """Fig. 4: plain, protected and what each attack makes of it, PSNR under each."""
-    rows: list[tuple[str, np.ndarray, Sequence[str] | None]] = [
-        ("plain", source.pictures["plain"], None),
-        ("protected", source.pictures["protected"], None),
-    ]
-    for name in finished_attacks(source):
+    """Fig. 4: plain images, protected images and each attack's reconstructions with their PSNR."""
+    rows: list[Row] = [("plain", source.pictures["plain"], None), ("protected", source.pictures["protected"], None)]
+    for name in source.finished_attacks:
         key = f"{name}/first"
-        if not np.array_equal(source.pictures[f"{key}/plain"], rows[0][1]):  # kept of a run on other images
+        if not np.array_equal(source.pictures[f"{key}/plain"], rows[0][1]):  # results of an earlier run
             rows.append((f"plain of {name}", source.pictures[f"{key}/plain"], None))
-        rows.append((name, source.pictures[f"{key}/estimate"], _captions(source, key)))
-    return _sheet(rows)
+        captions = [f"{psnr:.1f} dB" for psnr in source.pictures[f"{key}/psnr"]]
+        rows.append((name, source.pictures[f"{key}/estimate"], captions))
+    return _contact_sheet(rows)
 
 
 def best_recovered_tiles(source: Source) -> bytes:
-    """What the worst of the attacks that draw recovered best; one that picks from candidates shows the originals."""
-    name = (
-        source.card["strongest_reconstruction"] or source.card["strongest_attack"] or next(iter(source.card["attacks"]))
-    )
+    """Images that the strongest reconstruction attack recovered best; a matching attack would show the originals."""
+    card = source.card
+    name = card["strongest_reconstruction"] or card["strongest_attack"] or next(iter(card["attacks"]))
     key = f"{name}/worst"
     if f"{key}/plain" not in source.pictures:
-        return _sheet([("plain", source.pictures["plain"], None)])
-    captions = [f"SSIM {s:.2f}" for s in source.pictures[f"{key}/ssim"]]
-    return _sheet(
+        return _contact_sheet([("plain", source.pictures["plain"], None)])
+    captions = [f"SSIM {ssim:.2f}" for ssim in source.pictures[f"{key}/ssim"]]
+    return _contact_sheet(
         [
             ("plain", source.pictures[f"{key}/plain"], None),
             ("protected", source.pictures[f"{key}/protected"], None),
@@ -104,3 +61,33 @@ def best_recovered_tiles(source: Source) -> bytes:
 
 def data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _contact_sheet(rows: Sequence[Row]) -> bytes:
+    """Draw rows of images, with the titles at the left and captions under the images."""
+    font, small_font = ImageFont.load_default(size=15), ImageFont.load_default(size=11)
+    tile_rows = [(title, _tiles(images), captions) for title, images, captions in rows]
+    left = int(max(font.getlength(title) for title, _, _ in tile_rows)) + 2 * GAP
+    width = left + max(sum(tile.shape[1] + GAP for tile in tiles) for _, tiles, _ in tile_rows)
+    heights = [tiles.shape[1] + GAP + (CAPTION_HEIGHT if captions else 0) for _, tiles, captions in tile_rows]
+    canvas = Image.new("RGB", (width, sum(heights) + GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    top = GAP
+    for (title, tiles, captions), height in zip(tile_rows, heights, strict=True):
+        draw.text((left - GAP, top + tiles.shape[1] // 2), title, fill="#1d2530", font=font, anchor="rm")
+        for i, tile in enumerate(tiles):
+            x = left + i * (tile.shape[1] + GAP)
+            canvas.paste(Image.fromarray(tile), (x, top))
+            if captions:
+                position = (x + tile.shape[1] // 2, top + tile.shape[0] + 1)
+                draw.text(position, captions[i], fill="#66707c", font=small_font, anchor="mt")
+        top += height
+    return encode_png(np.array(canvas))
+
+
+def _tiles(images: np.ndarray) -> Pixels:
+    """Convert (N, C, H, W) to RGB (N, H, W, 3) and magnify small images."""
+    pixels = np.repeat(images, 3, axis=1) if images.shape[1] == 1 else images
+    pixels = pixels.transpose(0, 2, 3, 1)
+    factor = max(1, -(-MIN_TILE_WIDTH // pixels.shape[2]))
+    return pixels.repeat(factor, axis=1).repeat(factor, axis=2)

@@ -13,6 +13,8 @@ import numpy as np
 from raypp.utils.errors import BundleError, ConfigError
 from raypp.utils.storage import Storage
 
+REQUIRED_KEYS = {"attacks", "baselines", "strongest_attack", "strongest_reconstruction", "label"}
+
 
 @dataclass
 class Source:
@@ -20,41 +22,42 @@ class Source:
 
     card: dict[str, Any]
     scores: dict[str, dict[str, np.ndarray]]
-    """Values of each metric, one per image, by attack (baselines are named ``null: ...``)."""
+    """Values of each metric, one per image, by attack; baselines are named ``baseline: ...``."""
     pictures: dict[str, np.ndarray]
     figures: dict[str, str] = field(default_factory=dict)
     title: str = ""
 
+    @property
+    def finished_attacks(self) -> dict[str, dict[str, Any]]:
+        return {name: attack for name, attack in self.card["attacks"].items() if attack["status"] == "done"}
+
 
 def read_source(location: str) -> Source:
-    """Read a scorecard and what belongs to it; raises ConfigError where there is none."""
+    """Read a scorecard with its files from an attack run, a bundle or a run; raises ConfigError if there is none."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    storage = Storage(location)
-    for folder in ("", "private", "bundle/private"):
-        at = storage.folder(folder) if folder else storage
-        if at.exists("scorecard.json"):
-            try:
-                card = json.loads(at.read("scorecard.json"))
-                pictures = dict(load(at.read("examples.safetensors")))
-                scores = read_scores(at.read("scores.csv").decode())
-                if lacking := {"attacks", "baselines", "strongest_attack", "strongest_reconstruction", "label"} - set(
-                    card
-                ):
-                    raise ValueError(f"scorecard.json lacks {', '.join(sorted(lacking))}")
-            except (ValueError, KeyError, TypeError, SafetensorError) as error:
-                raise BundleError(f"the scorecard in {at.uri} cannot be read: {error}") from error
-            return Source(card, scores, pictures)
+    root = Storage(location)
+    for folder in (root, root.folder("private"), root.folder("bundle/private")):
+        if not folder.exists("scorecard.json"):
+            continue
+        try:
+            card = json.loads(folder.read("scorecard.json"))
+            pictures = dict(load(folder.read("examples.safetensors")))
+            scores = _parse_scores(folder.read("scores.csv").decode())
+            if missing := REQUIRED_KEYS - set(card):
+                raise ValueError(f"scorecard.json lacks {', '.join(sorted(missing))}")
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise BundleError(f"the scorecard in {folder.uri} cannot be read: {error}") from error
+        return Source(card, scores, pictures)
     raise ConfigError(f"{location!r} holds no scorecard; `raypp attack` makes one")
 
 
-def read_scores(text: str) -> dict[str, dict[str, np.ndarray]]:
-    rows = list(csv.DictReader(io.StringIO(text)))
-    found: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        of = found.setdefault(row["attack"], {})
+def _parse_scores(text: str) -> dict[str, dict[str, np.ndarray]]:
+    scores: dict[str, dict[str, list[float]]] = {}
+    for row in csv.DictReader(io.StringIO(text)):
+        metrics = scores.setdefault(row["attack"], {})
         for name, value in row.items():
             if name not in {"attack", "image", "label"} and value:
-                of.setdefault(name, []).append(float(value))
-    return {name: {key: np.array(values) for key, values in of.items()} for name, of in found.items()}
+                metrics.setdefault(name, []).append(float(value))
+    return {attack: {name: np.array(values) for name, values in metrics.items()} for attack, metrics in scores.items()}
