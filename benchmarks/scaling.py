@@ -1,7 +1,7 @@
 """What Ray costs: the same loop on Ray Train and under torchrun, one worker and two; a stream against memory.
 
 Ray Train and torchrun each start their workers once, and the workers wait. Then they train in turn, in interleaved
-rounds, the same number of steps of raypp's real loop (``Loop.train_epoch``): batches of 128 random images in all, joint
+rounds, the same number of steps of raypp's real loop (``Trainer.train_epoch``): batches of 128 random images, joint
 training, one thread for each worker, gradients averaged by gloo. On Ray Train they report through ``raypp train``'s own
 sink, so that what it costs to show progress and to ask whether to stop is in the steps. Ratios are formed round by
 round; many short rounds, since a machine's speed wanders by more than the difference looked for. Start-up is told

@@ -9,7 +9,7 @@ batches included. Every contestant trains the same networks from random images; 
   be; its plain side then records no graph, so that ``torch.no_grad`` there would change nothing and is left out. It is
   measured with each number of DataLoader processes in ``--workers``; the better is the *reference* of all ratios.
   Starting those processes is not measured, filling their queues anew in each epoch is.
-- the rows below it change one thing at a time, in raypp's real loop (``Loop.train_epoch``): fed by the reference's
+- the rows below it change one thing at a time, in raypp's real loop (``Trainer.train_epoch``): fed by the reference's
   DataLoader while precision and memory layout change, then by raypp's own loader, which is raypp as shipped.
 
 Percentages of peak: a step's floating-point operations (torch's FlopCounterMode, which counts convolutions and matrix

@@ -325,7 +325,7 @@ def test_the_wheel_has_the_only_copy(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_ray_that_starts_here_leaves_no_token_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else `ray start` would ask for it after `raypp quickstart`, and `serve deploy` would be refused."""
-    from raypp.cluster.session import _bring_token
+    from raypp.cluster.session import _create_token
 
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -339,7 +339,7 @@ def test_a_ray_that_starts_here_leaves_no_token_behind(tmp_path: Path, monkeypat
             patch.setenv("RAY_AUTH_TOKEN", "")  # so that it is put back at the end
             del os.environ["RAY_AUTH_TOKEN"]
             os.environ.update(surroundings)
-            _bring_token()
+            _create_token()
             return os.environ.get("RAY_AUTH_TOKEN")
 
     own = token()

@@ -101,6 +101,8 @@ KNOWLEDGE_DESCRIPTIONS = {
     "protect": "the protection as an oracle",
     "gradients": "a differentiable protection",
     "gallery": "a gallery of plain images",
+    "classify": "the cloud's classifier",
+    "labels": "classes of the plain images",
 }
 """Fields of :class:`AttackerKnowledge` in words."""
 

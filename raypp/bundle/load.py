@@ -75,7 +75,7 @@ def load_public(location: str | Path, key: Key | None = None) -> PublicBundle:
         ConfigError: the private part's key file is damaged.
     """
     with local_folder(location, "public") as (folder, is_whole):
-        is_unneeded = key is not None  # unless the protection needs a key
+        is_key_given = key is not None
         key_file = folder.parent / "private" / FILE
         if key is None and is_whole and key_file.is_file():
             key = Key.read(key_file)
@@ -86,7 +86,7 @@ def load_public(location: str | Path, key: Key | None = None) -> PublicBundle:
             options = PROTECTIONS.options(info["protection"]["name"]).model_validate(info["protection"])
             if PROTECTIONS.get(options.name).needs_key(options):
                 _check_key(key, info["key"], location)
-            elif is_unneeded:
+            elif is_key_given:
                 raise BundleError(f"the protection {options.name!r} in {str(location)!r} has no key; leave it out")
             protection: Protection = PROTECTIONS.build(options, channels=info["channels"], key=key)
             protection.load_state_dict(load((folder / "protection.safetensors").read_bytes()))

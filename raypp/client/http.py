@@ -6,14 +6,12 @@ protection once, checks it against the hashes of its manifest and caches it on d
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import functools
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 from urllib.parse import quote
 
 import httpx
@@ -30,8 +28,6 @@ BATCH = 64  # images of a request: fills the batches of a classifier
 NPY_HEADER = 1024  # bytes; an upper bound
 MAX_REFRESHES = 2  # of the protection within one request, after the service has switched to another bundle
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
 Errors = dict[int, RayppError]
 """Errors of single images by their index in the batch."""
 
@@ -66,7 +62,7 @@ class Client:
         pin: required SHA-256 of the protection, as :meth:`protection` returns it. The client refuses any other one, so
             that a service cannot replace it by a weaker protection.
         cache: folder for fetched protections; by default below the user's cache folder.
-        timeout: seconds for one request; the default exceeds the service's own timeout of 40.
+        timeout: seconds for one request; the default exceeds the 40 s after which the service's proxy gives up.
         patience: seconds for which a failed request is retried.
         on_wait: called before a retry with the reason and the seconds left, after the first second of retries.
 
@@ -156,11 +152,12 @@ class Client:
             errors: Errors | None = None if on_error is None else {}
             for index, prediction in self._classify(dict(enumerate(part)), errors):
                 yield part[index], prediction
-            _report_errors(on_error, part, errors)
+            report_errors(on_error, part, errors)
 
     def _fetch_protection(self) -> tuple[str, PublicBundle]:
         # The request names no cached protection of another service: it would tell this one about the client.
-        cached = self._pin or (self._protection[0] if self._protection is not None else None)
+        current = self._protection  # another thread may set it to None
+        cached = self._pin or (current[0] if current is not None else None)
         headers = {"If-None-Match": f'"{cached}"'} if cached is not None and cached in self._cache else {}
         response = self._session.get("/classifier/v1/protection", headers)
         identifier = response.headers.get("etag", "").strip().removeprefix("W/").strip('"')  # proxies weaken it
@@ -202,6 +199,8 @@ class Client:
             raise DataError("no image was given; allowed is one or more")
         loaded: dict[int, Pixels] = {}
         for index, image in images.items():
+            if errors is not None and index in errors:  # of an attempt with an earlier protection
+                continue
             try:
                 loaded[index] = load_image(image, bundle, f"image {index + 1}")
             except DataError as error:
@@ -214,7 +213,7 @@ class Client:
         unprotected = find_unprotected(plain, protected)
         indices = list(loaded)
         for i in unprotected:
-            message = f"image {indices[i] + 1} comes out of the protection as it went in; nothing was sent"
+            message = f"image {indices[i] + 1} is left unchanged by the protection; nothing was sent"
             _add_error(errors, indices[i], DataError(message))
         kept = [i for i in range(len(indices)) if i not in unprotected]
         return _Batch(identifier, [indices[i] for i in kept], plain[kept], protected[kept])
@@ -236,6 +235,16 @@ class Client:
 
     def _classify(self, images: dict[int, Image], errors: Errors | None) -> list[tuple[int, Prediction]]:
         """Predictions of the images of one batch, by index; ``errors`` as in :meth:`_protect`."""
+        predictions = None
+        while predictions is None:  # once more without the images that the service has refused
+            images = {index: image for index, image in images.items() if errors is None or index not in errors}
+            if not images:
+                return []
+            predictions = self._classify_once(images, errors)
+        return predictions
+
+    def _classify_once(self, images: dict[int, Image], errors: Errors | None) -> list[tuple[int, Prediction]] | None:
+        """Predictions of the images; None if the service has refused some, whose ``errors`` are set."""
         batch, response = self._send_protected("/classifier/v1/classify", images, errors)
         indices = batch.indices
         if not indices:
@@ -250,60 +259,11 @@ class Client:
             halves = indices[: len(indices) // 2], indices[len(indices) // 2 :]
             return [item for half in halves for item in self._classify({i: images[i] for i in half}, errors)]
         problem = remote_error(response)
-        refused = _parse_refused(response, indices) if problem.code == "not-protected" else []
-        if errors is None or not refused:
+        if errors is None or problem.code != "not-protected" or not (refused := _parse_refused(response, indices)):
             raise problem
         message = "the service takes its protected form for a plain image"
         errors |= {i: RemoteError(message, problem.status, problem.code) for i in refused}
-        rest = {i: images[i] for i in indices if i not in refused}
-        return self._classify(rest, errors) if rest else []
-
-
-def _in_thread(
-    method: Callable[Concatenate[Client, Arguments], Result],
-) -> Callable[Concatenate[AsyncClient, Arguments], Coroutine[Any, Any, Result]]:
-    @functools.wraps(method)
-    async def call(self: AsyncClient, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        return await asyncio.to_thread(method, self._client, *args, **kwargs)
-
-    return call
-
-
-class AsyncClient:
-    """:class:`Client` for asyncio. Each call runs in a thread, which a cancelled call does not stop."""
-
-    def __init__(self, url: str, **options: Any) -> None:
-        self._client = Client(url, **options)
-
-    async def __aenter__(self) -> AsyncClient:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        self._client.close()
-
-    model = _in_thread(Client.model)
-    protection = _in_thread(Client.protection)
-    protect = _in_thread(Client.protect)
-    attacks = _in_thread(Client.attacks)
-    reconstruct = _in_thread(Client.reconstruct)
-
-    async def classify(self, images: Sequence[Image]) -> list[Prediction]:
-        """See :meth:`Client.classify`."""
-        return [prediction async for _, prediction in self.stream(images)]
-
-    async def stream(
-        self, images: Iterable[Image], batch: int = BATCH, on_error: Callable[[Image, RayppError], None] | None = None
-    ) -> AsyncIterator[tuple[Image, Prediction]]:
-        """See :meth:`Client.stream`."""
-        remaining = iter(images)
-        while part := list(islice(remaining, await asyncio.to_thread(self._client._batch_size, batch))):
-            errors: Errors | None = None if on_error is None else {}
-            for index, prediction in await asyncio.to_thread(self._client._classify, dict(enumerate(part)), errors):
-                yield part[index], prediction
-            _report_errors(on_error, part, errors)
+        return None
 
 
 def _add_error(errors: Errors | None, index: int, error: RayppError) -> None:
@@ -312,7 +272,7 @@ def _add_error(errors: Errors | None, index: int, error: RayppError) -> None:
     errors[index] = error
 
 
-def _report_errors(
+def report_errors(
     on_error: Callable[[Image, RayppError], None] | None, images: list[Image], errors: Errors | None
 ) -> None:
     if on_error is not None and errors is not None:

@@ -117,7 +117,8 @@ class Session:
                 raise problem
             if self._on_wait is not None and now - start > SILENT_SECONDS:
                 self._on_wait(str(problem), deadline - now)
-            self._closed.wait(delay)
+            if self._closed.wait(delay):
+                raise RemoteError("the client was closed while it waited for another attempt") from problem
             attempt += 1
 
     def _is_retryable(self, response: httpx.Response, path: str, start: float) -> bool:

@@ -37,10 +37,10 @@ def build_sampler(search: Search, seed: int) -> Any:
     }
     space = {key: plots.distribution(values) for key, values in search.space.items()}
     if search.objective == "both":
-        metric: Any = ["told_accuracy", "told_leakage"]
+        metric: Any = ["objective_accuracy", "objective_leakage"]
         mode: Any = ["max", "min"]
     else:
-        metric, mode = "told_score", "max"
+        metric, mode = "objective_score", "max"
     return OptunaSearch(space, metric=metric, mode=mode, sampler=kinds[search.sampler]())
 
 
@@ -107,7 +107,7 @@ class PatienceStopper(Stopper):  # type: ignore[misc]  # Ray has no types here
             if self._objective == "both":
                 value = pareto.hypervolume(self._records, self._min_accuracy)
             else:
-                value = result["told_score"]
+                value = result["objective_score"]
             self._num_since_best = 0 if value > self._best else self._num_since_best + 1
             self._best = max(self._best, value)
         return False

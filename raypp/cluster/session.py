@@ -33,30 +33,30 @@ def uses_gpu(cluster: Cluster, resources: dict[str, float]) -> bool:
     return resources.get("GPU", 0) > 0 if cluster.gpu is None else cluster.gpu
 
 
-def is_autoscaling() -> bool:
+def may_grow() -> bool:
     """Whether the cluster may grow; a Ray that started here does not."""
     return not _started_here
 
 
-def insufficient_resources(sentence: str, see: str) -> str:
+def resource_warning(sentence: str, see: str) -> str:
     """The warning that Ray waits for resources, if the cluster may grow.
 
     Raises:
         ConfigError: Ray would wait forever.
     """
-    if is_autoscaling():
+    if may_grow():
         return f"{sentence}: waiting for it to grow"
     raise ConfigError(f"{sentence}; see {see}")
 
 
-def missing_resources(subject: str, required: dict[str, float], resources: dict[str, float]) -> list[str]:
-    """Warnings as of :func:`insufficient_resources` for each kind of resource that the cluster lacks.
+def resource_warnings(subject: str, required: dict[str, float], resources: dict[str, float]) -> list[str]:
+    """Warnings as of :func:`resource_warning` for each kind of resource that the cluster lacks.
 
     Args:
         subject: with its verb, such as "a task needs".
     """
     return [
-        insufficient_resources(
+        resource_warning(
             f"{subject} {amount:g} {kind}s, the cluster has {resources.get(kind, 0):g}",
             "cluster.num_workers, cluster.cpus_per_worker and cluster.gpu",
         )
@@ -133,7 +133,7 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = previous
 
 
-def _bring_token() -> None:
+def _create_token() -> None:
     """Create a token for a Ray that starts here, unless the user has configured one.
 
     Ray would write a token to the user's home. Every later `ray start` would then require it, and refuse clients such
@@ -146,7 +146,7 @@ def _bring_token() -> None:
 
 def _start(num_cpus: int) -> None:
     global _started_here
-    _bring_token()
+    _create_token()
     try:
         with _on_loopback():
             ray.init(

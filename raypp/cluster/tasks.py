@@ -12,7 +12,7 @@ import torch
 
 from raypp.cluster import progress_actor
 from raypp.cluster.progress_actor import create_progress_actor, stop_requested
-from raypp.cluster.session import missing_resources, ray_session, uses_gpu
+from raypp.cluster.session import ray_session, resource_warnings, uses_gpu
 from raypp.config.schema import Cluster
 from raypp.utils.errors import RayppError, TrainingInterrupted, first_line
 from raypp.utils.progress import MultiProgressDisplay, Row
@@ -150,7 +150,7 @@ def task_resources(
     """
     use_gpu = uses_gpu(cluster, resources)
     required = {"CPU": num * cluster.cpus_per_worker, "GPU": float(num * use_gpu)}
-    for warning in missing_resources(f"{what} needs", required, resources):
+    for warning in resource_warnings(f"{what} needs", required, resources):
         display.warn("cluster", warning)
     return {"num_cpus": cluster.cpus_per_worker, "num_gpus": int(use_gpu)}
 

@@ -25,7 +25,7 @@ from raypp.cluster.progress_actor import (
     shutdown_grace_period,
     stop_requested,
 )
-from raypp.cluster.session import missing_resources, ray_session, uses_gpu
+from raypp.cluster.session import ray_session, resource_warnings, uses_gpu
 from raypp.config.schema import Cluster, Config
 from raypp.config.validation import validate
 from raypp.data.streaming import Batch, StreamLoader, build_execution_options, collect_validation_set, datasets
@@ -256,7 +256,7 @@ def _check_resources(
 ) -> None:
     cpus = num_workers * config.cluster.cpus_per_worker + _num_data_cpus(config)
     required = {"CPU": cpus, "GPU": float(num_workers * use_gpu)}
-    for warning in missing_resources(f"training on {num_workers} workers needs", required, resources):
+    for warning in resource_warnings(f"training on {num_workers} workers needs", required, resources):
         display.warn(warning)
 
 

@@ -20,7 +20,7 @@ from raypp.cluster.attack import run_on_ray
 from raypp.cluster.progress_actor import create_progress_actor
 from raypp.cluster.search_algorithms import PatienceStopper, build_param_space, build_sampler, build_scheduler
 from raypp.cluster.search_progress import TrialMonitor, TuneProgress, all_records, silence_tune
-from raypp.cluster.session import insufficient_resources, is_autoscaling, ray_session, uses_gpu
+from raypp.cluster.session import may_grow, ray_session, resource_warning, uses_gpu
 from raypp.cluster.tasks import Outcome, run_tasks
 from raypp.cluster.trial import HEAD, train_trial
 from raypp.experiments import attack_plan, attack_run, pareto, search, search_results, search_settings
@@ -62,7 +62,7 @@ def run_search(plan: SearchPlan, *, resume: bool = False, quiet: bool = False) -
             attack_suite = attack_plan.make_attack_plan(bundle=bundle, suite=suite, storage=storage, name=trial)
             resume = attack_suite.storage.exists(attack_plan.SUITE)
             # On two cores, a process for each attack costs more time than it saves.
-            is_local = not is_autoscaling() and resources.get("CPU", 0) <= 2
+            is_local = not may_grow() and resources.get("CPU", 0) <= 2
             run = attack_run.run_attacks_locally if is_local else run_on_ray
             return attack_run.run_attack_suite(attack_suite, resume=resume, quiet=quiet, run=run)
 
@@ -105,7 +105,7 @@ def _max_concurrent_trials(plan: SearchPlan, resources: dict[str, float], warn: 
         needs = " and ".join(f"{amount:g} {kind}s" for kind, amount in required.items())
         available = " and ".join(f"{resources.get(kind, 0):g}" for kind in required)
         keys = "cluster.num_workers, cluster.cpus_per_worker and search.gpus_per_trial"
-        warn("cluster", insufficient_resources(f"a trial needs {needs}, the cluster has {available}", keys))
+        warn("cluster", resource_warning(f"a trial needs {needs}, the cluster has {available}", keys))
     return plan.search.max_concurrent or max(1, room)
 
 

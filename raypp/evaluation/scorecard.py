@@ -169,7 +169,7 @@ def verdict(rate: float, num_queries: int, *, lower_bound: bool, at_chance: bool
     if num_queries < MIN_QUERIES:
         return INCONCLUSIVE, f"{num_queries} images were attacked, a verdict needs {MIN_QUERIES}"
     if lower_bound and rate <= RED:
-        return INCONCLUSIVE, "its score is a lower bound: a stronger attack may find more"
+        return INCONCLUSIVE, "its score is a lower bound: a stronger attack may re-identify more"
     return ("holds" if rate < AMBER else "weak" if rate <= RED else "broken"), ""
 
 

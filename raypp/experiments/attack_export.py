@@ -58,6 +58,8 @@ def _merge_with_stored(
     if not private.exists(SCORECARD):
         return card, files, set()
     stored = json.loads(private.read(SCORECARD))
+    if "strongest_attack" not in stored:  # of an earlier version, whose results have other names
+        return card, files, set()
     attacks, from_stored = _merge_attacks(card["attacks"], stored["attacks"])
     # The smaller card's results of its own attacks stay valid; the baselines are those of the card with more queries.
     stored_is_larger = card["num_queries"] < stored["num_queries"]

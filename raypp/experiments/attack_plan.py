@@ -218,7 +218,7 @@ def _check_resumable(storage: Storage, stored: dict[str, Any], new: dict[str, An
     old_attacks, new_attacks = stored["suite"]["attacks"], new["suite"]["attacks"]
     for key, before, now in (
         ("target", _comparable_target(stored["victim"]), _comparable_target(new["victim"])),
-        *((key, stored["suite"][key], new["suite"][key]) for key in FIXED_ON_RESUME),
+        *((key, stored["suite"].get(key), new["suite"][key]) for key in FIXED_ON_RESUME),
         *((name, old_attacks[name], options) for name, options in new_attacks.items() if name in old_attacks),
     ):
         if before != now:
@@ -267,13 +267,13 @@ def dependencies(plan: AttackPlan, name: str) -> list[str]:
     return [earlier for earlier in ATTACKS.get(name).after if any(o.name == earlier for o in plan.suite.attacks)]
 
 
-def topological_order(plan: AttackPlan) -> list[str]:
-    """The suite's attacks, each after those that it builds on."""
+def dependencies_first(plan: AttackPlan) -> list[str]:
+    """The suite's attacks; those that use the result of another come last. Dependencies have one level."""
     names = [options.name for options in plan.suite.attacks]
     return sorted(names, key=lambda name: bool(dependencies(plan, name)))
 
 
 def threat_table(plan: AttackPlan) -> list[tuple[str, str, str]]:
     """Name, threat level and attacker knowledge of each attack."""
-    threats = {name: ATTACKS.get(name).threat for name in topological_order(plan)}
+    threats = {name: ATTACKS.get(name).threat for name in dependencies_first(plan)}
     return [(name, threat.name, threat.meaning) for name, threat in threats.items()]

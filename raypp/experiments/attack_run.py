@@ -28,10 +28,10 @@ from raypp.experiments.attack_plan import (
     REFERENCE_CLASSIFIER,
     AttackPlan,
     Outcome,
+    dependencies_first,
     load_result,
     load_target_of,
     open_attack_plan,
-    topological_order,
 )
 from raypp.experiments.attack_scores import scorecard
 from raypp.experiments.reference_classifier import needs_reference_classifier, train_reference_classifier
@@ -251,7 +251,7 @@ def run_attack_suite(
     with open_attack_plan(plan, resume=resume) as (plan, target):
         announce(plan)
         failures: dict[str, str] = {}
-        jobs = [name for name in topological_order(plan) if load_result(plan, name) is None]
+        jobs = [name for name in dependencies_first(plan) if load_result(plan, name) is None]
         if needs_reference_classifier(plan, target):
             jobs.append(REFERENCE_CLASSIFIER)
         with MultiProgressDisplay(len(jobs), quiet=quiet, what="attacks") as display:

@@ -32,8 +32,8 @@ from raypp.experiments.attack_plan import (
     SCORES,
     AttackPlan,
     Outcome,
+    dependencies_first,
     load_result,
-    topological_order,
 )
 from raypp.experiments.reference_classifier import load_reference_classifier
 from raypp.experiments.run_folder import environment
@@ -88,7 +88,7 @@ def _score_attacks(
     """Results of all attacks, and the scores per image of the finished ones."""
     attacks: dict[str, Outcome] = {}
     scores: dict[str, Scores] = {}
-    for name in topological_order(plan):
+    for name in dependencies_first(plan):
         result = load_result(plan, name)
         if result is None:
             threat = ATTACKS.get(name).threat

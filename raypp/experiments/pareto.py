@@ -23,7 +23,7 @@ def objectives(accuracy: float, leakage: float, search: Search, min_accuracy: fl
     violation = max(0.0, min_accuracy - accuracy) if min_accuracy is not None else 0.0
     penalized = WORST_LEAKAGE + violation if violation else leakage
     score = accuracy if search.objective == "accuracy" else -penalized
-    return {"told_accuracy": accuracy, "told_leakage": penalized, "told_score": score}
+    return {"objective_accuracy": accuracy, "objective_leakage": penalized, "objective_score": score}
 
 
 def pareto(records: Sequence[TrialRecord], min_accuracy: float | None = None) -> list[TrialRecord]:

@@ -85,7 +85,7 @@ def ensure_free(storage: Storage, name: str) -> None:
     simultaneous runs is refused.
     """
     has_started = storage.exists("config.yaml") and (storage.exists("summary.json") or list_checkpoints(storage))
-    # A run writes run.json first, so OWN_FILES without it belong to something else.
+    # Without run.json, only files that a run writes before it may be here; any other file is foreign.
     is_run = storage.exists("run.json")
     foreign = storage.local and not is_run and {p.name for p in storage.path.iterdir()} - (OWN_FILES - {"run.json"})
     if has_started or foreign:

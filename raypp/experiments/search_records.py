@@ -15,11 +15,13 @@ TrialRecord = dict[str, Any]
 
 
 def read_record(folder: Storage) -> TrialRecord:
-    """Read a trial's record; raises StorageError if it is damaged."""
+    """Read a trial's record; raises StorageError if it is damaged or of an earlier version."""
     try:
         record: TrialRecord = json.loads(folder.read(RESULT))
     except ValueError as error:
         raise StorageError(f"{folder.uri}/{RESULT} is damaged: {error}") from error
+    if record["status"] == "done" and "leakage_baseline" not in record:
+        raise StorageError(f"{folder.uri}/{RESULT} is of an earlier version; take another --name")
     return record
 
 

@@ -147,6 +147,6 @@ def _torchvision_state() -> StateDict:
     except (RuntimeError, UnpicklingError, EOFError) as error:
         folder = Path(torch.hub.get_dir())
         if not (folder / "checkpoints" / Path(VGG16_Weights.IMAGENET1K_V1.url).name).exists():
-            raise UnavailableWeightsError("the downloaded file has another content") from error
+            raise UnavailableWeightsError("the downloaded file does not have the expected checksum") from error
         raise ConfigError(f"torchvision's VGG-16 weights below {folder} are damaged; delete them there") from error
     return state

@@ -124,7 +124,7 @@ class ModelManager:
         return model
 
     def _reject(self, ref: ModelRef, error: Exception) -> None:
-        # Storage may be unavailable for a moment, and an upload may be incomplete: then retry at once.
+        # After an error of the storage the next poll tries again, since an outage may be short.
         wait = 0.0 if isinstance(error, OSError | StorageError) else RETRY_SECONDS
         self._retry = ref, time.monotonic() + wait
         self.rejected = {"version": ref.version, "reason": _reason(error)}

@@ -1,4 +1,4 @@
-"""Models of requests and responses, from which FastAPI writes the OpenAPI document.
+"""Models of responses, and the description of uploads, from which FastAPI writes the OpenAPI document.
 
 Routes write their JSON directly, for speed; the tests compare it with these models.
 """

@@ -27,7 +27,7 @@ class Reporter(Protocol):
         """Open a checkpoint as a local folder; a context manager."""
 
     def report(self, history: list[EpochMetrics], name: str, checkpoint: Path | None) -> None:
-        """Store an epoch on every worker; ``history`` holds all epochs so far, and only rank 0 has a checkpoint."""
+        """Record an epoch; called on every worker. ``history`` holds all epochs; only rank 0 has a checkpoint."""
 
     def save_mid_epoch(self, name: str, checkpoint: Path) -> None:
         """Store a checkpoint within an epoch; called on rank 0."""

@@ -47,7 +47,7 @@ class TrainableModule(nn.Module):
     """The networks of a phase; ``forward(images, labels)`` returns a :class:`StepOutput`."""
 
     frozen_prefixes: tuple[str, ...] = ()
-    """Prefixes of weights that do not train and are not stored in checkpoints."""
+    """Prefixes of weights that come from elsewhere, such as a feature network; checkpoints do not store them."""
 
     def trainable_state_dict(self) -> StateDict:
         return {k: v for k, v in self.state_dict().items() if not k.startswith(self.frozen_prefixes)}

@@ -326,7 +326,7 @@ class Trainer:
         return learning_rate(self.task.train, self.phases[self.phase_index].epochs, progress)
 
     def _global_step(self, step: int) -> int:
-        """Steps of all phases before and including ``step`` steps of the current epoch."""
+        """Steps done over all phases, with ``step`` of them in the current epoch."""
         return (self._epochs_before(self.phase_index) + self.epoch) * self.task.batches.num_batches + step
 
     def _epochs_before(self, phase_index: int) -> int:

@@ -206,7 +206,7 @@ class Storage:
 
 
 def _replace_folder(source: Path, target: Path) -> None:
-    """Copy a folder next to ``target`` and rename it, so that the target is always complete."""
+    """Copy a folder next to ``target`` and rename it; between two renames ``target`` is missing, never incomplete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     _clean_up_interrupted_upload(target)
     # Other users cannot enter this folder: until copytree sets a file's mode, everyone could read a key in it.

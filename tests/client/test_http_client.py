@@ -27,7 +27,8 @@ from raypp.bundle.load import PublicBundle, load_private, load_public
 from raypp.bundle.manifest import MANIFEST, write_manifest
 from raypp.cli.main import main
 from raypp.cli.service import _printable
-from raypp.client.http import AsyncClient, Client
+from raypp.client.asynchronous import AsyncClient
+from raypp.client.http import Client
 from raypp.client.offline import protect_images
 from raypp.client.session import RemoteError, retry_delay
 from raypp.serve.api import classifier_api
@@ -361,7 +362,7 @@ def test_what_comes_out_as_it_went_in_is_not_sent(
     faulty = Faulty(Here(trained.live))
     with running(faulty.app) as url, Client(url, cache=cache) as client:
         monkeypatch.setattr("raypp.client.http.protect_images", leaves)
-        with pytest.raises(DataError, match="image 4 comes out of the protection as it went in; nothing was sent"):
+        with pytest.raises(DataError, match="image 4 is left unchanged by the protection; nothing was sent"):
             client.classify(images)
         assert not any(faulty.bodies)
         client.classify([*images[:3], flat])

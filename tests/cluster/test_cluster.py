@@ -198,7 +198,7 @@ def test_a_run_outlives_nodes_a_stopped_job_and_a_killed_driver(nodes: Nodes, tm
     process = nodes.job("train", *arguments, submission="elastic")
     wait_until(lambda: len(rows_of(folder)) >= 3, process)
     assert {row["world"] for row in rows_of(folder)} == {2}
-    assert nodes.holds(1, "ray::Board"), "messages to the driver would be lost with another node"
+    assert nodes.holds(1, "ray::ProgressActor"), "messages to the driver would be lost with another node"
     nodes.kill(3)
     histories.append(rows_of(folder)[:-1])
     wait_until(lambda: rows_of(folder)[-1]["world"] == 1, process)
@@ -288,7 +288,7 @@ def test_attacks_and_a_table_outlive_a_node(nodes: Nodes, trained: Trained, tmp_
 def test_a_job_without_a_place_for_its_results_says_so(two_nodes: Nodes, tmp_path: Path) -> None:
     flags = [flag for flag in train_flags(tmp_path, "lost", 1) if flag not in ("--cluster.storage", str(tmp_path))]
     out, err = two_nodes.job("train", *flags).communicate(timeout=200)
-    assert "storage of a job is an absolute path or a URI" in " ".join((out + err).split())
+    assert "Ray deletes this working directory of the job; set an absolute path" in " ".join((out + err).split())
 
 
 def test_what_is_deployed_answers(two_nodes: Nodes, trained: Trained, tmp_path: Path) -> None:

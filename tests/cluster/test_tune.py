@@ -214,5 +214,5 @@ def test_patience_ends_a_search_that_no_longer_improves() -> None:
     for accuracy, leakage, ends in ((0.5, 0.5, False), (0.4, 0.6, False), (0.6, 0.6, False), (0.5, 0.5, False),
                                     (0.3, 0.7, True)):  # fmt: skip
         stop("t", {"accuracy": accuracy, "leakage": 0.0, "finished": False})  # an epoch is no end
-        stop("t", {"accuracy": accuracy, "leakage": leakage, "told_score": accuracy, "finished": True})
+        stop("t", {"accuracy": accuracy, "leakage": leakage, "objective_score": accuracy, "finished": True})
         assert stop.stop_all() is ends

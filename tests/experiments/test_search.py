@@ -145,8 +145,8 @@ def test_missing_the_constraint_is_worse_than_any_leakage(tmp_path: Path) -> Non
     feasible = pareto.objectives(0.7, 0.99, settings, 0.7)
     missed = pareto.objectives(0.69, 0.0, settings, 0.7)
     further = pareto.objectives(0.5, 0.0, settings, 0.7)
-    assert feasible["told_score"] > missed["told_score"] > further["told_score"]
-    assert feasible["told_leakage"] < missed["told_leakage"] < further["told_leakage"]
+    assert feasible["objective_score"] > missed["objective_score"] > further["objective_score"]
+    assert feasible["objective_leakage"] < missed["objective_leakage"] < further["objective_leakage"]
 
 
 def test_constraints_are_shares_or_below_plain(tmp_path: Path) -> None:
