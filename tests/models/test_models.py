@@ -297,7 +297,7 @@ def test_wrong_weights_are_refused_in_one_sentence(tmp_path: Path) -> None:
         (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
         (IncompleteRead(b""), "IncompleteRead(0 bytes read)"),
         (TimeoutError(), "TimeoutError"),
-        (RuntimeError("invalid hash value"), "the downloaded file has another content"),
+        (RuntimeError("invalid hash value"), "the downloaded file does not have the expected checksum"),
     ],
 )
 def test_torchvisions_weights_that_cannot_be_had_say_why(
