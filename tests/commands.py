@@ -5,8 +5,10 @@ Such a process takes signals, ends with an exit code and prints as a started one
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,14 +41,16 @@ class Command:
 
     Args:
         arguments: of the command line, ``raypp`` first.
-        environment: all variables of the process. Ray reads some while it is imported: those are the ones that the
-            first command of the session had.
+        environment: all variables of the process. Those that Ray reads while it is imported have the values that the
+            tests' process had when it started the zygote.
     """
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], folder: Path = ROOT) -> None:
         assert arguments[0] == "raypp"
         self.args = list(arguments)
-        self._outputs = [Path(mkdtemp(prefix="raypp-command-")) / name for name in ("stdout", "stderr")]
+        outputs = Path(mkdtemp(prefix="raypp-command-"))
+        atexit.register(shutil.rmtree, outputs, ignore_errors=True)
+        self._outputs = [outputs / name for name in ("stdout", "stderr")]
         self._process = fork_server().Process(
             target=_run, args=(self.args, dict(environment), folder, *self._outputs), name=" ".join(arguments[:2])
         )

@@ -35,13 +35,13 @@ settings.register_profile("dev", max_examples=DEV_EXAMPLES, deadline=None)
 settings.register_profile("ci", max_examples=150, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 few_examples = settings(max_examples=settings().max_examples // 4)
-"""Of an expensive test."""
+"""Settings of an expensive test: a quarter of the examples."""
 # Containers often forbid to keep bytecode. Each process that tests start would compile all of torch and Ray anew.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # The processes that share the tests fill all cores; a second thread of one would wait for the cores of another.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-# Every Ray of the tests asks for this token. Ray reads the mode while it is imported, also where commands are forked.
+# The Ray that tests share asks for this token. Ray reads the mode while it is imported, also where commands are forked.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 runtime.apply()  # before the zygote imports Ray
 
@@ -279,7 +279,8 @@ _ports: set[int] = set()  # that tests of this process use or have used
 def free_port() -> int:
     """A port that nobody listens on and that no other call gets, in none of the processes that share the tests."""
     count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    own = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    # A worker that replaces another has a higher number.
+    own = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % count
     while True:
         with socket.socket() as server:
             server.bind(("127.0.0.1", 0))

@@ -213,13 +213,19 @@ class Zygote:
                     client = self.clients.pop(pid)
                     if client in {key.fileobj for key in self.watch.get_map().values()}:
                         self.watch.unregister(client)
-                        client.sendall((code if code >= 0 else 128 - code).to_bytes(4, "big"))
+                        with suppress(OSError):  # its process may have been killed meanwhile
+                            client.sendall((code if code >= 0 else 128 - code).to_bytes(4, "big"))
                     client.close()
 
     def accept(self) -> None:
         client, _ = self.listener.accept()
         size, files, _, _ = socket.recv_fds(client, 4, 8)
-        request = json.loads(client.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
+        data = client.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL) if size else b""
+        if not data or len(data) < int.from_bytes(size, "big"):  # its process was killed meanwhile
+            for file in [client.detach(), *files]:
+                os.close(file)
+            return
+        request = json.loads(data)
         pid = os.fork()
         if pid == 0:
             client.close()
@@ -227,7 +233,8 @@ class Zygote:
             run(request, files)
         for file in files:
             os.close(file)
-        client.sendall(pid.to_bytes(4, "big"))
+        with suppress(OSError):  # a closed connection is noticed below, where the fork is killed
+            client.sendall(pid.to_bytes(4, "big"))
         self.clients[pid] = client
         self.watch.register(client, selectors.EVENT_READ, pid)
 

@@ -160,6 +160,8 @@ def train_flags(tmp_path: Path, name: str, epochs: int, **changes: object) -> li
 def test_a_search_waits_for_nodes_and_spreads_over_them(head: Nodes, tmp_path: Path) -> None:
     """A cluster that scales begins without any. Trials side by side on both, and their best bundle attacked."""
     nodes = head
+    for number in nodes.running.keys() & {2, 3}:
+        nodes.kill(number)
     suite = tmp_path / "suite.yaml"
     suite.write_text(
         json.dumps({"num_queries": 20, "curve": False, "reference_epochs": 0, "attacks": {"known_gallery": {}}})

@@ -9,7 +9,6 @@ import os
 import shlex
 import sys
 
-SETUP = "/ray/_private/workers/setup_worker.py"
 PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when the thread that started it has ended
 SETUP = "/ray/_private/workers/setup_worker.py"
 STARTED_BY_RAYLETS = (
