@@ -276,7 +276,8 @@ def test_a_bundle_that_takes_over_costs_no_request(trained: Trained, tmp_path: P
         assert client.classify(images)[0].model == here.active_model().version
         second, _ = client.protection()
         assert second != first
-        here.live._models = here.live._models[:1]  # a replica that has forgotten the newest: 409, fetched anew
+        # A replica without the newest model answers 409, and the client fetches the protection again.
+        here.live._models = here.live._models[:1]
         assert client.classify(images)[0].model == here.active_model().version
 
 

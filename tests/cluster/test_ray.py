@@ -125,16 +125,16 @@ def learned(run_folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_that_is_told_to_stop_says_what_is_kept(cluster: Cluster, tmp_path: Path) -> None:
-    process = cluster.popen(command(tmp_path, "told", "--cluster.num_workers", "1", epochs=500))
-    wait_until(lambda: len(history(tmp_path / "told")) >= 2, process)
+    process = cluster.popen(command(tmp_path, "stopped", "--cluster.num_workers", "1", epochs=500))
+    wait_until(lambda: len(history(tmp_path / "stopped")) >= 2, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
-    newest = list_checkpoints(Storage(tmp_path / "told"))[0]
+    newest = list_checkpoints(Storage(tmp_path / "stopped"))[0]
     assert err.strip().endswith(f"stopped after checkpoint {newest}; continue with --resume")
     assert "SIGTERM" not in err
-    rows = history(tmp_path / "told")
-    assert epochs_of(tmp_path / "told") == expected(len(rows) - 1)
+    rows = history(tmp_path / "stopped")
+    assert epochs_of(tmp_path / "stopped") == expected(len(rows) - 1)
     wait_until_gone(cluster)
 
 

@@ -373,7 +373,8 @@ def protect(images):
 class Settings:
     top = 255
 def protect(images):
-    return pickle.loads(pickle.dumps(Settings())).top - images
+    pickle.dumps(Settings())  # finds the class by its module's name
+    return Settings().top - images
 """,
     ),
     "a sibling": ("mine_sibling.py", "from helper_of_mine import top\ndef protect(images):\n    return top - images"),
