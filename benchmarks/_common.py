@@ -29,7 +29,7 @@ from raypp.models.vgg import RELU2_2, VGG16_LAYERS, vgg_features
 from raypp.training.optim import configure_torch
 from raypp.training.protected_classifier import phases
 from raypp.training.protection_task import ProtectionTask, TrainingData
-from raypp.training.reporter import LocalReporter, Reporter
+from raypp.training.reporter import Reporter
 from raypp.training.trainer import Trainer
 from raypp.utils.progress import ProgressDisplay
 from raypp.utils.storage import Storage
@@ -234,7 +234,7 @@ class RayppLoop:
 
 
 @contextmanager
-def quiet_sink(device: torch.device) -> Iterator[LocalReporter]:
+def quiet_sink(device: torch.device) -> Iterator[Reporter]:
     """A sink of this process that shows and keeps nothing."""
     with tempfile.TemporaryDirectory(prefix="raypp-bench-") as folder:
-        yield LocalReporter(Storage(folder), ProgressDisplay(quiet=True), device)
+        yield Reporter(Storage(folder), ProgressDisplay(quiet=True), device)

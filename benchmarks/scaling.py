@@ -98,6 +98,7 @@ def on_ray(folder: Path, preset: str, num: int) -> None:
     from raypp.cluster.session import ray_session
     from raypp.cluster.train import build_scaling_config
     from raypp.config.schema import Cluster
+    from raypp.utils.progress import ProgressListener
 
     def work(given: dict[str, Any]) -> None:
         sys.path.insert(0, str(Path(__file__).parent))
@@ -108,7 +109,7 @@ def on_ray(folder: Path, preset: str, num: int) -> None:
 
         run(folder, preset, RayTrainReporter(Storage(folder), given["board"]))
 
-    with ray_session(), polling(board := create_progress_actor(), lambda *_: None):
+    with ray_session(), polling(board := create_progress_actor(), lambda _: ProgressListener()):
         TorchTrainer(
             work,
             train_loop_config={"board": board},

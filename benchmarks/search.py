@@ -17,8 +17,7 @@ from _common import describe, finish, machine, show_table
 
 from raypp.experiments.pareto import hypervolume, pareto
 from raypp.experiments.plots import front_figure
-from raypp.experiments.search_records import TrialRecord, trial_records
-from raypp.experiments.search_settings import restore_search_plan
+from raypp.experiments.search import TrialRecord, restore_search_plan, trial_records
 from raypp.utils.errors import ConfigError
 from raypp.utils.storage import Storage
 

@@ -57,7 +57,7 @@ from raypp.models import CLASSIFIERS
 from raypp.models.perceptual import StateDict, VGG16Features
 from raypp.models.unet import UNet
 from raypp.training.optim import bf16_is_fast
-from raypp.training.reporter import LocalReporter
+from raypp.training.reporter import Reporter
 
 SIZES = ("cifar10-small", "cifar10")
 PROBE_STEPS = 2
@@ -192,7 +192,7 @@ def calibrate(loop: RayppLoop | ObviousLoop, batches: Callable[[int], BatchLoade
     loop.feed(batches(min(max(steps, PROBE_STEPS), MAX_STEPS)))
 
 
-def measure(size: str, phi: StateDict, sink: LocalReporter, options: argparse.Namespace) -> dict[str, Any]:
+def measure(size: str, phi: StateDict, sink: Reporter, options: argparse.Namespace) -> dict[str, Any]:
     """Measure all contestants at one size, print the tables and return what was measured."""
     device = sink.device
     config = joint_config(size)

@@ -10,13 +10,11 @@ __version__ = "0.1.0"
 __all__ = ["AsyncClient", "Client", "__version__"]
 
 if TYPE_CHECKING:
-    from raypp.client.asynchronous import AsyncClient
-    from raypp.client.http import Client
+    from raypp.client.http import AsyncClient, Client
 
 
 def __getattr__(name: str) -> Any:
     """Import the client at its first use: it needs torch, and most modules of raypp do not."""
-    modules = {"AsyncClient": "raypp.client.asynchronous", "Client": "raypp.client.http"}
-    if name in modules:
-        return getattr(importlib.import_module(modules[name]), name)
+    if name in ("AsyncClient", "Client"):
+        return getattr(importlib.import_module("raypp.client.http"), name)
     raise AttributeError(f"module 'raypp' has no attribute {name!r}")

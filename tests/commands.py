@@ -22,7 +22,7 @@ import pytest
 from zygote import variables, zygote
 
 ROOT = Path(__file__).parents[1]
-PRELOADED = ["torch._dynamo", "raypp.cli.main", "raypp.cluster.attack", "raypp.cluster.table1", "raypp.cluster.tune"]
+PRELOADED = ["torch._dynamo", "raypp.cli.main", "raypp.cluster.attack", "raypp.cluster.tune"]
 
 
 def fork_server() -> ForkServerContext:

@@ -171,7 +171,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     from raypp.config.presets import load_config
     from raypp.experiments.training_run import open_run, train_locally
     from raypp.training.protection_task import fit
-    from raypp.training.reporter import LocalReporter
+    from raypp.training.reporter import Reporter
     from raypp.utils.progress import ProgressDisplay
 
     cpu = torch.device("cpu")
@@ -181,7 +181,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     with open_run(config, "tiny") as run:
         train_locally(run, display, cpu)
         # The run is over, so this only takes up its last checkpoint.
-        left = fit(run.config, LocalReporter(run.storage, display, cpu), run.phi)
+        left = fit(run.config, Reporter(run.storage, display, cpu), run.phi)
     made = Trained(config, storage / "tiny", left)
     before = _files(made.run)
     yield made

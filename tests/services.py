@@ -18,14 +18,14 @@ from raypp.bundle.load import load_private
 from raypp.bundle.manifest import write_manifest
 from raypp.experiments import attack_plan, attack_run
 from raypp.serve.admission import AdmissionControl, Limits
-from raypp.serve.attack_catalog import AttackCatalog, ServedAttack, build_catalog
+from raypp.serve.attack_catalog import ServedAttack, load_attacks
 from raypp.serve.auth import Tokens
 from raypp.serve.loaded_model import LoadedModel, classify
 from raypp.serve.model_store import ModelManager
 
 
 def load_live(location: Path) -> ModelManager:
-    return ModelManager(location, prepare=lambda served: None)
+    return ModelManager(location, prepare=load_attacks)
 
 
 class Here:
@@ -56,10 +56,6 @@ class Here:
 
     async def predict(self, model: LoadedModel, images: Tensor) -> tuple[Tensor, Tensor]:
         return classify([(model, images)])[0]
-
-    async def find_attacks(self, protection: str | None) -> AttackCatalog | None:
-        model = self.live.get(protection)
-        return build_catalog(model) if model is not None else None
 
     async def reconstruct(self, attack: ServedAttack, images: Tensor) -> Tensor:
         return attack.run(images)
@@ -94,7 +90,7 @@ def attack_copy(bundle: Path, folder: Path, attacks: dict[str, Any]) -> Path:
 
 
 def break_classifier(bundle: Path) -> None:
-    """Give the bundle the weights of nobody, with hashes that fit."""
+    """Set the classifier's weights to zero and update the manifests."""
     path = bundle / "private" / "classifier.safetensors"
     save_file({k: torch.zeros_like(v) for k, v in load_file(path).items()}, path)
     for part in ("private", ""):

@@ -6,8 +6,8 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import Any, ClassVar, Protocol
+from enum import Enum
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from raypp.training.task import Phase, Task, TrainableModule
 from raypp.utils.errors import RayppError
 from raypp.utils.registry import MethodConfig
 
+T = TypeVar("T")
+Shape = tuple[int, int, int]
+"""(C, H, W)."""
 ImageMap = Callable[[Tensor], Tensor]
 """uint8 (N, C, H, W) to uint8 (N, C, H', W')."""
 
@@ -29,26 +32,18 @@ MAX_PADDING = 11  # pixels that blocks add to a side; a larger difference is ano
 PROTECT_BATCH_SIZE = 500
 
 
-class Threat(IntEnum):
+class Threat(Enum):
     """Knowledge of an attacker besides the attacked images; each level includes those below it."""
 
-    T0 = 0
-    T1 = 1
-    T2 = 2
-    T3 = 3
-    T4 = 4
-    T5 = 5
+    T0 = "nothing but protected images"
+    T1 = "plain images of the same kind, unpaired"
+    T2 = "the algorithm, with the attacker's own keys"
+    T3 = "some plain images and their protected ones under the victim's key"
+    T4 = "protected versions of images of the attacker's choice"
+    T5 = "the protection itself, with gradients"
 
-    @property
-    def meaning(self) -> str:
-        return (
-            "nothing but protected images",
-            "plain images of the same kind, unpaired",
-            "the algorithm, with the attacker's own keys",
-            "some plain images and their protected ones under the victim's key",
-            "protected versions of images of the attacker's choice",
-            "the protection itself, with gradients",
-        )[self]
+    def __init__(self, meaning: str) -> None:
+        self.meaning = meaning
 
 
 class AttackError(RayppError):
@@ -77,7 +72,7 @@ class AttackerKnowledge:
         device: device of the attack's computations.
     """
 
-    shape: tuple[int, int, int]
+    shape: Shape
     structure: str = "none"
     images: Tensor | None = None
     labels: Tensor | None = None
@@ -92,6 +87,11 @@ class AttackerKnowledge:
     earlier: dict[str, ImageMap] | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
+    @property
+    def has_oracle(self) -> bool:
+        """Whether the attacker can protect images, under any key."""
+        return self.protect is not None or self.fresh is not None
+
 
 KNOWLEDGE_DESCRIPTIONS = {
     "images": "plain images of the same kind",
@@ -101,8 +101,6 @@ KNOWLEDGE_DESCRIPTIONS = {
     "protect": "the protection as an oracle",
     "gradients": "a differentiable protection",
     "gallery": "a gallery of plain images",
-    "classify": "the cloud's classifier",
-    "labels": "classes of the plain images",
 }
 """Fields of :class:`AttackerKnowledge` in words."""
 
@@ -113,7 +111,7 @@ def size_mismatch(protected: Sequence[int], plain: Sequence[int]) -> bool:
     return min(padding) < 0 or max(padding) > MAX_PADDING
 
 
-def match_shape(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def match_shape(images: Tensor, shape: Shape) -> Tensor:
     """Convert images uint8 (N, C', H', W') to the shape (C, H, W) of plain ones.
 
     Padding is cut, and images of another size are resized. Where the channels differ, color is averaged to gray.
@@ -141,6 +139,12 @@ def tensor_sha256(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
+def required(value: T | None) -> T:
+    """Return a field of :class:`AttackerKnowledge` that the attack's ``needs`` guarantee."""
+    assert value is not None
+    return value
+
+
 class Attack(ABC):
     """An attack on protected images.
 
@@ -163,7 +167,7 @@ class Attack(ABC):
     draws: ClassVar[bool] = True
     """Whether it reconstructs images; otherwise it only picks one of a gallery."""
     max_queries: int | None = None
-    """Most images that it attacks, where each one is expensive."""
+    """Most images that it attacks, where each one is expensive; available after :meth:`prepare`."""
     effort: str | None = None
     """The option that sets its number of steps, if it trains no network; half of it is measured too."""
     note: str = ""
@@ -207,19 +211,35 @@ class TrainedOptions(MethodConfig):
         return values | {"train": deep_merge(default.model_dump(mode="json"), train)}
 
 
-class AttackTask(Task, Protocol):
+class AttackTask(Task):
     """A training task with one phase, whose batches workers can share.
 
-    Attributes:
+    Args:
+        attack: the attack with its options and knowledge.
+        epochs: number of epochs.
         images: training images uint8 (N, C, H, W).
         indices: their numbers (N,), which come with the batches.
+        protected: protected images that identify the data, unless the attacker has an oracle.
         augmentation: augmentation before protecting.
     """
 
-    images: Tensor
-    indices: Tensor
-    augmentation: Augmentation
-    divergence_hint: str = "learning rate (optimizer.lr)"
+    divergence_hint = "learning rate (optimizer.lr)"
+
+    def __init__(
+        self,
+        attack: TrainedAttack,
+        epochs: int,
+        images: Tensor,
+        indices: Tensor,
+        protected: Tensor,
+        augmentation: Augmentation,
+    ) -> None:
+        self.train, self.seed = attack.options.train, attack.seed
+        self.phases = [Phase(attack.options.name, epochs)]
+        self.images, self.indices, self.augmentation = images, indices, augmentation
+        # An oracle may use a new key for each image, so its protected images do not identify the data.
+        self.fingerprint = tensor_sha256(images, *([] if attack.access.has_oracle else [protected]))
+        self.share(0, 1)
 
     def share(self, rank: int, world: int) -> None:
         """Set this worker's share of every batch."""
@@ -251,11 +271,6 @@ class TrainedAttack(Attack):
     """
 
     @property
-    def epochs(self) -> int:
-        epochs: int = self.options.train.epochs
-        return epochs
-
-    @property
     @abstractmethod
     def num_images(self) -> int:
         """Number of training images, without those for validation."""
@@ -271,7 +286,7 @@ class TrainedAttack(Attack):
 
     def _num_epochs(self, share_epochs: float, num_images: int | None) -> int:
         """Epochs of :meth:`task`: more of them on fewer images, for the same number of steps."""
-        epochs = max(1, round(self.epochs * share_epochs))
+        epochs: int = max(1, round(self.options.train.epochs * share_epochs))
         if num_images is not None and num_images < self.num_images:
             epochs = max(1, round(epochs * self.num_images / num_images))
         return epochs

@@ -8,32 +8,29 @@ encryption, one image). By the same idea, Tanaka's cipher takes 3 blocks of one 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from raypp.attacks.base import Attack, AttackError, Threat
+from raypp.attacks.base import Attack, AttackError, ImageMap, Threat, required
 from raypp.attacks.known_plaintext import BLOCK, decrypt
 from raypp.protections.cipher import from_symbols, to_symbols
-from raypp.utils import registry
+from raypp.utils.registry import MethodConfig
 
 DIGIT = 16
-Undo = Callable[[Tensor], Tensor]
-
-
-class ChosenPlaintextOptions(registry.MethodConfig):
-    name: Literal["chosen_plaintext"] = "chosen_plaintext"
-    scheme: Literal["auto", "pixel", "tanaka", "any"] = "auto"
-    """``pixel`` and ``tanaka`` need one image; ``any`` inverts every permutation of half bytes with inversions (ELE and
-    EtC too) from five images of 32 x 32; ``auto`` takes the first scheme that works."""
 
 
 class ChosenPlaintext(Attack):
     """Recovers the key, verifies it on random images, and decrypts."""
 
-    Options: ClassVar[type[registry.MethodConfig]] = ChosenPlaintextOptions
+    class Options(MethodConfig):
+        name: Literal["chosen_plaintext"] = "chosen_plaintext"
+        scheme: Literal["auto", "pixel", "tanaka", "any"] = "auto"
+        """``pixel`` and ``tanaka`` need one image; ``any`` inverts every permutation of half bytes with inversions (ELE
+        and EtC too) from five images of 32 x 32; ``auto`` takes the first scheme that works."""
+
     threat: ClassVar[Threat] = Threat.T4
     needs: ClassVar[tuple[str, ...]] = ("protect",)
 
@@ -54,10 +51,9 @@ class ChosenPlaintext(Attack):
         return self._undo(protected.cpu()).to(protected.device)
 
     def _oracle(self, images: Tensor) -> Tensor:
-        assert self.access.protect is not None
-        return self.access.protect(images).cpu()
+        return required(self.access.protect)(images).cpu()
 
-    def _solve_pixel(self) -> tuple[int, Undo | None]:
+    def _solve_pixel(self) -> tuple[int, ImageMap | None]:
         """One image of (1, 2, 3) in every pixel: values above 127 are inverted, and 1, 2, 3 are the channels."""
         channels, height, width = self.access.shape
         values = torch.arange(1, channels + 1, dtype=torch.uint8).view(1, -1, 1, 1)
@@ -71,48 +67,49 @@ class ChosenPlaintext(Attack):
         back, mask = source.argsort(1), inverted.to(torch.uint8) * 255
         return 1, lambda protected: (protected ^ mask).gather(1, back.expand(protected.shape))
 
-    def _solve_tanaka(self) -> tuple[int, Undo | None]:
-        """Three blocks of one image: zeros, and each half byte's position in its block modulo and divided by 16."""
+    def _solve_tanaka(self) -> tuple[int, ImageMap | None]:
+        """Three blocks of one image: zeros, and the two digits of each half byte's position in its block."""
         channels, height, width = self.access.shape
         size = 2 * BLOCK * BLOCK * channels
         image = torch.zeros(1, channels, -(-height // BLOCK) * BLOCK, -(-width // BLOCK) * BLOCK, dtype=torch.uint8)
-        if height // BLOCK * (width // BLOCK) < 3 or height < BLOCK or width < BLOCK:
-            return 1, None
         columns = image.shape[3] // BLOCK
         blocks = [y * columns + x for y in range(height // BLOCK) for x in range(width // BLOCK)][:3]
+        if len(blocks) < 3:
+            return 1, None
         symbols = to_symbols(image, BLOCK, True).view(-1, size)
-        position = torch.arange(size)
-        symbols[blocks[1]], symbols[blocks[2]] = (position % DIGIT).to(torch.uint8), (position // DIGIT).to(torch.uint8)
+        symbols[blocks] = _position_digits(size)
         chosen = from_symbols(symbols.view(-1, 1), image.shape, BLOCK, True)
         protected = self._oracle(chosen[:, :, :height, :width].contiguous())
         if protected.shape != image.shape:
             return 1, None
-        symbols = to_symbols(protected, BLOCK, True).view(-1, size)
-        mask = symbols[blocks[0]]
-        source = (symbols[blocks[1]] ^ mask).long() + DIGIT * (symbols[blocks[2]] ^ mask).long()
-        if not torch.equal(source.sort().values, position):
-            return 1, None
-        return 1, lambda protected: decrypt(protected, source, mask, BLOCK, self.access.shape)
+        return 1, self._undo_from(to_symbols(protected, BLOCK, True).view(-1, size)[blocks], BLOCK)
 
-    def _solve_any(self) -> tuple[int, Undo | None]:
-        """Zeros, and an image per hexadecimal digit of each half byte's position in the image.
+    def _solve_any(self) -> tuple[int, ImageMap | None]:
+        """Zeros, and an image per digit of each half byte's position in the image.
 
         Protected images must have the size of plain ones, because the attacker cannot choose a cipher's padding.
         """
-        size = 2 * int(torch.tensor(self.access.shape).prod())
-        position = torch.arange(size)
-        digits = [torch.zeros(size, dtype=torch.uint8)]
-        while DIGIT ** (len(digits) - 1) < size:
-            digits.append((position // DIGIT ** (len(digits) - 1) % DIGIT).to(torch.uint8))
+        digits = _position_digits(2 * math.prod(self.access.shape))
         shape = torch.Size((len(digits), *self.access.shape))
-        protected = self._oracle(from_symbols(torch.stack(digits, 1), shape, 1, True))
+        protected = self._oracle(from_symbols(digits.t(), shape, 1, True))
         if protected.shape != shape:
             return len(digits), None
-        symbols = to_symbols(protected, 1, True)
-        mask = symbols[:, 0]
-        source = torch.zeros(size, dtype=torch.int64)
-        for i in range(1, len(digits)):
-            source += (symbols[:, i] ^ mask).long() * DIGIT ** (i - 1)
-        if not torch.equal(source.sort().values, position):
-            return len(digits), None
-        return len(digits), lambda protected: decrypt(protected, source, mask, 1, self.access.shape)
+        return len(digits), self._undo_from(to_symbols(protected, 1, True).t(), 1)
+
+    def _undo_from(self, symbols: Tensor, block: int) -> ImageMap | None:
+        """Read mask and permutation from protected :func:`_position_digits`; None if there is no permutation."""
+        mask = symbols[0]
+        powers = DIGIT ** torch.arange(len(symbols) - 1)
+        source = (powers[:, None] * (symbols[1:] ^ mask)).sum(0)
+        if not torch.equal(source.sort().values, torch.arange(len(source))):
+            return None
+        return lambda protected: decrypt(protected, source, mask, block, self.access.shape)
+
+
+def _position_digits(size: int) -> Tensor:
+    """Return zeros, then the hexadecimal digits of 0 .. size - 1 from the lowest, uint8 (1 + digits, size)."""
+    position = torch.arange(size)
+    digits = [torch.zeros(size, dtype=torch.uint8)]
+    while DIGIT ** (len(digits) - 1) < size:
+        digits.append((position // DIGIT ** (len(digits) - 1) % DIGIT).to(torch.uint8))
+    return torch.stack(digits)

@@ -12,29 +12,23 @@ import torch
 from torch import Tensor
 
 from raypp.attacks.base import Attack, AttackError, Threat, match_shape
-from raypp.utils import registry
-
-
-class FeatureReconstructionOptions(registry.MethodConfig):
-    name: Literal["feature_reconstruction"] = "feature_reconstruction"
-    bright: bool = False
-    """Invert the values of the lower half instead of those of the upper one."""
+from raypp.utils.registry import MethodConfig
 
 
 class FeatureReconstruction(Attack):
     """Folds every value to one half of the range, so that ``v`` and ``255 - v`` become the same under every key."""
 
-    Options: ClassVar[type[registry.MethodConfig]] = FeatureReconstructionOptions
+    class Options(MethodConfig):
+        name: Literal["feature_reconstruction"] = "feature_reconstruction"
+        bright: bool = False
+        """Invert the values of the lower half instead of those of the upper one."""
+
     threat: ClassVar[Threat] = Threat.T0
 
     def reconstruct(self, protected: Tensor) -> Tensor:
         protected = match_shape(protected, self.access.shape)
         both = torch.maximum if self.options.bright else torch.minimum
         return both(protected, 255 - protected)
-
-
-class MinimumDifferenceOptions(registry.MethodConfig):
-    name: Literal["minimum_difference"] = "minimum_difference"
 
 
 class MinimumDifference(Attack):
@@ -44,7 +38,9 @@ class MinimumDifference(Attack):
     wrong, the image has other colors and is just as readable.
     """
 
-    Options: ClassVar[type[registry.MethodConfig]] = MinimumDifferenceOptions
+    class Options(MethodConfig):
+        name: Literal["minimum_difference"] = "minimum_difference"
+
     threat: ClassVar[Threat] = Threat.T0
 
     def prepare(self) -> None:

@@ -13,37 +13,34 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raypp.attacks.base import Attack, AttackError, Threat
+from raypp.attacks.base import Attack, AttackError, Threat, required
 from raypp.attacks.inverse_network import reconstruction_loss
-from raypp.utils import registry
 from raypp.utils.images import to_uint8
-
-
-class CodebookOptions(registry.MethodConfig):
-    name: Literal["codebook"] = "codebook"
-    most: int = Field(4096, ge=1)
-    """Largest number of different protected images; use an inverse network for more."""
-    steps: int = Field(400, ge=0)
-    """Adam's steps from the mean images towards a higher SSIM; 0 leaves the means."""
-    lr: float = Field(0.02, gt=0)
-    """Adam's learning rate on values in [0, 1]; falls linearly to 0."""
-    loss: Literal["l1", "mse"] = "l1"
-    ssim_weight: float = Field(1.0, ge=0)
-    """Weight of ``1 - SSIM`` in the loss, as for the inverse network."""
-    batch_size: int = Field(500, ge=1)
-    """Images per batch, for protecting and for fitting."""
+from raypp.utils.registry import MethodConfig
 
 
 class Codebook(Attack):
     """Tabulates the protection; a protected image outside the table gets the reconstruction of the nearest entry."""
 
-    Options: ClassVar[type[registry.MethodConfig]] = CodebookOptions
+    class Options(MethodConfig):
+        name: Literal["codebook"] = "codebook"
+        most: int = Field(4096, ge=1)
+        """Largest number of different protected images; use an inverse network for more."""
+        steps: int = Field(400, ge=0)
+        """Adam's steps from the mean images towards a higher SSIM; 0 leaves the means."""
+        lr: float = Field(0.02, gt=0)
+        """Adam's learning rate on values in [0, 1]; falls linearly to 0."""
+        loss: Literal["l1", "mse"] = "l1"
+        ssim_weight: float = Field(1.0, ge=0)
+        """Weight of ``1 - SSIM`` in the loss, as for the inverse network."""
+        batch_size: int = Field(500, ge=1)
+        """Images per batch, for protecting and for fitting."""
+
     threat: ClassVar[Threat] = Threat.T4
     needs: ClassVar[tuple[str, ...]] = ("protect", "images")
 
     def prepare(self) -> None:
-        assert self.access.images is not None
-        images = self.access.images
+        images = required(self.access.images)
         entries, members = self._tabulate(images)
         num = len(entries)
         self._entries = torch.stack(entries)
@@ -69,12 +66,12 @@ class Codebook(Attack):
 
     def _tabulate(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return the different protected images, in order of appearance, and each image's entry (N,)."""
-        assert self.access.protect is not None
+        protect = required(self.access.protect)
         entries: list[Tensor] = []
         numbers: dict[bytes, int] = {}
         members: list[int] = []
         for batch in images.split(self.options.batch_size):
-            for protected in self.access.protect(batch).cpu():
+            for protected in protect(batch).cpu():
                 number = numbers.setdefault(protected.numpy().tobytes(), len(numbers))
                 if number == len(entries):
                     entries.append(protected)

@@ -8,34 +8,113 @@ strongest recipe. ``inverse_own_keys`` knows only the algorithm and learns from 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from raypp.attacks.base import AttackerKnowledge, AttackError, AttackTask, Threat, TrainedAttack, protect_in_batches
-from raypp.attacks.inverse_network import InverseBaseConfig, InverseModule, InverseNetwork, ProtectedBatches
-from raypp.attacks.inverse_task import InverseTask, reconstruct_in_batches
+from raypp.attacks.base import (
+    AttackerKnowledge,
+    AttackError,
+    AttackTask,
+    Threat,
+    TrainedAttack,
+    protect_in_batches,
+    required,
+)
+from raypp.attacks.inverse_network import (
+    InverseBaseConfig,
+    InverseModule,
+    InverseNetwork,
+    ProtectedBatches,
+    reconstruction_loss,
+)
 from raypp.config.schema import MultiStep, OptimizationConfig, Optimizer
+from raypp.data.loader import Augmentation
+from raypp.metrics.image import MIN_SIDE, psnr, ssim
+from raypp.metrics.retrieval import reidentify
 from raypp.models.perceptual import StateDict
-from raypp.training.task import TrainableModule
-from raypp.utils import registry
+from raypp.training.checkpoint import EpochMetrics
+from raypp.training.distributed import all_reduce_sum
+from raypp.training.task import Phase, TrainableModule
 from raypp.utils.images import to_uint8
 
 MAX_VAL = 1000  # validation images, which are some of the attacker's own
 VALIDATION_KEY = 2**31  # number of the attacker's key for validation; those for training are smaller
+MAX_PSNR = 60.0  # dB; an exact estimate would make the mean infinite
+
+TrainingData = tuple[Tensor, ProtectedBatches, Callable[[Tensor], Tensor]]
+"""The attacker's plain images, the protection of batches, and that of validation images by index."""
 
 
-class InverseOptions(InverseBaseConfig):
-    name: Literal["inverse"] = "inverse"
+class InverseTask(AttackTask):
+    """Trains an inverse network on the attacker's images and validates it on others of them."""
+
+    def __init__(self, attack: InverseAttack, epochs: int, num_images: int | None) -> None:
+        self.attack, options = attack, attack.options
+        images, self.source, protect_indices = attack.training_data
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(attack.seed)).to(images.device)
+        num_val = len(images) - attack.num_images
+        train_indices, self.val_indices = order[num_val:][:num_images], order[:num_val]
+        self.val = images[self.val_indices], protect_indices(self.val_indices)  # plain and protected
+        self.labels = attack.access.labels if options.conditional else None
+        augment = attack.access.has_oracle and not options.fixed_pairs
+        augmentation = Augmentation(options.crop_padding if augment else 0, options.flip and augment)
+        super().__init__(attack, epochs, images[train_indices], train_indices, self.val[1], augmentation)
+
+    def build(self, phase: Phase) -> InverseModule:
+        torch.manual_seed(self.seed)
+        network = self.attack.network(self.val[1].shape[1:])
+        network.fit_normalization(self.val[1].cpu())
+        return InverseModule(network, self.source, self.labels, self.attack.options)
+
+    @torch.inference_mode()
+    def validate(self, trainee: TrainableModule, rank: int, world: int) -> EpochMetrics:
+        assert isinstance(trainee, InverseModule)
+        plain = self.val[0]
+        names = ["loss", "psnr", "reidentified", *(["ssim"] if min(plain.shape[-2:]) >= MIN_SIDE else [])]
+        num = len(plain[rank::world])
+        sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=plain.device)
+        if num:  # with few images a worker may have none
+            scores = self._scores(trainee.final.eval(), slice(rank, None, world))
+            sums = torch.stack([*(scores[name].double().sum() for name in names), sums.new_tensor(num)])
+        *totals, num_images = all_reduce_sum(sums).tolist()
+        return {f"val_{name}": total / num_images for name, total in zip(names, totals, strict=True)}
+
+    def _scores(self, network: InverseNetwork, part: slice) -> dict[str, Tensor]:
+        """Scores (n,) of a part of the validation images."""
+        plain, protected = self.val
+        labels = self.labels[self.val_indices[part]] if self.labels is not None else None
+        estimates = reconstruct_in_batches(network, protected[part], labels, self.train.eval_batch_size)
+        estimates = to_uint8(estimates).float() / 255
+        target = plain[part].float() / 255
+        originals = torch.arange(len(plain), device=plain.device)[part]
+        one_class = torch.zeros(len(plain), dtype=torch.int64, device=plain.device)
+        scores = {
+            "loss": reconstruction_loss(estimates, target, self.attack.options).loss.expand(len(target)),
+            "psnr": psnr(estimates, target).clamp_max(MAX_PSNR),
+            "reidentified": reidentify(estimates, plain.float() / 255, originals, one_class).top(1),
+        }
+        if min(plain.shape[-2:]) >= MIN_SIDE:
+            scores["ssim"] = ssim(estimates, target)
+        return scores
+
+
+def reconstruct_in_batches(network: InverseNetwork, protected: Tensor, labels: Tensor | None, size: int) -> Tensor:
+    """Estimates float (N, C, H, W) of protected images uint8."""
+    estimates = []
+    for start in range(0, len(protected), size):
+        part = slice(start, start + size)
+        estimates.append(network(protected[part].float() / 255, labels[part] if labels is not None else None))
+    return torch.cat(estimates)
 
 
 class InverseAttack(TrainedAttack):
     """Base of the three attacks."""
 
     needs: ClassVar[tuple[str, ...]] = ("pairs",)
-    _cached_pairs: tuple[Tensor, Tensor] | None = None
 
     def network(self, protected: Sequence[int]) -> InverseNetwork:
         """Build the network for protected images of the shape (C', H', W')."""
@@ -46,53 +125,37 @@ class InverseAttack(TrainedAttack):
     @classmethod
     def lacking(cls, access: AttackerKnowledge) -> list[str]:
         missing = super().lacking(access)
-        has_oracle = access.protect is not None and access.images is not None
-        return [] if has_oracle and missing == ["pairs"] else missing
+        can_protect = access.protect is not None and access.images is not None
+        return [] if can_protect and missing == ["pairs"] else missing
 
     @property
     def num_images(self) -> int:
-        num = len(self._training_data()[0])
-        return num - _num_val(num)
+        num = len(self.training_data[0])
+        return num - min(MAX_VAL, max(1, num // 10))
 
-    def task(self, share_epochs: float = 1.0, num_images: int | None = None) -> AttackTask:
+    def task(self, share_epochs: float = 1.0, num_images: int | None = None) -> InverseTask:
         if self.options.conditional and (self.access.classify is None or not self.access.num_classes):
             raise AttackError(
                 f"attack {self.options.name} with conditional = true needs the cloud's classifier, which this "
                 "target does not provide"
             )
-        images, source, protect_indices = self._training_data()
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed)).to(images.device)
-        num_val = _num_val(len(images))
-        train_indices, val_indices = order[num_val:], order[:num_val]
-        epochs = self._num_epochs(share_epochs, num_images)
-        val = images[val_indices], protect_indices(val_indices)
-        return InverseTask(self, epochs, source, images, (train_indices[:num_images], val_indices), val)
+        return InverseTask(self, self._num_epochs(share_epochs, num_images), num_images)
 
-    def _training_data(self) -> tuple[Tensor, ProtectedBatches, Callable[[Tensor], Tensor]]:
-        """Return the attacker's plain images, the protection of batches, and that of validation images by index."""
-        protect = self.access.protect
-        if protect is None or self.options.fixed_pairs:
-            plain, protected = self._pairs()
-            return plain, lambda _, indices: protected[indices].float() / 255, lambda indices: protected[indices]
-        assert self.access.images is not None
-        images = self.access.images.to(self.access.device)
-        return (
-            images,
-            lambda plain, _: protect(plain).float() / 255,
-            lambda indices: protect_in_batches(protect, images[indices]),
-        )
-
-    def _pairs(self) -> tuple[Tensor, Tensor]:
-        """Return plain images and their protected ones, computed once."""
-        if self._cached_pairs is None:
-            images, protect, device = self.access.images, self.access.protect, self.access.device
-            if protect is None:
-                assert self.access.pairs is not None
-                self._cached_pairs = self.access.pairs[0].to(device), self.access.pairs[1].to(device)
-            else:
-                assert images is not None
-                self._cached_pairs = images.to(device), protect_in_batches(protect, images.to(device))
-        return self._cached_pairs
+    @cached_property
+    def training_data(self) -> TrainingData:
+        access, protect = self.access, self.access.protect
+        if protect is None:
+            plain, protected = (images.to(access.device) for images in required(access.pairs))
+        else:
+            plain = required(access.images).to(access.device)
+            if not self.options.fixed_pairs:
+                return (
+                    plain,
+                    lambda images, _: protect(images).float() / 255,
+                    lambda indices: protect_in_batches(protect, plain[indices]),
+                )
+            protected = protect_in_batches(protect, plain)
+        return plain, lambda _, indices: protected[indices].float() / 255, lambda indices: protected[indices]
 
     def state(self, trainee: TrainableModule) -> StateDict:
         assert isinstance(trainee, InverseModule)
@@ -106,68 +169,58 @@ class InverseAttack(TrainedAttack):
     @torch.inference_mode()
     def reconstruct(self, protected: Tensor) -> Tensor:
         protected = protected.to(self.access.device)
-        labels = None
-        if self.options.conditional:
-            assert self.access.classify is not None
-            labels = self.access.classify(protected)
+        labels = required(self.access.classify)(protected) if self.options.conditional else None
         return to_uint8(reconstruct_in_batches(self._network, protected, labels, self.options.train.eval_batch_size))
-
-
-def _num_val(num: int) -> int:
-    return min(MAX_VAL, max(1, num // 10))
 
 
 class Inverse(InverseAttack):
     """Our strongest recipe: Muon, one cycle, no weight decay, L1 + SSIM, flips and crops, averaged weights."""
 
-    Options: ClassVar[type[registry.MethodConfig]] = InverseOptions
+    class Options(InverseBaseConfig):
+        name: Literal["inverse"] = "inverse"
+
     threat: ClassVar[Threat] = Threat.T4
-
-
-class ITNOptions(InverseBaseConfig):
-    """The recipe of the authors' later code."""
-
-    name: Literal["itn"] = "itn"
-    depth: int = Field(4, ge=1, le=6)
-    standardise: bool = False
-    places: int = Field(0, ge=0, le=256)
-    smooth: bool = False
-    loss: Literal["l1", "mse"] = "mse"
-    ssim_weight: float = Field(0.0, ge=0)
-    fixed_pairs: bool = True
-    flip_pairs: bool = True
-    ema: float = Field(0.0, ge=0, lt=1)
-    train: OptimizationConfig = OptimizationConfig(
-        epochs=200,
-        batch_size=128,
-        optimizer=Optimizer(name="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4),
-        schedule=MultiStep(milestones=(60, 120, 160), gamma=0.2),
-    )
 
 
 class ITN(InverseAttack):
     """As released: SGD, squared error, fixed pairs flipped together, and the weights of the lowest validation error."""
 
-    Options: ClassVar[type[registry.MethodConfig]] = ITNOptions
+    class Options(InverseBaseConfig):
+        """The recipe of the authors' later code."""
+
+        name: Literal["itn"] = "itn"
+        depth: int = Field(4, ge=1, le=6)
+        standardise: bool = False
+        places: int = Field(0, ge=0, le=256)
+        smooth: bool = False
+        loss: Literal["l1", "mse"] = "mse"
+        ssim_weight: float = Field(0.0, ge=0)
+        fixed_pairs: bool = True
+        flip_pairs: bool = True
+        ema: float = Field(0.0, ge=0, lt=1)
+        train: OptimizationConfig = OptimizationConfig(
+            epochs=200,
+            batch_size=128,
+            optimizer=Optimizer(name="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4),
+            schedule=MultiStep(milestones=(60, 120, 160), gamma=0.2),
+        )
+
     threat: ClassVar[Threat] = Threat.T4
-
-
-class InverseOwnKeysOptions(InverseBaseConfig):
-    name: Literal["inverse_own_keys"] = "inverse_own_keys"
-    standardise: bool = False  # a position's mean under one key is useless under another
 
 
 class InverseOwnKeys(InverseAttack):
     """Learns from images protected under the attacker's own keys, with a new key for every batch."""
 
-    Options: ClassVar[type[registry.MethodConfig]] = InverseOwnKeysOptions
+    class Options(InverseBaseConfig):
+        name: Literal["inverse_own_keys"] = "inverse_own_keys"
+        standardise: bool = False  # a position's mean under one key is useless under another
+
     threat: ClassVar[Threat] = Threat.T2
     needs: ClassVar[tuple[str, ...]] = ("images", "fresh")
 
-    def _training_data(self) -> tuple[Tensor, ProtectedBatches, Callable[[Tensor], Tensor]]:
-        assert self.access.images is not None
-        assert self.access.fresh is not None
-        images, fresh = self.access.images.to(self.access.device), self.access.fresh
+    @cached_property
+    def training_data(self) -> TrainingData:
+        images, fresh = required(self.access.images).to(self.access.device), required(self.access.fresh)
 
         def protect(plain: Tensor, _: Tensor) -> Tensor:
             return fresh(int(torch.randint(VALIDATION_KEY, ())))(plain).float() / 255

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raypp.attacks.base import TrainedOptions, size_mismatch
+from raypp.attacks.base import Shape, TrainedOptions, size_mismatch
 from raypp.config.schema import LinearWarmupDecay, OptimizationConfig, Optimizer
 from raypp.metrics.image import MIN_SIDE, ssim_for_loss
 from raypp.models.perceptual import StateDict
@@ -45,13 +45,7 @@ class InverseNetwork(nn.Module):
     std: Tensor
     protected: Tensor
 
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        protected: tuple[int, int, int],
-        options: InverseBaseConfig,
-        num_classes: int = 0,
-    ) -> None:
+    def __init__(self, shape: Shape, protected: Shape, options: InverseBaseConfig, num_classes: int = 0) -> None:
         super().__init__()
         self.size, self.num_classes, self.patch = shape[1:], num_classes, options.patch
         channels, *size = protected

@@ -12,40 +12,32 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raypp.attacks.base import Attack, Threat
-from raypp.utils import registry
+from raypp.attacks.base import Attack, Threat, required
+from raypp.utils.registry import MethodConfig
 
 FINALISTS = 5
-
-
-class KnownGalleryOptions(registry.MethodConfig):
-    name: Literal["known_gallery"] = "known_gallery"
-    batch_size: int = Field(500, ge=1)
-    """Gallery images per batch."""
-
-
-def _center(values: Tensor) -> Tensor:
-    return (values.float() - 128) / 128
 
 
 class KnownGallery(Attack):
     """Returns the gallery image whose protected version is nearest."""
 
-    Options: ClassVar[type[registry.MethodConfig]] = KnownGalleryOptions
+    class Options(MethodConfig):
+        name: Literal["known_gallery"] = "known_gallery"
+        batch_size: int = Field(500, ge=1)
+        """Gallery images per batch."""
+
     threat: ClassVar[Threat] = Threat.T4
     needs: ClassVar[tuple[str, ...]] = ("protect", "gallery")
     draws: ClassVar[bool] = False
 
     def prepare(self) -> None:
-        assert self.access.protect is not None
-        assert self.access.gallery is not None
-        batches = self.access.gallery.split(self.options.batch_size)
-        self._protected = torch.cat([self.access.protect(batch).flatten(1) for batch in batches])
+        batches = required(self.access.gallery).split(self.options.batch_size)
+        protect = required(self.access.protect)
+        self._protected = torch.cat([protect(batch).flatten(1) for batch in batches])
         self._squared_norms = _center(self._protected).square().sum(1)
         self.note = f"{len(self._protected):,} candidates protected"
 
     def reconstruct(self, protected: Tensor) -> Tensor:
-        assert self.access.gallery is not None
         nearest = []
         for batch in protected.flatten(1).split(self.options.batch_size):
             distance = self._squared_norms - 2 * _center(batch) @ _center(self._protected).t()
@@ -53,4 +45,9 @@ class KnownGallery(Attack):
             candidates = distance.topk(min(FINALISTS, len(self._squared_norms)), largest=False).indices
             exact = (self._protected[candidates].long() - batch[:, None].long()).square().sum(2)
             nearest.append(candidates.gather(1, exact.argmin(1, keepdim=True)).flatten())
-        return self.access.gallery[torch.cat(nearest).to(self.access.gallery.device)].to(protected.device)
+        gallery = required(self.access.gallery)
+        return gallery[torch.cat(nearest).to(gallery.device)].to(protected.device)
+
+
+def _center(values: Tensor) -> Tensor:
+    return (values.float() - 128) / 128

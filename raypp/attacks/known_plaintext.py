@@ -13,30 +13,27 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raypp.attacks.base import Attack, AttackError, Threat
+from raypp.attacks.base import Attack, AttackError, Shape, Threat, required
 from raypp.protections.cipher import from_symbols, to_symbols
-from raypp.utils import registry
+from raypp.utils.registry import MethodConfig
 
 BLOCK = 4
 MIN_EXPLAINED = 0.9  # share of half bytes that need a source
 
 
-class KnownPlaintextOptions(registry.MethodConfig):
-    name: Literal["known_plaintext"] = "known_plaintext"
-    num_pairs: int = Field(1, ge=1)
-    """Number of known images."""
-
-
 class KnownPlaintext(Attack):
     """Matches columns of half bytes over all blocks of all known pairs."""
 
-    Options: ClassVar[type[registry.MethodConfig]] = KnownPlaintextOptions
+    class Options(MethodConfig):
+        name: Literal["known_plaintext"] = "known_plaintext"
+        num_pairs: int = Field(1, ge=1)
+        """Number of known images."""
+
     threat: ClassVar[Threat] = Threat.T3
     needs: ClassVar[tuple[str, ...]] = ("pairs",)
 
     def prepare(self) -> None:
-        assert self.access.pairs is not None
-        plain, protected = (images[: self.options.num_pairs].cpu() for images in self.access.pairs)
+        plain, protected = (images[: self.options.num_pairs].cpu() for images in required(self.access.pairs))
         channels, height, width = self.access.shape
         rows, columns = height // BLOCK * BLOCK, width // BLOCK * BLOCK
         sides = protected.shape[2:]
@@ -72,7 +69,7 @@ class KnownPlaintext(Attack):
         return decrypt(protected.cpu(), self.source, self.mask, BLOCK, self.access.shape).to(protected.device)
 
 
-def decrypt(protected: Tensor, source: Tensor, mask: Tensor, block: int, shape: tuple[int, int, int]) -> Tensor:
+def decrypt(protected: Tensor, source: Tensor, mask: Tensor, block: int, shape: Shape) -> Tensor:
     """Invert a cipher of half bytes and cut padding.
 
     Args:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from raypp.attacks.base import AttackerKnowledge, ImageMap, protect_in_batches, tensor_sha256
+from raypp.attacks.base import AttackerKnowledge, ImageMap, protect_in_batches, required, tensor_sha256
 from raypp.attacks.user_function import source_of, user_function
-from raypp.bundle.load import PublicBundle, load_plain_classifier, load_private, load_public
+from raypp.bundle.load import load_plain_classifier, load_private, load_public
 from raypp.bundle.manifest import MANIFEST
 from raypp.config.overrides import deep_merge
 from raypp.config.schema import Config
@@ -107,6 +107,14 @@ class Target:
         return tensor_sha256(self.plain, self.protected)
 
 
+class _Selection(NamedTuple):
+    """Numbers of images as in :func:`load_target`, and the seed that selects them."""
+
+    num_queries: int
+    num_images: int | None
+    seed: int
+
+
 def load_target(
     spec: TargetSpec,
     *,
@@ -126,27 +134,30 @@ def load_target(
         RayppError: the target or its images cannot be loaded.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    selection = _Selection(num_queries, num_images, seed)
     if spec.folders is not None:
-        return _load_folders(spec.folders, num_queries, num_images, seed, device)
+        return _load_folders(spec.folders, selection, device)
     if spec.function is not None:
-        return _load_function(spec, num_queries, num_images, seed, device)
+        config = validate(spec.config or {})
+        protect = user_function(spec.function, device, spec.search)
+        access = AttackerKnowledge(shape=(0, 0, 0), protect=protect, device=device)
+        return replace(_build_target(spec.function, access, config, None, selection), source=source_of(spec.function))
     if spec.bundle is None:
         raise ConfigError("the target is empty; name a bundle, a function or two folders of images")
-    return _load_bundle(spec, num_queries, num_images, seed, device)
+    return _load_bundle(spec.bundle, spec.config or {}, selection, device)
 
 
-def _load_bundle(spec: TargetSpec, num_queries: int, num_images: int | None, seed: int, device: torch.device) -> Target:
-    assert spec.bundle is not None
-    public, private = load_public(spec.bundle), load_private(spec.bundle)
-    config = validate(deep_merge(private.config, spec.config or {}))
+def _load_bundle(bundle: str, overrides: dict[str, Any], selection: _Selection, device: torch.device) -> Target:
+    public, private = load_public(bundle), load_private(bundle)
+    config = validate(deep_merge(private.config, overrides))
     protection = public.protection.to(device)
     classifier = private.classifier.to(device)
-    kind, options = type(protection), _options(public)
+    kind, about = type(protection), public.about["protection"]
+    options = PROTECTIONS.options(about["name"]).model_validate(about)
 
     def fresh(number: int) -> ImageMap:
         key = Key(hashlib.sha256(f"attacker's own key {number}".encode()).digest())
-        built = PROTECTIONS.build(options, channels=public.channels, key=key)
-        with_own_key: ImageMap = built.to(device).eval().protect
+        with_own_key: ImageMap = PROTECTIONS.build(options, channels=public.channels, key=key).to(device).eval().protect
         return with_own_key
 
     @torch.inference_mode()
@@ -154,24 +165,20 @@ def _load_bundle(spec: TargetSpec, num_queries: int, num_images: int | None, see
         batches = protected.to(device).split(CLASSIFIER_BATCH_SIZE)
         return torch.cat([classifier(batch.float() / 255).argmax(1) for batch in batches])
 
-    def protect(images: Tensor) -> Tensor:
-        return protection.protect(images.to(device))
-
     access = AttackerKnowledge(
         shape=(0, 0, 0),
         structure=kind.adaptation,
         fresh=fresh if kind.needs_key(options) else None,
-        protect=protect,
+        protect=lambda images: protection.protect(images.to(device)),
         gradients=protection if kind.differentiable else None,
         classify=classify,
         device=device,
     )
-    plain_classifier = load_plain_classifier(spec.bundle)
-    target = _build_target(spec.bundle, access, config, private.classes, num_queries, num_images, seed)
+    plain_classifier = load_plain_classifier(bundle)
     return replace(
-        target,
+        _build_target(bundle, access, config, private.classes, selection),
         label=_label(config),
-        source=hashlib.sha256(Storage(spec.bundle).folder("public").read(MANIFEST)).hexdigest(),
+        source=hashlib.sha256(Storage(bundle).folder("public").read(MANIFEST)).hexdigest(),
         metrics=private.metrics,
         plain_classifier=plain_classifier.to(device) if plain_classifier is not None else None,
     )
@@ -186,47 +193,23 @@ def _label(config: Config) -> str:
     return f"{config.protection.name}{alpha}"
 
 
-def _options(public: PublicBundle) -> Any:
-    options = public.about["protection"]
-    return PROTECTIONS.options(options["name"]).model_validate(options)
-
-
-def _load_function(
-    spec: TargetSpec, num_queries: int, num_images: int | None, seed: int, device: torch.device
-) -> Target:
-    assert spec.function is not None
-    config = validate(spec.config or {})
-    protect = user_function(spec.function, device, spec.search)
-    access = AttackerKnowledge(shape=(0, 0, 0), protect=protect, device=device)
-    target = _build_target(spec.function, access, config, None, num_queries, num_images, seed)
-    return replace(target, source=source_of(spec.function))
-
-
 def _build_target(
-    name: str,
-    access: AttackerKnowledge,
-    config: Config,
-    classes: tuple[str, ...] | None,
-    num_queries: int,
-    num_images: int | None,
-    seed: int,
+    name: str, access: AttackerKnowledge, config: Config, classes: tuple[str, ...] | None, selection: _Selection
 ) -> Target:
     """Add images to ``access``: the training split for attackers, the test split as gallery and queries."""
-    device = access.device
+    device, protect = access.device, required(access.protect)
     train, test = load_split(config, "train"), load_split(config, "test")
     if classes is not None and test.classes != classes:
         raise DataError(f"data.source has the classes {', '.join(test.classes)}; the bundle reads {', '.join(classes)}")
     _check_size(test.images.shape[1:3])
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(train))[:num_images]
+    rng = np.random.default_rng(selection.seed)
+    order = rng.permutation(len(train))[: selection.num_images]
     if len(order) < 2:
         raise DataError(f"data.source has {len(order)} images for attackers; allowed are two or more")
     images, labels = _tensors(train.subset(order), device)
     gallery, gallery_labels = _tensors(test, device)
-    truth = torch.from_numpy(rng.permutation(len(test))[:num_queries]).to(device)
+    truth = torch.from_numpy(rng.permutation(len(test))[: selection.num_queries]).to(device)
     plain = gallery[truth]
-    protect = access.protect
-    assert protect is not None
     protected = protect_in_batches(protect, plain)
     half = len(images) // 2  # the protected images of a GAN have other originals than its plain images
     access = replace(
@@ -245,17 +228,15 @@ def _build_target(
     )
 
 
-def _load_folders(
-    folders: tuple[str, str], num_queries: int, num_images: int | None, seed: int, device: torch.device
-) -> Target:
-    names, plain, protected = _read_pairs(folders)
+def _load_folders(folders: tuple[str, str], selection: _Selection, device: torch.device) -> Target:
+    plain, protected = _read_pairs(folders)
     _check_size(plain.shape[2:])
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(names)))
-    num = min(num_queries, len(names) // 5)
-    truth, known = order[:num].to(device), order[num:][:num_images].to(device)
+    order = torch.from_numpy(np.random.default_rng(selection.seed).permutation(len(plain)))
+    num = min(selection.num_queries, len(plain) // 5)
+    truth, known = order[:num].to(device), order[num:][: selection.num_images].to(device)
     plain, protected = plain.to(device), protected.to(device)
     half = len(known) // 2
-    labels = torch.zeros(len(names), dtype=torch.int64, device=device)
+    labels = torch.zeros(len(plain), dtype=torch.int64, device=device)
     access = AttackerKnowledge(
         shape=(plain.shape[1], plain.shape[2], plain.shape[3]),
         images=plain[known],
@@ -269,8 +250,8 @@ def _load_folders(
     return Target(folders[1], label, access, plain[truth], protected[truth], labels[truth], plain, labels, truth, ())
 
 
-def _read_pairs(folders: tuple[str, str]) -> tuple[list[str], Tensor, Tensor]:
-    """Read names, plain and protected images uint8 (N, C, H, W), and check that they match."""
+def _read_pairs(folders: tuple[str, str]) -> tuple[Tensor, Tensor]:
+    """Read plain and protected images uint8 (N, C, H, W) in the order of their names; check that they match."""
     plain, protected = (_read_folder(Path(folder)) for folder in folders)
     for images, others, folder in ((plain, protected, folders[1]), (protected, plain, folders[0])):
         if missing := sorted(images.keys() - others.keys()):
@@ -280,12 +261,7 @@ def _read_pairs(folders: tuple[str, str]) -> tuple[list[str], Tensor, Tensor]:
             )
     if len(plain) < MIN_PAIRS:
         raise DataError(f"folder {folders[0]!r} holds {len(plain)} images; allowed are {MIN_PAIRS} or more")
-    names = sorted(plain)
-    first, second = (
-        _stack([images[name] for name in names], names, folder)
-        for images, folder in zip((plain, protected), folders, strict=True)
-    )
-    return names, first, second
+    return _stack(plain, folders[0]), _stack(protected, folders[1])
 
 
 def _read_folder(folder: Path) -> dict[str, np.ndarray]:
@@ -304,14 +280,17 @@ def _read_folder(folder: Path) -> dict[str, np.ndarray]:
     return decoded
 
 
-def _stack(images: list[np.ndarray], names: list[str], folder: str) -> Tensor:
-    for name, image in zip(names, images, strict=True):
-        if image.shape != images[0].shape:
+def _stack(images: dict[str, np.ndarray], folder: str) -> Tensor:
+    names = sorted(images)
+    height, width, _ = images[names[0]].shape
+    for name in names:
+        size = images[name].shape
+        if size[:2] != (height, width):
             raise DataError(
-                f"{folder}/{name} is {image.shape[0]} x {image.shape[1]}, {names[0]} is {images[0].shape[0]} x "
-                f"{images[0].shape[1]}; images of a folder must have one size"
+                f"{folder}/{name} is {size[0]} x {size[1]}, {names[0]} is {height} x {width}; images of a folder must "
+                "have one size"
             )
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.stack([images[name] for name in names])).permute(0, 3, 1, 2).contiguous()
 
 
 def _tensors(dataset: ImageDataset, device: torch.device) -> tuple[Tensor, Tensor]:

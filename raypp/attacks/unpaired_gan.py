@@ -19,57 +19,31 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from raypp.attacks.base import (
+    AttackerKnowledge,
     AttackError,
     AttackTask,
+    Shape,
     Threat,
     TrainedAttack,
     TrainedOptions,
+    required,
     size_mismatch,
-    tensor_sha256,
 )
 from raypp.config.overrides import deep_merge
 from raypp.config.schema import Constant, OptimizationConfig, Optimizer
 from raypp.data.loader import Augmentation
 from raypp.models import ADAPTATIONS, BLOCK
+from raypp.models.layers import Residual
 from raypp.models.perceptual import StateDict
 from raypp.models.resnet import ResNet20, ResNetOptions
 from raypp.models.unet import UNet
 from raypp.training.checkpoint import EpochMetrics
 from raypp.training.task import Phase, StepOutput, TrainableModule
-from raypp.utils import registry
 from raypp.utils.images import to_uint8
 
 MIN_SIDE = 16  # of the discriminators' images
 
 SIA: dict[str, Any] = {"critic_rate": 4.0, "train": {"epochs": 100, "optimizer": {"lr": 0.0001, "momentum": 0.0}}}
-
-
-class UnpairedGANOptions(TrainedOptions):
-    name: Literal["unpaired_gan"] = "unpaired_gan"
-    style: Literal["dcgan", "sia"] = "dcgan"
-    generator: Literal["auto", "unet", "pixelwise", "blockwise"] = "auto"
-    """``auto`` selects the generator by the structure of the protected images, which is public."""
-    width: int = Field(32, ge=1, le=512)
-    """Channels of a U-Net generator's first level."""
-    critic_rate: float = Field(1.0, gt=0)
-    """Ratio of the discriminator's learning rate to the generator's; SIA-GAN has 4."""
-    train: OptimizationConfig = OptimizationConfig(
-        epochs=25,
-        batch_size=64,
-        optimizer=Optimizer(name="adamw", lr=0.0002, momentum=0.5, weight_decay=0.0),
-        schedule=Constant(),
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _apply_style_defaults(cls, values: Any) -> Any:
-        """With style ``sia``, missing settings have SIA-GAN's values."""
-        if not isinstance(values, dict) or values.get("style") != "sia":
-            return values
-        train = values.get("train") or {}
-        if not isinstance(train, dict):
-            return values
-        return SIA | values | {"train": deep_merge(SIA["train"], train)}
 
 
 def _conv(channels_in: int, channels_out: int, size: int, stride: int = 1, padding: int = 0) -> nn.Conv2d:
@@ -82,15 +56,13 @@ def _conv(channels_in: int, channels_out: int, size: int, stride: int = 1, paddi
 class Generator(nn.Module):
     """Maps protected images N x C' x H' x W' in [0, 1] to N x C x H x W in [0, 1]."""
 
-    def __init__(
-        self, shape: tuple[int, int, int], protected: tuple[int, int, int], structure: str, options: Any
-    ) -> None:
+    def __init__(self, access: AttackerKnowledge, protected: Shape, options: Any) -> None:
         super().__init__()
-        self.size, channels, channels_in = shape[1:], shape[0], protected[0]
+        self.size, channels, channels_in = access.shape[1:], access.shape[0], protected[0]
         self.resized = size_mismatch(protected[1:], self.size)
         kind = options.generator
         if kind == "auto":
-            side = ADAPTATIONS.get(structure).side if structure in ADAPTATIONS else None
+            side = ADAPTATIONS.get(access.structure).side if access.structure in ADAPTATIONS else None
             kind = "unet" if side is None else "pixelwise" if side == 1 else "blockwise"
         if kind == "blockwise" and any(side % BLOCK for side in protected[1:]):
             raise AttackError(
@@ -99,7 +71,7 @@ class Generator(nn.Module):
             )
         self.body: nn.Module
         if options.style == "sia":
-            self.body = _sia_generator(protected, channels, structure)
+            self.body = _sia_generator(protected, channels, access.structure)
         elif kind == "pixelwise":
             self.body = _pixelwise_generator(channels_in, channels)
         elif kind == "blockwise":
@@ -115,7 +87,7 @@ class Generator(nn.Module):
         return images[:, :, :height, :width]
 
 
-def _sia_generator(protected: tuple[int, int, int], channels: int, structure: str) -> nn.Sequential:
+def _sia_generator(protected: Shape, channels: int, structure: str) -> nn.Sequential:
     """SIA-GAN's generator behind the adaptation network of the protection's structure."""
     adaptation: Any = nn.Identity()
     channels_in = protected[0]
@@ -123,7 +95,14 @@ def _sia_generator(protected: tuple[int, int, int], channels: int, structure: st
         adaptation = ADAPTATIONS.get(structure)(channels_in, protected[1:])
         channels_in = adaptation.channels_out
     return nn.Sequential(
-        adaptation, spectral_norm(nn.Conv2d(channels_in, 64, 3, 1, 1)), *(SpectralBlock(64) for _ in range(3)),
+        adaptation, spectral_norm(nn.Conv2d(channels_in, 64, 3, 1, 1)),
+        *(
+            Residual(
+                nn.LeakyReLU(0.1), spectral_norm(nn.Conv2d(64, 64, 3, 1, 1)),
+                nn.LeakyReLU(0.1), spectral_norm(nn.Conv2d(64, 64, 3, 1, 1)),
+            )
+            for _ in range(3)
+        ),
         spectral_norm(nn.Conv2d(64, 64, 3, 1, 1)), nn.LeakyReLU(0.1), spectral_norm(nn.Conv2d(64, channels, 3, 1, 1)),
     )  # fmt: skip
 
@@ -145,28 +124,13 @@ def _blockwise_generator(channels_in: int, channels_out: int) -> nn.Sequential:
     )  # fmt: skip
 
 
-class SpectralBlock(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.LeakyReLU(0.1), spectral_norm(nn.Conv2d(width, width, 3, 1, 1)),
-            nn.LeakyReLU(0.1), spectral_norm(nn.Conv2d(width, width, 3, 1, 1)),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.layers(x)
-        return y
-
-
 class SelfAttention(nn.Module):
     """Self-attention of Zhang, Goodfellow, Metaxas, Odena 2019."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.query, self.key = (
-            spectral_norm(nn.Conv2d(width, width // 8, 1)),
-            spectral_norm(nn.Conv2d(width, width // 8, 1)),
-        )
+        self.query = spectral_norm(nn.Conv2d(width, width // 8, 1))
+        self.key = spectral_norm(nn.Conv2d(width, width // 8, 1))
         self.value = spectral_norm(nn.Conv2d(width, width, 1))
         self.gain = nn.Parameter(torch.zeros(()))
 
@@ -202,7 +166,7 @@ class GANModule(TrainableModule):
         options, access = attack.options, attack.access
         self.options, self.labels, self.ciphertexts, self.classes = options, labels, ciphertexts, classes
         _, channels, height, width = ciphertexts.shape
-        self.generator = attack.generator((channels, height, width))
+        self.generator = Generator(access, (channels, height, width), options)
         self.discriminator = _discriminator(access.shape[0], options.style)
         self.classifier = None
         if options.style == "sia" and access.num_classes:
@@ -240,15 +204,10 @@ class GANTask(AttackTask):
     """Trains a GAN. It has no validation loss, because the attacker has no pairs, so the last epoch counts."""
 
     def __init__(self, attack: UnpairedGAN, epochs: int, num_images: int | None) -> None:
-        self.attack, self.train, self.seed = attack, attack.options.train, attack.seed
-        self.phases = [Phase("unpaired_gan", epochs)]
-        self.images, self.labels, self.ciphertexts, self.classes = (part[:num_images] for part in attack.training_data)
-        self.indices = torch.arange(len(self.images), device=self.images.device)
-        self.augmentation = Augmentation(0, True)
-        # An oracle may use a new key for each image, so its protected images do not identify the data.
-        has_oracle = attack.access.protect is not None
-        self.fingerprint = tensor_sha256(self.images, *([] if has_oracle else [self.ciphertexts]))
-        self.share(0, 1)
+        self.attack = attack
+        images, self.labels, self.ciphertexts, self.classes = (part[:num_images] for part in attack.training_data)
+        indices = torch.arange(len(images), device=images.device)
+        super().__init__(attack, epochs, images, indices, self.ciphertexts, Augmentation(0, True))
 
     def build(self, phase: Phase) -> GANModule:
         torch.manual_seed(self.seed)
@@ -261,19 +220,41 @@ class GANTask(AttackTask):
 class UnpairedGAN(TrainedAttack):
     """Generates natural-looking images from protected ones."""
 
-    Options: ClassVar[type[registry.MethodConfig]] = UnpairedGANOptions
+    class Options(TrainedOptions):
+        name: Literal["unpaired_gan"] = "unpaired_gan"
+        style: Literal["dcgan", "sia"] = "dcgan"
+        generator: Literal["auto", "unet", "pixelwise", "blockwise"] = "auto"
+        """``auto`` selects the generator by the structure of the protected images, which is public."""
+        width: int = Field(32, ge=1, le=512)
+        """Channels of a U-Net generator's first level."""
+        critic_rate: float = Field(1.0, gt=0)
+        """Ratio of the discriminator's learning rate to the generator's; SIA-GAN has 4."""
+        train: OptimizationConfig = OptimizationConfig(
+            epochs=25,
+            batch_size=64,
+            optimizer=Optimizer(name="adamw", lr=0.0002, momentum=0.5, weight_decay=0.0),
+            schedule=Constant(),
+        )
+
+        @model_validator(mode="before")
+        @classmethod
+        def _apply_style_defaults(cls, values: Any) -> Any:
+            """With style ``sia``, missing settings have SIA-GAN's values."""
+            if not isinstance(values, dict) or values.get("style") != "sia":
+                return values
+            train = values.get("train") or {}
+            if not isinstance(train, dict):
+                return values
+            return SIA | values | {"train": deep_merge(SIA["train"], train)}
+
     threat: ClassVar[Threat] = Threat.T1
     needs: ClassVar[tuple[str, ...]] = ("ciphertexts",)
 
     @cached_property
     def training_data(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Plain images and their classes, then protected images of other originals and their classes, on the device."""
-        assert self.access.ciphertexts is not None
-        plain, labels, protected, classes = (part.to(self.access.device) for part in self.access.ciphertexts())
+        plain, labels, protected, classes = (x.to(self.access.device) for x in required(self.access.ciphertexts)())
         return plain, labels, protected, classes
-
-    def generator(self, protected: tuple[int, int, int]) -> Generator:
-        return Generator(self.access.shape, protected, self.access.structure, self.options)
 
     def task(self, share_epochs: float = 1.0, num_images: int | None = None) -> GANTask:
         if min(self.access.shape[1:]) < MIN_SIDE:
@@ -291,7 +272,7 @@ class UnpairedGAN(TrainedAttack):
 
     def load(self, state: StateDict) -> None:
         channels, height, width = state["shape"].tolist()
-        self._network = self.generator((channels, height, width))
+        self._network = Generator(self.access, (channels, height, width), self.options)
         self._network.load_state_dict({k: v for k, v in state.items() if k != "shape"})
         self._network.to(self.access.device).eval().requires_grad_(False)
 

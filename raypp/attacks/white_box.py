@@ -7,58 +7,49 @@ last term is 0. Each image keeps the result with the lowest objective, which the
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from raypp.attacks.base import Attack, Threat
+from raypp.attacks.base import Attack, Threat, required
 from raypp.training.threads import AdaptiveThreads
-from raypp.utils import registry
 from raypp.utils.images import to_uint8
+from raypp.utils.registry import MethodConfig
 
 MARGIN = 0.01  # distance of initial values from 0 and 1, whose logits are infinite
-
-
-class WhiteBoxOptions(registry.MethodConfig):
-    name: Literal["white_box"] = "white_box"
-    steps: int = Field(400, ge=1)
-    """Adam's steps per start."""
-    lr: float = Field(0.05, gt=0)
-    """Adam's learning rate on logits of pixels; falls linearly to a tenth."""
-    tv: float = Field(0.002, ge=0)
-    """Weight of the mean absolute difference of neighboring pixels."""
-    prior: float = Field(0.1, ge=0)
-    """Weight of the mean squared distance from the inverse network's estimate, which helps where the protection
-    saturates and has no gradient."""
-    restarts: int = Field(1, ge=0)
-    """Random starts, in addition to gray and the inverse network's estimate."""
-    num_images: int = Field(200, ge=1)
-    """Most images to attack; each takes steps times starts passes through the protection."""
-    batch_size: int = Field(100, ge=1)
 
 
 class WhiteBox(Attack):
     """Gradient descent on the plain image."""
 
-    Options: ClassVar[type[registry.MethodConfig]] = WhiteBoxOptions
+    class Options(MethodConfig):
+        name: Literal["white_box"] = "white_box"
+        steps: int = Field(400, ge=1)
+        """Adam's steps per start."""
+        lr: float = Field(0.05, gt=0)
+        """Adam's learning rate on logits of pixels; falls linearly to a tenth."""
+        tv: float = Field(0.002, ge=0)
+        """Weight of the mean absolute difference of neighboring pixels."""
+        prior: float = Field(0.1, ge=0)
+        """Weight of the mean squared distance from the inverse network's estimate, which helps where the protection
+        saturates and has no gradient."""
+        restarts: int = Field(1, ge=0)
+        """Random starts, in addition to gray and the inverse network's estimate."""
+        num_images: int = Field(200, ge=1)
+        """Most images to attack; each takes steps times starts passes through the protection."""
+        batch_size: int = Field(100, ge=1)
+
     threat: ClassVar[Threat] = Threat.T5
     needs: ClassVar[tuple[str, ...]] = ("gradients",)
     after: ClassVar[tuple[str, ...]] = ("inverse",)
     effort = "steps"
 
-    def __init__(self, options: Any, access: Any, *, seed: int = 0, learned: bool = False) -> None:
-        super().__init__(options, access, seed=seed, learned=learned)
-        self.max_queries = options.num_images
-
     def prepare(self) -> None:
-        has_prior = "inverse" in (self.access.earlier or {})
-        starts = [
-            "gray",
-            *(["the inverse network's estimate"] if has_prior else []),
-            *["noise"] * self.options.restarts,
-        ]
+        self.max_queries = self.options.num_images
+        prior = ["the inverse network's estimate"] if "inverse" in (self.access.earlier or {}) else []
+        starts = ["gray", *prior, *["noise"] * self.options.restarts]
         self.note = f"{self.options.steps} steps from each of {', '.join(starts)}"
 
     def reconstruct(self, protected: Tensor) -> Tensor:
@@ -67,27 +58,19 @@ class WhiteBox(Attack):
 
     def _attack(self, protected: Tensor) -> Tensor:
         target = protected.float() / 255
-        num = len(protected)
+        shape, device = (len(protected), *self.access.shape), target.device
         inverse = (self.access.earlier or {}).get("inverse")
         prior = inverse(protected).float() / 255 if inverse is not None else None
-        lowest = torch.full((num,), float("inf"), device=target.device)
-        best = torch.zeros(num, *self.access.shape, device=target.device)
-        for start in self._starts(num, prior):
+        generator = torch.Generator().manual_seed(self.seed)
+        noise = [torch.rand(shape, generator=generator).to(device) for _ in range(self.options.restarts)]
+        lowest = torch.full((len(protected),), float("inf"), device=device)
+        best = torch.zeros(shape, device=device)
+        for start in (torch.full(shape, 0.5, device=device), *([] if prior is None else [prior]), *noise):
             estimate, objective = self._descend(start, target, prior)
             better = objective < lowest
             lowest = torch.where(better, objective, lowest)
             best = torch.where(better[:, None, None, None], estimate, best)
         return best
-
-    def _starts(self, num: int, prior: Tensor | None) -> list[Tensor]:
-        shape = (num, *self.access.shape)
-        device = self.access.device
-        starts = [torch.full(shape, 0.5, device=device)]
-        if prior is not None:
-            starts.append(prior)
-        generator = torch.Generator().manual_seed(self.seed)
-        starts += [torch.rand(shape, generator=generator).to(device) for _ in range(self.options.restarts)]
-        return starts
 
     def _descend(self, start: Tensor, target: Tensor, prior: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return estimates (n, C, H, W) in [0, 1] and their objectives (n,)."""
@@ -107,8 +90,7 @@ class WhiteBox(Attack):
             return estimate, self._objective(estimate, target, prior)
 
     def _objective(self, images: Tensor, target: Tensor, prior: Tensor | None) -> Tensor:
-        assert self.access.gradients is not None
-        error = (self.access.gradients(images) - target).square().mean(dim=(1, 2, 3))
+        error = (required(self.access.gradients)(images) - target).square().mean(dim=(1, 2, 3))
         horizontal = (images[..., 1:] - images[..., :-1]).abs().mean(dim=(1, 2, 3))
         vertical = (images[..., 1:, :] - images[..., :-1, :]).abs().mean(dim=(1, 2, 3))
         objective: Tensor = error + self.options.tv * (horizontal + vertical)

@@ -12,8 +12,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from raypp.bundle.guard import PlainImageDetector
-from raypp.bundle.manifest import LEAKAGE, MANIFEST, local_folder, write_manifest
-from raypp.bundle.model_card import NOT_ATTACKED, leakage_card, model_card
+from raypp.bundle.manifest import MANIFEST, local_folder, write_manifest
+from raypp.bundle.model_card import LEAKAGE, NOT_ATTACKED, leakage_card, model_card
 from raypp.config.schema import Config
 from raypp.models.perceptual import StateDict
 from raypp.utils.documents import dump_json

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from raypp.bundle.guard import PlainImageDetector, restore_detector
-from raypp.bundle.manifest import PRIVATE, check_listed, local_folder, read_json_file, verify
+from raypp.bundle.manifest import PRIVATE, PUBLIC, local_folder, read_json_file, verify
 from raypp.config.presets import read_yaml
 from raypp.models import CLASSIFIERS
 from raypp.models.adaptation import build_classifier
@@ -22,7 +24,6 @@ from raypp.utils.errors import BundleError, ConfigError, first_line
 from raypp.utils.keys import FILE, Key
 
 MIN_AGREEMENT = 0.9  # on the self-test samples; processors differ in rounding near decision boundaries
-BUILD_ERRORS = (ConfigError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,12 @@ class PrivateBundle:
     def problem(self) -> str | None:
         """Why the classifier no longer gives the predictions recorded at export, or None if it does."""
         device = next(self.classifier.parameters()).device
-        images, classes = self.sample.to(device), self.sample_classes.to(device)
-        logits = self.classifier(images.float() / 255)
+        logits = self.classifier(self.sample.to(device).float() / 255)
         if not bool(torch.isfinite(logits).all()):
             return "its answers are not finite numbers"
-        agree = int((logits.argmax(1) == classes).sum())
-        if agree < MIN_AGREEMENT * len(classes):
-            return f"it gives the recorded answer for {agree} of {len(classes)} images of its sample"
+        agree = int((logits.argmax(1) == self.sample_classes.to(device)).sum())
+        if agree < MIN_AGREEMENT * len(self.sample_classes):
+            return f"it gives the recorded answer for {agree} of {len(self.sample_classes)} images of its sample"
         return None
 
 
@@ -79,10 +79,9 @@ def load_public(location: str | Path, key: Key | None = None) -> PublicBundle:
         key_file = folder.parent / "private" / FILE
         if key is None and is_whole and key_file.is_file():
             key = Key.read(key_file)
-        manifest = verify(folder)
-        check_listed(manifest, folder, "protection.json", "protection.safetensors")
+        verify(folder, *PUBLIC)
         info = read_json_file(folder / "protection.json")
-        try:
+        with _build_errors("protection", location):
             options = PROTECTIONS.options(info["protection"]["name"]).model_validate(info["protection"])
             if PROTECTIONS.get(options.name).needs_key(options):
                 _check_key(key, info["key"], location)
@@ -93,8 +92,6 @@ def load_public(location: str | Path, key: Key | None = None) -> PublicBundle:
             height, width = (int(side) for side in info["image_size"])
             if min(height, width) < 1 or info["channels"] not in (1, 3):
                 raise ValueError(f"it reads no images of {height} x {width} with {info['channels']} channels")
-        except BUILD_ERRORS as error:
-            raise BundleError(f"the protection in {str(location)!r} cannot be built: {first_line(error)}") from error
     protection.eval().requires_grad_(False)
     return PublicBundle(protection, info["channels"], (height, width), info)
 
@@ -102,18 +99,15 @@ def load_public(location: str | Path, key: Key | None = None) -> PublicBundle:
 def load_private(location: str | Path) -> PrivateBundle:
     """Load and verify the private part of a bundle, from the bundle or its ``private`` folder (path or URI)."""
     with local_folder(location, "private") as (folder, _):
-        manifest = verify(folder)
-        check_listed(manifest, folder, *PRIVATE)
+        verify(folder, *PRIVATE)
         info = read_json_file(folder / "classifier.json")
-        try:
+        with _build_errors("classifier", location):
             classifier = _build_classifier(folder / "classifier.safetensors", info, info["adaptation"])
             classes = tuple(info["classes"])
             sample = load((folder / "sample.safetensors").read_bytes())
             images, image_classes = sample["images"], sample["classes"]
             guard_file = folder / "guard.json"
             guard = restore_detector(read_json_file(guard_file)) if guard_file.is_file() else None
-        except BUILD_ERRORS as error:
-            raise BundleError(f"the classifier in {str(location)!r} cannot be built: {first_line(error)}") from error
         try:
             config = read_yaml(folder / "config.yaml")
         except ConfigError as error:
@@ -130,12 +124,17 @@ def load_plain_classifier(location: str | Path) -> nn.Module | None:
             return None
         verify(folder)
         info = read_json_file(folder / "classifier.json")
-        try:
+        with _build_errors("plain classifier", location):
             return _build_classifier(weights, info, "none")
-        except BUILD_ERRORS as error:
-            raise BundleError(
-                f"the plain classifier in {str(location)!r} cannot be built: {first_line(error)}"
-            ) from error
+
+
+@contextmanager
+def _build_errors(network: str, location: str | Path) -> Iterator[None]:
+    """Convert the errors of options and weights that do not fit together into a BundleError."""
+    try:
+        yield
+    except (ConfigError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise BundleError(f"the {network} in {str(location)!r} cannot be built: {first_line(error)}") from error
 
 
 def _build_classifier(weights: Path, info: dict[str, Any], adaptation: str) -> nn.Module:

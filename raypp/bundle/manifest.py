@@ -19,9 +19,9 @@ from raypp.utils.storage import Storage, sha256
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-LEAKAGE = "## What attacks recovered"
+PUBLIC = ("protection.json", "protection.safetensors")
 PRIVATE = ("classifier.json", "classifier.safetensors", "sample.safetensors", "metrics.json", "config.yaml")
-"""Files that every private part has."""
+"""Files that every public and every private part has."""
 
 
 def write_manifest(folder: Path) -> None:
@@ -40,11 +40,11 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_bytes(dump_json(manifest))
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify(folder: Path, *required: str) -> dict[str, Any]:
     """Check every file that ``folder/manifest.json`` lists and return the manifest.
 
-    Raises:
-        BundleError: the manifest is missing, unreadable or newer, or a file is missing, altered or unlisted.
+    BundleError is raised if the manifest is missing, unreadable, newer or lacks a ``required`` file, or if a file is
+    missing, altered or unlisted.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -64,6 +64,9 @@ def verify(folder: Path) -> dict[str, Any]:
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != MANIFEST and name not in checksums:
             raise BundleError(f"{str(folder)!r} was altered: {name} is not listed in its manifest")
+    for name in required:
+        if name not in checksums:
+            raise BundleError(f"{str(folder)!r} is incomplete: its manifest does not list {name}")
     return dict(manifest)
 
 
@@ -98,13 +101,6 @@ def local_folder(location: str | Path, part: str) -> Iterator[tuple[Path, bool]]
             yield (folder / part if is_whole else folder), is_whole
     except StorageError as error:
         raise BundleError(f"bundle {str(location)!r} cannot be read: {error}") from error
-
-
-def check_listed(manifest: dict[str, Any], folder: Path, *names: str) -> None:
-    """Raise BundleError unless the manifest lists every name."""
-    for name in names:
-        if name not in manifest["files"]:
-            raise BundleError(f"{str(folder)!r} is incomplete: its manifest does not list {name}")
 
 
 def read_json_file(path: Path) -> dict[str, Any]:

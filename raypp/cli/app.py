@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
+from datetime import datetime
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
@@ -27,7 +27,6 @@ SETTINGS_HELP = (
     "Any setting of the configuration is a flag: --train.alpha 0.01 --data.source.name parquet. "
     "`raypp config PRESET` prints them all with their values."
 )
-
 ATTACK_HELP = (
     "Flags set any setting of the suite (--num_queries 500), of an attack by its name (--inverse.train.epochs 5), and "
     "of the images (--data.source.path FOLDER)."
@@ -46,15 +45,11 @@ def without_settings(words: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """Split words into positional ones and settings, ``--name VALUE`` or ``--name=VALUE``."""
     positional: list[str] = []
     settings: list[str] = []
-    remaining = list(words)
-    while remaining:
-        word = remaining.pop(0)
-        if not word.startswith("--"):
-            positional.append(word)
-            continue
-        settings.append(word)
-        if "=" not in word and remaining and not remaining[0].startswith("--"):
-            settings.append(remaining.pop(0))
+    is_value = False
+    for word in words:
+        is_name = word.startswith("--")
+        (settings if is_name or is_value else positional).append(word)
+        is_value = is_name and "=" not in word
     return positional, settings
 
 
@@ -69,7 +64,8 @@ def import_from_ray(module: str, function: str, instead: str = "--local trains i
         raise ConfigError(f"Ray is not installed here; {instead}") from None
 
 
-def new_name(preset: str) -> str:
-    from datetime import datetime
-
-    return f"{Path(preset).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+def run_name(name: str | None, default: str, *, resume: bool = False, what: str = "run") -> str:
+    """The name of a run: ``default`` with date and time if there is no ``name``; raises ConfigError on resume."""
+    if name is None and resume:
+        raise ConfigError(f"--resume needs --name, the {what} to continue")
+    return f"{default}-{datetime.now():%Y%m%d-%H%M%S}" if name is None else name

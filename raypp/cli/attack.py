@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter, validators
 from rich.console import Console
 
-from raypp.cli.app import ATTACK_HELP, SETTINGS_HELP, Settings, app, import_from_ray, new_name, without_settings
+from raypp.cli.app import ATTACK_HELP, SETTINGS_HELP, Settings, app, import_from_ray, run_name, without_settings
 from raypp.cli.render import print_accuracy, print_chance_error, print_scorecard, print_text, print_threats
 from raypp.utils.errors import ConfigError, RayppError
 
@@ -32,35 +32,23 @@ def attack(
 ) -> dict[str, Any]:
     """Run all attacks that the threat levels allow, and write a scorecard and a report.
 
-    Parameters
-    ----------
-    bundle
-        Path or URI of a bundle to attack, unless --function or --folders names a target. Settings may precede it.
-    function
-        Attack your own protection: MODULE:NAME or FILE.py:NAME of a function on NumPy uint8 (N, H, W, C).
-    preset
-        Preset with the images for --function; by default cifar10-small.
-    folders
-        Attack pairs of images: a folder of plain images, and one of protected images with the same names.
-    attacks
-        Names of the attacks to run; by default all of the suite.
-    suite
-        Strength of the attacks: quick, small, standard, or the path of a YAML file.
-    name
-        The attack run's name, a new folder under the storage path; by default attack, date and time.
-    storage
-        Folder or URI that holds the attack run's folder.
-    resume
-        Continue the attack run NAME: finished attacks are not repeated, and attacks may be added.
-    local
-        Run the attacks in this process, one after the other, without Ray.
-    quiet
-        Print nothing but warnings and errors.
+    Args:
+        bundle: Path or URI of a bundle to attack, unless --function or --folders names a target. Settings may precede
+            it.
+        function: Attack your own protection: MODULE:NAME or FILE.py:NAME of a function on NumPy uint8 (N, H, W, C).
+        preset: Preset with the images for --function; by default cifar10-small.
+        folders: Attack pairs of images: a folder of plain images, and one of protected images with the same names.
+        attacks: Names of the attacks to run; by default all of the suite.
+        suite: Strength of the attacks: quick, small, standard, or the path of a YAML file.
+        name: The attack run's name, a new folder under the storage path; by default attack, date and time.
+        storage: Folder or URI that holds the attack run's folder.
+        resume: Continue the attack run NAME: finished attacks are not repeated, and attacks may be added.
+        local: Run the attacks in this process, one after the other, without Ray.
+        quiet: Print nothing but warnings and errors.
     """
     from raypp.experiments.attack_plan import make_attack_plan
 
-    if resume and name is None:
-        raise ConfigError("--resume needs --name, the attack run to continue")
+    name = run_name(name, "attack", resume=resume, what="attack run")
     bundles, settings = without_settings(bundle)
     if len(bundles) > 1:
         raise ConfigError(f"name one bundle, not {' and '.join(map(repr, bundles))}; a setting is written --name VALUE")
@@ -73,7 +61,7 @@ def attack(
         attacks=attacks or (),
         flags=settings,
         storage=storage,
-        name=new_name("attack") if name is None else name,
+        name=name,
     )
     return run_attacks(plan, resume=resume, local=local, quiet=quiet)
 
@@ -104,12 +92,9 @@ def run_attacks(plan: AttackPlan, *, resume: bool = False, local: bool = False, 
 def report(*sources: str, out: str = "report") -> None:
     """Write one HTML report of attack runs and attacked bundles, with figures, CSV and JSON.
 
-    Parameters
-    ----------
-    sources
-        Attack runs (see `raypp attack`), or attacked bundles and runs of `raypp train`.
-    out
-        Path or URI of a folder that is new, empty, or holds an earlier report.
+    Args:
+        sources: Attack runs (see `raypp attack`), or attacked bundles and runs of `raypp train`.
+        out: Path or URI of a folder that is new, empty, or holds an earlier report.
     """
     from raypp.evaluation.report.render import write_report
     from raypp.utils.storage import Storage
@@ -129,25 +114,19 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a bundle's accuracy after 8-bit rounding, and the similarity of protected and plain images.
 
-    Parameters
-    ----------
-    bundle
-        Path or URI of a bundle.
-    split
-        Split of the data to measure on.
-    jpeg
-        Also measure the accuracy after re-encoding protected images as JPEG of this quality.
-    output
-        Also write the metrics to this JSON file.
+    Args:
+        bundle: Path or URI of a bundle.
+        split: Split of the data to measure on.
+        jpeg: Also measure the accuracy after re-encoding protected images as JPEG of this quality.
+        output: Also write the metrics to this JSON file.
     """
     from raypp.evaluation.evaluate import evaluate_bundle
     from raypp.metrics.statistics import chance_error
+    from raypp.utils.documents import dump_json
+    from raypp.utils.storage import Storage
 
     metrics = evaluate_bundle(bundle, settings, split, jpeg)
     if output is not None:
-        from raypp.utils.documents import dump_json
-        from raypp.utils.storage import Storage
-
         Storage(output.absolute().parent).write(output.name, dump_json(metrics))
     print_accuracy(Console(), metrics, None, split)
     print_chance_error(chance_error(metrics))

@@ -27,14 +27,10 @@ def ls() -> None:
 def convert(source: str, out: Path, /, *options: Settings, image_size: tuple[int, int] | None = None) -> None:
     """Convert a source to Parquet with Hugging Face's columns and lossless PNG images.
 
-    Parameters
-    ----------
-    source
-        Name of a source (see `raypp data ls`); its options follow as flags, such as --path FOLDER.
-    out
-        A new or empty folder.
-    image_size
-        Resize and crop every image to this height and width.
+    Args:
+        source: Name of a source (see `raypp data ls`); its options follow as flags, such as --path FOLDER.
+        out: A new or empty folder.
+        image_size: Resize and crop every image to this height and width.
     """
     from rich.progress import Progress
 
@@ -52,12 +48,9 @@ def convert(source: str, out: Path, /, *options: Settings, image_size: tuple[int
 def check(source: str, /, *options: Settings, image_size: tuple[int, int] | None = None) -> None:
     """Decode and count every image of a source; exit code 1 for unreadable images or unusable splits.
 
-    Parameters
-    ----------
-    source
-        Name of a source (see `raypp data ls`); its options follow as flags, such as --path FOLDER.
-    image_size
-        Resize and crop every image to this height and width.
+    Args:
+        source: Name of a source (see `raypp data ls`); its options follow as flags, such as --path FOLDER.
+        image_size: Resize and crop every image to this height and width.
     """
     from raypp.data import convert as parquet
 

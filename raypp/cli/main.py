@@ -10,13 +10,11 @@ import traceback
 from cyclopts import CycloptsError
 from rich.console import Console
 
-from raypp.cli import attack, data, service, train
+from raypp.cli import attack, data, service, train  # noqa: F401  # they add their commands to app
 from raypp.cli.app import app
 from raypp.cli.render import print_text
 from raypp.utils.errors import FAILURE, USAGE, RayppError
 
-COMMANDS = (attack, data, service, train)
-"""Modules that add their functions as commands to :data:`app`."""
 TRACEBACK = "RAYPP_TRACEBACK"  # environment variable: print tracebacks of errors
 
 
@@ -37,8 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
         hint = "" if os.environ.get(TRACEBACK) else f"; {TRACEBACK}=1 shows where"
         _fail(errors, reason + hint, FAILURE)
     except KeyboardInterrupt as interrupt:
-        sentence = str(interrupt) or "interrupted; finished work is saved, and --resume continues a run"
-        print_text(errors, sentence)
+        print_text(errors, str(interrupt) or "interrupted; finished work is saved, and --resume continues a run")
         raise SystemExit(130) from None
 
 

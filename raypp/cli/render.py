@@ -36,18 +36,17 @@ def print_results(results: dict[str, Any], where: str) -> None:
 
 def print_search(results: dict[str, Any], where: str) -> None:
     """Print the Pareto front of a search and the paths of its best bundles."""
+    from raypp.experiments.plots import label
+
     console = Console()
     keys = sorted({key for point in results["front"] for key in point["settings"]})
     titles = ("accuracy", "leakage", "re-identified", *(key.rpartition(".")[2] for key in keys))
     table = _table(("trial",), titles)
     for point in results["front"]:
-        table.add_row(
-            point["trial"],
-            f"{point['accuracy']:.1%}",
-            f"{point['leakage']:.3f}",
-            f"{point['reidentification_rate']:.1%}",
-            *(_format_setting(point["settings"].get(key)) for key in keys),
-        )
+        scores = (f"{point['accuracy']:.1%}", f"{point['leakage']:.3f}", f"{point['reidentification_rate']:.1%}")
+        values = [label(point["settings"].get(key)) for key in keys]
+        settings = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in values)
+        table.add_row(point["trial"], *scores, *settings)
     console.print("\n[bold]Pareto front[/] (validation accuracy after rounding, SSIM of the quick attack)")
     console.print(table)
     for name, trial in results["best"].items():
@@ -57,12 +56,6 @@ def print_search(results: dict[str, Any], where: str) -> None:
         console.print(f"best {name:<9} {where}/best/{name}  (trial {trial}{leakage})", highlight=False, soft_wrap=True)
     for file in ("trials.csv", "front.png", *(["report/report.html"] if results["scorecards"] else [])):
         print_text(console, f"{where}/{file}")
-
-
-def _format_setting(value: Any) -> str:
-    from raypp.experiments.plots import label
-
-    return f"{value:.3g}" if isinstance(value, float) else str(label(value))
 
 
 def print_table1(results: list[CellResult], where: str) -> None:
@@ -141,29 +134,27 @@ def print_accuracy(console: Console, test: dict[str, Any], plain: dict[str, Any]
 def print_data_report(report: Report) -> None:
     """Print the report of ``raypp data check``: images of each split and class, warnings and errors."""
     console = Console()
-    splits = (("train", report.train), ("test", report.test))
-    table = Table("split", "images", "H x W x C", "duplicates", "unreadable", "fingerprint", box=None, pad_edge=False)
-    for name, split in splits:
-        shape = " x ".join(map(str, split.shape)) if split.shape else "-"
-        fingerprint = split.fingerprint[:16] if split.fingerprint else "-"
-        table.add_row(
-            name, f"{split.num_images:,}", shape, f"{split.num_duplicates:,}", f"{split.num_unreadable:,}", fingerprint
-        )
+    splits = {"train": report.train, "test": report.test}
+    table = _table(("split", "images", "H x W x C", "duplicates", "unreadable", "fingerprint"))
+    for name, split in splits.items():
+        shape = " x ".join(map(str, split.shape or ())) or "-"
+        counts = [f"{num:,}" for num in (split.num_images, split.num_duplicates, split.num_unreadable)]
+        table.add_row(name, counts[0], shape, *counts[1:], (split.fingerprint or "-")[:16])
     console.print(table)
-    counts = Table("class", "train", "test", box=None, pad_edge=False)
-    for label, num in report.train.counts.items():
-        counts.add_row(escape(label), f"{num:,}", f"{report.test.counts[label]:,}")
-    console.print(counts)
+    table = _table(("class", *splits))
+    for label in report.train.counts:
+        table.add_row(escape(label), *(f"{split.counts[label]:,}" for split in splits.values()))
+    console.print(table)
     console.print(f"test images that are also training images: {report.num_shared:,}", highlight=False)
-    for name, split in splits:
+    for name, split in splits.items():
         if empty := [label for label, num in split.counts.items() if not num]:
             print_text(console, f"classes without images in {name}: {', '.join(empty)}", "yellow")
     if report.unused:
         more = f" and {len(report.unused) - 20} more" if len(report.unused) > 20 else ""
         names = ", ".join(report.unused[:20])
         print_text(console, f"not read, since they belong to no split that is used: {names}{more}", "yellow")
-    for _, split in splits:
-        for sentence in (*split.unreadable, *([split.problem] if split.problem else [])):
+    for split in splits.values():
+        for sentence in filter(None, (*split.unreadable, split.problem)):
             print_text(console, sentence, "red")
 
 

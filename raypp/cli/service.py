@@ -28,20 +28,13 @@ def protect(
 ) -> int:
     """Protect images with the public part of a bundle, offline.
 
-    Parameters
-    ----------
-    bundle
-        A bundle or its public folder.
-    source
-        An image, or a folder of images.
-    target
-        Output: a .png file for one image, a new or empty folder for a folder.
-    key
-        Key file of a keyed protection; a whole bundle holds it in its private part.
-    keep_size
-        Keep each image's size instead of resizing and cropping it to the classifier's size.
-    quiet
-        Print nothing but errors.
+    Args:
+        bundle: A bundle or its public folder.
+        source: An image, or a folder of images.
+        target: Output: a .png file for one image, a new or empty folder for a folder.
+        key: Key file of a keyed protection; a whole bundle holds it in its private part.
+        keep_size: Keep each image's size instead of resizing and cropping it to the classifier's size.
+        quiet: Print nothing but errors.
     """
     from raypp.client.offline import protect_files
 
@@ -63,46 +56,33 @@ def serve(
 ) -> None:
     """Serve a bundle's classifier over HTTP until interrupted.
 
-    Parameters
-    ----------
-    bundle
-        Path or URI of a bundle, or of a model repository (see `raypp publish`), whose active bundle is served.
-    host
-        Address to listen on; one that other machines can reach needs --tokens.
-    port
-        Port to listen on.
-    tokens
-        Token file (see `raypp token`): every request then needs a token.
-    attack
-        Also serve the attacks on the bundle, to everyone who can reach the service.
-    haproxy
-        Use Ray's HAProxy instead of Ray's proxy: more than twice as many one-image requests per second.
-    write
-        Write the configuration for `serve deploy` to this file and start nothing.
+    Args:
+        bundle: Path or URI of a bundle, or of a model repository (see `raypp publish`), whose active bundle is served.
+        host: Address to listen on; one that other machines can reach needs --tokens.
+        port: Port to listen on.
+        tokens: Token file (see `raypp token`): every request then needs a token.
+        attack: Also serve the attacks on the bundle, to everyone who can reach the service.
+        haproxy: Use Ray's HAProxy instead of Ray's proxy: more than twice as many one-image requests per second.
+        write: Write the configuration for `serve deploy` to this file and start nothing.
     """
+    import yaml
+
     from raypp.serve.server import build_serve_config
+    from raypp.utils.storage import Storage
 
     config = build_serve_config(bundle, host=host, port=port, tokens=tokens, attack=attack)
     if write is None:
         _serve_until_interrupted(config, haproxy)
-    elif haproxy:
+        return
+    if haproxy:
         raise ConfigError(
             "--haproxy has no effect on `serve deploy`: the environment of the cluster's `ray start` decides (see "
             "docs/serve.md); leave it out"
         )
-    else:
-        _write_serve_config(config, write)
-
-
-def _write_serve_config(config: dict[str, Any], path: Path) -> None:
-    import yaml
-
-    from raypp.utils.storage import Storage
-
-    if path.exists():
-        raise ConfigError(f"--write: {str(path)!r} exists already; give a new file")
-    Storage(path.absolute().parent).write(path.name, yaml.safe_dump(config, sort_keys=False).encode())
-    print_text(Console(stderr=True), f"wrote {path}; serve deploy {path}")
+    if write.exists():
+        raise ConfigError(f"--write: {str(write)!r} exists already; give a new file")
+    Storage(write.absolute().parent).write(write.name, yaml.safe_dump(config, sort_keys=False).encode())
+    print_text(Console(stderr=True), f"wrote {write}; serve deploy {write}")
 
 
 def _serve_until_interrupted(config: dict[str, Any], haproxy: bool) -> None:
@@ -119,8 +99,7 @@ def _serve_until_interrupted(config: dict[str, Any], haproxy: bool) -> None:
             for name, link in links:
                 print_text(console, f"{name:<11} {link}")
             print_text(console, f"raypp classify {url} IMAGE_OR_FOLDER")
-            _wait_for_interrupt()
-            console.print("stopping", highlight=False)
+            _wait_for_interrupt(console)
     except KeyboardInterrupt:  # during the start or the stop
         raise KeyboardInterrupt("stopped") from None
 
@@ -129,16 +108,11 @@ def _serve_until_interrupted(config: dict[str, Any], haproxy: bool) -> None:
 def publish(bundle: str, repository: str, /, *, url: str | None = None, token_file: Path | None = None) -> None:
     """Check a bundle, add it to a model repository and activate it; services of the repository switch to it.
 
-    Parameters
-    ----------
-    bundle
-        Path or URI of a bundle.
-    repository
-        Folder or URI of published bundles; created if it does not exist.
-    url
-        URL of a service of the repository: wait until it has switched; if it refuses, reactivate the old bundle.
-    token_file
-        File that holds a bearer token for that service.
+    Args:
+        bundle: Path or URI of a bundle.
+        repository: Folder or URI of published bundles; created if it does not exist.
+        url: URL of a service of the repository: wait until it has switched; if it refuses, reactivate the old bundle.
+        token_file: File that holds a bearer token for that service.
     """
     from raypp.serve import server
 
@@ -158,16 +132,11 @@ def token(
 ) -> None:
     """Create and print a bearer token for the services; the token file stores its hash.
 
-    Parameters
-    ----------
-    name
-        Name of the token's owner.
-    file
-        Token file; created if it does not exist.
-    scopes
-        Permissions of the token: classify (the default), attack.
-    revoke
-        Remove this token from the file instead; running services refuse it from then on.
+    Args:
+        name: Name of the token's owner.
+        file: Token file; created if it does not exist.
+        scopes: Permissions of the token: classify (the default), attack.
+        revoke: Remove this token from the file instead; running services refuse it from then on.
     """
     from raypp.serve.auth import add_token, remove_token
 
@@ -191,22 +160,14 @@ def classify(
 ) -> int:
     """Protect images here, send them to a service and print their classes.
 
-    Parameters
-    ----------
-    url
-        URL of the service, such as http://127.0.0.1:8000.
-    paths
-        Images and folders of images.
-    key
-        Key file of a keyed protection.
-    pin
-        Required SHA-256 of the service's protection; others are refused.
-    token_file
-        File that holds a bearer token for the service.
-    top
-        Number of classes to print for each image, up to 5.
-    patience
-        Seconds during which requests to a service that does not answer are retried.
+    Args:
+        url: URL of the service, such as http://127.0.0.1:8000.
+        paths: Images and folders of images.
+        key: Key file of a keyed protection.
+        pin: Required SHA-256 of the service's protection; others are refused.
+        token_file: File that holds a bearer token for the service.
+        top: Number of classes to print for each image, up to 5.
+        patience: Seconds during which requests to a service that does not answer are retried.
     """
     from rich.progress import Progress
 
@@ -268,16 +229,12 @@ def demo(
 ) -> None:
     """Open a local web page that shows an image's protected form, its classification and the attacks' results.
 
-    Parameters
-    ----------
-    urls
-        URLs of services: http://127.0.0.1:8000 or NAME=http://127.0.0.1:8000; the page offers a choice of several.
-    port
-        Port of the page, reachable from this machine only.
-    key
-        Key file of a keyed protection.
-    token_file
-        File that holds a bearer token for the services, with the scopes classify and attack.
+    Args:
+        urls: URLs of services: http://127.0.0.1:8000 or NAME=http://127.0.0.1:8000; the page offers a choice of
+            several.
+        port: Port of the page, reachable from this machine only.
+        key: Key file of a keyed protection.
+        token_file: File that holds a bearer token for the services, with the scopes classify and attack.
     """
     from raypp.client.demo import open_services, running_demo
 
@@ -285,16 +242,16 @@ def demo(
     services = open_services(urls, token=_read_token(token_file), key=key)
     with running_demo(services, port=port) as address:
         print_text(console, address)
-        _wait_for_interrupt()
-        console.print("stopping", highlight=False)
+        _wait_for_interrupt(console)
 
 
-def _wait_for_interrupt() -> None:
+def _wait_for_interrupt(console: Console) -> None:
     """Wait for SIGINT or SIGTERM."""
     stop = threading.Event()
     with stop_on_signal(stop, signal.SIGINT, signal.SIGTERM):
         while not stop.wait(1):
             pass
+    console.print("stopping", highlight=False)
 
 
 def _read_token(file: Path | None) -> str | None:

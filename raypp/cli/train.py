@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.console import Console
 
-from raypp.cli.app import SETTINGS_HELP, First, Settings, app, import_from_ray, new_name, preset_and_flags
+from raypp.cli.app import SETTINGS_HELP, First, Settings, app, import_from_ray, preset_and_flags, run_name
 from raypp.cli.attack import run_attacks
 from raypp.cli.render import print_chance_error, print_results, print_search, print_table1
 from raypp.utils import runtime
-from raypp.utils.errors import ConfigError, RayppError
+from raypp.utils.errors import RayppError
 from raypp.utils.signals import stop_on_signal
 
 if TYPE_CHECKING:
@@ -34,28 +34,20 @@ def train(
 ) -> dict[str, Any]:
     """Train a protection with its classifier and export the bundle.
 
-    Parameters
-    ----------
-    preset
-        Name of a preset (see `raypp config`), or the path of a YAML file.
-    name
-        The run's name, a new folder under cluster.storage; by default preset, date and time.
-    config
-        YAML file whose settings override the preset.
-    resume
-        Continue the run NAME from its newest intact checkpoint.
-    local
-        Train in this process, without Ray.
-    quiet
-        Print nothing but warnings and errors.
+    Args:
+        preset: Name of a preset (see `raypp config`), or the path of a YAML file.
+        name: The run's name, a new folder under cluster.storage; by default preset, date and time.
+        config: YAML file whose settings override the preset.
+        resume: Continue the run NAME from its newest intact checkpoint.
+        local: Train in this process, without Ray.
+        quiet: Print nothing but warnings and errors.
     """
     from raypp.config.presets import load_config
 
     preset, flags = preset_and_flags(preset, settings)
     merged = load_config(preset, config, flags)
-    if resume and name is None:
-        raise ConfigError("--resume needs --name, the run to continue")
-    return run_training(merged, new_name(preset) if name is None else name, resume=resume, local=local, quiet=quiet)
+    name = run_name(name, Path(preset).stem, resume=resume)
+    return run_training(merged, name, resume=resume, local=local, quiet=quiet)
 
 
 def run_training(
@@ -94,14 +86,10 @@ def run_training(
 def quickstart(*, local: bool = False, name: str | None = None, storage: Path = Path("runs")) -> None:
     """Train on generated pictures of shapes and attack the bundle, in minutes on two cores.
 
-    Parameters
-    ----------
-    local
-        Train in this process, without Ray.
-    name
-        The run's name; by default quickstart, date and time.
-    storage
-        Folder that holds the run's folder.
+    Args:
+        local: Train in this process, without Ray.
+        name: The run's name; by default quickstart, date and time.
+        storage: Folder that holds the run's folder.
     """
     from rich.markup import escape
 
@@ -113,7 +101,7 @@ def quickstart(*, local: bool = False, name: str | None = None, storage: Path = 
     on_cluster = bool(os.environ.get("RAY_ADDRESS"))
     cores = [] if on_cluster else ["--cluster.num_workers", "1", "--cluster.cpus_per_worker", str(runtime.num_cores())]
     merged = load_config("quickstart", flags=["--cluster.storage", str(storage), *cores])
-    name = new_name("quickstart") if name is None else name
+    name = run_name(name, "quickstart")
     run_training(merged, name, local=local)
     where = storage / name
     console.print("\n[bold]Attacks on this bundle[/]")
@@ -145,29 +133,20 @@ def table1(
 ) -> list[Any]:
     """Train the grid of the paper's Table I in parallel and write it as CSV, Markdown and a figure.
 
-    Parameters
-    ----------
-    datasets
-        Presets or paths of YAML files; by default cifar10 and cifar100, as in the paper (for GPUs).
-    methods
-        Rows of the table, by default all; the error about an unknown row lists them.
-    seeds
-        Seeds of each row, by default 0.
-    name
-        The table's name, a new folder under the storage path.
-    storage
-        Folder or URI that holds the table's folder.
-    resume
-        Continue the table NAME: finished runs are not repeated, and rows and seeds may be added.
-    local
-        Train in this process, one run after the other, without Ray.
-    quiet
-        Print nothing but warnings and errors.
+    Args:
+        datasets: Presets or paths of YAML files; by default cifar10 and cifar100, as in the paper (for GPUs).
+        methods: Rows of the table, by default all; the error about an unknown row lists them.
+        seeds: Seeds of each row, by default 0.
+        name: The table's name, a new folder under the storage path.
+        storage: Folder or URI that holds the table's folder.
+        resume: Continue the table NAME: finished runs are not repeated, and rows and seeds may be added.
+        local: Train in this process, one run after the other, without Ray.
+        quiet: Print nothing but warnings and errors.
     """
     from raypp.experiments import table1 as table
     from raypp.experiments.table1_grid import table_rows
 
-    run = table.run_cells_locally if local else import_from_ray("raypp.cluster.table1", "run_on_ray")
+    run = table.run_cells_locally if local else import_from_ray("raypp.cluster.tasks", "train_cells")
     results = table.table1(
         ["cifar10", "cifar100"] if datasets is None else datasets,
         list(table_rows()) if methods is None else methods,
@@ -181,9 +160,8 @@ def table1(
     )
     if not quiet:
         print_table1(results, f"{storage}/{name}")
-    failed = [sentence for result in results for sentence in result.failed]
-    if failed:
-        raise RayppError(f"{len(failed)} of the runs failed; --resume tries them again")
+    if num_failed := sum(len(result.failed) for result in results):
+        raise RayppError(f"{num_failed} of the runs failed; --resume tries them again")
     return results
 
 
@@ -200,30 +178,20 @@ def tune(
 ) -> dict[str, Any]:
     """Search a preset's settings for accuracy and privacy, and attack and export the best bundles.
 
-    Parameters
-    ----------
-    preset
-        Name of a preset with a section `search` (see `raypp config`), or the path of a YAML file; flags also set the
-        search, such as --search.num_trials 8.
-    name
-        The search's name, a new folder under the storage path; by default tune, preset, date and time.
-    config
-        YAML file whose settings override the preset.
-    storage
-        Folder or URI that holds the search's folder.
-    resume
-        Continue the search NAME: finished trials are not repeated.
-    quiet
-        Print nothing but warnings and errors.
+    Args:
+        preset: Name of a preset with a section `search` (see `raypp config`), or the path of a YAML file; flags also
+            set the search, such as --search.num_trials 8.
+        name: The search's name, a new folder under the storage path; by default tune, preset, date and time.
+        config: YAML file whose settings override the preset.
+        storage: Folder or URI that holds the search's folder.
+        resume: Continue the search NAME: finished trials are not repeated.
+        quiet: Print nothing but warnings and errors.
     """
     from raypp.experiments.search import make_search_plan
 
-    if resume and name is None:
-        raise ConfigError("--resume needs --name, the search to continue")
     preset, flags = preset_and_flags(preset, settings)
-    name = f"tune-{new_name(preset)}" if name is None else name
-    file = None if config is None else str(config)
-    plan = make_search_plan(preset, file, flags, storage=storage, name=name)
+    name = run_name(name, f"tune-{Path(preset).stem}", resume=resume, what="search")
+    plan = make_search_plan(preset, config, flags, storage=storage, name=name)
     run_search = import_from_ray("raypp.cluster.tune", "run_search", "a search needs it")
     results: dict[str, Any] = run_search(plan, resume=resume, quiet=quiet)
     if not quiet:
@@ -240,12 +208,9 @@ def config(
 ) -> None:
     """Print a preset's whole configuration, or list the presets.
 
-    Parameters
-    ----------
-    preset
-        Name of a preset or path of a YAML file.
-    file
-        YAML file whose settings override the preset.
+    Args:
+        preset: Name of a preset or path of a YAML file.
+        file: YAML file whose settings override the preset.
     """
     import yaml
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -30,99 +29,69 @@ UPLOAD_SECONDS = 60  # after which Gradio deletes an image from this machine's t
 FILES = resources.files("raypp.client")
 
 
-@dataclass
-class Service:
-    """A service that the page offers, its description and its attacks."""
-
-    name: str
-    client: Client
-    about: dict[str, Any] = field(default_factory=dict)
-    offered: dict[str, Any] = field(default_factory=dict)
-
-    def refresh(self) -> None:
-        """Fetch the descriptions again, since the service may have switched to another bundle.
-
-        Raises:
-            RayppError: it does not answer.
-        """
-        self.about = self.client.model()
-        self.client.protection()
-        try:
-            self.offered = self.client.attacks()
-        except RemoteError as error:
-            if error.status != NOT_FOUND:
-                raise
-            self.offered = {}
-
-
-def open_services(urls: Sequence[str], *, token: str | None = None, key: str | Path | None = None) -> list[Service]:
-    """Connect to services by ``NAME=URL`` or ``URL``, which then is the name, too.
+def open_services(urls: Sequence[str], *, token: str | None = None, key: str | Path | None = None) -> dict[str, Client]:
+    """Connect to services by ``NAME=URL`` or ``URL``, which then is the name, too; returns clients by name.
 
     Raises:
         ConfigError: a URL is none, or two services have one name.
         RayppError: a service does not answer, or its protection cannot be used.
     """
-    services: list[Service] = []
+    services: dict[str, Client] = {}
     with ExitStack() as clients:
         for argument in urls:
             name, equals, url = argument.partition("=")
             if not equals or "/" in name:
                 name = url = argument
-            if name in {service.name for service in services}:
+            if name in services:
                 raise ConfigError(f"two services are called {name!r}; write NAME={url} to tell them apart")
-            client = clients.enter_context(Client(url, token=token, key=key, patience=2.0))
-            services.append(Service(name, client))
-            services[-1].refresh()
+            services[name] = clients.enter_context(Client(url, token=token, key=key, patience=2.0))
+            _describe(services[name])
         clients.pop_all()  # the caller closes the clients
     return services
 
 
-def page(service: Service, image: Pixels) -> str:
-    """HTML of the results for one plain image uint8 (H, W, 3).
+def _describe(client: Client) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Descriptions of a service and of its attacks, empty without attacks; raises RayppError."""
+    about = client.model()
+    client.protection()
+    try:
+        return about, client.attacks()
+    except RemoteError as error:
+        if error.status != NOT_FOUND:
+            raise
+        return about, {}
 
-    Raises:
-        RayppError: the service does not answer or refuses.
-    """
-    service.refresh()
-    plain, protected = service.client.protect([image])
-    (prediction,) = service.client.classify([image])
-    baselines = [
-        {"name": name, "ssim": scores.get("ssim"), "reidentified": scores.get("reidentified")}
-        for name, scores in (service.offered.get("baselines") or {}).items()
-        if name != PROTECTED_BASELINE
-    ]
+
+def page(name: str, client: Client, image: Pixels) -> str:
+    """HTML of a service's results for one plain image uint8 (H, W, 3); raises RayppError if the service fails."""
+    about, offered = _describe(client)  # again, since the service may have switched to another bundle
+    plain, protected = client.protect([image])
+    (prediction,) = client.classify([image])
+    baselines = offered.get("baselines") or {}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string((FILES / "demo.html.j2").read_text()).render(
-        service=service.name,
-        accuracy=service.about.get("accuracy"),
+        service=name,
+        accuracy=about.get("accuracy"),
         plain=_base64_png(plain[0]),
         protected=_base64_png(protected[0]),
         classes=prediction.top,
-        attacks=[_run_attack(service, about, image, plain[0]) for about in service.offered.get("attacks", [])],
-        baselines=baselines,
-        no_attacks="This service offers no attacks."
-        if not service.offered
-        else "This bundle has no attack results; raypp attack BUNDLE measures what it leaks.",
+        attacks=[_run_attack(client, attack, image, plain[0]) for attack in offered.get("attacks", [])],
+        baselines={name: scores for name, scores in baselines.items() if name != PROTECTED_BASELINE},
+        no_attacks="This bundle has no attack results; raypp attack BUNDLE measures what it leaks."
+        if offered
+        else "This service offers no attacks.",
     )
 
 
-def _run_attack(service: Service, about: dict[str, Any], image: Pixels, plain: Pixels) -> dict[str, Any]:
+def _run_attack(client: Client, attack: dict[str, Any], image: Pixels, plain: Pixels) -> dict[str, Any]:
     """Values of one attack for the template; an attack that fails does not remove the others from the page."""
-    measured = about["measured"]
-    values = {
-        "name": about["attack"], "threat": about["threat"], "attacker_has": about["attacker_has"],
-        "verdict": measured.get("verdict"), "verdict_reason": measured.get("verdict_reason"),
-        "reidentification_rate": measured.get("reidentification_rate"), "mean_ssim": measured.get("ssim"),
-        "lower_bound": measured.get("lower_bound"), "png": None, "problem": None, "ssim": None,
-    }  # fmt: skip
     try:
-        (reconstruction,) = service.client.reconstruct(about["attack"], [image])
+        (reconstruction,) = client.reconstruct(attack["attack"], [image])
     except RayppError as error:
-        return values | {"problem": str(error)}
-    values["png"] = _base64_png(reconstruction)
-    if reconstruction.shape == plain.shape and min(plain.shape[:2]) >= MIN_SIDE:
-        values["ssim"] = float(ssim(_to_tensor(reconstruction), _to_tensor(plain)))
-    return values
+        return attack | {"problem": str(error), "png": None, "ssim": None}
+    is_comparable = reconstruction.shape == plain.shape and min(plain.shape[:2]) >= MIN_SIDE
+    similarity = float(ssim(_to_tensor(reconstruction), _to_tensor(plain))) if is_comparable else None
+    return attack | {"problem": None, "png": _base64_png(reconstruction), "ssim": similarity}
 
 
 def _base64_png(image: Pixels) -> str:
@@ -134,17 +103,16 @@ def _to_tensor(image: Pixels) -> Tensor:
 
 
 @contextmanager
-def running_demo(offered: Sequence[Service], *, port: int) -> Iterator[str]:
+def running_demo(services: dict[str, Client], *, port: int) -> Iterator[str]:
     """Serve the page on this machine until the context ends; yields its address and closes the clients.
 
-    Raises:
-        ConfigError: gradio is not installed, or the port is in use.
+    Raises ConfigError if gradio is not installed or the port is in use.
     """
     try:
         import gradio as gr
     except ImportError as error:
         raise ConfigError("raypp demo needs gradio: install raypp[demo]") from error
-    blocks = _build_blocks(gr, {service.name: service for service in offered})
+    blocks = _build_blocks(gr, services)
     try:
         _, address, _ = blocks.launch(
             server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=True,
@@ -157,18 +125,18 @@ def running_demo(offered: Sequence[Service], *, port: int) -> Iterator[str]:
         yield address.rstrip("/")
     finally:
         blocks.close()
-        for service in offered:
-            service.client.close()
+        for client in services.values():
+            client.close()
 
 
-def _build_blocks(gr: Any, services: dict[str, Service]) -> Any:
+def _build_blocks(gr: Any, services: dict[str, Client]) -> Any:
     names = list(services)
 
     def show(image: Pixels | None, name: str) -> str:
         if image is None:
             return ""
         try:
-            return page(services[name], image)
+            return page(name, services[name], image)
         except RayppError as error:
             raise gr.Error(str(error), duration=None) from error
 

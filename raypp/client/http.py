@@ -6,12 +6,15 @@ protection once, checks it against the hashes of its manifest and caches it on d
 
 from __future__ import annotations
 
+import asyncio
 import base64
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -20,26 +23,20 @@ import numpy as np
 from raypp.bundle.load import PublicBundle
 from raypp.client.offline import protect_images
 from raypp.client.protection import Image, ProtectionCache, find_unprotected, load_image
-from raypp.client.session import RemoteError, Session, parsing, remote_error
+from raypp.client.session import Prediction, RemoteError, Session, parse_predictions, parse_refused, parsing
 from raypp.utils.errors import ConfigError, DataError, RayppError
 from raypp.utils.images import Pixels, decode
 
 BATCH = 64  # images of a request: fills the batches of a classifier
 NPY_HEADER = 1024  # bytes; an upper bound
 MAX_REFRESHES = 2  # of the protection within one request, after the service has switched to another bundle
+MAX_THREADS = 64  # of an asynchronous client: requests that are under way at once
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 Errors = dict[int, RayppError]
 """Errors of single images by their index in the batch."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The predicted class of one image, the most likely classes with their probabilities, and the model's version."""
-
-    label: str
-    probability: float
-    top: tuple[tuple[str, float], ...]
-    model: str
+ErrorHandler = Callable[[Image, RayppError], None]
 
 
 @dataclass(frozen=True)
@@ -102,8 +99,7 @@ class Client:
 
     def model(self) -> dict[str, Any]:
         """The service's description of its model: classes, accuracy, scorecard, card."""
-        description: dict[str, Any] = self._session.get_json("/classifier/v1/model")
-        return description
+        return self._session.get_json("/classifier/v1/model")
 
     def protection(self) -> tuple[str, PublicBundle]:
         """The SHA-256 of the protection in use, and the protection; the first call fetches it."""
@@ -116,8 +112,7 @@ class Client:
 
     def attacks(self) -> dict[str, Any]:
         """The attacks that the service offers, their threat levels and measured leakage."""
-        description: dict[str, Any] = self._session.get_json("/attack/v1")
-        return description
+        return self._session.get_json("/attack/v1")
 
     def reconstruct(self, attack: str, images: Sequence[Image]) -> list[Pixels]:
         """Protect images and attack them by the service; returns estimates uint8 (H, W, C), in order.
@@ -126,7 +121,7 @@ class Client:
         """
         batch, response = self._send_protected(f"/attack/v1/{quote(attack, safe='')}", dict(enumerate(images)))
         if response.status_code != 200:
-            raise remote_error(response)
+            raise RemoteError.from_response(response)
         with parsing(response):
             return [
                 decode(base64.b64decode(item["png"]), name=f"reconstruction {number}", channels=batch.plain.shape[3])
@@ -138,7 +133,7 @@ class Client:
         return [prediction for _, prediction in self.stream(images)]
 
     def stream(
-        self, images: Iterable[Image], batch: int = BATCH, on_error: Callable[[Image, RayppError], None] | None = None
+        self, images: Iterable[Image], batch: int = BATCH, on_error: ErrorHandler | None = None
     ) -> Iterator[tuple[Image, Prediction]]:
         """Classify batch by batch, in the memory of one batch; yields each image with its prediction.
 
@@ -152,7 +147,7 @@ class Client:
             errors: Errors | None = None if on_error is None else {}
             for index, prediction in self._classify(dict(enumerate(part)), errors):
                 yield part[index], prediction
-            report_errors(on_error, part, errors)
+            _report_errors(on_error, part, errors)
 
     def _fetch_protection(self) -> tuple[str, PublicBundle]:
         # The request names no cached protection of another service: it would tell this one about the client.
@@ -188,11 +183,9 @@ class Client:
         return max(1, min(requested, limit[1]))
 
     def _protect(self, images: dict[int, Image], errors: Errors | None = None) -> _Batch:
-        """Read and protect images.
+        """Read and protect images by index.
 
-        Args:
-            images: by index.
-            errors: collects the errors of images, which the batch then lacks; without it they are raised.
+        ``errors`` collects the errors of images, which the batch then lacks; without it they are raised.
         """
         identifier, bundle = self.protection()
         if not images:
@@ -215,36 +208,26 @@ class Client:
         for i in unprotected:
             message = f"image {indices[i] + 1} is left unchanged by the protection; nothing was sent"
             _add_error(errors, indices[i], DataError(message))
-        kept = [i for i in range(len(indices)) if i not in unprotected]
-        return _Batch(identifier, [indices[i] for i in kept], plain[kept], protected[kept])
+        rest = [i for i in range(len(indices)) if i not in unprotected]
+        return _Batch(identifier, [indices[i] for i in rest], plain[rest], protected[rest])
 
     def _send_protected(
         self, path: str, images: dict[int, Image], errors: Errors | None = None
     ) -> tuple[_Batch, httpx.Response]:
         """Protect images and send them; on 409 fetch the new protection and repeat."""
-        refreshes = 0
-        while True:
+        for attempt in range(MAX_REFRESHES + 1):
+            if attempt:
+                self._fetch_protection()
             batch = self._protect(images, errors)
             if not batch.indices:
                 return batch, httpx.Response(204)
             response = self._session.post_images(path, batch.protected, batch.protection)
-            if response.status_code != 409 or refreshes == MAX_REFRESHES:
-                return batch, response
-            refreshes += 1
-            self._fetch_protection()
+            if response.status_code != 409:
+                break
+        return batch, response
 
     def _classify(self, images: dict[int, Image], errors: Errors | None) -> list[tuple[int, Prediction]]:
         """Predictions of the images of one batch, by index; ``errors`` as in :meth:`_protect`."""
-        predictions = None
-        while predictions is None:  # once more without the images that the service has refused
-            images = {index: image for index, image in images.items() if errors is None or index not in errors}
-            if not images:
-                return []
-            predictions = self._classify_once(images, errors)
-        return predictions
-
-    def _classify_once(self, images: dict[int, Image], errors: Errors | None) -> list[tuple[int, Prediction]] | None:
-        """Predictions of the images; None if the service has refused some, whose ``errors`` are set."""
         batch, response = self._send_protected("/classifier/v1/classify", images, errors)
         indices = batch.indices
         if not indices:
@@ -253,17 +236,17 @@ class Client:
             if response.headers.get("Raypp-Protection", batch.protection) != batch.protection:
                 self._protection = None  # the next request uses the new one
             with parsing(response):
-                return list(zip(indices, _parse_predictions(response), strict=True))
+                return list(zip(indices, parse_predictions(response), strict=True))
         if response.status_code == 413 and len(indices) > 1:  # a new bundle has larger images, or lower limits
             self._max_images = None
             halves = indices[: len(indices) // 2], indices[len(indices) // 2 :]
             return [item for half in halves for item in self._classify({i: images[i] for i in half}, errors)]
-        problem = remote_error(response)
-        if errors is None or problem.code != "not-protected" or not (refused := _parse_refused(response, indices)):
+        problem = RemoteError.from_response(response)
+        if errors is None or problem.code != "not-protected" or not (refused := parse_refused(response, indices)):
             raise problem
         message = "the service takes its protected form for a plain image"
         errors |= {i: RemoteError(message, problem.status, problem.code) for i in refused}
-        return None
+        return self._classify(images, errors)  # without the images that the service has refused
 
 
 def _add_error(errors: Errors | None, index: int, error: RayppError) -> None:
@@ -272,31 +255,62 @@ def _add_error(errors: Errors | None, index: int, error: RayppError) -> None:
     errors[index] = error
 
 
-def report_errors(
-    on_error: Callable[[Image, RayppError], None] | None, images: list[Image], errors: Errors | None
-) -> None:
+def _report_errors(on_error: ErrorHandler | None, images: list[Image], errors: Errors | None) -> None:
     if on_error is not None and errors is not None:
         for index in sorted(errors):
             on_error(images[index], errors[index])
 
 
-def _parse_predictions(response: httpx.Response) -> list[Prediction]:
-    document = response.json()
-    return [
-        Prediction(
-            label=str(item["class"]),
-            probability=float(item["probability"]),
-            top=tuple((str(entry["class"]), float(entry["probability"])) for entry in item["top"]),
-            model=document["model"],
-        )
-        for item in document["images"]
-    ]
+def _in_thread(
+    method: Callable[Concatenate[Client, Arguments], Result],
+) -> Callable[Concatenate[AsyncClient, Arguments], Coroutine[Any, Any, Result]]:
+    @functools.wraps(method)
+    async def call(self: AsyncClient, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        function = functools.partial(method, self._client, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+
+    return call
 
 
-def _parse_refused(response: httpx.Response, indices: list[int]) -> list[int]:
-    """Indices of the images that the service refuses as not protected."""
-    with parsing(response):
-        positions = response.json().get("images") or []
-        if not all(type(position) is int and 0 <= position < len(indices) for position in positions):
-            raise ValueError("positions of images that were not sent")
-        return [indices[position] for position in positions]
+class AsyncClient:
+    """:class:`Client` for asyncio. Each call runs in a thread of the client, at most :data:`MAX_THREADS` at once.
+
+    A cancelled call stops waiting; its thread ends with the request.
+    """
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self._client = Client(url, **options)
+        self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="raypp-client")
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        self._client.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    model = _in_thread(Client.model)
+    protection = _in_thread(Client.protection)
+    protect = _in_thread(Client.protect)
+    attacks = _in_thread(Client.attacks)
+    reconstruct = _in_thread(Client.reconstruct)
+    _batch_size = _in_thread(Client._batch_size)
+    _classify = _in_thread(Client._classify)
+
+    async def classify(self, images: Sequence[Image]) -> list[Prediction]:
+        """See :meth:`Client.classify`."""
+        return [prediction async for _, prediction in self.stream(images)]
+
+    async def stream(
+        self, images: Iterable[Image], batch: int = BATCH, on_error: ErrorHandler | None = None
+    ) -> AsyncIterator[tuple[Image, Prediction]]:
+        """See :meth:`Client.stream`."""
+        remaining = iter(images)
+        while part := list(islice(remaining, await self._batch_size(batch))):
+            errors: Errors | None = None if on_error is None else {}
+            for index, prediction in await self._classify(dict(enumerate(part)), errors):
+                yield part[index], prediction
+            _report_errors(on_error, part, errors)

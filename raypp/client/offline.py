@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -71,22 +72,16 @@ def protect_files(
         _protect_folder(bundle, paths, source, target, keep_size, console)
     if console is not None:
         size = "their own size" if keep_size else f"{bundle.image_size[0]} x {bundle.image_size[1]}"
-        console.print(
-            f"protected {len(paths):,} image{'s' * (len(paths) != 1)} at {size}: {target}",
-            markup=False,
-            highlight=False,
-        )
+        summary = f"protected {len(paths):,} image{'s' * (len(paths) != 1)} at {size}: {target}"
+        console.print(summary, markup=False, highlight=False)
     return len(paths)
 
 
 def _check_target(source: Path, target: Path) -> None:
-    if source.is_file():
-        if target.suffix.lower() != ".png":
-            raise StorageError(
-                f"target {str(target)!r} must end in .png: lossy formats destroy what the classifier reads"
-            )
-        if target.exists():
-            raise StorageError(f"target {str(target)!r} exists already; give a new file")
+    if source.is_file() and target.suffix.lower() != ".png":
+        raise StorageError(f"target {str(target)!r} must end in .png: lossy formats destroy what the classifier reads")
+    if source.is_file() and target.exists():
+        raise StorageError(f"target {str(target)!r} exists already; give a new file")
     if not target.name:
         raise StorageError(f"target {str(target)!r} cannot be replaced; give a new or empty folder")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -96,27 +91,21 @@ def _check_target(source: Path, target: Path) -> None:
 def _protect_folder(
     bundle: PublicBundle, paths: list[Path], source: Path, target: Path, keep_size: bool, console: Console | None
 ) -> None:
-    outputs = [path.relative_to(source).with_suffix(".png") for path in paths]
-    _check_clashes(paths, outputs, target)
-    jobs = list(zip(paths, outputs, strict=True))
-    height, width = bundle.image_size
-    batch_size = 1 if keep_size else max(1, BATCH_PIXELS // (height * width))
-    batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
-    disable = console is None or not console.is_terminal
-    with new_folder(target) as temporary:
-        for batch in track(batches, "protecting", console=console, disable=disable, transient=True):
-            images = np.stack([_read(path, bundle, keep_size) for path, _ in batch])
-            for protected, (_, output) in zip(protect_images(bundle, images), batch, strict=True):
-                (temporary / output).parent.mkdir(parents=True, exist_ok=True)
-                write_png(temporary / output, protected)
-
-
-def _check_clashes(paths: list[Path], outputs: list[Path], target: Path) -> None:
-    sources: dict[Path, Path] = {}
-    for path, output in zip(paths, outputs, strict=True):
+    sources: dict[Path, Path] = {}  # by output
+    for path in paths:
+        output = path.relative_to(source).with_suffix(".png")
         if output in sources:
             raise StorageError(f"{sources[output]} and {path} would both become {target / output}; rename one of them")
         sources[output] = path
+    outputs, batch_size = list(sources), 1 if keep_size else max(1, BATCH_PIXELS // math.prod(bundle.image_size))
+    batches = [outputs[start : start + batch_size] for start in range(0, len(outputs), batch_size)]
+    disable = console is None or not console.is_terminal
+    with new_folder(target) as temporary:
+        for batch in track(batches, "protecting", console=console, disable=disable, transient=True):
+            images = np.stack([_read(sources[output], bundle, keep_size) for output in batch])
+            for output, protected in zip(batch, protect_images(bundle, images), strict=True):
+                (temporary / output).parent.mkdir(parents=True, exist_ok=True)
+                write_png(temporary / output, protected)
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None, channels: int = 3) -> Pixels:
@@ -131,8 +120,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None, channels: int = 
 def _read(path: Path, bundle: PublicBundle, keep_size: bool) -> Pixels:
     image = read_image(path, None if keep_size else bundle.image_size, bundle.channels)
     min_side = bundle.protection.least_side
-    if min(image.shape[:2]) < min_side:
-        raise DataError(
-            f"{path} is {image.shape[0]} x {image.shape[1]}; the protection needs sides of {min_side} or more"
-        )
+    height, width = image.shape[:2]
+    if min(height, width) < min_side:
+        raise DataError(f"{path} is {height} x {width}; the protection needs sides of {min_side} or more")
     return image

@@ -18,7 +18,7 @@ from raypp.client.session import RemoteError
 from raypp.utils.errors import BundleError, DataError, RayppError
 from raypp.utils.images import Pixels, decode, resize_and_center_crop, to_grayscale
 from raypp.utils.keys import Key
-from raypp.utils.storage import new_folder
+from raypp.utils.storage import new_folder, sha256
 
 MAX_UNPACKED = 2**30  # bytes of a public part
 MIN_DIFFERENCE = 2.0  # mean absolute difference between an image and its protected form, of 255
@@ -31,9 +31,7 @@ Image = str | Path | bytes | Pixels
 class ProtectionCache:
     """Folder of public parts, each in a subfolder named by the SHA-256 of its manifest.
 
-    Args:
-        folder: by default below the user's cache folder.
-        key: key file of a keyed protection.
+    It lies below the user's cache folder by default; ``key`` is the key file of a keyed protection.
     """
 
     def __init__(self, folder: str | Path | None, key: str | Path | None) -> None:
@@ -62,7 +60,7 @@ class ProtectionCache:
             self._store(identifier, archive, url)
         folder = self._folder / identifier
         altered = f"{str(folder)!r} was altered; remove it, and the client fetches it again"
-        if hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() != identifier:
+        if sha256(folder / MANIFEST) != identifier:
             raise BundleError(altered)
         try:
             is_keyed = json.loads((folder / "protection.json").read_text()).get("key") is not None
@@ -77,7 +75,6 @@ class ProtectionCache:
         files = _unpack(archive, url)
         if hashlib.sha256(files.get(MANIFEST, b"")).hexdigest() != identifier:
             raise BundleError(f"the protection from {url} is not the one that it names; nothing was sent")
-        self._folder.mkdir(parents=True, exist_ok=True)
         try:
             with new_folder(self._folder / identifier) as temporary:
                 for name, data in files.items():
@@ -107,11 +104,7 @@ def _unpack(archive: bytes, url: str) -> dict[str, bytes]:
 def load_image(image: Image, bundle: PublicBundle, name: str) -> Pixels:
     """Read an image, fitted to the bundle's size and channels, as uint8 (H, W, C).
 
-    Args:
-        name: of the image in messages, unless it is a file.
-
-    Raises:
-        DataError: it cannot be read.
+    Raises DataError if it cannot be read; the message has ``name``, or the path of a file.
     """
     if isinstance(image, str | Path):
         pixels = read_image(Path(image))

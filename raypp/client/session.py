@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -41,6 +42,28 @@ class RemoteError(RayppError):
         super().__init__(message)
         self.status, self.code = status, code
 
+    @classmethod
+    def from_response(cls, response: httpx.Response) -> RemoteError:
+        """The problem that a response describes."""
+        try:
+            document = response.json()
+            detail, code = str(document["detail"]), str(document.get("type", "")).rpartition(":")[2] or None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            text = response.text.strip()
+            detail, code = text.splitlines()[0][:200] if text else "no reason given", None
+        message = f"{response.request.url.host} answers {response.status_code}: {detail}"
+        return cls(message, response.status_code, code)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The predicted class of one image, the most likely classes with their probabilities, and the model's version."""
+
+    label: str
+    probability: float
+    top: tuple[tuple[str, float], ...]
+    model: str
+
 
 class Session:
     """A connection pool for one service. Arguments and errors: see :class:`raypp.Client`."""
@@ -73,13 +96,14 @@ class Session:
         """GET with retries; raises RemoteError for any status but 200 and 304."""
         response = self.send("GET", path, headers)
         if response.status_code not in (200, 304):
-            raise remote_error(response)
+            raise RemoteError.from_response(response)
         return response
 
-    def get_json(self, path: str) -> Any:
+    def get_json(self, path: str) -> dict[str, Any]:
         response = self.get(path)
         with parsing(response):
-            return response.json()
+            document: dict[str, Any] = response.json()
+            return document
 
     def post_images(self, path: str, images: Pixels, protection: str) -> httpx.Response:
         """POST protected images uint8 (N, H, W, C) with the SHA-256 of their protection."""
@@ -91,11 +115,7 @@ class Session:
     def send(
         self, method: str, path: str, headers: dict[str, str] | None = None, body: bytes | None = None
     ) -> httpx.Response:
-        """Send a request, and again until the response is final or ``patience`` has passed.
-
-        Raises:
-            RemoteError: there is no final response, or it is too large.
-        """
+        """Send a request until the response is final; raises RemoteError if there is none within ``patience``."""
         start, attempt = time.monotonic(), 0
         deadline = start + self._patience
         while True:
@@ -110,9 +130,8 @@ class Session:
                 if not self._is_retryable(response, path, start):
                     self._has_responded |= response.status_code < 400
                     return response
-                problem = remote_error(response)
-            delay = retry_delay(response, attempt)
-            now = time.monotonic()
+                problem = RemoteError.from_response(response)
+            delay, now = retry_delay(response, attempt), time.monotonic()
             if now + delay > deadline:
                 raise problem
             if self._on_wait is not None and now - start > SILENT_SECONDS:
@@ -122,11 +141,10 @@ class Session:
             attempt += 1
 
     def _is_retryable(self, response: httpx.Response, path: str, start: float) -> bool:
-        if response.status_code in RETRIED:
-            return True
-        # Ray Serve's proxy responds so while a service starts or restarts.
+        # Ray Serve's proxy responds with such a 404 while a service starts or restarts.
         is_starting = response.status_code == 404 and "/-/routes" in response.text and path.startswith("/classifier/")
-        return is_starting and (self._has_responded or time.monotonic() < start + STARTUP_SECONDS)
+        may_start = self._has_responded or time.monotonic() < start + STARTUP_SECONDS
+        return response.status_code in RETRIED or (is_starting and may_start)
 
 
 def _validate_url(url: str, token: str | None) -> str:
@@ -163,18 +181,6 @@ def retry_delay(response: httpx.Response | None, attempt: int) -> float:
     return float(demanded + random.uniform(0.5, 1.0) * backoff)
 
 
-def remote_error(response: httpx.Response) -> RemoteError:
-    """The problem that a response describes."""
-    try:
-        document = response.json()
-        detail, code = str(document["detail"]), str(document.get("type", "")).rpartition(":")[2] or None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        text = response.text.strip()
-        detail, code = text.splitlines()[0][:200] if text else "no reason given", None
-    message = f"{response.request.url.host} answers {response.status_code}: {detail}"
-    return RemoteError(message, response.status_code, code)
-
-
 @contextmanager
 def parsing(response: httpx.Response) -> Iterator[None]:
     """Turn errors of code that parses a response into RemoteError."""
@@ -184,3 +190,25 @@ def parsing(response: httpx.Response) -> Iterator[None]:
         raise RemoteError(
             f"{response.request.url} answers with something else than a raypp service does", response.status_code
         ) from error
+
+
+def parse_predictions(response: httpx.Response) -> list[Prediction]:
+    document = response.json()
+    return [
+        Prediction(
+            label=str(item["class"]),
+            probability=float(item["probability"]),
+            top=tuple((str(entry["class"]), float(entry["probability"])) for entry in item["top"]),
+            model=document["model"],
+        )
+        for item in document["images"]
+    ]
+
+
+def parse_refused(response: httpx.Response, indices: list[int]) -> list[int]:
+    """Indices of the images that the service refuses as not protected."""
+    with parsing(response):
+        positions = response.json().get("images") or []
+        if not all(type(position) is int and 0 <= position < len(indices) for position in positions):
+            raise ValueError("positions of images that were not sent")
+        return [indices[position] for position in positions]

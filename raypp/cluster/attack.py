@@ -6,7 +6,6 @@ If ``cluster.num_workers`` is above one, attacks that train networks run first, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +13,9 @@ from ray.train.torch import TorchTrainer
 
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import TrainedAttack
-from raypp.cluster.progress_actor import create_progress_actor, polling
-from raypp.cluster.session import ray_session
-from raypp.cluster.tasks import Outcome, RemoteProgress, run_tasks, show_progress, task_resources
+from raypp.cluster.progress_actor import RemoteProgress, create_progress_actor, polling
+from raypp.cluster.session import check_resources, ray_session, uses_gpu
+from raypp.cluster.tasks import Outcome, outcome_of, run_tasks
 from raypp.cluster.train import build_trainer_configs, run_trainer
 from raypp.experiments.attack_plan import (
     REFERENCE_CLASSIFIER,
@@ -27,7 +26,7 @@ from raypp.experiments.attack_plan import (
 )
 from raypp.experiments.attack_run import run_attack
 from raypp.experiments.reference_classifier import train_reference_classifier
-from raypp.utils.errors import NonRetryableError, RayppError, TrainingInterrupted
+from raypp.utils.errors import NonRetryableError, RayppError
 from raypp.utils.progress import MultiProgressDisplay, ProgressListener
 
 
@@ -73,31 +72,25 @@ def _run_distributed(
 ) -> Outcome:
     """Run one attack whose network trains on ``cluster.num_workers`` workers."""
     cluster, folder = plan.suite.cluster, plan.folder(name)
-    num_workers = cluster.num_workers or 1
-    required = task_resources(cluster, resources, f"attack {name}", display, cluster.min_workers or num_workers)
-    use_gpu = required["num_gpus"] > 0
+    num_workers, use_gpu = cluster.num_workers or 1, uses_gpu(cluster, resources)
+    min_workers = cluster.min_workers or num_workers
+    num_cpus, num_gpus = min_workers * cluster.cpus_per_worker, min_workers * use_gpu
+    check_resources(f"attack {name} needs", num_cpus, num_gpus, resources, display.of("cluster"))
     actor = create_progress_actor()
     trainer = TorchTrainer(
         _train_loop_per_worker,
-        train_loop_config={
-            "plan": plan.dump(), "name": name, "actor": actor, "threads": max(1, int(cluster.cpus_per_worker)),
-        },
+        train_loop_config={"plan": plan.dump(), "name": name, "actor": actor},
         **build_trainer_configs(cluster, num_workers, use_gpu, "ray", folder),
-    )  # fmt: skip
+    )
     try:
-        with polling(actor, partial(show_progress, display)):
-            return run_trainer(trainer, cluster.max_failures, folder, actor)
+        with polling(actor, display.of):
+            return {"result": run_trainer(trainer, cluster.max_failures, folder, actor)}
     except RayppError as error:
         return {"error": str(error)}
 
 
 def _train_loop_per_worker(arguments: dict[str, Any]) -> Outcome:
-    """Errors that a restart would repeat are returned, not raised."""
-    torch.set_num_threads(arguments["threads"])
-    display = RemoteProgress(arguments["actor"], arguments["name"])
-    try:
-        return {"result": run_attack(restore_attack_plan(arguments["plan"]), arguments["name"], display)}
-    except NonRetryableError as error:
-        return {"error": str(error)}
-    except TrainingInterrupted as interrupt:
-        return {"interrupted": str(interrupt)}
+    plan, name = restore_attack_plan(arguments["plan"]), arguments["name"]
+    torch.set_num_threads(max(1, int(plan.suite.cluster.cpus_per_worker)))
+    display = RemoteProgress(arguments["actor"], name)
+    return outcome_of(lambda: run_attack(plan, name, display), NonRetryableError)

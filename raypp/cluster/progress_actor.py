@@ -11,24 +11,26 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raypp.utils.progress import ProgressListener, Row
+
 POLL_SECONDS = 0.2
 ANSWER_SECONDS = 5
 STOP_SECONDS = 25.0  # for checkpoints after a stop request, outside of a job
 CLEANUP_SECONDS = 2.0  # that Ray may need to free the resources of a driver
 
-Steps = dict[str, dict[str, Any]]
-"""The newest step of each task."""
+Event = tuple[str, str, Any]
+"""Task, method of its :class:`ProgressListener`, argument."""
 
-Events = list[tuple[str, str, Any]]
-"""Task, kind of event, value."""
+ListenerOf = Callable[[str], ProgressListener]
+"""Returns the driver's listener of a task."""
 
 
 class ProgressActor:
-    """Holds the newest step of each task, a queue of events, and whether the driver requests a stop."""
+    """Holds a queue of events, of steps only the newest of each task, and whether the driver requests a stop."""
 
     def __init__(self) -> None:
-        self._steps: Steps = {}
-        self._events: Events = []
+        self._steps: dict[str, Event] = {}
+        self._events: list[Event] = []
         self._stop_requested = False
 
     def request_stop(self) -> None:
@@ -37,16 +39,38 @@ class ProgressActor:
     def stop_requested(self) -> bool:
         return self._stop_requested
 
-    def report(self, kind: str, value: Any, task: str = "") -> None:
-        if kind == "step":
-            self._steps[task] = value
+    def report(self, task: str, method: str, value: Any) -> None:
+        if method == "step":
+            self._steps[task] = task, method, value
         else:
-            self._events.append((task, kind, value))
+            self._events.append((task, method, value))
 
-    def drain(self) -> tuple[Steps, Events]:
-        events, self._events = self._events, []
-        steps, self._steps = self._steps, {}
-        return steps, events
+    def drain(self) -> list[Event]:
+        events = [*self._events, *self._steps.values()]
+        self._events, self._steps = [], {}
+        return events
+
+
+class RemoteProgress(ProgressListener):
+    """Reports the progress of a task to the driver."""
+
+    def __init__(self, actor: Any, task: str = "") -> None:
+        self._actor, self._task = actor, task
+
+    def report(self, method: str, value: Any = None) -> None:
+        self._actor.report.remote(self._task, method, value)
+
+    def step(self, info: Row) -> None:
+        self.report("step", info)
+
+    def epoch(self, row: Row) -> None:
+        self.report("epoch", row)
+
+    def warn(self, message: str) -> None:
+        self.report("warn", message)
+
+    def should_stop(self) -> bool:
+        return bool(_ask(self._actor.stop_requested, False))
 
 
 def create_progress_actor() -> Any:
@@ -56,21 +80,24 @@ def create_progress_actor() -> Any:
     return ray.remote(num_cpus=0)(ProgressActor).options(scheduling_strategy=driver_node).remote()
 
 
-def drain(actor: Any) -> tuple[Steps, Events]:
-    """Steps and events since the last call; none if the actor does not respond, since a run can do without them."""
+def _ask(method: Any, default: Any) -> Any:
+    """Call a method of the actor; the default if it does not respond, since a run can do without it."""
     try:
-        steps, events = ray.get(actor.drain.remote(), timeout=ANSWER_SECONDS)
+        return ray.get(method.remote(), timeout=ANSWER_SECONDS)
     except ray.exceptions.RayError:
-        return {}, []
-    return steps, events
+        return default
 
 
-def stop_requested(actor: Any) -> bool:
-    """Whether the driver requests a stop; False if the actor does not respond."""
-    try:
-        return bool(ray.get(actor.stop_requested.remote(), timeout=ANSWER_SECONDS))
-    except ray.exceptions.RayError:
-        return False
+def drain(actor: Any) -> list[Event]:
+    """Events since the last call."""
+    events: list[Event] = _ask(actor.drain, [])
+    return events
+
+
+def relay(actor: Any, listener_of: ListenerOf) -> None:
+    """Forward what tasks have reported by :class:`RemoteProgress` to the driver's listeners."""
+    for task, method, value in drain(actor):
+        getattr(listener_of(task), method)(value)
 
 
 def shutdown_grace_period() -> float:
@@ -82,13 +109,17 @@ def shutdown_grace_period() -> float:
 
 
 @contextmanager
-def polling(actor: Any, show: Callable[[Steps, Events], None]) -> Iterator[None]:
-    """Call ``show`` with new steps and events, from a thread, until the context ends."""
+def polling(actor: Any, listener_of: ListenerOf) -> Iterator[None]:
+    """Relay progress to listeners, and their stop requests to workers, from a thread until the context ends."""
     finished = threading.Event()
 
     def poll() -> None:
-        while not finished.wait(POLL_SECONDS):
-            show(*drain(actor))
+        is_last = False
+        while not is_last:
+            is_last = finished.wait(POLL_SECONDS)
+            if listener_of("").should_stop():
+                actor.request_stop.remote()
+            relay(actor, listener_of)
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()
@@ -97,4 +128,3 @@ def polling(actor: Any, show: Callable[[Steps, Events], None]) -> Iterator[None]
     finally:
         finished.set()
         thread.join()
-        show(*drain(actor))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 from ray import tune
@@ -13,8 +12,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, Pop
 from ray.tune.search.optuna import OptunaSearch
 
 from raypp.experiments import pareto, plots
-from raypp.experiments.search_records import TrialRecord
-from raypp.experiments.search_settings import Range, Search, SearchPlan
+from raypp.experiments.search import Range, Search, SearchPlan, TrialRecord
 
 UNLIMITED_EPOCHS = 2**31
 
@@ -27,21 +25,21 @@ def build_sampler(search: Search, seed: int) -> Any:
         return None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     samplers = optuna.samplers
-    kinds: dict[str, Callable[[], Any]] = {
+    sampler: samplers.BaseSampler
+    if search.sampler == "tpe":
         # At most a third of the trials is random; Optuna's default of ten is too many for a short search.
-        "tpe": lambda: samplers.TPESampler(
-            seed=seed, n_startup_trials=max(4, min(10, search.num_trials // 3)), multivariate=True, constant_liar=True
-        ),
-        "nsga2": lambda: samplers.NSGAIISampler(seed=seed, population_size=max(4, min(50, search.num_trials // 4))),
-        "random": lambda: samplers.RandomSampler(seed=seed),
-    }
-    space = {key: plots.distribution(values) for key, values in search.space.items()}
-    if search.objective == "both":
-        metric: Any = ["objective_accuracy", "objective_leakage"]
-        mode: Any = ["max", "min"]
+        num_random = max(4, min(10, search.num_trials // 3))
+        sampler = samplers.TPESampler(seed=seed, n_startup_trials=num_random, multivariate=True, constant_liar=True)
+    elif search.sampler == "nsga2":
+        sampler = samplers.NSGAIISampler(seed=seed, population_size=max(4, min(50, search.num_trials // 4)))
     else:
-        metric, mode = "objective_score", "max"
-    return OptunaSearch(space, metric=metric, mode=mode, sampler=kinds[search.sampler]())
+        sampler = samplers.RandomSampler(seed=seed)
+    space = {key: plots.distribution(values) for key, values in search.space.items()}
+    metric: Any = "objective_score"
+    mode: Any = "max"
+    if search.objective == "both":
+        metric, mode = ["objective_accuracy", "objective_leakage"], ["max", "min"]
+    return OptunaSearch(space, metric=metric, mode=mode, sampler=sampler)
 
 
 def build_param_space(search: Search) -> dict[str, Any]:
@@ -84,12 +82,8 @@ class PopulationUntilLastEpoch(PopulationBasedTraining):  # type: ignore[misc]  
 
 def _clip_to_space(search: dict[str, Any], point: dict[str, Any]) -> dict[str, Any]:
     """Clip a perturbed point to the ranges of the search space."""
-    space = Search.model_validate(search).space
-    ranges = {key: values for key, values in space.items() if isinstance(values, Range)}
-    return {
-        key: min(max(value, ranges[key].low), ranges[key].high) if key in ranges else value
-        for key, value in point.items()
-    }
+    ranges = {k: values for k, values in Search.model_validate(search).space.items() if isinstance(values, Range)}
+    return point | {key: min(max(point[key], values.low), values.high) for key, values in ranges.items()}
 
 
 class PatienceStopper(Stopper):  # type: ignore[misc]  # Ray has no types here
@@ -102,12 +96,9 @@ class PatienceStopper(Stopper):  # type: ignore[misc]  # Ray has no types here
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         if result.get("finished"):
-            scores = {key: result[key] for key in ("accuracy", "leakage")}
-            self._records.append({"trial": trial_id, "status": "done", **scores})
-            if self._objective == "both":
-                value = pareto.hypervolume(self._records, self._min_accuracy)
-            else:
-                value = result["objective_score"]
+            self._records.append({"status": "done", "accuracy": result["accuracy"], "leakage": result["leakage"]})
+            is_both = self._objective == "both"
+            value = pareto.hypervolume(self._records, self._min_accuracy) if is_both else result["objective_score"]
             self._num_since_best = 0 if value > self._best else self._num_since_best + 1
             self._best = max(self._best, value)
         return False

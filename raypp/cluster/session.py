@@ -20,6 +20,7 @@ from ray._private import ray_constants
 
 from raypp.utils import runtime
 from raypp.utils.errors import ConfigError, first_line
+from raypp.utils.progress import ProgressListener
 
 CONNECT_TIMEOUT = 10.0  # seconds
 _started_here = False
@@ -49,20 +50,18 @@ def resource_warning(sentence: str, see: str) -> str:
     raise ConfigError(f"{sentence}; see {see}")
 
 
-def resource_warnings(subject: str, required: dict[str, float], resources: dict[str, float]) -> list[str]:
-    """Warnings as of :func:`resource_warning` for each kind of resource that the cluster lacks.
+def check_resources(
+    subject: str, num_cpus: float, num_gpus: float, resources: dict[str, float], display: ProgressListener
+) -> None:
+    """Show a warning as of :func:`resource_warning` for each kind of resource that the cluster lacks.
 
     Args:
         subject: with its verb, such as "a task needs".
     """
-    return [
-        resource_warning(
-            f"{subject} {amount:g} {kind}s, the cluster has {resources.get(kind, 0):g}",
-            "cluster.num_workers, cluster.cpus_per_worker and cluster.gpu",
-        )
-        for kind, amount in required.items()
-        if amount > resources.get(kind, 0)
-    ]
+    for kind, amount in (("CPU", num_cpus), ("GPU", num_gpus)):
+        if amount > resources.get(kind, 0):
+            sentence = f"{subject} {amount:g} {kind}s, the cluster has {resources.get(kind, 0):g}"
+            display.warn(resource_warning(sentence, "cluster.num_workers, cluster.cpus_per_worker and cluster.gpu"))
 
 
 def metrics_url() -> str | None:
@@ -107,30 +106,15 @@ def ray_session() -> Iterator[dict[str, float]]:
         try:
             ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError) as error:
-            raise ConfigError(
-                f"no Ray cluster answers at RAY_ADDRESS {os.environ['RAY_ADDRESS']!r}: {error}"
-            ) from error
+            address = os.environ["RAY_ADDRESS"]
+            raise ConfigError(f"no Ray cluster answers at RAY_ADDRESS {address!r}: {error}") from error
     else:
-        _start(runtime.num_cores())
+        _start()
     try:
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
         _started_here = False
-
-
-@contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Let a Ray that starts within the context listen on loopback only, also for metrics, which require no token.
-
-    Ray 2.60 replaces a loopback address by the machine's address where clusters are enabled (not on Windows and macOS).
-    """
-    previous = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = previous
 
 
 def _create_token() -> None:
@@ -144,21 +128,25 @@ def _create_token() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # until this process ends
 
 
-def _start(num_cpus: int) -> None:
+def _start() -> None:
     global _started_here
     _create_token()
+    # Ray 2.60 replaces a loopback address by the machine's address where clusters are enabled (not on Windows and
+    # macOS). This one shall listen on loopback only, also for metrics, which require no token.
+    clusters_enabled = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        with _on_loopback():
-            ray.init(
-                address="local",  # not another cluster on this machine
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+        ray.init(
+            address="local",  # not another cluster on this machine
+            num_cpus=runtime.num_cores(),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     except Exception as error:  # bare, if Ray's processes do not start in time
         ray.shutdown()
-        raise ConfigError(
-            f"Ray did not start on this machine: {first_line(error)}; --local trains without it"
-        ) from error
+        reason = first_line(error)
+        raise ConfigError(f"Ray did not start on this machine: {reason}; --local trains without it") from error
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters_enabled
     _started_here = True

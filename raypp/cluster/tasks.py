@@ -1,21 +1,24 @@
-"""Independent tasks in parallel on a cluster, such as the runs of Table I or the attacks of a suite."""
+"""Independent tasks in parallel on a cluster: the cells of Table I, and by :mod:`raypp.cluster.attack` attacks."""
 
 from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import ray
 import torch
 
-from raypp.cluster import progress_actor
-from raypp.cluster.progress_actor import create_progress_actor, stop_requested
-from raypp.cluster.session import ray_session, resource_warnings, uses_gpu
+from raypp.cluster.progress_actor import RemoteProgress, create_progress_actor, relay, shutdown_grace_period
+from raypp.cluster.session import check_resources, ray_session, uses_gpu
 from raypp.config.schema import Cluster
+from raypp.config.validation import validate
+from raypp.experiments.table1 import train_cell
+from raypp.experiments.table1_grid import GridCell
 from raypp.utils.errors import RayppError, TrainingInterrupted, first_line
-from raypp.utils.progress import MultiProgressDisplay, Row
+from raypp.utils.progress import MultiProgressDisplay, ProgressListener
 from raypp.utils.signals import stop_on_signal
 
 POLL_SECONDS = 0.5
@@ -24,26 +27,7 @@ Work = Mapping[str, tuple[Any, ...]]
 """Arguments by task."""
 
 Outcome = dict[str, Any]
-"""``{"result": ...}``, ``{"error": sentence}`` or ``{"interrupted": sentence}``."""
-
-
-class RemoteProgress:
-    """Reports the progress of one task to the driver."""
-
-    def __init__(self, actor: Any, task: str) -> None:
-        self._actor, self._task = actor, task
-
-    def step(self, info: Row) -> None:
-        self._actor.report.remote("step", info, self._task)
-
-    def epoch(self, row: Row) -> None:
-        """Ignored: the display of many tasks shows no epochs."""
-
-    def warn(self, message: str) -> None:
-        self._actor.report.remote("warning", message, self._task)
-
-    def should_stop(self) -> bool:
-        return stop_requested(self._actor)
+"""``{"result": ...}``, ``{"error": sentence, "exit_code": ...}`` or ``{"interrupted": sentence}``."""
 
 
 def run_tasks(
@@ -72,18 +56,39 @@ def run_tasks(
     """
     # ray_session comes first: Ray's start replaces the handler of the signal.
     with ray_session() as resources, stop_on_signal(display.stop, signal.SIGTERM):
+        num_cpus, num_gpus = cluster.cpus_per_worker, int(uses_gpu(cluster, resources))
+        check_resources(f"{what} needs", num_cpus, num_gpus, resources, display.of("cluster"))
         remote_call = ray.remote(
-            **task_resources(cluster, resources, what, display),
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
             max_retries=cluster.max_failures,
             max_calls=1,  # a new process per task, without the memory and settings of the last one
         )(_call)
         actor = create_progress_actor()
-
-        def submit(name: str, arguments: tuple[Any, ...]) -> Any:
-            return remote_call.remote(function, arguments, name, actor, cluster.cpus_per_worker)
-
+        submit = partial(remote_call.remote, function, num_cpus, actor)
         if not _run_until_done(submit, work, after or {}, actor, display, on_done):
             display.raise_if_stop_requested()
+
+
+def train_cells(
+    grid: Sequence[GridCell], display: MultiProgressDisplay, on_done: Callable[[GridCell, Outcome], None]
+) -> None:
+    """Train the cells of Table I; a cell whose worker dies resumes from its newest checkpoint.
+
+    Args:
+        on_done: called with each cell and its ``{"result": summary}`` or ``{"error": sentence}``.
+
+    Raises:
+        ConfigError, TrainingInterrupted: as :func:`run_tasks`.
+    """
+    cells = {cell.name: cell for cell in grid}
+    work = {cell.name: (cell.config.model_dump(mode="json"), cell.name) for cell in grid}
+    cluster = grid[0].config.cluster
+    run_tasks(_train_cell, work, cluster, display, lambda name, outcome: on_done(cells[name], outcome), what="a cell")
+
+
+def _train_cell(tree: dict[str, Any], name: str, display: ProgressListener) -> dict[str, Any]:
+    return train_cell(validate(tree), name, display)
 
 
 def _run_until_done(
@@ -94,7 +99,7 @@ def _run_until_done(
     display: MultiProgressDisplay,
     on_done: Callable[[str, Outcome], None],
 ) -> bool:
-    """Run tasks until all have ended or a stop was requested; returns whether all have ended."""
+    """Run tasks until all have ended or a stop was requested; return whether all have ended."""
     pending = dict(work)
     running: dict[Any, str] = {}
     deadline: float | None = None  # of running tasks, after a stop request
@@ -102,7 +107,7 @@ def _run_until_done(
     while pending or running:
         if deadline is None and display.stop.is_set():
             actor.request_stop.remote()
-            deadline = time.monotonic() + progress_actor.shutdown_grace_period()
+            deadline = time.monotonic() + shutdown_grace_period()
             all_done = not pending
             pending.clear()
         if deadline is not None and time.monotonic() > deadline:
@@ -111,7 +116,7 @@ def _run_until_done(
         for name in [name for name in pending if not unfinished.intersection(after.get(name, ()))]:
             running[submit(name, pending.pop(name))] = name
         ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
-        show_progress(display, *progress_actor.drain(actor))
+        relay(actor, display.of)
         for reference in ready:
             name, outcome = running.pop(reference), _outcome(reference)
             if "interrupted" in outcome:
@@ -119,14 +124,6 @@ def _run_until_done(
             else:
                 on_done(name, outcome)
     return all_done
-
-
-def show_progress(display: MultiProgressDisplay, steps: progress_actor.Steps, events: progress_actor.Events) -> None:
-    """Show what tasks have reported by :class:`RemoteProgress`."""
-    for name, step in steps.items():
-        display.step(name, step)
-    for name, _, message in events:
-        display.warn(name, message)
 
 
 def _outcome(reference: Any) -> Outcome:
@@ -140,28 +137,19 @@ def _outcome(reference: Any) -> Outcome:
     return outcome
 
 
-def task_resources(
-    cluster: Cluster, resources: dict[str, float], what: str, display: MultiProgressDisplay, num: int = 1
-) -> dict[str, float]:
-    """Ray's resource options of one of ``num`` parallel workers; warns if a growing cluster lacks them yet.
-
-    Raises:
-        ConfigError: the cluster cannot grow.
-    """
-    use_gpu = uses_gpu(cluster, resources)
-    required = {"CPU": num * cluster.cpus_per_worker, "GPU": float(num * use_gpu)}
-    for warning in resource_warnings(f"{what} needs", required, resources):
-        display.warn("cluster", warning)
-    return {"num_cpus": cluster.cpus_per_worker, "num_gpus": int(use_gpu)}
-
-
-def _call(function: Callable[..., Any], arguments: tuple[Any, ...], name: str, actor: Any, cpus: float) -> Outcome:
+def _call(function: Callable[..., Any], cpus: float, actor: Any, name: str, arguments: tuple[Any, ...]) -> Outcome:
     torch.set_num_threads(max(1, int(cpus)))
-    if stop_requested(actor):  # while the task waited for resources
+    progress = RemoteProgress(actor, name)
+    if progress.should_stop():  # while the task waited for resources
         return {"interrupted": "not started"}
+    return outcome_of(lambda: function(*arguments, progress), RayppError)
+
+
+def outcome_of(function: Callable[[], Any], errors: type[RayppError]) -> Outcome:
+    """Call ``function`` in a worker, and return ``errors``, which a restart would repeat, instead of raising them."""
     try:
-        return {"result": function(*arguments, RemoteProgress(actor, name))}
-    except RayppError as error:
-        return {"error": str(error)}
+        return {"result": function()}
+    except errors as error:
+        return {"error": str(error), "exit_code": error.exit_code}
     except TrainingInterrupted as interrupt:
         return {"interrupted": str(interrupt)}

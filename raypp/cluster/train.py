@@ -17,62 +17,47 @@ import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from raypp.cluster.progress_actor import (
-    Events,
-    Steps,
-    create_progress_actor,
-    polling,
-    shutdown_grace_period,
-    stop_requested,
-)
-from raypp.cluster.session import ray_session, resource_warnings, uses_gpu
+from raypp.cluster.progress_actor import RemoteProgress, create_progress_actor, polling, shutdown_grace_period
+from raypp.cluster.session import check_resources, ray_session, uses_gpu
+from raypp.cluster.tasks import Outcome, outcome_of
 from raypp.config.schema import Cluster, Config
 from raypp.config.validation import validate
 from raypp.data.streaming import Batch, StreamLoader, build_execution_options, collect_validation_set, datasets
 from raypp.experiments.training_run import Run, finalize_run, stored_key
 from raypp.models.perceptual import StateDict
-from raypp.training.checkpoint import CHECKPOINTS, CheckpointStore, EpochMetrics, list_checkpoints
-from raypp.training.distributed import first_error_message
+from raypp.training.checkpoint import CHECKPOINTS, EpochMetrics, list_checkpoints
+from raypp.training.distributed import run_on_all_ranks
 from raypp.training.protection_task import TrainingData, build_pre_transform, check_image_sizes, fit
+from raypp.training.reporter import Reporter
 from raypp.utils import errors
-from raypp.utils.errors import NonRetryableError, RayppError, TrainingError, TrainingInterrupted, last_line
+from raypp.utils.errors import NonRetryableError, TrainingError, TrainingInterrupted, last_line
 from raypp.utils.keys import Key
-from raypp.utils.progress import ProgressDisplay
+from raypp.utils.progress import ProgressListener
+from raypp.utils.signals import on_signal, stop_on_signal
 from raypp.utils.storage import Storage
 
 MAX_WORKERS = 8  # by default; with more, each has too few images of a batch of 128
+DATA_CPUS = 1  # that workers must leave free for the tasks which read a stream
 
 
-class RayTrainReporter(CheckpointStore):
+class RayTrainReporter(Reporter):
     """Saves checkpoints in the run's folder, and reports metrics to Ray Train and to the driver.
 
     It does not save checkpoints by Ray Train, which copies file by file: :class:`Storage` replaces whole folders.
     """
 
     def __init__(self, run: Storage, actor: Any) -> None:
-        context = ray.train.get_context()
-        self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.device: torch.device = get_device()
-        super().__init__(run)
-        self._actor = actor
+        super().__init__(run, RemoteProgress(actor), get_device())
 
     def report(self, history: list[EpochMetrics], name: str, checkpoint: Path | None) -> None:
-        if self.rank == 0:
-            self.keep(history, name, checkpoint)
-            self._actor.report.remote("epoch", history[-1])
+        super().report(history, name, checkpoint)
         ray.train.report(history[-1])
 
     def should_stop(self) -> bool:
-        return self.rank == 0 and stop_requested(self._actor)
-
-    def progress(self, info: EpochMetrics) -> None:
-        self._actor.report.remote("step", info)
-
-    def warn(self, message: str) -> None:
-        self._actor.report.remote("warning", message)
+        return self.rank == 0 and super().should_stop()
 
 
-def train_on_ray(run: Run, display: ProgressDisplay) -> dict[str, Any]:
+def train_on_ray(run: Run, display: ProgressListener) -> dict[str, Any]:
     """Train ``run`` on Ray Train and return its summary.
 
     Raises:
@@ -85,13 +70,17 @@ def train_on_ray(run: Run, display: ProgressDisplay) -> dict[str, Any]:
         check_image_sizes(config, *config.data.image_size)
     with ray_session() as resources:
         num_workers, use_gpu = _choose_scale(config, resources)
-        _check_resources(config, resources, cluster.min_workers or num_workers, use_gpu, display)
+        min_workers = cluster.min_workers or num_workers
+        num_cpus = min_workers * cluster.cpus_per_worker + DATA_CPUS * config.data.stream
+        num_gpus = min_workers * use_gpu
+        check_resources(f"training on {min_workers} workers needs", num_cpus, num_gpus, resources, display)
         actor = create_progress_actor()
         train, val = {}, None
         if config.data.stream:
             display.note("reading validation images")
             train["train"], val_rows = datasets(config)
             val = ray.put(collect_validation_set(val_rows))
+        options = build_execution_options()
         trainer = TorchTrainer(
             _train_loop_per_worker,
             train_loop_config={
@@ -99,26 +88,12 @@ def train_on_ray(run: Run, display: ProgressDisplay) -> dict[str, Any]:
                 "warnings": run.warnings, "actor": actor, "val": val,
             },
             datasets=train,
-            dataset_config=ray.train.DataConfig(
-                datasets_to_split=["train"], execution_options=build_execution_options()
-            ),
+            dataset_config=ray.train.DataConfig(datasets_to_split=["train"], execution_options=options),
             **build_trainer_configs(cluster, num_workers, use_gpu, CHECKPOINTS, run.storage),
         )  # fmt: skip
-
-        def show(steps: Steps, events: Events) -> None:
-            if display.should_stop():  # within a search, whose driver handles the signals
-                actor.request_stop.remote()
-            for _, kind, value in events:
-                display.epoch(value) if kind == "epoch" else display.warn(value)
-            for step in steps.values():
-                display.step(step)
-
         display.note("starting workers")
-        with polling(actor, show):
-            outcome = run_trainer(trainer, cluster.max_failures, run.storage, actor)
-    if "error" in outcome:
-        raise NonRetryableError(outcome["error"], exit_code=outcome["exit_code"])
-    summary: dict[str, Any] = outcome["summary"]
+        with polling(actor, lambda _: display):
+            summary: dict[str, Any] = run_trainer(trainer, cluster.max_failures, run.storage, actor)
     return summary
 
 
@@ -148,40 +123,33 @@ def build_scaling_config(cluster: Cluster, num_workers: int, use_gpu: bool) -> S
     )
 
 
-def _train_loop_per_worker(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Errors that a restart would repeat are returned, not raised."""
+def _train_loop_per_worker(arguments: dict[str, Any]) -> Outcome:
     config = validate(arguments["config"])
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     storage = Storage(arguments["run"])
     reporter = RayTrainReporter(storage, arguments["actor"])
     phi: StateDict | None = arguments["phi"]
-    try:
+
+    def train() -> dict[str, Any]:
         key = stored_key(storage)
         load = (lambda: _load_stream(config, ray.get(arguments["val"]), reporter, key)) if config.data.stream else None
         result = fit(config, reporter, phi, key, load)
-    except NonRetryableError as error:
-        return {"error": str(error), "exit_code": error.exit_code}
-    except TrainingInterrupted as interrupt:
-        return {"interrupted": str(interrupt)}
-    problem: dict[str, Any] | None = None
-    summary: dict[str, Any] = {}
-    if reporter.rank == 0:
-        try:
-            summary = finalize_run(Run(storage, config, phi, key, arguments["warnings"]), result, reporter.device)
-        except RayppError as error:
-            problem = {"error": str(error), "exit_code": error.exit_code}
-    return first_error_message(problem) or {"summary": summary}
+        run = Run(storage, config, phi, key, arguments["warnings"])
+        return run_on_all_ranks(lambda: finalize_run(run, result, reporter.device) if reporter.rank == 0 else {})
+
+    return outcome_of(train, NonRetryableError)
 
 
-def _load_stream(config: Config, val: Batch, reporter: RayTrainReporter, key: Key | None) -> TrainingData:
+def _load_stream(config: Config, val: Batch, reporter: Reporter, key: Key | None) -> TrainingData:
     loader = StreamLoader(config, val, reporter.device, reporter.rank, reporter.world, build_pre_transform(config, key))
     return TrainingData(loader, loader.val, loader.classes, loader.num_train, loader.fingerprint)
 
 
-def run_trainer(trainer: TorchTrainer, max_failures: int, run: Storage, actor: Any) -> dict[str, Any]:
+def run_trainer(trainer: TorchTrainer, max_failures: int, run: Storage, actor: Any) -> Any:
     """Run a trainer with checkpoints in the folder ``run``, and return the result of its first worker.
 
     Raises:
+        NonRetryableError: the worker returns an error.
         TrainingError: training cannot continue.
         TrainingInterrupted: the workers have stopped on request.
     """
@@ -201,10 +169,12 @@ def run_trainer(trainer: TorchTrainer, max_failures: int, run: Storage, actor: A
         ) from error
     except ray.train.TrainingFailedError as error:
         raise TrainingError(f"Ray Train gave up: {last_line(error)}") from error
-    outcome: dict[str, Any] = result.return_value
+    outcome: Outcome = result.return_value
+    if "error" in outcome:
+        raise NonRetryableError(outcome["error"], exit_code=outcome["exit_code"])
     if "interrupted" in outcome:
         raise TrainingInterrupted(outcome["interrupted"])
-    return outcome
+    return outcome["result"]
 
 
 @contextmanager
@@ -221,48 +191,29 @@ def _interruptible(actor: Any) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # in a trial, whose driver handles the signals
         yield
         return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    wake, finished = threading.Event(), threading.Event()
+    stop, finished = threading.Event(), threading.Event()
 
     def stop_workers() -> None:
-        wake.wait()
+        stop.wait()
         if not finished.is_set():
             actor.request_stop.remote()
             if not finished.wait(shutdown_grace_period()):
                 os.kill(os.getpid(), signal.SIGINT)
 
-    def interrupt(*_: object) -> None:
+    def interrupt() -> None:
         signal.raise_signal(signal.SIGINT)
 
-    def request_stop(*_: object) -> None:
-        signal.signal(signal.SIGTERM, interrupt)
-        wake.set()
-
     threading.Thread(target=stop_workers, daemon=True).start()
-    signal.signal(signal.SIGTERM, request_stop)
+    handler = signal.getsignal(signal.SIGINT)  # Ray Train replaces it
     try:
-        yield
+        with on_signal(interrupt, signal.SIGTERM), stop_on_signal(stop, signal.SIGTERM):
+            yield
     except SystemExit as error:  # raised by Ray Train's handler of SIGINT
         raise KeyboardInterrupt from error
     finally:
         finished.set()
-        wake.set()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _check_resources(
-    config: Config, resources: dict[str, float], num_workers: int, use_gpu: bool, display: ProgressDisplay
-) -> None:
-    cpus = num_workers * config.cluster.cpus_per_worker + _num_data_cpus(config)
-    required = {"CPU": cpus, "GPU": float(num_workers * use_gpu)}
-    for warning in resource_warnings(f"training on {num_workers} workers needs", required, resources):
-        display.warn(warning)
-
-
-def _num_data_cpus(config: Config) -> int:
-    """CPUs that workers must leave free for the tasks which read a stream."""
-    return 1 if config.data.stream else 0
+        stop.set()
+        signal.signal(signal.SIGINT, handler)
 
 
 def _choose_scale(config: Config, resources: dict[str, float]) -> tuple[int, bool]:
@@ -272,7 +223,8 @@ def _choose_scale(config: Config, resources: dict[str, float]) -> tuple[int, boo
         has_gpus = gpus >= (cluster.min_workers or cluster.num_workers)
         return cluster.num_workers, has_gpus if cluster.gpu is None else cluster.gpu
     use_gpu = uses_gpu(cluster, resources)
-    slots = gpus if use_gpu else int((resources.get("CPU", 1) - _num_data_cpus(config)) / cluster.cpus_per_worker)
+    cpus = resources.get("CPU", 1) - DATA_CPUS * config.data.stream
+    slots = gpus if use_gpu else int(cpus / cluster.cpus_per_worker)
     batch_size = config.train.batch_size
     max_workers = min(MAX_WORKERS, max(slots, 1), batch_size // 2)
     return max(num for num in range(1, max_workers + 1) if batch_size % num == 0), use_gpu

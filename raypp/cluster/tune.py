@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
-from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -17,15 +16,13 @@ from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 
 from raypp.cluster.attack import run_on_ray
-from raypp.cluster.progress_actor import create_progress_actor
 from raypp.cluster.search_algorithms import PatienceStopper, build_param_space, build_sampler, build_scheduler
-from raypp.cluster.search_progress import TrialMonitor, TuneProgress, all_records, silence_tune
+from raypp.cluster.search_progress import TrialMonitor, all_records, silence_tune
 from raypp.cluster.session import may_grow, ray_session, resource_warning, uses_gpu
 from raypp.cluster.tasks import Outcome, run_tasks
 from raypp.cluster.trial import HEAD, train_trial
-from raypp.experiments import attack_plan, attack_run, pareto, search, search_results, search_settings
-from raypp.experiments.search_records import TrialRecord
-from raypp.experiments.search_settings import SearchPlan
+from raypp.experiments import attack_plan, attack_run, pareto, search, search_results
+from raypp.experiments.search import SearchPlan, TrialRecord
 from raypp.utils.errors import RayppError
 from raypp.utils.progress import MultiProgressDisplay
 from raypp.utils.signals import stop_on_signal
@@ -46,14 +43,14 @@ def run_search(plan: SearchPlan, *, resume: bool = False, quiet: bool = False) -
         TrainingInterrupted: by SIGTERM, after checkpoints or the grace period.
     """
     with search.open_search(plan, resume=resume) as begun, ray_session() as resources:
-        max_concurrent = _max_concurrent_trials(plan, resources, MultiProgressDisplay(0, quiet=quiet).warn)
+        required = _resources_per_trial(plan, resources)
+        max_concurrent = _max_concurrent_trials(plan, required, resources, MultiProgressDisplay(0, quiet=quiet))
         plain_accuracy = _train_baseline(plan, quiet) if plan.search.margin is not None else None
         min_accuracy = search_results.min_accuracy(plan.search, plain_accuracy)
-        if not plan.storage.exists(search_settings.SUMMARY):
+        if not plan.storage.exists(search.SUMMARY):
             display = MultiProgressDisplay(plan.search.num_trials, quiet=quiet, what="trials")
             with display, stop_on_signal(display.stop, signal.SIGTERM):
-                monitor = TrialMonitor(plan, min_accuracy, display, create_progress_actor())
-                _run_trials(plan, resources, max_concurrent, monitor, begun)
+                _run_trials(TrialMonitor(plan, min_accuracy, display), required, max_concurrent, begun)
         records = all_records(plan)
         _check_success(records, min_accuracy)
 
@@ -89,23 +86,23 @@ def _resources_per_trial(plan: SearchPlan, resources: dict[str, float]) -> dict[
     return required
 
 
-def _max_concurrent_trials(plan: SearchPlan, resources: dict[str, float], warn: Callable[[str, str], None]) -> int:
+def _max_concurrent_trials(
+    plan: SearchPlan, required: dict[str, float], resources: dict[str, float], display: MultiProgressDisplay
+) -> int:
     """Number of parallel trials: ``search.max_concurrent``, or as many as the cluster has room for.
 
     Raises:
         ConfigError: no trial fits into a cluster that cannot grow.
     """
-    required = _resources_per_trial(plan, resources)
+    places = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if (plan.config.cluster.num_workers or 1) > 1:  # the workers of a trial may run on several nodes
         places = [resources]
-    else:
-        places = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(min(int(place.get(kind, 0) / amount) for kind, amount in required.items()) for place in places)
     if room < 1:
         needs = " and ".join(f"{amount:g} {kind}s" for kind, amount in required.items())
         available = " and ".join(f"{resources.get(kind, 0):g}" for kind in required)
         keys = "cluster.num_workers, cluster.cpus_per_worker and search.gpus_per_trial"
-        warn("cluster", resource_warning(f"a trial needs {needs}, the cluster has {available}", keys))
+        display.warn("cluster", resource_warning(f"a trial needs {needs}, the cluster has {available}", keys))
     return plan.search.max_concurrent or max(1, room)
 
 
@@ -125,30 +122,28 @@ def _train_baseline(plan: SearchPlan, quiet: bool) -> float:
     return float(outcome["result"])
 
 
-def _run_trials(
-    plan: SearchPlan, resources: dict[str, float], max_concurrent: int, monitor: TrialMonitor, begun: bool
-) -> None:
-    is_distributed = (plan.config.cluster.num_workers or 1) > 1
-    # Tune does not accept 0 CPUs. The Ray Train run of a distributed trial reserves its own.
-    required = {HEAD: 0.01} if is_distributed else _resources_per_trial(plan, resources)
+def _run_trials(monitor: TrialMonitor, required: dict[str, float], max_concurrent: int, begun: bool) -> None:
+    plan = monitor.plan
+    if (plan.config.cluster.num_workers or 1) > 1:
+        # Tune does not accept 0 CPUs. The Ray Train run of a distributed trial reserves its own.
+        required = {HEAD: 0.01}
     parameters = {"dumped": plan.dump(), "min_accuracy": monitor.min_accuracy, "actor": monitor.actor}
     trial = tune.with_resources(tune.with_parameters(train_trial, **parameters), required)
-    callback = TuneProgress(monitor)
-    folder = plan.storage.folder(EXPERIMENT)
+    folder = plan.storage.folder(EXPERIMENT).uri
     with silence_tune():
-        if begun and Tuner.can_restore(folder.uri):
-            tuner = Tuner.restore(folder.uri, trainable=trial, resume_unfinished=True, resume_errored=True)
+        if begun and Tuner.can_restore(folder):
+            tuner = Tuner.restore(folder, trainable=trial, resume_unfinished=True, resume_errored=True)
         else:
-            tuner = _build_tuner(plan, trial, max_concurrent, monitor.min_accuracy, callback)
+            tuner = _build_tuner(monitor, trial, max_concurrent)
         tuner.fit()
     monitor.finish_search()
 
 
-def _build_tuner(
-    plan: SearchPlan, trial: Any, max_concurrent: int, min_accuracy: float | None, callback: Callback
-) -> Tuner:
-    settings, cluster = plan.search, plan.config.cluster
+def _build_tuner(monitor: TrialMonitor, trial: Any, max_concurrent: int) -> Tuner:
+    plan, settings, cluster = monitor.plan, monitor.plan.search, monitor.plan.config.cluster
     is_population = settings.scheduler == "pbt"
+    patience = settings.patience
+    stopper = PatienceStopper(patience, settings.objective, monitor.min_accuracy) if patience else None
     return Tuner(
         trial,
         param_space=build_param_space(settings) if is_population else {},
@@ -165,18 +160,18 @@ def _build_tuner(
             name=EXPERIMENT,
             storage_path=plan.storage.uri,
             verbose=0,
-            stop=PatienceStopper(settings.patience, settings.objective, min_accuracy) if settings.patience else None,
-            callbacks=[callback, *_loggers(plan)],
+            stop=stopper,
+            callbacks=[monitor, *_loggers(plan.storage.uri)],
             failure_config=FailureConfig(max_failures=cluster.max_failures),
         ),
     )
 
 
-def _loggers(plan: SearchPlan) -> list[Callback]:
+def _loggers(folder: str) -> list[Callback]:
     """MLflow's callback if MLflow is installed and configured. Tune adds TensorBoard's by default."""
-    if importlib.util.find_spec("mlflow") is None or not os.environ.get("MLFLOW_TRACKING_URI"):
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri or importlib.util.find_spec("mlflow") is None:
         return []
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
-    experiment = plan.storage.uri.rstrip("/").rpartition("/")[2]
-    return [MLflowLoggerCallback(tracking_uri=os.environ["MLFLOW_TRACKING_URI"], experiment_name=experiment)]
+    return [MLflowLoggerCallback(tracking_uri=uri, experiment_name=folder.rstrip("/").rpartition("/")[2])]

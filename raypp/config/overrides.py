@@ -18,10 +18,6 @@ def deep_merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]
     A section whose ``name`` changes replaces the old one, since other options apply. If ``override`` changes ``epochs``
     and sets no milestones, the milestones of ``base`` are scaled to the new number of epochs.
     """
-    return _deep_merge(base, override, scale_milestones=True)
-
-
-def _deep_merge(base: dict[str, Any], override: dict[str, Any], *, scale_milestones: bool) -> dict[str, Any]:
     merged = dict(base)
     for key, value in override.items():
         old = merged.get(key)
@@ -34,8 +30,8 @@ def _deep_merge(base: dict[str, Any], override: dict[str, Any], *, scale_milesto
         if isinstance(old, dict) and isinstance(value, dict):
             renamed = "name" in value and "name" in old and value["name"] != old["name"]
             if not renamed:
-                merged[key] = _deep_merge(old, value, scale_milestones=scale_milestones)
-    return _with_scaled_milestones(base, override, merged) if scale_milestones else merged
+                merged[key] = deep_merge(old, value)
+    return _with_scaled_milestones(base, override, merged)
 
 
 def _with_scaled_milestones(base: dict[str, Any], override: dict[str, Any], merged: dict[str, Any]) -> dict[str, Any]:
@@ -66,11 +62,8 @@ COMMAND_OPTIONS = ("name", "config", "resume", "local", "quiet", "storage")
 def parse_overrides(flags: Sequence[str], roots: Iterable[str] | None = None) -> dict[str, Any]:
     """Convert ``--a.b value`` and ``--a.b=value`` to a tree; dashes in keys are read as underscores.
 
-    Args:
-        roots: allowed first parts of a key; by default the sections of the configuration.
-
-    Raises:
-        ConfigError: a flag is invalid, or a setting is given twice.
+    A key begins with one of ``roots``, by default the sections of the configuration. ConfigError is raised for an
+    invalid flag, or a setting that occurs twice.
     """
     sections = list(Config.model_fields if roots is None else roots)
     tree: dict[str, Any] = {}
@@ -96,7 +89,7 @@ def parse_overrides(flags: Sequence[str], roots: Iterable[str] | None = None) ->
         except DocumentError as error:
             raise ConfigError(f"--{key} is {text!r}: {error}") from error
         _add_setting(settings, tuple(parts), value)
-        tree = _deep_merge(tree, unflatten(parts, value), scale_milestones=False)
+        tree = deep_merge(tree, unflatten(parts, value))  # scales nothing, as no setting occurs twice
     return tree
 
 
@@ -107,8 +100,8 @@ def _add_setting(settings: dict[tuple[str, ...], Any], path: tuple[str, ...], va
             _add_setting(settings, (*path, *key.split(".")), part)
         return
     for other_path, other_value in settings.items():
-        pair = sorted([(other_path, other_value), (path, value)], key=lambda setting: len(setting[0]))
-        (outer, outer_value), (inner, _) = pair
+        settings_by_length = sorted([(other_path, other_value), (path, value)], key=lambda setting: len(setting[0]))
+        (outer, outer_value), (inner, _) = settings_by_length
         if inner[: len(outer)] != outer:
             continue
         # A bare name stands for {name: ...}, so its other keys may follow; so may those of a null section.

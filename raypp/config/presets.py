@@ -27,8 +27,7 @@ def presets() -> dict[str, Path]:
 def load_config(preset: str | Path, file: str | Path | None = None, flags: tuple[str, ...] | list[str] = ()) -> Config:
     """Merge a preset (a name or a YAML path), an optional YAML file and flags ``--train.alpha 0.01``, and validate.
 
-    Raises:
-        ConfigError: the message names the key, the value and the allowed values.
+    ConfigError is raised for the first error; it names the key, the value and the allowed values.
     """
     config = validate(load_tree(preset, file, flags))
     check_milestones(config.train, "train")
@@ -40,8 +39,7 @@ def load_tree(
 ) -> dict[str, Any]:
     """Merge as :func:`load_config` does, without validation; raises ConfigError for an unreadable file or flag.
 
-    Args:
-        more: sections of ``EXTRA_SECTIONS`` to keep, and to allow in flags.
+    Sections of ``EXTRA_SECTIONS`` are dropped, and not allowed in flags, except those in ``more``.
     """
     files = presets()
     if str(preset) in files:

@@ -13,7 +13,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     SerializeAsAny,
@@ -59,9 +58,7 @@ def _to_int(value: Any) -> Any:
 
 
 class ConfigModel(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, ser_json_inf_nan="constants"
-    )
+    model_config = MethodConfig.model_config
 
 
 class AugmentConfig(ConfigModel):

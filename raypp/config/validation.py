@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from functools import reduce
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from raypp.config.schema import REGISTRIES, Config, Data, MultiStep, OptimizationConfig
+from raypp.config.schema import REGISTRIES, Config, ConfigModel, Data, MultiStep, OptimizationConfig
 from raypp.utils.errors import ConfigError
 from raypp.utils.registry import MethodConfig, suggest
 
@@ -20,50 +21,46 @@ def validate(tree: dict[str, Any]) -> Config:
         raise ConfigError(format_validation_error(error, tree)) from None
 
 
+class _DataConfig(ConfigModel):
+    data: Data
+
+
+def validate_data(section: dict[str, Any]) -> Data:
+    """Validate a ``data`` section alone; raises ConfigError as :func:`validate` does."""
+    tree = {"data": section}
+    try:
+        return _DataConfig.model_validate(tree).data
+    except ValidationError as error:
+        raise ConfigError(format_validation_error(error, tree, _DataConfig)) from None
+
+
 def check_milestones(train: OptimizationConfig, section: str) -> None:
-    """Raise ConfigError for milestones after the end of training.
+    """Raise ConfigError for milestones after the end of training; the message names ``section``, the key of ``train``.
 
     Only for configurations that users write: stored ones of earlier versions may have such milestones.
-
-    Args:
-        section: key of ``train``, for the message.
     """
-    if not isinstance(train.schedule, MultiStep):
-        return
-    late = [milestone for milestone in train.schedule.milestones if milestone >= train.epochs]
-    if late:
+    milestones = train.schedule.milestones if isinstance(train.schedule, MultiStep) else ()
+    if any(milestone >= train.epochs for milestone in milestones):
         raise ConfigError(
-            f"{section}.schedule.milestones is {list(train.schedule.milestones)}, but training ends after "
-            f"{section}.epochs {train.epochs}; allowed are milestones less than {train.epochs}"
+            f"{section}.schedule.milestones is {list(milestones)}, but training ends after {section}.epochs "
+            f"{train.epochs}; allowed are milestones less than {train.epochs}"
         )
 
 
-def validate_data(tree: dict[str, Any]) -> Data:
-    """Validate a ``data`` section alone; raises ConfigError as :func:`validate` does."""
-    try:
-        return Data.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(format_validation_error(error, {"data": tree}, ("data",))) from None
+def format_validation_error(error: ValidationError, tree: dict[str, Any], root: type[BaseModel] = Config) -> str:
+    """Format the first error of ``tree``, validated with ``root``, as one sentence.
 
-
-def format_validation_error(
-    error: ValidationError, tree: dict[str, Any], within: tuple[str, ...] = (), root: type[BaseModel] | None = None
-) -> str:
-    """Format the first error as one sentence: the key as the user wrote it, then pydantic's message.
-
-    Args:
-        within: path of the section, if it was validated alone.
-        root: the validated model; by default :class:`Config`.
+    It has the key as the user wrote it, then pydantic's message.
     """
     # Report unknown keys first; they usually cause the other errors.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    loc = [*within, *(str(part) for part in first["loc"])]
+    loc = [str(part) for part in first["loc"]]
     # pydantic adds a discriminated union's tag to the path.
     if loc[:2] == ["train", "schedule"] and len(loc) > 2:
         del loc[2]
     key = ".".join(loc)
     if first["type"] == "extra_forbidden":
-        siblings = _allowed_keys(loc[:-1], tree, root or Config)
+        siblings = _allowed_keys(loc[:-1], tree, root)
         allowed = ", ".join(siblings) + _methods_with_key(loc, tree)
         return f"unknown key {key!r}{suggest(loc[-1], siblings)}; allowed there: {allowed}"
     if first["type"] == "missing":
@@ -83,9 +80,7 @@ def _methods_with_key(loc: list[str], tree: dict[str, Any]) -> str:
     methods = [name for name in registry or () if registry and key in registry.options(name).model_fields]
     if not methods:
         return ""
-    node: Any = tree
-    for part in section:
-        node = _child(node, part)
+    node = reduce(_child, section, tree)
     name = node.get("name") if isinstance(node, dict) else node
     return f"; {'.'.join(section)} is {name!r}, and only {' or '.join(map(repr, methods))} has that key"
 

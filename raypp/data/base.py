@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -30,6 +31,7 @@ Item = tuple[str, int, bytes | Path | None]
 # Threads are faster for images of this many encoded bytes or more. Below, the interpreter's lock costs more than the
 # decoding (32 x 32 JPEG: 59 us per image in one thread, 133 us in two; 224 x 224: 447 us and 261 us; 2 cores).
 MIN_BYTES_FOR_THREADS = 4096
+NUM_THREADS = min(8, os.cpu_count() or 1)  # that decode or encode images
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +75,7 @@ class Fingerprint:
         self._digest.update(image.tobytes())
 
     def hexdigest(self, shape: tuple[int, ...], labels: npt.ArrayLike, classes: tuple[str, ...]) -> str:
-        """Add the shape (H, W, C) of the images, their labels (N,) and the class names; return the digest."""
+        """Return the digest of the images, their shape (H, W, C), their labels (N,) and the class names."""
         self._digest.update(np.asarray(labels, dtype="<i8").tobytes())
         self._digest.update(json.dumps([shape, classes]).encode())
         return self._digest.hexdigest()
@@ -97,7 +99,6 @@ class DataSource(ABC):
     """A named set of labeled images with a train and a test split.
 
     Args:
-        options: the validated options of the source.
         size: (H, W) to resize every image to; None requires images of one size.
         channels: 3 for RGB, 1 for grey.
     """
@@ -135,31 +136,23 @@ class DataSource(ABC):
         for example in self._read(split):
             if isinstance(example.image, np.ndarray):
                 shape = shape or example.image.shape
-                if example.image.shape != shape:
-                    height, width, _ = example.image.shape
+                if (other := example.image.shape) != shape:
                     error = DataError(
-                        f"{example.name} is {height} x {width} pixels where the images before it are {shape[0]} x "
+                        f"{example.name} is {other[0]} x {other[1]} pixels where the images before it are {shape[0]} x "
                         f"{shape[1]}; set data.image_size"
                     )
                     example = example._replace(image=error)
             yield example
 
     def load(self, split: Split) -> ImageDataset:
-        """Read a whole split into memory.
-
-        Raises:
-            DataError: an image cannot be used, or the split has no image or one class.
-        """
+        """Read a whole split into memory; raises DataError for an unusable image, or a split without two classes."""
         num = self.num_images(split)
         images: Pixels | None = None
-        if self.size is not None:
-            check_memory(num, (*self.size, self.channels))
         labels = np.empty(num, dtype=np.int64)
         for i, example in enumerate(self.examples(split)):
             pixels = example.pixels()
             if images is None:
-                if self.size is None:
-                    check_memory(num, pixels.shape)
+                check_memory(num, pixels.shape)
                 images = np.empty((num, *pixels.shape), dtype=np.uint8)
             images[i], labels[i] = pixels, example.label
         check_labels(labels, split, self.classes if num else ())
@@ -179,12 +172,7 @@ def check_labels(labels: npt.ArrayLike, split: Split, classes: tuple[str, ...]) 
 
 
 def check_names(names: Iterable[str], where: str) -> tuple[str, ...]:
-    """Return class names if there are two or more, all printable and distinguishable; raises DataError.
-
-    Args:
-        names: the class names.
-        where: the origin of the names for messages, such as "train.parquet".
-    """
+    """Return class names of ``where`` (file or folder): at least two, printable, distinguishable; raises DataError."""
     classes = tuple(names)
     names_by_form: dict[str, str] = {}
     for name in classes:
@@ -208,57 +196,55 @@ def check_names(names: Iterable[str], where: str) -> tuple[str, ...]:
     return classes
 
 
+def first_names(names: Iterable[str]) -> str:
+    """Join the first five names for a message, escaped, with ", ..." if there are more."""
+    escaped = list(map(printable, names))
+    return ", ".join(escaped[:5]) + ", ..." * (len(escaped) > 5)
+
+
 def decode_all(items: Iterable[Item], *, size: tuple[int, int] | None, channels: int) -> Iterator[Example]:
     """Decode in bounded memory, large images in threads, and yield the examples in the order of ``items``."""
 
-    def decode_item(item: Item) -> Example:
-        name, label, data = item
-        return Example(name, label, _decode_or_error(data, name, size, channels))
-
+    decode_item = partial(_decode_item, size=size, channels=channels)
     iterator = iter(items)
-    with ThreadPoolExecutor(num_threads()) as pool:
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
         while block := list(islice(iterator, 64)):
             use_threads = max(_num_bytes(data) for _, _, data in block) >= MIN_BYTES_FOR_THREADS
             yield from (pool.map if use_threads else map)(decode_item, block)
-
-
-def num_threads() -> int:
-    """Return the number of threads for decoding or encoding images."""
-    return min(8, os.cpu_count() or 1)
 
 
 def _num_bytes(data: bytes | Path | None) -> int:
     return data.stat().st_size if isinstance(data, Path) else len(data or b"")
 
 
-def _decode_or_error(
-    data: bytes | Path | None, name: str, size: tuple[int, int] | None, channels: int
-) -> Pixels | DataError:
+def _decode_item(item: Item, size: tuple[int, int] | None, channels: int) -> Example:
+    name, label, data = item
+    image: Pixels | DataError
     try:
-        if isinstance(data, Path):
-            data = data.read_bytes()
-        if data is None:
-            raise DataError(f"{name} holds no image bytes")
-        return decode(data, name=name, size=size, channels=channels)
+        image = decode(read_encoded(data, name), name=name, size=size, channels=channels)
     except DataError as error:
-        return error
+        image = error
+    return Example(name, label, image)
+
+
+def read_encoded(data: bytes | Path | None, name: str) -> bytes:
+    """Return an encoded image, read from its file if need be; raises DataError if there is none."""
+    if data is None:
+        raise DataError(f"{name} holds no image bytes")
+    try:
+        return data.read_bytes() if isinstance(data, Path) else data
     except OSError as error:
-        return DataError(f"{name} cannot be read: {error.strerror}")
+        raise DataError(f"{name} cannot be read: {error.strerror}") from error
 
 
 def stratified_split(labels: npt.ArrayLike, num_val: int, seed: int) -> tuple[Labels, Labels]:
-    """Split indices at random so that both parts have the same class proportions.
+    """Split indices of ``labels`` (N,) at random so that both parts have the same class proportions.
 
-    Args:
-        labels: integers (N,).
-        num_val: size of the second part, 0..N-1; the largest remainders decide how classes share it.
-        seed: the same seed gives the same split.
+    The second part has ``num_val`` indices; the largest remainders decide how classes share it. The same seed gives
+    the same split. DataError is raised unless ``num_val`` is in 0..N-1.
 
     Returns:
         Sorted int64 indices (N - num_val,) and (num_val,).
-
-    Raises:
-        DataError: ``num_val`` is out of range.
     """
     values = np.asarray(labels)
     total = len(values)

@@ -23,8 +23,6 @@ class _Cifar(DataSource):
     """Name of the class in torchvision.datasets."""
 
     class Options(registry.MethodConfig):
-        """Location of the data set."""
-
         root: paths.PathOrUri = Field("data", validate_default=True)
         """Folder of the extracted Python version of the data set."""
         download: bool = True
@@ -86,7 +84,6 @@ def _download_lock(root: Path) -> Iterator[None]:
 
 
 def _defect(dataset: Any, root: Path) -> str:
-    """Describe the defect of a torchvision data set at ``root``."""
     from torchvision.datasets.utils import check_integrity
 
     folder = root / dataset.base_folder
@@ -105,8 +102,6 @@ class Cifar10(_Cifar):
     dataset = "CIFAR10"
 
     class Options(_Cifar.Options):
-        """Location of CIFAR-10."""
-
         name: Literal["cifar10"] = "cifar10"
 
 
@@ -116,6 +111,4 @@ class Cifar100(_Cifar):
     dataset = "CIFAR100"
 
     class Options(_Cifar.Options):
-        """Location of CIFAR-100."""
-
         name: Literal["cifar100"] = "cifar100"

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raypp.data import SOURCES
-from raypp.data.base import MIN_BYTES_FOR_THREADS, DataSource, Fingerprint, Split, check_labels, num_threads
+from raypp.data.base import MIN_BYTES_FOR_THREADS, NUM_THREADS, DataSource, Fingerprint, Split, check_labels
 from raypp.utils.errors import DataError, StorageError
 from raypp.utils.images import encode_png
 from raypp.utils.storage import new_folder
@@ -25,6 +25,8 @@ from raypp.utils.storage import new_folder
 ROWS_PER_GROUP = 1000
 NUM_LISTED = 20
 SPLITS: tuple[Split, ...] = get_args(Split)
+Progress = Callable[[Split, int, int], None]
+"""Receives a split, the number of its images that are written, and their total."""
 
 
 def describe() -> list[dict[str, Any]]:
@@ -40,22 +42,11 @@ def describe() -> list[dict[str, Any]]:
     return entries
 
 
-def convert(
-    source: DataSource,
-    out: Path,
-    *,
-    rows_per_file: int = 50_000,
-    progress: Callable[[Split, int, int], None] | None = None,
-) -> None:
-    """Write a source as Parquet files in the Hugging Face layout, images as PNG.
+def convert(source: DataSource, out: Path, *, rows_per_file: int = 50_000, progress: Progress | None = None) -> None:
+    """Write a source as Parquet files in the Hugging Face layout, images as PNG, into a new or empty folder.
 
-    The conversion runs in bounded memory and leaves no folder after an error.
-
-    Args:
-        source: the source to convert.
-        out: folder to create; it may exist if it is empty.
-        rows_per_file: a larger split becomes several files.
-        progress: called with the split, the number of images written and their total.
+    The conversion runs in bounded memory and leaves no folder after an error. A split of more than ``rows_per_file``
+    images becomes several files.
 
     Raises:
         DataError: an image cannot be used.
@@ -68,13 +59,7 @@ def convert(
             _write_split(source, split, folder, rows_per_file, progress)
 
 
-def _write_split(
-    source: DataSource,
-    split: Split,
-    folder: Path,
-    rows_per_file: int,
-    progress: Callable[[Split, int, int], None] | None,
-) -> None:
+def _write_split(source: DataSource, split: Split, folder: Path, rows_per_file: int, progress: Progress | None) -> None:
     num, num_written = source.num_images(split), 0
     num_files = -(-num // rows_per_file)
     features = {"img": {"_type": "Image"}, "label": {"names": list(source.classes), "_type": "ClassLabel"}}
@@ -83,7 +68,7 @@ def _write_split(
         metadata={"huggingface": json.dumps({"info": {"features": features}})},
     )
     examples = source.examples(split)
-    with ThreadPoolExecutor(num_threads()) as pool:
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
         for index in range(num_files):
             path = folder / f"{split}-{index:05d}-of-{num_files:05d}.parquet"
             examples_of_file = islice(examples, rows_per_file)
@@ -106,12 +91,10 @@ class SplitReport:
     """Contents of one split.
 
     Attributes:
-        num_images: number of readable images.
+        num_images, counts: readable images, in all and of every class.
         shape: (H, W, C), or None if no image is readable.
-        counts: number of readable images of every class.
         num_duplicates: number of images whose pixels occur before in the same split.
-        unreadable: error messages of the first 20 unreadable images.
-        num_unreadable: number of unreadable images.
+        unreadable: error messages of the first NUM_LISTED unreadable images.
         fingerprint: that of the loaded :class:`ImageDataset`, or None if an image is unreadable.
         problem: error message if the whole split cannot be used.
     """
@@ -142,11 +125,7 @@ class Report:
 
 
 def check(source: DataSource) -> Report:
-    """Read every image of a source once, in bounded memory, and report all unreadable ones.
-
-    Raises:
-        DataError: the source as a whole, or its labels, cannot be read.
-    """
+    """Read every image once, in bounded memory; raises DataError if the source, or its labels, cannot be read."""
     train, train_counts = _check_split(source, "train")
     test, test_counts = _check_split(source, "test")
     num_shared = sum(num for key, num in test_counts.items() if key in train_counts)
@@ -155,9 +134,8 @@ def check(source: DataSource) -> Report:
 
 def _check_split(source: DataSource, split: Split) -> tuple[SplitReport, Counter[bytes]]:
     """Return the report, and the number of images by the hash of their pixels."""
-    fingerprint = Fingerprint()
+    fingerprint, hash_counts = Fingerprint(), Counter[bytes]()
     labels: list[int] = []
-    hash_counts: Counter[bytes] = Counter()
     unreadable: list[str] = []
     num_unreadable = 0
     shape: tuple[int, ...] | None = None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from raypp.data.base import DataSource, Example, Split, check_names, decode_all, stratified_split
+from raypp.data.base import DataSource, Example, Split, check_names, decode_all, first_names, stratified_split
 from raypp.utils import paths, registry
 from raypp.utils.errors import DataError
 from raypp.utils.image_files import find_images, is_ignored, is_image, links_to_ancestor, walk_files
@@ -31,8 +31,6 @@ class Folder(DataSource):
     """
 
     class Options(registry.MethodConfig):
-        """Location of the folders, and how to split them."""
-
         name: Literal["folder"] = "folder"
         path: paths.PathOrUri
         """Folder that contains train and test, or the class folders."""
@@ -47,9 +45,8 @@ class Folder(DataSource):
     def _root(self) -> Path:
         root = Path(self.options.path)
         if not root.is_dir():
-            path = str(self.options.path)
-            hint = "; data.source.name parquet can read a URI" if "://" in path else ""
-            raise DataError(f"data.source.path {path} is not a folder{hint}")
+            hint = "; data.source.name parquet can read a URI" if "://" in self.options.path else ""
+            raise DataError(f"data.source.path {self.options.path} is not a folder{hint}")
         return root
 
     @cached_property
@@ -60,6 +57,12 @@ class Folder(DataSource):
         if test is not None and any(entry.is_dir() for entry in test.iterdir()):  # otherwise it is a class of that name
             raise DataError(f"{self._root} has a folder {test.name} and none for training, allowed is {TRAIN_NAMES[0]}")
         return self._root
+
+    @property
+    def _test_root(self) -> Path:
+        if (test := self._split_folder(TEST_NAMES)) is not None:
+            return test
+        raise DataError(f"{self._root} has a train folder and no test folder, allowed is {', '.join(TEST_NAMES)}")
 
     def _split_folder(self, names: tuple[str, ...]) -> Path | None:
         """Return the folder with the first of these names, in any case; raises DataError if there are two."""
@@ -92,18 +95,11 @@ class Folder(DataSource):
     def files(self, split: Split) -> list[tuple[str, int]]:
         """Return (path, label) of every image of ``split``, sorted by class and path.
 
-        Raises:
-            DataError: the split does not exist, a class folder has no image, or test has a class that train lacks.
+        DataError is raised if it does not exist, a class folder has no image, or test has a class that train lacks.
         """
         if self._train_root == self._root:
             return self._random_split[split]
         return self._list_files(self._train_root) if split == "train" else self._test_files
-
-    @property
-    def _test_root(self) -> Path:
-        if (test := self._split_folder(TEST_NAMES)) is not None:
-            return test
-        raise DataError(f"{self._root} has a train folder and no test folder, allowed is {', '.join(TEST_NAMES)}")
 
     def unused(self) -> tuple[str, ...]:
         if self._train_root == self._root:
@@ -127,8 +123,8 @@ class Folder(DataSource):
     @cached_property
     def _test_files(self) -> list[tuple[str, int]]:
         files = self._list_files(self._test_root)
-        train_targets = set(_real_paths(Path(file) for file, _ in self._list_files(self._train_root)))
-        for (file, _), target in zip(files, _real_paths(Path(file) for file, _ in files), strict=True):
+        train_targets = set(_real_paths(file for file, _ in self._list_files(self._train_root)))
+        for (file, _), target in zip(files, _real_paths(file for file, _ in files), strict=True):
             if target in train_targets:
                 raise DataError(f"{printable(file)} is an image of the training split too, by a link; remove the link")
         return files
@@ -141,19 +137,19 @@ class Folder(DataSource):
             if name not in self.classes:
                 raise DataError(
                     f"{printable(folder)} is a class that {printable(self._train_root)} does not have; it has "
-                    f"{', '.join(self.classes[:5])}{', ...' * (len(self.classes) > 5)}"
+                    f"{first_names(self.classes)}"
                 )
             label = self.classes.index(name)
             images = find_images(folder)
             for file, target in zip(images, _real_paths(images), strict=True):
-                if folder_of_target.get(target) == folder:
-                    continue  # a link to an image of the same class
-                other = folder_of_target.setdefault(target, folder)
-                if other != folder:
+                other = folder_of_target.get(target)
+                if other is None:
+                    folder_of_target[target] = folder
+                    files.append((str(file), label))
+                elif other != folder:  # otherwise it is a link to an image of the same class
                     raise DataError(
                         f"{printable(file)} is an image of {printable(other)} too, by a link; an image has one class"
                     )
-                files.append((str(file), label))
         return files
 
     def num_images(self, split: Split) -> int:
@@ -164,10 +160,10 @@ class Folder(DataSource):
         return decode_all(items, size=self.size, channels=self.channels)
 
 
-def _real_paths(files: Iterable[Path]) -> Iterator[Path]:
+def _real_paths(files: Iterable[str | Path]) -> Iterator[Path]:
     """Yield the paths of files without links; each folder is resolved once."""
     resolve_folder = cache(Path.resolve)
-    for file in files:
+    for file in map(Path, files):
         yield file.resolve() if file.is_symlink() else resolve_folder(file.parent) / file.name
 
 
@@ -205,20 +201,19 @@ def _check_splits(root: Path, folders: list[Path]) -> None:
             )
 
 
-def _check_level(root: Path, folders: list[Path]) -> None:
+def _check_level(root: Path, folders: Sequence[Path]) -> None:
     """Raise DataError if all folders contain folders of the same names, which then are the real classes."""
-    common_names: list[str] | None = None
+    common_names: list[str] = []
     for folder in folders:
         names = _first_differing_names(_image_folders(folder))
-        if not names or (common_names is not None and names != common_names):
+        if not names or names != (common_names or names):
             return
         common_names = names
-    if len(folders) > 1 and common_names:
-        raise DataError(
-            f"the folders in {printable(root)} ({_join([folder.name for folder in folders])}) hold no images but "
-            f"folders of the same names ({_join(common_names)}): is data.source.path one level too high? Allowed are "
-            "class folders that hold images, or folders of different names"
-        )
+    raise DataError(
+        f"the folders in {printable(root)} ({first_names(folder.name for folder in folders)}) hold no images but "
+        f"folders of the same names ({first_names(common_names)}): is data.source.path one level too high? Allowed are "
+        "class folders that hold images, or folders of different names"
+    )
 
 
 def _image_folders(folder: Path) -> list[tuple[str, ...]]:
@@ -235,14 +230,8 @@ def _image_folders(folder: Path) -> list[tuple[str, ...]]:
 
 def _first_differing_names(paths: list[tuple[str, ...]]) -> list[str]:
     """Return the sorted names of the first level at which paths differ."""
-    for names in zip(*paths, strict=False):
-        if len(set(names)) > 1:
-            return sorted(set(names))
-    return []
-
-
-def _join(names: list[str]) -> str:
-    return ", ".join(map(printable, names[:5])) + ", ..." * (len(names) > 5)
+    levels = (sorted(set(names)) for names in zip(*paths, strict=False))
+    return next((names for names in levels if len(names) > 1), [])
 
 
 def _is_folder(entry: Path) -> bool:

@@ -7,6 +7,7 @@ crops therefore do not depend on the device, nor on a number of workers that div
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass
 from typing import Protocol
 
 import numpy as np
@@ -53,12 +54,12 @@ def make_generator(*seeds: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed) & (2**63 - 1))
 
 
+@dataclass(frozen=True)
 class Augmentation:
     """Random crop after zero padding, and random horizontal flip, of each image."""
 
-    def __init__(self, crop_padding: int, flip: bool) -> None:
-        self.crop_padding = crop_padding
-        self.flip = flip
+    crop_padding: int
+    flip: bool
 
     def sample_params(self, num: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Sample vertical and horizontal crop offsets in [0, 2*padding] and flips, each (num,)."""
@@ -83,6 +84,7 @@ class Augmentation:
         return padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
+@dataclass(eq=False)
 class DeviceLoader:
     """Shuffled, augmented batches of a set on the device.
 
@@ -99,25 +101,22 @@ class DeviceLoader:
         DataError: there are fewer images than workers.
     """
 
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        batch_size: int,
-        seed: int,
-        augmentation: Augmentation,
-        rank: int = 0,
-        world: int = 1,
-        first: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        self.first = first
-        if len(images) < world:
-            raise DataError(f"{len(images)} training images cannot be shared among {world} workers")
-        self.images, self.labels = images, labels
-        self.batch_size = min(batch_size, len(images)) // world * world
-        self.num_batches = len(images) // self.batch_size
-        self.seed, self.augmentation, self.rank, self.world = seed, augmentation, rank, world
+    images: Tensor
+    labels: Tensor
+    _: KW_ONLY
+    batch_size: int
+    seed: int
+    augmentation: Augmentation
+    rank: int = 0
+    world: int = 1
+    first: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        num = len(self.images)
+        if num < self.world:
+            raise DataError(f"{num} training images cannot be shared among {self.world} workers")
+        self.batch_size = min(self.batch_size, num) // self.world * self.world
+        self.num_batches = num // self.batch_size
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.images), generator=make_generator(self.seed, epoch))

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from raypp.data.base import Split
+from raypp.data.base import Split, first_names
 from raypp.utils.errors import DataError, first_line
 from raypp.utils.image_files import DOWNLOADED, walk_files
 from raypp.utils.images import printable
@@ -28,13 +28,10 @@ SUFFIXES = (".parquet", ".parq", ".pq")
 
 @dataclass
 class ParquetFiles:
-    """The Parquet files of a data set, local or in object storage.
-
-    Args:
-        path: folder or file, or a URI of any filesystem that pyarrow knows.
-    """
+    """The Parquet files of a data set, local or in object storage."""
 
     path: str
+    """Folder or file, or a URI of any filesystem that pyarrow knows."""
 
     @cached_property
     def _location(self) -> tuple[pafs.FileSystem, str]:
@@ -52,8 +49,8 @@ class ParquetFiles:
         """Return the sorted paths of a split within the filesystem; raises DataError if there are none."""
         files = self._by_word.get(split) or (self._by_word.get("validation") if split == "test" else None)
         if not files:
-            others = [printable(path) for paths in self._by_word.values() for path in paths]
-            listed = f"; it has {', '.join(others[:5])}{', ...' * (len(others) > 5)}" if others else ""
+            others = [path for paths in self._by_word.values() for path in paths]
+            listed = f"; it has {first_names(others)}" if others else ""
             raise DataError(f"{self.path} has no Parquet file with {split!r} in its name{listed}")
         return files
 
@@ -86,19 +83,12 @@ class ParquetFiles:
         return first
 
     def partition(self, path: str) -> dict[str, str]:
-        """Return the columns in a file's folder names, as in ``label=cat/part-0.parquet`` (Hive's layout).
-
-        Raises:
-            DataError: a column has two values.
-        """
+        """Return the columns in folder names such as ``label=cat`` (Hive); raises DataError for one with two values."""
         columns: dict[str, str] = {}
         for part in self._parts(path)[:-1]:
-            quoted, equals, value = part.partition("=")
-            name = unquote(quoted)
-            if equals and columns.setdefault(name, unquote(value)) != unquote(value):
-                raise DataError(
-                    f"{path}: two folders give column {name!r}, one {columns[name]!r}, one {unquote(value)!r}"
-                )
+            name, equals, value = (unquote(text) for text in part.partition("="))
+            if equals and columns.setdefault(name, value) != value:
+                raise DataError(f"{path}: two folders give column {name!r}, one {columns[name]!r}, one {value!r}")
         return columns
 
     @cached_property
@@ -171,7 +161,7 @@ def pyarrow_errors(path: str) -> Iterator[None]:
 
 
 def _check_download(path: str) -> None:
-    """Raise DataError for a downloaded Parquet file with a number or query in its name, as in train.parquet.1."""
+    """Raise DataError for a download with a number or query in its name, as in train.parquet.1."""
     name = path.rpartition("/")[2]
     match = DOWNLOADED.search(name.lower())
     if match is not None and match[1] in SUFFIXES:

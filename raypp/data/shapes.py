@@ -34,8 +34,6 @@ class Shapes(DataSource):
     """
 
     class Options(registry.MethodConfig):
-        """Number and seed of the images."""
-
         name: Literal["shapes"] = "shapes"
         num_train: int = Field(default=6000, ge=1)
         """Images in the train split."""
@@ -74,7 +72,7 @@ class Shapes(DataSource):
 
 
 def _draw(rng: np.random.Generator, num: int, size: tuple[int, int]) -> Pixels:
-    """Draw the first ``num`` images of a chunk, classes in turn; returns uint8 (num, H, W, 3).
+    """Draw the first ``num`` images of a chunk, classes in turn, as uint8 (num, H, W, 3).
 
     Pixels depend only on operations that IEEE 754 rounds uniquely (no sine, no sum over an axis), so that every machine
     draws the same bytes.
@@ -204,14 +202,12 @@ def _polygon(x: Plane, y: Plane, corners: list[tuple[float, float]]) -> Plane:
     return np.where(inside, -distance, distance)
 
 
-def _star_corners() -> list[tuple[float, float]]:
-    turns = [(math.pi * k / 5, 1.08 if k % 2 == 0 else 0.46) for k in range(10)]
-    return [(round(r * math.sin(a), 6), round(r * math.cos(a), 6)) for a, r in turns]
-
-
 SQUARE = [(-0.78, -0.78), (0.78, -0.78), (0.78, 0.78), (-0.78, 0.78)]
 TRIANGLE = [(0.0, 0.98), (-0.98, -0.74), (0.98, -0.74)]
-STAR = _star_corners()
+STAR = [
+    (round(radius * math.sin(math.pi * k / 5), 6), round(radius * math.cos(math.pi * k / 5), 6))
+    for k, radius in enumerate((1.08, 0.46) * 5)
+]
 HOUSE = [(-0.68, -0.95), (0.68, -0.95), (0.68, 0.12), (0.98, 0.12), (0.0, 0.98), (-0.98, 0.12), (-0.68, 0.12)]
 ARROW = [(-1.0, -0.24), (0.1, -0.24), (0.1, -0.72), (1.0, 0.0), (0.1, 0.72), (0.1, 0.24), (-1.0, 0.24)]
 CROSS = [

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from raypp.data import SOURCES
-from raypp.data.base import DataSource, check_labels
+from raypp.data.base import DataSource, check_labels, read_encoded
 from raypp.data.folder import Folder
 from raypp.data.loader import Augmentation, make_generator, to_device, to_float_tensor
 from raypp.data.parquet import ROWS_AT_A_TIME, Parquet, RowGroup
@@ -49,7 +49,6 @@ def read_encoded_rows(source: DataSource, seed: int) -> ray.data.Dataset:  # noq
 
 @read_encoded_rows.register
 def _(source: Parquet, seed: int) -> ray.data.Dataset:
-    column = source.columns()[0]
     groups = list(source.groups("train"))  # raises for invalid labels before anything starts
     labels = np.concatenate([np.empty(0, np.int64), *(group.labels for group in groups)])
     check_labels(labels, "train", source.classes)
@@ -59,7 +58,7 @@ def _(source: Parquet, seed: int) -> ray.data.Dataset:
     def read_rows(batch: Batch) -> Iterator[Batch]:
         for path, number, first, label_bytes in zip(*(batch[key] for key in RowGroup._fields), strict=True):
             group = RowGroup(str(path), int(number), int(first), np.frombuffer(label_bytes, np.int64))
-            rows = source.read(group, column)
+            rows = source.read(group)
             while block := list(itertools.islice(rows, ROWS_AT_A_TIME)):
                 names, labels, images = zip(*block, strict=True)
                 cells = np.empty(len(images), dtype=object)
@@ -80,8 +79,7 @@ def _(source: Folder, seed: int) -> ray.data.Dataset:
 def datasets(config: Config) -> tuple[ray.data.Dataset, ray.data.Dataset]:
     """Return lazy training and validation sets with rows of ``image`` uint8 (H, W, C) and ``label``.
 
-    Raises:
-        ConfigError, DataError: the set cannot be streamed.
+    ConfigError or DataError is raised for a set that cannot be streamed.
     """
     if config.data.image_size is None:
         raise ConfigError("data.stream needs data.image_size, as in --data.image_size '[32, 32]'")
@@ -90,31 +88,34 @@ def datasets(config: Config) -> tuple[ray.data.Dataset, ray.data.Dataset]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK_BYTES
-    source: DataSource = SOURCES.build(config.data.source, size=config.data.image_size, channels=config.data.channels)
-    val_fraction = _val_fraction(config, source)
+    source = _build_source(config)
+    num = source.num_images("train")
+    if config.data.num_val >= num:
+        raise DataError(f"data.num_val is {config.data.num_val}, allowed is less than the {num} training images")
     rows = read_encoded_rows(source, config.seed)
-    arguments = {
-        "val_fraction": val_fraction,
+    options = {
+        "val_fraction": config.data.num_val / num,
         "key": config.seed,
         "size": config.data.image_size,
         "channels": config.data.channels,
     }
 
     def decode_split(is_val: bool) -> ray.data.Dataset:
-        return rows.map_batches(
-            _decode, batch_format="numpy", batch_size=256, fn_kwargs={"is_val": is_val, **arguments}
-        )
+        return rows.map_batches(_decode, batch_format="numpy", batch_size=256, fn_kwargs={"is_val": is_val, **options})
 
     return decode_split(is_val=False), decode_split(is_val=True)
 
 
+def _build_source(config: Config) -> DataSource:
+    data = config.data
+    source: DataSource = SOURCES.build(data.source, size=data.image_size, channels=data.channels)
+    return source
+
+
 def collect_validation_set(rows: ray.data.Dataset) -> Batch:
-    """Return all validation images and labels.
+    """Return all validation images and labels; raises DataError if there is none, or an image is damaged.
 
     This takes a pass over the whole set, which the driver does once for all workers.
-
-    Raises:
-        DataError: there is no validation image, or an image is damaged.
     """
     rows.context.execution_options = build_execution_options()
     try:
@@ -134,13 +135,6 @@ def build_execution_options() -> ray.data.ExecutionOptions:
     return ray.data.ExecutionOptions(resource_limits=limits, preserve_order=True)
 
 
-def _val_fraction(config: Config, source: DataSource) -> float:
-    num = source.num_images("train")
-    if config.data.num_val >= num:
-        raise DataError(f"data.num_val is {config.data.num_val}, allowed is less than the {num} training images")
-    return config.data.num_val / num
-
-
 def _decode(
     batch: Batch, *, is_val: bool, val_fraction: float, key: int, size: tuple[int, int], channels: int
 ) -> Batch:
@@ -148,7 +142,7 @@ def _decode(
     for i, (encoded_name, label) in enumerate(zip(batch["name"], batch["label"], strict=True)):
         path = os.fsdecode(encoded_name)
         name = printable(path)
-        data = batch["bytes"][i] if "bytes" in batch else _read_file(path, name)
+        data = read_encoded(batch["bytes"][i] if "bytes" in batch else Path(path), name)
         if not data:
             raise DataError(f"{name} holds no image bytes")
         if (_hash_to_unit_interval(data, key) < val_fraction) != is_val:
@@ -159,13 +153,6 @@ def _decode(
         "image": np.stack(images) if images else np.empty((0, *size, channels), dtype=np.uint8),
         "label": np.asarray(labels, dtype=np.int64),
     }
-
-
-def _read_file(path: str, name: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{name} cannot be read: {error.strerror}") from error
 
 
 def _hash_to_unit_interval(data: bytes, key: int) -> float:
@@ -189,11 +176,8 @@ class StreamLoader:
         world: int,
         first: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self._first = first
-        source: DataSource = SOURCES.build(
-            config.data.source, size=config.data.image_size, channels=config.data.channels
-        )
-        self._config, self._device, self._rank = config, device, rank
+        source = _build_source(config)
+        self._config, self._device, self._rank, self._first = config, device, rank, first
         self._batch_size = config.train.batch_size // world
         self._augmentation = Augmentation(config.data.augment.crop_padding, config.data.augment.flip)
         self.classes = source.classes
@@ -219,12 +203,12 @@ class StreamLoader:
         )
         for step, batch in enumerate(itertools.islice(batches, first, None), first):
             images, labels = to_device(batch["image"], batch["label"], self._device)
-            images = images if self._first is None else self._first(images)
+            if self._first is not None:
+                images = self._first(images)
             params = self._augmentation.sample_params(len(labels), make_generator(seed, epoch, step, self._rank))
             yield to_float_tensor(self._augmentation.apply(images, *params)), labels
 
 
 def _batches(shard: Any, **options: Any) -> Iterator[Batch]:
-    """Iterate a shard as NumPy batches."""
     for batch in shard.iter_batches(batch_format="numpy", prefetch_batches=1, **options):
         yield {key: np.array(value) for key, value in batch.items()}  # Ray's arrays are read-only views

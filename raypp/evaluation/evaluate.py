@@ -52,11 +52,11 @@ def evaluate(
     """
     protection.eval()
     classifier.eval()
-    batches = []
     batch_size = inference_batch_size(images, batch_size)
-    for start in range(0, len(images), batch_size):
-        plain, target = to_float_tensor(images[start : start + batch_size]), labels[start : start + batch_size]
-        batches.append(_evaluate_batch(protection, classifier, plain, target, jpeg))
+    batches = [
+        _evaluate_batch(protection, classifier, to_float_tensor(plain), target, jpeg)
+        for plain, target in zip(images.split(batch_size), labels.split(batch_size), strict=True)
+    ]
     values = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     num = len(images)
     metrics: Metrics = {}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from raypp.attacks.target import Target
+from raypp.data.loader import inference_batch_size
 from raypp.metrics.image import edge_correlation, edge_maps, in_parts, lpips, psnr, ssim, ssim_invariant, ssim_lab
 from raypp.metrics.retrieval import reidentify
 from raypp.metrics.statistics import bootstrap_interval
@@ -21,7 +22,6 @@ MAX_PSNR = 60.0  # dB: an exact reconstruction would make a mean infinite
 AMBER, RED = 0.05, 0.20
 MIN_QUERIES = 200  # attacked images; with fewer, chance alone moves a rate across a threshold
 MIN_RISE = 0.01  # of SSIM or re-identification rate, between the last two points of a rising curve
-MAX_IMAGES, MAX_PIXELS = 500, 2**21  # per batch of the reference classifier
 RATES = ("reidentified", "reidentified_edges", "reidentified_top5", "reidentified_same_class", "accuracy")
 """Metrics that are 0 or 1 for each image."""
 
@@ -43,7 +43,7 @@ def score_images(estimates: Tensor, target: Target, reference_classifier: nn.Mod
     estimates = estimates.to(target.plain.device)
     truth, labels = target.truth[:num], target.gallery_labels
     ranks = reidentify(estimates, target.gallery, truth, labels)
-    ranks_edges = reidentify(estimates, target.gallery, truth, labels, _edges)
+    ranks_edges = reidentify(estimates, target.gallery, truth, labels, lambda part: edge_maps(part.float() / 255))
     batches = zip(in_parts(estimates), in_parts(target.plain[:num]), strict=True)
     parts = [_compare(*batch, reference_classifier if target.classes else None) for batch in batches]
     scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -60,10 +60,6 @@ def score_images(estimates: Tensor, target: Target, reference_classifier: nn.Mod
     return {name: values.float().cpu() for name, values in scores.items()}
 
 
-def _edges(images: Tensor) -> Tensor:
-    return edge_maps(images.float() / 255)
-
-
 def _compare(estimates: Tensor, originals: Tensor, reference_classifier: nn.Module | None) -> Scores:
     """Metrics of pairs of uint8 images (n, C, H, W), and the classifier's ``predictions`` of the estimates."""
     estimates, originals = estimates.float() / 255, originals.float() / 255
@@ -77,7 +73,7 @@ def _compare(estimates: Tensor, originals: Tensor, reference_classifier: nn.Modu
     if (distances := lpips(estimates, originals)) is not None:
         scores["lpips"] = distances
     if reference_classifier is not None:
-        batch_size = max(1, min(MAX_IMAGES, MAX_PIXELS // estimates[0, 0].numel()))
+        batch_size = inference_batch_size(estimates.permute(0, 2, 3, 1))
         predictions = [reference_classifier(batch).argmax(1) for batch in estimates.split(batch_size)]
         scores["predictions"] = torch.cat(predictions)
     return scores

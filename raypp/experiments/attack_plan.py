@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from pydantic import ValidationError
 
@@ -18,9 +17,9 @@ from raypp.attacks.base import TrainedOptions
 from raypp.attacks.suite import Suite, suite_presets
 from raypp.attacks.target import Target, TargetSpec, load_target
 from raypp.config.overrides import deep_merge, parse_overrides
-from raypp.config.presets import load_config, read_yaml
-from raypp.config.validation import check_milestones, format_validation_error
-from raypp.experiments.run_folder import lock, read_checked, refuse_foreign, validate_name
+from raypp.config.presets import load_tree, read_yaml
+from raypp.config.validation import check_milestones, format_validation_error, validate
+from raypp.experiments.run_folder import lock, read_checked, refuse_changes, refuse_foreign, validate_name
 from raypp.utils.errors import ConfigError, StorageError
 from raypp.utils.registry import suggest
 from raypp.utils.storage import Storage
@@ -48,7 +47,7 @@ class AttackPlan:
     def dump(self) -> dict[str, Any]:
         """Plain data from which :func:`restore_attack_plan` rebuilds the plan in another process."""
         suite = self.suite.model_dump(mode="json")
-        suite["attacks"] = {o["name"]: {k: v for k, v in o.items() if k != "name"} for o in suite["attacks"]}
+        suite["attacks"] = {o.name: o.model_dump(mode="json", exclude={"name"}) for o in self.suite.attacks}
         return {"victim": self.spec.model_dump(mode="json"), "suite": suite, "storage": self.storage.uri}
 
 
@@ -83,23 +82,22 @@ def make_attack_plan(
         ConfigError: names the first invalid setting.
     """
     tree = _read_suite(suite)
-    selected = _select_attacks(tree, attacks)
     overrides = parse_overrides(flags, (*(key for key in Suite.model_fields if key != "attacks"), "data", *ATTACKS))
-    data = overrides.pop("data", None)
+    data = {"data": overrides.pop("data")} if "data" in overrides else {}
     changes = {key: overrides.pop(key) for key in list(overrides) if key in ATTACKS}
-    options = _override_attacks(selected, changes)
+    options = _select_attacks(tree, attacks, changes)
     validated = _validate_suite(deep_merge(tree, overrides) | {"attacks": options})
     # This check is last: a flag without its value takes the word after it, which may be the bundle.
     if sum(target is not None for target in (bundle, function, folders)) != 1:
         raise ConfigError("name one target: a bundle, --function MODULE:NAME, or --folders PLAIN PROTECTED")
-    if folders is not None and data:
+    if folders is not None and data.get("data"):
         raise ConfigError("--data chooses the images of a bundle or a --function; --folders brings its own")
     if preset is not None and function is None:
         raise ConfigError("a preset names the images of a --function; a bundle and folders bring their own")
     if function is not None:
-        spec = _function_spec(function, preset, flags)
+        spec = _function_spec(function, preset, data)
     elif bundle is not None:
-        spec = TargetSpec(bundle=Storage(bundle).uri, config={"data": data} if data else None)
+        spec = TargetSpec(bundle=Storage(bundle).uri, config=data if data.get("data") else None)
     else:
         assert folders is not None
         plain, protected = (str(Path(folder).expanduser().absolute()) for folder in folders)
@@ -109,30 +107,22 @@ def make_attack_plan(
 
 def _read_suite(suite: str) -> dict[str, Any]:
     shipped = suite_presets()
-    if suite in shipped:
-        return read_yaml(shipped[suite])
-    if Path(suite).suffix in {".yaml", ".yml"}:
-        return read_yaml(Path(suite))
+    if suite in shipped or Path(suite).suffix in {".yaml", ".yml"}:
+        return read_yaml(shipped.get(suite, Path(suite)))
     raise ConfigError(
         f"unknown suite {suite!r}{suggest(suite, shipped)}; allowed: {', '.join(shipped)}, or the path of a .yaml file"
     )
 
 
-def _select_attacks(tree: dict[str, Any], attacks: Sequence[str]) -> dict[str, Any]:
-    """Options of each attack to run."""
+def _select_attacks(tree: dict[str, Any], attacks: Sequence[str], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Options of each attack to run, with ``overrides`` by attack: the named ones, or all that the suite lists."""
     listed = tree.get("attacks") or {}
     if not isinstance(listed, dict):
         raise ConfigError(f"attacks is {listed!r}; allowed is a mapping of attacks to their options")
-    if not attacks:
-        return dict(listed)
     for attack in attacks:
         if attack not in ATTACKS:
             raise ConfigError(f"unknown attack {attack!r}{suggest(attack, ATTACKS)}; allowed: {', '.join(ATTACKS)}")
-    return {attack: listed.get(attack) for attack in ATTACKS if attack in attacks}
-
-
-def _override_attacks(selected: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(selected)
+    selected = {attack: listed.get(attack) for attack in ATTACKS if attack in attacks} or dict(listed)
     for attack, changes in overrides.items():
         if attack not in selected:
             raise ConfigError(f"--{attack} sets an attack that is not run; the attacks are {', '.join(selected)}")
@@ -140,8 +130,8 @@ def _override_attacks(selected: dict[str, Any], overrides: dict[str, Any]) -> di
         for where, value in ((f"attacks.{attack}", options), (f"--{attack}", changes)):
             if not isinstance(value, dict):
                 raise ConfigError(f"{where} is {value!r}; allowed are options of the attack, each by its name")
-        merged[attack] = deep_merge(options, changes)
-    return merged
+        selected[attack] = deep_merge(options, changes)
+    return selected
 
 
 def _validate_suite(tree: dict[str, Any]) -> Suite:
@@ -157,24 +147,17 @@ def _validate_suite(tree: dict[str, Any]) -> Suite:
     return suite
 
 
-def _function_spec(function: str, preset: str | None, flags: Sequence[str]) -> TargetSpec:
+def _function_spec(function: str, preset: str | None, data: dict[str, Any]) -> TargetSpec:
+    """The target of a Python function; ``data`` overrides the section of that name in the preset."""
     module, _, attribute = function.rpartition(":")
     search = None
     if module.endswith(".py"):
         function = f"{Path(module).expanduser().absolute()}:{attribute}"
     else:
         search = str(Path.cwd())
-    config = load_config(preset or "cifar10-small", flags=_data_flags(flags)).model_dump(mode="json")
-    return TargetSpec(function=function, search=search, config=config)
-
-
-def _data_flags(flags: Sequence[str]) -> list[str]:
-    """The flags of section ``data``, with their values."""
-    selected: list[str] = []
-    for i, flag in enumerate(flags):
-        if flag.startswith("--data"):
-            selected += [flag] if "=" in flag else [flag, *flags[i + 1 : i + 2]]
-    return selected
+    config = validate(deep_merge(load_tree(preset or "cifar10-small"), data))
+    check_milestones(config.train, "train")
+    return TargetSpec(function=function, search=search, config=config.model_dump(mode="json"))
 
 
 @contextmanager
@@ -192,7 +175,7 @@ def open_attack_plan(plan: AttackPlan, *, resume: bool) -> Iterator[tuple[Attack
         raise StorageError(f"{storage.uri} does not exist; leave out --resume to start it")
     if not resume:
         _refuse_taken(storage)
-        target = load_target_of(restore_attack_plan(dumped))  # before the folder: an invalid target creates none
+        target = load_target_of(plan)  # before the folder: an invalid target creates none
         storage.create()
     with lock(storage, f"the attack run {storage.uri}"):
         stored: dict[str, Any] = {}
@@ -200,9 +183,9 @@ def open_attack_plan(plan: AttackPlan, *, resume: bool) -> Iterator[tuple[Attack
             stored = read_checked(storage, SUITE, "victim", "suite")
             _check_resumable(storage, stored, dumped)
             dumped["suite"]["attacks"] = stored["suite"]["attacks"] | dumped["suite"]["attacks"]
+            plan = restore_attack_plan(dumped)
         else:
             _refuse_taken(storage)
-        plan = restore_attack_plan(dumped)
         target = target or load_target_of(plan)
         if stored.get("identity", target.identity) != target.identity:
             raise StorageError(
@@ -216,15 +199,12 @@ def open_attack_plan(plan: AttackPlan, *, resume: bool) -> Iterator[tuple[Attack
 def _check_resumable(storage: Storage, stored: dict[str, Any], new: dict[str, Any]) -> None:
     """Raise StorageError for the first setting that differs from the stored run."""
     old_attacks, new_attacks = stored["suite"]["attacks"], new["suite"]["attacks"]
-    for key, before, now in (
+    settings = [
         ("target", _comparable_target(stored["victim"]), _comparable_target(new["victim"])),
         *((key, stored["suite"].get(key), new["suite"][key]) for key in FIXED_ON_RESUME),
         *((name, old_attacks[name], options) for name, options in new_attacks.items() if name in old_attacks),
-    ):
-        if before != now:
-            raise StorageError(
-                f"{storage.uri} was started with another {key}; resume it with the same, or take another --name"
-            )
+    ]
+    refuse_changes(storage, settings)
 
 
 def _comparable_target(spec: dict[str, Any]) -> dict[str, Any]:
@@ -241,6 +221,12 @@ def _refuse_taken(storage: Storage) -> None:
     refuse_foreign(storage, "an attack run")
 
 
+def describe_attack(name: str) -> Outcome:
+    """The part of an attack's result that is known before it runs."""
+    threat = ATTACKS.get(name).threat
+    return {"attack": name, "threat": threat.name, "threat_meaning": threat.meaning}
+
+
 def load_result(plan: AttackPlan, attack: str) -> Outcome | None:
     """The stored result of a finished attack, or None."""
     folder = plan.folder(attack)
@@ -255,11 +241,9 @@ def load_result(plan: AttackPlan, attack: str) -> Outcome | None:
     return result
 
 
-def load_target_of(plan: AttackPlan, device: torch.device | None = None) -> Target:
+def load_target_of(plan: AttackPlan) -> Target:
     suite = plan.suite
-    return load_target(
-        plan.spec, num_queries=suite.num_queries, num_images=suite.num_images, seed=suite.seed, device=device
-    )
+    return load_target(plan.spec, num_queries=suite.num_queries, num_images=suite.num_images, seed=suite.seed)
 
 
 def dependencies(plan: AttackPlan, name: str) -> list[str]:
@@ -275,5 +259,5 @@ def dependencies_first(plan: AttackPlan) -> list[str]:
 
 def threat_table(plan: AttackPlan) -> list[tuple[str, str, str]]:
     """Name, threat level and attacker knowledge of each attack."""
-    threats = {name: ATTACKS.get(name).threat for name in dependencies_first(plan)}
-    return [(name, threat.name, threat.meaning) for name, threat in threats.items()]
+    rows = [describe_attack(name) for name in dependencies_first(plan)]
+    return [(row["attack"], row["threat"], row["threat_meaning"]) for row in rows]

@@ -23,23 +23,14 @@ from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap,
 from raypp.attacks.suite import CURVE, HALF_EFFORT
 from raypp.attacks.target import Target
 from raypp.evaluation.scorecard import aggregate, reidentification_rate, score_images
-from raypp.experiments.attack_export import export_to_bundle
-from raypp.experiments.attack_plan import (
-    REFERENCE_CLASSIFIER,
-    AttackPlan,
-    Outcome,
-    dependencies_first,
-    load_result,
-    load_target_of,
-    open_attack_plan,
-)
-from raypp.experiments.attack_scores import scorecard
+from raypp.experiments import attack_plan
+from raypp.experiments.attack_plan import REFERENCE_CLASSIFIER, AttackPlan, Outcome, load_result, load_target_of
+from raypp.experiments.attack_scores import export_to_bundle, save_tensors, write_scorecard
 from raypp.experiments.reference_classifier import needs_reference_classifier, train_reference_classifier
 from raypp.models.perceptual import StateDict
 from raypp.training.checkpoint import EpochMetrics
 from raypp.training.distributed import is_rank_zero, run_on_all_ranks
-from raypp.training.optim import configure_torch
-from raypp.training.reporter import LocalReporter, Reporter
+from raypp.training.reporter import Reporter
 from raypp.training.trainer import Trainer
 from raypp.utils.documents import dump_json
 from raypp.utils.errors import RayppError
@@ -49,6 +40,8 @@ from raypp.utils.signals import stop_on_signal
 from raypp.utils.storage import Storage
 
 CurvePoint = dict[str, Any]
+OnDone = Callable[[str, Outcome], None]
+"""Receives the name of an attack that ended, with ``{"result": ...}`` or ``{"error": message}``."""
 
 
 def run_attack(plan: AttackPlan, name: str, display: ProgressListener, target: Target | None = None) -> Outcome:
@@ -68,15 +61,10 @@ def run_attack(plan: AttackPlan, name: str, display: ProgressListener, target: T
     start = time.monotonic()
     target = target or load_target_of(plan)
     kind, options = ATTACKS.get(name), plan.suite.options(name)
-    result: Outcome = {
-        "attack": name,
-        "threat": kind.threat.name,
-        "threat_meaning": kind.threat.meaning,
-        "options": options.model_dump(mode="json"),
-        "victim": target.fingerprint,
-    }
+    result = attack_plan.describe_attack(name)
+    result |= {"options": options.model_dump(mode="json"), "victim": target.fingerprint}
     try:
-        attack: Attack = kind(options, _with_earlier_networks(plan, kind, target.access), seed=plan.suite.seed)
+        attack: Attack = kind(options, _with_earlier_networks(plan, name, target.access), seed=plan.suite.seed)
         history: list[EpochMetrics] = []
         curve: list[CurvePoint] = []
         if isinstance(attack, TrainedAttack):
@@ -87,20 +75,19 @@ def run_attack(plan: AttackPlan, name: str, display: ProgressListener, target: T
         num_queries = min(len(target.plain), attack.max_queries or len(target.plain))
         estimates = _reconstruct(attack, plan, target, num_queries).cpu()
         if attack.effort is not None and plan.suite.curve:
-            curve = _effort_curve(attack, estimates, plan, target)
+            curve = _effort_curve(attack, attack.effort, estimates, plan, target)
     except AttackError as error:
         result |= {"status": "does not apply", "note": str(error)}
         if is_rank_zero():
             folder.write("result.json", dump_json(result))
         return result
-    _save_tensors(folder, "estimates.safetensors", {"estimates": estimates})
-    scores = aggregate(score_images(estimates, target), plan.suite.seed)
+    save_tensors(folder, "estimates.safetensors", {"estimates": estimates})
     result |= {
         "status": "done",
         "note": attack.note,
         "num_queries": num_queries,
         "seconds": round(time.monotonic() - start, 1),
-        "scores": scores,
+        "scores": aggregate(score_images(estimates, target), plan.suite.seed),
         "history": history,
         "curve": curve,
     }
@@ -113,11 +100,10 @@ def _reconstruct(attack: Attack, plan: AttackPlan, target: Target, num_queries: 
     return match_shape(attack.reconstruct(target.protected[:num_queries]), target.access.shape)
 
 
-def _effort_curve(attack: Attack, estimates: Tensor, plan: AttackPlan, target: Target) -> list[CurvePoint]:
-    """Scores of an attack without training, at half its effort and at all of it."""
-    assert attack.effort is not None
+def _effort_curve(attack: Attack, effort: str, estimates: Tensor, plan: AttackPlan, target: Target) -> list[CurvePoint]:
+    """Scores of an attack without training, at half the option ``effort`` and at all of it."""
     options = attack.options
-    attack.options = options.model_copy(update={attack.effort: max(1, getattr(options, attack.effort) // 2)})
+    attack.options = options.model_copy(update={effort: max(1, getattr(options, effort) // 2)})
     half = _reconstruct(attack, plan, target, len(estimates))
     attack.options = options
     return [{"what": HALF_EFFORT} | _score(half, target), {"what": "everything"} | _score(estimates, target)]
@@ -127,35 +113,32 @@ def _train(
     attack: TrainedAttack, plan: AttackPlan, name: str, target: Target, display: ProgressListener
 ) -> tuple[list[EpochMetrics], list[CurvePoint]]:
     """Train the attack's network, and smaller trainings for its curve; the attack ends with the full network loaded."""
-    folder, total = plan.folder(name), attack.num_images
+    folder, device, total = plan.folder(name), target.access.device, attack.num_images
     curve: list[CurvePoint] = []
 
-    def make_reporter(storage: Storage) -> Reporter:
-        return LocalReporter(storage, display, target.access.device)
+    def add_point(network: StateDict, label: str, epochs: int, num_images: int) -> None:
+        attack.load(network)
+        scores = _score(attack.reconstruct(target.protected), target)
+        curve.append({"what": label, "epochs": epochs, "num_images": num_images} | scores)
 
-    def add_point(point: CurvePoint) -> None:
-        curve.append(point | _score(attack.reconstruct(target.protected), target))
-
-    reporter = make_reporter(folder)
+    reporter = Reporter(folder, display, device)
     num_workers = reporter.world
     network, history = _fit(attack, reporter, 1.0, None)
     attack.load(network)
     if is_rank_zero():
-        _save_tensors(folder, "network.safetensors", network)
+        save_tensors(folder, "network.safetensors", network)
     if not plan.suite.curve:
         return history, curve
     for label, epochs, share in CURVE:
         num_images = max(2, num_workers, round(share * total)) if share < 1 else None
-        if epochs < 1 and round(epochs * attack.epochs) in (0, attack.epochs):
+        if epochs < 1 and round(epochs * attack.options.train.epochs) in (0, attack.options.train.epochs):
             continue  # one epoch has no half, so the effect of more epochs stays unknown
-        reporter = make_reporter(folder.folder(label.replace(" ", "_")))
+        reporter = Reporter(folder.folder(label.replace(" ", "_")), display, device)
         smaller, rows = _fit(attack, reporter, epochs, num_images)
         if is_rank_zero():
-            attack.load(smaller)
-            add_point({"what": label, "epochs": len(rows), "num_images": num_images or total})
+            add_point(smaller, label, len(rows), num_images or total)
     if is_rank_zero():
-        attack.load(network)
-        add_point({"what": "everything", "epochs": len(history), "num_images": total})
+        add_point(network, "everything", len(history), total)
     return history, curve
 
 
@@ -164,7 +147,6 @@ def _fit(
 ) -> tuple[StateDict, list[EpochMetrics]]:
     task = attack.task(epochs, num_images)
     run_on_all_ranks(lambda: task.share(reporter.rank, reporter.world))  # refuses fewer images than workers
-    configure_torch(task.train)
     result = Trainer(task, reporter).train()
     return attack.state(result.trainee), result.history
 
@@ -178,12 +160,6 @@ def _score(estimates: Tensor, target: Target) -> dict[str, float]:
     }
 
 
-def _save_tensors(folder: Storage, file: str, tensors: StateDict) -> None:
-    from safetensors.torch import save
-
-    folder.write(file, save({key: tensor.contiguous() for key, tensor in tensors.items()}))
-
-
 def load_network(folder: Storage, options: MethodConfig, access: AttackerKnowledge) -> ImageMap:
     """An attack's trained network as a map from protected to plain images."""
     from safetensors.torch import load
@@ -193,21 +169,19 @@ def load_network(folder: Storage, options: MethodConfig, access: AttackerKnowled
     return attack.reconstruct
 
 
-def _with_earlier_networks(plan: AttackPlan, kind: type[Attack], access: AttackerKnowledge) -> AttackerKnowledge:
-    networks = {}
-    for name in kind.after:
-        if any(o.name == name for o in plan.suite.attacks) and plan.folder(name).exists("network.safetensors"):
-            networks[name] = load_network(plan.folder(name), plan.suite.options(name), access)
+def _with_earlier_networks(plan: AttackPlan, attack: str, access: AttackerKnowledge) -> AttackerKnowledge:
+    networks = {
+        name: load_network(plan.folder(name), plan.suite.options(name), access)
+        for name in attack_plan.dependencies(plan, attack)
+        if plan.folder(name).exists("network.safetensors")
+    }
     return replace(access, earlier=networks) if networks else access
 
 
 def run_attacks_locally(
-    plan: AttackPlan, missing: Sequence[str], display: MultiProgressDisplay, on_done: Callable[[str, Outcome], None]
+    plan: AttackPlan, missing: Sequence[str], display: MultiProgressDisplay, on_done: OnDone
 ) -> None:
     """Run attacks in this process, one after the other.
-
-    Args:
-        on_done: called with each attack's name and ``{"result": ...}`` or ``{"error": ...}``.
 
     Raises:
         TrainingInterrupted: a stop was requested by ``display`` or SIGTERM, and a checkpoint is saved.
@@ -235,9 +209,7 @@ def run_attack_suite(
     resume: bool = False,
     quiet: bool = False,
     announce: Callable[[AttackPlan], None] = lambda _: None,
-    run: Callable[
-        [AttackPlan, Sequence[str], MultiProgressDisplay, Callable[[str, Outcome], None]], None
-    ] = run_attacks_locally,
+    run: Callable[[AttackPlan, Sequence[str], MultiProgressDisplay, OnDone], None] = run_attacks_locally,
 ) -> dict[str, Any]:
     """Run the attacks of a plan that have no result yet; write and return the scorecard.
 
@@ -248,10 +220,10 @@ def run_attack_suite(
     Raises:
         RayppError: target, suite or folder is invalid. An attack that fails does not stop the others.
     """
-    with open_attack_plan(plan, resume=resume) as (plan, target):
+    with attack_plan.open_attack_plan(plan, resume=resume) as (plan, target):
         announce(plan)
         failures: dict[str, str] = {}
-        jobs = [name for name in dependencies_first(plan) if load_result(plan, name) is None]
+        jobs = [name for name in attack_plan.dependencies_first(plan) if load_result(plan, name) is None]
         if needs_reference_classifier(plan, target):
             jobs.append(REFERENCE_CLASSIFIER)
         with MultiProgressDisplay(len(jobs), quiet=quiet, what="attacks") as display:
@@ -259,19 +231,20 @@ def run_attack_suite(
             def on_done(name: str, outcome: Outcome) -> None:
                 if "error" in outcome:
                     failures[name] = outcome["error"]
-                    display.done(name, f"failed: {outcome['error']}")
-                else:
-                    display.done(name, _outcome_line(outcome["result"]))
+                display.done(name, _outcome_line(outcome))
 
             if jobs:
                 run(plan, jobs, display, on_done)
-        card = scorecard(plan, target, failures)
+        card = write_scorecard(plan, target, failures)
         if plan.spec.bundle is not None and not failures.keys() - {REFERENCE_CLASSIFIER}:
             export_to_bundle(plan, card, quiet)
         return card
 
 
-def _outcome_line(result: Outcome) -> str:
+def _outcome_line(outcome: Outcome) -> str:
+    if "error" in outcome:
+        return f"failed: {outcome['error']}"
+    result = outcome["result"]
     if not result:
         return "trained"
     if result["status"] != "done":

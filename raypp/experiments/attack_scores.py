@@ -1,9 +1,10 @@
-"""The scorecard of an attack run: scores, baselines, verdicts, examples."""
+"""The scorecard of an attack run, with its scores and examples, and its copy in the attacked bundle."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 from typing import Any
 
 import torch
@@ -12,50 +13,43 @@ from torch import Tensor, nn
 from raypp.attacks import ATTACKS
 from raypp.attacks.suite import HALF_EFFORT, HALF_EPOCHS, QUARTER
 from raypp.attacks.target import Target
-from raypp.evaluation.scorecard import (
-    INCONCLUSIVE,
-    MIN_QUERIES,
-    RED,
-    Scores,
-    aggregate,
-    baselines,
-    is_rising,
-    reidentification_rate,
-    score_images,
-    strongest_attack,
-    verdict,
-)
-from raypp.experiments.attack_plan import (
-    EXAMPLES,
-    REFERENCE_CLASSIFIER,
-    SCORECARD,
-    SCORES,
-    AttackPlan,
-    Outcome,
-    dependencies_first,
-    load_result,
-)
+from raypp.bundle.export import add_attacks
+from raypp.evaluation import scorecard
+from raypp.evaluation.output import as_csv
+from raypp.evaluation.scorecard import Scores, aggregate, reidentification_rate, score_images, strongest_attack
+from raypp.experiments import attack_plan
+from raypp.experiments.attack_plan import EXAMPLES, SCORECARD, SCORES, AttackPlan, Outcome
 from raypp.experiments.reference_classifier import load_reference_classifier
-from raypp.experiments.run_folder import environment
+from raypp.experiments.run_folder import environment, lock
 from raypp.metrics.statistics import chance_error
+from raypp.models.perceptual import StateDict
 from raypp.utils.documents import dump_json
+from raypp.utils.errors import StorageError
+from raypp.utils.progress import ProgressDisplay
+from raypp.utils.storage import Storage
 
 NUM_EXAMPLES = 10
 
 
-def scorecard(plan: AttackPlan, target: Target, failures: dict[str, str]) -> dict[str, Any]:
+def write_scorecard(plan: AttackPlan, target: Target, failures: dict[str, str]) -> dict[str, Any]:
     """Write ``scorecard.json``, ``scores.csv`` and the examples of a run; returns the scorecard."""
+    seed = plan.suite.seed
     classifier = load_reference_classifier(plan, target)
-    test = (target.metrics or {}).get("test")
+    originals = None if classifier is None else score_images(target.plain, target, classifier)
+    test = (target.metrics or {}).get("test") or {}
     at_chance = chance_error(test, len(target.classes))
     attacks, attack_scores = _score_attacks(plan, target, failures, classifier)
     baseline_scores = {
-        name: score_images(images, target, classifier) for name, images in baselines(target, plan.suite.seed).items()
+        name: score_images(images, target, classifier) for name, images in scorecard.baselines(target, seed).items()
     }
-    baseline_summaries = {name: aggregate(scores, plan.suite.seed) for name, scores in baseline_scores.items()}
+    baselines = {name: aggregate(scores, seed) for name, scores in baseline_scores.items()}
+    baseline = baselines.get("class mean") or baselines["mean image"]
     for result in attacks.values():
-        if result["status"] == "done":
-            result["above_baseline"] = _above_baselines(result["scores"], baseline_summaries)
+        if result["status"] == "done":  # above: more similar to the originals than the class mean, beyond chance
+            result["above_baseline"] = any(
+                result["scores"][key]["low"] > baseline[key]["high"]
+                for key in ("ssim_invariant", "edges", "reidentified")
+            )
     card = {
         "victim": target.name,
         "label": target.label,
@@ -64,21 +58,21 @@ def scorecard(plan: AttackPlan, target: Target, failures: dict[str, str]) -> dic
         "num_gallery": len(target.gallery),
         "num_attacker_images": len(target.access.images) if target.access.images is not None else 0,
         "chance": 1 / len(target.gallery),
-        "accuracy": (test or {}).get("accuracy"),
-        "accuracy_interval": (test or {}).get("accuracy_interval"),
+        "accuracy": test.get("accuracy"),
+        "accuracy_interval": test.get("accuracy_interval"),
         "at_chance": at_chance,
-        "reference_accuracy": _reference_accuracy(classifier, target),
-        "reference_note": failures.get(REFERENCE_CLASSIFIER, ""),
+        "reference_accuracy": None if originals is None else float(originals["accuracy"].mean()),
+        "reference_note": failures.get(attack_plan.REFERENCE_CLASSIFIER, ""),
         **headline(attacks, at_chance=at_chance is not None),
         "attacks": attacks,
-        "baselines": baseline_summaries,
+        "baselines": baselines,
         "suite": plan.dump()["suite"],
         "environment": environment(),
     }
     rows = attack_scores | {f"baseline: {name}": scores for name, scores in baseline_scores.items()}
     plan.storage.write(SCORECARD, dump_json(card))
     plan.storage.write(SCORES, _csv(target, rows))
-    plan.storage.write(EXAMPLES, _examples(plan, target, attack_scores))
+    save_tensors(plan.storage, EXAMPLES, _examples(plan, target, attack_scores))
     return card
 
 
@@ -88,17 +82,11 @@ def _score_attacks(
     """Results of all attacks, and the scores per image of the finished ones."""
     attacks: dict[str, Outcome] = {}
     scores: dict[str, Scores] = {}
-    for name in dependencies_first(plan):
-        result = load_result(plan, name)
+    for name in attack_plan.dependencies_first(plan):
+        result = attack_plan.load_result(plan, name)
         if result is None:
-            threat = ATTACKS.get(name).threat
-            result = {
-                "attack": name,
-                "threat": threat.name,
-                "threat_meaning": threat.meaning,
-                "status": "failed",
-                "note": failures.get(name, "not run"),
-            }
+            note = failures.get(name, "not run")
+            result = attack_plan.describe_attack(name) | {"status": "failed", "note": note}
         elif result["status"] == "done":
             scores[name] = score_images(_load_estimates(plan, name), target, classifier)
             result["scores"] = aggregate(scores[name], plan.suite.seed)
@@ -114,11 +102,15 @@ def _load_estimates(plan: AttackPlan, attack: str) -> Tensor:
     return load(plan.folder(attack).read("estimates.safetensors"))["estimates"]
 
 
-def _examples(plan: AttackPlan, target: Target, attack_scores: dict[str, Scores]) -> bytes:
-    """Pictures for reports: the first queries, and each attack's best reconstructions."""
+def save_tensors(folder: Storage, file: str, tensors: StateDict) -> None:
     from safetensors.torch import save
 
-    tensors: dict[str, Tensor] = {}
+    folder.write(file, save({key: tensor.contiguous() for key, tensor in tensors.items()}))
+
+
+def _examples(plan: AttackPlan, target: Target, attack_scores: dict[str, Scores]) -> StateDict:
+    """Pictures for reports: the first queries, and each attack's best reconstructions."""
+    tensors = {"plain": target.plain[:NUM_EXAMPLES].cpu(), "protected": target.protected[:NUM_EXAMPLES].cpu()}
     for name, scores in attack_scores.items():
         estimates = _load_estimates(plan, name)
         first = torch.arange(min(NUM_EXAMPLES, len(estimates)))
@@ -130,9 +122,7 @@ def _examples(plan: AttackPlan, target: Target, attack_scores: dict[str, Scores]
             tensors[f"{name}/{group}/estimate"] = estimates[indices]
             tensors[f"{name}/{group}/psnr"] = scores["psnr"][indices]
             tensors[f"{name}/{group}/ssim"] = scores["ssim"][indices]
-    tensors["plain"] = target.plain[:NUM_EXAMPLES].cpu()
-    tensors["protected"] = target.protected[:NUM_EXAMPLES].cpu()
-    return save({key: tensor.contiguous() for key, tensor in tensors.items()})
+    return tensors
 
 
 def headline(attacks: dict[str, Any], *, at_chance: bool) -> dict[str, Any]:
@@ -142,7 +132,7 @@ def headline(attacks: dict[str, Any], *, at_chance: bool) -> dict[str, Any]:
     """
     for attack in attacks.values():
         if attack["status"] == "done":
-            attack["verdict"], attack["verdict_reason"] = verdict(
+            attack["verdict"], attack["verdict_reason"] = scorecard.verdict(
                 attack["reidentification_rate"],
                 attack["num_queries"],
                 lower_bound=attack["lower_bound"],
@@ -150,68 +140,124 @@ def headline(attacks: dict[str, Any], *, at_chance: bool) -> dict[str, Any]:
             )
     failed = [name for name, attack in attacks.items() if attack["status"] == "failed"]
 
-    def conclude(name: str | None) -> tuple[float | None, str | None, str]:
-        if name is None:
-            return None, None, ""
-        rate, word, reason = (attacks[name][key] for key in ("reidentification_rate", "verdict", "verdict_reason"))
+    def conclude(name: str | None, suffix: str = "") -> dict[str, Any]:
+        rate, word, reason = None, None, ""
+        if name is not None:
+            rate, word, reason = (attacks[name][key] for key in ("reidentification_rate", "verdict", "verdict_reason"))
         if failed and word in ("holds", "weak"):
-            word, reason = INCONCLUSIVE, f"{', '.join(failed)} failed and may be stronger"
-        return rate, word, reason
+            word, reason = scorecard.INCONCLUSIVE, f"{', '.join(failed)} failed and may be stronger"
+        return {f"reidentification_rate{suffix}": rate, f"verdict{suffix}": word, f"verdict_reason{suffix}": reason}
 
     strongest = strongest_attack(attacks)
     reconstruction = strongest_attack({name: a for name, a in attacks.items() if ATTACKS.get(name).draws})
-    rate, word, reason = conclude(strongest)
-    reconstruction_rate, reconstruction_word, reconstruction_reason = conclude(reconstruction)
+    is_broken = strongest is not None and attacks[strongest]["reidentification_rate"] > scorecard.RED
     return {
         "strongest_attack": strongest,
         "strongest_reconstruction": reconstruction,
-        "reidentification_rate_by_reconstruction": reconstruction_rate,
-        "verdict_by_reconstruction": reconstruction_word,
-        "verdict_reason_by_reconstruction": reconstruction_reason,
-        "reidentification_rate": rate,
-        "verdict": word,
-        "verdict_reason": reason,
-        "lower_bound": any(a.get("lower_bound") for a in attacks.values()) and not (rate is not None and rate > RED),
+        **conclude(reconstruction, "_by_reconstruction"),
+        **conclude(strongest),
+        "lower_bound": any(a.get("lower_bound") for a in attacks.values()) and not is_broken,
     }
 
 
 def _convergence(result: Outcome) -> Outcome:
     """Whether a larger effort would raise an attack's score, read from its curve."""
-    is_trained, has_effort = bool(result["history"]), ATTACKS.get(result["attack"]).effort is not None
-    if not is_trained and not has_effort:
-        return {"lower_bound": False, "rises_with": [], "unknown": []}
+    checks: tuple[tuple[str, str], ...] = ()
+    if result["history"]:
+        checks = (("epochs", HALF_EPOCHS), ("images", QUARTER))
+    elif ATTACKS.get(result["attack"]).effort is not None:
+        checks = (("steps", HALF_EFFORT),)
     points = {point["what"]: point for point in result["curve"]}
     rising, unknown = [], []
-    for resource, label in (("epochs", HALF_EPOCHS), ("images", QUARTER)) if is_trained else (("steps", HALF_EFFORT),):
-        if label not in points or result["num_queries"] < MIN_QUERIES:
+    for resource, label in checks:
+        if label not in points or result["num_queries"] < scorecard.MIN_QUERIES:
             unknown.append(resource)
-        elif is_rising([points[label], points["everything"]]):
+        elif scorecard.is_rising([points[label], points["everything"]]):
             rising.append(resource)
     return {"lower_bound": bool(rising or unknown), "rises_with": rising, "unknown": unknown}
 
 
-def _above_baselines(scores: dict[str, dict[str, float]], baseline_summaries: dict[str, Any]) -> bool:
-    """Whether reconstructions resemble the originals more than the class mean does, beyond chance."""
-    baseline = baseline_summaries.get("class mean") or baseline_summaries["mean image"]
-    return any(scores[key]["low"] > baseline[key]["high"] for key in ("ssim_invariant", "edges", "reidentified"))
-
-
-def _reference_accuracy(classifier: nn.Module | None, target: Target) -> float | None:
-    if classifier is None:
-        return None
-    return float(score_images(target.plain, target, classifier)["accuracy"].mean())
-
-
 def _csv(target: Target, all_scores: dict[str, Scores]) -> bytes:
     """A row per attack and image; ``image`` is the index in the gallery."""
-    text = io.StringIO()
-    writer = csv.writer(text)
-    metrics = list(dict.fromkeys(metric for scores in all_scores.values() for metric in scores))
-    writer.writerow(["attack", "image", "label", *metrics])
     images, labels = target.truth.tolist(), target.labels.tolist()
+    rows = []
     for name, scores in all_scores.items():
-        columns: list[Tensor | None] = [scores.get(metric) for metric in metrics]
-        for i in range(len(next(iter(scores.values())))):
-            values = ["" if column is None else f"{float(column[i]):.5g}" for column in columns]
-            writer.writerow([name, images[i], labels[i], *values])
-    return text.getvalue().encode()
+        # An attack may have fewer images than the target.
+        for image, label, *values in zip(images, labels, *(v.tolist() for v in scores.values()), strict=False):
+            texts = (f"{value:.5g}" for value in values)
+            rows.append({"attack": name, "image": image, "label": label} | dict(zip(scores, texts, strict=True)))
+    metrics = dict.fromkeys(metric for scores in all_scores.values() for metric in scores)
+    return as_csv(["attack", "image", "label", *metrics], rows)
+
+
+def export_to_bundle(plan: AttackPlan, card: dict[str, Any], quiet: bool) -> None:
+    """Store trained networks and the scorecard in the bundle's private part, for serving."""
+    from safetensors.torch import load
+
+    bundle = plan.spec.bundle
+    assert bundle is not None
+    try:
+        # No other process may write between our read and write.
+        with lock(Storage(bundle), f"bundle {bundle}", wait=True):
+            files = {name: plan.storage.read(name) for name in (SCORES, EXAMPLES)}
+            card, files, from_stored = _merge_with_stored(bundle, card, files)
+            networks = {}
+            for options in plan.suite.attacks:
+                folder = plan.folder(options.name)
+                if options.name not in from_stored and folder.exists("network.safetensors"):
+                    weights = load(folder.read("network.safetensors"))
+                    networks[options.name] = (options.model_dump(mode="json"), weights)
+            add_attacks(bundle, networks, card, files)
+    except StorageError as error:
+        if not quiet:
+            ProgressDisplay().warn(f"the scorecard could not be stored in the bundle: {error}")
+
+
+def _merge_with_stored(
+    bundle: str, card: dict[str, Any], files: dict[str, bytes]
+) -> tuple[dict[str, Any], dict[str, bytes], set[str]]:
+    """Merge a scorecard with the one stored in the bundle; each attack keeps its stronger run.
+
+    A weaker later attack must not make a bundle look better.
+
+    Returns:
+        The scorecard, its files, and the names of attacks whose stored run is the stronger one.
+    """
+    from safetensors.torch import load, save
+
+    private = Storage(bundle).folder("private")
+    if not private.exists(SCORECARD):
+        return card, files, set()
+    stored = json.loads(private.read(SCORECARD))
+    if "strongest_attack" not in stored:  # of an earlier version, whose results have other names
+        return card, files, set()
+    new, old = card["attacks"], stored["attacks"]
+    from_stored = {name for name, result in old.items() if _is_stronger(result, new.get(name))}
+    attacks = new | {name: result for name, result in old.items() if name in from_stored or name not in new}
+    # The smaller card's results of its own attacks stay valid; the baselines are those of the card with more queries.
+    stored_is_larger = card["num_queries"] < stored["num_queries"]
+    base, other = (stored, card) if stored_is_larger else (card, stored)
+    merged = other | base | {"attacks": attacks} | headline(attacks, at_chance=card["at_chance"] is not None)
+    scores = _merge_scores(files[SCORES], private.read(SCORES), from_stored, stored_is_larger)
+    examples = load(files[EXAMPLES])
+    examples |= {k: v for k, v in load(private.read(EXAMPLES)).items() if k.partition("/")[0] in from_stored}
+    return merged, {SCORES: scores, EXAMPLES: save(examples)}, from_stored
+
+
+def _is_stronger(stored: dict[str, Any], new: dict[str, Any] | None) -> bool:
+    """Whether a stored run of an attack has finished and leaks more than a new one."""
+    if stored["status"] != "done":
+        return False
+    return new is None or new["status"] != "done" or scorecard.rank_key(stored) > scorecard.rank_key(new)
+
+
+def _merge_scores(new: bytes, stored: bytes, from_stored: set[str], stored_baselines: bool) -> bytes:
+    """Merge two ``scores.csv``: each row comes from the run whose result is kept."""
+
+    def is_stored(attack: str) -> bool:
+        return stored_baselines if attack.startswith("baseline: ") else attack in from_stored
+
+    old_rows, new_rows = (list(csv.DictReader(io.StringIO(data.decode()))) for data in (stored, new))
+    rows = [row for row in new_rows if not is_stored(row["attack"])]
+    rows += [row for row in old_rows if is_stored(row["attack"])]
+    return as_csv(list(new_rows[0] | old_rows[0]), rows)

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from raypp.experiments.search_records import WORST_LEAKAGE, TrialRecord
-from raypp.experiments.search_settings import Search
+from raypp.experiments.search import WORST_LEAKAGE, Search, TrialRecord
 
 
 def feasible(record: TrialRecord, min_accuracy: float | None) -> bool:
@@ -70,9 +69,8 @@ def select_best(records: Sequence[TrialRecord], search: Search, min_accuracy: fl
 
 def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
     """Spearman's rank correlation; None for fewer than three pairs, or where one side has equal values only."""
-    if len(pairs) < 3:
+    from scipy.stats import spearmanr  # type: ignore[import-untyped]
+
+    if len(pairs) < 3 or any(len(set(side)) == 1 for side in zip(*pairs, strict=True)):
         return None
-    columns = np.array(pairs).T
-    less, equal = columns[:, None, :] < columns[:, :, None], columns[:, None, :] == columns[:, :, None]
-    ranks = less.sum(2) + equal.sum(2) / 2  # ties share their mean rank; a constant offset does not matter
-    return float(np.corrcoef(ranks)[0, 1]) if np.ptp(ranks, axis=1).all() else None
+    return float(spearmanr(pairs).statistic)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from raypp.evaluation.plotting import as_png, new_figure
+from raypp.evaluation.output import as_png, new_figure
 from raypp.experiments.pareto import feasible, pareto
-from raypp.experiments.search_records import TrialRecord
-from raypp.experiments.search_settings import Range, Search
+from raypp.experiments.search import Range, Search, TrialRecord
 
 COLORS = ("#1f6fb2", "#d1602b", "#3a8f4f", "#8a5fb0")
 
@@ -27,7 +25,7 @@ def label(value: Any) -> Any:
 
 def front_figure(searches: dict[str, Sequence[TrialRecord]], min_accuracy: float | None = None) -> bytes:
     """Plot leakage against accuracy of every finished trial, with the front of each search, as a PNG."""
-    figure, axes = _new_axes(7.2, 5.0)
+    figure, (axes,) = new_figure(7.2, 5.0)
     baselines = [r["leakage_baseline"] for records in searches.values() for r in records if r["status"] == "done"]
     for (name, records), color in zip(searches.items(), COLORS, strict=False):
         done = [r for r in records if r["status"] == "done"]
@@ -42,12 +40,11 @@ def front_figure(searches: dict[str, Sequence[TrialRecord]], min_accuracy: float
             color=color,
             label=f"{name}: front of {len(front)} among {len(done)} trials",
         )
+    line = {"color": "#555555", "lw": 1.2}
     if baselines:
-        axes.axhline(float(np.mean(baselines)), color="#555555", ls=":", lw=1.2, label="class mean (baseline)")
+        axes.axhline(float(np.mean(baselines)), ls=":", label="class mean (baseline)", **line)
     if min_accuracy is not None:
-        axes.axvline(
-            100 * min_accuracy, color="#555555", ls="--", lw=1.2, label=f"minimum accuracy, {min_accuracy:.1%}"
-        )
+        axes.axvline(100 * min_accuracy, ls="--", label=f"minimum accuracy, {min_accuracy:.1%}", **line)
     axes.set_xlabel("validation accuracy after 8-bit rounding, % (higher is better)")
     axes.set_ylabel("leakage: SSIM of the quick attack (lower is better)")
     axes.legend(frameon=False, fontsize=8)
@@ -67,7 +64,7 @@ def parallel_figure(records: Sequence[TrialRecord], min_accuracy: float | None =
     keys = sorted({key for r in done for key in r["settings"]})
     columns = {key: [label(r["settings"].get(key)) for r in done] for key in keys}
     columns |= {key: [r[key] for r in done] for key in ("accuracy", "leakage")}
-    figure, axes = _new_axes(2.2 + 1.5 * len(columns), 4.6)
+    figure, (axes,) = new_figure(2.2 + 1.5 * len(columns), 4.6)
     heights = []
     for x, values in enumerate(columns.values()):
         scaled, ticks = _scale_column(values)
@@ -90,19 +87,20 @@ def parallel_figure(records: Sequence[TrialRecord], min_accuracy: float | None =
 
 def _scale_column(values: Sequence[Any]) -> tuple[list[float], dict[float, str]]:
     """Values scaled to [0, 1], and the labels of the axis by height; numbers over a factor of 20 are logarithmic."""
+    from matplotlib.colors import LogNorm, Normalize
+
     if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         low, high = float(min(values)), float(max(values))
-        logarithmic = low > 0 and high / low >= 20
-        numbers = [math.log(v) if logarithmic else float(v) for v in values]
         ticks = {0.0: f"{low:.3g}", 1.0: f"{high:.3g}"}
-        start, end = (math.log(low), math.log(high)) if logarithmic else (low, high)
+        scale = LogNorm if low > 0 and high / low >= 20 else Normalize
     else:
         choices = sorted({str(v) for v in values})
-        numbers = [float(choices.index(str(v))) for v in values]
+        values = [choices.index(str(v)) for v in values]
+        low, high = 0.0, float(len(choices) - 1)
         ticks = {i / max(1, len(choices) - 1): choice[:24] for i, choice in enumerate(choices)}
-        start, end = 0.0, float(len(choices) - 1)
-    span = end - start
-    return [(number - start) / span if span else 0.5 for number in numbers], ticks
+        scale = Normalize
+    scaled = scale(low, high)(np.array(values, dtype=float)) if low < high else np.full(len(values), 0.5)
+    return scaled.tolist(), ticks
 
 
 def importance_figure(records: Sequence[TrialRecord], search: Search) -> bytes | None:
@@ -117,7 +115,7 @@ def importance_figure(records: Sequence[TrialRecord], search: Search) -> bytes |
     if not any(importances.values()):
         return None
     keys = sorted(search.space, key=lambda key: sum(shares.get(key, 0) for shares in importances.values()))
-    figure, axes = _new_axes(7.0, 1.6 + 0.5 * len(keys))
+    figure, (axes,) = new_figure(7.0, 1.6 + 0.5 * len(keys))
     for (score, shares), shift, color in zip(importances.items(), (0.18, -0.18), COLORS, strict=False):
         if shares:
             values = [shares.get(key, 0.0) for key in keys]
@@ -130,16 +128,16 @@ def importance_figure(records: Sequence[TrialRecord], search: Search) -> bytes |
 
 def _importances(done: Sequence[TrialRecord], search: Search, score: str) -> dict[str, float]:
     """Each setting's share of the variance of a score; empty where all values are equal."""
-    import optuna
-    from optuna.importance import FanovaImportanceEvaluator
+    from optuna import create_study, importance, trial
 
     spaces = {key: distribution(values) for key, values in search.space.items()}
-    study = optuna.create_study(direction="maximize" if score == "accuracy" else "minimize")
+    study = create_study()
     for record in done:
         params = {key: label(record["settings"][key]) for key in spaces}
-        study.add_trial(optuna.trial.create_trial(params=params, distributions=spaces, value=record[score]))
+        study.add_trial(trial.create_trial(params=params, distributions=spaces, value=record[score]))
     try:
-        return optuna.importance.get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
+        evaluator = importance.FanovaImportanceEvaluator(seed=0)
+        return importance.get_param_importances(study, evaluator=evaluator)
     except (ValueError, RuntimeError):  # fANOVA needs values that differ
         return {}
 
@@ -150,13 +148,5 @@ def distribution(values: Range | tuple[Any, ...]) -> Any:
 
     if isinstance(values, tuple):
         return distributions.CategoricalDistribution([label(value) for value in values])
-    if values.whole:
-        return distributions.IntDistribution(int(values.low), int(values.high), log=values.log)
-    return distributions.FloatDistribution(float(values.low), float(values.high), log=values.log)
-
-
-def _new_axes(width: float, height: float) -> tuple[Any, Any]:
-    figure = new_figure(width, height)
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    kind: Any = distributions.IntDistribution if values.whole else distributions.FloatDistribution
+    return kind(values.low, values.high, log=values.log)

@@ -22,8 +22,8 @@ def needs_reference_classifier(plan: AttackPlan, target: Target) -> bool:
     return can_train and plan.suite.reference_epochs > 0 and not is_trained
 
 
-def reference_classifier_config(plan: AttackPlan, target: Target) -> Config:
-    """The target's data and classifier settings, with plain images and the suite's epochs."""
+def train_reference_classifier(plan: AttackPlan, target: Target, display: ProgressListener) -> None:
+    """Train or resume a separate run of the target's classifier, with plain images and the suite's epochs."""
     assert target.config is not None
     tree = target.config.model_dump(mode="json")
     tree |= {"protection": {"name": "plain"}, "adaptation": "auto", "seed": plan.suite.seed}
@@ -32,14 +32,8 @@ def reference_classifier_config(plan: AttackPlan, target: Target) -> Config:
         tree["train"]["schedule"] = {"name": "one_cycle"}
     tree["data"] |= {"stream": False}
     tree["cluster"] |= {"storage": plan.storage.uri}
-    return Config.model_validate(tree)
-
-
-def train_reference_classifier(plan: AttackPlan, target: Target, display: ProgressListener) -> None:
-    """Train the reference classifier as a separate run, or resume it."""
-    config = reference_classifier_config(plan, target)
     resume = plan.storage.exists(f"{REFERENCE_CLASSIFIER}/config.yaml")
-    with open_run(config, REFERENCE_CLASSIFIER, resume=resume) as run:
+    with open_run(Config.model_validate(tree), REFERENCE_CLASSIFIER, resume=resume) as run:
         train_locally(run, display, target.access.device)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -26,18 +27,14 @@ from raypp.utils.errors import ConfigError, StorageError
 from raypp.utils.storage import Storage
 
 MUTABLE_ON_RESUME = (
-    "train.epochs",
-    "train.eval_batch_size",
-    "train.checkpoint_seconds",
-    "train.adapt_threads",
-    "data.num_test",
+    "train.epochs", "train.eval_batch_size", "train.checkpoint_seconds", "train.adapt_threads", "data.num_test",
     "features.fallback",  # resolved when the run starts
     "cluster",
-)
+)  # fmt: skip
 """Settings of length and hardware, which may change when a run is resumed."""
 MILESTONES = "train.schedule.milestones"
-OWN_FILES = {".lock", "run.json", "features.safetensors", "private"}
-"""Files that a run writes before its configuration."""
+OWN_FILES = {".lock", "features.safetensors", "private"}
+"""Files that a run writes before run.json."""
 LATEST = "latest"  # link to the run that finished last
 
 
@@ -60,11 +57,9 @@ def environment() -> dict[str, Any]:
 
 def cpu_name() -> str:
     """Processor name, and the number of cores that this process may use."""
-    name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
+    model = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    name = model[1].strip() if model else platform.processor() or platform.machine()
     return f"{name}, {runtime.num_cores()} cores"
 
 
@@ -85,9 +80,8 @@ def ensure_free(storage: Storage, name: str) -> None:
     simultaneous runs is refused.
     """
     has_started = storage.exists("config.yaml") and (storage.exists("summary.json") or list_checkpoints(storage))
-    # Without run.json, only files that a run writes before it may be here; any other file is foreign.
     is_run = storage.exists("run.json")
-    foreign = storage.local and not is_run and {p.name for p in storage.path.iterdir()} - (OWN_FILES - {"run.json"})
+    foreign = storage.local and not is_run and {path.name for path in storage.path.iterdir()} - OWN_FILES
     if has_started or foreign:
         raise StorageError(
             f"run {name!r} exists already in {storage.uri}; --resume continues it, another --name starts a new one"
@@ -95,40 +89,29 @@ def ensure_free(storage: Storage, name: str) -> None:
 
 
 @contextmanager
-def lock(storage: Storage, owner: str) -> Iterator[None]:
-    """Keep other drivers out of a run or a table. The lock ends with this process; object stores have no locks."""
+def lock(storage: Storage, owner: str, *, wait: bool = False) -> Iterator[None]:
+    """Keep other processes out of a folder. The lock ends with this process; object stores have no locks.
+
+    Args:
+        owner: what the folder holds ("run 'x'"), for the error if another process has the lock.
+        wait: wait for the other process instead. This lock's file lies next to the folder, which may be replaced.
+    """
     if not storage.local:
         yield
         return
     import fcntl
 
-    with _open_for_append(storage.path / ".lock") as file:
+    path = storage.path.with_name(f".{storage.path.name}.lock") if wait else storage.path / ".lock"
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+    with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StorageError(f"{owner} is in use by another process; wait for it or take another --name") from None
         yield
-
-
-@contextmanager
-def exclusive_access(storage: Storage) -> Iterator[None]:
-    """Wait until no other process replaces a folder. The lock ends with this process; object stores have no locks."""
-    if not storage.local:
-        yield
-        return
-    import fcntl
-
-    # The lock file lies next to the folder, because the folder is replaced.
-    with _open_for_append(storage.path.with_name(f".{storage.path.name}.lock")) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _open_for_append(path: Path) -> IO[str]:
-    try:
-        return path.open("a")
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}") from error
 
 
 def refuse_foreign(storage: Storage, owner: str) -> None:
@@ -137,6 +120,15 @@ def refuse_foreign(storage: Storage, owner: str) -> None:
         raise StorageError(
             f"{storage.uri} holds {others[0]!r}, which {owner} has not written; take another --name, or an empty folder"
         )
+
+
+def refuse_changes(storage: Storage, settings: Iterable[tuple[str, Any, Any]]) -> None:
+    """Raise StorageError for the first of the settings (name, stored value, new value) that has changed."""
+    for name, stored, new in settings:
+        if stored != new:
+            raise StorageError(
+                f"{storage.uri} was started with another {name}; resume it with the same, or take another --name"
+            )
 
 
 def validate_name(name: str) -> str:

@@ -11,46 +11,23 @@ import torch
 from torch import Tensor
 
 from raypp.attacks import ATTACKS
-from raypp.attacks.base import AttackerKnowledge, TrainedAttack
+from raypp.attacks.base import AttackerKnowledge, TrainedAttack, protect_in_batches
 from raypp.attacks.target import Target
 from raypp.bundle.load import load_public
 from raypp.config.schema import Config
 from raypp.data.base import stratified_split
 from raypp.data.splits import load_split, subsample
 from raypp.evaluation.scorecard import aggregate, baselines, reidentification_rate, score_images
-from raypp.experiments.search_records import TrialRecord, read_record
-from raypp.experiments.search_settings import MAX_QUERIES, RESULT, TRIALS, Point, Search, SearchPlan, attack_options
+from raypp.experiments.search import RESULT, TRIALS, Point, Search, SearchPlan, TrialRecord, attack_options, read_record
 from raypp.experiments.training_run import Run, open_run, summary
-from raypp.training.optim import configure_torch
-from raypp.training.reporter import LocalReporter
+from raypp.training.reporter import Reporter
 from raypp.training.trainer import Trainer
 from raypp.utils.documents import dump_json
 from raypp.utils.errors import ConfigError, NonRetryableError
 from raypp.utils.progress import ProgressListener
 from raypp.utils.storage import Storage
 
-
-class NullListener:
-    """A listener that ignores all progress."""
-
-    def note(self, message: str) -> None:
-        pass
-
-    def step(self, info: dict[str, Any]) -> None:
-        pass
-
-    def epoch(self, row: dict[str, Any]) -> None:
-        pass
-
-    def warn(self, message: str) -> None:
-        pass  # a run's warnings are in its record
-
-    def should_stop(self) -> bool:
-        return False
-
-
-TrainTrial = Callable[[Run, Any], dict[str, Any]]
-"""Trains a run to its end, reporting to the display, and returns its summary."""
+MAX_QUERIES = 1000  # validation images that the quick attack reconstructs
 
 
 def run_trial(
@@ -58,7 +35,7 @@ def run_trial(
     name: str,
     point: Point,
     display: ProgressListener,
-    train: TrainTrial,
+    train: Callable[[Run, Any], dict[str, Any]],
     leak: Callable[..., TrialRecord] | None = None,
 ) -> TrialRecord:
     """Train and attack one point of the space, or resume it; returns and stores its record.
@@ -67,6 +44,7 @@ def run_trial(
 
     Args:
         display: shows the training.
+        train: trains a run to its end, reporting to the display, and returns its summary.
         leak: replaces :func:`proxy_leakage`, to run it in another process.
     """
     folder = plan.storage.folder(f"{TRIALS}/{name}")
@@ -75,38 +53,26 @@ def run_trial(
     start = time.monotonic()
     record: TrialRecord = {"trial": name, "settings": point, "status": "done", "explanation": ""}
     try:
-        record |= _score(plan, name, point, display, train, leak or proxy_leakage)
+        config = plan.config_at(point)
+        with open_run(config, name, resume=folder.exists("config.yaml")) as run:
+            results = summary(run) or train(run, display)
+        # The display shows the epochs of the training, so the attack must not report to it.
+        measure = leak or proxy_leakage
+        leakage = measure(folder.folder("bundle").uri, config, plan.search, folder.folder("leak"), ProgressListener())
+        record |= {
+            "accuracy": results["best"]["val_accuracy"],
+            "test_accuracy": results["test"]["accuracy"],
+            "test_interval": list(results["test"]["accuracy_interval"]),
+            "epochs": sum(results["epochs"].values()),
+            "warnings": list(run.warnings),
+            **leakage,
+        }
     except (ConfigError, NonRetryableError) as error:
         status = "diverged" if "not a finite number" in str(error) else "not possible"
         record |= {"status": status, "explanation": str(error)}
     record["seconds"] = round(time.monotonic() - start, 1)
     folder.write(RESULT, dump_json(record))
     return record
-
-
-def _score(
-    plan: SearchPlan,
-    name: str,
-    point: Point,
-    display: ProgressListener,
-    train: TrainTrial,
-    leak: Callable[..., TrialRecord],
-) -> TrialRecord:
-    config = plan.config_at(point)
-    run_folder = Storage(config.cluster.storage).folder(name)
-    with open_run(config, name, resume=run_folder.exists("config.yaml")) as run:
-        results = summary(run) or train(run, display)
-        warnings = list(run.warnings)
-    # The display shows the epochs of the training, so the attack must not report to it.
-    leakage = leak(run_folder.folder("bundle").uri, config, plan.search, run_folder.folder("leak"), NullListener())
-    return {
-        "accuracy": results["best"]["val_accuracy"],
-        "test_accuracy": results["test"]["accuracy"],
-        "test_interval": list(results["test"]["accuracy_interval"]),
-        "epochs": sum(results["epochs"].values()),
-        "warnings": warnings,
-        **leakage,
-    }
 
 
 def proxy_leakage(
@@ -124,8 +90,7 @@ def proxy_leakage(
     attack: TrainedAttack = ATTACKS.build(attack_options(search), target.access, seed=config.seed)
     task = attack.task()
     task.share(0, 1)
-    configure_torch(task.train)
-    result = Trainer(task, LocalReporter(folder, display, target.access.device)).train()
+    result = Trainer(task, Reporter(folder, display, target.access.device)).train()
     attack.load(attack.state(result.trainee))
     scores = aggregate(score_images(attack.reconstruct(target.protected), target), config.seed)
     class_mean = baselines(target, config.seed)["class mean"]
@@ -172,7 +137,7 @@ def _validation_target(bundle: str, config: Config, search: Search) -> Target:
         label=config.protection.name,
         access=access,
         plain=queries,
-        protected=torch.cat([protect(batch) for batch in queries.split(500)]),
+        protected=protect_in_batches(protect, queries),
         labels=labels[: len(queries)],
         gallery=gallery,
         gallery_labels=labels,

@@ -10,6 +10,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,7 @@ def open_table(storage: Storage, name: str, *, resume: bool) -> Iterator[Storage
         )
     if not exists:
         refuse_foreign(folder, "a table")
-    if folder.local:
-        try:
-            (folder.path / CELLS).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"cannot create {folder.uri}: {error.strerror}") from error
+    folder.folder(CELLS).create()
     with lock(folder, f"table {name!r}"):
         yield folder
 
@@ -128,12 +125,12 @@ def table1(
         with MultiProgressDisplay(len(grid), len(grid) - len(missing), quiet=quiet) as display:
 
             def on_done(cell: GridCell, outcome: dict[str, Any]) -> None:
-                if "result" in outcome:
-                    summaries[cell.name] = outcome["result"]
-                    display.done(cell.name, f"{outcome['result']['test']['accuracy']:.2%}")
-                else:
+                if "error" in outcome:
                     failures[cell.name] = outcome["error"]
                     display.done(cell.name, f"failed: {outcome['error']}")
+                else:
+                    summaries[cell.name] = outcome["result"]
+                    display.done(cell.name, f"{outcome['result']['test']['accuracy']:.2%}")
                 write()
 
             if missing:
@@ -145,19 +142,11 @@ def _earlier_cells(
     datasets: Sequence[str], methods: Sequence[str], seeds: Sequence[int], flags: Sequence[str], folder: Storage
 ) -> list[tuple[GridCell, dict[str, Any]]]:
     """Finished cells in a table's folder with the same settings that are not in the command's grid."""
-    rows = table_rows()
     cells = []
-    for name in folder.folder(CELLS).folders():
-        match = re.fullmatch(r"(.+)-seed(\d+)", name)
-        if match is None:
-            continue
-        seed = int(match[2])
-        for dataset in datasets:
-            prefix = f"{Path(dataset).stem}-"
-            method = match[1].removeprefix(prefix)
-            in_grid = method in methods and seed in seeds
-            if match[1].startswith(prefix) and method in rows and not in_grid:
-                (cell,) = grid_cells([dataset], [method], [seed], flags, folder)
-                if (results := stored_summary(cell)) is not None:
-                    cells.append((cell, results))
+    for dataset, method, name in product(datasets, table_rows(), folder.folder(CELLS).folders()):
+        match = re.fullmatch(re.escape(f"{Path(dataset).stem}-{method}-seed") + r"(\d+)", name)
+        if match and not (method in methods and int(match[1]) in seeds):
+            (cell,) = grid_cells([dataset], [method], [int(match[1])], flags, folder)
+            if (results := stored_summary(cell)) is not None:
+                cells.append((cell, results))
     return cells

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raypp.config.overrides import deep_merge, flatten_dict, parse_overrides
-from raypp.config.presets import load_tree, presets
+from raypp.config.presets import load_tree
 from raypp.config.schema import Config
 from raypp.config.validation import check_milestones, validate
 from raypp.utils.documents import load_yaml
@@ -40,7 +40,7 @@ class TableRow:
     name: str
     label: str
     settings: dict[str, Any]
-    keep: tuple[str, ...] = ()
+    keep: Sequence[str] = ()
     match_parameters: bool = False
     paper: dict[str, float] = field(default_factory=dict)
 
@@ -64,7 +64,7 @@ class GridCell:
 def table_rows() -> dict[str, TableRow]:
     """All rows of the table, by name."""
     text = (resources.files("raypp.experiments") / "table1.yaml").read_text(encoding="utf-8")
-    return {row["name"]: TableRow(**(row | {"keep": tuple(row.get("keep", ()))})) for row in load_yaml(text)}
+    return {row["name"]: TableRow(**row) for row in load_yaml(text)}
 
 
 def grid_cells(
@@ -91,7 +91,10 @@ def grid_cells(
             raise ConfigError(f"{axis} {', '.join(sorted(repeated))} is given twice")
         if not values:
             raise ConfigError(f"no {axis} is given; allowed is one or more")
-    _refuse_grid_settings(flags)
+    overrides = flatten_dict(parse_overrides(flags))
+    for key, option in GRID_KEYS.items():
+        if key in overrides or (key == "protection.name" and isinstance(overrides.get("protection"), str)):
+            raise ConfigError(f"--{key} is set by the table's grid; choose by {option}")
     grid = []
     for dataset in datasets:
         tree = load_tree(dataset, flags=tuple(flags))
@@ -101,13 +104,6 @@ def grid_cells(
                 config = _configure(tree, rows[name], seed, storage)
                 grid.append(GridCell(Path(dataset).stem, rows[name], seed, config, base))
     return grid
-
-
-def _refuse_grid_settings(flags: Sequence[str]) -> None:
-    overrides = flatten_dict(parse_overrides(flags))
-    for key, option in GRID_KEYS.items():
-        if key in overrides or (key == "protection.name" and isinstance(overrides.get("protection"), str)):
-            raise ConfigError(f"--{key} is set by the table's grid; choose by {option}")
 
 
 def _configure(base: dict[str, Any], method: TableRow, seed: int, storage: Storage) -> Config:
@@ -161,4 +157,4 @@ def _matching_width(config: Config) -> int:
 
 def paper_name(dataset: str) -> str | None:
     """The paper's experiment with this data set, by the longest common prefix; None if there is none."""
-    return next((name for name in ("cifar100", "cifar10") if dataset.startswith(name) and name in presets()), None)
+    return next((name for name in ("cifar100", "cifar10") if dataset.startswith(name)), None)

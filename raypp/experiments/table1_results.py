@@ -12,12 +12,16 @@ from typing import Any
 
 from raypp.config.overrides import flatten_dict
 from raypp.config.presets import load_tree
-from raypp.config.schema import Config
 from raypp.config.validation import validate
-from raypp.evaluation.plotting import as_png, new_figure
+from raypp.evaluation.output import as_png, new_figure
 from raypp.experiments.run_folder import check_resumable, read_checked
 from raypp.experiments.table1_grid import COMPARED, NOT_COMPARED, GridCell, TableRow, num_parameters, paper_name
 from raypp.utils.storage import Storage
+
+COLUMNS = (
+    "dataset", "method", "paper_accuracy", "accuracy_mean", "accuracy_std", "num_seeds", "num_test", "interval_low",
+    "interval_high", "ssim_mean", "num_parameters", "seconds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ def collect(
     for (dataset, _), group in groups.items():
         finished = [summaries[cell.name] for cell in group if cell.name in summaries]
         tests = [summary["test"] for summary in finished]
+        sizes = [(len(summary["classes"]), tuple(summary["image_size"])) for summary in finished]
         results.append(
             CellResult(
                 dataset=dataset,
@@ -91,17 +96,12 @@ def collect(
                 interval=tuple(tests[0]["accuracy_interval"]) if tests else (0.0, 1.0),
                 num_test=tests[0]["num_images"] if tests else 0,
                 seconds=sum(summary["seconds"] for summary in finished),
-                num_parameters=_num_parameters(group[0].config, finished[0]) if finished else 0,
+                num_parameters=num_parameters(group[0].config, *sizes[0]) if finished else 0,
                 ssim=tests[0]["ssim"]["mean"] if tests and tests[0]["ssim"] else None,
                 failed=tuple(f"{cell.name}: {failures[cell.name]}" for cell in group if cell.name in failures),
             )
         )
     return results
-
-
-def _num_parameters(config: Config, summary: dict[str, Any]) -> int:
-    height, width = summary["image_size"]
-    return num_parameters(config, len(summary["classes"]), (height, width))
 
 
 def deviations_from_paper(grid: Sequence[GridCell], summaries: dict[str, dict[str, Any]]) -> list[str]:
@@ -136,26 +136,22 @@ def deviations_from_paper(grid: Sequence[GridCell], summaries: dict[str, dict[st
 
 def write_table(storage: Storage, results: Sequence[CellResult], notes: Sequence[str]) -> None:
     """Write ``table1.csv``, ``table1.md`` and ``table1.png`` into the table's folder."""
-    storage.write("table1.csv", _csv(results).encode())
+    storage.write("table1.csv", _csv(results))
     storage.write("table1.md", markdown(results, notes).encode())
     storage.write("table1.png", figure(results))
 
 
-def _csv(results: Sequence[CellResult]) -> str:
+def _csv(results: Sequence[CellResult]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(
-        ["dataset", "method", "paper_accuracy", "accuracy_mean", "accuracy_std", "num_seeds", "num_test",
-         "interval_low", "interval_high", "ssim_mean", "num_parameters", "seconds"]
-    )  # fmt: skip
+    writer.writerow(COLUMNS)
     for r in results:
-        paper = r.paper
-        row: list[Any] = [r.dataset, r.method.name, "" if paper is None else paper / 100]
+        row: list[Any] = [r.dataset, r.method.name, None if r.paper is None else r.paper / 100]
         if r.accuracies:
-            row += [r.mean, "" if r.spread is None else r.spread, len(r.accuracies), r.num_test, *r.interval]
-            row += ["" if r.ssim is None else r.ssim, r.num_parameters, round(r.seconds, 1)]
+            row += [r.mean, r.spread, len(r.accuracies), r.num_test, *r.interval]
+            row += [r.ssim, r.num_parameters, round(r.seconds, 1)]
         writer.writerow(row)
-    return text.getvalue()
+    return text.getvalue().encode()
 
 
 def markdown(results: Sequence[CellResult], notes: Sequence[str]) -> str:
@@ -191,8 +187,7 @@ def figure(results: Sequence[CellResult]) -> bytes:
     """The table as a PNG: a panel per data set, with the paper's accuracies and ours."""
     datasets = list(dict.fromkeys(r.dataset for r in results))
     num_rows = max(sum(r.dataset == d for r in results) for d in datasets)
-    canvas = new_figure(3 + 5.5 * len(datasets), 1.6 + 0.42 * num_rows)
-    panels = canvas.subplots(1, len(datasets), squeeze=False)[0]
+    canvas, panels = new_figure(3 + 5.5 * len(datasets), 1.6 + 0.42 * num_rows, len(datasets))
     for panel, dataset in zip(panels, datasets, strict=True):
         rows = [r for r in results if r.dataset == dataset]
         for y, r in enumerate(rows):
@@ -201,22 +196,12 @@ def figure(results: Sequence[CellResult]) -> bytes:
             if r.accuracies:
                 low, high = (r.mean - r.spread, r.mean + r.spread) if r.spread is not None else r.interval
                 panel.hlines(y, 100 * low, 100 * high, color="#1f6fb2", lw=2.5)
-                panel.plot(100 * r.mean, y, "o", color="#1f6fb2", ms=8, label="ours", zorder=3)
-                panel.annotate(
-                    f"{100 * r.mean:.1f}",
-                    (100 * r.mean, y),
-                    (0, 7),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=8,
-                )
+                x = 100 * r.mean
+                panel.plot(x, y, "o", color="#1f6fb2", ms=8, label="ours", zorder=3)
+                panel.annotate(f"{x:.1f}", (x, y), (0, 7), textcoords="offset points", ha="center", fontsize=8)
         panel.set_yticks(range(len(rows)), [r.method.label for r in rows])
-        panel.set_ylim(len(rows) - 0.5, -0.7)
-        panel.set_xlim(0, 100)
-        panel.set_xlabel("test accuracy, %")
-        panel.set_title(dataset)
+        panel.set(ylim=(len(rows) - 0.5, -0.7), xlim=(0, 100), xlabel="test accuracy, %", title=dataset)
         panel.grid(axis="x", alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
         handles, labels = panel.get_legend_handles_labels()
         legend = dict(zip(labels, handles, strict=True))  # one entry per label
         panel.legend(legend.values(), legend.keys(), loc="lower left", frameon=False)

@@ -28,23 +28,16 @@ from raypp.config.schema import Config
 from raypp.data.loader import inference_batch_size, to_device
 from raypp.data.splits import load_split
 from raypp.evaluation.evaluate import evaluate
-from raypp.experiments.run_folder import (
-    check_resumable,
-    describe_feature_network,
-    ensure_free,
-    environment,
-    lock,
-    read_checked,
-    validate_name,
-)
+from raypp.experiments import run_folder
+from raypp.experiments.run_folder import environment, lock, read_checked
 from raypp.models.perceptual import StateDict
 from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
-from raypp.protections.plain import Plain, PlainOptions
+from raypp.protections.plain import Plain
 from raypp.training.checkpoint import to_json_lines
 from raypp.training.protected_classifier import ProtectedClassifier, build_protected_classifier, phases
 from raypp.training.protection_task import TrainResult, fit, prepare
-from raypp.training.reporter import LocalReporter
+from raypp.training.reporter import Reporter
 from raypp.utils import images, keys
 from raypp.utils.documents import dump_json
 from raypp.utils.errors import ConfigError, StorageError
@@ -80,7 +73,7 @@ def open_run(config: Config, name: str, *, resume: bool = False) -> Iterator[Run
     Raises:
         StorageError: the name exists already, is in use or, with ``resume``, does not exist or has other settings.
     """
-    storage = Storage(config.cluster.storage).folder(validate_name(name))
+    storage = Storage(config.cluster.storage).folder(run_folder.validate_name(name))
     if resume:
         if not storage.exists("config.yaml"):
             raise StorageError(f"there is no run {name!r} to resume under {config.cluster.storage!r}")
@@ -91,7 +84,7 @@ def open_run(config: Config, name: str, *, resume: bool = False) -> Iterator[Run
         run = Run(storage, resolved, phi, new_key(config), (warning,) if warning else ())
         storage.create()
         with lock(storage, f"run {name!r}"):
-            ensure_free(storage, name)
+            run_folder.ensure_free(storage, name)
             _write_new_run(run, config)
             yield run
 
@@ -121,25 +114,13 @@ def _write_new_run(run: Run, config: Config) -> None:
 
 def _resume(storage: Storage, config: Config, name: str) -> Run:
     """Read a stored run and replace its configuration."""
-    stored = read_checked(storage, "config.yaml", "train", "data")
-    check_resumable(config, stored, storage, name)
-    run = _read_run(storage, config)
-    changes_length = config.train.epochs != stored["train"]["epochs"]
-    if changes_length and config.train.plain_epochs is None and len(phases(run.config)) > 1:
-        raise StorageError(
-            f"run {name!r} has no train.plain_epochs, so train.epochs is the length of its plain phase too and "
-            "cannot change; give train.plain_epochs when you start a run whose length may change"
-        )
-    storage.write("config.yaml", config.to_yaml().encode())
-    return run
-
-
-def _read_run(storage: Storage, config: Config) -> Run:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     from raypp.models import FEATURES
 
+    stored = read_checked(storage, "config.yaml", "train", "data")
+    run_folder.check_resumable(config, stored, storage, name)
     info = read_checked(storage, "run.json", "features", "warnings")
     try:
         features = FEATURES.options(info["features"]["name"]).model_validate(info["features"])
@@ -152,7 +133,15 @@ def _read_run(storage: Storage, config: Config) -> Run:
             f"{storage.uri}/{KEY} is missing or not the key {info.get('key')} that the run was started with; put the "
             "run's own key file back"
         )
-    return Run(storage, config.model_copy(update={"features": features}), phi, key, tuple(info["warnings"]))
+    run = Run(storage, config.model_copy(update={"features": features}), phi, key, tuple(info["warnings"]))
+    changes_length = config.train.epochs != stored["train"]["epochs"]
+    if changes_length and config.train.plain_epochs is None and len(phases(run.config)) > 1:
+        raise StorageError(
+            f"run {name!r} has no train.plain_epochs, so train.epochs is the length of its plain phase too and "
+            "cannot change; give train.plain_epochs when you start a run whose length may change"
+        )
+    storage.write("config.yaml", config.to_yaml().encode())
+    return run
 
 
 def summary(run: Run) -> dict[str, Any] | None:
@@ -169,7 +158,7 @@ def train_locally(run: Run, display: ProgressListener, device: torch.device | No
     Raises:
         TrainingInterrupted: ``display`` requested a stop, and a checkpoint is saved.
     """
-    reporter = LocalReporter(run.storage, display, device)
+    reporter = Reporter(run.storage, display, device)
     result = fit(run.config, reporter, run.phi, run.key)
     return finalize_run(run, result, reporter.device) if reporter.rank == 0 else {}
 
@@ -182,7 +171,7 @@ def finalize_run(run: Run, result: TrainResult, device: torch.device) -> dict[st
     batch_size = config.train.eval_batch_size
     results = {
         "test": evaluate(system.protection, system.classifier, test_images, test_labels, batch_size),
-        "plain_test": _evaluate_plain(config, result, test_images, test_labels, len(test.classes)),
+        "plain_test": _evaluate_plain(config, result, test_images, test_labels),
         "best": result.best,
         "epochs": {p.name: p.epochs for p in phases(config)},
         "seconds": sum(row["seconds"] for row in result.history),
@@ -192,7 +181,7 @@ def finalize_run(run: Run, result: TrainResult, device: torch.device) -> dict[st
         "num_val": len(result.data.val[1]),
         "data_fingerprint": result.data.fingerprint,
         "test_fingerprint": test.fingerprint(),
-        "features": describe_feature_network(config),
+        "features": run_folder.describe_feature_network(config),
         "warnings": list(run.warnings),
     }
     run.storage.write("protected.png", _picture(run, system, test_images, test.labels))
@@ -217,9 +206,7 @@ def finalize_run(run: Run, result: TrainResult, device: torch.device) -> dict[st
     return results
 
 
-def _evaluate_plain(
-    config: Config, result: TrainResult, images: Tensor, labels: Tensor, num_classes: int
-) -> dict[str, Any] | None:
+def _evaluate_plain(config: Config, result: TrainResult, images: Tensor, labels: Tensor) -> dict[str, Any] | None:
     """Test results of the plain classifier; None if the run has none besides its main classifier.
 
     Args:
@@ -227,10 +214,10 @@ def _evaluate_plain(
     """
     if result.plain is None or len(phases(config)) == 1:
         return None
-    image_size = (images.shape[1], images.shape[2])
+    num_classes, image_size = len(result.data.classes), (images.shape[1], images.shape[2])
     plain = build_protected_classifier(config, phases(config)[0], num_classes, image_size).classifier.to(images.device)
     plain.load_state_dict(result.plain)
-    return evaluate(Plain(PlainOptions()), plain, images, labels, config.train.eval_batch_size)
+    return evaluate(Plain(Plain.Options()), plain, images, labels, config.train.eval_batch_size)
 
 
 def _picture(run: Run, system: ProtectedClassifier, test_images: Tensor, test_labels: np.ndarray) -> bytes:
@@ -260,9 +247,8 @@ def _build_serving_data(
     plain = [split[:num].permute(0, 3, 1, 2) for split in (val, test)]
     batch_size = inference_batch_size(val)
     protected = [torch.cat([system.protection.protect(batch) for batch in p.split(batch_size)]) for p in plain]
-    guard = None
-    if system.protection.hides:
-        guard = calibrate_detector(plain[0], protected[0], plain[1], protected[1])
+    hides = system.protection.hides
+    guard = calibrate_detector(plain[0], protected[0], plain[1], protected[1]) if hides else None
     sample = protected[1][:NUM_SAMPLE]
     return guard, (sample.cpu(), system.classifier(sample.float() / 255).argmax(1).cpu())
 

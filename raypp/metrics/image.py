@@ -19,6 +19,10 @@ LPIPS_BATCH = 1000  # images per forward pass
 PART_VALUES = 2**25  # image values that are compared in float64 at a time, which bounds memory
 SSIM_VALUES = 2**16  # image values of an SSIM batch, which needs about 40 times their size: more do not fit the cache
 
+_weights = np.exp(-np.square(np.arange(-5, 6)) / (2 * 1.5**2))
+GAUSSIAN: tuple[float, ...] = tuple(_weights / _weights.sum())
+"""SSIM's window in one dimension."""
+
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Return the peak signal-to-noise ratio of each pair in dB; infinite for identical images."""
@@ -32,7 +36,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     Source: Wang, Bovik, Sheikh, Simoncelli 2004: 11 x 11 Gaussian window with sigma 1.5, K1 = 0.01, K2 = 0.03, mean
     over window positions inside the image, then over channels.
     """
-    return _ssim(a, b, _gaussian(), covariance_scale=1.0)
+    return _ssim(a, b, GAUSSIAN, covariance_scale=1.0)
 
 
 def ssim_lab(a: Tensor, b: Tensor) -> Tensor:
@@ -46,7 +50,7 @@ def ssim_lab(a: Tensor, b: Tensor) -> Tensor:
 def ssim_for_loss(a: Tensor, b: Tensor) -> Tensor:
     """Return :func:`ssim` in float32, with finite gradients: accurate enough for training, not for results."""
     with torch.autocast(a.device.type, enabled=False):  # in bf16, rounding errors exceed the variances
-        return _ssim_batch(a.float(), b.float(), _gaussian(), covariance_scale=1.0)
+        return _ssim_batch(a.float(), b.float(), GAUSSIAN, covariance_scale=1.0)
 
 
 def ssim_invariant(a: Tensor, b: Tensor) -> Tensor:
@@ -101,11 +105,6 @@ def edge_maps(images: Tensor) -> Tensor:
     centered = magnitudes - magnitudes.mean(dim=1, keepdim=True)
     norm = centered.norm(dim=1, keepdim=True)
     return torch.where(norm > 1e-6, centered / norm.clamp_min(1e-6), torch.zeros_like(centered))
-
-
-def _gaussian() -> tuple[float, ...]:
-    window = np.exp(-np.square(np.arange(-5, 6)) / (2 * 1.5**2))
-    return tuple(window / window.sum())
 
 
 def _gradient_magnitudes(images: Tensor) -> Tensor:

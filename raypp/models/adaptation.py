@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raypp.models import ADAPTATIONS, BLOCK, CLASSIFIERS
-from raypp.models.normalize import Normalize
+from raypp.models.layers import Normalize
 from raypp.utils.registry import MethodConfig
 
 

@@ -7,13 +7,12 @@ YCbCr; rounding has a straight-through gradient.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raypp.models.gradients import straight_through
+from raypp.models.layers import straight_through
 
 LUMA = (
     16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56,
@@ -26,6 +25,10 @@ CHROMA = (
 )  # fmt: skip
 TO_YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 TO_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136, -0.714136), (1.0, 1.772, 0.0))
+DCT_BASIS = [
+    [math.sqrt((2 if k else 1) / 8) * math.cos((2 * n + 1) * k * math.pi / 16) for n in range(8)] for k in range(8)
+]
+"""The orthonormal cosine transform of 8 values."""
 
 
 def jpeg(images: Tensor, quality: int, *, subsample: bool = True) -> Tensor:
@@ -57,8 +60,9 @@ def _quantize_dct(plane: Tensor, table: tuple[int, ...], quality: int) -> Tensor
     padded = F.pad(plane, (0, -width % 8, 0, -height % 8), mode="replicate") - 128
     num, channels, rows, columns = padded.shape
     blocks = padded.view(num, channels, rows // 8, 8, columns // 8, 8).transpose(3, 4)
-    basis = plane.new_tensor(_dct_basis())
-    steps = plane.new_tensor(_quantization_table(table, quality)).view(8, 8)
+    basis = plane.new_tensor(DCT_BASIS)
+    scale = 5000 // quality if quality < 50 else 200 - 2 * quality
+    steps = ((scale * plane.new_tensor(table) + 50) // 100).clamp(1, 255).view(8, 8)
     blocks = basis.t() @ (_round(basis @ blocks @ basis.t() / steps) * steps) @ basis
     plane = blocks.transpose(3, 4).reshape(num, channels, rows, columns)[..., :height, :width]
     return _clip(plane + 128)
@@ -70,16 +74,3 @@ def _round(values: Tensor) -> Tensor:
 
 def _clip(values: Tensor) -> Tensor:
     return _round(values.clamp(0, 255))
-
-
-@lru_cache
-def _dct_basis() -> tuple[tuple[float, ...], ...]:
-    """Return the orthonormal cosine transform of 8 values."""
-    scale = [math.sqrt((1 if k == 0 else 2) / 8) for k in range(8)]
-    return tuple(tuple(scale[k] * math.cos((2 * n + 1) * k * math.pi / 16) for n in range(8)) for k in range(8))
-
-
-@lru_cache
-def _quantization_table(table: tuple[int, ...], quality: int) -> tuple[int, ...]:
-    scale = 5000 // quality if quality < 50 else 200 - 2 * quality
-    return tuple(min(255, max(1, (step * scale + 50) // 100)) for step in table)

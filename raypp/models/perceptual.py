@@ -11,13 +11,13 @@ import contextlib
 import io
 import sys
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator
 from torch import Tensor, nn
 
-from raypp.models.normalize import Normalize
+from raypp.models.layers import Normalize
 from raypp.models.vgg import SLICES, VGG16_LAYERS, vgg_features
 from raypp.utils.errors import ConfigError, first_line
 from raypp.utils.paths import resolve_path
@@ -26,24 +26,21 @@ from raypp.utils.registry import MethodConfig
 StateDict = dict[str, Tensor]
 
 
-class VGG16FeatureOptions(MethodConfig):
-    name: Literal["vgg16"] = "vgg16"
-    weights: Annotated[str, AfterValidator(lambda w: w if w == "torchvision" else resolve_path(w))] = "torchvision"
-    """``torchvision`` (ImageNet weights, downloaded once), or the path of a .safetensors or .pt state dict."""
-    layer: Literal["relu1_2", "relu2_2", "relu3_3"] = "relu2_2"
-    """The layer whose output is compared; the authors' released code uses relu2_2."""
-    fallback: Literal["refuse", "allow"] = "refuse"
-    """Without torchvision's weights, ``refuse`` stops before training; ``allow`` trains with the early block of a plain
-    classifier instead, which is not the paper's method."""
-
-
 class VGG16Features(nn.Module):
     """VGG-16 up to the last layer of ``state``; for relu2_2, N x C x H x W in [0, 1] to N x 128 x H/2 x W/2.
 
     Gray images are repeated to RGB.
     """
 
-    Options: ClassVar[type[MethodConfig]] = VGG16FeatureOptions
+    class Options(MethodConfig):
+        name: Literal["vgg16"] = "vgg16"
+        weights: Annotated[str, AfterValidator(lambda w: w if w == "torchvision" else resolve_path(w))] = "torchvision"
+        """``torchvision`` (ImageNet weights, downloaded once), or the path of a .safetensors or .pt state dict."""
+        layer: Literal["relu1_2", "relu2_2", "relu3_3"] = "relu2_2"
+        """The layer whose output is compared; the authors' released code uses relu2_2."""
+        fallback: Literal["refuse", "allow"] = "refuse"
+        """Without torchvision's weights, ``refuse`` stops before training; ``allow`` trains with the early block of a
+        plain classifier instead, which is not the paper's method."""
 
     def __init__(self, state: StateDict) -> None:
         super().__init__()
@@ -61,14 +58,11 @@ class VGG16Features(nn.Module):
         return x
 
 
-class PlainClassifierFeatureOptions(MethodConfig):
-    name: Literal["plain_classifier"] = "plain_classifier"
-
-
 class PlainClassifierFeatures(nn.Module):
     """The early block of a classifier of plain images; it departs from the paper's feature network."""
 
-    Options: ClassVar[type[MethodConfig]] = PlainClassifierFeatureOptions
+    class Options(MethodConfig):
+        name: Literal["plain_classifier"] = "plain_classifier"
 
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()

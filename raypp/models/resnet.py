@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raypp.models.normalize import Normalize
+from raypp.models.layers import Normalize
 from raypp.utils.registry import MethodConfig
 
 

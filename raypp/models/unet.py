@@ -52,8 +52,6 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         skips = depth if skips is None else skips
-        if encoder is not None and (middle is None or skips):
-            raise ValueError("an encoder replaces the contracting path: it needs a middle and skips 0")
         self.encoder, self.middle = encoder, middle
         self.depth = depth
         widths = [width * 2**level for level in range(depth + 1)]

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from raypp.models.normalize import Normalize
+from raypp.models.layers import Normalize
 from raypp.utils.registry import MethodConfig
 
 # Channels of the 3x3 convolutions of VGG-16 ("configuration D"); 0 stands for a 2x2 max-pooling.
@@ -31,17 +31,15 @@ def vgg_features(layers: tuple[int, ...], channels: int, batch_norm: bool) -> nn
     return nn.Sequential(*modules)
 
 
-class VGG16BNOptions(MethodConfig):
-    name: Literal["vgg16_bn"] = "vgg16_bn"
-
-
 class VGG16BN(nn.Module):
     """Maps images N x channels x H x W in [0, 1], sides of at least 32, to logits N x num_classes; head 512-512."""
 
-    Options: ClassVar[type[MethodConfig]] = VGG16BNOptions
+    class Options(MethodConfig):
+        name: Literal["vgg16_bn"] = "vgg16_bn"
+
     least_side: ClassVar[int] = 32
 
-    def __init__(self, options: VGG16BNOptions, *, num_classes: int, channels: int = 3) -> None:
+    def __init__(self, options: Options, *, num_classes: int, channels: int = 3) -> None:
         super().__init__()
         self.normalize = Normalize(channels)
         self.early = vgg_features(VGG16_LAYERS[:RELU2_2], channels, batch_norm=True)

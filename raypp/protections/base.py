@@ -32,6 +32,16 @@ class Protection(nn.Module):
     """Minimum height and width in pixels."""
     augment: ClassVar[Literal["before", "after"]] = "before"
     """Whether training images are cropped and flipped before or after they are protected."""
+    key: Key
+    """Its secret key; set only if :meth:`needs_key` returns True."""
+
+    def __init__(self, options: Any, *, channels: int = 3, key: Key | None = None) -> None:
+        super().__init__()
+        self.options, self.channels = options, channels
+        if self.needs_key(options):
+            if key is None:
+                raise ValueError(f"protection {options.name!r} needs its key")
+            self.key = key
 
     @classmethod
     def needs_key(cls, options: Any) -> bool:
@@ -83,10 +93,3 @@ class Protection(nn.Module):
     def protect(self, images: Tensor) -> Tensor:
         """Return the protected images that a client uploads, uint8, from uint8 images N x C x H x W."""
         return to_uint8(self(images.float() / 255))
-
-
-def require_key(key: Key | None, name: str) -> Key:
-    """Return ``key``; raises ValueError if it is None."""
-    if key is None:
-        raise ValueError(f"protection {name!r} needs its key")
-    return key

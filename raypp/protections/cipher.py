@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raypp.protections.base import Protection, require_key
+from raypp.protections.base import Protection
 from raypp.utils import paths, registry
 from raypp.utils.images import to_uint8
 from raypp.utils.keys import Key
@@ -54,18 +54,12 @@ class Cipher(Protection):
     """Whether symbols are nibbles instead of bytes."""
 
     def __init__(self, options: Any, *, channels: int = 3, key: Key | None = None) -> None:
-        super().__init__()
-        self.options, self.channels = options, channels
-        self._key = require_key(key, options.name) if self.needs_key(options) else None
+        super().__init__(options, channels=channels, key=key)
         self._tables: dict[tuple[int, int, torch.device], Table] = {}
 
     @classmethod
     def needs_key(cls, options: Any) -> bool:
         return True
-
-    @property
-    def key(self) -> Key:
-        return require_key(self._key, self.options.name)
 
     def expand(self, height: int, width: int) -> tuple[np.ndarray | None, np.ndarray]:
         """Expand the key for padded images of this size: index (S,) or None, and mask (S,)."""

@@ -12,14 +12,12 @@ import numpy as np
 from raypp.protections.cipher import Cipher, KeyedOptions
 
 
-class ELEOptions(KeyedOptions):
-    name: Literal["ele"] = "ele"
-
-
 class ELE(Cipher):
     """LE with a key per block position, then a permutation of the blocks; reversible."""
 
-    Options = ELEOptions
+    class Options(KeyedOptions):
+        name: Literal["ele"] = "ele"
+
     nibbles = True
     adaptation = "shuffled_block"
 

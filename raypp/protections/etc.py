@@ -16,19 +16,17 @@ from raypp.protections.cipher import Cipher, KeyedOptions
 from raypp.utils.keys import Key
 
 
-class EtCOptions(KeyedOptions):
-    name: Literal["etc"] = "etc"
-    block: int = Field(4, ge=1, le=64)
-    """Side of a block in pixels; EtC images that are stored as JPEG use 8 or 16."""
-
-
 class EtC(Cipher):
     """Block-wise rotation, flip, inversion and color permutation, then block shuffling; reversible."""
 
-    Options = EtCOptions
+    class Options(KeyedOptions):
+        name: Literal["etc"] = "etc"
+        block: int = Field(4, ge=1, le=64)
+        """Side of a block in pixels; EtC images that are stored as JPEG use 8 or 16."""
+
     adaptation = "shuffled_block"
 
-    def __init__(self, options: EtCOptions, *, channels: int = 3, key: Key | None = None) -> None:
+    def __init__(self, options: Options, *, channels: int = 3, key: Key | None = None) -> None:
         super().__init__(options, channels=channels, key=key)
         self.block = options.block
 

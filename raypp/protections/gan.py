@@ -16,37 +16,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from raypp.models.layers import Residual
 from raypp.protections.base import Protection
-from raypp.protections.pixel import Pixel, PixelOptions
+from raypp.protections.pixel import Pixel
 from raypp.utils.keys import Key
 from raypp.utils.registry import MethodConfig
-
-
-class GANOptions(MethodConfig):
-    name: Literal["gan"] = "gan"
-    width: int = Field(64, ge=1, le=512)
-    """Channels of the generator's and the discriminator's first layer."""
-    num_blocks: int = Field(6, ge=1, le=16)
-    """Residual blocks of the generator."""
-    adversarial: float = Field(0.1, ge=0)
-    """Weight of the adversarial loss."""
-    pixel: float = Field(1.0, ge=0)
-    """Weight of the per-pixel squared error to the encrypted target."""
-    perceptual: float = Field(0.001, ge=0)
-    """Weight of the squared feature distance to the encrypted target."""
-
-
-class ResidualBlock(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width), nn.ReLU(inplace=True),
-            nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.layers(x)
-        return y
 
 
 class GAN(Protection):
@@ -55,21 +29,38 @@ class GAN(Protection):
     Sides are padded to multiples of 4 and cropped again.
     """
 
-    Options = GANOptions
+    class Options(MethodConfig):
+        name: Literal["gan"] = "gan"
+        width: int = Field(64, ge=1, le=512)
+        """Channels of the generator's and the discriminator's first layer."""
+        num_blocks: int = Field(6, ge=1, le=16)
+        """Residual blocks of the generator."""
+        adversarial: float = Field(0.1, ge=0)
+        """Weight of the adversarial loss."""
+        pixel: float = Field(1.0, ge=0)
+        """Weight of the per-pixel squared error to the encrypted target."""
+        perceptual: float = Field(0.001, ge=0)
+        """Weight of the squared feature distance to the encrypted target."""
+
     differentiable = True
     trained = True
     least_side = 8
 
-    def __init__(self, options: GANOptions, *, channels: int = 3, key: Key | None = None) -> None:
-        super().__init__()
-        self.options, self.channels = options, channels
+    def __init__(self, options: Options, *, channels: int = 3, key: Key | None = None) -> None:
+        super().__init__(options, channels=channels, key=key)
         w = options.width
         up = nn.Upsample(scale_factor=2, mode="nearest")
         self.layers = nn.Sequential(
             nn.ReflectionPad2d(3), nn.Conv2d(channels, w, 7), nn.InstanceNorm2d(w), nn.ReLU(inplace=True),
             nn.Conv2d(w, 2 * w, 3, 2, 1), nn.InstanceNorm2d(2 * w), nn.ReLU(inplace=True),
             nn.Conv2d(2 * w, 4 * w, 3, 2, 1), nn.InstanceNorm2d(4 * w), nn.ReLU(inplace=True),
-            *(ResidualBlock(4 * w) for _ in range(options.num_blocks)),
+            *(
+                Residual(
+                    nn.ReflectionPad2d(1), nn.Conv2d(4 * w, 4 * w, 3), nn.InstanceNorm2d(4 * w), nn.ReLU(inplace=True),
+                    nn.ReflectionPad2d(1), nn.Conv2d(4 * w, 4 * w, 3), nn.InstanceNorm2d(4 * w),
+                )
+                for _ in range(options.num_blocks)
+            ),
             up, nn.Conv2d(4 * w, 2 * w, 3, 1, 1), nn.InstanceNorm2d(2 * w), nn.ReLU(inplace=True),
             up, nn.Conv2d(2 * w, w, 3, 1, 1), nn.InstanceNorm2d(w), nn.ReLU(inplace=True),
             nn.ReflectionPad2d(3), nn.Conv2d(w, channels, 7),
@@ -95,10 +86,10 @@ class Adversary(nn.Module):
 
     takes_features = True
 
-    def __init__(self, options: GANOptions, channels: int) -> None:
+    def __init__(self, options: GAN.Options, channels: int) -> None:
         super().__init__()
         self.options = options
-        self.target = Pixel(PixelOptions(keys="per_image"), channels=channels)
+        self.target = Pixel(Pixel.Options(keys="per_image"), channels=channels)
         norm, w = nn.utils.parametrizations.spectral_norm, options.width
         self.discriminator = nn.Sequential(
             norm(nn.Conv2d(channels, w, 4, 2, 1)), nn.LeakyReLU(0.2),

@@ -8,15 +8,15 @@ gradients (Ganin, Lempitsky 2015), the code follows finite scalar quantization (
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
-from raypp.models.gradients import straight_through
 from raypp.models.jpeg import jpeg
+from raypp.models.layers import straight_through
 from raypp.models.resnet import ResNetOptions, ResNetTrunk
 from raypp.models.unet import UNet
 from raypp.protections.base import Protection
@@ -69,51 +69,49 @@ class CodeOptions(BaseModel):
         return self
 
 
-class LearnedOptions(MethodConfig):
-    name: Literal["learned"] = "learned"
-    width: int = Field(64, ge=1, le=1024)
-    """Channels of the U-Net's first level."""
-    depth: int = Field(4, ge=1, le=6)
-    """Number of 2x2 poolings of the U-Net."""
-    skips: int | None = Field(None, ge=0)
-    """Number of skip connections, counted from the deepest level; null keeps all."""
-    code: CodeOptions | None = None
-    """Reduce each image to a short code; needs skips 0. Null: no code."""
-    jpeg: int | None = Field(None, ge=1, le=100)
-    """Lowest JPEG quality for training: half of the images are encoded, for uploads that are re-encoded. Null: none."""
-    adversary: AdversaryOptions | None = None
-    """Also train against a live inverse network; null trains as in the paper."""
-
-    @model_validator(mode="after")
-    def _check_combination(self) -> LearnedOptions:
-        if self.skips is not None and self.skips > self.depth:
-            raise ValueError(f"skips is {self.skips}, allowed is at most depth = {self.depth}")
-        if self.code is not None and self.skips != 0:
-            raise ValueError(f"skips is {self.skips}, allowed with a code is 0: a skip connection bypasses it")
-        if self.code is not None and self.code.classes is not None and self.adversary is not None:
-            raise ValueError(
-                f"code.classes is {self.code.classes}, allowed with an adversary is null: an adversary's gradient does "
-                "not reach the layer that selects the class"
-            )
-        return self
-
-
 class Learned(Protection):
     """U-Net with a sigmoid; any H and W, preferably multiples of ``2**depth``."""
 
-    Options = LearnedOptions
+    class Options(MethodConfig):
+        name: Literal["learned"] = "learned"
+        width: int = Field(64, ge=1, le=1024)
+        """Channels of the U-Net's first level."""
+        depth: int = Field(4, ge=1, le=6)
+        """Number of 2x2 poolings of the U-Net."""
+        skips: int | None = Field(None, ge=0)
+        """Number of skip connections, counted from the deepest level; null keeps all."""
+        code: CodeOptions | None = None
+        """Reduce each image to a short code; needs skips 0. Null: no code."""
+        jpeg: int | None = Field(None, ge=1, le=100)
+        """Lowest JPEG quality for training: half of the images are encoded, for uploads that are re-encoded. Null:
+        none."""
+        adversary: AdversaryOptions | None = None
+        """Also train against a live inverse network; null trains as in the paper."""
+
+        @model_validator(mode="after")
+        def _check_combination(self) -> Self:
+            if self.skips is not None and self.skips > self.depth:
+                raise ValueError(f"skips is {self.skips}, allowed is at most depth = {self.depth}")
+            if self.code is not None and self.skips != 0:
+                raise ValueError(f"skips is {self.skips}, allowed with a code is 0: a skip connection bypasses it")
+            if self.code is not None and self.code.classes is not None and self.adversary is not None:
+                raise ValueError(
+                    f"code.classes is {self.code.classes}, allowed with an adversary is null: an adversary's gradient "
+                    "does not reach the layer that selects the class"
+                )
+            return self
+
     differentiable = True
     trained = True
 
-    def __init__(self, options: LearnedOptions, *, channels: int = 3, key: Key | None = None) -> None:
-        super().__init__()
+    def __init__(self, options: Options, *, channels: int = 3, key: Key | None = None) -> None:
+        super().__init__(options, channels=channels, key=key)
         deepest = options.width * 2**options.depth
         trunk, code = None, None
         if options.code is not None:
             trunk = ResNetTrunk(options.code.encoder, channels) if options.code.encoder is not None else None
             code = Bottleneck(options.code, trunk.channels_out if trunk is not None else deepest, deepest)
         self.unet = UNet(channels, options.width, options.depth, options.skips, encoder=trunk, middle=code)
-        self.options, self.channels = options, channels
 
     @classmethod
     def unfit(cls, options: Any, num_classes: int) -> str | None:
@@ -212,19 +210,6 @@ class Bottleneck(nn.Module):
         return F.interpolate(feature_map, size=size, mode="nearest")
 
 
-class GradientReversal(torch.autograd.Function):
-    """The identity; backward multiplies each image's gradient with ``scale`` (N,), which may be filled in later."""
-
-    @staticmethod
-    def forward(ctx: Any, images: Tensor, scale: Tensor) -> Tensor:
-        ctx.scale = scale
-        return images.view_as(images)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.scale[:, None, None, None], None
-
-
 class AuxiliaryNetworks(nn.Module):
     """The auxiliary networks of a learned protection: the live inverse network, the guides of its code, or both."""
 
@@ -241,7 +226,7 @@ class AuxiliaryNetworks(nn.Module):
             assert isinstance(code, Bottleneck)
             of_features = nn.Linear(code.channels, num_classes) if code.classify is None else nn.Identity()
             self.guides = nn.ModuleList((of_features, nn.Linear(code.widen.in_features, num_classes)))
-        self._protection = [protection]  # in a list: its weights are not this module's
+            self._code = [code]  # in a list: its weights are not this module's
 
     def forward(self, plain: Tensor, protected: Tensor, features: nn.Module | None, labels: Tensor) -> Tensor:
         """Return the sum of all losses."""
@@ -249,8 +234,7 @@ class AuxiliaryNetworks(nn.Module):
         if self.adversary is not None:
             loss = loss + self.adversary(plain, protected)
         if self.guides is not None:
-            code = self._protection[0].unet.middle
-            assert isinstance(code, Bottleneck)
+            (code,) = self._code
             assert code.last is not None, "a guide needs a forward pass of the protection in training mode"
             for guide, guide_input in zip(self.guides, code.last, strict=True):
                 loss = loss + code.options.guide * F.cross_entropy(guide(guide_input.float()), labels)
@@ -272,8 +256,8 @@ class InverseAdversary(nn.Module):
     def forward(self, plain: Tensor, protected: Tensor) -> Tensor:
         """Return the mean squared error of the network's estimates."""
         uploaded = straight_through(protected, quantize_8bit(protected.detach()))
-        scale = torch.zeros(len(plain), device=plain.device)
-        estimate = torch.sigmoid(self.unet(GradientReversal.apply(uploaded, scale)).float())
+        estimate = torch.sigmoid(self.unet(uploaded).float())
         errors = (estimate - plain).square().mean(dim=(1, 2, 3))
-        scale.copy_(torch.where(errors.detach() < self.options.clip, -self.options.weight, 0.0))
+        scale = torch.where(errors.detach() < self.options.clip, -self.options.weight, 0.0)[:, None, None, None]
+        uploaded.register_hook(lambda gradient: gradient * scale)
         return errors.mean()

@@ -8,7 +8,7 @@ from NumPy's RandomState, as the authors' public code does.
 from __future__ import annotations
 
 from itertools import permutations
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -21,30 +21,28 @@ from raypp.utils.keys import Key
 CHANNEL_ORDERS = np.array(list(permutations(range(3))))
 
 
-class PixelOptions(KeyedOptions):
-    name: Literal["pixel"] = "pixel"
-    keys: Literal["common", "per_image"] = "common"
-    """``common``: one key for all images. ``per_image``: a fresh key for every image, which is not stored."""
-    colour_shuffle: bool = False
-    """Also permute the colors of each pixel."""
-    parity: int | None = Field(None, ge=0, lt=2**32)
-    """Draw the inversions from this seed as published code does, for comparison. Not a secret key."""
-
-    @model_validator(mode="after")
-    def _check_combination(self) -> PixelOptions:
-        if self.parity is not None and self.colour_shuffle:
-            raise ValueError("parity has no colour_shuffle: the published code has none")
-        if self.parity is not None and self.keys == "per_image":
-            raise ValueError("parity is one seed for all images; allowed with keys 'common' only")
-        if self.key_file is not None and self.keys == "per_image":
-            raise ValueError("key_file names a common key; keys 'per_image' draws its own")
-        return self
-
-
 class Pixel(Cipher):
     """Inversion per value and optionally a color permutation per pixel; reversible with a common key."""
 
-    Options = PixelOptions
+    class Options(KeyedOptions):
+        name: Literal["pixel"] = "pixel"
+        keys: Literal["common", "per_image"] = "common"
+        """``common``: one key for all images. ``per_image``: a fresh key for every image, which is not stored."""
+        colour_shuffle: bool = False
+        """Also permute the colors of each pixel."""
+        parity: int | None = Field(None, ge=0, lt=2**32)
+        """Draw the inversions from this seed as published code does, for comparison. Not a secret key."""
+
+        @model_validator(mode="after")
+        def _check_combination(self) -> Self:
+            if self.parity is not None and self.colour_shuffle:
+                raise ValueError("parity has no colour_shuffle: the published code has none")
+            if self.parity is not None and self.keys == "per_image":
+                raise ValueError("parity is one seed for all images; allowed with keys 'common' only")
+            if self.key_file is not None and self.keys == "per_image":
+                raise ValueError("key_file names a common key; keys 'per_image' draws its own")
+            return self
+
     block = 1
     adaptation = "pixel"
     augment = "after"

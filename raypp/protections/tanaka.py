@@ -16,20 +16,18 @@ from raypp.protections.cipher import Cipher, KeyedOptions
 from raypp.utils.keys import Key
 
 
-class TanakaOptions(KeyedOptions):
-    name: Literal["tanaka"] = "tanaka"
-    parity: int | None = Field(None, ge=0, lt=2**32)
-    """Draw the permutation from this seed as published code does, for comparison. Not a secret key."""
-
-
 class Tanaka(Cipher):
     """LE on 4 x 4 blocks; reversible."""
 
-    Options = TanakaOptions
+    class Options(KeyedOptions):
+        name: Literal["tanaka"] = "tanaka"
+        parity: int | None = Field(None, ge=0, lt=2**32)
+        """Draw the permutation from this seed as published code does, for comparison. Not a secret key."""
+
     nibbles = True
     adaptation = "block"
 
-    def __init__(self, options: TanakaOptions, *, channels: int = 3, key: Key | None = None) -> None:
+    def __init__(self, options: Options, *, channels: int = 3, key: Key | None = None) -> None:
         super().__init__(options, channels=channels, key=key)
         num = 2 * self.block**2 * channels
         if options.parity is not None:

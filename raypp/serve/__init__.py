@@ -1,4 +1,1 @@
-"""HTTP services on Ray Serve: a bundle's classifier and the attacks on the bundle.
-
-Only ``deployments`` and ``server`` import Ray.
-"""
+"""HTTP services: a bundle's classifier and the attacks on the bundle. ``deployments`` and ``server`` import Ray."""

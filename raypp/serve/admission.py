@@ -17,19 +17,14 @@ class RequestError(RayppError):
         status: HTTP status, from 400.
         code: stable name of the problem, for programs.
         headers: headers of the response.
-        extra: further members of the problem document.
+        members: further members of the problem document.
     """
 
     def __init__(
-        self,
-        status: int,
-        code: str,
-        message: str,
-        headers: dict[str, str] | None = None,
-        extra: dict[str, Any] | None = None,
+        self, status: int, code: str, message: str, headers: dict[str, str] | None = None, **members: Any
     ) -> None:
         super().__init__(message)
-        self.status, self.code, self.headers, self.extra = status, code, headers or {}, extra or {}
+        self.status, self.code, self.headers, self.members = status, code, headers or {}, members
 
 
 @dataclass(frozen=True)
@@ -55,18 +50,10 @@ class AdmissionControl:
 
     @contextmanager
     def acquire(self, num: int) -> Iterator[None]:
-        """Count ``num`` images while they wait; an idle classifier accepts any number.
-
-        Raises:
-            RequestError: 503, too many images wait.
-        """
+        """Count ``num`` images while they wait; raises RequestError (503) if others wait and the sum is too high."""
         if self.num_images and self.num_images + num > self.max_images:
-            raise RequestError(
-                503, "busy",
-                f"{self.num_images} images wait already, and {num} more exceed the limit of {self.max_images}; send "
-                "the request again after Retry-After",
-                {"Retry-After": "1"},
-            )  # fmt: skip
+            reason = f"{self.num_images} images wait already, and {num} more exceed the limit of {self.max_images}"
+            raise RequestError(503, "busy", f"{reason}; send the request again after Retry-After", {"Retry-After": "1"})
         self.num_images += num
         try:
             yield

@@ -9,49 +9,49 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Protocol
 
-from fastapi import FastAPI, Query, Request, Response
+import numpy as np
+import torch
+from fastapi import Depends, FastAPI, Header, Query, Request, Response
+from fastapi.security import HTTPBearer
 from torch import Tensor
 
 import raypp
 from raypp.metrics.image import MIN_SIDE, psnr, ssim
 from raypp.metrics.statistics import chance_error
-from raypp.serve.admission import AdmissionControl, RequestError
-from raypp.serve.attack_catalog import AttackCatalog, ServedAttack
-from raypp.serve.endpoint import (
-    RequestedProtection,
-    Service,
-    create_api,
-    elapsed_ms,
-    read_request_images,
-    refuse_plain_images,
-    request_timeout,
-    to_tensor,
-    unknown_protection,
-)
+from raypp.serve import schemas
+from raypp.serve.admission import AdmissionControl, Limits, RequestError
+from raypp.serve.attack_catalog import ServedAttack, baseline_scores, summarize_scorecard
+from raypp.serve.auth import Tokens
 from raypp.serve.loaded_model import LoadedModel
-from raypp.serve.middleware import MODEL_HEADER, PROTECTION_HEADER, RequestObserver
-from raypp.serve.request_checks import matches_etag
-from raypp.serve.schemas import (
-    JSON,
-    PNG,
-    ZIP,
-    AttackList,
-    Classification,
-    ModelInfo,
-    Reconstructions,
-    binary_responses,
-    image_body,
-    json_responses,
-)
-from raypp.serve.scorecard_summary import summarize_scorecard
+from raypp.serve.middleware import MODEL_HEADER, PROTECTION_HEADER, RequestObserver, add_middleware
+from raypp.serve.model_store import ModelManager
+from raypp.serve.request_checks import check_headers, check_query, matches_etag, negotiate
+from raypp.serve.request_parsing import read_request_images
+from raypp.serve.schemas import JSON, PNG, ZIP, binary_responses, image_body, json_responses
 from raypp.utils.errors import RayppError
 from raypp.utils.images import Pixels, encode_png
 
 MAX_PSNR = 60.0  # dB: JSON has no infinity
+HEADER_DESCRIPTION = "Protection of the images: the ETag of /v1/protection without its quotes."
+RequestedProtection = Annotated[str | None, Header(alias=PROTECTION_HEADER, description=HEADER_DESCRIPTION)]
+
+
+class Service(Protocol):
+    """The part of the backend that both services share."""
+
+    limits: Limits
+    live: ModelManager
+
+    async def tokens(self) -> Tokens | None:
+        """The valid tokens; None if the service needs none."""
+
+    async def find_model(self, protection: str | None) -> LoadedModel | None:
+        """The newest loaded model with a protection; the active one for None."""
 
 
 class ClassifierService(Service, Protocol):
@@ -59,38 +59,26 @@ class ClassifierService(Service, Protocol):
 
     waiting: AdmissionControl
 
-    def active_model(self) -> LoadedModel: ...
-
-    async def find_model(self, protection: str | None) -> LoadedModel | None:
-        """The newest loaded model with a protection; the active one for None."""
-
     async def predict(self, model: LoadedModel, images: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities float (N, K) of images uint8 (N, C, H, W), and whether each looks protected, bool (N,)."""
 
 
 class AttackService(Service, Protocol):
-    """Backend of the attack API."""
-
-    async def find_attacks(self, protection: str | None) -> AttackCatalog | None:
-        """The attacks on the newest model with a protection; on the active one for None."""
+    """Backend of the attack API. The attachment of its models is their attacks by name."""
 
     async def reconstruct(self, attack: ServedAttack, images: Tensor) -> Tensor:
         """Run an attack without blocking other requests."""
 
 
 def classifier_api(service: Callable[[], ClassifierService], observe: RequestObserver | None = None) -> FastAPI:
-    """The classifier's API.
-
-    Args:
-        service: returns the backend; called in each request, since a replica creates it after the application.
-    """
+    """The classifier's API; each request calls ``service``, since a replica creates it after the application."""
     description = "Classifies protected images. Plain images never reach it."
     api = create_api("raypp classifier", description, service, "classify", observe)
     routes = _ClassifierRoutes(service)
-    post = api.post("/v1/classify", openapi_extra=image_body("image"), responses=json_responses(Classification))
+    post = api.post("/v1/classify", openapi_extra=image_body("image"), responses=json_responses(schemas.Classification))
     post(routes.classify)
     api.get("/v1/protection", responses=binary_responses(ZIP), response_class=Response)(routes.protection)
-    api.get("/v1/model", responses=json_responses(ModelInfo))(routes.model)
+    api.get("/v1/model", responses=json_responses(schemas.ModelInfo))(routes.model)
     return api
 
 
@@ -99,9 +87,36 @@ def attack_api(service: Callable[[], AttackService], observe: RequestObserver | 
     description = "Reconstructs plain images from protected ones, as an attacker would."
     api = create_api("raypp attacks", description, service, "attack", observe)
     routes = _AttackRoutes(service)
-    api.get("/v1", responses=json_responses(AttackList))(routes.listing)
-    body, responses = image_body("image", "plain"), json_responses(Reconstructions, PNG)
+    api.get("/v1", responses=json_responses(schemas.AttackList))(routes.listing)
+    body, responses = image_body("image", "plain"), json_responses(schemas.Reconstructions, PNG)
     api.post("/v1/{attack}", openapi_extra=body, responses=responses)(routes.run)
+    return api
+
+
+def create_api(
+    title: str, description: str, service: Callable[[], Service], scope: str, observe: RequestObserver | None
+) -> FastAPI:
+    """Create an application that checks tokens for ``scope`` and refuses unsupported headers and parameters."""
+    bearer = HTTPBearer(auto_error=False, description="Needed if the service was started with a token file.")
+
+    async def check_request(request: Request) -> None:
+        # The token comes first: without one a client learns nothing else.
+        tokens = await service().tokens()
+        if tokens is not None:
+            tokens.check(request.headers.get("authorization"), scope)
+        route = request.scope["route"]
+        check_headers(request.headers, reads_body=request.method == "POST", has_etag=304 in route.responses)
+        check_query(request, [parameter.alias for parameter in route.dependant.query_params])
+        media_types = list(route.responses[200]["content"])
+        request.state.media_type = negotiate(request.headers.getlist("accept"), media_types)
+
+    api = FastAPI(
+        title=title, version=raypp.__version__, description=description, docs_url="/docs", redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        redirect_slashes=False,  # a redirect would use the client's Host header, before its token is checked
+        dependencies=[Depends(check_request), Depends(bearer)],  # the latter only documents the token
+    )  # fmt: skip
+    add_middleware(api, observe)
     return api
 
 
@@ -123,9 +138,7 @@ class _ClassifierRoutes:
         start = time.perf_counter()
         service = self.service()
         async with request_timeout(service.limits):
-            model = await service.find_model(protection)
-            if model is None:
-                raise unknown_protection()
+            model = await require_model(service, protection)
             images, _ = await read_request_images(request, model.shape, service.limits)
             read = time.perf_counter()
             with service.waiting.acquire(len(images)):
@@ -133,21 +146,16 @@ class _ClassifierRoutes:
         refuse_plain_images(protected)
         predictions = _top_classes(model, probabilities, top)
         end = time.perf_counter()
-        payload = {
-            "model": model.version,
-            "protection": model.protection,
-            "images": predictions,
-            "timing_ms": {
-                "read": elapsed_ms(start, read),
-                "model": elapsed_ms(read, end),
-                "total": elapsed_ms(start, end),
-            },
-        }
-        return _json(payload, {PROTECTION_HEADER: service.active_model().protection, MODEL_HEADER: model.version})
+        spans = {"read": (start, read), "model": (read, end), "total": (start, end)}
+        times = {name: elapsed_ms(*span) for name, span in spans.items()}
+        return _json(
+            {"model": model.version, "protection": model.protection, "images": predictions, "timing_ms": times},
+            {PROTECTION_HEADER: service.live.active.protection, MODEL_HEADER: model.version},
+        )
 
     async def protection(self, request: Request) -> Response:
         """The public part of the active bundle, with which clients protect their images. It holds no key."""
-        model = self.service().active_model()
+        model = self.service().live.active
         tag = f'"{model.protection}"'
         headers = {"ETag": tag, MODEL_HEADER: model.version, "Cache-Control": "no-cache", "Accept-Ranges": "none"}
         if not matches_etag(request.headers.get("if-match", "*"), tag, weak=False):
@@ -159,26 +167,23 @@ class _ClassifierRoutes:
     async def model(self) -> Response:
         """The active bundle: card, classes, upload shape, attack results and the detector's refusal rates."""
         service = self.service()
-        model = service.active_model()
-        guard = None
-        if model.guard is not None:
-            guard = {key: getattr(model.guard, key) for key in ("plain_refused", "protected_refused")}
-        test = model.private.metrics.get("test", {})
-        height, width, channels = model.shape
+        model = service.live.active
+        guard = model.guard and {name: getattr(model.guard, name) for name in ("plain_refused", "protected_refused")}
+        test, classes = model.private.metrics.get("test", {}), model.private.classes
         payload = {
             "version": model.version,
             "bundle": model.name,
             "protection": model.protection,
-            "classes": list(model.classes),
-            "upload": {"height": height, "width": width, "channels": channels, "bits": 8},
+            "classes": list(classes),
+            "upload": dict(zip(("height", "width", "channels"), model.shape, strict=True)) | {"bits": 8},
             "limits": {"body_bytes": service.limits.body, "images": service.limits.images},
             "accuracy": test.get("accuracy"),
             "accuracy_interval": test.get("accuracy_interval"),
-            "at_chance": chance_error(test, len(model.classes)),
+            "at_chance": chance_error(test, len(classes)),
             "guard": guard,
             "scorecard": summarize_scorecard(model.scorecard),
             "card": model.card,
-            "rejected": service.rejected(),
+            "rejected": service.live.rejected,
             "raypp": raypp.__version__,
         }
         return _json(payload)
@@ -191,8 +196,7 @@ class _AttackRoutes:
     async def listing(self) -> Response:
         """The available attacks: threat level, attacker's knowledge and scores on this bundle."""
         service = self.service()
-        catalog = await service.find_attacks(None)
-        assert catalog is not None
+        model = service.live.active
         attacks = [
             {
                 "attack": attack.name,
@@ -201,13 +205,13 @@ class _AttackRoutes:
                 "max_images": min(attack.max_images, service.limits.images),
                 "measured": attack.measured,
             }
-            for attack in catalog.attacks.values()
+            for attack in model.attachment.values()
         ]
         payload = {
-            "model": catalog.model.version,
+            "model": model.version,
             "attacks": attacks,
-            "baselines": catalog.baselines,
-            "rejected": service.rejected(),
+            "baselines": baseline_scores(model.scorecard),
+            "rejected": service.live.rejected,
         }
         return _json(payload)
 
@@ -220,10 +224,11 @@ class _AttackRoutes:
         start = time.perf_counter()
         service = self.service()
         async with request_timeout(service.limits):
-            catalog = await service.find_attacks(protection)
-        if catalog is None:
-            raise unknown_protection()
-        model, selected = catalog.model, _select_attack(catalog, attack)
+            model = await require_model(service, protection)
+        selected: ServedAttack | None = model.attachment.get(attack)
+        if selected is None:
+            known = ", ".join(model.attachment) or "none: the bundle has not been attacked"
+            raise RequestError(404, "unknown-attack", f"there is no attack {attack[:50]!r} here; served are {known}")
         limits = replace(service.limits, images=min(service.limits.images, selected.max_images))
         async with request_timeout(service.limits):
             images, originals = await read_request_images(request, model.shape, limits, model.plain)
@@ -243,7 +248,7 @@ class _AttackRoutes:
             "threat": selected.threat.name,
             "model": model.version,
             "reconstructions": await asyncio.to_thread(_describe_reconstructions, reconstructions, originals),
-            "timing_ms": {"total": elapsed_ms(start)},
+            "timing_ms": {"total": elapsed_ms(start, time.perf_counter())},
         }
         return _json(payload, headers)
 
@@ -257,19 +262,11 @@ def _top_classes(model: LoadedModel, probabilities: Tensor, top: int) -> list[di
     predictions = []
     for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
         scores = [
-            {"class": model.classes[index], "index": index, "probability": round(value, 6)}
+            {"class": model.private.classes[index], "index": index, "probability": round(value, 6)}
             for index, value in zip(indices, values, strict=True)
         ]
         predictions.append(scores[0] | {"top": scores})
     return predictions
-
-
-def _select_attack(catalog: AttackCatalog, name: str) -> ServedAttack:
-    attack = catalog.attacks.get(name)
-    if attack is None:
-        known = ", ".join(catalog.attacks) or "none: the bundle has not been attacked"
-        raise RequestError(404, "unknown-attack", f"there is no attack {name[:50]!r} here; served are {known}")
-    return attack
 
 
 def _describe_reconstructions(reconstructions: Pixels, originals: Pixels | None) -> list[dict[str, Any]]:
@@ -285,3 +282,45 @@ def _describe_reconstructions(reconstructions: Pixels, originals: Pixels | None)
         | {name: round(float(values[i]), 4) for name, values in scores.items()}
         for i, image in enumerate(reconstructions)
     ]
+
+
+@asynccontextmanager
+async def request_timeout(limits: Limits) -> AsyncIterator[None]:
+    """Raise RequestError (408) after ``limits.seconds``; a client can disable Serve's own timeout by a header."""
+    try:
+        async with asyncio.timeout(limits.seconds):
+            yield
+    except TimeoutError as error:
+        raise RequestError(408, "too-slow", f"the request timed out after {limits.seconds:g} s") from error
+
+
+def to_tensor(images: Pixels) -> Tensor:
+    """Copy images uint8 (N, H, W, C) to a tensor (N, C, H, W)."""
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
+
+
+async def require_model(service: Service, protection: str | None) -> LoadedModel:
+    """Find the model for a protection; raises RequestError (409) if there is none."""
+    model = await service.find_model(protection)
+    if model is None:
+        raise RequestError(
+            409, "other-protection", "the images were protected with a protection that is not served (any more); fetch "
+            "/classifier/v1/protection and protect the images again",
+        )  # fmt: skip
+    return model
+
+
+def refuse_plain_images(protected: Tensor) -> None:
+    """Raise RequestError (422) unless every image looks protected, bool (N,)."""
+    indices = (~protected).nonzero().flatten().tolist()
+    if indices:
+        raise RequestError(
+            422, "not-protected",
+            f"image {indices[0] + 1} of {len(protected)} does not look protected, and the service stored nothing of "
+            "it; protect it first with raypp protect or raypp.Client", images=indices,
+        )  # fmt: skip
+
+
+def elapsed_ms(start: float, end: float) -> float:
+    """Milliseconds between two values of ``time.perf_counter``."""
+    return round(1000 * (end - start), 2)

@@ -1,8 +1,7 @@
-"""The attacks that a service can run on a bundle."""
+"""The attacks that a service can run on a bundle, and the public parts of its scorecard."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,15 +12,18 @@ from torch import Tensor
 
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap, Threat, TrainedAttack
-from raypp.attacks.white_box import WhiteBoxOptions
+from raypp.attacks.white_box import WhiteBox
 from raypp.bundle.load import PublicBundle
 from raypp.serve.loaded_model import LoadedModel, pad_to_bucket
-from raypp.serve.scorecard_summary import baseline_scores, summarize_attack
 
 MAX_IMAGES = 256
 """Images of one request."""
 MAX_IMAGES_OF_SLOW = {"white_box": 4}
 MAX_STEPS = 100  # optimization steps of an attack while a client waits
+SUMMARY_KEYS = (
+    "verdict", "verdict_reason", "strongest_attack", "reidentification_rate", "num_queries", "num_gallery", "accuracy",
+)  # fmt: skip
+ATTACK_KEYS = ("threat", "status", "verdict", "verdict_reason", "reidentification_rate", "lower_bound")
 
 
 @dataclass(frozen=True)
@@ -32,22 +34,8 @@ class ServedAttack:
     threat: Threat
     max_images: int
     measured: dict[str, Any]
-    run: Callable[[Tensor], Tensor]
-    """Estimates uint8 (N, C, H, W) of plain images from protected images uint8 (N, C, H', W')."""
-
-
-@dataclass(frozen=True)
-class AttackCatalog:
-    """The attacks on one bundle."""
-
-    model: LoadedModel
-    attacks: dict[str, ServedAttack]
-    baselines: dict[str, Any]
-
-
-def build_catalog(model: LoadedModel) -> AttackCatalog:
-    """Load the attacks of a model."""
-    return AttackCatalog(model, load_attacks(model), baseline_scores(model.scorecard))
+    run: ImageMap
+    """Estimates the plain images from protected images."""
 
 
 def load_attacks(model: LoadedModel) -> dict[str, ServedAttack]:
@@ -55,18 +43,18 @@ def load_attacks(model: LoadedModel) -> dict[str, ServedAttack]:
 
     Attacks that search a gallery or need pairs of images are left out.
     """
-    results = (model.scorecard or {}).get("attacks", {})
-    done = {name: result for name, result in results.items() if result["status"] == "done"}
     material = model.attack_material
     if material is None:
         raise ValueError("the bundle was loaded without its attack networks: load_model(..., attacks=True)")
+    results = (model.scorecard or {}).get("attacks", {})
+    done = {name: result for name, result in results.items() if result["status"] == "done"}
     knowledge = _attacker_knowledge(model, material.public)
     networks: dict[str, ImageMap] = {}
     attacks: dict[str, ServedAttack] = {}
     for name in sorted(done, key=lambda n: bool(ATTACKS.get(n).after)):
         kind: type[Attack] = ATTACKS.get(name)
         options = ATTACKS.options(name).model_validate(done[name]["options"])
-        if isinstance(options, WhiteBoxOptions):
+        if isinstance(options, WhiteBox.Options):
             options = options.model_copy(update={"steps": min(options.steps, MAX_STEPS), "restarts": 0})
         earlier = {n: networks[n] for n in kind.after if n in networks}
         trained = issubclass(kind, TrainedAttack)
@@ -82,17 +70,13 @@ def load_attacks(model: LoadedModel) -> dict[str, ServedAttack]:
             continue
         run = partial(pad_to_bucket, attack.reconstruct) if trained else attack.reconstruct
         max_images = MAX_IMAGES_OF_SLOW.get(name, MAX_IMAGES)
-        attacks[name] = ServedAttack(name, kind.threat, max_images, summarize_attack(done[name]), run)
+        attacks[name] = ServedAttack(name, kind.threat, max_images, _summarize_attack(done[name]), run)
     return attacks
 
 
 def _attacker_knowledge(model: LoadedModel, public: PublicBundle) -> AttackerKnowledge:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     protection = public.protection.to(device)
-
-    def gradients(images: Tensor) -> Tensor:
-        protected: Tensor = protection(images)
-        return protected
 
     @torch.inference_mode()
     def classify(protected: Tensor) -> Tensor:
@@ -101,9 +85,33 @@ def _attacker_knowledge(model: LoadedModel, public: PublicBundle) -> AttackerKno
     return AttackerKnowledge(
         shape=(public.channels, *public.image_size),
         structure=type(protection).adaptation,
-        num_classes=len(model.classes),
+        num_classes=len(model.private.classes),
         protect=lambda images: protection.protect(images.to(device)),
-        gradients=gradients if protection.differentiable else None,
+        gradients=protection if protection.differentiable else None,
         classify=classify,
         device=device,
     )
+
+
+def summarize_scorecard(scorecard: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Verdict, scores of every attack and baselines."""
+    if scorecard is None:
+        return None
+    attacks = {name: _summarize_attack(result) for name, result in scorecard["attacks"].items()}
+    summary = {key: scorecard.get(key) for key in SUMMARY_KEYS}
+    return summary | {"attacks": attacks, "baselines": baseline_scores(scorecard)}
+
+
+def _summarize_attack(result: dict[str, Any]) -> dict[str, Any]:
+    """Threat level, verdict, re-identification rate and mean scores of one attack."""
+    return {key: result.get(key) for key in ATTACK_KEYS} | _means(result.get("scores") or {}, "ssim", "psnr", "edges")
+
+
+def baseline_scores(scorecard: dict[str, Any] | None) -> dict[str, Any]:
+    """Mean scores of guesses that use no protected image."""
+    baselines = (scorecard or {}).get("baselines") or {}
+    return {name: _means(scores, "ssim", "psnr", "edges", "reidentified") for name, scores in baselines.items()}
+
+
+def _means(scores: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: scores[key]["mean"] for key in keys if key in scores}

@@ -49,8 +49,7 @@ class Tokens:
     def check(self, authorization: str | None, scope: str) -> str:
         """Return the name of the token in an Authorization header.
 
-        Raises:
-            RequestError: 401, the token is missing or unknown; 403, it lacks the scope.
+        Raises RequestError: 401 if the token is missing or unknown, 403 if it lacks the scope.
         """
         kind, _, token = (authorization or "").partition(" ")
         digest = hashlib.sha256(token.strip().encode()).digest()
@@ -58,26 +57,21 @@ class Tokens:
         for entry in self.entries:  # without an early exit, so that the duration reveals nothing
             if hmac.compare_digest(entry[1], digest):
                 match = entry
+        challenge = 'Bearer realm="raypp"'
         if kind.lower() != "bearer" or match is None:
-            raise RequestError(
-                401, "no-token", "a valid bearer token is required", {"WWW-Authenticate": 'Bearer realm="raypp"'}
-            )
+            raise RequestError(401, "no-token", "a valid bearer token is required", {"WWW-Authenticate": challenge})
         name, _, scopes = match
         if scope not in scopes:
-            raise RequestError(
-                403, "wrong-scope", f"this token does not have the scope {scope!r}",
-                {"WWW-Authenticate": f'Bearer realm="raypp", error="insufficient_scope", scope="{scope}"'},
-            )  # fmt: skip
+            challenge += f', error="insufficient_scope", scope="{scope}"'
+            reason = f"this token does not have the scope {scope!r}"
+            raise RequestError(403, "wrong-scope", reason, {"WWW-Authenticate": challenge})
         return name
 
 
 class TokenFile:
     """A token file that is read again after each change.
 
-    If the file later disappears or is damaged, the last valid tokens stay in force.
-
-    Raises:
-        ConfigError: the file is missing or damaged at the start.
+    If the file later disappears or is damaged, the last valid tokens stay in force; at the start it is a ConfigError.
     """
 
     def __init__(self, path: str) -> None:
@@ -97,23 +91,23 @@ class TokenFile:
         """Return the valid tokens. Accesses the file, so do not call it in an event loop."""
         with self._lock:
             stamp = self._read_stamp()
-            if stamp is None and self._stamp is not None:  # a short outage of the storage locks no client out
-                self._stamp = None
+            if stamp == self._stamp:
+                return self._tokens
+            self._stamp = stamp
+            if stamp is None:  # a short outage of the storage locks no client out
                 logger.error("token file %r is gone; its last tokens stay valid until it is back", self._path)
-            if stamp not in (None, self._stamp):
-                self._stamp = stamp
-                try:
-                    self._tokens = Tokens.read(self._path)
-                except ConfigError as error:
-                    logger.error("%s; its last valid tokens stay in force", error)
+                return self._tokens
+            try:
+                self._tokens = Tokens.read(self._path)
+            except ConfigError as error:
+                logger.error("%s; its last valid tokens stay in force", error)
             return self._tokens
 
 
 def add_token(path: Path, name: str, scopes: Sequence[str]) -> str:
     """Create a token, store its hash in the file (mode 0600) and return the token.
 
-    Raises:
-        ConfigError: a scope is unknown, the name is not allowed or taken, or the file is damaged.
+    Raises ConfigError if a scope is unknown, the name is not allowed or taken, or the file is damaged.
     """
     for scope in scopes:
         if scope not in SCOPES:
@@ -124,22 +118,15 @@ def add_token(path: Path, name: str, scopes: Sequence[str]) -> str:
         if name in [entry["name"] for entry in entries]:
             raise ConfigError(f"token name {name!r} is taken in {str(path)!r}; choose another one")
         token = PREFIX + secrets.token_urlsafe(NUM_BYTES)
-        entries.append(
-            {
-                "name": name,
-                "sha256": hashlib.sha256(token.encode()).hexdigest(),
-                "scopes": sorted(set(scopes)),
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            }
-        )
+        digest, created = hashlib.sha256(token.encode()).hexdigest(), datetime.now(UTC).isoformat(timespec="seconds")
+        entries.append({"name": name, "sha256": digest, "scopes": sorted(set(scopes)), "created": created})
     return token
 
 
 def remove_token(path: Path, name: str) -> None:
     """Remove a token from the file; running services refuse it from their next request on.
 
-    Raises:
-        ConfigError: no token has this name, it is the last one, or the file is damaged.
+    Raises ConfigError if no token has this name, it is the last one, or the file is damaged.
     """
     with _edit(path) as entries:
         names = [entry["name"] for entry in entries]

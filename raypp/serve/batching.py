@@ -34,30 +34,25 @@ class DynamicBatcher:
     ) -> None:
         self._compute, self._function, self._max_images = compute, function, max_images
         self._queue: deque[tuple[Inference, asyncio.Future[Answer]]] = deque()
-        self._num_tasks = 0
-        self._tasks: set[asyncio.Task[None]] = set()  # the event loop holds only weak references
+        self._tasks: set[asyncio.Task[None] | None] = set()  # the event loop holds only weak references
 
     async def submit(self, job: Inference) -> Answer:
         """Compute one job; a job that is cancelled while it waits is skipped."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
         self._queue.append((job, future))
-        if self._num_tasks < PREFETCH:
-            self._num_tasks += 1
-            task = loop.create_task(self._drain())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        if len(self._tasks) < PREFETCH:
+            self._tasks.add(loop.create_task(self._drain()))
         return await future
 
     async def _drain(self) -> None:
-        loop = asyncio.get_running_loop()
         try:
             while self._queue:
-                await self._compute(lambda: self._run_batch(loop))
+                await self._compute(self._run_batch)
         finally:  # in the same turn as the check of the queue, so that a later job starts a new task
-            self._num_tasks -= 1
+            self._tasks.discard(asyncio.current_task())
 
-    def _run_batch(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _run_batch(self) -> None:
         """Compute one batch of queued jobs; runs in the inference thread."""
         batch = self._collect()
         if not batch:
@@ -68,7 +63,7 @@ class DynamicBatcher:
         except Exception as error:  # every request of the batch gets the error
             results = [error] * len(batch)
         futures = [future for _, future in batch]
-        loop.call_soon_threadsafe(_resolve, list(zip(futures, results, strict=True)))
+        futures[0].get_loop().call_soon_threadsafe(_resolve, futures, results)
 
     def _collect(self) -> list[tuple[Inference, asyncio.Future[Answer]]]:
         batch: list[tuple[Inference, asyncio.Future[Answer]]] = []
@@ -84,8 +79,8 @@ class DynamicBatcher:
         return batch
 
 
-def _resolve(results: list[tuple[asyncio.Future[Answer], Answer | Exception]]) -> None:
-    for future, result in results:
+def _resolve(futures: list[asyncio.Future[Answer]], results: Sequence[Answer | Exception]) -> None:
+    for future, result in zip(futures, results, strict=True):
         if future.done():  # cancelled meanwhile
             continue
         if isinstance(result, Exception):

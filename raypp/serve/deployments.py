@@ -8,11 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
 from fastapi import FastAPI
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
@@ -20,18 +21,19 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.metrics import Counter, Histogram
 from torch import Tensor
 
+import raypp
 from raypp.config.validation import format_validation_error
-from raypp.serve.admission import AdmissionControl
+from raypp.serve.admission import AdmissionControl, Limits
 from raypp.serve.api import attack_api, classifier_api
-from raypp.serve.attack_catalog import AttackCatalog, ServedAttack, build_catalog
+from raypp.serve.attack_catalog import ServedAttack, load_attacks
 from raypp.serve.auth import TokenFile, Tokens
 from raypp.serve.batching import DynamicBatcher
-from raypp.serve.deployment_config import DeploymentConfig, located
 from raypp.serve.index import Server
 from raypp.serve.loaded_model import LoadedModel, classify
 from raypp.serve.model_store import ModelManager
 from raypp.utils.errors import ConfigError, RayppError, first_line
 from raypp.utils.network import is_loopback
+from raypp.utils.paths import resolve_path
 from raypp.utils.storage import JOBS_FOLDER
 
 logger = logging.getLogger("raypp.serve")
@@ -44,14 +46,38 @@ HANG_FACTOR = 4  # a computation longer than this many request timeouts is consi
 LATENCY_BOUNDARIES_MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000]
 
 
+class DeploymentConfig(BaseModel):
+    """The ``args`` of an application in ``serve_config.yaml``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    bundle: str
+    """A bundle or a model repository (see ``raypp publish``) on any storage; see :func:`located`."""
+    tokens: str | None = None
+    """Path of a token file (see ``raypp token``); required unless the service listens on loopback."""
+    max_body: int = Field(Limits.body, ge=1024)
+    """Bytes of one request."""
+    max_images: int = Field(Limits.images, ge=1)
+    """Images of one request, and of one batch of the classifier."""
+    look_every_s: float = Field(2.0, gt=0)
+    """Interval between two polls of the model repository, in seconds."""
+    max_waiting: int = Field(Limits.waiting, ge=1)
+    """Images that wait for a replica's classifier; more are refused with 503."""
+    timeout_s: float = Field(Limits.seconds, gt=0)
+    """Timeout of a request, in seconds."""
+    threads: int = Field(1, ge=1)
+    """Threads of torch in each replica."""
+
+
 class _Replica:
     """A replica of either service: the active model, an inference thread and a polling task."""
 
-    def __init__(self, config: DeploymentConfig) -> None:
+    def __init__(self, config: DeploymentConfig, prepare: Callable[[LoadedModel], Any] | None = None) -> None:
         _log_as_serve()
         torch.set_num_threads(config.threads)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self.config, self.limits = config, config.limits()
+        self.config = config
+        self.limits = Limits(config.max_body, config.max_images, config.timeout_s, waiting=config.max_waiting)
         host = _http_host()
         if config.tokens is None and not is_loopback(host):
             raise ConfigError(
@@ -59,7 +85,7 @@ class _Replica:
                 "(see raypp token), or http_options.host to 127.0.0.1"
             )
         self._tokens = TokenFile(config.tokens) if config.tokens is not None else None
-        self.live = ModelManager(config.bundle, prepare=self.model_preparation())
+        self.live = ModelManager(config.bundle, prepare)
         model = self.live.active
         logger.warning("serving bundle %s, version %s", model.location, model.version)
         if model.guard is None:
@@ -73,24 +99,15 @@ class _Replica:
         self._images = Counter("raypp_images_total", "Images of answered requests.", tags)
         self._latency = Histogram("raypp_request_ms", "Time to answer.", LATENCY_BOUNDARIES_MS, ("route",))
 
-    def model_preparation(self) -> Callable[[LoadedModel], Any] | None:
-        """Builds a service's own data from a model before it becomes active."""
-        return None
-
     async def tokens(self) -> Tokens | None:
         # In a thread: the file may be on network storage, and reading it would block all requests.
         return await asyncio.to_thread(self._tokens.current) if self._tokens is not None else None
 
-    def active_model(self) -> LoadedModel:
-        return self.live.active
-
     async def find_model(self, protection: str | None) -> LoadedModel | None:
         model = self.live.get(protection)
-        if model is not None:
-            return model
         # It may have just been published. The minimum interval bounds the reads that unknown protections cause.
         is_loading = self._refresh is not None and not self._refresh.done()
-        if is_loading or time.monotonic() - self.live.last_poll > MIN_POLL_INTERVAL_S:
+        if model is None and (is_loading or time.monotonic() - self.live.last_poll > MIN_POLL_INTERVAL_S):
             await self._refresh_once()
             model = self.live.get(protection)
         return model
@@ -100,9 +117,6 @@ class _Replica:
         if self._refresh is None or self._refresh.done():
             self._refresh = asyncio.ensure_future(asyncio.to_thread(self.live.refresh))
         return await asyncio.shield(self._refresh)
-
-    def rejected(self) -> dict[str, str] | None:
-        return self.live.rejected
 
     def observe(self, route: str, status: int, num_images: int, seconds: float) -> None:
         tags = {"route": route, "status": str(status)}
@@ -123,11 +137,6 @@ class _Replica:
         finally:
             self._computation_start = None
 
-    def start_polling(self) -> None:
-        """Poll for a new active version from now on; needs a running event loop."""
-        if self._polling is None:
-            self._polling = asyncio.get_running_loop().create_task(self._poll())
-
     async def _poll(self) -> None:
         while True:
             await asyncio.sleep(self.config.look_every_s)
@@ -138,14 +147,15 @@ class _Replica:
                 logger.error("version %(version)s is rejected: %(reason)s", self.live.rejected)
 
     async def check_health(self) -> None:
-        self.start_polling()
+        if self._polling is None:  # Serve calls this method in the event loop before the first request
+            self._polling = asyncio.create_task(self._poll())
         # Not in the inference thread: it would wait behind slow attacks until Serve kills the replica.
         problem = await asyncio.to_thread(self.live.active.private.problem)
         if problem is not None:
             raise RuntimeError(f"the classifier fails its self-check: {problem}")
         start = self._computation_start
-        if start is not None and time.monotonic() - start > HANG_FACTOR * self.limits.seconds:
-            raise RuntimeError(f"one computation has taken {time.monotonic() - start:.0f} s")
+        if start is not None and (seconds := time.monotonic() - start) > HANG_FACTOR * self.limits.seconds:
+            raise RuntimeError(f"one computation has taken {seconds:.0f} s")
 
 
 def _log_as_serve() -> None:
@@ -216,7 +226,6 @@ class ClassifierDeployment(_Replica):
         self._batcher = DynamicBatcher(self.compute, classify, config.max_images)
 
     async def predict(self, model: LoadedModel, images: Tensor) -> tuple[Tensor, Tensor]:
-        self.start_polling()
         return await self._batcher.submit((model, images))
 
 
@@ -235,18 +244,30 @@ class ClassifierDeployment(_Replica):
 class AttackDeployment(_Replica):
     """Reconstructs plain images with the attacks stored in a bundle."""
 
-    def model_preparation(self) -> Callable[[LoadedModel], Any]:
-        return build_catalog
-
-    async def find_attacks(self, protection: str | None) -> AttackCatalog | None:
-        model = await self.find_model(protection)
-        catalog: AttackCatalog | None = self.live.attachment(model) if model is not None else None
-        return catalog
+    def __init__(self, config: DeploymentConfig) -> None:
+        super().__init__(config, prepare=load_attacks)
 
     async def reconstruct(self, attack: ServedAttack, images: Tensor) -> Tensor:
-        self.start_polling()
         estimates: Tensor = await self.compute(attack.run, images)
         return estimates
+
+
+def located(location: str, hint: str = "") -> str:
+    """Resolve a path of ``serve_config.yaml``, relative to Ray's start folder or else to the checkout.
+
+    Raises ConfigError, whose message ends with ``hint``, if the path does not exist.
+    """
+    try:
+        uri = resolve_path(location)
+    except ValueError as error:
+        raise ConfigError(f"a location is not understood: {error}") from error
+    if "://" in uri or Path(location).expanduser().is_absolute():
+        return uri
+    folders = list(dict.fromkeys((Path(resolve_path(".")), Path(raypp.__file__).parent.parent)))
+    for folder in folders:
+        if (folder / location).exists():
+            return str(folder / location)
+    raise ConfigError(f"there is no {location!r} in {' or in '.join(map(str, folders))}{hint}")
 
 
 def build_classifier(args: dict[str, Any]) -> Application:
@@ -259,18 +280,12 @@ def build_attack(args: dict[str, Any]) -> Application:
     return _build("attack", args)
 
 
-DEPLOYMENTS: dict[str, Any] = {"classifier": ClassifierDeployment, "attack": AttackDeployment}
-
-
 def bind(name: str, config: DeploymentConfig) -> Application:
-    """Create the application of one of ``DEPLOYMENTS``.
-
-    Raises:
-        ConfigError: the token file is missing or damaged; checked here, before any replica starts.
-    """
+    """Create an application; raises ConfigError if its token file is missing or damaged, before any replica starts."""
     if config.tokens is not None:
         Tokens.read(config.tokens)
-    application: Application = DEPLOYMENTS[name].bind(config)
+    deployments: dict[str, Any] = {"classifier": ClassifierDeployment, "attack": AttackDeployment}
+    application: Application = deployments[name].bind(config)
     return application
 
 

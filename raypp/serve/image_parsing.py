@@ -13,9 +13,11 @@ import numpy as np
 
 from raypp.serve.admission import Limits, RequestError
 from raypp.utils.errors import DataError
+from raypp.utils.image_png import PNG_SIGNATURE, Chunk, read_chunks
+from raypp.utils.image_structure import DamagedError
 from raypp.utils.images import Pixels, decode
 
-PNG_SIGNATURE, NPY_SIGNATURE = b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
+NPY_SIGNATURE = b"\x93NUMPY"
 GRAY, RGB = 0, 2  # PNG color types
 NPY_KEYS = {"descr", "fortran_order", "shape"}
 MAX_NPY_HEADER = 1024  # bytes
@@ -36,52 +38,43 @@ def parse_png(data: bytes, where: str, shape: Shape) -> Pixels:
     """Decode an 8-bit PNG of this shape that holds only the image and display settings, which are ignored."""
     if not data.startswith(PNG_SIGNATURE):
         raise RequestError(422, "not-png", f"{where} is no PNG image")
-    chunks = _check_chunks(data, where, shape)
-    _check_image_data(b"".join(body for kind, body, _ in chunks if kind == b"IDAT"), where, shape)
-    critical = b"".join(raw for kind, _, raw in chunks if kind in {b"IHDR", b"IDAT", b"IEND"})
+    _check_image_data(_check_chunks(data, where, shape), where, shape)
     try:
-        image = decode(PNG_SIGNATURE + critical, name=where, channels=shape[2], max_pixels=shape[0] * shape[1])
+        return decode(data, name=where, channels=shape[2], max_pixels=shape[0] * shape[1])
     except DataError as error:
         raise RequestError(422, "damaged-image", str(error)) from error
-    if image.shape != shape:
-        raise RequestError(422, "wrong-shape", f"{where} does not have the shape of its header")
-    return image
 
 
-def _check_chunks(data: bytes, where: str, shape: Shape) -> list[tuple[bytes, bytes, bytes]]:
-    """Kind, body and raw bytes of every chunk of a PNG file; refuses metadata and data after the end."""
-    chunks: list[tuple[bytes, bytes, bytes]] = []
-    position, last = len(PNG_SIGNATURE), b""
-    while position + 12 <= len(data) and last != b"IEND":
-        (length,) = struct.unpack_from(">I", data, position)
-        end = position + 12 + length
-        if end > len(data):
-            break
-        kind, body = data[position + 4 : position + 8], data[position + 8 : end - 4]
-        if len(chunks) == MAX_PNG_CHUNKS or (chunks and kind == b"IHDR"):
-            raise RequestError(422, "damaged-image", f"{where} has chunks that no PNG image of this size has")
-        if not chunks:
-            _check_header(kind, body, where, shape)
-        if zlib.crc32(data[position + 4 : end - 4]) != struct.unpack_from(">I", data, end - 4)[0]:
-            raise RequestError(422, "damaged-image", f"{where} is a damaged PNG image")
-        _check_kind(kind, length, where, repeated=any(kind == other for other, _, _ in chunks))
-        chunks.append((kind, body, data[position:end]))
-        position, last = end, kind
-    if last != b"IEND":
-        raise RequestError(422, "damaged-image", f"{where} is a truncated PNG image")
-    if position != len(data):
-        raise RequestError(422, "trailing-bytes", f"{where} has {len(data) - position} bytes after the image's end")
-    return chunks
+def _check_chunks(data: bytes, where: str, shape: Shape) -> bytes:
+    """Return the compressed image data of a PNG file; refuse metadata and data after the end."""
+    chunks: list[Chunk] = []
+    try:
+        for chunk in read_chunks(data):
+            if len(chunks) == MAX_PNG_CHUNKS or (chunks and chunk.kind == b"IHDR"):
+                raise RequestError(422, "damaged-image", f"{where} has chunks that no PNG image of this size has")
+            if not chunks:
+                _check_header(chunk, where, shape)
+            if not chunk.is_valid:
+                raise RequestError(422, "damaged-image", f"{where} is a damaged PNG image")
+            _check_kind(chunk, where, is_repeated=any(chunk.kind == other.kind for other in chunks))
+            chunks.append(chunk)
+    except DamagedError as error:
+        raise RequestError(422, "damaged-image", f"{where} is a truncated PNG image") from error
+    num_trailing = len(data) - len(PNG_SIGNATURE) - sum(len(chunk.data) for chunk in chunks)
+    if num_trailing:
+        raise RequestError(422, "trailing-bytes", f"{where} has {num_trailing} bytes after the image's end")
+    return b"".join(chunk.content for chunk in chunks if chunk.kind == b"IDAT")
 
 
-def _check_kind(kind: bytes, length: int, where: str, *, repeated: bool) -> None:
-    if kind == b"IEND" and length:
-        raise RequestError(422, "trailing-bytes", f"{where} has {length} bytes in its last chunk, which must be empty")
+def _check_kind(chunk: Chunk, where: str, *, is_repeated: bool) -> None:
+    kind, num = chunk.kind, len(chunk.content)
+    if kind == b"IEND" and num:
+        raise RequestError(422, "trailing-bytes", f"{where} has {num} bytes in its last chunk, which must be empty")
     if kind in {b"IHDR", b"IDAT", b"IEND"}:
         return
     if kind[:1].isupper():  # a critical chunk, such as a palette
         raise RequestError(422, "not-png", f"{where} has a PNG chunk that an 8-bit image of this kind does not have")
-    if length > MAX_CHUNK_BYTES.get(kind, -1) or repeated:
+    if num > MAX_CHUNK_BYTES.get(kind, -1) or is_repeated:
         name = kind.decode("ascii") if kind.isalpha() else "of an unknown kind"
         raise RequestError(
             422, "metadata", f"{where} carries metadata ({name}), which may reveal more of an original than a "
@@ -89,18 +82,17 @@ def _check_kind(kind: bytes, length: int, where: str, *, repeated: bool) -> None
         )  # fmt: skip
 
 
-def _check_header(kind: bytes, header: bytes, where: str, shape: Shape) -> None:
-    if kind != b"IHDR" or len(header) != 13:
+def _check_header(chunk: Chunk, where: str, shape: Shape) -> None:
+    if chunk.kind != b"IHDR" or len(chunk.content) != 13:
         raise RequestError(422, "damaged-image", f"{where} is a damaged PNG image")
-    width, height, depth, color = struct.unpack(">IIBB", header[:10])
+    width, height, depth, color, *_, interlaced = struct.unpack(">IIBBBBB", chunk.content)
     expected, name = (RGB, "RGB") if shape[2] == 3 else (GRAY, "grayscale")
     if (height, width) != shape[:2]:
-        raise RequestError(
-            422, "wrong-shape", f"{where} is {height} x {width}; this classifier reads {_format_shape(shape)}"
-        )
+        reason = f"{where} is {height} x {width}; this classifier reads {_format_shape(shape)}"
+        raise RequestError(422, "wrong-shape", reason)
     if depth != 8 or color != expected:
         raise RequestError(422, "wrong-shape", f"{where} is no 8-bit {name} image")
-    if header[12]:
+    if interlaced:
         raise RequestError(422, "not-png", f"{where} is interlaced; allowed are images without interlacing")
 
 
@@ -126,20 +118,19 @@ def _parse_npy_header(header: bytes) -> tuple[Any, Any, tuple[Any, ...]]:
     # Other keys and comments could hold more than the image.
     if values.keys() != NPY_KEYS or len(getattr(tree.body, "keys", ())) != len(NPY_KEYS) or "#" in text:
         raise ValueError("the header has other keys, a key twice, or a comment")
-    return values["descr"], values["fortran_order"], tuple(values["shape"])
+    dims = tuple(values["shape"])
+    if any(type(n) is not int for n in dims):
+        raise ValueError("the header has a side that is no integer")
+    return values["descr"], values["fortran_order"], dims
 
 
 def parse_npy(data: bytes, where: str, shape: Shape, limits: Limits, num_before: int = 0) -> Pixels:
-    """Read a NumPy file of uint8 (H, W, C) or (N, H, W, C) in C order.
-
-    Args:
-        num_before: images that the request holds before this file.
-    """
+    """Read a NumPy file of uint8 (H, W, C) or (N, H, W, C) in C order, after ``num_before`` images of the request."""
     if not data.startswith(NPY_SIGNATURE) or len(data) < 12:
         raise RequestError(422, "not-npy", f"{where} is no NumPy file")
     version = data[6]
     start = 12 if version >= 2 else 10
-    (length,) = struct.unpack_from("<I" if version >= 2 else "<H", data, 8)
+    length = int.from_bytes(data[8:start], "little")
     if version not in (1, 2, 3) or length > MAX_NPY_HEADER or start + length > len(data):
         raise RequestError(422, "not-npy", f"{where} is no NumPy file of a known version")
     try:
@@ -147,16 +138,11 @@ def parse_npy(data: bytes, where: str, shape: Shape, limits: Limits, num_before:
     except (ValueError, SyntaxError, AttributeError, TypeError, MemoryError, RecursionError) as error:
         raise RequestError(422, "not-npy", f"{where} has a damaged NumPy header") from error
     if dtype not in ("|u1", "u1", "uint8") or fortran_order is not False:
-        raise RequestError(
-            422, "wrong-type", f"{where} does not hold uint8 values in C order; allowed are only 8-bit images"
-        )
-    if any(type(n) is not int for n in dims):
-        raise RequestError(422, "not-npy", f"{where} has a damaged NumPy header")
+        reason = f"{where} does not hold uint8 values in C order; allowed are only 8-bit images"
+        raise RequestError(422, "wrong-type", reason)
     if len(dims) not in (3, 4) or dims[-3:] != shape or (len(dims) == 4 and dims[0] < 1):
-        raise RequestError(
-            422, "wrong-shape",
-            f"{where} has shape {dims[:6]}; this classifier reads {_format_shape(shape)}, one or a batch",
-        )  # fmt: skip
+        reason = f"{where} has shape {dims[:6]}; this classifier reads {_format_shape(shape)}, one or a batch"
+        raise RequestError(422, "wrong-shape", reason)
     num = dims[0] if len(dims) == 4 else 1
     if num_before + num > limits.images:
         raise too_many_images(limits)

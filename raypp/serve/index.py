@@ -13,15 +13,13 @@ from starlette.types import Receive, Scope, Send
 
 import raypp
 from raypp.serve.admission import RequestError
-from raypp.serve.middleware import RequestMiddleware, RequestObserver
-from raypp.serve.problems import add_problems, check_bare
-from raypp.serve.request_checks import negotiate
-from raypp.serve.schemas import JSON
+from raypp.serve.middleware import RequestObserver, add_middleware
+from raypp.serve.request_checks import check_bare, negotiate
+from raypp.serve.schemas import HTML, JSON
 
 CLASSIFIER, ATTACK = "/classifier", "/attack"
 SERVICES = {"classifier": "Classifies protected images.", "attack": "Shows what attackers recover."}
 SWITCH_ON = "The attack service is off; start it with raypp serve BUNDLE --attack or the lines of serve_config.yaml."
-HTML = "text/html"
 
 
 class Server(Starlette):
@@ -44,11 +42,10 @@ class Server(Starlette):
             await super().__call__(scope, receive, send)
 
 
-def index_api(running: Callable[[], Awaitable[Collection[str]]], observe: RequestObserver | None = None) -> FastAPI:
+def index_api(running: Callable[[], Awaitable[Collection[str]]], observe: RequestObserver) -> FastAPI:
     """The index; ``running`` returns the names of the running services."""
     api = FastAPI(title="raypp", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    api.add_middleware(RequestMiddleware, observe=observe)
-    add_problems(api)
+    add_middleware(api, observe)
 
     @api.get("/", dependencies=[Depends(check_bare)])
     async def index(request: Request) -> Response:
@@ -59,11 +56,10 @@ def index_api(running: Callable[[], Awaitable[Collection[str]]], observe: Reques
             for name, about in SERVICES.items()
             if name in names
         ]
-        hint = None if "attack" in names else SWITCH_ON
+        hint = {} if "attack" in names else {"hint": SWITCH_ON}
         if media_type == HTML:
-            return Response(_page(services, hint), media_type=HTML)
-        payload = {"raypp": raypp.__version__, "services": services} | ({"hint": hint} if hint is not None else {})
-        return Response(json.dumps(payload), media_type=JSON)
+            return Response(_page(services, hint.get("hint", "")), media_type=HTML)
+        return Response(json.dumps({"raypp": raypp.__version__, "services": services} | hint), media_type=JSON)
 
     @api.get(CLASSIFIER, dependencies=[Depends(check_bare)])
     async def classifier(request: Request) -> Response:
@@ -78,12 +74,12 @@ def index_api(running: Callable[[], Awaitable[Collection[str]]], observe: Reques
     return api
 
 
-def _page(services: list[dict[str, str]], hint: str | None) -> str:
+def _page(services: list[dict[str, str]], hint: str) -> str:
     items = [
         f'<li><a href="{escape(service["docs"])}">{escape(service["name"])}</a>: {escape(service["about"])}</li>'
         for service in services
     ]
-    footer = f"<p>{escape(hint)}</p>" if hint is not None else ""
+    footer = f"<p>{escape(hint)}</p>" if hint else ""
     style = "body{font-family:system-ui,sans-serif;max-width:40rem;margin:3rem auto;padding:0 1rem;line-height:1.5}"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>raypp</title><style>{style}</style></head>'

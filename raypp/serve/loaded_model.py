@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import zipfile
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from raypp.bundle.guard import PlainImageDetector
 from raypp.bundle.load import PrivateBundle, PublicBundle, load_private, load_public
@@ -22,7 +20,7 @@ from raypp.bundle.manifest import MANIFEST, verify
 from raypp.models.fusion import fuse_conv_bn
 from raypp.serve.image_parsing import Shape
 from raypp.utils.errors import BundleError, RayppError, StorageError
-from raypp.utils.storage import Storage
+from raypp.utils.storage import Storage, sha256
 
 MAX_READS = 3  # attempts to read a bundle that is replaced meanwhile
 EPOCH = (1980, 1, 1, 0, 0, 0)  # time of every file in an archive, so that equal parts give equal bytes
@@ -47,7 +45,9 @@ class LoadedModel:
         archive: the public part as a zip file.
         shape: (H, W, C) of protected images.
         plain: (H, W, C) of the plain images.
+        private: the private part; its classifier is optimized for inference.
         attack_material: data of the attacks, read together with the scorecard; None unless requested.
+        attachment: a service's own data, see :class:`raypp.serve.model_store.ModelManager`.
     """
 
     location: str
@@ -56,13 +56,12 @@ class LoadedModel:
     archive: bytes
     shape: Shape
     plain: Shape
-    classes: tuple[str, ...]
-    classifier: nn.Module
     guard: PlainImageDetector | None
     private: PrivateBundle
     card: str
     scorecard: dict[str, Any] | None
     attack_material: AttackMaterial | None = None
+    attachment: Any = None
 
     @property
     def name(self) -> str:
@@ -72,8 +71,9 @@ class LoadedModel:
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:
         """Class probabilities float (N, K) of protected images uint8 (N, C, H, W)."""
-        device = next(self.classifier.parameters()).device
-        logits = pad_to_bucket(lambda batch: self.classifier(batch.to(device).float() / 255), images)
+        classifier = self.private.classifier
+        device = next(classifier.parameters()).device
+        logits = pad_to_bucket(lambda batch: classifier(batch.to(device).float() / 255), images)
         return torch.softmax(logits.float(), dim=1).cpu()
 
 
@@ -88,7 +88,7 @@ def pad_to_bucket(function: Callable[[Tensor], Tensor], images: Tensor) -> Tenso
     return function(torch.cat([images, padding]))[: len(images)]
 
 
-def load_model(location: str | Path, device: torch.device | None = None, *, attacks: bool = False) -> LoadedModel:
+def load_model(location: str | Path, *, attacks: bool = False) -> LoadedModel:
     """Load a bundle and run its self-check.
 
     All files are of one version: if the bundle changes meanwhile, for instance by a new attack, it is read again.
@@ -103,7 +103,7 @@ def load_model(location: str | Path, device: torch.device | None = None, *, atta
     for _ in range(MAX_READS):
         before = _manifest(location)
         try:
-            model = _load(location, device, attacks)
+            model = _load(location, attacks)
         except (RayppError, OSError):
             if _manifest(location) == before:
                 raise
@@ -120,34 +120,38 @@ def _manifest(location: str | Path) -> bytes | None:
         return None
 
 
-def _load(location: str | Path, device: torch.device | None, attacks: bool) -> LoadedModel:
-    with Storage(location).download("") as folder:
+def _load(location: str | Path, attacks: bool) -> LoadedModel:
+    storage = Storage(location)
+    with storage.download("") as folder:
         private = load_private(folder)
         verify(folder)
         channels, height, width = private.sample.shape[1:]
+        scorecard = folder / "private" / "scorecard.json"
+        material = None
+        if attacks:
+            files = sorted((folder / "private" / "attacks").glob("*.safetensors"))
+            material = AttackMaterial(load_public(folder), {file.stem: file.read_bytes() for file in files})
         model = LoadedModel(
-            location=Storage(location).uri,
-            version=hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:16],
-            protection=hashlib.sha256((folder / "public" / MANIFEST).read_bytes()).hexdigest(),
+            location=storage.uri,
+            version=sha256(folder / MANIFEST)[:16],
+            protection=sha256(folder / "public" / MANIFEST),
             archive=_archive(folder / "public"),
             shape=(height, width, channels),
             plain=_plain_shape(folder, location),
-            classes=private.classes,
-            classifier=private.classifier,
             guard=private.guard,
             private=private,
             card=(folder / "MODEL_CARD.md").read_text(),
-            scorecard=_scorecard(folder),
-            attack_material=_attack_material(folder) if attacks else None,
+            scorecard=json.loads(scorecard.read_text()) if scorecard.is_file() else None,
+            attack_material=material,
         )
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier = fuse_conv_bn(private.classifier, private.sample[:8].float() / 255)
     classifier = classifier.to(device).to(memory_format=torch.channels_last)
     private = replace(private, classifier=classifier)  # the self-check covers the classifier that is served
     problem = private.problem()
     if problem is not None:
         raise BundleError(f"bundle {str(location)!r} fails its self-check: {problem}")
-    return replace(model, classifier=classifier, private=private)
+    return replace(model, private=private)
 
 
 def _plain_shape(folder: Path, location: str | Path) -> Shape:
@@ -157,16 +161,6 @@ def _plain_shape(folder: Path, location: str | Path) -> Shape:
         return height, width, config["channels"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"bundle {str(location)!r} does not state the size of its plain images") from error
-
-
-def _scorecard(folder: Path) -> dict[str, Any] | None:
-    path = folder / "private" / "scorecard.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _attack_material(folder: Path) -> AttackMaterial:
-    files = sorted((folder / "private" / "attacks").glob("*.safetensors"))
-    return AttackMaterial(load_public(folder), {file.stem: file.read_bytes() for file in files})
 
 
 def _archive(folder: Path) -> bytes:
@@ -184,22 +178,13 @@ Inference = tuple[LoadedModel, Tensor]
 
 @torch.inference_mode()
 def classify(jobs: list[Inference]) -> list[tuple[Tensor, Tensor]]:
-    """Compute several requests at once.
-
-    Returns:
-        for each request, probabilities float (N, K) and whether each image looks protected, bool (N,).
-    """
-    groups: dict[int, list[int]] = defaultdict(list)
-    for i, (model, _) in enumerate(jobs):
-        groups[id(model)].append(i)
+    """Probabilities float (N, K) for each request, and whether each of its images looks protected, bool (N,)."""
     results: dict[int, tuple[Tensor, Tensor]] = {}
-    for indices in groups.values():
-        model = jobs[indices[0]][0]
-        images = torch.cat([jobs[i][1] for i in indices]) if len(indices) > 1 else jobs[indices[0]][1]
+    for model in {id(model): model for model, _ in jobs}.values():
+        batch = {i: images for i, (other, images) in enumerate(jobs) if other is model}
+        images, sizes = torch.cat(list(batch.values())), [len(images) for images in batch.values()]
         guard = model.guard
         protected = guard.is_protected(images) if guard is not None else torch.ones(len(images), dtype=torch.bool)
-        probabilities = model.probabilities(images)
-        sizes = [len(jobs[i][1]) for i in indices]
-        parts = zip(probabilities.split(sizes), protected.split(sizes), strict=True)
-        results |= dict(zip(indices, parts, strict=True))
+        parts = zip(model.probabilities(images).split(sizes), protected.split(sizes), strict=True)
+        results |= dict(zip(batch, parts, strict=True))
     return [results[i] for i in range(len(jobs))]

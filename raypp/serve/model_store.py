@@ -13,12 +13,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from raypp.bundle.manifest import MANIFEST
 from raypp.serve.loaded_model import LoadedModel, load_model
@@ -32,96 +30,68 @@ RETRY_SECONDS = 60.0  # before the service tries a failed version again
 
 @dataclass(frozen=True)
 class ModelRef:
-    """The active bundle of a location."""
+    """The active bundle of a location. Only a repository has a previous version and a time of publication."""
 
     location: str
     version: str
-    published: str | None
-    """Time of publication, in a repository."""
+    previous: str | None = None
+    published: str | None = None
 
 
 def resolve_model(location: str | Path) -> ModelRef:
-    """Find the active bundle of a location.
-
-    Args:
-        location: a bundle or a model repository.
-
-    Raises:
-        StorageError: the location is neither, or it cannot be read.
-    """
+    """Find the active bundle of a location, a bundle or a model repository; raises StorageError if it is neither."""
     storage = Storage(location)
     if storage.local:  # resolve links such as runs/latest, so that all files come from the same run
         storage = Storage(storage.path.resolve())
     if storage.exists(ACTIVE_FILE):
         active = _read_active(storage)
-        version = active["version"]
-        if version is None:
+        if active is None:
             raise StorageError(f"{storage.uri}/{ACTIVE_FILE} is damaged; publish a bundle there again")
-        return ModelRef(storage.folder(f"versions/{version}").uri, version, active["published"])
-    if not storage.exists(MANIFEST):
-        if storage.exists(f"bundle/{MANIFEST}"):
-            raise StorageError(f"{storage.uri} is a run; its bundle is {storage.folder('bundle').uri}")
-        raise StorageError(f"{storage.uri} is neither a bundle nor a model repository")
-    return ModelRef(storage.uri, hashlib.sha256(storage.read(MANIFEST)).hexdigest()[:16], None)
+        return active
+    if storage.exists(MANIFEST):
+        return ModelRef(storage.uri, hashlib.sha256(storage.read(MANIFEST)).hexdigest()[:16])
+    if storage.exists(f"bundle/{MANIFEST}"):
+        raise StorageError(f"{storage.uri} is a run; its bundle is {storage.folder('bundle').uri}")
+    raise StorageError(f"{storage.uri} is neither a bundle nor a model repository")
 
 
-def _previous_location(location: str | Path) -> str | None:
-    """The bundle that was active in a repository before the current one."""
-    storage = Storage(location)
-    try:
-        version = _read_active(storage)["previous"] if storage.exists(ACTIVE_FILE) else None
-    except RayppError:
-        return None
-    return storage.folder(f"versions/{version}").uri if version else None
-
-
-def _read_active(storage: Storage) -> dict[str, str | None]:
-    """Version, previous version and time of publication in ``live.json``; all None if the file is damaged."""
+def _read_active(storage: Storage) -> ModelRef | None:
+    """The version that ``live.json`` names; None if the file is damaged."""
     try:
         active = json.loads(storage.read(ACTIVE_FILE))
-        return {"version": str(active["version"])} | {key: active.get(key) for key in ("previous", "published")}
+        version = str(active["version"])
+        uri = storage.folder(f"versions/{version}").uri
+        return ModelRef(uri, version, active.get("previous"), active.get("published"))
     except (ValueError, KeyError, TypeError, AttributeError):
-        return dict.fromkeys(("version", "previous", "published"))
+        return None
 
 
 class ModelManager:
-    """The active model of a location, and the models before it.
+    """The active model of a bundle or model repository, and the models before it.
 
-    Args:
-        location: a bundle or a model repository.
-        prepare: builds a service's own data from a model before it becomes active; see :meth:`attachment`.
-
-    Raises:
-        RayppError: no model loads at the start. Later failures leave the old model active.
+    ``prepare`` builds the attachment of a model before it becomes active. RayppError is raised if no model loads at the
+    start; later failures leave the old model active.
     """
 
-    def __init__(
-        self,
-        location: str | Path,
-        device: torch.device | None = None,
-        prepare: Callable[[LoadedModel], Any] | None = None,
-    ) -> None:
-        self.location, self.device, self.prepare = location, device, prepare
+    def __init__(self, location: str | Path, prepare: Callable[[LoadedModel], Any] | None = None) -> None:
+        self.location, self.prepare = location, prepare
         self.rejected: dict[str, str] | None = None
         self.last_poll = 0.0  # monotonic seconds
         self._retry: tuple[ModelRef, float] | None = None  # the failed version, and the time to try it again
         self._lock = threading.Lock()
-        self._attachments: dict[str, Any] = {}
         ref = resolve_model(location)
         try:
-            self._models: list[LoadedModel] = [self._load(ref.location)]
+            self._models = [self._load(ref.location)]
         except Exception as error:  # the loader of a damaged bundle can raise anything
-            previous = _previous_location(location)
-            if previous is None:
+            if not ref.previous:
                 raise
-            self._models = [self._load(previous)]  # a replica that starts with a damaged version uses the previous one
+            # A replica that starts with a damaged version uses the previous one.
+            self._models = [self._load(Storage(location).folder(f"versions/{ref.previous}").uri)]
             self._reject(ref, error)
 
     def _load(self, location: str) -> LoadedModel:
-        model = load_model(location, self.device, attacks=self.prepare is not None)
-        if self.prepare is not None:
-            self._attachments[model.version] = self.prepare(model)
-        return model
+        model = load_model(location, attacks=self.prepare is not None)
+        return model if self.prepare is None else replace(model, attachment=self.prepare(model))
 
     def _reject(self, ref: ModelRef, error: Exception) -> None:
         # After an error of the storage the next poll tries again, since an outage may be short.
@@ -130,10 +100,6 @@ class ModelManager:
         self.rejected = {"version": ref.version, "reason": _reason(error)}
         if ref.published is not None:
             self.rejected["published"] = ref.published
-
-    def attachment(self, model: LoadedModel) -> Any:
-        """The result of ``prepare`` for a model; None once the model has been dropped."""
-        return self._attachments.get(model.version)
 
     @property
     def active(self) -> LoadedModel:
@@ -148,25 +114,20 @@ class ModelManager:
             except Exception as error:  # an outage of the storage must not stop the service
                 self.rejected = {"version": "unknown", "reason": _reason(error)}
                 return False
-            if ref.version == self.active.version:
-                self.rejected = self._retry = None
-                return False
-            if self._retry is not None and self._retry[0] == ref and time.monotonic() < self._retry[1]:
-                return False
-            try:
-                loaded = next((model for model in self._models if model.version == ref.version), None)
-                self._activate(loaded or self._load(ref.location))
-            except Exception as error:  # the loader of a damaged bundle can raise anything
-                self._reject(ref, error)
-                return False
+            is_new = ref.version != self.active.version
+            if is_new:
+                if self._retry is not None and self._retry[0] == ref and time.monotonic() < self._retry[1]:
+                    return False
+                try:
+                    loaded = next((model for model in self._models if model.version == ref.version), None)
+                    model = loaded or self._load(ref.location)
+                except Exception as error:  # the loader of a damaged bundle can raise anything
+                    self._reject(ref, error)
+                    return False
+                # One assignment: a concurrent reader sees either the old or the new list.
+                self._models = [*(other for other in self._models if other is not model), model][-MAX_MODELS:]
             self.rejected = self._retry = None
-            return True
-
-    def _activate(self, model: LoadedModel) -> None:
-        # One assignment: a concurrent reader sees either the old or the new list.
-        self._models = ([other for other in self._models if other is not model] + [model])[-MAX_MODELS:]
-        versions = {other.version for other in self._models}
-        self._attachments = {version: data for version, data in self._attachments.items() if version in versions}
+            return is_new
 
     def get(self, protection: str | None) -> LoadedModel | None:
         """The newest model in memory with a protection; the active one for None."""
@@ -179,26 +140,14 @@ def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, RayppError) else f"{type(error).__name__} while it was loaded"
 
 
-@dataclass(frozen=True)
-class PublishedModel:
-    version: str
-    location: str
-    previous: str | None
-    published: str
-    """Time of publication."""
-
-
 @contextmanager
 def publishing(
     bundle: str | Path, repository: str | Path, check: Callable[[LoadedModel], Any] | None = None
-) -> Iterator[PublishedModel]:
+) -> Iterator[ModelRef]:
     """Check a bundle, upload it to a model repository and make it active; undone if the body raises.
 
-    Args:
-        check: also runs on the loaded bundle, as a service's ``prepare`` does.
-
-    Raises:
-        RayppError: the bundle does not work, and nothing has changed; or the repository cannot be written.
+    ``check`` runs on the loaded bundle, as a service's ``prepare`` does. RayppError is raised if the bundle does not
+    work, and nothing has changed, or if the repository cannot be written.
     """
     version = _check_bundle(bundle, check)
     storage = Storage(repository)
@@ -211,14 +160,15 @@ def publishing(
     if load_model(target.uri).version != version:  # verifies the upload
         raise BundleError(f"{target.uri} is not the bundle that was published; remove that folder")
     old_file = storage.read(ACTIVE_FILE) if storage.exists(ACTIVE_FILE) else None
-    active = _read_active(storage) if old_file else {"version": None, "previous": None}
-    # Publishing the active bundle again keeps its predecessor for a rollback.
-    previous = active["previous"] if active["version"] == version else active["version"]
+    old = _read_active(storage) if old_file else None
+    previous = None
+    if old is not None:  # publishing the active bundle again keeps its predecessor for a rollback
+        previous = old.previous if old.version == version else old.version
     published = datetime.now(UTC).isoformat(timespec="seconds")
     new_file = (json.dumps({"version": version, "previous": previous, "published": published}) + "\n").encode()
     storage.write(ACTIVE_FILE, new_file)
     try:
-        yield PublishedModel(version, target.uri, previous, published)
+        yield ModelRef(target.uri, version, previous, published)
     except BaseException:
         if storage.read(ACTIVE_FILE) == new_file:  # else another publication has replaced it since
             if old_file is not None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from fastapi import Request
 from starlette.datastructures import Headers
 
 from raypp.serve.admission import RequestError
 from raypp.utils.registry import suggest
 
-UNIQUE_HEADERS = ("authorization", "content-type", "content-range", "expect", "raypp-protection")
+UNIQUE_HEADERS = ("Authorization", "Content-Type", "Content-Range", "Expect", "Raypp-Protection")
 """Two of these would contradict each other."""
-DIGEST_HEADERS = ("content-digest", "repr-digest", "digest", "content-md5")
+DIGEST_HEADERS = ("Content-Digest", "Repr-Digest", "Digest", "Content-MD5")
 """A client that sends one expects the service to detect damage of the body."""
 MEDIA_RANGE = re.compile(r"([^\s/;,]+)/([^\s/;,]+)")
 QUALITY = re.compile(r"q\s*=\s*(\d+(?:\.\d*)?|\.\d+)", re.IGNORECASE)
@@ -20,109 +21,88 @@ ENTITY_TAG = re.compile(r'(W/)?("[^"]*")')
 MAX_QUOTED = 60  # characters of a client's text in a message
 
 
+def check_bare(request: Request) -> None:
+    """Raise RequestError if a request has a query, a body or headers that the service does not support."""
+    check_headers(request.headers, reads_body=False, has_etag=False)
+    check_query(request, ())
+
+
 def check_headers(headers: Headers, *, reads_body: bool, has_etag: bool) -> None:
-    """Refuse headers that ask for an unsupported feature.
+    """Raise RequestError (400, 412, 415, 417 or 501) if a header asks for an unsupported feature; the message names it.
 
     Args:
         reads_body: whether the route reads a body.
         has_etag: whether the response has an ETag; the route then checks conditions itself.
-
-    Raises:
-        RequestError: 400, 412, 415, 417 or 501; the message names the header and what is allowed.
     """
     for name in UNIQUE_HEADERS:
         if len(headers.getlist(name)) > 1:
-            raise RequestError(400, "header-twice", f"the header {_title(name)} is sent twice; allowed is once")
+            raise RequestError(400, "header-twice", f"the header {name} is sent twice; allowed is once")
     _check_body_headers(headers, reads_body)
-    if has_etag:
-        return
-    if headers.get("if-match", "*").strip() != "*":
-        raise RequestError(
-            412, "no-version", "If-Match names a version, but this response has no ETag; leave the header out"
-        )
-    if headers.get("if-none-match", "").strip() == "*":
+    if not has_etag and headers.get("if-match", "*").strip() != "*":
+        raise RequestError(412, "no-version", "If-Match names a version, but this response has no ETag; leave it out")
+    if not has_etag and headers.get("if-none-match", "").strip() == "*":
         raise RequestError(412, "no-version", "If-None-Match: * never holds here; leave the header out")
 
 
 def _check_body_headers(headers: Headers, reads_body: bool) -> None:
     transfer = _list_elements(headers.getlist("transfer-encoding"))
     if transfer not in ([], ["chunked"]):
-        raise RequestError(
-            501, "unsupported-transfer-encoding",
-            f"Transfer-Encoding {quote(', '.join(transfer))} is not supported here; allowed is chunked",
-        )  # fmt: skip
+        reason = f"Transfer-Encoding {quote(', '.join(transfer))} is not supported here; allowed is chunked"
+        raise RequestError(501, "unsupported-transfer-encoding", reason)
     expectation = headers.get("expect")
     if expectation is not None and expectation.strip().lower() != "100-continue":
-        raise RequestError(
-            417, "unsupported-expectation",
-            f"Expect {quote(expectation)} is not supported here; allowed is 100-continue",
-        )  # fmt: skip
+        reason = f"Expect {quote(expectation)} is not supported here; allowed is 100-continue"
+        raise RequestError(417, "unsupported-expectation", reason)
     if not reads_body and (transfer or headers.get("content-length", "0").strip("0 ")):
         raise RequestError(400, "body-not-read", "the request has a body, but this route reads none; leave it out")
-    encodings = [word for word in _list_elements(headers.getlist("content-encoding")) if word != "identity"]
+    encodings = ", ".join(word for word in _list_elements(headers.getlist("content-encoding")) if word != "identity")
     if encodings:
-        raise RequestError(
-            415, "unsupported-encoding",
-            f"Content-Encoding {quote(', '.join(encodings))} is not supported here; allowed is identity, an "
-            "uncompressed body",
-            {"Accept-Encoding": "identity"},
-        )  # fmt: skip
+        reason = f"Content-Encoding {quote(encodings)} is not supported here; allowed is identity, an uncompressed body"
+        raise RequestError(415, "unsupported-encoding", reason, {"Accept-Encoding": "identity"})
     if "content-range" in headers:
-        raise RequestError(
-            400, "partial-body", "Content-Range is not supported here; send the whole body and leave the header out"
-        )
+        reason = "Content-Range is not supported here; send the whole body and leave the header out"
+        raise RequestError(400, "partial-body", reason)
     for name in DIGEST_HEADERS:
         if name in headers:
-            raise RequestError(
-                400, "digest-not-read", f"{_title(name)} is not checked here, so damage would go unnoticed; leave the "
-                "header out",
-            )  # fmt: skip
+            reason = f"{name} is not checked here, so damage would go unnoticed; leave the header out"
+            raise RequestError(400, "digest-not-read", reason)
 
 
-def check_query(names: Iterable[str], allowed: Sequence[str]) -> None:
+def check_query(request: Request, allowed: Sequence[str]) -> None:
     """Raise RequestError (422) if a query parameter is unknown or repeated."""
-    seen: set[str] = set()
-    for name in names:
+    names = [name for name, _ in request.query_params.multi_items()]
+    for i, name in enumerate(names):
         if name not in allowed:
             known = f"allowed: {', '.join(allowed)}" if allowed else "this request takes none"
-            raise RequestError(
-                422, "unknown-parameter", f"unknown query parameter {quote(name)}{suggest(name, allowed)}; {known}"
-            )
-        if name in seen:
+            reason = f"unknown query parameter {quote(name)}{suggest(name, allowed)}; {known}"
+            raise RequestError(422, "unknown-parameter", reason)
+        if name in names[:i]:
             raise RequestError(422, "parameter-twice", f"query parameter {name!r} is there twice; allowed is once")
-        seen.add(name)
 
 
 def negotiate(accept: Sequence[str], available: Sequence[str]) -> str:
-    """Choose the media type of a response (RFC 9110, 12.5.1).
+    """Choose the media type of a response (RFC 9110, 12.5.1); raises RequestError (406) if none is acceptable.
 
     Args:
         accept: the Accept headers; without any, everything is accepted.
         available: media types in the service's order of preference.
-
-    Raises:
-        RequestError: 406, the client accepts none of them.
     """
     text = ",".join(accept)
     if not text.strip(" ,"):
         return available[0]
     ranges = _media_ranges(text)
-    best: tuple[float, int, str] | None = None
+    candidates: list[tuple[float, int, str]] = []
     for media_type in available:
         main, _, sub = media_type.partition("/")
         matches = [r for r in ranges if r[0] in (main, "*") and r[1] in (sub, "*")]
-        if not matches:
-            continue
-        # The most specific range decides on the quality of a type.
-        _, _, quality, position = max(matches, key=lambda r: ((r[0] != "*") + (r[1] != "*"), -r[3]))
-        if quality > 0 and (best is None or (quality, -position) > best[:2]):
-            best = quality, -position, media_type
-    if best is None:
-        raise RequestError(
-            406, "not-acceptable", f"Accept {quote(text)} allows no available media type; allowed: "
-            f"{', '.join(available)}",
-        )  # fmt: skip
-    return best[2]
+        if matches:  # the most specific range decides on the quality of a type
+            _, _, quality, position = max(matches, key=lambda r: ((r[0] != "*") + (r[1] != "*"), -r[3]))
+            candidates.append((quality, -position, media_type))
+    best_quality, _, best = max(candidates, key=lambda candidate: candidate[:2], default=(0.0, 0, ""))
+    if best_quality == 0:
+        reason = f"Accept {quote(text)} allows no available media type; allowed: {', '.join(available)}"
+        raise RequestError(406, "not-acceptable", reason)
+    return best
 
 
 def _media_ranges(accept: str) -> list[tuple[str, str, float, int]]:
@@ -139,9 +119,8 @@ def _media_ranges(accept: str) -> list[tuple[str, str, float, int]]:
 
 def matches_etag(condition: str, tag: str, *, weak: bool) -> bool:
     """Whether a header If-Match or If-None-Match names an entity tag; ``weak`` also accepts the form ``W/"..."``."""
-    if condition.strip() == "*":
-        return True
-    return any(match[2] == tag and (weak or not match[1]) for match in ENTITY_TAG.finditer(condition))
+    matches = ENTITY_TAG.finditer(condition)
+    return condition.strip() == "*" or any(match[2] == tag and (weak or not match[1]) for match in matches)
 
 
 def quote(text: str) -> str:
@@ -153,7 +132,3 @@ def quote(text: str) -> str:
 def _list_elements(values: Iterable[str]) -> list[str]:
     """The elements, in lower case, of a header that is a list."""
     return [word for value in values for part in value.split(",") if (word := part.strip().lower())]
-
-
-def _title(name: str) -> str:
-    return "-".join(part.capitalize() for part in name.split("-")).replace("Md5", "MD5")

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from typing import TypeVar
 
 import numpy as np
+from fastapi import Request
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, Headers, UploadFile
@@ -37,42 +38,40 @@ logging.getLogger("python_multipart").setLevel(logging.ERROR)  # its warnings qu
 
 
 async def read_body(chunks: AsyncIterator[bytes], length: str | None, limits: Limits) -> bytes:
-    """Read a whole body; stops as soon as it is too large.
-
-    Args:
-        length: the header Content-Length.
-
-    Raises:
-        RequestError: 408 or 413.
-    """
+    """Read a body of which the header Content-Length states the ``length``; raises RequestError (408 or 413)."""
     if length is not None and length.isascii() and length.isdigit() and int(length) > limits.body:
         raise _body_too_large(limits)
-    parts: list[bytes] = []
-    size = 0
-    iterator = aiter(chunks)
-    while True:
-        try:
-            async with asyncio.timeout(limits.idle):  # else slow clients would occupy the replica
-                chunk = await anext(iterator)
-        except StopAsyncIteration:
-            break
-        except TimeoutError as error:
-            raise RequestError(408, "too-slow", f"no part of the body arrived for {limits.idle:g} s") from error
-        size += len(chunk)
-        if size > limits.body:
-            raise _body_too_large(limits)
-        parts.append(chunk)
-    return b"".join(parts)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.idle) as timeout:  # else slow clients would occupy the replica
+            async for chunk in chunks:
+                timeout.reschedule(asyncio.get_running_loop().time() + limits.idle)
+                body += chunk
+                if len(body) > limits.body:
+                    raise _body_too_large(limits)
+    except TimeoutError as error:
+        raise RequestError(408, "too-slow", f"no part of the body arrived for {limits.idle:g} s") from error
+    return bytes(body)
 
 
 def _body_too_large(limits: Limits) -> RequestError:
     return RequestError(413, "body-too-large", f"the body is larger than the {limits.body:,} bytes allowed")
 
 
+async def read_request_images(
+    request: Request, shape: Shape, limits: Limits, plain: Shape | None = None
+) -> tuple[Pixels, Pixels | None]:
+    """Read the images of a request's body, as :func:`read_images` does, and count them for the observer."""
+    body = await read_body(request.stream(), request.headers.get("content-length"), limits)
+    images, originals = await read_images(body, request.headers.get("content-type", ""), shape, limits, plain)
+    request.state.num_images = len(images)
+    return images, originals
+
+
 async def read_images(
     body: bytes, content_type: str, shape: Shape, limits: Limits, plain: Shape | None = None
 ) -> tuple[Pixels, Pixels | None]:
-    """Read the images of a body.
+    """Read the images of a body; raises RequestError (400, 413, 415 or 422).
 
     Args:
         shape: (H, W, C) of every image.
@@ -80,9 +79,6 @@ async def read_images(
 
     Returns:
         uint8 (N, H, W, C), and as many images of the field ``plain`` if the form has it.
-
-    Raises:
-        RequestError: 400, 413, 415 or 422.
     """
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type == PNG:
@@ -93,40 +89,38 @@ async def read_images(
         shapes = {"image": shape} | ({"plain": plain} if plain is not None else {})
         return await _read_form_images(body, content_type, shapes, limits)
     reason = f"Content-Type {media_type[:60]!r} is not supported here" if media_type else "there is no Content-Type"
-    raise RequestError(
-        415,
-        "unsupported-type",
-        f"{reason}; allowed are {PNG}, {NPY} and {MULTIPART} (lossy formats destroy the protected image)",
-        {"Accept": f"{PNG}, {NPY}, {MULTIPART}"},
-    )
+    reason += f"; allowed are {PNG}, {NPY} and {MULTIPART} (lossy formats destroy the protected image)"
+    raise RequestError(415, "unsupported-type", reason, {"Accept": f"{PNG}, {NPY}, {MULTIPART}"})
 
 
 async def _read_form_images(
     body: bytes, content_type: str, shapes: dict[str, Shape], limits: Limits
 ) -> tuple[Pixels, Pixels | None]:
-    form = await _parse_form(body, content_type, list(shapes), limits)
+    form = await _parse_form(body, content_type, shapes, limits)
     try:
         files = await _read_files(form, shapes, limits)
     finally:
         await form.close()
-    counts = {name: sum(1 if isinstance(file, bytes) else len(file) for file in files[name]) for name in files}
+    counts = {name: sum(map(_num_images, contents)) for name, contents in files.items()}
     if not counts["image"]:
         raise RequestError(422, "no-image", "the form holds no file in field 'image'")
     if counts.get("plain", 0) not in (0, counts["image"]):
-        raise RequestError(
-            422, "wrong-number", f"field 'plain' holds {counts['plain']} images, field 'image' {counts['image']}"
-        )
-    files = {name: contents for name, contents in files.items() if contents}
+        reason = f"field 'plain' holds {counts['plain']} images, field 'image' {counts['image']}"
+        raise RequestError(422, "wrong-number", reason)
 
     def decode_all() -> dict[str, Pixels]:
-        return {name: _decode_files(name, contents, shapes[name]) for name, contents in files.items()}
+        return {name: _decode_files(name, contents, shapes[name]) for name, contents in files.items() if contents}
 
     num_values = sum(math.prod(shapes[name]) for name in files for file in files[name] if isinstance(file, bytes))
     images = await _maybe_in_thread(decode_all, num_values)
     return images["image"], images.get("plain")
 
 
-async def _parse_form(body: bytes, content_type: str, fields: list[str], limits: Limits) -> FormData:
+def _num_images(file: Pixels | bytes) -> int:
+    return 1 if isinstance(file, bytes) else len(file)
+
+
+async def _parse_form(body: bytes, content_type: str, fields: Iterable[str], limits: Limits) -> FormData:
     """Parse a form; the caller closes it."""
 
     async def stream() -> AsyncGenerator[bytes, None]:
@@ -134,9 +128,8 @@ async def _parse_form(body: bytes, content_type: str, fields: list[str], limits:
 
     boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
     if not boundary:
-        raise RequestError(
-            400, "bad-form", f"Content-Type {MULTIPART} names no boundary; let your HTTP library write the header"
-        )
+        reason = f"Content-Type {MULTIPART} names no boundary; let your HTTP library write the header"
+        raise RequestError(400, "bad-form", reason)
     parser = MultiPartParser(
         Headers({"content-type": content_type}), stream(), max_files=2 * limits.images, max_fields=MAX_TEXT_FIELDS,
         max_part_size=limits.body,
@@ -149,10 +142,8 @@ async def _parse_form(body: bytes, content_type: str, fields: list[str], limits:
         if reason.startswith("Too many files"):
             raise too_many_images(limits) from error
         if reason.startswith("Too many fields"):
-            raise RequestError(
-                422, "unknown-field", f"the form has more than {MAX_TEXT_FIELDS} text fields; allowed are files in "
-                f"{_format_fields(fields)}",
-            ) from error  # fmt: skip
+            reason = f"the form has more than {MAX_TEXT_FIELDS} text fields; allowed are files in {_join(fields)}"
+            raise RequestError(422, "unknown-field", reason) from error
         raise RequestError(400, "bad-form", f"the form cannot be read: {reason}") from error
     if not body.rstrip(b"\r\n").endswith(b"--" + boundary + b"--"):
         await form.close()
@@ -164,25 +155,20 @@ async def _read_files(form: FormData, shapes: dict[str, Shape], limits: Limits) 
     """Files of each field: NumPy files as arrays, PNG files as bytes, to be decoded once all are counted."""
     files: dict[str, list[Pixels | bytes]] = {name: [] for name in shapes}
     counts = dict.fromkeys(shapes, 0)
-    fields = _format_fields(list(shapes))
     for name, value in form.multi_items():
         if not isinstance(value, UploadFile):
-            raise RequestError(
-                422, "unknown-field", f"the form has a text field {name[:50]!r}; allowed are files (parts with a "
-                f"filename) in {fields}",
-            )  # fmt: skip
+            reason = f"the form has a text field {name[:50]!r}; allowed are files (parts with a filename) in "
+            raise RequestError(422, "unknown-field", reason + _join(shapes))
         if name not in files:
-            raise RequestError(
-                422, "unknown-field", f"the form has a file in field {name[:50]!r}{suggest(name, shapes)}; "
-                f"allowed are files in {fields}",
-            )  # fmt: skip
+            reason = f"the form has a file in field {name[:50]!r}{suggest(name, shapes)}; allowed are files in "
+            raise RequestError(422, "unknown-field", reason + _join(shapes))
         where = f"file {len(files[name]) + 1} of field {name!r}"
         media_type = _part_type(value.headers, where)
         data = await value.read()
         is_npy = media_type == NPY or (media_type != PNG and data.startswith(NPY_SIGNATURE))
         file = parse_npy(data, where, shapes[name], limits, counts[name]) if is_npy else data
         files[name].append(file)
-        counts[name] += 1 if isinstance(file, bytes) else len(file)
+        counts[name] += _num_images(file)
         if counts[name] > limits.images:
             raise too_many_images(limits)
     return files
@@ -203,10 +189,8 @@ def _part_type(headers: Headers, where: str) -> str:
     """
     media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type.startswith("multipart/"):
-        raise RequestError(
-            415, "unsupported-type", f"{where} is {media_type[:60]!r}, several parts in one; send each image as a file "
-            "of the form itself",
-        )  # fmt: skip
+        reason = f"{where} is {media_type[:60]!r}, several parts in one; send each image as a file of the form itself"
+        raise RequestError(415, "unsupported-type", reason)
     others = sorted({name.lower() for name in headers.keys()} - {"content-disposition", "content-type"})  # noqa: SIM118
     if others or sum(map(len, headers.values())) > MAX_PART_HEADER:
         extra = f"the header {others[0][:50]!r}" if others else "long headers"
@@ -222,7 +206,7 @@ def _part_type(headers: Headers, where: str) -> str:
     return media_type
 
 
-def _format_fields(fields: list[str]) -> str:
+def _join(fields: Iterable[str]) -> str:
     return " and ".join(map(repr, fields))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-JSON, PNG, NPY, ZIP = "application/json", "image/png", "application/x-npy", "application/zip"
+JSON, HTML, PNG, NPY, ZIP = "application/json", "text/html", "image/png", "application/x-npy", "application/zip"
 MULTIPART, PROBLEM = "multipart/form-data", "application/problem+json"
 
 Responses = dict[int | str, dict[str, Any]]
@@ -126,16 +126,12 @@ _DESCRIPTIONS = {
     422: "An image has the wrong shape or is not protected, or a parameter or field is unknown.",
     500: "Internal error.", 501: "The transfer encoding is not supported.", 503: "Busy: retry after Retry-After.",
 }  # fmt: skip
-_FROM_PROXY = {408, 500, 503}  # Serve's proxy may answer with plain text instead of the replica
-_TEXT = {"text/plain": {"schema": {"type": "string"}}}
-_PROBLEM_SCHEMA = Problem.model_json_schema()
+_CONTENT: dict[str, Any] = {PROBLEM: {"schema": Problem.model_json_schema()}}
 PROBLEM_RESPONSES: Responses = {
-    status: {
-        "description": description,
-        "content": {PROBLEM: {"schema": _PROBLEM_SCHEMA}} | (_TEXT if status in _FROM_PROXY else {}),
-    }
-    for status, description in _DESCRIPTIONS.items()
+    status: {"description": description, "content": _CONTENT} for status, description in _DESCRIPTIONS.items()
 }
+for _status in (408, 500, 503):  # Serve's proxy may answer with plain text instead of the replica
+    PROBLEM_RESPONSES[_status]["content"] = _CONTENT | {"text/plain": {"schema": {"type": "string"}}}
 BINARY = {"type": "string", "format": "binary"}
 
 
@@ -158,11 +154,7 @@ def binary_responses(media_type: str) -> Responses:
 
 
 def image_body(*fields: str) -> dict[str, Any]:
-    """OpenAPI's description of an uploaded body, which the service parses without FastAPI.
-
-    Args:
-        fields: fields of a form; the first one is required.
-    """
+    """OpenAPI's description of a body, which the service parses without FastAPI; a form requires its first field."""
     files = {"type": "array", "items": BINARY, "minItems": 1}
     form = {
         "type": "object",

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import os
 import re
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +22,11 @@ from raypp.client.http import Client
 from raypp.client.session import RemoteError
 from raypp.serve.attack_catalog import load_attacks
 from raypp.serve.auth import Tokens
-from raypp.serve.deployment_config import DeploymentConfig
 from raypp.serve.haproxy import ray_settings
-from raypp.serve.model_store import PublishedModel, publishing, resolve_model
+from raypp.serve.model_store import ModelRef, publishing, resolve_model
 from raypp.utils.errors import BundleError, ConfigError, RayppError, StorageError, first_line, last_line
 from raypp.utils.network import is_loopback
+from raypp.utils.signals import on_signal
 from raypp.utils.storage import Storage
 
 CONFIG = "serve_config.yaml"
@@ -41,6 +39,7 @@ ATTACK: dict[str, Any] = {
 """The application that ``--attack`` adds; the shipped file has the same lines behind a #."""
 HAPROXY_HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")
 ANSWER_SECONDS = 10.0  # timeout of a service during a publication
+SWITCH_SECONDS = 120.0  # within which a service must have loaded a published bundle
 POLL_SECONDS = 0.5
 ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -55,9 +54,7 @@ def config_template() -> dict[str, Any]:
     raise ConfigError(f"{CONFIG} is missing in {package.parent}; install raypp again")
 
 
-def build_serve_config(
-    bundle: str, *, host: str, port: int, tokens: str | None, attack: bool = False
-) -> dict[str, Any]:
+def build_serve_config(bundle: str, *, host: str, port: int, tokens: str | None, attack: bool) -> dict[str, Any]:
     """``serve_config.yaml`` for one bundle or model repository.
 
     Raises:
@@ -77,10 +74,10 @@ def build_serve_config(
         Tokens.read(tokens)
     config = config_template()
     config["http_options"] |= {"host": host, "port": port}
-    if attack:
-        config["applications"].append(copy.deepcopy(ATTACK))
-    for application in config["applications"]:
-        application["args"] |= {"bundle": uri, "tokens": tokens}
+    config["applications"] = [
+        application | {"args": application["args"] | {"bundle": uri, "tokens": tokens}}
+        for application in [*config["applications"], *([ATTACK] if attack else [])]
+    ]
     return config
 
 
@@ -88,8 +85,7 @@ def build_serve_config(
 def running_server(config: dict[str, Any], *, haproxy: bool = False) -> Iterator[str]:
     """Run a configuration on a local Ray, or on the cluster in RAY_ADDRESS; yields the URL.
 
-    Args:
-        haproxy: HAProxy takes the requests, see :mod:`raypp.serve.haproxy`.
+    With ``haproxy``, HAProxy takes the requests, see :mod:`raypp.serve.haproxy`.
 
     Raises:
         ConfigError: the port is in use, Ray does not start, or ``haproxy`` is not possible here.
@@ -107,7 +103,7 @@ def running_server(config: dict[str, Any], *, haproxy: bool = False) -> Iterator
         contextlib.ExitStack() as last,  # exits after Ray
         _haproxy_environment() if haproxy else contextlib.nullcontext(),
         ray_session(),
-        _interrupt_on_sigterm(),
+        on_signal(_interrupt, signal.SIGTERM),  # the handler of a running Ray would end the process at once
     ):
         from ray import serve
 
@@ -130,15 +126,10 @@ def running_server(config: dict[str, Any], *, haproxy: bool = False) -> Iterator
 def _start_proxy(config: dict[str, Any]) -> None:
     from ray import serve
     from ray.exceptions import RayError
-    from ray.serve.schema import LoggingConfig
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        serve.start(
-            proxy_location=config["proxy_location"],
-            http_options=dict(config["http_options"]),
-            logging_config=LoggingConfig(**config["logging_config"]),
-        )
+        serve.start(config["proxy_location"], config["http_options"], logging_config=config["logging_config"])
     except RayError as error:
         reason = ANSI_COLOR.sub("", last_line(error))
         raise RayppError(f"Serve's proxy does not start: {reason}; see logs/serve in Ray's folder") from error
@@ -146,19 +137,13 @@ def _start_proxy(config: dict[str, Any]) -> None:
 
 def _start_application(application: dict[str, Any], logging_config: dict[str, Any]) -> None:
     from ray import serve
-    from ray.serve.schema import LoggingConfig
 
     from raypp.serve import deployments
 
     name = application["name"]
-    bound = deployments.bind(name, DeploymentConfig(**application["args"]))
+    bound = deployments.bind(name, deployments.DeploymentConfig(**application["args"]))
     try:
-        serve.run(
-            bound,
-            name=name,
-            route_prefix=application["route_prefix"],
-            logging_config=LoggingConfig(**logging_config),
-        )
+        serve.run(bound, name=name, route_prefix=application["route_prefix"], logging_config=logging_config)
     except RuntimeError as error:
         reason = _failure_reason(str(serve.status().applications[name]), error)
         raise RayppError(f"the service {name} does not start: {reason}") from error
@@ -173,33 +158,18 @@ def _haproxy_environment() -> Iterator[None]:
             "environment of the cluster's `ray start` (see docs/serve.md)"
         )
     with ray_settings() as settings:
-        before = {key: os.environ.get(key) for key in settings}
-        os.environ.update(settings)
+        before = {key: value for key, value in os.environ.items() if key in settings}
+        os.environ |= settings
         try:
             yield
         finally:
-            for key, value in before.items():
-                if value is None:
-                    del os.environ[key]
-                else:
-                    os.environ[key] = value
+            for key in settings:
+                del os.environ[key]
+            os.environ |= before
 
 
-@contextmanager
-def _interrupt_on_sigterm() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM; the handler of a running Ray would end the process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def _failure_reason(status: str, error: Exception) -> str:
@@ -217,19 +187,13 @@ def _check_port(host: str, port: int) -> None:
 
 
 def publish(
-    bundle: str | Path,
-    repository: str | Path,
-    *,
-    url: str | None = None,
-    token: str | None = None,
-    patience: float = 120.0,
-) -> PublishedModel:
+    bundle: str | Path, repository: str | Path, *, url: str | None = None, token: str | None = None
+) -> ModelRef:
     """Make a bundle the active version of a model repository.
 
     Args:
         url: a service of this repository; wait until it has loaded the bundle.
         token: bearer token for the service.
-        patience: seconds to wait for the service.
 
     Raises:
         BundleError: the bundle or its attacks do not work, or the service rejects it; the old version is active again.
@@ -241,13 +205,13 @@ def publish(
     with Client(url, token=token, patience=ANSWER_SECONDS) as client:
         _served_version(client)  # fails before anything changes if the service does not answer
         with publishing(bundle, repository, check=load_attacks) as published:
-            _wait_until_active(client, repository, published, patience)
+            _wait_until_active(client, repository, published)
             return published
 
 
-def _wait_until_active(client: Client, repository: str | Path, published: PublishedModel, patience: float) -> None:
+def _wait_until_active(client: Client, repository: str | Path, published: ModelRef) -> None:
     """Wait until a service uses the published version; fails if another version is published meanwhile."""
-    version, end = published.version, time.monotonic() + patience
+    version, end = published.version, time.monotonic() + SWITCH_SECONDS
     while True:
         with contextlib.suppress(StorageError):  # an outage of the storage
             named = resolve_model(repository).version
@@ -261,8 +225,8 @@ def _wait_until_active(client: Client, repository: str | Path, published: Publis
                 raise BundleError(f"the service rejected {version}: {rejected['reason']}; the old one stays active")
         if time.monotonic() > end:
             raise BundleError(
-                f"the service has not loaded {version} within {patience:g} s, so the old one stays active; check that "
-                "the service serves this repository"
+                f"the service has not loaded {version} within {SWITCH_SECONDS:g} s, so the old one stays active; check "
+                "that the service serves this repository"
             )
         time.sleep(POLL_SECONDS)
 

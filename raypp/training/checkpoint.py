@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,28 +66,3 @@ def prune(run: Storage, written: str) -> None:
     others = [name for name in list_checkpoints(run) if name != written]
     for name in others[NUM_KEPT - 1 :]:
         run.delete(f"{CHECKPOINTS}/{name}")
-
-
-class CheckpointStore:
-    """The checkpoints and metrics in a run's folder."""
-
-    def __init__(self, run: Storage) -> None:
-        self._run = run
-
-    def checkpoints(self) -> list[str]:
-        return list_checkpoints(self._run)
-
-    @contextmanager
-    def open(self, name: str) -> Iterator[Path]:
-        with self._run.folder(CHECKPOINTS).download(name) as folder:
-            yield folder
-
-    def save_mid_epoch(self, name: str, checkpoint: Path) -> None:
-        self._run.upload(checkpoint, f"{CHECKPOINTS}/{name}", last="checkpoint.json")
-        prune(self._run, name)
-
-    def keep(self, history: list[EpochMetrics], name: str, checkpoint: Path | None) -> None:
-        """Store an epoch on rank 0: first its complete checkpoint, then the metrics of all epochs so far."""
-        if checkpoint is not None:
-            self.save_mid_epoch(name, checkpoint)
-        self._run.write("metrics.jsonl", to_json_lines(history))

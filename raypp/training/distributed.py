@@ -31,11 +31,6 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
-def first_error_message(problem: T | None) -> T | None:
-    """Return the first worker's problem that is not None, so that all workers stop for the same reason."""
-    return next((p for p in all_gather_objects(problem) if p is not None), None)
-
-
 def run_on_all_ranks(step: Callable[[], T]) -> T:
     """Run ``step`` on every worker; if it fails on one, all of them raise the first worker's error."""
     problem: tuple[str, int] | None = None
@@ -43,9 +38,9 @@ def run_on_all_ranks(step: Callable[[], T]) -> T:
         result = step()
     except RayppError as error:
         problem = str(error), error.exit_code
-    if (problem := first_error_message(problem)) is not None:
-        message, code = problem
-        raise NonRetryableError(message, exit_code=code)
+    if problems := [p for p in all_gather_objects(problem) if p is not None]:
+        message, exit_code = problems[0]
+        raise NonRetryableError(message, exit_code=exit_code)
     return result
 
 
@@ -60,15 +55,11 @@ def all_gather_objects(value: T) -> list[T]:
 
 def sync_batch_norm_buffers(module: nn.Module) -> None:
     """Average batch-norm running statistics over workers, which train on different shares of each batch."""
-    if not is_distributed():
-        return
     buffers = [b for b in module.buffers() if b.is_floating_point()]
-    if not buffers:
+    if not buffers or not is_distributed():
         return
-    flat = torch.cat([b.flatten() for b in buffers])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for buffer, mean in zip(buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True):
+    means = all_reduce_sum(torch.cat([b.flatten() for b in buffers])) / dist.get_world_size()
+    for buffer, mean in zip(buffers, means.split([b.numel() for b in buffers]), strict=True):
         buffer.copy_(mean.view_as(buffer))
 
 

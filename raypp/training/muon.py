@@ -21,11 +21,8 @@ MATCH_RMS_ADAMW = 0.2  # root mean square of an update, as AdamW's
 class Muon(torch.optim.AdamW):
     """Muon for weights of two and more dimensions, flattened to one row per output, and AdamW for all others.
 
-    Args:
-        groups: parameter groups, as for any optimizer of torch.
-        lr: learning rate of both.
-        momentum: Muon's Nesterov momentum, and AdamW's first beta.
-        weight_decay: decoupled weight decay of both.
+    Both have the same learning rate and decoupled weight decay. ``momentum`` is Muon's Nesterov momentum, and AdamW's
+    first beta.
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float, weight_decay: float) -> None:
@@ -33,11 +30,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Take one step with the current gradients.
-
-        Raises:
-            ValueError: a closure was passed.
-        """
+        """Take one step with the current gradients; raises ValueError for a closure."""
         if closure is not None:
             raise ValueError("Muon takes no closure; compute the gradients before the step")
         for group in self.param_groups:
@@ -51,25 +44,20 @@ class Muon(torch.optim.AdamW):
 
     def _muon_step(self, group: dict[str, Any], rows: int, columns: int, parameters: list[Tensor]) -> None:
         """Update parameters of one matrix shape, and clear their gradients so that AdamW skips them."""
-        momentum = group["betas"][0]
-        averages = [self._momentum_buffer(parameter) for parameter in parameters]
+        for parameter in parameters:
+            if not self.state[parameter]:  # AdamW needs the step to load a state
+                self.state[parameter] = {"average": torch.zeros_like(parameter), "step": torch.zeros(())}
+        averages = [self.state[parameter]["average"] for parameter in parameters]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        momentum, lr = group["betas"][0], group["lr"]
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
         nesterov = torch._foreach_lerp(gradients, averages, momentum)
         updates = zeropower_via_newtonschulz(torch.stack([each.reshape(rows, columns) for each in nesterov]))
-        scale = group["lr"] * MATCH_RMS_ADAMW * max(rows, columns) ** 0.5
+        scale = lr * MATCH_RMS_ADAMW * max(rows, columns) ** 0.5
         for parameter, update in zip(parameters, updates, strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.mul_(1 - lr * group["weight_decay"])
             parameter.sub_(update.reshape(parameter.shape), alpha=scale)
             parameter.grad = None
-
-    def _momentum_buffer(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        if "average" not in state:
-            state["average"] = torch.zeros_like(parameter)
-            state["step"] = torch.zeros(())  # AdamW needs it to load a state
-        average: Tensor = state["average"]
-        return average
 
 
 def zeropower_via_newtonschulz(matrices: Tensor) -> Tensor:

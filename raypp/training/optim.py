@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -29,19 +27,18 @@ def learning_rate(train: OptimizationConfig, epochs: int, progress: float) -> fl
 
 
 def build_optimizer(options: Optimizer, parameters: list[Any]) -> torch.optim.Optimizer:
+    lr, momentum, weight_decay = options.lr, options.momentum, options.weight_decay
     if options.name == "sgd":
-        return torch.optim.SGD(parameters, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+        return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay)
     if options.name == "muon":
-        return Muon(parameters, options.lr, options.momentum, options.weight_decay)
-    return torch.optim.AdamW(
-        parameters, lr=options.lr, betas=(options.momentum, 0.999), weight_decay=options.weight_decay
-    )
+        return Muon(parameters, lr, momentum, weight_decay)
+    return torch.optim.AdamW(parameters, lr, betas=(momentum, 0.999), weight_decay=weight_decay)
 
 
-def autocast(train: OptimizationConfig, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+def autocast(train: OptimizationConfig, device: torch.device) -> torch.autocast:
     """A context for the forward pass; precision "auto" is bf16 where the hardware supports it, else float32."""
     enabled = train.precision == "bf16" or (train.precision == "auto" and bf16_is_fast(device))
-    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def bf16_is_fast(device: torch.device) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from raypp.models.adaptation import AdaptedClassifier, build_classifier
 from raypp.models.perceptual import PlainClassifierFeatures, StateDict
 from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
-from raypp.protections.plain import Plain, PlainOptions
+from raypp.protections.plain import Plain
 from raypp.training.losses import classification_loss, feature_distance, transformation_loss
 from raypp.training.task import Phase, StepOutput, TrainableModule
 from raypp.utils.images import quantize_8bit
@@ -22,11 +23,11 @@ from raypp.utils.keys import Key
 
 def phases(config: Config) -> list[Phase]:
     """The phases of a training mode; a plain classifier comes first where a later phase needs it."""
-    main = Phase(config.train.mode, config.train.epochs)
-    needs_plain = config.train.mode == "frozen" or (
-        uses_features(config) and FEATURES.get(config.features.name) is PlainClassifierFeatures
-    )
-    return [Phase("plain", config.train.plain_epochs or config.train.epochs), main] if needs_plain else [main]
+    train = config.train
+    plain_features = uses_features(config) and FEATURES.get(config.features.name) is PlainClassifierFeatures
+    needs_plain = train.mode == "frozen" or plain_features
+    plain = [Phase("plain", train.plain_epochs or train.epochs)] if needs_plain else []
+    return [*plain, Phase(train.mode, train.epochs)]
 
 
 def uses_features(config: Config) -> bool:
@@ -42,7 +43,6 @@ METRICS = ("classification_loss", "feature_distance", "accuracy")
 class ProtectionStepOutput(StepOutput):
     """Per-batch results; metrics are :data:`METRICS`."""
 
-    logits: Tensor
     protected: Tensor
 
 
@@ -96,7 +96,7 @@ class ProtectedClassifier(TrainableModule):
         logits = self.classifier(received).float()
         classification = classification_loss(logits, labels)
         loss, distance = classification, torch.zeros_like(classification)
-        if self.features is not None and not (self.companion is not None and self.companion.takes_features):
+        if self.features is not None and (self.companion is None or not self.companion.takes_features):
             with torch.no_grad():
                 target = self.features(images)
             distance = feature_distance(self.features(protected), target)
@@ -108,7 +108,7 @@ class ProtectedClassifier(TrainableModule):
             loss = loss + penalty
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
         metrics = dict(zip(METRICS, (classification, distance, accuracy), strict=True))
-        return ProtectionStepOutput(loss, metrics, logits, protected)
+        return ProtectionStepOutput(loss, metrics, protected)
 
 
 def build_protected_classifier(
@@ -130,26 +130,26 @@ def build_protected_classifier(
     """
     torch.manual_seed(config.seed)
     channels = config.data.channels
+    build = partial(
+        build_classifier, config.classifier, num_classes=num_classes, channels=channels, image_size=image_size
+    )
 
-    def make_classifier(state: StateDict | None = None, adaptation: str = "none") -> nn.Module:
-        network = build_classifier(
-            config.classifier, adaptation, num_classes=num_classes, channels=channels, image_size=image_size
-        )
-        if state is not None:
-            network.load_state_dict(state)
+    def build_plain() -> nn.Module:
+        network = build("none")
+        if plain is not None:
+            network.load_state_dict(plain)
         return network
 
     if phase.name == "plain":
-        adaptation = config.adaptation_name if config.train.mode == "plain" else "none"
-        classifier = make_classifier(adaptation=adaptation)
-        return ProtectedClassifier(Plain(PlainOptions(), channels=channels), classifier, None, 0.0, frozen=False)
+        classifier = build(config.adaptation_name if config.train.mode == "plain" else "none")
+        return ProtectedClassifier(Plain(Plain.Options(), channels=channels), classifier, None, 0.0, frozen=False)
     protection: Protection = PROTECTIONS.build(config.protection, channels=channels, key=key)
     frozen = phase.name == "frozen"
-    classifier = make_classifier(plain) if frozen else make_classifier(adaptation=config.adaptation_name)
+    classifier = build_plain() if frozen else build(config.adaptation_name)
     features: nn.Module | None = None
     if uses_features(config):
         kind = FEATURES.get(config.features.name)
-        features = kind(make_classifier(plain)) if kind is PlainClassifierFeatures else kind(phi)
+        features = kind(build_plain() if kind is PlainClassifierFeatures else phi)
     return ProtectedClassifier(
         protection,
         classifier,

@@ -15,12 +15,12 @@ from raypp.data.base import stratified_split
 from raypp.data.loader import Augmentation, BatchLoader, DeviceLoader, inference_batch_size, to_device, to_float_tensor
 from raypp.data.splits import load_split, subsample
 from raypp.models import ADAPTATIONS, CLASSIFIERS, FEATURES
-from raypp.models.perceptual import StateDict, UnavailableWeightsError, VGG16FeatureOptions, load_vgg_slice
+from raypp.models.perceptual import StateDict, UnavailableWeightsError, VGG16Features, load_vgg_slice
 from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
 from raypp.training.checkpoint import EpochMetrics
 from raypp.training.distributed import all_reduce_sum, run_on_all_ranks
-from raypp.training.optim import autocast, configure_torch
+from raypp.training.optim import autocast
 from raypp.training.protected_classifier import (
     METRICS,
     ProtectedClassifier,
@@ -66,7 +66,7 @@ def prepare(config: Config) -> tuple[Config, StateDict | None, str | None]:
         ConfigError: its weights are invalid, or they are unavailable and ``features.fallback`` is "refuse".
     """
     features = config.features
-    if not uses_features(config) or not isinstance(features, VGG16FeatureOptions):
+    if not uses_features(config) or not isinstance(features, VGG16Features.Options):
         return config, None, None
     try:
         return config, load_vgg_slice(features.weights, features.layer), None
@@ -91,7 +91,7 @@ def check_features(configs: Iterable[Config]) -> None:
     """Raise ConfigError if one of ``configs`` has no usable feature network; loads each network once."""
     checked: list[MethodConfig] = []
     for config in configs:
-        if uses_features(config) and config.features not in checked:
+        if config.features not in checked and uses_features(config):
             prepare(config)
             checked.append(config.features)
 
@@ -107,10 +107,8 @@ def load_data(
     train_indices, val_indices = stratified_split(full.labels, config.data.num_val, config.seed)
     train = subsample(full.subset(train_indices), config.data.num_train, config.seed, "data.num_train")
     val = full.subset(val_indices)
-    images, labels = to_device(train.images, train.labels, device)
     loader = DeviceLoader(
-        images,
-        labels,
+        *to_device(train.images, train.labels, device),
         batch_size=config.train.batch_size,
         seed=config.seed,
         augmentation=Augmentation(config.data.augment.crop_padding, config.data.augment.flip),
@@ -124,14 +122,11 @@ def load_data(
 
 def check_image_sizes(config: Config, height: int, width: int) -> None:
     """Raise ConfigError if a network of the configuration cannot read images of this size."""
-    for kind, name, registry in (
-        ("classifier", config.classifier.name, CLASSIFIERS),
-        ("protection", config.protection.name, PROTECTIONS),
-    ):
+    for registry, name in ((CLASSIFIERS, config.classifier.name), (PROTECTIONS, config.protection.name)):
         min_side = registry.get(name).least_side
         if min(height, width) < min_side:
             raise ConfigError(
-                f"{kind} {name} needs sides of at least {min_side} pixels, the images are {height} x {width}; "
+                f"{registry.kind} {name} needs sides of at least {min_side} pixels, the images are {height} x {width}; "
                 "see data.image_size"
             )
     adaptation, default = config.adaptation_name, PROTECTIONS.get(config.protection.name).adaptation
@@ -141,13 +136,6 @@ def check_image_sizes(config: Config, height: int, width: int) -> None:
             f"adaptation {adaptation!r} needs sides in multiples of {side} pixels, the images are {height} x "
             f"{width}; see data.image_size"
         )
-
-
-def check_num_classes(config: Config, num_classes: int) -> None:
-    """Raise ConfigError if the protection does not support this number of classes."""
-    problem = PROTECTIONS.get(config.protection.name).unfit(config.protection, num_classes)
-    if problem is not None:
-        raise ConfigError(problem)
 
 
 def build_pre_transform(config: Config, key: Key | None) -> Callable[[Tensor], Tensor] | None:
@@ -180,9 +168,9 @@ def validate(
     for start in range(0, len(local_images), batch_size):
         part = slice(start, start + batch_size)
         batch, target = to_float_tensor(local_images[part]), local_labels[part]
-        with context():
+        with context:
             output = system(batch, target, round_to_8bit=True)
-        means = torch.stack((output.loss, *(output.metrics[name] for name in METRICS), torch.ones_like(output.loss)))
+        means = torch.stack((output.loss, *output.metrics.values(), torch.ones_like(output.loss)))
         sums += means.double() * len(target)
     *totals, num = all_reduce_sum(sums).tolist()
     return {f"val_{name}": total / num for name, total in zip(names, totals, strict=True)}
@@ -201,11 +189,9 @@ class ProtectionTask:
         self.plain: StateDict | None = None
 
     def build(self, phase: Phase) -> ProtectedClassifier:
-        height, width = self.data.val[0].shape[1:3]
-        num_classes = len(self.data.classes)
-        return build_protected_classifier(
-            self.config, phase, num_classes, (height, width), self.phi, self.plain, self.key
-        )
+        _, height, width, _ = self.data.val[0].shape
+        size, num_classes = (height, width), len(self.data.classes)
+        return build_protected_classifier(self.config, phase, num_classes, size, self.phi, self.plain, self.key)
 
     def validate(self, trainee: TrainableModule, rank: int, world: int) -> EpochMetrics:
         assert isinstance(trainee, ProtectedClassifier)
@@ -233,10 +219,7 @@ def fit(
     """Train the networks of ``config``, from the newest intact checkpoint if there is one.
 
     Args:
-        config: a configuration that ``prepare`` returned.
-        reporter: where checkpoints and metrics go.
-        phi: weights of the feature network, from ``prepare``.
-        key: the key of a keyed protection.
+        config, phi: from :func:`prepare`.
         load: loads this worker's training data; by default from ``config.data`` into memory.
 
     Raises:
@@ -244,12 +227,17 @@ def fit(
             finite.
         RayppError: storage fails, or a streamed image is damaged, on this worker.
     """
-    configure_torch(config.train)
-    load = load or (lambda: load_data(config, reporter.device, reporter.rank, reporter.world, key))
-    data = run_on_all_ranks(load)
-    run_on_all_ranks(lambda: check_num_classes(config, len(data.classes)))
-    # A broken test split raises before training, not after it.
-    run_on_all_ranks(lambda: load_split(config, "test") if reporter.rank == 0 else None)
+
+    def load_and_check() -> TrainingData:
+        data = load() if load is not None else load_data(config, reporter.device, reporter.rank, reporter.world, key)
+        problem = PROTECTIONS.get(config.protection.name).unfit(config.protection, len(data.classes))
+        if problem is not None:
+            raise ConfigError(problem)
+        if reporter.rank == 0:  # a broken test split raises before training, not after it
+            load_split(config, "test")
+        return data
+
+    data = run_on_all_ranks(load_and_check)
     task = ProtectionTask(config, data, phi, key)
     outcome = Trainer(task, reporter).train()
     assert isinstance(outcome.trainee, ProtectedClassifier)

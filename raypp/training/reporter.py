@@ -1,75 +1,59 @@
-"""Reporters store checkpoints and show progress, in a plain process, in Ray Train or in Ray Tune."""
+"""The trainer's interface to its environment, in a plain process, in Ray Train or in Ray Tune."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from raypp.training.checkpoint import CheckpointStore, EpochMetrics
+from raypp.training.checkpoint import CHECKPOINTS, EpochMetrics, list_checkpoints, prune, to_json_lines
+from raypp.training.distributed import is_distributed
 from raypp.utils.progress import ProgressListener
 from raypp.utils.storage import Storage
 
 
-class Reporter(Protocol):
-    """The trainer's interface to its environment; every worker has one."""
+class Reporter:
+    """Stores checkpoints in a run's folder and reports progress to a listener; every worker has a reporter.
 
-    rank: int
-    world: int
-    device: torch.device
-
-    def checkpoints(self) -> list[str]:
-        """Names of the run's checkpoints, newest first."""
-
-    def open(self, name: str) -> Any:
-        """Open a checkpoint as a local folder; a context manager."""
-
-    def report(self, history: list[EpochMetrics], name: str, checkpoint: Path | None) -> None:
-        """Record an epoch; called on every worker. ``history`` holds all epochs; only rank 0 has a checkpoint."""
-
-    def save_mid_epoch(self, name: str, checkpoint: Path) -> None:
-        """Store a checkpoint within an epoch; called on rank 0."""
-
-    def should_stop(self) -> bool:
-        """Whether to save a checkpoint and stop; called about once a second, and True on one worker stops all."""
-
-    def progress(self, info: EpochMetrics) -> None:
-        """Show the progress of the epoch; called on rank 0, at most a few times a second."""
-
-    def warn(self, message: str) -> None:
-        """Show a warning; called on rank 0."""
-
-
-class LocalReporter(CheckpointStore):
-    """Reports to a run's folder from this process, or from each process of an initialized process group.
+    Its workers are the processes of an initialized process group, or this one.
 
     Args:
         run: the run's folder.
-        display: rank 0's shows progress; every rank's can request a stop.
+        listener: rank 0's receives progress; every rank's can request a stop.
         device: where to train; by default a GPU if there is one.
     """
 
-    def __init__(self, run: Storage, display: ProgressListener, device: torch.device | None = None) -> None:
-        distributed = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if distributed else 0
-        self.world = dist.get_world_size() if distributed else 1
+    def __init__(self, run: Storage, listener: ProgressListener, device: torch.device | None = None) -> None:
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        super().__init__(run)
-        self._display = display
+        self.run, self.listener = run, listener
 
-    def should_stop(self) -> bool:
-        return self._display.should_stop()
+    def checkpoints(self) -> list[str]:
+        """Names of the run's checkpoints, newest first."""
+        return list_checkpoints(self.run)
+
+    def open(self, name: str) -> AbstractContextManager[Path]:
+        """Open a checkpoint as a local folder."""
+        return self.run.folder(CHECKPOINTS).download(name)
 
     def report(self, history: list[EpochMetrics], name: str, checkpoint: Path | None) -> None:
-        if self.rank:
-            return
-        self.keep(history, name, checkpoint)
-        self._display.epoch(history[-1])
+        """Record an epoch; called on every worker. ``history`` holds all epochs; only rank 0 has a checkpoint."""
+        if checkpoint is not None:
+            self.save(history, name, checkpoint)
+            self.listener.epoch(history[-1])
 
-    def progress(self, info: EpochMetrics) -> None:
-        self._display.step(info)
+    def save(self, history: list[EpochMetrics], name: str, checkpoint: Path) -> None:
+        """Store an epoch: first its complete checkpoint, then the metrics of all epochs so far."""
+        self.save_mid_epoch(name, checkpoint)
+        self.run.write("metrics.jsonl", to_json_lines(history))
 
-    def warn(self, message: str) -> None:
-        self._display.warn(message)
+    def save_mid_epoch(self, name: str, checkpoint: Path) -> None:
+        """Store a checkpoint within an epoch; called on rank 0."""
+        self.run.upload(checkpoint, f"{CHECKPOINTS}/{name}", last="checkpoint.json")
+        prune(self.run, name)
+
+    def should_stop(self) -> bool:
+        """Whether to save a checkpoint and stop; called about once a second, and True on one worker stops all."""
+        return self.listener.should_stop()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import os
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
@@ -22,7 +22,7 @@ SPARE = 0.3  # cores that background processes may use before the number of thre
 BUSY = (0, 1, 2, 5, 6)  # columns of /proc/stat: user, nice, system, irq, softirq
 
 
-class AdaptiveThreads:
+class AdaptiveThreads(AbstractContextManager["AdaptiveThreads"]):
     """Adapts torch's number of threads to other processes, and restores it at exit.
 
     Rounding depends on the number of threads, so results differ in their last bits between runs.
@@ -34,14 +34,9 @@ class AdaptiveThreads:
     def __init__(self, enabled: bool = True) -> None:
         self.max_threads = torch.get_num_threads()
         self.enabled = enabled and self.max_threads > 1 and STAT.exists()
-
-    def __enter__(self) -> AdaptiveThreads:
         self.last = _sample() if self.enabled else (0.0, 0.0, 0.0)
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.enabled:
             torch.set_num_threads(self.max_threads)
 

@@ -30,7 +30,7 @@ from raypp.training.distributed import (
     run_on_all_ranks,
     sync_batch_norm_buffers,
 )
-from raypp.training.optim import autocast, build_optimizer, learning_rate
+from raypp.training.optim import autocast, build_optimizer, configure_torch, learning_rate
 from raypp.training.reporter import Reporter
 from raypp.training.task import EpochState, Phase, StepOutput, Task, TrainingOutcome
 from raypp.training.threads import AdaptiveThreads
@@ -41,19 +41,12 @@ CHECK_STEPS, CHECK_SECONDS = 50, 1.0  # longest interval between two syncs of th
 
 
 class Trainer:
-    """Trains the phases of a task, one after the other.
-
-    Args:
-        task: the networks, batches, settings and validation.
-        reporter: where checkpoints and metrics go; it also holds rank, world size and device.
-    """
+    """Trains the phases of a task, one after the other; the reporter also holds rank, world size and device."""
 
     def __init__(self, task: Task, reporter: Reporter) -> None:
         self.task, self.reporter = task, reporter
         self.phases = task.phases
         self.history: list[EpochMetrics] = []
-        self.best_state: StateDict = {}
-        self.best: EpochMetrics = {}
         self.newest = "none yet"
         self.last_progress = 0.0
         self.saved_at = time.monotonic()
@@ -62,25 +55,28 @@ class Trainer:
 
     def train(self) -> TrainingOutcome:
         """Train from the newest intact checkpoint, if there is one, to the end of the last phase."""
+        configure_torch(self.task.train)
         with AdaptiveThreads(self.task.train.adapt_threads and self.reporter.device.type == "cpu") as self.threads:
-            first_phase, first_epoch, state = run_on_all_ranks(self.load_checkpoint)
-            for index in range(first_phase, len(self.phases)):
-                self.train_phase(index, first_epoch, state)
-                first_epoch, state = 0, None
+            state = run_on_all_ranks(self.load_checkpoint)
+            for index in range(state["phase"] if state is not None else 0, len(self.phases)):
+                self.train_phase(index, state)
+                state = None
         self.trainee.eval()
         return TrainingOutcome(self.trainee, self.history, self.best)
 
-    def train_phase(self, index: int, first_epoch: int, state: dict[str, Any] | None) -> None:
-        """Train a phase from ``first_epoch`` on, and load the weights of its best epoch at the end."""
+    def train_phase(self, index: int, state: dict[str, Any] | None) -> None:
+        """Train a phase, after a checkpoint's state if there is one, and load the weights of its best epoch."""
         phase = self.phases[index]
         self.setup_phase(phase, state)
-        part = (state or {}).get("part")
+        first_epoch, part = (state["epoch"], state.get("part")) if state is not None else (0, None)
         partial = EpochState(**part) if part is not None else None
         for epoch in range(first_epoch, phase.epochs):
             metrics = self.train_epoch(index, epoch, partial)
             metrics |= self.task.validate(self.trainee, self.reporter.rank, self.reporter.world)
             self._update_best(metrics)
-            self.save_checkpoint()
+            name = checkpoint_name(len(self.history))
+            with self._write_checkpoint(name, epoch + 1) as folder:
+                self.reporter.report(self.history, name, folder)
             if epoch + 1 < phase.epochs or index + 1 < len(self.phases):
                 self.raise_if_stop_requested(any(all_gather_objects(self.reporter.should_stop())))
             partial = None
@@ -96,7 +92,8 @@ class Trainer:
         if train.channels_last:
             self.trainee.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(train.optimizer, self.trainee.param_groups())
-        self.best, self.best_state = {}, {}
+        self.best: EpochMetrics = {}
+        self.best_state: StateDict = {}
         if state is not None:
             self.trainee.load_trainable_state_dict(state["system"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -141,15 +138,17 @@ class Trainer:
 
     def _start_epoch(self, partial: EpochState | None) -> None:
         device = self.reporter.device
-        self.state = EpochState(0, [], torch.zeros(1, dtype=torch.float64, device=device), 0, 0.0)
-        if partial is not None:
-            self.state.step, self.state.seconds = partial.step, partial.seconds
-            if self.reporter.rank == 0:  # the checkpoint holds the sums over all workers; rank 0 continues them
-                self.state.names, self.state.images = partial.names, partial.images
-                self.state.sums = partial.sums.to(device)
+        zero = torch.zeros(1, dtype=torch.float64)
+        state = partial or EpochState(0, [], zero, 0, 0.0)
+        if self.reporter.rank:  # a checkpoint holds the sums over all workers; rank 0 continues them
+            state = EpochState(state.step, [], zero, 0, state.seconds)
+        self.state = dataclasses.replace(state, sums=state.sums.to(device))
         self.bad_step = torch.tensor(-1, device=device)
-        self.first_step, self.seconds_before = self.state.step, self.state.seconds
-        self.images_seen, self.lr, self.epoch_start = 0, 0.0, time.monotonic()
+        self.first_step, self.images_seen, self.lr, self.epoch_start = state.step, 0, 0.0, time.monotonic()
+
+    def _elapsed(self) -> float:
+        """Seconds since this process began or resumed the epoch."""
+        return time.monotonic() - self.epoch_start
 
     def train_step(self, step: int, images: Tensor, labels: Tensor) -> None:
         """Update the weights with one batch, and add its loss and metrics to the epoch's sums."""
@@ -157,30 +156,23 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * group["factor"]
         self.optimizer.zero_grad(set_to_none=True)
-        with self.autocast():
+        with self.autocast:
             output = self.forward(images, labels)
         output.loss.backward()
         self.optimizer.step()
         self.trainee.on_after_optimizer_step()
         self.threads.update()
-        self._add_to_epoch(step, output, len(labels))
-
-    @torch.no_grad()
-    def _add_to_epoch(self, step: int, output: StepOutput, num_images: int) -> None:
-        loss, state = output.loss.detach(), self.state
-        means = torch.stack([loss, *(metric.detach() for metric in output.metrics.values())]).double()
+        loss, state, num_images = output.loss.detach(), self.state, len(labels)
+        with torch.no_grad():
+            means = torch.stack([loss, *output.metrics.values()]).double()
         state.names = ["loss", *output.metrics]
         state.sums = state.sums + num_images * means
         self.bad_step = torch.where((self.bad_step < 0) & ~loss.isfinite(), step, self.bad_step)
         self.images_seen += num_images
         state.step, state.images = step + 1, state.images + num_images
-        state.seconds = self._epoch_seconds()
-
-    def _epoch_seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self.epoch_start
 
     def _epoch_metrics(self) -> EpochMetrics:
-        state, phase, seconds = self.state, self.phases[self.phase_index], self._epoch_seconds()
+        state, phase, seconds = self.state, self.phases[self.phase_index], self.state.seconds + self._elapsed()
         num_images = self._sum_over_workers(state.images)
         means = (all_reduce_sum(state.sums) / num_images).tolist()
         return {
@@ -214,7 +206,7 @@ class Trainer:
         """
         max_seconds = self.task.train.checkpoint_seconds
         save = max_seconds is not None and time.monotonic() - self.saved_at >= max_seconds
-        steps_per_s = (self.state.step - self.first_step) / (self.state.seconds - self.seconds_before)
+        steps_per_s = (self.state.step - self.first_step) / self._elapsed()
         steps = max(1, min(CHECK_STEPS, int(CHECK_SECONDS * steps_per_s)))
         statuses = all_gather_objects((int(self.bad_step), self.reporter.should_stop(), save, steps))
         bad_step = next((step for step, *_ in statuses if step >= 0), None)
@@ -240,62 +232,61 @@ class Trainer:
             return
         self.last_progress = now
         state, phase = self.state, self.phases[self.phase_index]
-        self.reporter.progress(
+        self.reporter.listener.step(
             {
                 "phase": phase.name,
                 "epoch": self.epoch + 1,
                 "epochs": phase.epochs,
                 "steps_done": self._global_step(state.step),
                 "steps_total": self._epochs_before(len(self.phases)) * self.task.batches.num_batches,
-                "images_per_s": self.images_seen / (state.seconds - self.seconds_before) * self.reporter.world,
+                "images_per_s": self.images_seen / self._elapsed() * self.reporter.world,
                 **dict(zip(state.names, (state.sums / state.images).tolist(), strict=True)),
             }
         )
-
-    def save_checkpoint(self) -> None:
-        """Store a finished epoch with a checkpoint."""
-        name = checkpoint_name(len(self.history))
-        if self.reporter.rank:
-            self.reporter.report(self.history, name, None)
-        else:
-            with self._write_checkpoint(self.epoch + 1) as folder:
-                self.reporter.report(self.history, name, folder)
-        self.newest, self.saved_at = name, time.monotonic()
 
     def save_mid_epoch_checkpoint(self) -> None:
         """Store a checkpoint within an epoch, unless the last step left weights that are not finite."""
         sync_batch_norm_buffers(self.trainee)  # averaging once more at the epoch's end gives the same means
         if not all(bool(value.isfinite().all()) for value in self.trainee.trainable_state_dict().values()):
             return  # all workers have the same values; the next loss raises the error
-        name = checkpoint_name(len(self.history), self.state.step / self.task.batches.num_batches)
-        images = int(self._sum_over_workers(self.state.images))
-        total = dataclasses.replace(self.state, sums=all_reduce_sum(self.state.sums.clone()), images=images)
-        if self.reporter.rank == 0:
-            with self._write_checkpoint(self.epoch, total) as folder:
+        state = self.state
+        total = EpochState(
+            state.step,
+            state.names,
+            all_reduce_sum(state.sums.clone()),
+            int(self._sum_over_workers(state.images)),
+            state.seconds + self._elapsed(),
+        )
+        name = checkpoint_name(len(self.history), state.step / self.task.batches.num_batches)
+        with self._write_checkpoint(name, self.epoch, total) as folder:
+            if folder is not None:
                 self.reporter.save_mid_epoch(name, folder)
-        self.newest, self.saved_at = name, time.monotonic()
 
     @contextmanager
-    def _write_checkpoint(self, epochs: int, partial: EpochState | None = None) -> Iterator[Path]:
-        """Write a checkpoint to a temporary folder, after ``epochs`` of the phase and part of the next."""
-        state = {
-            "phase": self.phase_index,
-            "epoch": epochs,
-            "part": vars(partial) if partial is not None else None,
-            "batches": self.task.batches.num_batches,
-            "system": self.trainee.trainable_state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "best": self.best,
-            "best_state": self.best_state,
-            "task": self.task.state_dict(),
-            "fingerprint": self.task.fingerprint,
-        }
-        with tempfile.TemporaryDirectory(prefix="raypp-") as folder:
-            checkpoint.save(Path(folder), state, self.history)
-            yield Path(folder)
+    def _write_checkpoint(self, name: str, epochs: int, partial: EpochState | None = None) -> Iterator[Path | None]:
+        """Write a checkpoint to a temporary folder on rank 0, after ``epochs`` of the phase and part of the next."""
+        if self.reporter.rank:
+            yield None
+        else:
+            state = {
+                "phase": self.phase_index,
+                "epoch": epochs,
+                "part": vars(partial) if partial is not None else None,
+                "batches": self.task.batches.num_batches,
+                "system": self.trainee.trainable_state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "best": self.best,
+                "best_state": self.best_state,
+                "task": self.task.state_dict(),
+                "fingerprint": self.task.fingerprint,
+            }
+            with tempfile.TemporaryDirectory(prefix="raypp-") as folder:
+                checkpoint.save(Path(folder), state, self.history)
+                yield Path(folder)
+        self.newest, self.saved_at = name, time.monotonic()
 
-    def load_checkpoint(self) -> tuple[int, int, dict[str, Any] | None]:
-        """Load the newest intact checkpoint: phase index, epochs done in that phase, and state; 0, 0, None without."""
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """Load the newest intact checkpoint and return its state; None if there is no checkpoint."""
         names = self.reporter.checkpoints()
         for name in names:
             try:
@@ -303,7 +294,7 @@ class Trainer:
                     state, history = checkpoint.load(folder)
             except TrainingError as error:
                 if self.reporter.rank == 0:
-                    self.reporter.warn(f"{error}; going back to the one before")
+                    self.reporter.listener.warn(f"{error}; going back to the one before")
                 continue
             if state["fingerprint"] != self.task.fingerprint:
                 raise DataError(
@@ -315,10 +306,10 @@ class Trainer:
             partial, batches = state.get("part"), self.task.batches.num_batches
             if partial is not None and state["batches"] != batches:  # another number of workers splits otherwise
                 partial["step"] = min(partial["step"] * batches // state["batches"], batches - 1)
-            return state["phase"], state["epoch"], state
+            return state
         if names:
             raise TrainingError(f"all checkpoints of this run are damaged: {', '.join(names)}")
-        return 0, 0, None
+        return None
 
     def _learning_rate(self, step: int) -> float:
         """The learning rate in the middle of a step of the current epoch."""
@@ -333,4 +324,4 @@ class Trainer:
         return sum(phase.epochs for phase in self.phases[:phase_index])
 
     def _sum_over_workers(self, value: int) -> float:
-        return all_reduce_sum(torch.tensor(float(value), dtype=torch.float64, device=self.reporter.device)).item()
+        return all_reduce_sum(torch.tensor(value, dtype=torch.float64, device=self.reporter.device)).item()

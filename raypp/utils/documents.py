@@ -15,15 +15,11 @@ TIMESTAMP, MERGE, TEXT, INTEGER, FLOAT = (
 DECIMAL = r"(?![-+]?0[0-9_])(?!.*:)"  # prefix of the number patterns that excludes octal and base 60
 
 
-class DocumentError(ValueError):
-    """A document cannot be read; the message names the line where there is one.
-
-    Attributes:
-        syntax: whether the document is not valid YAML or JSON.
-    """
+class DocumentError(Exception):
+    """A document cannot be read; ``syntax`` is whether it is not valid YAML or JSON."""
 
     def __init__(self, message: str, *, syntax: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(" ".join(message.split()) if syntax else message)
         self.syntax = syntax
 
 
@@ -46,40 +42,31 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def load_yaml(data: bytes | str) -> Any:
-    """Read one YAML document; bytes are UTF-8, or UTF-16 with a byte order mark.
-
-    Raises:
-        DocumentError: the message has the problem and its line.
-    """
+    """Read one YAML document, as UTF-8 or UTF-16 with a byte order mark; raises DocumentError with the line."""
     try:
         loader = _Loader(data)
-        try:
-            root = loader.get_single_node()
-            if root is None:
-                return None
-            if _num_nodes(root, [], {}) > MAX_NODES:
-                raise DocumentError(f"its aliases stand for more than {MAX_NODES:,} values")
-            return loader.construct_document(root)
-        finally:
-            loader.dispose()
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        if _num_nodes(root, [], {}) > MAX_NODES:
+            raise DocumentError(f"its aliases stand for more than {MAX_NODES:,} values")
+        return loader.construct_document(root)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         position = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
-        raise DocumentError(position + " ".join(str(error.problem or error.context).split()), syntax=True) from error
+        raise DocumentError(f"{position}{error.problem or error.context}", syntax=True) from error
     except yaml.reader.ReaderError as error:
         raise DocumentError(f"byte {error.position + 1} is not valid {error.encoding}", syntax=True) from error
     except RecursionError as error:
         raise DocumentError("its sections are nested too deeply", syntax=True) from error
-    except DocumentError:
-        raise
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an invalid number, for example
-        raise DocumentError(" ".join(str(error).split()), syntax=True) from error
+        raise DocumentError(str(error), syntax=True) from error
 
 
 def _num_nodes(node: yaml.Node, ancestors: list[yaml.Node], counts: dict[int, int]) -> int:
     """Count the values of a node with expanded aliases; raises DocumentError for keys that are not unique text."""
     if any(node is other for other in ancestors):
-        raise DocumentError(f"line {_line(node)}: it contains itself by an alias")
+        raise DocumentError(f"line {node.start_mark.line + 1}: it contains itself by an alias")
     if id(node) not in counts:
         children: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
@@ -94,34 +81,23 @@ def _num_nodes(node: yaml.Node, ancestors: list[yaml.Node], counts: dict[int, in
 def _check_keys(node: yaml.MappingNode) -> None:
     lines: dict[str, int] = {}
     for key, _ in node.value:
+        line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode) or key.tag not in (TEXT, MERGE):
             name = repr(key.value) if isinstance(key, yaml.ScalarNode) else "a list or mapping"
-            raise DocumentError(f"line {_line(key)}: key {name} is no text; allowed are names, or text in quotes")
+            raise DocumentError(f"line {line}: key {name} is no text; allowed are names, or text in quotes")
         if key.value in lines:
-            first_line = lines[key.value]
-            raise DocumentError(f"line {_line(key)}: key {key.value!r} is given twice, first in line {first_line}")
-        lines[key.value] = _line(key)
-
-
-def _line(node: yaml.Node) -> int:
-    line: int = node.start_mark.line
-    return line + 1
+            raise DocumentError(f"line {line}: key {key.value!r} is given twice, first in line {lines[key.value]}")
+        lines[key.value] = line
 
 
 def load_json(data: bytes | str) -> Any:
-    """Read JSON in UTF-8.
-
-    Raises:
-        DocumentError: the message has the problem, and the line if the parser knows it.
-    """
+    """Read JSON in UTF-8; raises DocumentError, with the line if the parser knows it."""
     try:
         return json.loads(data, object_pairs_hook=_unique_keys)
-    except DocumentError:
-        raise
     except RecursionError as error:
         raise DocumentError("its objects are nested too deeply", syntax=True) from error
     except ValueError as error:  # includes UnicodeDecodeError
-        raise DocumentError(" ".join(str(error).split()), syntax=True) from error
+        raise DocumentError(str(error), syntax=True) from error
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from raypp.utils.errors import DataError
-from raypp.utils.image_formats import START_BYTES, detect_format, is_unsupported
-from raypp.utils.images import SUFFIXES, printable
+from raypp.utils.images import SUFFIXES, detect_format, printable
 
 UNSUPPORTED_SUFFIXES = frozenset(
     ".heic .heics .heif .hif .avif .avifs .jp2 .j2k .j2c .jpc .jpf .jpm .jpx .jph .jhc .jls .jxl .jxr .wdp .svg .svgz "  # noqa: SIM905
@@ -17,6 +16,20 @@ UNSUPPORTED_SUFFIXES = frozenset(
     ".ras .sgi .pict .djvu .dcm .dicom .fits .fit .fts .npy .npz".split()
 )
 """Suffixes of images that raypp does not read; ignoring such files silently would lose data."""
+
+# fmt: off
+UNSUPPORTED_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"avif", b"avis", b"mif1", b"msf1", b"crx ")
+UNSUPPORTED_STARTS = (
+    b"\xff\x0a", b"\xff\x4f\xff\x51", b"II\xbc",  # JPEG XL and JPEG 2000 without a container, JPEG XR
+    b"8BPS", b"\0\0\1\0", b"icns", b"gimp xcf", b"DDS ", b"\n\5\1\x08", b"BPG\xfb", b"FLIF", b"qoif",
+    b"PF\n", b"Pf\n", b"PF\r\n", b"Pf\r\n", b"P7\n", b"\x8aMNG", b"\x8bJNG", b"/* XPM */", b"AT&TFORM",
+    b"\x76\x2f\x31\x01", b"#?RADIANCE", b"#?RGBE", b"SIMPLE  =", b"\x93NUMPY",
+    b"II*\0\x10\0\0\0CR", b"IIU\0", b"IIRO", b"IIRS", b"MMOR", b"FUJIFILM",  # raw files of cameras
+)
+# fmt: on
+SVG = re.compile(rb"(?is)(?:\xef\xbb\xbf)?(?:\s|<\?[^>]*>|<!--(?:(?!-->).)*-->)*<(?:!DOCTYPE\s+svg|(?:svg:)?svg)[\s>]")
+EPS = re.compile(rb"%!PS-Adobe-[\d.]+ EPSF|\xc5\xd0\xd3\xc6")
+START_BYTES = 1024  # of a file, enough to detect its format
 
 IGNORED_FOLDERS = frozenset(
     {"__MACOSX", "@eaDir", "__pycache__", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
@@ -68,9 +81,7 @@ def links_to_ancestor(entry: Path) -> bool:
 def walk_files(folder: Path, ancestors: frozenset[Path] = frozenset()) -> Iterator[Path]:
     """Yield every file below a folder that is not ignored; links are followed, except to a folder that contains them.
 
-    Args:
-        folder: folder to walk.
-        ancestors: real paths of the folders above it.
+    The real paths of the folders above it are ``ancestors``.
     """
     ancestors |= {folder.resolve()}
     try:
@@ -96,18 +107,10 @@ def is_image(file: Path) -> bool:
         return False
     if not file.is_file():  # a socket or a pipe
         return False
-    if suffixes & UNSUPPORTED_SUFFIXES:
-        raise _unsupported(file)
-    if suffixes & SUFFIXES:
-        return True
-    start = _read_start(file)
-    if is_unsupported(start):
-        raise _unsupported(file)
-    return detect_format(start) is not None
-
-
-def _unsupported(file: Path) -> DataError:
-    return DataError(f"{printable(file)} is an image in a format that is not supported; convert it, or move it away")
+    start = b"" if suffixes & (SUFFIXES | UNSUPPORTED_SUFFIXES) else _read_start(file)
+    if suffixes & UNSUPPORTED_SUFFIXES or _is_unsupported(start):
+        raise DataError(f"{printable(file)} is an image in a format that is not supported; convert it, or move it away")
+    return bool(suffixes & SUFFIXES) or detect_format(start) is not None
 
 
 def _read_start(file: Path) -> bytes:
@@ -116,3 +119,15 @@ def _read_start(file: Path) -> bytes:
             return stream.read(START_BYTES)
     except OSError as error:
         raise DataError(f"{printable(file)} cannot be read: {error.strerror}") from error
+
+
+def _is_unsupported(start: bytes) -> bool:
+    """Whether the first START_BYTES declare an image in a format that raypp does not read: HEIC, AVIF, JXL, SVG, ..."""
+    return (
+        start.startswith(UNSUPPORTED_STARTS)
+        or (start[4:8] == b"ftyp" and start[8:12] in UNSUPPORTED_BRANDS)
+        or start[4:8] in (b"jP  ", b"JXL ")
+        or start[128:132] == b"DICM"
+        or SVG.match(start) is not None
+        or EPS.match(start) is not None
+    )

@@ -33,7 +33,7 @@ class _Header(NamedTuple):
     interlaced: int
 
 
-class _Chunk(NamedTuple):
+class Chunk(NamedTuple):
     kind: bytes
     content: bytes
     data: bytes
@@ -52,7 +52,7 @@ def read_png(data: bytes) -> PictureData:
     data_without_metadata, image_data, texts = [PNG_SIGNATURE], [], []
     transparency, has_palette = b"", False
     orientation: int | None = None
-    for chunk in _chunks(data):
+    for chunk in read_chunks(data):
         header = _check_chunk(chunk, header)
         if chunk.kind == TRANSPARENCY and header.color_type in (GREY, RGB):
             transparency = chunk.content
@@ -94,7 +94,7 @@ def check_png(picture: PictureData) -> None:
         raise DamagedError("its image data ends early")
 
 
-def _chunks(data: bytes) -> Iterator[_Chunk]:
+def read_chunks(data: bytes) -> Iterator[Chunk]:
     """Yield the chunks up to the last one; bytes after it do not belong to the image."""
     start, kind = len(PNG_SIGNATURE), b""
     while kind != b"IEND":
@@ -104,13 +104,12 @@ def _chunks(data: bytes) -> Iterator[_Chunk]:
         end = start + 12 + length
         if end > len(data):
             raise DamagedError("it ends within a chunk")
-        checksum = int.from_bytes(data[end - 4 : end], "big")
-        is_valid = zlib.crc32(data[start + 4 : end - 4]) == checksum
-        yield _Chunk(kind, data[start + 8 : end - 4], data[start:end], is_valid)
+        is_valid = zlib.crc32(data[start + 4 : end - 4]) == int.from_bytes(data[end - 4 : end], "big")
+        yield Chunk(kind, data[start + 8 : end - 4], data[start:end], is_valid)
         start = end
 
 
-def _check_chunk(chunk: _Chunk, header: _Header | None) -> _Header:
+def _check_chunk(chunk: Chunk, header: _Header | None) -> _Header:
     """Return the header, which is the first chunk; raises DamagedError if the chunk is not allowed in its place."""
     kind, content = chunk.kind, chunk.content
     if not chunk.is_valid and (chunk.is_critical or kind == TRANSPARENCY):
@@ -126,7 +125,7 @@ def _check_chunk(chunk: _Chunk, header: _Header | None) -> _Header:
     return header
 
 
-def _text_orientation(chunk: _Chunk) -> int | None:
+def _text_orientation(chunk: Chunk) -> int | None:
     """The orientation in a text chunk as ImageMagick (raw EXIF in hex) and Adobe (XMP) write it."""
     keyword, _, text = chunk.content.partition(b"\0")
     try:

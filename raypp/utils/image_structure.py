@@ -55,8 +55,7 @@ class PictureData(NamedTuple):
 def inflate(packed: bytes, max_bytes: int | None = None) -> tuple[int, bool]:
     """Decompress zlib data in bounded memory, up to ``max_bytes``; raises DamagedError for invalid data.
 
-    Returns:
-        The decompressed size, and whether the stream reached its end and checksum.
+    Returns the decompressed size, and whether the stream reached its end and checksum.
     """
     inflator, num = zlib.decompressobj(), 0
     try:
@@ -95,17 +94,12 @@ def xmp_orientation(xmp: bytes) -> int | None:
 
 
 def check_tiff(data: bytes, tags: Mapping[int, Any]) -> None:
-    """Check the zlib checksums of a TIFF's first picture if it uses zlib; raises DamagedError.
-
-    Args:
-        tags: values by the numbers of the TIFF specification.
-    """
+    """Check the zlib checksums of a TIFF's first picture by its tags, if it uses zlib; raises DamagedError."""
     if tags.get(TIFF_COMPRESSION) not in TIFF_DEFLATE:
         return
     for offsets, lengths in TIFF_PARTS:
         for start, length in zip(_as_tuple(tags.get(offsets)), _as_tuple(tags.get(lengths)), strict=False):
-            _, is_complete = inflate(data[start : start + length])
-            if not is_complete:
+            if not inflate(data[start : start + length])[1]:
                 raise DamagedError("its image data ends early")
 
 
@@ -130,13 +124,14 @@ def read_jpeg(data: bytes) -> PictureData:
         if end < position + 2 or end > len(data):
             raise DamagedError("it ends within a segment")
         content = data[position + 2 : end]
+        is_adobe = marker == APP14 and content.startswith(b"Adobe") and len(content) >= ADOBE_BYTES
         if marker == APP0:
             if content.startswith(b"JFIF\0"):
                 segments.append(JFIF_SEGMENT)
         elif marker == APP1:
             exif = exif or (content if content.startswith(EXIF_PREFIX) else b"")
             xmp = xmp or (content if content.startswith(XMP_PREFIX) else b"")
-        elif not (APP2 <= marker <= APP15 or marker == COM) or (marker == APP14 and _is_adobe(content)):
+        elif not (APP2 <= marker <= APP15 or marker == COM) or is_adobe:
             segments.append(b"\xff" + match[1] + data[position:end])
         position = end
         if marker == DRI and len(content) == 2:
@@ -149,10 +144,6 @@ def read_jpeg(data: bytes) -> PictureData:
         raise DamagedError("it has no image data")
     orientation = exif_orientation(exif) or xmp_orientation(xmp) or 1
     return PictureData(b"".join([*segments, b"\xff\xd9"]), orientation)
-
-
-def _is_adobe(content: bytes) -> bool:
-    return content.startswith(b"Adobe") and len(content) >= ADOBE_BYTES
 
 
 def _end_of_scan(data: bytes, start: int, restart_interval: int) -> int:
@@ -189,5 +180,4 @@ def check_gif(data: bytes) -> None:
 
 
 def _color_table_bytes(flags: bytes) -> int:
-    """Size of a GIF's color table."""
     return 3 * 2 ** ((flags[0] & 7) + 1) if flags and flags[0] & 0x80 else 0

@@ -6,8 +6,8 @@ Every image from a file, a data set or an HTTP request passes through :func:`dec
 from __future__ import annotations
 
 import io
+import re
 import unicodedata
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +16,9 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps, UnidentifiedImageError
 
 from raypp.utils.errors import DataError, StorageError
-from raypp.utils.image_formats import detect_format, read_picture
-from raypp.utils.image_png import check_png
-from raypp.utils.image_structure import DamagedError, PictureData, check_tiff, exif_orientation
+from raypp.utils.image_png import PNG_SIGNATURE, check_png, read_png
+from raypp.utils.image_structure import DamagedError, PictureData, check_gif, check_tiff, exif_orientation, read_jpeg
+from raypp.utils.storage import write_file
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = frozenset(
     ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm".split()  # noqa: SIM905
 )
+PPM = re.compile(rb"P[1-6]\s+(?:#[^\n]*\n\s*)*\d+\s")
 
 EXIF_TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,34 +48,25 @@ JOINERS = "\u200c\u200d"
 
 
 def decode(
-    data: bytes,
-    *,
-    name: str,
-    size: tuple[int, int] | None = None,
-    channels: int = 3,
-    max_pixels: int = 64_000_000,
+    data: bytes, *, name: str, size: tuple[int, int] | None = None, channels: int = 3, max_pixels: int = 64_000_000
 ) -> Pixels:
-    """Decode the bytes of one image file into the picture that a viewer would show.
+    """Decode the bytes of one image file into the picture that a viewer would show, uint8 (H, W, channels).
 
     Decoding applies the EXIF orientation, lays transparency on white, scales 16-bit grey and float grey in 0..1 to
     8 bits, and converts CMYK to RGB. It takes the first frame of an animation and ignores all other metadata.
 
     Args:
-        data: the file's bytes.
         name: the image's name in messages (path, row, upload).
         size: (H, W) to resize to, see :func:`resize_and_center_crop`; None keeps the size.
         channels: 3 for RGB, 1 for grey.
         max_pixels: largest image allowed; checked in the header before any pixel is decoded.
 
-    Returns:
-        uint8 array (H, W, channels).
-
     Raises:
         DataError: not an image, damaged (see :mod:`raypp.utils.image_structure`), truncated, empty or too large.
     """
-    kind = detect_format(data[:64])
     if not data:
         raise DataError(f"{name} is empty")
+    kind = detect_format(data[:64])
     if kind is None:
         raise DataError(f"{name} is not an image in one of the formats {', '.join(FORMATS)}")
     try:
@@ -83,18 +75,33 @@ def decode(
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{name} has more than the {max_pixels} pixels allowed") from error
-    except DamagedError as error:
-        raise DataError(f"{name} is a damaged {kind} image: {error}") from error
-    except UnidentifiedImageError as error:
-        raise DataError(f"{name} is a damaged {kind} image: its header cannot be read") from error
     except Exception as error:  # Pillow's decoders raise a dozen types for damaged bytes, such as KeyError
         reason = " ".join(str(error).split()) or "its data cannot be decoded"
+        if isinstance(error, UnidentifiedImageError):
+            reason = "its header cannot be read"
         raise DataError(f"{name} is a damaged {kind} image: {reason}") from error
     return pixels if size is None else resize_and_center_crop(pixels, size)
 
 
+def detect_format(data: bytes) -> str | None:
+    """Return Pillow's name of the format that the first bytes (32 suffice) declare; None for any other format."""
+    if data.startswith(PNG_SIGNATURE):
+        return "PNG"
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "TIFF"
+    if data.startswith(b"BM") and data[6:10] == bytes(4) and data[15:18] == bytes(3):
+        return "BMP"
+    return "PPM" if PPM.match(data) else None
+
+
 def _decode_pixels(data: bytes, kind: str, name: str, channels: int, max_pixels: int) -> Pixels:
-    picture = read_picture(data, kind)
+    picture = _check_structure(data, kind)
     image = _open(picture.data, kind)
     if image.width * image.height > max_pixels:
         raise DataError(f"{name} is {image.height} x {image.width} pixels, more than the {max_pixels} pixels allowed")
@@ -110,6 +117,18 @@ def _decode_pixels(data: bytes, kind: str, name: str, channels: int, max_pixels:
         flat = flat.transpose(EXIF_TRANSPOSITIONS[orientation])
     pixels = np.array(flat.convert("L" if channels == 1 else "RGB"))
     return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _check_structure(data: bytes, kind: str) -> PictureData:
+    if kind == "PNG":
+        return read_png(data)
+    if kind == "JPEG":
+        return read_jpeg(data)
+    if kind == "GIF":
+        check_gif(data)
+    if kind == "WEBP" and len(data) < 8 + int.from_bytes(data[4:8], "little"):
+        raise DamagedError("it is shorter than its header says")
+    return PictureData(data)
 
 
 def _open(data: bytes, kind: str) -> ImageFile.ImageFile:
@@ -152,14 +171,9 @@ def _whiten(image: Image.Image, picture: PictureData, transparent: tuple[int, ..
 
 
 def resize_and_center_crop(image: Pixels, size: tuple[int, int]) -> Pixels:
-    """Resize so that the shorter side fits, and crop the center; an image of this size is returned unchanged.
+    """Resize uint8 (H, W, 1 or 3) so that the shorter side fits ``size`` (H, W), and crop the center.
 
-    Args:
-        image: uint8 (H, W, C), C is 1 or 3.
-        size: (H, W) of the result.
-
-    Returns:
-        uint8 array (*size, C), aspect ratio preserved, antialiased.
+    The aspect ratio is preserved and the result antialiased; an image of this size is returned unchanged.
     """
     if image.shape[:2] == size:
         return image
@@ -177,30 +191,25 @@ def to_grayscale(images: Pixels) -> Pixels:
 
 def encode_png(image: Pixels) -> bytes:
     """Return uint8 (H, W, 1 or 3) as the bytes of a PNG file; lossless."""
-    buffer = io.BytesIO()
-    _to_pil(image).save(buffer, "PNG")
-    return buffer.getvalue()
+    return _encode(image, "PNG").getvalue()
 
 
 def jpeg_roundtrip(images: Pixels, quality: int) -> Pixels:
     """Encode uint8 (N, H, W, 1 or 3) with Pillow as JPEG of this quality (1 to 100), and decode them again."""
-    decoded = []
-    for image in images:
-        buffer = io.BytesIO()
-        _to_pil(image).save(buffer, "JPEG", quality=quality)
-        decoded.append(np.asarray(Image.open(buffer)).reshape(image.shape))
-    return np.stack(decoded)
+    files = (_encode(image, "JPEG", quality=quality) for image in images)
+    return np.stack([np.asarray(Image.open(file)) for file in files]).reshape(images.shape)
+
+
+def _encode(image: Pixels, kind: str, **options: int) -> io.BytesIO:
+    buffer = io.BytesIO()
+    _to_pil(image).save(buffer, kind, **options)
+    return buffer
 
 
 def write_png(path: Path, image: Pixels) -> None:
     """Write a PNG file atomically; raises StorageError if ``path`` cannot be written."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        try:
-            temporary.write_bytes(encode_png(image))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_file(path, encode_png(image))
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
 
@@ -211,9 +220,7 @@ def _to_pil(image: Pixels) -> Image.Image:
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Return float (N, C, H, W) as uint8 of the same shape: clamped to [0, 1], rounded to the nearest of 256 levels."""
-    import torch
-
-    return images.clamp(0, 1).mul(255).round().to(torch.uint8)
+    return images.clamp(0, 1).mul(255).round().byte()
 
 
 def quantize_8bit(images: torch.Tensor) -> torch.Tensor:
@@ -221,28 +228,23 @@ def quantize_8bit(images: torch.Tensor) -> torch.Tensor:
     return to_uint8(images).to(images.dtype).div(255)
 
 
-def make_grid(rows: list[Pixels], *, labels: list[str] | None = None, scale: int = 4) -> Pixels:
-    """Arrange rows of images in one picture, with each row's label on its left.
+def make_grid(rows: list[Pixels], *, labels: list[str], scale: int = 4) -> Pixels:
+    """Arrange rows of images in one picture uint8 (H', W', 3), with each row's label on its left.
 
     Args:
         rows: uint8 arrays (N, H, W, 3) or (N, H, W, 1); N may differ between rows.
-        labels: one per row, or None for no labels.
         scale: side of the square that shows one pixel.
-
-    Returns:
-        uint8 array (H', W', 3).
     """
     gap, font = 4, ImageFont.load_default(size=16)
-    names = labels or [""] * len(rows)
-    left = max(int(font.getlength(name)) for name in names) + 2 * gap if labels else gap
+    left = max(int(font.getlength(label)) for label in labels) + 2 * gap
     height = sum(row.shape[1] * scale + gap for row in rows) + gap
     width = max(len(row) * (row.shape[2] * scale + gap) for row in rows) + left
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
     top = gap
-    for row, name in zip(rows, names, strict=True):
+    for row, label in zip(rows, labels, strict=True):
         row_height, row_width = row.shape[1] * scale, row.shape[2] * scale
-        draw.text((left - gap, top + row_height // 2), name, fill="black", font=font, anchor="rm")
+        draw.text((left - gap, top + row_height // 2), label, fill="black", font=font, anchor="rm")
         for column, image in enumerate(row):
             tile = _to_pil(image).resize((row_width, row_height), Image.Resampling.NEAREST)
             canvas.paste(tile, (left + column * (row_width + gap), top))

@@ -22,11 +22,7 @@ FILE = "protection.key"
 
 
 class Key:
-    """One 256-bit secret.
-
-    Args:
-        secret: 32 bytes.
-    """
+    """One secret of 256 bits."""
 
     def __init__(self, secret: bytes) -> None:
         assert len(secret) == NUM_BYTES
@@ -34,18 +30,15 @@ class Key:
 
     @classmethod
     def generate(cls) -> Key:
-        """A new key from the system's cryptographic generator."""
         return cls(secrets.token_bytes(NUM_BYTES))
 
     @classmethod
     def read(cls, path: str | Path) -> Key:
         """Read a key file; raises ConfigError if it is missing or invalid."""
         try:
-            text = Path(path).read_text(encoding="ascii")
+            text = Path(path).read_text(encoding="ascii", errors="replace")
         except OSError as error:
             raise ConfigError(f"key file {str(path)!r} cannot be read: {error.strerror}") from error
-        except UnicodeDecodeError:
-            text = ""
         return cls.parse(text, str(path))
 
     @classmethod

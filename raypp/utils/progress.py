@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import threading
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
+from rich import progress
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from raypp.utils.errors import TrainingInterrupted
 
 Row = dict[str, Any]
 
 
-class ProgressListener(Protocol):
-    """Callback interface of a training run: receives progress and may request a stop."""
+class ProgressListener:
+    """Callbacks of a training run, which receive its progress and may request a stop; these ones do nothing."""
 
-    def step(self, info: Row) -> None: ...
+    def note(self, message: str) -> None:
+        """Called with the current activity while there are no steps yet."""
 
-    def epoch(self, row: Row) -> None: ...
+    def step(self, info: Row) -> None:
+        """Called a few times a second: phase, epoch, epochs, steps_done, steps_total, images_per_s, loss."""
 
-    def warn(self, message: str) -> None: ...
+    def epoch(self, row: Row) -> None:
+        """Called after every epoch, with its metrics."""
+
+    def warn(self, message: str) -> None:
+        """Called with a warning."""
 
     def should_stop(self) -> bool:
         """Whether the run shall write a checkpoint and raise TrainingInterrupted; called about once a second."""
+        return False
 
 
 class _Display:
@@ -51,14 +49,14 @@ class _Display:
         self.console = console or Console(stderr=True)
         self.quiet = quiet
         self.stop = threading.Event()
-        self._bars = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=10),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
+        self._bars = progress.Progress(
+            progress.SpinnerColumn(),
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(bar_width=10),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[status]}"),
+            progress.TimeRemainingColumn(compact=True),
+            progress.TextColumn("left"),
             console=self.console,
             disable=quiet or not self.console.is_terminal,
             transient=True,
@@ -68,9 +66,7 @@ class _Display:
         self._bars.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if not self._bars.disable:  # stop() of some versions of rich prints an empty line without a terminal
             self._bars.stop()
 
@@ -78,17 +74,15 @@ class _Display:
         self.console.print(f"[yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
-class ProgressDisplay(_Display):
+class ProgressDisplay(_Display, ProgressListener):
     """Shows epochs and steps of one run."""
 
-    _task: TaskID | None = None
+    _task: progress.TaskID | None = None
 
     def note(self, message: str) -> None:
-        """Show the current activity while there are no steps yet."""
         self._update(description=message, status="")
 
     def step(self, info: Row) -> None:
-        """Show a step: needs phase, epoch, epochs, steps_done, steps_total, images_per_s, loss."""
         self._update(
             description=f"{info['phase']} epoch {info['epoch']}/{info['epochs']}",
             total=info["steps_total"],
@@ -123,12 +117,9 @@ class ProgressDisplay(_Display):
 
 
 class MultiProgressDisplay(_Display):
-    """Shows several runs: the number of finished ones, and a line for each active one.
+    """Shows ``num`` runs: the number of finished ones (``done`` at the start), and a line for each active one.
 
-    Args:
-        num: number of runs.
-        done: number of runs that were finished before.
-        what: noun for the runs.
+    The noun for the runs is ``what``.
     """
 
     def __init__(
@@ -136,10 +127,10 @@ class MultiProgressDisplay(_Display):
     ) -> None:
         super().__init__(console, quiet)
         self._total = self._bars.add_task(what, total=num, completed=done, status="")
-        self._tasks: dict[str, TaskID] = {}
+        self._tasks: dict[str, progress.TaskID] = {}
 
     def step(self, run: str, info: Row) -> None:
-        """Show the step of a run; ``info`` as in :meth:`ProgressDisplay.step`."""
+        """Show the step of a run; ``info`` as in :meth:`ProgressListener.step`."""
         if run not in self._tasks:
             self._tasks[run] = self._bars.add_task(run, total=info["steps_total"], status="")
         self._bars.update(self._tasks[run], completed=info["steps_done"], status=_status(info))
@@ -164,15 +155,12 @@ class MultiProgressDisplay(_Display):
         return _ChildProgress(self, run)
 
 
-class _ChildProgress:
+class _ChildProgress(ProgressListener):
     def __init__(self, display: MultiProgressDisplay, run: str) -> None:
         self._display, self._run = display, run
 
     def step(self, info: Row) -> None:
         self._display.step(self._run, info)
-
-    def epoch(self, row: Row) -> None:
-        """Epochs are not shown."""
 
     def warn(self, message: str) -> None:
         self._display.warn(self._run, message)

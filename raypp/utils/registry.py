@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -36,18 +36,15 @@ class Registry:
 
     def __init__(self, kind: str, entries: dict[str, str]) -> None:
         self.kind = kind
-        self._entries = dict(entries)
+        self._entries = entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
-
     def get(self, name: str) -> Any:
         """Return the class registered under ``name``; raises ConfigError that lists the allowed names."""
         if name not in self._entries:
-            raise ConfigError(f"unknown {self.kind} {name!r}{suggest(name, self._entries)}; allowed: {', '.join(self)}")
+            raise ConfigError(f"unknown {self.kind} {name!r}{suggest(name, self)}; allowed: {', '.join(self)}")
         module, _, attribute = self._entries[name].partition(":")
         return getattr(importlib.import_module(module), attribute)
 
@@ -60,7 +57,7 @@ class Registry:
         return self.get(options.name)(options, *args, **kwargs)
 
 
-def suggest(word: str, known: Any) -> str:
+def suggest(word: str, known: Iterable[object]) -> str:
     """Return ``" (did you mean 'x'?)"`` with the closest known word, or an empty string."""
-    close = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word, map(str, known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -16,7 +16,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from raypp.utils.errors import FAILURE, StorageError, first_line
@@ -32,12 +31,22 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def write_file(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write a local file atomically, with these permissions; raises OSError."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.touch(mode)
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder to fill, and rename it to ``target``, which is new or empty, unless an error occurs.
 
-    Raises:
-        StorageError: the folder cannot be written.
+    StorageError is raised if the folder cannot be written.
     """
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -51,13 +60,9 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 class Storage:
-    """One folder.
+    """The folder at ``location``, a local path or a pyarrow filesystem URI.
 
-    Args:
-        location: local path or pyarrow filesystem URI.
-
-    Raises:
-        StorageError: pyarrow does not know the URI's scheme. The methods raise it when the filesystem refuses access.
+    StorageError is raised if pyarrow does not know the URI's scheme, and by methods if the filesystem refuses access.
     """
 
     def __init__(self, location: str | Path) -> None:
@@ -68,9 +73,11 @@ class Storage:
         except ValueError as error:
             raise StorageError(f"storage is not understood: {error}") from error
         self.local = "://" not in self.uri or self.uri.startswith("file://")
-        self._root: str
         try:
-            self._fs, self._root = fs.FileSystem.from_uri(self.uri) if not self.local else _local(self.uri)
+            if self.local:
+                self._fs, self._root = fs.LocalFileSystem(), self.uri.removeprefix("file://")
+            else:
+                self._fs, self._root = fs.FileSystem.from_uri(self.uri)
         except (ValueError, OSError) as error:
             raise StorageError(f"storage {self.uri!r} is not understood: {error}") from error
 
@@ -105,19 +112,16 @@ class Storage:
         with self._convert_errors("read", name):
             return bool(self._fs.get_file_info(self._full_path(name)).type.name != "NotFound")
 
-    def folders(self) -> list[str]:
-        """Names of the folders directly inside, sorted; empty when this folder does not exist."""
-        return sorted(info.base_name for info in self._entries() if info.type.name == "Directory")
-
-    def names(self) -> list[str]:
+    def names(self, *, folders_only: bool = False) -> list[str]:
         """Names of everything directly inside, sorted; empty when this folder does not exist."""
-        return sorted(info.base_name for info in self._entries())
-
-    def _entries(self) -> list[Any]:
         from pyarrow import fs
 
         with self._convert_errors("list", ""):
-            return list(self._fs.get_file_info(fs.FileSelector(self._root, allow_not_found=True)))
+            entries = self._fs.get_file_info(fs.FileSelector(self._root, allow_not_found=True))
+        return sorted(e.base_name for e in entries if e.type.name == "Directory" or not folders_only)
+
+    def folders(self) -> list[str]:
+        return self.names(folders_only=True)
 
     def read(self, name: str) -> bytes:
         with self._convert_errors("read", name), self._fs.open_input_stream(self._full_path(name)) as stream:
@@ -127,21 +131,13 @@ class Storage:
     def write(self, name: str, data: bytes, *, secret: bool = False) -> None:
         """Write a whole file atomically; only its owner can read a local ``secret`` (0600)."""
         target = self._full_path(name)
-        temporary = f"{target}.{uuid.uuid4().hex[:8]}.tmp" if self.local else target
         with self._convert_errors("write", name):
-            if self.local:  # object stores have no folders
-                Path(target).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                if secret and self.local:
-                    Path(temporary).touch(mode=0o600)
-                with self._fs.open_output_stream(temporary) as stream:
+            if not self.local:
+                with self._fs.open_output_stream(target) as stream:
                     stream.write(data)
-                if temporary != target:
-                    Path(temporary).replace(target)
-            except BaseException:
-                if temporary != target:
-                    Path(temporary).unlink(missing_ok=True)
-                raise
+                return
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            write_file(Path(target), data, 0o600 if secret else 0o666)
 
     def upload(self, folder: Path, name: str, last: str | None = None) -> None:
         """Copy a local folder to ``name`` and replace the previous content.
@@ -149,23 +145,21 @@ class Storage:
         Object stores cannot rename a folder. There, the file ``last`` is written after all others, and a reader that
         sees it knows that the rest is complete.
         """
-        with self._convert_errors("write", name):
-            if self.local:
-                _replace_folder(folder, Path(self._full_path(name)))
-            else:
-                self._upload_files(folder, self._full_path(name), last)
-
-    def _upload_files(self, folder: Path, target: str, last: str | None) -> None:
         from pyarrow import fs
 
-        files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-        for file in sorted(files - {last}):
-            fs.copy_files(str(folder / file), f"{target}/{file}", destination_filesystem=self._fs)
-        for info in self._fs.get_file_info(fs.FileSelector(target, recursive=True, allow_not_found=True)):
-            if info.is_file and info.path.removeprefix(f"{target}/") not in files:
-                self._fs.delete_file(info.path)  # of an earlier upload
-        if last in files:
-            fs.copy_files(str(folder / last), f"{target}/{last}", destination_filesystem=self._fs)
+        target = self._full_path(name)
+        with self._convert_errors("write", name):
+            if self.local:
+                _replace_folder(folder, Path(target))
+                return
+            files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+            for file in sorted(files - {last}):
+                fs.copy_files(str(folder / file), f"{target}/{file}", destination_filesystem=self._fs)
+            for info in self._fs.get_file_info(fs.FileSelector(target, recursive=True, allow_not_found=True)):
+                if info.is_file and info.path.removeprefix(f"{target}/") not in files:
+                    self._fs.delete_file(info.path)  # of an earlier upload
+            if last in files:
+                fs.copy_files(str(folder / last), f"{target}/{last}", destination_filesystem=self._fs)
 
     @contextmanager
     def download(self, name: str) -> Iterator[Path]:
@@ -237,9 +231,3 @@ def _clean_up_interrupted_upload(target: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
         else:
             old.rename(target)
-
-
-def _local(uri: str) -> tuple[Any, str]:
-    from pyarrow import fs
-
-    return fs.LocalFileSystem(), uri.removeprefix("file://")

@@ -1,4 +1,4 @@
-"""Attacks that need no training: exact where their sources say so, beaten where they must be."""
+"""Attacks without training: exact where their sources say so, and defeated by keyed hashes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CIPHERS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def photos() -> Tensor:
-    """A thousand of CIFAR-10's test images, or where they are not at hand smooth random pictures."""
+    """A thousand of CIFAR-10's test images, or smooth random pictures if they are not available."""
     if SHARED.exists():
         cells = pq.read_table(SHARED, columns=["img"])["img"].slice(0, 1000).to_pylist()
         images = np.stack([decode(cell["bytes"], name="photo") for cell in cells])
@@ -108,7 +108,7 @@ def test_chosen_plaintexts_of_other_sizes(
     case: tuple[str, dict[str, Any]], height: int, width: int, secret: bytes
 ) -> None:
     name, options = case
-    if name in {"ele", "etc"}:  # what they pad is not the attacker's to choose
+    if name in {"ele", "etc"}:  # the attacker cannot choose the padding
         height, width = height // 4 * 4, width // 4 * 4
     protection = victim(name, Key(secret), **options)
     attack = build("chosen_plaintext", AttackerKnowledge((3, height, width), protect=protection.protect))
@@ -168,7 +168,7 @@ def test_feature_reconstruction_does_not_care_for_keys(keys: str, photos: Tensor
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SHARED.exists(), reason="the shared CIFAR-10 is not at hand")
+@pytest.mark.skipif(not SHARED.exists(), reason="the shared CIFAR-10 is not available")
 def test_feature_reconstruction_shows_the_edges_of_pixel_based_images(photos: Tensor) -> None:
     """SSIM .31 +- .02 in the lab's form, .33 in Wang's; PSNR below that of the mean image."""
     from raypp.metrics.image import ssim_lab
@@ -261,7 +261,7 @@ def test_a_gallery_does_not_betray_what_is_random_per_image(photos: Tensor) -> N
 
 
 def brightness(images: Tensor) -> Tensor:
-    """One of four greys by an image's mean: nothing else leaves it."""
+    """One of four greys, by the mean of the image."""
     level = (images.float().mean(dim=(1, 2, 3)) / 64).floor() * 64
     return level.to(torch.uint8).view(-1, 1, 1, 1).expand(images.shape).contiguous()
 
@@ -286,7 +286,7 @@ def test_a_codebook_holds_the_mean_of_those_who_share_an_image(photos: Tensor) -
 
 @pytest.mark.slow
 def test_a_codebook_draws_what_ssim_likes_better_than_the_mean(photos: Tensor) -> None:
-    """Of the images that it is fitted to: it takes thousands for each protected one to hold for others."""
+    """On the images that it is fitted to; other images need thousands of them per protected image."""
     similar = []
     for steps in (0, 150):
         attack = build(

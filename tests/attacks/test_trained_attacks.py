@@ -1,4 +1,4 @@
-"""Attacks that train, and the white box: they break what must break, and nothing else."""
+"""Attacks that train a network, and the white box: they break invertible protections and no others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from raypp.protections import PROTECTIONS
 from raypp.training.checkpoint import EpochMetrics
 from raypp.training.optim import learning_rate
 from raypp.training.protection_task import fit
-from raypp.training.reporter import LocalReporter
+from raypp.training.reporter import Reporter
 from raypp.training.trainer import Trainer
 from raypp.utils.keys import Key
 from raypp.utils.progress import ProgressDisplay
@@ -44,7 +44,7 @@ def pictures() -> Pictures:
     return torch.from_numpy(dataset.images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(dataset.labels)
 
 
-def knows(pictures: Pictures, protect: ImageMap, structure: str = "none") -> AttackerKnowledge:
+def knowledge(pictures: Pictures, protect: ImageMap, structure: str = "none") -> AttackerKnowledge:
     images, labels = pictures
     half = KNOWN // 2
     return AttackerKnowledge(
@@ -66,7 +66,7 @@ def build(name: str, access: AttackerKnowledge, **options: Any) -> Any:
 
 def train(attack: TrainedAttack, folder: Path, share: float = 1.0, num: int | None = None) -> list[EpochMetrics]:
     done = Trainer(
-        attack.task(share, num), LocalReporter(Storage(folder), ProgressDisplay(quiet=True), torch.device("cpu"))
+        attack.task(share, num), Reporter(Storage(folder), ProgressDisplay(quiet=True), torch.device("cpu"))
     ).train()
     attack.load(attack.state(done.trainee))
     attack.prepare()
@@ -74,7 +74,7 @@ def train(attack: TrainedAttack, folder: Path, share: float = 1.0, num: int | No
 
 
 def reidentification_rate(attack: Attack, pictures: Pictures, protect: ImageMap) -> float:
-    """Of 200 originals that the attacker has never seen, among these 200."""
+    """Of 200 originals outside the attacker's images, among these 200."""
     others = pictures[0][KNOWN:]
     estimates = attack.reconstruct(protect(others))
     assert estimates.shape == others.shape
@@ -90,7 +90,7 @@ def identity(images: Tensor) -> Tensor:
 
 
 def hashed(images: Tensor) -> Tensor:
-    """Noise that a key and the image determine: the least that a protection can say."""
+    """Noise that a key and the image determine: it reveals the least of all deterministic protections."""
     rows = [
         np.frombuffer(hashlib.shake_256(b"key" + image.numpy().tobytes()).digest(image.numel()), dtype=np.uint8)
         for image in images
@@ -108,12 +108,12 @@ INVERSES: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INVERSES)
 def test_an_inverse_network_breaks_the_identity_and_not_a_hash(name: str, pictures: Pictures, tmp_path: Path) -> None:
-    attack = build(name, knows(pictures, identity), **INVERSES[name])
+    attack = build(name, knowledge(pictures, identity), **INVERSES[name])
     history = train(attack, tmp_path / "identity")
     assert history[-1]["val_loss"] < history[0]["val_loss"]
     assert reidentification_rate(attack, pictures, identity) > 0.8
     short = INVERSES[name] | {"train": INVERSES[name]["train"] | {"epochs": 2}}
-    attack = build(name, knows(pictures, hashed), **short)
+    attack = build(name, knowledge(pictures, hashed), **short)
     train(attack, tmp_path / "hash")
     assert reidentification_rate(attack, pictures, hashed) < 0.05
 
@@ -126,10 +126,10 @@ def test_alpha_zero_breaks(pictures: Pictures, tmp_path: Path) -> None:
     )
     with open_run(load_config("quickstart", flags=flags), "visible") as run:
         protection = fit(
-            run.config, LocalReporter(run.storage, ProgressDisplay(quiet=True), torch.device("cpu"))
+            run.config, Reporter(run.storage, ProgressDisplay(quiet=True), torch.device("cpu"))
         ).system.protection
     longer = INVERSES["inverse"] | {"train": INVERSES["inverse"]["train"] | {"epochs": 10}}
-    attack = build("inverse", knows(pictures, protection.protect), **longer)
+    attack = build("inverse", knowledge(pictures, protection.protect), **longer)
     train(attack, tmp_path / "attack")
     assert reidentification_rate(attack, pictures, protection.protect) > RED
 
@@ -137,14 +137,14 @@ def test_alpha_zero_breaks(pictures: Pictures, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tanaka", "pixel"])
 def test_own_keys_teach_nothing_about_anothers(name: str, pictures: Pictures, tmp_path: Path) -> None:
-    """Under a key of the victim's, an attacker who knows the algorithm is near the null."""
+    """Under the victim's key, an attacker with the algorithm alone is near chance."""
     options = PROTECTIONS.options(name).model_validate({"name": name})
 
     def under(key: Key) -> ImageMap:
         protect: ImageMap = PROTECTIONS.build(options, channels=3, key=key).protect
         return protect
 
-    access = knows(pictures, under(Key(bytes(32))))
+    access = knowledge(pictures, under(Key(bytes(32))))
     own = {"fresh": lambda number: under(Key(hashlib.sha256(str(number).encode()).digest()))}
     attack = build("inverse_own_keys", AttackerKnowledge(**{**vars(access), **own}), **SMALL, train={"epochs": 3})
     train(attack, tmp_path)
@@ -175,11 +175,11 @@ def test_the_unpaired_gan_learns_what_natural_images_look_like(pictures: Picture
         return images // 4
 
     settings = {"generator": "pixelwise", "train": {"epochs": 6, "batch_size": 20, "optimizer": {"lr": 0.002}}}
-    attack = build("unpaired_gan", knows(pictures, dark), **settings)
+    attack = build("unpaired_gan", knowledge(pictures, dark), **settings)
     train(attack, tmp_path / "dark")
     mean = attack.reconstruct(dark(pictures[0][KNOWN:])).float().mean()
     assert abs(mean - plain) < 0.5 * abs(plain / 4 - plain)
-    attack = build("unpaired_gan", knows(pictures, hashed), width=4, train={"epochs": 1})
+    attack = build("unpaired_gan", knowledge(pictures, hashed), width=4, train={"epochs": 1})
     train(attack, tmp_path / "hash")
     assert reidentification_rate(attack, pictures, hashed) < 0.05
 
@@ -255,14 +255,14 @@ def test_without_an_oracle_the_pairs_are_all_there_is(pictures: Pictures, tmp_pa
 
 
 @pytest.mark.slow
-def test_the_class_can_be_told(pictures: Pictures, tmp_path: Path) -> None:
+def test_the_class_is_an_input_of_a_conditional_attack(pictures: Pictures, tmp_path: Path) -> None:
     batch_sizes: list[int] = []
 
     def classify(protected: Tensor) -> Tensor:
         batch_sizes.append(len(protected))
         return torch.zeros(len(protected), dtype=torch.int64)
 
-    access = AttackerKnowledge(**{**vars(knows(pictures, hashed)), "classify": classify})
+    access = AttackerKnowledge(**{**vars(knowledge(pictures, hashed)), "classify": classify})
     attack = build("inverse", access, **SMALL, conditional=True, train={"epochs": 1})
     train(attack, tmp_path)
     assert reidentification_rate(attack, pictures, hashed) < 0.05
@@ -277,7 +277,7 @@ def test_the_class_can_be_told(pictures: Pictures, tmp_path: Path) -> None:
 def test_an_inverse_network_comes_back_from_its_weights(
     protected: tuple[int, int, int], options: dict[str, Any]
 ) -> None:
-    """Whatever it sees and whatever the protected images' size, its weights alone say how it is built."""
+    """Its weights alone suffice to build it, for every size of protected images and all options."""
     access = AttackerKnowledge(
         (3, 16, 17), pairs=(torch.zeros(0), torch.zeros(0)), num_classes=10,
         classify=lambda images: torch.arange(len(images)),
@@ -295,7 +295,7 @@ def test_an_inverse_network_comes_back_from_its_weights(
 
 
 def test_saturated_values_are_spread_out(pictures: Pictures) -> None:
-    """254 and 255 are worlds apart as a sigmoid's outputs; a place that never changes stays at nought."""
+    """The logits of 254 and 255 are far apart; a constant position stays near zero."""
     attack = build("inverse", AttackerKnowledge((1, 16, 16), pairs=(torch.zeros(0), torch.zeros(0))), width=2)
     images = torch.full((100, 1, 16, 16), 255, dtype=torch.uint8)
     images[:50, :, :8] = 254
@@ -311,18 +311,18 @@ def test_saturated_values_are_spread_out(pictures: Pictures) -> None:
 
 @pytest.mark.parametrize("name", ["inverse", "unpaired_gan"])
 def test_a_protection_that_is_random_is_resumed(name: str, pictures: Pictures) -> None:
-    """With a key per image no two runs see the same protected images; it is the same training all the same."""
+    """With a key per image, no two runs get the same protected images, but the data counts as the same."""
     random = torch.Generator().manual_seed(0)
 
     def protect(images: Tensor) -> Tensor:
         return images ^ torch.randint(0, 256, images.shape, generator=random, dtype=torch.uint8)
 
-    first, second = (build(name, knows(pictures, protect), width=4).task().fingerprint for _ in range(2))
+    first, second = (build(name, knowledge(pictures, protect), width=4).task().fingerprint for _ in range(2))
     assert first == second
 
 
 def test_an_average_keeps_its_count(pictures: Pictures) -> None:
-    task = build("inverse", knows(pictures, identity), **SMALL, train={"epochs": 1}).task()
+    task = build("inverse", knowledge(pictures, identity), **SMALL, train={"epochs": 1}).task()
     trainee, resumed = (task.build(task.phases[0]) for _ in range(2))
     trainee.steps = 5000
     resumed.load_trainable_state_dict(trainee.trainable_state_dict())
@@ -330,7 +330,7 @@ def test_an_average_keeps_its_count(pictures: Pictures) -> None:
 
 
 def test_part_of_the_images_takes_as_many_steps(pictures: Pictures) -> None:
-    attack = build("inverse", knows(pictures, identity), **SMALL, train={"epochs": 4, "batch_size": 45})
+    attack = build("inverse", knowledge(pictures, identity), **SMALL, train={"epochs": 4, "batch_size": 45})
     full, quarter, half = attack.task(), attack.task(1.0, 135), attack.task(0.5)
     assert (full.phases[0].epochs, full.batches.num_batches) == (4, 12)
     assert (quarter.phases[0].epochs, quarter.batches.num_batches) == (16, 3)
@@ -341,7 +341,7 @@ def test_part_of_the_images_takes_as_many_steps(pictures: Pictures) -> None:
 def test_milestones_keep_their_shares_of_a_shorter_training(pictures: Pictures, name: str) -> None:
     train = {"epochs": 40, "schedule": {"name": "multistep", "milestones": [20, 30], "gamma": 0.5}}
     sizes = SMALL if name == "itn" else {}
-    task = build(name, knows(pictures, identity), **sizes, train=train).task(0.5)
+    task = build(name, knowledge(pictures, identity), **sizes, train=train).task(0.5)
     assert task.phases[0].epochs == 20
     rates = [learning_rate(task.train, 20, progress) / task.train.optimizer.lr for progress in (9.9, 10, 14.9, 15)]
     assert rates == pytest.approx([1, 0.5, 0.5, 0.25])
@@ -353,7 +353,7 @@ def test_an_attacks_milestones_move_with_its_epochs() -> None:
 
 
 def test_a_worker_without_images_to_judge_by_counts_none(pictures: Pictures, monkeypatch: pytest.MonkeyPatch) -> None:
-    access = dataclasses.replace(knows(pictures, identity), images=pictures[0][:20], labels=pictures[1][:20])
+    access = dataclasses.replace(knowledge(pictures, identity), images=pictures[0][:20], labels=pictures[1][:20])
     task = build("inverse", access, **SMALL, train={"epochs": 1}).task()
     trainee = task.build(task.phases[0])
     alone = task.validate(trainee, 0, 1)
@@ -363,7 +363,7 @@ def test_a_worker_without_images_to_judge_by_counts_none(pictures: Pictures, mon
         shares.append(share.clone())
         return torch.stack(shares).sum(0)
 
-    monkeypatch.setattr("raypp.attacks.inverse_task.all_reduce_sum", added)
+    monkeypatch.setattr("raypp.attacks.inverse.all_reduce_sum", added)
     for rank in range(3):  # for two images
         together = task.validate(trainee, rank, 3)
     assert not shares[2].any()
@@ -371,7 +371,7 @@ def test_a_worker_without_images_to_judge_by_counts_none(pictures: Pictures, mon
 
 
 def test_workers_share_every_batch(pictures: Pictures) -> None:
-    attack = build("inverse", knows(pictures, identity), **SMALL, train={"epochs": 1, "batch_size": 60})
+    attack = build("inverse", knowledge(pictures, identity), **SMALL, train={"epochs": 1, "batch_size": 60})
     whole = attack.task()
     seen = []
     for rank in range(2):

@@ -71,9 +71,9 @@ def test_round_trip(trained: Trained) -> None:
 
 
 def test_evaluate_gives_the_numbers_of_the_run(trained: Trained) -> None:
-    found = json.loads((trained.run / "summary.json").read_text())
-    assert json.loads(json.dumps(evaluate_bundle(trained.bundle))) == found["test"]
-    assert load_private(trained.bundle).metrics == found
+    summary = json.loads((trained.run / "summary.json").read_text())
+    assert json.loads(json.dumps(evaluate_bundle(trained.bundle))) == summary["test"]
+    assert load_private(trained.bundle).metrics == summary
     on_train = evaluate_bundle(trained.bundle, split="train")
     assert on_train["num_images"] == 60
 
@@ -239,7 +239,7 @@ def test_links_that_lead_out_are_refused(bundle: Path) -> None:
 
 
 def test_parts_of_two_bundles_are_not_one(bundle: Path) -> None:
-    """The public part of one bundle beside the private part of another, each sound by itself."""
+    """A public and a private part of two bundles, each valid by itself."""
     edit(bundle / "public" / "protection.json", lambda about: about.update(image_size=[32, 32]))
     write_manifest(bundle / "public")
     assert load_public(bundle / "public").image_size == (32, 32)

@@ -32,33 +32,33 @@ def calibrated(name: str, pictures: tuple[Tensor, Tensor]) -> guard.PlainImageDe
     options = PROTECTIONS.options(name)(name=name)
     key = Key(bytes(range(32))) if PROTECTIONS.get(name).needs_key(options) else None
     protect = PROTECTIONS.build(options, channels=3, key=key).protect
-    found = guard.calibrate_detector(pictures[0], protect(pictures[0]), pictures[1], protect(pictures[1]))
-    assert found is not None
-    return found
+    detector = guard.calibrate_detector(pictures[0], protect(pictures[0]), pictures[1], protect(pictures[1]))
+    assert detector is not None
+    return detector
 
 
 @pytest.mark.parametrize("name", ["tanaka", "ele", "pixel", "etc"])
 def test_plain_images_are_refused_and_protected_ones_are_not(name: str, pictures: tuple[Tensor, Tensor]) -> None:
-    found = calibrated(name, pictures)
-    assert found.plain_refused["share"] >= 0.97
-    assert found.protected_refused["share"] <= 0.02
-    assert found.plain_refused["num"] == 100
-    low, high = found.plain_refused["interval"]
-    assert low - 1e-9 <= found.plain_refused["share"] <= high + 1e-9
+    detector = calibrated(name, pictures)
+    assert detector.plain_refused["share"] >= 0.97
+    assert detector.protected_refused["share"] <= 0.02
+    assert detector.plain_refused["num"] == 100
+    low, high = detector.plain_refused["interval"]
+    assert low - 1e-9 <= detector.plain_refused["share"] <= high + 1e-9
 
 
 def test_rates_are_honest_where_there_is_nothing_to_tell_apart(pictures: tuple[Tensor, Tensor]) -> None:
     """What protects nothing cannot be told from plain images: few are refused, and the rates say so."""
-    found = guard.calibrate_detector(pictures[0], pictures[0], pictures[1], pictures[1])
-    assert found is not None
-    assert found.plain_refused["share"] == found.protected_refused["share"] <= 0.05
+    detector = guard.calibrate_detector(pictures[0], pictures[0], pictures[1], pictures[1])
+    assert detector is not None
+    assert detector.plain_refused["share"] == detector.protected_refused["share"] <= 0.05
 
 
 def test_a_guard_survives_json(pictures: tuple[Tensor, Tensor]) -> None:
-    found = calibrated("tanaka", pictures)
-    again = guard.restore_detector(json.loads(json.dumps(found.dump())))
-    assert torch.equal(again.scores(pictures[1]), found.scores(pictures[1]))
-    damaged = found.dump() | {"weights": [1.0]}
+    detector = calibrated("tanaka", pictures)
+    again = guard.restore_detector(json.loads(json.dumps(detector.dump())))
+    assert torch.equal(again.scores(pictures[1]), detector.scores(pictures[1]))
+    damaged = detector.dump() | {"weights": [1.0]}
     with pytest.raises(ValueError, match="do not fit together"):
         guard.restore_detector(damaged)
 
@@ -89,13 +89,15 @@ def test_a_bundle_checks_itself_by_its_sample(trained: Trained) -> None:
 
 
 def test_the_card_states_the_guards_rates(trained: Trained, pictures: tuple[Tensor, Tensor]) -> None:
-    found = calibrated("tanaka", pictures)
+    detector = calibrated("tanaka", pictures)
     summary = json.loads((trained.run / "summary.json").read_text())
-    said = {"versions": {}, "hardware": "this machine"}
-    card = model_card.model_card(trained.config, ("a", "b"), (16, 16), found, summary, said)
-    assert f"| plain images that the service refuses | {found.plain_refused['share']:.2%} (95% interval" in card
+    environment = {"versions": {}, "hardware": "this machine"}
+    card = model_card.model_card(trained.config, ("a", "b"), (16, 16), detector, summary, environment)
+    assert f"| plain images that the service refuses | {detector.plain_refused['share']:.2%} (95% interval" in card
     assert "| protected images that it refuses by mistake | " in card
-    assert "service refuses" not in model_card.model_card(trained.config, ("a", "b"), (16, 16), None, summary, said)
+    assert "service refuses" not in model_card.model_card(
+        trained.config, ("a", "b"), (16, 16), None, summary, environment
+    )
 
 
 def test_few_validation_images_give_a_bundle_without_a_guard(trained: Trained) -> None:
@@ -112,11 +114,11 @@ def test_memory_does_not_grow_with_the_number_of_images(
     sizes, compute, magnify = [], guard._statistics, guard._variants
     monkeypatch.setattr(guard, "_statistics", lambda images: (sizes.append(images.numel()), compute(images))[1])
     monkeypatch.setattr(guard, "_variants", lambda images: (sizes.append(images.numel()), magnify(images))[1])
-    in_parts = calibrated("tanaka", pictures)
+    split_detector = calibrated("tanaka", pictures)
     assert max(sizes) == most
-    assert torch.allclose(in_parts.weights, whole.weights, rtol=1e-6)
-    assert in_parts.threshold == pytest.approx(whole.threshold)
-    assert in_parts.plain_refused == whole.plain_refused
+    assert torch.allclose(split_detector.weights, whole.weights, rtol=1e-6)
+    assert split_detector.threshold == pytest.approx(whole.threshold)
+    assert split_detector.plain_refused == whole.plain_refused
 
 
 def test_one_image_larger_than_a_part_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_a_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -116,10 +116,10 @@ def test_help_explains_every_parameter(capsys: Captured, command: str) -> None:
     if function is None:
         assert all(name in out for name in parser if not name.startswith("-"))
         return
-    explained = dict(re.findall(r"^(\w+)\n    (.+)$", inspect.getdoc(function) or "", re.MULTILINE))
-    taken = inspect.signature(function).parameters
-    required = {name for name, parameter in taken.items() if parameter.kind is not parameter.VAR_POSITIONAL}
-    assert required <= explained.keys() <= taken.keys()
+    explained = dict(re.findall(r"^    (\w+): (.+)$", inspect.getdoc(function) or "", re.MULTILINE))
+    parameters = inspect.signature(function).parameters
+    required = {name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_POSITIONAL}
+    assert required <= explained.keys() <= parameters.keys()
     for name, text in explained.items():
         assert name.replace("_", "-") in out.lower()
         assert " ".join(text.split()[:3]) in out
@@ -246,7 +246,7 @@ def test_the_papers_method_without_its_feature_network_is_refused_before_anythin
 
 
 @pytest.mark.slow
-def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
+def test_a_mistake_in_a_separate_process(tmp_path: Path) -> None:
     result = subprocess.run(
         [str(Path(sys.executable).parent / "raypp"), "config", "cifra"],
         cwd=tmp_path,
@@ -338,7 +338,7 @@ def test_a_loss_that_diverges_is_a_failure_at_run_time(capsys: Captured, tmp_pat
 
 
 @pytest.mark.parametrize("command", ["train", "tune"])
-def test_a_cluster_that_does_not_answer_is_said_to_be_so_at_once(
+def test_a_cluster_that_does_not_answer_is_reported_at_once(
     capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
@@ -444,9 +444,9 @@ def test_train_evaluate_protect(capsys: Captured, tmp_path: Path, trained: Train
     assert sentences == ["plain", "protected"]
     assert "Error: accuracy on protected images is at chance" in (folder / "bundle" / "MODEL_CARD.md").read_text()
     assert "joint epoch   2/2" in err
-    found = json.loads((folder / "summary.json").read_text())
-    assert f"{found['test']['accuracy']:.2%}" in out
-    assert f"{found['plain_test']['accuracy']:.2%}" in out
+    results = json.loads((folder / "summary.json").read_text())
+    assert f"{results['test']['accuracy']:.2%}" in out
+    assert f"{results['plain_test']['accuracy']:.2%}" in out
     for name in ("protected.png", "bundle", "metrics.jsonl"):
         assert f"{folder}/{name}" in out
         assert (folder / name).exists()
@@ -455,9 +455,9 @@ def test_train_evaluate_protect(capsys: Captured, tmp_path: Path, trained: Train
     assert (folder / "bundle" / weights).read_bytes() == (trained.bundle / weights).read_bytes()
 
     out, err = run(capsys, "evaluate", folder / "bundle", "--output", "deep/numbers.json")
-    assert json.loads((tmp_path / "deep" / "numbers.json").read_text()) == found["test"]
+    assert json.loads((tmp_path / "deep" / "numbers.json").read_text()) == results["test"]
     assert re.fullmatch(r"error: accuracy on protected images is at chance: .*\n", err)
-    assert f"{found['test']['accuracy']:.2%}" in out
+    assert f"{results['test']['accuracy']:.2%}" in out
     out, _ = run(capsys, "evaluate", folder / "bundle", "--split", "train", "--data.source.num_train", "40")
     assert "40 test images" not in out, "the training split is not called test"
 
@@ -475,7 +475,7 @@ def test_train_evaluate_protect(capsys: Captured, tmp_path: Path, trained: Train
         capsys, "train", "quickstart", "--name", "one", "--local", "--resume", *tiny_flags(tmp_path / "runs")
     )
     assert err.splitlines()[0] == "run 'one' is finished: nothing left to train"
-    assert f"{found['test']['accuracy']:.2%}" in out
+    assert f"{results['test']['accuracy']:.2%}" in out
     latest = tmp_path / "runs" / "latest"  # what `serve deploy serve_config.yaml` serves
     assert latest.readlink() == Path("one")
     latest.unlink()
@@ -520,7 +520,7 @@ def test_quickstart_says_what_to_do_next(capsys: Captured, tmp_path: Path, monke
 
 
 @pytest.mark.slow
-def test_a_local_run_that_is_told_to_stop_writes_a_checkpoint_first(tmp_path: Path) -> None:
+def test_a_local_run_that_is_stopped_writes_a_checkpoint_first(tmp_path: Path) -> None:
     flags = ["--local", "--name", "stopped", *tiny_flags(tmp_path, train__epochs=100_000)]
     process = subprocess.Popen(
         [sys.executable, "-m", "raypp.cli", "train", "quickstart", *flags], stderr=PIPE, text=True

@@ -27,8 +27,7 @@ from raypp.bundle.load import PublicBundle, load_private, load_public
 from raypp.bundle.manifest import MANIFEST, write_manifest
 from raypp.cli.main import main
 from raypp.cli.service import _printable
-from raypp.client.asynchronous import AsyncClient
-from raypp.client.http import Client
+from raypp.client.http import AsyncClient, Client
 from raypp.client.offline import protect_images
 from raypp.client.session import RemoteError, retry_delay
 from raypp.serve.api import classifier_api
@@ -372,7 +371,7 @@ def test_what_comes_out_as_it_went_in_is_not_sent(
                 client.protect(none)
 
 
-def test_a_service_is_asked_what_it_serves_before_one_publishes_to_it(trained: Trained, tmp_path: Path) -> None:
+def test_publishing_first_checks_which_bundle_a_service_serves(trained: Trained, tmp_path: Path) -> None:
     faulty = Faulty(Here(trained.live))
     with running(faulty.app) as url:
         for answer in (b"{}", b"[]"):
@@ -516,6 +515,6 @@ def test_a_demo_that_does_not_start_leaves_no_client_open(
                 demo.open_services([f"a={url}", second])
         assert len(opened) >= 4
         assert all(client._session.http.is_closed for client in opened)
-        (service,) = demo.open_services([url])
-        assert not service.client._session.http.is_closed
-        service.client.close()
+        (client,) = demo.open_services([url]).values()
+        assert not client._session.http.is_closed
+        client.close()

@@ -1,6 +1,6 @@
 """A cluster of three nodes on this machine: jobs end to end, nodes that leave, drivers that die.
 
-Nobody works on the head, as in the shipped configurations; the two others have one CPU each.
+The head runs no tasks, as in the shipped configurations; the two others have one CPU each.
 """
 
 from __future__ import annotations
@@ -79,13 +79,13 @@ class Nodes:
             arguments += ["--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}"]
         else:
             arguments += [f"--address=127.0.0.1:{self.port}", "--num-cpus=1"]
-        surroundings = {key: value for key, value in self.client.items() if key != "RAY_ADDRESS"}
-        node = self.running[number] = ProcessTree(self.zygote, arguments, surroundings)
+        environment = {key: value for key, value in self.client.items() if key != "RAY_ADDRESS"}
+        node = self.running[number] = ProcessTree(self.zygote, arguments, environment)
         # One after the other: nodes that start together on two cores give up waiting for themselves.
         wait_until(lambda: "Ray runtime started" in node.output()[0], node, 120)
 
     def kill(self, number: int) -> None:
-        """End a node as a spot instance ends that nobody warned: everything at once."""
+        """End all processes of a node at once, as when a spot instance ends without a warning."""
         self.running.pop(number).kill()
 
     def holds(self, number: int, title: str) -> bool:
@@ -116,14 +116,14 @@ class Nodes:
 
 @pytest.fixture(scope="module")
 def head(zygote: Path) -> Iterator[Nodes]:
-    made = Nodes(zygote)
+    cluster = Nodes(zygote)
     try:
-        made.start(1)
-        yield made
+        cluster.start(1)
+        yield cluster
     finally:
-        for number in list(made.running)[::-1]:
-            made.kill(number)
-        shutil.rmtree(made.folder, ignore_errors=True)
+        for number in list(cluster.running)[::-1]:
+            cluster.kill(number)
+        shutil.rmtree(cluster.folder, ignore_errors=True)
 
 
 @pytest.fixture
@@ -262,22 +262,22 @@ def test_attacks_and_a_table_outlive_a_node(nodes: Nodes, trained: Trained, tmp_
     trains = tmp_path / "a" / "attacks" / "inverse"
     wait_until(lambda: len(rows_of(trains)) >= 2, process)
     lost = next(number for number in (2, 3) if nodes.holds(number, "ray::_call"))
-    kept = rows_of(trains)[:-1]
+    rows_before = rows_of(trains)[:-1]
     nodes.kill(lost)
     nodes.done(process)
     rows = rows_of(trains)
     assert [row["epoch"] for row in rows] == [n + 1 for n in range(epochs)]
-    assert rows[: len(kept)] == kept
+    assert rows[: len(rows_before)] == rows_before
     card = json.loads((tmp_path / "a" / "scorecard.json").read_text())
-    assert {found["status"] for found in card["attacks"].values()} == {"done"}
+    assert {result["status"] for result in card["attacks"].values()} == {"done"}
     assert card["attacks"]["known_gallery"]["reidentification_rate"] == 1
     undisturbed = attack_run.run_attack_suite(
         attack_plan.make_attack_plan(bundle=str(bundle), suite=str(file), name="undisturbed", storage=tmp_path),
         quiet=True,
     )
-    for name, found in undisturbed["attacks"].items():
+    for name, result in undisturbed["attacks"].items():
         scores = card["attacks"][name]["scores"]
-        assert scores["ssim"]["mean"] == pytest.approx(found["scores"]["ssim"]["mean"], abs=0.02), name
+        assert scores["ssim"]["mean"] == pytest.approx(result["scores"]["ssim"]["mean"], abs=0.02), name
     loss = rows_of(tmp_path / "undisturbed" / "attacks" / "inverse")[-1]["train_loss"]
     assert rows[-1]["train_loss"] == pytest.approx(loss, rel=0.05)
     nodes.done(table)

@@ -37,7 +37,7 @@ NUM_NODES = 3  # a head without work, as in a cluster's usual configuration, and
 SUBNET = "10.213.57"  # of the bridge between them
 BRIDGE = "raypp-test"
 HEAD = f"{SUBNET}.1:6379"
-CONNECTIONS = 4  # to each node that is asked
+CONNECTIONS = 4  # to each node that receives requests
 
 
 def ip(*arguments: str) -> None:
@@ -68,8 +68,8 @@ class Nodes:
 
     def kill(self, node: int) -> None:
         """End everything on a node at once, as a machine that loses its power."""
-        found = subprocess.run(["ip", "netns", "pids", f"{BRIDGE}-{node}"], capture_output=True, text=True, check=False)
-        for number in found.stdout.split():
+        pids = subprocess.run(["ip", "netns", "pids", f"{BRIDGE}-{node}"], capture_output=True, text=True, check=False)
+        for number in pids.stdout.split():
             with contextlib.suppress(psutil.NoSuchProcess):
                 psutil.Process(int(number)).kill()
 
@@ -99,7 +99,7 @@ def nodes(zygote: Path, tmp_path: Path) -> Iterator[Nodes]:
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
-    made = Nodes(environment, zygote)
+    cluster = Nodes(environment, zygote)
     with ExitStack() as stack:
         stack.callback(ip, "link", "del", BRIDGE)
         ip("addr", "add", f"{SUBNET}.254/24", "dev", BRIDGE)
@@ -115,16 +115,16 @@ def nodes(zygote: Path, tmp_path: Path) -> Iterator[Nodes]:
             ip("-n", name, "addr", "add", f"{address(node)}/24", "dev", inner)
             for device in (inner, "lo"):
                 ip("-n", name, "link", "set", device, "up")
-            stack.callback(made.kill, node)
+            stack.callback(cluster.kill, node)
         # One machine's files: each HAProxy has its own folder, which on several machines lies at the same place.
         proxies = [stack.enter_context(ray_settings()) for _ in range(NUM_NODES)]
         for node in range(NUM_NODES):  # one after the other: they write into one folder, as machines do not
             head = "--head", "--port=6379", "--num-cpus=0", "--dashboard-host=127.0.0.1"
-            made.start(node, proxies[node], *(head if node == 0 else (f"--address={HEAD}", "--num-cpus=1")))
-        yield made
+            cluster.start(node, proxies[node], *(head if node == 0 else (f"--address={HEAD}", "--num-cpus=1")))
+        yield cluster
 
 
-class Asking(threading.Thread):
+class RequestThread(threading.Thread):
     """Sends protected images to one node, one after the other, and checks every answer against its own image."""
 
     def __init__(self, node: int, token: str, images: np.ndarray, classes: list[int]) -> None:
@@ -189,22 +189,22 @@ def test_a_node_that_dies_costs_the_requests_on_their_way_to_it(nodes: Nodes, tr
     private = load_private(bundle)
     images = private.sample.permute(0, 2, 3, 1).numpy()
     classes = private.sample_classes.tolist()
-    asking = [Asking(node, token, images, classes) for node in (0, 1) for _ in range(CONNECTIONS)]
-    for thread in asking:
+    threads = [RequestThread(node, token, images, classes) for node in (0, 1) for _ in range(CONNECTIONS)]
+    for thread in threads:
         thread.start()
     time.sleep(2)
-    before = sum((thread.outcomes for thread in asking), Counter())
+    before = sum((thread.outcomes for thread in threads), Counter())
     assert set(before) == {"200"}
     died = time.monotonic()
     nodes.kill(2)
     time.sleep(6)
-    for thread in asking:
+    for thread in threads:
         thread.stop.set()
-    for thread in asking:
+    for thread in threads:
         thread.join(60)
-    outcomes = sum((thread.outcomes for thread in asking), Counter())
-    failed = sorted(began for thread in asking for began in thread.failed)
+    outcomes = sum((thread.outcomes for thread in threads), Counter())
+    failed = sorted(began for thread in threads for began in thread.failed)
     assert outcomes["wrong"] == 0
     assert outcomes["200"] - before["200"] > 50
-    assert len(failed) <= len(asking), outcomes  # one on its way for each connection
+    assert len(failed) <= len(threads), outcomes  # one on its way for each connection
     assert all(abs(began - died) < 3 for began in failed)

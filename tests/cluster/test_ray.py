@@ -105,10 +105,10 @@ def test_a_killed_driver_is_resumed_past_a_damaged_checkpoint(cluster: Cluster, 
     assert f"checkpoint {newest} is damaged" in " ".join(resumed.stderr.split())
     assert epochs_of(folder) == expected(4)
     after = {(row["phase"], row["epoch"]): row["train_loss"] for row in history(folder)}
-    # What was kept is kept as it was; only the epoch of the damaged checkpoint was trained again.
-    kept = list(before)[: int(newest.removeprefix("epoch_")) - 1]
-    assert kept
-    assert [after[key] for key in kept] == [before[key] for key in kept]
+    # Earlier epochs stay as they were; only the epoch of the damaged checkpoint was trained again.
+    unchanged = list(before)[: int(newest.removeprefix("epoch_")) - 1]
+    assert unchanged
+    assert [after[key] for key in unchanged] == [before[key] for key in unchanged]
 
     again = cluster.run([*arguments, "--resume"])
     assert again.returncode == 0
@@ -116,15 +116,15 @@ def test_a_killed_driver_is_resumed_past_a_damaged_checkpoint(cluster: Cluster, 
     assert epochs_of(folder) == expected(4)
 
     main([*command(tmp_path, "whole", *flags, epochs=4)[1:], "--local"])
-    assert learned(folder) == learned(tmp_path / "whole"), "it ends otherwise than if nothing had happened"
+    assert learned(folder) == learned(tmp_path / "whole"), "the result differs from that of an undisturbed run"
 
 
 def learned(run_folder: Path) -> list[dict[str, Any]]:
-    """The history without how fast it was made."""
+    """The history without speeds."""
     return [{k: v for k, v in row.items() if k not in {"seconds", "images_per_s"}} for row in history(run_folder)]
 
 
-def test_a_run_that_is_told_to_stop_says_what_is_kept(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_stopped_run_names_its_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
     process = cluster.popen(command(tmp_path, "stopped", "--cluster.num_workers", "1", epochs=500))
     wait_until(lambda: len(history(tmp_path / "stopped")) >= 2, process)
     process.send_signal(signal.SIGTERM)
@@ -275,11 +275,11 @@ def test_storage_that_becomes_unwritable_loses_nothing(cluster: Cluster, tmp_pat
     assert "Traceback" not in err
     folder.unlink()
     good.rename(folder)
-    kept = len(history(folder))
+    epochs_before = len(history(folder))
     resumed = cluster.run([*arguments, "--resume"])
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert epochs_of(folder) == expected(4)
-    assert kept >= 2
+    assert epochs_before >= 2
 
 
 def test_table1_outlives_a_killed_cell(cluster: Cluster, tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def test_attacks_outlive_killed_workers(
     assert [row["epoch"] for row in rows] == [n + 1 for n in range(EPOCHS)]
     assert {row["world"] for row in rows} == {2 if flags else 1}
     card = json.loads((tmp_path / "a" / "scorecard.json").read_text())
-    assert [found["status"] for found in card["attacks"].values()] == ["done"] * 3
+    assert [result["status"] for result in card["attacks"].values()] == ["done"] * 3
     assert "the inverse network's estimate" in card["attacks"]["white_box"]["note"]
     assert (tmp_path / "bundle" / "private" / "attacks" / "inverse.safetensors").exists()
     assert "T4" in out
@@ -357,19 +357,19 @@ def test_attacks_outlive_killed_workers(
 
 
 @workers_of_attacks
-def test_attacks_that_are_told_to_stop_write_a_checkpoint_first(
+def test_stopped_attacks_write_a_checkpoint_first(
     cluster: Cluster, trained: Trained, tmp_path: Path, flags: list[str], title: str
 ) -> None:
     process = cluster.popen([*attack_command(trained, tmp_path, 10_000), *flags])
     inverse = tmp_path / "a" / "attacks" / "inverse"
     wait_until(lambda: len(history(inverse)) >= 2, process)
-    told = time.time()
+    signalled = time.time()
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
     assert "; continue with --resume" in " ".join(err.split())
     newest = inverse / "checkpoints" / list_checkpoints(Storage(inverse))[0]
-    assert (newest / "checkpoint.json").stat().st_mtime > told - 1  # an epoch may have ended just before
+    assert (newest / "checkpoint.json").stat().st_mtime > signalled - 1  # an epoch may have ended just before
     assert not (inverse / "result.json").exists()
     end = time.monotonic() + 60
     while cluster.head.processes(title):

@@ -21,11 +21,11 @@ pytestmark = pytest.mark.ray
 
 
 def command(tmp_path: Path, name: str, *flags: str, **changes: object) -> list[str]:
-    given = [flag for flag in tiny_flags(tmp_path, **changes) if flag not in ("--cluster.storage", str(tmp_path))]
-    given += ["--search.attack", "{width: 4, train: {epochs: 1}}", "--search.suite", "null"]
+    settings = [flag for flag in tiny_flags(tmp_path, **changes) if flag not in ("--cluster.storage", str(tmp_path))]
+    settings += ["--search.attack", "{width: 4, train: {epochs: 1}}", "--search.suite", "null"]
     if "--search.space" not in flags:
-        given += ["--search.space.protection.skips", "[0, 1, 2]"]  # of a U-Net of depth 2
-    return ["raypp", "tune", "quickstart", "--storage", str(tmp_path), "--name", name, *override(given, flags)]
+        settings += ["--search.space.protection.skips", "[0, 1, 2]"]  # of a U-Net of depth 2
+    return ["raypp", "tune", "quickstart", "--storage", str(tmp_path), "--name", name, *override(settings, flags)]
 
 
 def results(folder: Path) -> dict[str, Path]:
@@ -38,7 +38,7 @@ def table(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_search_outlives_its_driver(cluster: Cluster, tmp_path: Path) -> None:
-    """And a lost worker; trials that diverge are told and stop nothing."""
+    """And a lost worker; trials that diverge are recorded and stop nothing."""
     from ray.tune import ExperimentAnalysis  # seconds, also where no test of this file is chosen
 
     folder = tmp_path / "search"
@@ -68,7 +68,7 @@ def test_a_search_outlives_its_driver(cluster: Cluster, tmp_path: Path) -> None:
     rows = table(folder)
     known = set(ExperimentAnalysis(str(folder / "tune")).results)
     assert len(known) == 8
-    # What ended within the last second of the driver's life, Tune had not noted: it is in the table besides.
+    # Trials that ended in the last second before the driver died are in the table, and not in Tune's records.
     unnoted = {row["trial"] for row in rows} - known
     assert {name for name in unnoted if after[name].stat().st_mtime >= begun} == set()
     assert {row["status"] for row in rows} == {"done", "diverged"}
@@ -112,8 +112,8 @@ def test_a_stopped_search_loses_nothing(cluster: Cluster, tmp_path: Path, worker
     assert "stopped; continue with --resume" in " ".join(err.split())
     before = {trial.name: rows(trial) for trial in trials.glob("*") if rows(trial)}
     assert len(before) == 2 // workers
-    for name, had in before.items():
-        assert len(had) < epochs, "the search was over before it was told to stop"
+    for name, rows_before in before.items():
+        assert len(rows_before) < epochs, "the search ended before the stop request"
         newest = trials / name / "checkpoints" / list_checkpoints(Storage(trials / name))[0]
         assert (newest / "checkpoint.json").stat().st_mtime > signalled - 1  # an epoch may have ended just before
 
@@ -122,8 +122,8 @@ def test_a_stopped_search_loses_nothing(cluster: Cluster, tmp_path: Path, worker
     lines = table(tmp_path / "stopped")
     assert [line["status"] for line in lines] == ["done", "done"]
     for line in lines:
-        now, had = rows(trials / line["trial"]), before.get(line["trial"], [])
-        assert now[: len(had)] == had
+        now, rows_before = rows(trials / line["trial"]), before.get(line["trial"], [])
+        assert now[: len(rows_before)] == rows_before
         assert {row["world"] for row in now} == {workers}
         assert [(row["phase"], row["epoch"]) for row in now] == [
             *(("plain", n + 1) for n in range(len(now) - epochs)), *(("joint", n + 1) for n in range(epochs)),
@@ -155,7 +155,7 @@ def test_a_population_passes_its_best_networks_on(cluster: Cluster, tmp_path: Pa
     assert changed
 
 
-def test_nobody_takes_over_a_network_that_is_finished(tmp_path: Path) -> None:
+def test_no_trial_copies_a_finished_network(tmp_path: Path) -> None:
     from ray.tune.schedulers import TrialScheduler
 
     from raypp.cluster.search_algorithms import build_scheduler
@@ -171,7 +171,7 @@ def test_nobody_takes_over_a_network_that_is_finished(tmp_path: Path) -> None:
         assert population.on_trial_result(None, None, result) == TrialScheduler.CONTINUE
 
 
-def test_budgets_end_a_search_and_every_trial_is_told(cluster: Cluster, tmp_path: Path) -> None:
+def test_budgets_end_a_search_and_every_trial_is_recorded(cluster: Cluster, tmp_path: Path) -> None:
     """The baseline of the constraint is trained before, and the best bundle is attacked after."""
     folder = tmp_path / "budget"
     suite = tmp_path / "suite.yaml"

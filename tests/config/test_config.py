@@ -92,13 +92,13 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) ->
     assert config.train.batch_size == make().train.batch_size
 
 
-def test_a_new_name_starts_its_section_afresh(tmp_path: Path) -> None:
+def test_a_new_name_replaces_its_section(tmp_path: Path) -> None:
     path = str(tmp_path)
     source = make("--data.source.name", "folder", "--data.source.path", path).data.source
     assert source.model_dump() == {"name": "folder", "path": path, "test_fraction": 0.1, "seed": 0}
     assert make("--train.schedule", "constant").train.schedule.model_dump() == {"name": "constant"}
     same = make("--train.schedule", "one_cycle").train.schedule
-    assert same == make().train.schedule, "the name it had already changes nothing"
+    assert same == make().train.schedule, "the same name changes nothing"
     for flags in (
         ["--data.source", "folder", "--data.source.path", path],
         ["--data.source.path", path, "--data.source", "folder"],
@@ -155,17 +155,17 @@ def test_any_value_survives_a_flag(data: st.DataObject, equals: bool) -> None:
     start += ["--train.epochs", "501"] if key != "train.epochs" else []
     if not equals and text.startswith("--"):
         return
-    found: Any = make(*start, *([f"--{key}={text}"] if equals else [f"--{key}", text]))
+    setting: Any = make(*start, *([f"--{key}={text}"] if equals else [f"--{key}", text]))
     for part in key.split("."):
-        found = getattr(found, part)
-    assert found == value
+        setting = getattr(setting, part)
+    assert setting == value
 
 
 @given(
     words=st.lists(st.one_of(st.text(max_size=12), st.sampled_from(["--seed", "--train.alpha", "--data", "--train"])))
 )
 def test_no_command_line_breaks_the_parser(words: list[str]) -> None:
-    """Whatever stands there is a configuration or an error that was meant."""
+    """Every command line gives a configuration or a RayppError."""
     with contextlib.suppress(RayppError):
         make(*words)
 
@@ -438,7 +438,7 @@ def test_relative_paths_are_settled_at_once(tmp_path: Path, monkeypatch: pytest.
     config = make("--data.source", "{name: folder, path: images}", "--cluster.storage", "runs/x")
     assert config.data.source.model_dump()["path"] == str(tmp_path / "images")
     assert config.cluster.storage == str(tmp_path / "runs" / "x")
-    assert make().cluster.storage == str(tmp_path / "runs"), "the default too, where one stands now"
+    assert make().cluster.storage == str(tmp_path / "runs"), "the default too, in the current folder"
     assert make(preset="cifar10").data.source.model_dump()["root"] == str(tmp_path / "data")
     assert make("--cluster.storage", "s3://bucket/x").cluster.storage == "s3://bucket/x"
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision import datasets
 
-from raypp.data import SOURCES, base, memory, parquet_labels
+from raypp.data import SOURCES, base, memory, parquet
 from raypp.data.base import DataSource, Example, ImageDataset, Split, stratified_split
 from raypp.data.cifar import Cifar10, Cifar100
 from raypp.data.convert import check, convert, describe
@@ -408,7 +408,7 @@ def test_parquet_labels_in_folder_names(tmp_path: Path) -> None:
     assert (columns.classes, columns.labels.tolist()) == (("0", "1"), [0, 1] * 3)
     numbers = build("parquet", path=str(tmp_path / "c")).load("train")
     assert (numbers.classes, numbers.labels.tolist()) == (("0", "1"), [0, 0, 1, 1])
-    write_parquet(tmp_path / f"a/train/label={parquet_labels.HIVE_NULL}/part-0.parquet", structs(noise(2)), None)
+    write_parquet(tmp_path / f"a/train/label={parquet.HIVE_NULL}/part-0.parquet", structs(noise(2)), None)
     with pytest.raises(DataError, match="row 0: label is null"):
         build("parquet", path=str(tmp_path / "a")).load("train")
     for split in ("train", "test"):

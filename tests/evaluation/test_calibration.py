@@ -34,13 +34,13 @@ Images = tuple[Tensor, Tensor, Tensor, Tensor]
 @pytest.fixture(scope="module")
 def cifar() -> Images:
     """1,000 test images and their classes, 5,000 training images and theirs; uint8 (N, C, H, W)."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     for split, num in (("test", NUM), ("train", 5 * NUM)):
         (file,) = SHARED.glob(f"{split}-*.parquet")
         rows = pq.read_table(file).slice(0, num)
         images = np.stack([decode(cell["bytes"], name=split) for cell in rows["img"].to_pylist()])
-        found += [torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(rows["label"].to_pylist())]
-    return found[0], found[1], found[2], found[3]
+        tensors += [torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(rows["label"].to_pylist())]
+    return tensors[0], tensors[1], tensors[2], tensors[3]
 
 
 def constant(value: float) -> Callable[[Images], Tensor]:

@@ -28,7 +28,7 @@ from raypp.cli.attack import run_attacks
 from raypp.cli.main import main
 from raypp.evaluation.report.render import write_report
 from raypp.evaluation.scorecard import aggregate, is_rising, reidentification_rate, strongest_attack, verdict
-from raypp.experiments import attack_export, attack_plan, attack_run, attack_scores
+from raypp.experiments import attack_plan, attack_run, attack_scores
 from raypp.metrics.statistics import chance_error, wilson_interval
 from raypp.utils.errors import ConfigError, RayppError, StorageError, TrainingInterrupted
 from raypp.utils.images import write_png
@@ -56,8 +56,8 @@ def plan(
     return attack_plan.make_attack_plan(**({"suite": str(file), "storage": tmp_path / "runs", "name": name} | target))
 
 
-def attack(of: attack_plan.AttackPlan, *, resume: bool = False) -> dict[str, Any]:
-    return run_attacks(of, local=True, quiet=True, resume=resume)
+def attack(run_plan: attack_plan.AttackPlan, *, resume: bool = False) -> dict[str, Any]:
+    return run_attacks(run_plan, local=True, quiet=True, resume=resume)
 
 
 def refusal(tmp_path: Path, **target: Any) -> str:
@@ -77,7 +77,7 @@ def attacked(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 
 @pytest.mark.slow
-def test_the_scorecard_holds_every_attack_beside_its_nulls(attacked: tuple[Path, Path, dict[str, Any]]) -> None:
+def test_the_scorecard_holds_every_attack_and_the_baselines(attacked: tuple[Path, Path, dict[str, Any]]) -> None:
     _, folder, card = attacked
     assert card == json.loads((folder / "scorecard.json").read_text())
     assert card["num_queries"] == 20
@@ -154,10 +154,10 @@ def test_a_stored_network_reconstructs_as_it_did(attacked: tuple[Path, Path, dic
     from safetensors.torch import load
 
     bundle, folder, _ = attacked
-    of = plan(tmp_path, bundle=str(bundle))
-    target = attack_plan.load_target_of(of)
+    run_plan = plan(tmp_path, bundle=str(bundle))
+    target = attack_plan.load_target_of(run_plan)
     network = attack_run.load_network(
-        Storage(folder / "attacks" / "inverse"), of.suite.options("inverse"), target.access
+        Storage(folder / "attacks" / "inverse"), run_plan.suite.options("inverse"), target.access
     )
     estimates = load((folder / "attacks" / "inverse" / "estimates.safetensors").read_bytes())["estimates"]
     assert torch.equal(network(target.protected), estimates)
@@ -233,16 +233,16 @@ def test_a_training_runs_folder_is_no_place_for_attacks(trained: Trained, tmp_pa
 def test_a_stopped_attack_run_resumes_from_its_checkpoint(trained: Trained, tmp_path: Path) -> None:
     whole = attack(plan(tmp_path, "whole", bundle=str(shutil.copytree(trained.bundle, tmp_path / "bundle"))))
 
-    def stopped(plan: attack_plan.AttackPlan, missing: Any, display: MultiProgressDisplay, ended: Any) -> None:
+    def stopped(plan: attack_plan.AttackPlan, missing: Any, display: MultiProgressDisplay, on_done: Any) -> None:
         signalled: list[str] = []
 
-        def tell(run: str, info: dict[str, Any]) -> None:
+        def stop_once(run: str, info: dict[str, Any]) -> None:
             if run == "inverse" and info["steps_done"] > 1 and not signalled:  # a second signal would end this process
                 signalled.append(run)
                 signal.raise_signal(signal.SIGTERM)
 
-        display.step = tell  # type: ignore[method-assign]
-        attack_run.run_attacks_locally(plan, missing, display, ended)
+        display.step = stop_once  # type: ignore[method-assign]
+        attack_run.run_attacks_locally(plan, missing, display, on_done)
 
     part = plan(tmp_path, "part", bundle=str(shutil.copytree(trained.bundle, tmp_path / "other")))
     with pytest.raises(TrainingInterrupted, match="stopped after checkpoint epoch_"):
@@ -259,23 +259,23 @@ def test_an_attack_that_is_killed_goes_on_from_its_checkpoint(
 ) -> None:
     """As a killed process leaves it: an epoch trained, no result."""
     whole = attack(plan(tmp_path, "whole", bundle=str(shutil.copytree(trained.bundle, tmp_path / "bundle"))))
-    from raypp.training.reporter import LocalReporter
+    from raypp.training.reporter import Reporter
 
-    report = LocalReporter.report
+    report = Reporter.report
 
     def killed(self: Any, history: Sequence[Any], name: str, checkpoint: Path | None) -> None:
         report(self, list(history), name, checkpoint)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(LocalReporter, "report", killed)
-    of = plan(tmp_path, "cut", bundle=str(tmp_path / "bundle"))
+    monkeypatch.setattr(Reporter, "report", killed)
+    run_plan = plan(tmp_path, "cut", bundle=str(tmp_path / "bundle"))
     with pytest.raises(KeyboardInterrupt):
-        attack(of)
+        attack(run_plan)
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "runs" / "cut" / "attacks" / "inverse" / "checkpoints").iterdir()] == [
         "epoch_0001"
     ]
-    again = attack(of, resume=True)
+    again = attack(run_plan, resume=True)
     assert again["attacks"]["inverse"]["scores"] == whole["attacks"]["inverse"]["scores"]
 
 
@@ -437,7 +437,7 @@ def test_a_file_is_loaded_as_python_runs_it(tmp_path: Path, kind: str) -> None:
     assert not list(tmp_path.glob(f"__pycache__/{file.stem}.*")), "no bytecode of it"
 
 
-def test_a_file_has_arguments_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_does_not_see_the_arguments_of_raypp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that parses them as it is imported, or as it is called, does not see those of raypp."""
     arguments = ["raypp", "attack", "--function", "mine.py:protect"]
     monkeypatch.setattr(sys, "argv", arguments)
@@ -648,21 +648,21 @@ def test_the_verdict_of_a_scorecard_needs_evidence() -> None:
             "scores": scores,
         } | changes
 
-    def of(attacks: dict[str, Any], at_chance: bool = False) -> tuple[Any, ...]:
+    def summarize(attacks: dict[str, Any], at_chance: bool = False) -> tuple[Any, ...]:
         card = attack_scores.headline(attacks, at_chance=at_chance)
         return card["strongest_attack"], card["verdict"], card["verdict_by_reconstruction"]
 
-    assert of({"inverse": done(0.01), "known_gallery": done(0.02)}) == ("known_gallery", "holds", "holds")
-    assert of({"inverse": done(0.01, lower_bound=True)}) == ("inverse", "inconclusive", "inconclusive")
+    assert summarize({"inverse": done(0.01), "known_gallery": done(0.02)}) == ("known_gallery", "holds", "holds")
+    assert summarize({"inverse": done(0.01, lower_bound=True)}) == ("inverse", "inconclusive", "inconclusive")
     weak = {"inverse": done(0.01, lower_bound=True), "known_gallery": done(1.0)}
-    assert of(weak) == ("known_gallery", "broken", "inconclusive")
-    assert of({"inverse": done(0.9, lower_bound=True)}) == ("inverse", "broken", "broken")
-    assert of({"inverse": done(0.9)}, at_chance=True) == ("inverse", "inconclusive", "inconclusive")
+    assert summarize(weak) == ("known_gallery", "broken", "inconclusive")
+    assert summarize({"inverse": done(0.9, lower_bound=True)}) == ("inverse", "broken", "broken")
+    assert summarize({"inverse": done(0.9)}, at_chance=True) == ("inverse", "inconclusive", "inconclusive")
     failed = {"white_box": {"status": "failed"}, "inverse": done(0.01)}
-    assert of(failed) == ("inverse", "inconclusive", "inconclusive")
+    assert summarize(failed) == ("inverse", "inconclusive", "inconclusive")
     assert "white_box failed" in attack_scores.headline(failed, at_chance=False)["verdict_reason"]
-    assert of(failed | {"known_gallery": done(0.5)})[1] == "broken"
-    assert of({"white_box": {"status": "does not apply"}}) == (None, None, None)
+    assert summarize(failed | {"known_gallery": done(0.5)})[1] == "broken"
+    assert summarize({"white_box": {"status": "does not apply"}}) == (None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -687,13 +687,13 @@ def test_accuracy_at_chance_is_an_error(correct: int, num: int, chance: float, a
     assert is_rising([flat[0], {"ssim_invariant": 0.32, "reidentification_rate": 0.1}])
 
 
-def test_the_worst_attack_counts_not_the_average() -> None:
-    def of(rate: float, ssim: float = 0.1, status: str = "done") -> dict[str, Any]:
+def test_the_strongest_attack_counts_not_the_average() -> None:
+    def result(rate: float, ssim: float = 0.1, status: str = "done") -> dict[str, Any]:
         return {"status": status, "reidentification_rate": rate, "scores": {"ssim_invariant": {"mean": ssim}}}
 
     assert strongest_attack({}) is None
-    assert strongest_attack({"a": of(0.1), "b": of(0.3), "c": of(0.9, status="failed")}) == "b"
-    assert strongest_attack({"a": of(0.1, 0.2), "b": of(0.1, 0.4)}) == "b"
+    assert strongest_attack({"a": result(0.1), "b": result(0.3), "c": result(0.9, status="failed")}) == "b"
+    assert strongest_attack({"a": result(0.1, 0.2), "b": result(0.1, 0.4)}) == "b"
 
 
 def test_a_summary_of_known_values() -> None:
@@ -791,8 +791,8 @@ def test_two_attack_runs_that_end_together_both_stay_in_a_bundle(
     cards = [card | {"attacks": {name: card["attacks"][name]}} for name in names]
     for of in plans:
         shutil.copytree(run_folder, of.storage.path)
-    second = threading.Thread(target=attack_export.export_to_bundle, args=(plans[1], cards[1], True))
-    merge = attack_export._merge_with_stored
+    second = threading.Thread(target=attack_scores.export_to_bundle, args=(plans[1], cards[1], True))
+    merge = attack_scores._merge_with_stored
 
     def slow(*arguments: Any) -> Any:
         merged = merge(*arguments)
@@ -801,8 +801,8 @@ def test_two_attack_runs_that_end_together_both_stay_in_a_bundle(
             second.join(0.5)  # as long as the first is under way it must not write
         return merged
 
-    monkeypatch.setattr(attack_export, "_merge_with_stored", slow)
-    attack_export.export_to_bundle(plans[0], cards[0], True)
+    monkeypatch.setattr(attack_scores, "_merge_with_stored", slow)
+    attack_scores.export_to_bundle(plans[0], cards[0], True)
     second.join()
     assert set(json.loads((bundle / "private" / "scorecard.json").read_text())["attacks"]) == set(names)
     verify(bundle)
@@ -869,7 +869,7 @@ def test_one_epoch_has_no_half_so_its_curve_is_not_flat(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_optimisation_has_a_curve_too(attacked: tuple[Path, Path, dict[str, Any]]) -> None:
+def test_an_optimization_has_a_curve_too(attacked: tuple[Path, Path, dict[str, Any]]) -> None:
     result = attacked[2]["attacks"]["white_box"]
     assert [point["what"] for point in result["curve"]] == ["half the steps", "everything"]
     assert result["lower_bound"]  # ten queries say nothing about a hundredth

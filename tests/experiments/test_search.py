@@ -14,16 +14,15 @@ from PIL import Image
 
 from raypp.cli.main import main
 from raypp.config.presets import load_config
-from raypp.experiments import pareto, plots, search, search_records, search_results, search_settings, search_trial
-from raypp.experiments.search import make_search_plan
-from raypp.experiments.search_settings import Range
+from raypp.experiments import pareto, plots, search, search_results, search_trial
+from raypp.experiments.search import Range, make_search_plan
 from raypp.experiments.training_run import open_run, train_locally
 from raypp.utils.errors import ConfigError, StorageError
 from raypp.utils.progress import ProgressDisplay
 from raypp.utils.storage import Storage
 
 
-def plan(tmp_path: Path, *flags: str, name: str = "s") -> search_settings.SearchPlan:
+def plan(tmp_path: Path, *flags: str, name: str = "s") -> search.SearchPlan:
     base_flags = [flag for flag in tiny_flags(tmp_path) if flag not in ("--cluster.storage", str(tmp_path))]
     base_flags += ["--search.space.protection.skips", "[0, 1, 2]"]  # of a U-Net of depth 2
     return make_search_plan("quickstart", None, override(base_flags, flags), storage=str(tmp_path), name=name)
@@ -68,7 +67,7 @@ def record(trial: str, accuracy: float, leakage: float, **others: Any) -> dict[s
         (["--search.nmu_trials", "3"], "unknown key 'search.nmu_trials' (did you mean 'num_trials'?)"),
     ],
 )
-def test_what_is_wrong_with_a_search_is_said_before_it_begins(tmp_path: Path, flags: list[str], message: str) -> None:
+def test_an_invalid_search_is_refused_before_it_starts(tmp_path: Path, flags: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=r"^(?!.*\n)") as caught:
         plan(tmp_path, *flags)
     assert message in str(caught.value)
@@ -76,9 +75,9 @@ def test_what_is_wrong_with_a_search_is_said_before_it_begins(tmp_path: Path, fl
 
 
 def test_a_mistake_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as stopped:
         main(["tune", "quickstart", "--storage", str(tmp_path), "--search.num_trials", "none"])
-    assert ended.value.code == 2
+    assert stopped.value.code == 2
     assert "search.num_trials is 'none'" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(SystemExit):
         main(["train", "quickstart", "--search.num_trials", "3"])
@@ -92,7 +91,7 @@ def test_a_space_is_changed_by_flags(tmp_path: Path) -> None:
     assert search_plan.search.space["train.alpha"] == Range(low=1, high=2)
     assert "protection.skips" not in search_plan.search.space
     assert search_plan.config_at({"train.alpha": 1.5, "protection.skips": 0}).train.alpha == 1.5
-    assert search_settings.restore_search_plan(search_plan.dump()).dump() == search_plan.dump()
+    assert search.restore_search_plan(search_plan.dump()).dump() == search_plan.dump()
 
 
 @pytest.mark.parametrize("preset", ["quickstart", "cifar10-small", "cifar10-code", "cifar10", "cifar100"])
@@ -133,11 +132,11 @@ def test_the_front_and_what_is_chosen_of_it(tmp_path: Path) -> None:
 
 def test_hypervolume_is_the_share_that_the_front_dominates() -> None:
     records = [record("a", 0.9, 0.8), record("b", 0.8, 0.3), record("c", 0.5, 0.2)]
-    drawn = torch.rand(200_000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    beaten = torch.zeros(len(drawn), dtype=torch.bool)
+    points = torch.rand(200_000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    dominated = torch.zeros(len(points), dtype=torch.bool)
     for r in records:
-        beaten |= (drawn[:, 0] <= r["accuracy"]) & (drawn[:, 1] >= r["leakage"])
-    assert pareto.hypervolume(records) == pytest.approx(beaten.double().mean().item(), abs=0.005)
+        dominated |= (points[:, 0] <= r["accuracy"]) & (points[:, 1] >= r["leakage"])
+    assert pareto.hypervolume(records) == pytest.approx(dominated.double().mean().item(), abs=0.005)
 
 
 def test_missing_the_constraint_is_worse_than_any_leakage(tmp_path: Path) -> None:
@@ -219,7 +218,7 @@ def test_a_trial_is_trained_attacked_and_kept(tmp_path: Path) -> None:
     assert "not a finite number" in diverged["explanation"]
     impossible = search_trial.run_trial(search_plan, "t3", {"protection.skips": 9}, display, train)
     assert impossible["status"] == "not possible"
-    assert [r["trial"] for r in search_records.trial_records(search_plan)] == ["t1", "t2", "t3"]
+    assert [r["trial"] for r in search.trial_records(search_plan)] == ["t1", "t2", "t3"]
 
 
 @pytest.mark.slow
@@ -246,14 +245,14 @@ def test_a_search_is_resumed_with_the_same_settings_only(tmp_path: Path) -> None
     first = plan(tmp_path)
     with pytest.raises(StorageError, match="no search to resume"), search.open_search(first, resume=True):
         pass
-    with search.open_search(first, resume=False) as begun:
-        assert not begun
+    with search.open_search(first, resume=False) as has_started:
+        assert not has_started
         with pytest.raises(StorageError, match="in use"), search.open_search(first, resume=True):
             pass
     with pytest.raises(StorageError, match="exists already"), search.open_search(first, resume=False):
         pass
-    with search.open_search(first, resume=True) as begun:
-        assert begun
+    with search.open_search(first, resume=True) as has_started:
+        assert has_started
     for flags in (["--search.num_trials", "3"], ["--train.epochs", "9"]):
         other = plan(tmp_path, *flags)
         with pytest.raises(StorageError, match="was started with another"), search.open_search(other, resume=True):
@@ -272,10 +271,10 @@ def test_a_search_without_its_feature_network_is_refused_before_its_folder_is_ma
     with pytest.raises(ConfigError, match=r"features.fallback allow"), search.open_search(plan, resume=False):
         pass
     allowed = make_search_plan("cifar10-small", flags=["--features.fallback", "allow"], storage=str(tmp_path), name="s")
-    with search.open_search(allowed, resume=False) as begun:
-        assert not begun
-    with search.open_search(allowed, resume=True) as begun:
-        assert begun
+    with search.open_search(allowed, resume=False) as has_started:
+        assert not has_started
+    with search.open_search(allowed, resume=True) as has_started:
+        assert has_started
 
 
 def test_milestones_of_a_search_belong_to_its_epochs(tmp_path: Path) -> None:
@@ -310,7 +309,7 @@ def test_a_search_does_not_begin_in_a_folder_of_something_else(tmp_path: Path) -
         ("plain-0.01", "plain - 0.01"), (" plain  -\t0.01 ", "plain - 0.01"), ("plain - 1e-05", "plain - 1e-05"),
     ],
 )  # fmt: skip
-def test_white_space_says_nothing_about_the_least_accuracy(text: Any, expected: Any) -> None:
+def test_white_space_in_the_minimum_accuracy_does_not_matter(text: Any, expected: Any) -> None:
     settings = search.validate_search({"space": {"seed": [1, 2]}, "min_accuracy": text})
     assert settings.min_accuracy == expected
     assert settings.margin == (float(expected.partition("-")[2]) if isinstance(expected, str) else None)

@@ -71,9 +71,9 @@ def test_every_row_is_a_configuration_of_every_preset(tmp_path: Path, dataset: s
 @pytest.mark.slow
 def test_the_matched_baseline_has_as_many_parameters(tmp_path: Path) -> None:
     ours, matched = grid_cells(["cifar10"], ["alpha-0.005", "plain-matched"], [0], (), Storage(tmp_path))
-    wanted = num_parameters(ours.config)
-    assert wanted == 34_527_171 + 269_722
-    assert num_parameters(matched.config) == pytest.approx(wanted, rel=0.01)
+    expected = num_parameters(ours.config)
+    assert expected == 34_527_171 + 269_722
+    assert num_parameters(matched.config) == pytest.approx(expected, rel=0.01)
     assert matched.config.train.mode == "plain"
 
 
@@ -151,10 +151,10 @@ def test_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
     trained: list[str] = []
 
     def one_then_die(
-        todo: Sequence[GridCell], display: MultiProgressDisplay, ended: Callable[[GridCell, dict[str, Any]], None]
+        cells: Sequence[GridCell], display: MultiProgressDisplay, on_done: Callable[[GridCell, dict[str, Any]], None]
     ) -> None:
-        run_cells_locally(todo[:1], display, ended)
-        trained.append(todo[0].name)
+        run_cells_locally(cells[:1], display, on_done)
+        trained.append(cells[0].name)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -166,10 +166,10 @@ def test_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
         run(tmp_path, ["plain", "tanaka"])
 
     def note(
-        todo: Sequence[GridCell], display: MultiProgressDisplay, ended: Callable[[GridCell, dict[str, Any]], None]
+        cells: Sequence[GridCell], display: MultiProgressDisplay, on_done: Callable[[GridCell, dict[str, Any]], None]
     ) -> None:
-        trained.extend(cell.name for cell in todo)
-        run_cells_locally(todo, display, ended)
+        trained.extend(cell.name for cell in cells)
+        run_cells_locally(cells, display, on_done)
 
     results = run(tmp_path, ["plain", "tanaka"], resume=True, run=note, seeds=(0, 1))
     assert trained == [
@@ -200,9 +200,9 @@ def test_a_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
 def test_a_cell_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     """One cell's worker dies for good, as far as the table can see; the other trains."""
 
-    def with_failure(todo: Sequence[GridCell], display: MultiProgressDisplay, ended: Any) -> None:
-        ended(todo[0], {"error": "its worker died too often"})
-        run_cells_locally(todo[1:], display, ended)
+    def with_failure(cells: Sequence[GridCell], display: MultiProgressDisplay, on_done: Any) -> None:
+        on_done(cells[0], {"error": "its worker died too often"})
+        run_cells_locally(cells[1:], display, on_done)
 
     results = run(tmp_path, ["plain", "tanaka"], run=with_failure)
     assert results[0].failed == ("quickstart-plain-seed0: its worker died too often",)
@@ -227,7 +227,7 @@ def test_a_cell_that_diverges_is_a_failure_not_a_crash(tmp_path: Path) -> None:
 def test_rows_that_need_no_feature_network_do_without_it(tmp_path: Path) -> None:
     seen: list[str] = []
 
-    def note(grid: Sequence[GridCell], display: MultiProgressDisplay, ended: Any) -> None:
+    def note(grid: Sequence[GridCell], display: MultiProgressDisplay, on_done: Any) -> None:
         seen.extend(cell.name for cell in grid)
 
     def table(methods: list[str], *flags: str) -> None:

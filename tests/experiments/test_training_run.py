@@ -68,9 +68,9 @@ def test_a_run_leaves_what_it_promises(trained: Trained) -> None:
     assert len(timeless(trained.run)) == 3
     assert list_checkpoints(Storage(trained.run)) == ["epoch_0003", "epoch_0002"]
     assert Image.open(trained.run / "protected.png").size[0] > 16 * 4 * 10
-    about = json.loads((trained.run / "run.json").read_text())
-    assert torch.__version__.startswith(about["environment"]["versions"]["torch"])
-    assert about["warnings"] == []
+    info = json.loads((trained.run / "run.json").read_text())
+    assert torch.__version__.startswith(info["environment"]["versions"]["torch"])
+    assert info["warnings"] == []
     assert validate_again(trained.run) == trained.config
     verify(trained.bundle)
 

@@ -33,8 +33,8 @@ from raypp.metrics.image import (
 )
 from raypp.metrics.retrieval import flatten_pixels, reidentify
 from raypp.metrics.statistics import bootstrap_interval, wilson_interval
-from raypp.protections.learned import Learned, LearnedOptions
-from raypp.protections.plain import Plain, PlainOptions
+from raypp.protections.learned import Learned
+from raypp.protections.plain import Plain
 
 Array = np.ndarray
 
@@ -154,7 +154,7 @@ def test_evaluate_counts_what_is_left_after_8_bit_rounding() -> None:
     images = torch.full((10, 12, 12, 3), 127, dtype=torch.uint8)
     images[5:] = 255
     labels = torch.tensor([0] * 5 + [1] * 5)
-    metrics = evaluate(Plain(PlainOptions()), Brightness(), images, labels, batch_size=3)
+    metrics = evaluate(Plain(Plain.Options()), Brightness(), images, labels, batch_size=3)
     assert metrics["num_images"] == 10
     assert metrics["accuracy"] == metrics["accuracy_float"] == 1
     assert metrics["accuracy_interval"] == wilson_interval(10, 10)
@@ -165,7 +165,7 @@ def test_evaluate_counts_what_is_left_after_8_bit_rounding() -> None:
     images[:5] = 127  # 127 / 255 is 0.498: in float Faint carries it to 0.4996, still class 0, and 128 lies above
     images[0] = 128
     labels[0] = 1
-    faint = evaluate(Faint(PlainOptions()), Brightness(), images, labels, batch_size=10)
+    faint = evaluate(Faint(Plain.Options()), Brightness(), images, labels, batch_size=10)
     assert faint["accuracy"] == 1
     assert faint["psnr"]["median"] is None
 
@@ -181,13 +181,13 @@ def test_evaluate_rounds_before_it_classifies() -> None:
         def forward(self, images: Tensor) -> Tensor:
             return super().forward(images - 0.0015)
 
-    metrics = evaluate(Step(PlainOptions()), Above(), images, torch.ones(4, dtype=torch.int64))
+    metrics = evaluate(Step(Plain.Options()), Above(), images, torch.ones(4, dtype=torch.int64))
     assert (metrics["accuracy"], metrics["accuracy_float"]) == (1.0, 0.0)
 
 
 def test_evaluate_does_not_depend_on_the_batch_size_and_takes_small_images() -> None:
     torch.manual_seed(0)
-    protection = Learned(LearnedOptions(width=4, depth=2))
+    protection = Learned(Learned.Options(width=4, depth=2))
     images = torch.randint(0, 256, (7, 9, 10, 3), dtype=torch.uint8)
     labels = torch.tensor([0, 1, 0, 1, 0, 1, 0])
     small, large = (evaluate(protection, Brightness(), images, labels, size) for size in (2, 100))
@@ -379,5 +379,5 @@ def test_large_images_are_measured_few_at_a_time(monkeypatch: pytest.MonkeyPatch
     images, labels = torch.zeros(100, 32, 32, 3, dtype=torch.uint8), torch.zeros(100, dtype=torch.int64)
     classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 1024, 2))
     monkeypatch.setattr(loader, "PIXELS_AT_A_TIME", 30 * 1024)
-    assert evaluate(Counting(PlainOptions()), classifier, images, labels)["num_images"] == 100
+    assert evaluate(Counting(Plain.Options()), classifier, images, labels)["num_images"] == 100
     assert sizes == [30, 30, 30, 10]

@@ -87,7 +87,7 @@ def test_the_penalty_prefers_permutations_and_smooth_features() -> None:
 
 
 def test_shuffled_blocks_can_be_put_back() -> None:
-    """Given ELE's permutation as its matrix, the network sees each block's own features where the block was."""
+    """With ELE's permutation as its matrix, the network puts each block's features back in its place."""
     net = ShuffledBlockAdaptation(3, (8, 8)).eval()
     order = torch.tensor([2, 0, 3, 1])
     with torch.no_grad():

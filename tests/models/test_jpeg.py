@@ -11,7 +11,7 @@ from PIL import Image
 
 from raypp.data.shapes import Shapes
 from raypp.models.jpeg import jpeg
-from raypp.protections.learned import Learned, LearnedOptions
+from raypp.protections.learned import Learned
 from raypp.utils.images import jpeg_roundtrip
 
 
@@ -56,9 +56,9 @@ def test_gradients_pass(pictures: np.ndarray) -> None:
 
 
 def test_half_of_a_batch_arrives_as_it_is() -> None:
-    protection = Learned(LearnedOptions(width=2, depth=1, jpeg=10))
+    protection = Learned(Learned.Options(width=2, depth=1, jpeg=10))
     protected = torch.rand(6, 3, 16, 16)
     arrived = protection.transmitted(protected)
     assert torch.equal(arrived[3:], protected[3:])
     assert (arrived[:3] - protected[:3]).abs().mean() > 0.01
-    assert Learned(LearnedOptions(width=2, depth=1)).transmitted(protected) is protected
+    assert Learned(Learned.Options(width=2, depth=1)).transmitted(protected) is protected

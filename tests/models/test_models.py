@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from raypp.models import CLASSIFIERS
-from raypp.models.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize
+from raypp.models.layers import IMAGENET_MEAN, IMAGENET_STD, Normalize
 from raypp.models.perceptual import PlainClassifierFeatures, UnavailableWeightsError, VGG16Features, load_vgg_slice
 from raypp.models.resnet import ResNet20, ResNetOptions
 from raypp.models.unet import UNet
-from raypp.models.vgg import RELU2_2, VGG16_LAYERS, VGG16BN, VGG16BNOptions, vgg_features
+from raypp.models.vgg import RELU2_2, VGG16_LAYERS, VGG16BN, vgg_features
 from raypp.protections import PROTECTIONS
-from raypp.protections.learned import Learned, LearnedOptions
+from raypp.protections.learned import Learned
 from raypp.utils.errors import ConfigError
 
 SHARED_VGG = ROOT.parent / "shared" / "data" / "vgg19-relu2_2-normalised.safetensors"
@@ -48,7 +48,7 @@ def test_parameter_counts_are_the_published_ones() -> None:
     assert count(ResNet20(ResNetOptions(), num_classes=100)) == 275_572
     assert count(vgg_features(VGG16_LAYERS[:RELU2_2], 3, batch_norm=False)) == 260_160
     # Convolutions with biases, two numbers per batch-normalised channel, and the head 512-512.
-    assert count(VGG16BN(VGG16BNOptions(), num_classes=10)) == 14_714_688 + 2 * 4224 + 2 * 512 * 513 + 5130
+    assert count(VGG16BN(VGG16BN.Options(), num_classes=10)) == 14_714_688 + 2 * 4224 + 2 * 512 * 513 + 5130
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -86,7 +86,7 @@ def test_skips_are_kept_from_the_deepest_level(skips: int) -> None:
 
 def test_skips_deeper_than_the_net_are_refused() -> None:
     with pytest.raises(ValueError, match="skips is 3, allowed is at most depth = 2"):
-        LearnedOptions(depth=2, skips=3)
+        Learned.Options(depth=2, skips=3)
 
 
 # Shapes
@@ -134,7 +134,7 @@ def test_protections_map_to_images_of_the_same_shape(shape: tuple[int, ...]) -> 
 
 
 def test_learned_output_is_float32_under_bfloat16() -> None:
-    learned = Learned(LearnedOptions(width=4, depth=1))
+    learned = Learned(Learned.Options(width=4, depth=1))
     with torch.autocast("cpu", torch.bfloat16):
         assert learned(torch.rand(2, 3, 8, 8)).dtype == torch.float32
 
@@ -174,7 +174,7 @@ def test_normalisation_is_inside_the_nets() -> None:
     classifier = ResNet20(ResNetOptions(), num_classes=3).eval()
     for net, first in (
         (classifier, classifier.conv1),
-        (VGG16BN(VGG16BNOptions(), num_classes=3).eval(), None),
+        (VGG16BN(VGG16BN.Options(), num_classes=3).eval(), None),
         (VGG16Features(random_slice()), None),
     ):
         received: list[torch.Tensor] = []

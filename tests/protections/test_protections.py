@@ -17,9 +17,9 @@ from raypp.models.resnet import ResNet20, ResNetOptions
 from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
 from raypp.protections.cipher import Cipher
-from raypp.protections.gan import GAN, GANOptions
-from raypp.protections.learned import AuxiliaryNetworks, Bottleneck, Learned, LearnedOptions
-from raypp.protections.pixel import Pixel, PixelOptions
+from raypp.protections.gan import GAN
+from raypp.protections.learned import AuxiliaryNetworks, Bottleneck, Learned
+from raypp.protections.pixel import Pixel
 from raypp.utils.errors import ConfigError
 from raypp.utils.keys import Key
 
@@ -178,7 +178,7 @@ def test_pixel_commutes_with_shift_and_flip(move: Callable[[Tensor], Tensor]) ->
             colours = (index.reshape(-1, 3) % 3)[pixels]
             return (np.arange(height * width)[:, None] * 3 + colours).ravel(), mask.reshape(-1, 3)[pixels].ravel()
 
-    options = PixelOptions(colour_shuffle=True)
+    options = Pixel.Options(colour_shuffle=True)
     images = pictures(6, 2, 32, 32)
     moved_after = move(Pixel(options, key=KEY).protect(images))
     assert torch.equal(Moved(options, key=KEY).protect(move(images)), moved_after)
@@ -244,7 +244,7 @@ def test_the_adversary_of_gan_reaches_each_network_with_its_own_loss_only() -> N
     def gradients(adversarial: float) -> tuple[dict[str, Tensor], GAN]:
         """Of the discriminator, and the generator with its own."""
         torch.manual_seed(0)
-        options = GANOptions(width=4, num_blocks=1, adversarial=adversarial, pixel=0.0, perceptual=0.0)
+        options = GAN.Options(width=4, num_blocks=1, adversarial=adversarial, pixel=0.0, perceptual=0.0)
         generator = GAN(options)
         adversary = generator.companion(10)
         plain = torch.rand(2, 3, 16, 16)
@@ -263,7 +263,7 @@ def test_the_adversary_of_gan_reaches_each_network_with_its_own_loss_only() -> N
 def test_the_live_inverse_network_lowers_what_the_protection_raises() -> None:
     def learned(**options: float) -> Learned:
         tree = {"width": 4, "depth": 1, "adversary": {"width": 4, **options}}
-        return Learned(LearnedOptions.model_validate(tree))
+        return Learned(Learned.Options.model_validate(tree))
 
     def gradients(**options: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Of the adversary and of the protection."""
@@ -304,7 +304,7 @@ def test_the_live_inverse_network_lowers_what_the_protection_raises() -> None:
 def with_code(**options: object) -> Learned:
     torch.manual_seed(0)
     tree = {"width": 8, "depth": 2, "skips": 0, "code": {"size": 3, "guide": 0.0, **options}}
-    return Learned(LearnedOptions.model_validate(tree))
+    return Learned(Learned.Options.model_validate(tree))
 
 
 ENCODERS = pytest.mark.parametrize("encoder", [None, {"width": 4}], ids=["unet", "resnet20"])
@@ -320,7 +320,7 @@ def encoding(protection: Learned) -> dict[str, nn.Parameter]:
 @ENCODERS
 @pytest.mark.parametrize(("levels", "most"), [(2, 8), (3, 27)])
 def test_a_code_bounds_how_many_images_there_are(levels: int, most: int, encoder: dict[str, int] | None) -> None:
-    """More than one, and no more than codes, whatever comes in, whatever its size."""
+    """There are at least two protected images, and at most one per code."""
     protection = with_code(levels=levels, encoder=encoder)
     images = torch.randint(0, 256, (400, 3, 18, 14), dtype=torch.uint8)
     images[:200] //= torch.arange(1, 201).view(-1, 1, 1, 1)
@@ -331,12 +331,12 @@ def test_a_code_bounds_how_many_images_there_are(levels: int, most: int, encoder
     assert 2 <= len(different) <= most
 
 
-def test_a_bound_is_told_where_there_is_one() -> None:
+def test_only_a_code_has_a_bound_on_its_bits() -> None:
     assert Learned.bits(with_code(levels=4).options) == 6
     assert Learned.bits(with_code(guide=1.0, classes=8).options) == 6
     assert Learned.bits(with_code(guide=1.0, classes=8, size=0).options) == 3
-    assert Learned.bits(LearnedOptions()) is None
-    assert Pixel.bits(PixelOptions()) is None
+    assert Learned.bits(Learned.Options()) is None
+    assert Pixel.bits(Pixel.Options()) is None
 
 
 @ENCODERS
@@ -400,8 +400,8 @@ def test_an_attacker_gets_the_whole_gradient_and_training_a_share_of_it() -> Non
     torch.testing.assert_close(sizes[0], Bottleneck.SHARE * sizes[1])
 
 
-def sees(protection: Learned, images: Tensor) -> Tensor:
-    """Which class the encoder of a protection takes images for, before they are drawn."""
+def predicted_classes(protection: Learned, images: Tensor) -> Tensor:
+    """The class that a protection's encoder predicts for each image, (N,)."""
     code = protection.unet.middle
     assert isinstance(code, Bottleneck)
     assert code.classify is not None
@@ -421,7 +421,7 @@ def test_a_code_of_classes_has_an_image_for_each_class() -> None:
     with torch.no_grad():  # so that classes differ and their images do after rounding, untrained
         code.widen.weight *= 1000
         code.classify.bias -= code.classify(protection.unet.encoder(images).mean(dim=(2, 3))).mean(dim=0)
-    predictions = sees(protection, images)
+    predictions = predicted_classes(protection, images)
     protected = {
         (int(predictions[i]), p.numpy().tobytes())
         for i, p in enumerate(protection.protect((images * 255).round().byte()))
@@ -470,10 +470,10 @@ def test_a_code_that_could_not_work_is_refused(options: dict[str, object], sente
         with_code(**options)
 
 
-def test_an_adversary_beside_classes_is_refused() -> None:
+def test_an_adversary_with_classes_is_refused() -> None:
     options = {"width": 8, "depth": 2, "skips": 0, "adversary": {}, "code": {"classes": 10, "size": 2}}
     with pytest.raises(ValueError, match=r"code\.classes is 10, allowed with an adversary is null"):
-        LearnedOptions.model_validate(options)
+        Learned.Options.model_validate(options)
 
 
 def test_a_trunk_takes_the_place_of_the_way_down() -> None:
@@ -488,7 +488,7 @@ def test_a_trunk_takes_the_place_of_the_way_down() -> None:
 
 def test_no_skip_connection_passes_a_code_by() -> None:
     with pytest.raises(ValueError, match="skips is None, allowed with a code is 0"):
-        LearnedOptions.model_validate({"code": {"size": 3}})
+        Learned.Options.model_validate({"code": {"size": 3}})
 
 
 def test_a_key_shows_itself_by_its_identifier_only() -> None:

@@ -48,7 +48,7 @@ class Computer:
         return tasks
 
 
-def test_what_waits_is_the_next_batch_and_everyone_gets_his_own_answer() -> None:
+def test_waiting_requests_form_the_next_batch_and_each_gets_its_own_answer() -> None:
     async def check() -> None:
         computer = Computer(100)
         tasks = await computer.waiting(*(job(10 * i + 1, i + 1) for i in range(6)))
@@ -74,7 +74,7 @@ def test_a_batch_holds_so_many_images_and_requests_keep_their_order() -> None:
     asyncio.run(check())
 
 
-def test_a_request_that_was_given_up_is_not_computed_and_a_fault_is_told_to_its_batch_alone() -> None:
+def test_a_cancelled_request_is_not_computed_and_an_error_reaches_only_its_batch() -> None:
     async def check() -> None:
         computer = Computer(3)
         tasks = await computer.waiting(job(1), job(2), job(13), job(4), job(5, 3))

@@ -34,7 +34,7 @@ listen stats
 """
 
 
-def test_only_what_was_asked_for_listens_beyond_this_machine() -> None:
+def test_only_the_ports_of_serve_listen_beyond_this_machine() -> None:
     patched = patch_config(CONFIG)
     assert [line.strip() for line in patched.splitlines() if "bind" in line] == [
         "bind 127.0.0.1:9101", "bind 0.0.0.0:8000", "bind 10.0.0.1:9000 proto h2", "bind 127.0.0.1:8404",
@@ -59,7 +59,7 @@ def test_connections_to_replicas_are_kept_and_silent_clients_are_not() -> None:
 
 
 @pytest.mark.slow
-def test_rays_own_configuration_has_what_is_mended() -> None:
+def test_rays_configuration_has_the_lines_that_are_patched() -> None:
     """Another Ray may name its sections otherwise: then somebody has to look."""
     templates = pytest.importorskip("ray.serve._private.haproxy_templates")
     written = templates.HAPROXY_CONFIG_TEMPLATE
@@ -75,7 +75,7 @@ def test_rays_own_configuration_has_what_is_mended() -> None:
     assert written.count("    bind ") + written.count("  bind *") == 4
 
 
-def test_what_is_not_understood_does_not_start() -> None:
+def test_an_unknown_bind_line_is_refused() -> None:
     with pytest.raises(ConfigError, match="'listen stats' has 'bind unix@/tmp/s'; supported is bind ADDRESS:PORT"):
         patch_config(CONFIG.replace("*:8404", "unix@/tmp/s"))
 

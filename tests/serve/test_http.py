@@ -309,7 +309,7 @@ def test_attacks_refuse_plain_images_and_other_protections(attacked: Path) -> No
     assert (plain.status_code, plain.json()["type"]) == (422, "urn:raypp:problem:not-protected")
 
 
-def test_a_request_that_takes_too_long_is_given_up(here: Here) -> None:
+def test_a_slow_request_times_out(here: Here) -> None:
     async def slow(served: LoadedModel, images: Tensor) -> tuple[Tensor, Tensor]:
         await asyncio.sleep(60)
         raise AssertionError("nobody waits for this")
@@ -399,11 +399,11 @@ def test_tokens_count_as_the_file_has_them_now(
     first = add_token(path, "first", ["classify"])
     tokens = TokenFile(str(path))
 
-    class Asked(Here):
+    class WithTokenFile(Here):
         async def tokens(self) -> Tokens | None:
             return tokens.current()
 
-    here = Asked(trained.bundle)
+    here = WithTokenFile(trained.bundle)
     client = TestClient(classifier_api(lambda: here))
 
     def status(token: str) -> int:
@@ -571,7 +571,7 @@ def test_what_becomes_live_and_does_not_work_is_not_taken_over(trained: Trained,
 
 
 @pytest.mark.slow
-def test_a_replica_that_starts_beside_a_bad_bundle_serves_the_one_before(
+def test_a_replica_that_starts_with_a_damaged_bundle_serves_the_previous_one(
     trained: Trained, other: Path, tmp_path: Path
 ) -> None:
     repository = tmp_path / "repository"
@@ -585,7 +585,7 @@ def test_a_replica_that_starts_beside_a_bad_bundle_serves_the_one_before(
 
 
 @pytest.mark.slow
-def test_storage_that_is_away_when_a_replica_starts_is_asked_again(
+def test_storage_that_fails_when_a_replica_starts_is_read_again(
     trained: Trained, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     repository = tmp_path / "repository"
@@ -686,7 +686,7 @@ def test_a_bundle_that_breaks_its_loader_is_not_taken_over(
         pass
     assert not live.refresh()
     assert live.active is before
-    assert live.attachment(before) == 7
+    assert before.attachment == 7
     assert live.rejected is not None
     assert (live.rejected["version"], live.rejected["reason"]) == (names[1], "RuntimeError while it was loaded")
     assert not live.refresh()  # not loaded again at each poll
@@ -767,7 +767,7 @@ def test_a_bundle_that_is_attacked_again_while_it_is_loaded_is_of_one_version(
         load_attacks(load_model(location))
 
 
-def test_a_bundle_that_is_replaced_each_time_is_given_up(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_a_bundle_that_is_replaced_each_time_fails(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = iter(range(100))
     monkeypatch.setattr(loaded_model, "_manifest", lambda location: str(next(numbers)).encode())
     with pytest.raises(StorageError, match="was replaced by another one each of 3 times it was read"):

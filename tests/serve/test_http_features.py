@@ -353,7 +353,7 @@ def test_a_form_of_an_attack_names_both_fields(attack: TestClient) -> None:
     problem(answer, 422, "unknown-field", "'plane'", "did you mean 'plain'", "'image' and 'plain'")
 
 
-def test_who_has_no_token_is_told_nothing_else(trained: Trained) -> None:
+def test_a_client_without_a_token_learns_nothing_else(trained: Trained) -> None:
     from raypp.serve.auth import Tokens
 
     here = Here(trained.live, Tokens((("a", b"", frozenset()),)))

@@ -184,7 +184,7 @@ def test_a_form_of_too_many_images_names_the_whole_limit() -> None:
     assert len(read(*form(("image", npy(batch(3))), ("image", IMAGE)))[0]) == 4
 
 
-def test_a_plain_image_is_read_only_where_it_is_asked_for() -> None:
+def test_a_plain_image_is_read_only_if_the_route_allows_it() -> None:
     with_plain = form(("image", IMAGE), ("plain", IMAGE))
     assert refused(*with_plain) == (422, "unknown-field")
     small = batch(1, shape=(8, 6, 3))
@@ -259,7 +259,7 @@ def test_a_body_is_refused_when_it_is_known_to_be_too_large() -> None:
         assert len(chunks_read) <= most
 
 
-def test_a_body_that_stops_coming_is_given_up() -> None:
+def test_a_stalled_body_times_out() -> None:
     async def chunks() -> AsyncIterator[bytes]:
         yield b"x"
         await asyncio.sleep(30)

@@ -151,7 +151,7 @@ def test_the_command_line_classifies(service: Service, tmp_path: Path, capsys: p
         assert [line.split()[1] for line in lines] == [prediction.label for prediction in client.classify(images(3))]
 
 
-def made_here(service: Service, monkeypatch: pytest.MonkeyPatch) -> Any:
+def local_replica(service: Service, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What a replica is, in this process; what it sets for a process of its own is left as it is."""
     from raypp.serve import deployments
 
@@ -165,7 +165,7 @@ def made_here(service: Service, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_health_is_checked_while_something_is_computed(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attacks take long, and Serve ends a replica whose health it hears nothing of."""
-    replica = made_here(service, monkeypatch)
+    replica = local_replica(service, monkeypatch)
 
     async def check() -> None:
         released = threading.Event()
@@ -184,7 +184,7 @@ def test_health_is_checked_while_something_is_computed(service: Service, monkeyp
 
 def test_requests_wait_for_the_bundle_that_is_being_loaded(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the first alone: the others would be refused as of an unknown protection."""
-    replica = made_here(service, monkeypatch)
+    replica = local_replica(service, monkeypatch)
     released, model = threading.Event(), replica.live.active
 
     def slow() -> bool:
@@ -344,7 +344,7 @@ def test_clients_outlast_a_restart_of_the_whole_service(zygote: Path, trained: T
             running[-1].kill()
 
 
-def test_too_many_requests_are_told_to_come_back(service: Service) -> None:
+def test_too_many_requests_get_retry_after(service: Service) -> None:
     """More than the queue holds: every answer is 200 or 503 with Retry-After, and the service goes on."""
     sample = load_private(service.bundle).sample.permute(0, 2, 3, 1).numpy()
     buffer = io.BytesIO()
@@ -507,7 +507,7 @@ def test_haproxy_takes_the_requests_and_listens_here_only(zygote: Path, trained:
                     processes.append(child)
         return processes
 
-    def heard(processes: list[psutil.Process]) -> Iterator[tuple[str, Any]]:
+    def listening_sockets(processes: list[psutil.Process]) -> Iterator[tuple[str, Any]]:
         for one in processes:
             with contextlib.suppress(psutil.Error):  # it may end meanwhile, as an HAProxy whose configuration changes
                 yield from [
@@ -523,7 +523,7 @@ def test_haproxy_takes_the_requests_and_listens_here_only(zygote: Path, trained:
         classifies()
         beyond = {  # of all of Ray
             where.port: name
-            for name, where in heard(process.processes())
+            for name, where in listening_sockets(process.processes())
             if not ipaddress.ip_address(where.ip.removeprefix("::ffff:")).is_loopback
         }
         assert set(beyond.values()) == {
@@ -541,7 +541,7 @@ def test_haproxy_takes_the_requests_and_listens_here_only(zygote: Path, trained:
             assert silent.recv(12) in {b"HTTP/1.1 408", b""}
             assert time.monotonic() - began < 10
         haproxy = running("haproxy")
-        listening = {where for _, where in heard(haproxy)}
+        listening = {where for _, where in listening_sockets(haproxy)}
         assert {host for host, _ in listening} == {"127.0.0.1"}
         assert port in {number for _, number in listening}
         assert len(listening) >= 3  # statistics and metrics too
@@ -695,7 +695,7 @@ def test_the_four_commands_of_a_fresh_clone(checkout: Checkout, tmp_path: Path) 
         head.kill()
 
 
-def test_a_bundle_in_a_copy_that_ray_made_is_told(trained: Trained, tmp_path: Path) -> None:
+def test_a_bundle_in_a_copy_that_ray_made_gets_a_warning(trained: Trained, tmp_path: Path) -> None:
     """Ray gives one to an application below `uv run ray start --block`; later runs do not replace it."""
     from raypp.serve import deployments
 

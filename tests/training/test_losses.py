@@ -15,8 +15,8 @@ from raypp.metrics.image import ssim, ssim_for_loss
 from raypp.models.perceptual import PlainClassifierFeatures, VGG16Features
 from raypp.models.resnet import ResNet20, ResNetOptions
 from raypp.models.vgg import RELU2_2, VGG16_LAYERS, vgg_features
-from raypp.protections.learned import Learned, LearnedOptions
-from raypp.protections.plain import Plain, PlainOptions
+from raypp.protections.learned import Learned
+from raypp.protections.plain import Plain
 from raypp.training.losses import classification_loss, feature_distance, transformation_loss
 from raypp.training.protected_classifier import ProtectedClassifier
 from raypp.utils.images import quantize_8bit
@@ -91,7 +91,7 @@ def early_block() -> PlainClassifierFeatures:
 def test_system_is_the_papers_objective(features: type[nn.Module], training: bool, rounded: bool) -> None:
     torch.manual_seed(0)
     alpha = 0.37
-    protection = Learned(LearnedOptions(width=4, depth=2))
+    protection = Learned(Learned.Options(width=4, depth=2))
     system = ProtectedClassifier(
         protection, ResNet20(ResNetOptions(), num_classes=4), features(), alpha, frozen=False
     ).double()
@@ -116,12 +116,12 @@ def test_alpha_zero_and_no_features_leave_the_classification_loss() -> None:
     torch.manual_seed(0)
     images, labels = torch.rand(3, 3, 8, 8), torch.tensor([3, 0, 1])
     classifier = ResNet20(ResNetOptions(), num_classes=4)
-    zero = ProtectedClassifier(Learned(LearnedOptions(width=4, depth=2)), classifier, vgg(), 0.0, frozen=False)(
+    zero = ProtectedClassifier(Learned(Learned.Options(width=4, depth=2)), classifier, vgg(), 0.0, frozen=False)(
         images, labels
     )
     assert torch.equal(zero.loss, zero.metrics["classification_loss"])
     assert zero.metrics["feature_distance"] > 0
-    plain = ProtectedClassifier(Plain(PlainOptions()), classifier, None, 0.5, frozen=False)(images, labels)
+    plain = ProtectedClassifier(Plain(Plain.Options()), classifier, None, 0.5, frozen=False)(images, labels)
     assert torch.equal(plain.loss, plain.metrics["classification_loss"])
     assert plain.metrics["feature_distance"] == 0
     assert torch.equal(plain.protected, images)
@@ -133,7 +133,7 @@ def test_gradients_reach_what_is_trained_and_nothing_else() -> None:
         torch.manual_seed(0)
         classifier = ResNet20(ResNetOptions(), num_classes=4)
         system = ProtectedClassifier(
-            Learned(LearnedOptions(width=4, depth=2)), classifier, early_block(), 0.1, frozen=frozen
+            Learned(Learned.Options(width=4, depth=2)), classifier, early_block(), 0.1, frozen=frozen
         )
         buffers = {k: v.clone() for k, v in system.classifier.named_buffers()}
         system.train()
@@ -156,7 +156,7 @@ def test_the_distance_moves_the_protection() -> None:
     for alpha in (0.0, 10.0):
         torch.manual_seed(0)
         system = ProtectedClassifier(
-            Learned(LearnedOptions(width=4, depth=2)), early_block().classifier, vgg(), alpha, frozen=True
+            Learned(Learned.Options(width=4, depth=2)), early_block().classifier, vgg(), alpha, frozen=True
         )
         before = system(images, labels)
         before.loss.backward()

@@ -38,7 +38,7 @@ from raypp.training.optim import bf16_is_fast, build_optimizer, learning_rate
 from raypp.training.protected_classifier import build_protected_classifier, phases
 from raypp.training.protection_task import ProtectionTask, TrainingData, TrainResult, fit, load_data, prepare
 from raypp.training.protection_task import validate as validate_system
-from raypp.training.reporter import LocalReporter
+from raypp.training.reporter import Reporter
 from raypp.training.task import Phase
 from raypp.utils.errors import ConfigError, NonRetryableError, StorageError, TrainingError, TrainingInterrupted
 from raypp.utils.progress import ProgressDisplay
@@ -52,7 +52,7 @@ class InterruptedRun(Exception):  # noqa: N818
     """Simulates a killed process."""
 
 
-class RecordingReporter(LocalReporter):
+class RecordingReporter(Reporter):
     """Records the progress output, and raises InterruptedRun after a number of reports."""
 
     def __init__(self, folder: Path, dies_after: int | None = None) -> None:
@@ -339,9 +339,7 @@ def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 @pytest.mark.usefixtures("every_step")
-def test_a_run_that_was_told_to_stop_ends_as_if_it_had_not_been(
-    reference: Reference, tmp_path: Path, at: int, name: str
-) -> None:
+def test_a_stopped_run_resumes_to_the_same_result(reference: Reference, tmp_path: Path, at: int, name: str) -> None:
     with pytest.raises(
         TrainingInterrupted, match=f"^training stopped after checkpoint {name}; continue with --resume$"
     ):
@@ -354,7 +352,7 @@ def test_a_run_that_was_told_to_stop_ends_as_if_it_had_not_been(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("every_step")
-def test_checkpoints_within_epochs_are_as_many_as_asked_for(reference: Reference, tmp_path: Path) -> None:
+def test_checkpoints_within_epochs_follow_the_setting(reference: Reference, tmp_path: Path) -> None:
     written: list[str] = []
 
     class Counting(RecordingReporter):
@@ -947,7 +945,7 @@ def test_two_workers_have_the_gradient_of_one(two_workers: Path, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sync", "local", "code"])
-def test_two_workers_that_were_told_to_stop_end_as_if_they_had_not_been(two_workers: Path, name: str) -> None:
+def test_two_stopped_workers_resume_to_the_same_result(two_workers: Path, name: str) -> None:
     for rank in range(WORLD):
         whole = torch.load(two_workers / f"{name}_{rank}.pt", weights_only=True)
         resumed = torch.load(two_workers / f"{name}_resumed_{rank}.pt", weights_only=True)

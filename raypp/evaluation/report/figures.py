@@ -1,26 +1,33 @@
-"""Figures of the report: scores by attack, convergence, and leakage against accuracy."""
+"""Pictures of the report: plots of scores, and contact sheets of originals, protected images and reconstructions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from raypp.evaluation.plotting import as_png, new_figure
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from raypp.evaluation.output import as_png, new_figure
 from raypp.evaluation.report.source import Source
+from raypp.utils.images import Pixels, encode_png
 
 COLORS = {"holds": "#1f8a4c", "weak": "#b8860b", "broken": "#c0392b", "inconclusive": "#66707c"}
 LABEL_SPACING = (18, 40)  # points: minimum horizontal distance of labels whose vertical distance is smaller
+MIN_TILE_WIDTH = 64  # pixels; smaller images are magnified
+GAP, CAPTION_HEIGHT = 5, 15  # pixels
 
 Curves = dict[str, list[tuple[float, float]]]
 """Points (x, SSIM) by attack."""
+Row = tuple[str, np.ndarray, Sequence[str] | None]
+"""Title, images (N, C, H, W), and a caption for each image."""
 
 
 def score_boxes(source: Source) -> bytes:
     """Fig. 5: PSNR and SSIM of every image under every attack, with outliers; baselines below."""
     attacks = source.finished_attacks
     names = [*attacks, *(f"baseline: {name}" for name in source.card["baselines"])]
-    figure = new_figure(11, 1.2 + 0.34 * len(names))
-    panels = figure.subplots(1, 2, sharey=True)
+    figure, panels = new_figure(11, 1.2 + 0.34 * len(names), 2, share_y=True)
     for panel, metric, title in zip(panels, ("psnr", "ssim"), ("PSNR, dB (60 is exact)", "SSIM"), strict=True):
         plot = panel.boxplot(
             [source.scores[name][metric] for name in names],
@@ -30,12 +37,10 @@ def score_boxes(source: Source) -> bytes:
             medianprops={"color": "#1d2530"},
         )
         for name, box in zip(names, plot["boxes"], strict=True):
-            box.set_facecolor(COLORS[attacks[name]["verdict"]] if name in attacks else "#c9d0d8")
-            box.set_alpha(0.75)
+            box.set(facecolor=COLORS[attacks[name]["verdict"]] if name in attacks else "#c9d0d8", alpha=0.75)
         panel.set_yticks(range(1, len(names) + 1), names)
         panel.set_xlabel(title)
         panel.grid(axis="x", alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
     return as_png(figure, dpi=120)
 
@@ -51,17 +56,16 @@ def convergence_figure(source: Source) -> bytes | None:
     images = _budget_curves(attacks, "num_images", sizes)
     epochs = _budget_curves(attacks, "epochs", ("half the epochs", "everything"))
     own, queries = "SSIM on the attacker's own images", "SSIM on the queries"
-    panels = (
+    plots = (
         (history, {"title": "within one training", "xlabel": "epoch of the training", "ylabel": own}),
         (images, {"title": "with fewer pairs", "xlabel": "images that the attacker has", "ylabel": queries}),
         (epochs, {"title": "with half the epochs", "xlabel": "epochs of the training", "ylabel": queries}),
     )
-    panels_with_data = [(curves, axes) for curves, axes in panels if any(curves.values())]
-    if not panels_with_data:
+    plots_with_data = [(curves, axes) for curves, axes in plots if any(curves.values())]
+    if not plots_with_data:
         return None
-    figure = new_figure(4.4 * len(panels_with_data), 3.6)
-    subplots = figure.subplots(1, len(panels_with_data), squeeze=False)[0]
-    for panel, (curves, axes) in zip(subplots, panels_with_data, strict=True):
+    figure, panels = new_figure(4.4 * len(plots_with_data), 3.6, len(plots_with_data))
+    for panel, (curves, axes) in zip(panels, plots_with_data, strict=True):
         for name, points in curves.items():
             if points:
                 panel.plot(*zip(*points, strict=True), marker="o", ms=4, label=name)
@@ -71,7 +75,6 @@ def convergence_figure(source: Source) -> bytes | None:
         else:
             panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False, fontsize=8)
     return as_png(figure, dpi=120)
 
@@ -89,8 +92,7 @@ def _budget_curves(attacks: dict[str, dict[str, Any]], key: str, labels: tuple[s
 
 def accuracy_leakage_front(sources: Sequence[Source]) -> bytes:
     """Re-identification rate against accuracy: the strongest attack (filled) and reconstruction attack (open)."""
-    figure = new_figure(8, 5.4)
-    panel = figure.subplots()
+    figure, (panel,) = new_figure(8, 5.4)
     labels: list[tuple[float, float, str]] = []
     for source in sources:
         if source.card["accuracy"] is not None and source.card["reidentification_rate"] is not None:
@@ -104,7 +106,6 @@ def accuracy_leakage_front(sources: Sequence[Source]) -> bytes:
         ylabel="re-identified by the strongest attack, %",
     )
     panel.margins(x=0.2)
-    panel.spines[["top", "right"]].set_visible(False)
     _add_labels(panel, labels, 72 / figure.dpi)
     return as_png(figure, dpi=120)
 
@@ -139,3 +140,69 @@ def _add_labels(panel: Any, labels: list[tuple[float, float, str]], points_per_p
             text, (x, y), (left - position, 12), textcoords="offset points", fontsize=8, rotation=35,
             rotation_mode="anchor", arrowprops={"arrowstyle": "-", "color": "0.6", "lw": 0.5, "shrinkA": 0},
         )  # fmt: skip
+
+
+def protected_tiles(sources: Sequence[Source]) -> bytes:
+    """Fig. 3: plain images above their protected versions."""
+    rows: list[Row] = []
+    plain: bytes | None = None
+    for source in sources:
+        if source.pictures["plain"].tobytes() != plain:
+            rows.append(("plain", source.pictures["plain"], None))
+            plain = source.pictures["plain"].tobytes()
+        rows.append((source.card["label"], source.pictures["protected"], None))
+    return _contact_sheet(rows)
+
+
+def estimate_tiles(source: Source) -> bytes:
+    """Fig. 4: plain images, protected images and each attack's reconstructions with their PSNR."""
+    pictures = source.pictures
+    rows: list[Row] = [("plain", pictures["plain"], None), ("protected", pictures["protected"], None)]
+    for name in source.finished_attacks:
+        plain = pictures[f"{name}/first/plain"]
+        if not np.array_equal(plain, pictures["plain"]):  # results of an earlier run
+            rows.append((f"plain of {name}", plain, None))
+        captions = [f"{psnr:.1f} dB" for psnr in pictures[f"{name}/first/psnr"]]
+        rows.append((name, pictures[f"{name}/first/estimate"], captions))
+    return _contact_sheet(rows)
+
+
+def best_recovered_tiles(source: Source) -> bytes:
+    """Images that the strongest reconstruction attack recovered best; a matching attack would show the originals."""
+    card, pictures = source.card, source.pictures
+    name = card["strongest_reconstruction"] or card["strongest_attack"] or next(iter(card["attacks"]))
+    key = f"{name}/worst"
+    if f"{key}/plain" not in pictures:
+        return _contact_sheet([("plain", pictures["plain"], None)])
+    rows: list[Row] = [(title, pictures[f"{key}/{title}"], None) for title in ("plain", "protected")]
+    captions = [f"SSIM {ssim:.2f}" for ssim in pictures[f"{key}/ssim"]]
+    return _contact_sheet([*rows, (name, pictures[f"{key}/estimate"], captions)])
+
+
+def _contact_sheet(rows: Sequence[Row]) -> bytes:
+    """Draw rows of images, with the titles at the left and captions under the images."""
+    font, small_font = ImageFont.load_default(size=15), ImageFont.load_default(size=11)
+    tile_rows = [(title, _tiles(images), captions) for title, images, captions in rows]
+    left = int(max(font.getlength(title) for title, _, _ in tile_rows)) + 2 * GAP
+    width = left + max(sum(tile.shape[1] + GAP for tile in tiles) for _, tiles, _ in tile_rows)
+    heights = [tiles.shape[1] + GAP + (CAPTION_HEIGHT if captions else 0) for _, tiles, captions in tile_rows]
+    canvas = Image.new("RGB", (width, sum(heights) + GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    top = GAP
+    for (title, tiles, captions), height in zip(tile_rows, heights, strict=True):
+        draw.text((left - GAP, top + tiles.shape[1] // 2), title, fill="#1d2530", font=font, anchor="rm")
+        for i, tile in enumerate(tiles):
+            x = left + i * (tile.shape[1] + GAP)
+            canvas.paste(Image.fromarray(tile), (x, top))
+            if captions:
+                position = (x + tile.shape[1] // 2, top + tile.shape[0] + 1)
+                draw.text(position, captions[i], fill="#66707c", font=small_font, anchor="mt")
+        top += height
+    return encode_png(np.array(canvas))
+
+
+def _tiles(images: np.ndarray) -> Pixels:
+    """Convert (N, C, H, W) to RGB (N, H, W, 3) and magnify small images."""
+    pixels = np.repeat(images, 3, axis=1) if images.shape[1] == 1 else images
+    factor = max(1, -(-MIN_TILE_WIDTH // pixels.shape[3]))
+    return pixels.transpose(0, 2, 3, 1).repeat(factor, axis=1).repeat(factor, axis=2)

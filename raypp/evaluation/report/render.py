@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import base64
 import json
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import raypp
-from raypp.evaluation.report.figures import accuracy_leakage_front, convergence_figure, score_boxes
-from raypp.evaluation.report.pictures import best_recovered_tiles, data_uri, estimate_tiles, protected_tiles
+from raypp.evaluation.output import as_csv
+from raypp.evaluation.report import figures
 from raypp.evaluation.report.source import Source, read_source
 from raypp.utils.errors import ConfigError, StorageError
 from raypp.utils.storage import Storage
 
-STATISTICS = ("mean", "low", "high", "median", "worst_1_percent", "max")
-ATTACK_COLUMNS = (
-    "threat",
-    "status",
-    "num_queries",
-    "reidentification_rate",
-    "verdict",
-    "verdict_reason",
-    "lower_bound",
-)
+COLUMNS = (
+    "victim", "attack", "threat", "status", "num_queries", "reidentification_rate", "verdict", "verdict_reason",
+    "lower_bound", "metric", "mean", "low", "high", "median", "worst_1_percent", "max",
+)  # fmt: skip
+
+Pngs = dict[str, bytes]
+"""PNG files by name."""
 
 
 def write_report(sources: Sequence[str], target: Storage) -> dict[str, Any]:
@@ -43,63 +39,58 @@ def write_report(sources: Sequence[str], target: Storage) -> dict[str, Any]:
     loaded = [read_source(source) for source in sources]
     if not target.exists("report.json") and not target.exists("scorecard.json") and target.names():
         raise StorageError(f"{target.uri} holds other files; give a new or empty folder, or one of an earlier report")
-    _set_titles(loaded)
-    pngs = _render_figures(loaded)
-    html = _render_page(loaded, pngs)
-    for name, png in pngs.items():
+    shared = {"protected": figures.protected_tiles(loaded)}
+    if any(source.card["accuracy"] is not None for source in loaded):
+        shared["front"] = figures.accuracy_leakage_front(loaded)
+    by_source = [_render_figures(source) for source in loaded]
+    html = _render_page(loaded, shared, by_source)
+    numbered = {f"{name}_{i}": png for i, pngs in enumerate(by_source, 1) for name, png in pngs.items()}
+    for name, png in (shared | numbered).items():
         target.write(f"figures/{name}.png", png)
     summary = {"victims": [source.card for source in loaded]}
-    target.write("report.csv", _csv(loaded))
+    target.write("report.csv", as_csv(COLUMNS, (row for source in loaded for row in _csv_rows(source.card))))
     target.write("report.json", (json.dumps(summary, indent=1) + "\n").encode())
     target.write("report.html", html.encode())
     return summary
 
 
-def _set_titles(sources: Sequence[Source]) -> None:
-    labels = [source.card["label"] for source in sources]
-    for source, label in zip(sources, labels, strict=True):
-        source.title = f"{label} ({source.card['victim']})" if labels.count(label) > 1 else label
+def _render_figures(source: Source) -> Pngs:
+    """The figures of one source."""
+    curves = figures.convergence_figure(source)
+    return {
+        "estimates": figures.estimate_tiles(source),
+        "boxes": figures.score_boxes(source),
+        "worst": figures.best_recovered_tiles(source),
+        **({"curves": curves} if curves is not None else {}),
+    }
 
 
-def _render_figures(sources: Sequence[Source]) -> dict[str, bytes]:
-    """PNG files by name; those of a source are also set in ``source.figures``."""
-    pngs = {"protected": protected_tiles(sources)}
-    if any(source.card["accuracy"] is not None for source in sources):
-        pngs["front"] = accuracy_leakage_front(sources)
-    for i, source in enumerate(sources, 1):
-        figures = {
-            "estimates": estimate_tiles(source),
-            "boxes": score_boxes(source),
-            "worst": best_recovered_tiles(source),
-        }
-        if (curves := convergence_figure(source)) is not None:
-            figures["curves"] = curves
-        for name, png in figures.items():
-            pngs[f"{name}_{i}"] = png
-            source.figures[name] = data_uri(png)
-    return pngs
-
-
-def _render_page(sources: Sequence[Source], pngs: dict[str, bytes]) -> str:
+def _render_page(sources: Sequence[Source], shared: Pngs, by_source: Sequence[Pngs]) -> str:
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("raypp.evaluation.report", "."), autoescape=True)
+    cards = [source.card for source in sources]
+    labels = [card["label"] for card in cards]
     return environment.get_template("report.html.j2").render(
         version=raypp.__version__,
         date=datetime.now(UTC).date(),
-        figures={name: data_uri(pngs[name]) for name in ("protected", "front") if name in pngs},
+        figures=_data_uris(shared),
         targets=[
             {
-                "card": source.card,
-                "title": source.title,
-                "explanation": explain_results(source.card),
-                "rows": _rows(source.card),
-                "figures": source.figures,
-                "convergence": _explain_convergence(source.card["attacks"]),
+                "card": card,
+                "title": f"{label} ({card['victim']})" if labels.count(label) > 1 else label,
+                "explanation": explain_results(card),
+                "rows": _rows(card),
+                "figures": _data_uris(pngs),
+                "convergence": _explain_convergence(card["attacks"]),
             }
-            for source in sources
+            for card, label, pngs in zip(cards, labels, by_source, strict=True)
         ],
     )
+
+
+def _data_uris(pngs: Pngs) -> dict[str, str]:
+    return {name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in pngs.items()}
 
 
 def explain_results(card: dict[str, Any]) -> str:
@@ -188,16 +179,6 @@ def _format_scores(scores: dict[str, dict[str, float]] | None, num_queries: int 
     }
 
 
-def _csv(sources: Sequence[Source]) -> bytes:
-    text = io.StringIO()
-    columns = ["victim", "attack", *ATTACK_COLUMNS, "metric", *STATISTICS]
-    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore")
-    writer.writeheader()
-    for source in sources:
-        writer.writerows(_csv_rows(source.card))
-    return text.getvalue().encode()
-
-
 def _csv_rows(card: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One row for each metric of each attack and baseline."""
     baselines = {
@@ -205,6 +186,5 @@ def _csv_rows(card: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for name, scores in card["baselines"].items()
     }
     for name, attack in (card["attacks"] | baselines).items():
-        head = {"victim": card["victim"], "attack": name} | {key: attack.get(key, "") for key in ATTACK_COLUMNS}
         for metric, numbers in attack.get("scores", {}).items():
-            yield head | {"metric": metric} | numbers
+            yield attack | {"victim": card["victim"], "attack": name, "metric": metric} | numbers

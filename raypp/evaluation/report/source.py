@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from raypp.utils.storage import Storage
 REQUIRED_KEYS = {"attacks", "baselines", "strongest_attack", "strongest_reconstruction", "label"}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
     """One scorecard with its pictures and scores."""
 
@@ -24,8 +24,6 @@ class Source:
     scores: dict[str, dict[str, np.ndarray]]
     """Values of each metric, one per image, by attack; baselines are named ``baseline: ...``."""
     pictures: dict[str, np.ndarray]
-    figures: dict[str, str] = field(default_factory=dict)
-    title: str = ""
 
     @property
     def finished_attacks(self) -> dict[str, dict[str, Any]]:
@@ -43,7 +41,7 @@ def read_source(location: str) -> Source:
             continue
         try:
             card = json.loads(folder.read("scorecard.json"))
-            pictures = dict(load(folder.read("examples.safetensors")))
+            pictures = load(folder.read("examples.safetensors"))
             scores = _parse_scores(folder.read("scores.csv").decode())
             if missing := REQUIRED_KEYS - set(card):
                 raise ValueError(f"scorecard.json lacks {', '.join(sorted(missing))}")

@@ -1,0 +1,35 @@
+"""Figures and tables as files; Matplotlib runs without a display or global state."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def new_figure(width: float, height: float, num: int = 1, *, share_y: bool = False) -> tuple[Any, Any]:
+    """A figure with a row of ``num`` empty axes; width and height in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panels = figure.subplots(1, num, sharey=share_y, squeeze=False)[0]
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def as_png(figure: Any, dpi: int = 130) -> bytes:
+    """Render a figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def as_csv(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> bytes:
+    """Write rows as a CSV file; missing values are empty, and keys that are no columns are ignored."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
