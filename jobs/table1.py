@@ -1,6 +1,6 @@
 """The paper's Table I on a Ray cluster: the job that `ray job submit` runs.
 
-    ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/table1.py --datasets cifar10 --storage /shared/runs
+    ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/table1.py --presets cifar10 --storage /shared/runs
 
 Everything after `jobs/table1.py` is what `raypp table1` takes. Its runs spread over the cluster that it is submitted to; give
 --storage (and data paths) as something that every node sees, because the job runs in a folder of its own.

@@ -7,14 +7,57 @@ from raypp.utils import runtime
 
 runtime.apply()  # torch and Ray read these variables at import, and every module of raypp is imported after this file
 __version__ = "0.1.0"
-__all__ = ["AsyncClient", "Client", "__version__"]
+__all__ = [
+    "AsyncClient",
+    "Bundle",
+    "Client",
+    "Evaluation",
+    "RunResult",
+    "Scorecard",
+    "SearchResult",
+    "Table1",
+    "__version__",
+    "attack",
+    "evaluate",
+    "list_attacks",
+    "list_presets",
+    "list_protections",
+    "load",
+    "protect",
+    "table1",
+    "train",
+    "tune",
+]
 
 if TYPE_CHECKING:
+    from raypp.api import (
+        attack,
+        evaluate,
+        list_attacks,
+        list_presets,
+        list_protections,
+        load,
+        protect,
+        table1,
+        train,
+        tune,
+    )
     from raypp.client.http import AsyncClient, Client
+    from raypp.results import Bundle, Evaluation, RunResult, Scorecard, SearchResult, Table1
+
+_MODULES = {
+    "AsyncClient": "raypp.client.http",
+    "Client": "raypp.client.http",
+    **dict.fromkeys(("Bundle", "Evaluation", "RunResult", "Scorecard", "SearchResult", "Table1"), "raypp.results"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the client at its first use: it needs torch, and most modules of raypp do not."""
-    if name in ("AsyncClient", "Client"):
-        return getattr(importlib.import_module("raypp.client.http"), name)
-    raise AttributeError(f"module 'raypp' has no attribute {name!r}")
+    """Import a public name at its first use: most of them need torch, and most modules of raypp do not."""
+    if name not in __all__:
+        raise AttributeError(f"module 'raypp' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES.get(name, "raypp.api")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -204,7 +204,7 @@ def test_the_entrypoint_of_a_job_is_a_command_that_raypp_takes(name: str, tmp_pa
     places = {"--name": options.pop("--name"), "--storage": options.pop("--storage", None)}
     flags = [word for pair in options.items() for word in pair]
     if name == "rayjob-tune":
-        make_search_plan(words[2], None, flags, storage=tmp_path, name=places["--name"])
+        make_search_plan(words[2], (), flags, storage=tmp_path, name=places["--name"])
         assert str(places["--storage"]).startswith("/shared/")
     else:
         assert load_config(words[2], flags=flags).cluster.storage.startswith("/shared/")
@@ -357,12 +357,12 @@ def test_a_ray_that_starts_here_leaves_no_token_behind(tmp_path: Path, monkeypat
 def test_attacks_are_served_only_where_asked_for(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, flags in (("off.yaml", []), ("on.yaml", ["--attack"])):
-        main(["serve", str(trained.bundle), "--write", str(tmp_path / name), *flags])
+    for name, flags in (("off.yaml", []), ("on.yaml", ["--with-attacks"])):
+        main(["serve", str(trained.bundle), "--output", str(tmp_path / name), *flags])
         applications = yaml.safe_load((tmp_path / name).read_text())["applications"]
         assert [application["name"] for application in applications] == ["classifier", "attack"][: 1 + len(flags)]
     with pytest.raises(SystemExit):
-        main(["serve", str(trained.bundle), "--no-attack", "--write", str(tmp_path / "no.yaml")])
+        main(["serve", str(trained.bundle), "--no-attack", "--output", str(tmp_path / "no.yaml")])
     main(["serve", "--help"])
     assert "--no-attack" not in capsys.readouterr().out
 

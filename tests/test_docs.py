@@ -1,14 +1,23 @@
-"""Every command in the documentation is run, in a folder of its own, in the order in which a reader meets it."""
+"""Every command and every snippet of the documentation is run, in one folder, in the order of the pages below.
+
+Blocks that begin with ```bash or ```python run. The info string ``skip-test`` leaves a block out; a comment above it
+says why. Settings from ``SHORT`` shrink what would take minutes.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +26,34 @@ import pytest
 from conftest import Cluster
 from PIL import Image
 
+import raypp.api
 from raypp.bundle.manifest import verify
 from raypp.cli.main import main
 from raypp.metrics.statistics import chance_error
 
 ROOT = Path(__file__).parents[1]
-GUIDES = (
-    "docs/train.md",
-    "docs/data.md",
-    "docs/bundle.md",
-    "docs/protections.md",
-    "docs/attack.md",
-    "docs/tune.md",
-    "docs/serve.md",
-)
-NOT_RUN = "# not run by the tests"
-WITHOUT_RAY = {"config", "data", "evaluate", "protect", "report", "publish", "serve", "token"}
+FIRST_PAGES = ("docs/tutorials/first-run.md", "docs/tutorials/attack-your-own.md", "docs/tutorials/serve-and-call.md")
+PAGES = tuple(dict.fromkeys((*FIRST_PAGES, *sorted(
+    str(path.relative_to(ROOT)) for folder in ("how-to", "reference", "explanation", "results")
+    for path in (ROOT / "docs" / folder).glob("*.md")
+))))  # fmt: skip
+BLOCK = re.compile(r"^```(bash|python)([^\n]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+ON_RAY = re.compile(r"\btune\b|num_workers 2|stream=true|--ray\b")
 
 
-def commands(page: str) -> list[str]:
-    """The lines of a page's bash blocks, without comments; blocks that say so are left out."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
-    lines = [line for block in blocks if not block.startswith(NOT_RUN) for line in block.splitlines()]
+def blocks(page: str) -> Iterator[tuple[str, str]]:
+    """Language and text of each block of a page that tests run."""
+    for language, info, text in BLOCK.findall((ROOT / page).read_text()):
+        if info.strip() != "skip-test":
+            assert not info.strip(), f"{page}: unknown info string {info!r}"
+            yield language, text
+
+
+def command_lines(text: str) -> list[str]:
+    lines = text.replace("\\\n", " ").splitlines()
     return [line for line in lines if shlex.split(line, comments=True)]
 
 
-def test_guides_are_readable_by_this_test() -> None:
-    assert all(commands(page) for page in GUIDES)
-
-
-# Settings that shorten a guide's command here. The run `first` is shorter than a reader's, except in CI.
 SMALL = {"--data.image_size": "[16, 16]"}
 FEW = {"--data.source.num_train": "200", "--data.num_val": "50", "--data.source.num_test": "100"}
 SHORT_TRAINING = SMALL | FEW | {"--train.epochs": "1", "--train.plain_epochs": "1"}
@@ -60,7 +67,9 @@ FIRST_IN_SHORT = SMALL | {
     "--train.optimizer": "{name: muon, lr: 0.02}",  # learns as much from half the images
 }
 FIRST = {} if IN_FULL else FIRST_IN_SHORT
-SHORT = {
+FROM_PARQUET = {"--train.epochs": "1", "--train.plain_epochs": "1", "--data.num_val": "50"}
+SHORT: dict[str, dict[str, str]] = {
+    "--dry-run": {},
     "data convert": {"--num_train": "300", "--num_test": "100"},
     "--name first-search": SHORT_TRAINING
     | {
@@ -69,19 +78,21 @@ SHORT = {
         "--search.attack": "{width: 4, train: {epochs: 1}}",
     },
     "--name first-attack": {"--inverse.train.epochs": "1", "--inverse.width": "8"},
-    "--name first --resume": FIRST | {"--train.epochs": "6" if IN_FULL else "5"},
-    "--name first": FIRST,
-    "--name own": {"--train.epochs": "1", "--train.plain_epochs": "1", "--data.num_val": "50"},
-    "--name streamed": {"--train.epochs": "1", "--train.plain_epochs": "1", "--data.num_val": "50"},
+    "train quickstart --name first": FIRST,
+    "--name own": FROM_PARQUET,
+    "--name large": FROM_PARQUET | {"--data.image_size": "[32, 32]"},
     "--name few": {"--inverse.train.epochs": "1"},
     "--name mine": {"--data.source.num_train": "600", "--data.source.num_test": "250"},
+    "--resume --train.epochs 6": SHORT_TRAINING | {"--train.epochs": "2"},
+    "quickstart --name": SHORT_TRAINING,
     "train quickstart": SHORT_TRAINING,
     "table1": SHORT_TRAINING,
 }
+"""Settings by a part of the command; the first part that a command has counts."""
 
 
 def shortened(line: str) -> list[str]:
-    """The words of a guide's command with the settings of ``SHORT``."""
+    """The words of a page's command with the settings of ``SHORT``."""
     words = shlex.split(line, comments=True)
     for name, value in next((settings for key, settings in SHORT.items() if key in line), {}).items():
         if name in words:
@@ -97,13 +108,14 @@ def _json(path: str) -> dict[str, Any]:
 
 
 def check_train(words: list[str]) -> None:
+    if "--dry-run" in words:
+        return
     name = words[words.index("--name") + 1]
     summary = _json(f"runs/{name}/summary.json")
     verify(Path(f"runs/{name}/bundle"))
     if name == "first":
-        epochs = int(words[words.index("--train.epochs") + 1]) if "--train.epochs" in words else 4
-        assert summary["epochs"] == {"plain": 4, "joint": epochs}
-        assert summary["test"]["accuracy"] >= 0.85
+        assert summary["epochs"] == {"plain": 4, "joint": 4}
+        assert summary["test"]["accuracy"] >= 0.8
         assert summary["test"]["ssim"]["mean"] < 0.3
         assert "Error" not in Path("runs/first/bundle/MODEL_CARD.md").read_text()
     else:
@@ -111,6 +123,8 @@ def check_train(words: list[str]) -> None:
 
 
 def check_attack(words: list[str]) -> None:
+    if "--dry-run" in words:
+        return
     name = words[words.index("--name") + 1]
     card = _json(f"runs/{name}/scorecard.json")
     assert (Path("runs") / name / "report.html").stat().st_size > 10_000
@@ -121,7 +135,7 @@ def check_attack(words: list[str]) -> None:
         assert card["num_queries"] == (500 if IN_FULL else 300)
         assert "Verdict: **broken**" in Path("runs/first/bundle/MODEL_CARD.md").read_text()
     elif name == "few":
-        attacks = {"inverse", "feature_reconstruction"} | ({"minimum_difference"} if "--resume" in words else set())
+        attacks = {"inverse"} | ({"minimum_difference"} if "--resume" in words else set())
         assert {n for n, a in card["attacks"].items() if a["status"] == "done"} == attacks
     else:  # the negative of an image says everything
         assert name == "mine"
@@ -146,14 +160,15 @@ def check_protect(words: list[str]) -> None:
     target = Path(words[4])
     images = sorted(target.glob("*.png")) if target.is_dir() else [target]
     assert len(images) == (len(list((ROOT / "docs" / "images").glob("*.png"))) if target.is_dir() else 1)
+    public = Path(words[2]) if words[2].endswith("public") else Path(words[2]) / "bundle" / "public"
     for path in images:
         with Image.open(path) as image:
-            assert list(image.size) == _json(f"{words[2]}/protection.json")["image_size"]
+            assert list(image.size) == _json(f"{public}/protection.json")["image_size"]
 
 
 def check_data(words: list[str]) -> None:
     if words[2] == "convert":
-        counts = {split: sum(pq.read_metadata(p).num_rows for p in Path("shapes-parquet").rglob(f"{split}*.parquet"))
+        counts = {split: sum(pq.read_metadata(p).num_rows for p in Path(words[4]).rglob(f"{split}*.parquet"))
                   for split in ("train", "test")}  # fmt: skip
         assert counts == {"train": 300, "test": 100}
 
@@ -161,11 +176,7 @@ def check_data(words: list[str]) -> None:
 def check_evaluate(words: list[str]) -> None:
     if "--output" in words:
         numbers, trained = _json("numbers.json"), _json("runs/first/summary.json")["test"]
-        assert numbers["accuracy"] == trained["accuracy"] >= 0.85
-
-
-def check_report(words: list[str]) -> None:
-    assert [v["verdict"] for v in _json("report/report.json")["victims"]] == ["broken", "broken"]
+        assert numbers["accuracy"] == trained["accuracy"] >= 0.8
 
 
 def check_publish(words: list[str]) -> None:
@@ -173,50 +184,147 @@ def check_publish(words: list[str]) -> None:
 
 
 def check_token(words: list[str]) -> None:
-    assert "alice" in Path(words[words.index("--file") + 1]).read_text()
+    text = Path(words[words.index("--token-file") + 1]).read_text()
+    assert ("alice" in text) == ("--revoke" not in words)
 
 
 def check_serve(words: list[str]) -> None:
-    assert words[words.index("--write") + 1] in {path.name for path in Path().iterdir()}
+    assert words[words.index("--output") + 1] in {path.name for path in Path().iterdir()}
 
 
-def check_config(words: list[str]) -> None:
+def check_quickstart(words: list[str]) -> None:
+    assert _json(f"runs/{words[words.index('--name') + 1]}/attack/scorecard.json")["verdict"] in (
+        "broken",
+        "inconclusive",
+    )
+
+
+def check_printed(words: list[str]) -> None:
     """Tests of the command line compare what it prints."""
 
 
 CHECKS = {
     "train": check_train, "attack": check_attack, "tune": check_tune, "table1": check_table1, "protect": check_protect,
-    "data": check_data, "evaluate": check_evaluate, "report": check_report, "publish": check_publish,
-    "token": check_token, "serve": check_serve, "config": check_config,
+    "data": check_data, "evaluate": check_evaluate, "publish": check_publish, "token": check_token,
+    "serve": check_serve, "quickstart": check_quickstart, "config": check_printed, "list": check_printed,
+    "doctor": check_printed, "--version": check_printed,
 }  # fmt: skip
 
 
 @pytest.mark.ray
-def test_the_commands_of_the_guides(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command of the guides ends with what its page says, not only with exit code 0."""
+def test_the_commands_of_the_pages(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command ends with what its page says, not only with exit code 0; every snippet runs after them."""
     for folder in ("images", "examples"):
         shutil.copytree(ROOT / "docs" / folder, tmp_path / "docs" / folder)
     monkeypatch.chdir(tmp_path)
-    for page in GUIDES:
-        for line in commands(page):
-            words = shortened(line)
-            assert words[0] == "raypp", line
-            if words[1] in WITHOUT_RAY or "--local" in words:
-                main(words[1:])  # a process of its own would spend most of its time on importing torch
-            else:
-                result = cluster.run(words, tmp_path)
-                assert result.returncode == 0, f"{page}: {line}\n{result.stdout}\n{result.stderr}"
-            CHECKS[words[1]](words)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    _shrink_python(monkeypatch)
+    for page in PAGES:
+        names: dict[str, Any] = {"__name__": "__main__"}
+        for language, text in blocks(page):
+            if language == "python":
+                exec(compile(text, f"{page}", "exec"), names)
+                continue
+            for line in command_lines(text):
+                _run(line, page, cluster, tmp_path)
+
+
+def _run(line: str, page: str, cluster: Cluster, folder: Path) -> None:
+    words = shortened(line)
+    if words[0] == "python":
+        subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True, timeout=300)
+        return
+    assert words[0] == "raypp", line
+    if ON_RAY.search(line):
+        result = cluster.run(words, folder)
+        assert result.returncode == 0, f"{page}: {line}\n{result.stdout}\n{result.stderr}"
+    else:
+        try:
+            main(words[1:])  # a process of its own would spend most of its time on importing torch
+        except SystemExit as stop:
+            pytest.fail(f"{page}: {line} ended with exit code {stop.code}")
+    CHECKS[words[1]](words)
+
+
+def _shrink_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``raypp.train`` and ``raypp.table1`` of a snippet train for a moment, and ``raypp.attack`` attack little."""
+    settings = {key.removeprefix("--"): value for key, value in SHORT_TRAINING.items()}
+    train, table, attack = raypp.api.train, raypp.api.table1, raypp.api.attack
+    monkeypatch.setattr("raypp.api.train", lambda *a, **k: train(*a, **(k | {"settings": settings, "epochs": 1})))
+    monkeypatch.setattr("raypp.api.table1", lambda *a, **k: table(*a, **(k | {"settings": settings})))
+    small = {"num_queries": 50, "curve": False, "inverse": {"width": 4, "train": {"epochs": 1}}}
+
+    def attack_little(*arguments: Any, **keywords: Any) -> Any:
+        options = small if not keywords.get("attacks") else {"num_queries": 50}
+        return attack(*arguments, **(keywords | options))
+
+    monkeypatch.setattr("raypp.api.attack", attack_little)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All cells run twice: a cell can be run again."""
+    monkeypatch.chdir(tmp_path)
+    _shrink_python(monkeypatch)
+    notebook = json.loads((ROOT / "docs/tutorials/quickstart.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code")
+    names: dict[str, Any] = {}
+    for cell in cells:
+        exec(compile(cell.replace("(1, 32, 32, 3)", "(1, 16, 16, 3)"), "quickstart.ipynb", "exec"), names)
+    exec(compile(cells[1], "quickstart.ipynb", "exec"), names)
+    assert names["mine"].verdict in ("broken", "inconclusive")
 
 
 def test_the_readme_begins_with_the_quickstart() -> None:
-    """Which tests of Serve run in a fresh clone, with a smaller preset; the guides train its preset in full."""
-    line = next(text for text in commands("README.md") if "quickstart" in text)
+    """Which tests of Serve run in a fresh clone, with a smaller preset; the tutorial trains its preset."""
+    line = next(line for _, text in blocks("README.md") for line in command_lines(text))
     assert shlex.split(line, comments=True) == ["pip", "install", "uv", "&&", "uv", "run", "raypp", "quickstart"]
 
 
+def test_lines_links_and_skipped_blocks() -> None:
+    """Lines have at most 120 characters, tables excepted; links lead somewhere; a skipped block has its reason."""
+    problems = []
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        if "decisions" in path.parts:
+            continue
+        text, name = path.read_text(), path.relative_to(ROOT)
+        is_generated = text.startswith("<!-- Generated")
+        long = [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")]
+        problems += [f"{name}: {len(line)} characters: {line[:60]}" for line in long if not is_generated]
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if not target.startswith(("http", "mailto:")):
+                file, _, anchor = target.partition("#")
+                linked = (path.parent / file).resolve() if file else path
+                if not linked.exists():
+                    problems.append(f"{name}: no {target}")
+                elif anchor and linked.suffix == ".md" and anchor not in _anchors(linked.read_text()):
+                    problems.append(f"{name}: no heading {target}")
+        problems += [f"{name}: no reason above a skipped block" for _ in re.findall(
+            r"(?<!-->)\n+```(?:bash|python) skip-test", text)]  # fmt: skip
+    assert not problems, "\n".join(problems)
+
+
+def _anchors(text: str) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.slow
+def test_generated_pages_are_current(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for script in ("docs/generate_reference.py", "benchmarks/results.py"):
+        monkeypatch.setattr(sys, "argv", [script, "--check"])
+        with contextlib.suppress(SystemExit):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        assert "stale" not in capsys.readouterr().out, f"python {script}"
+
+
 def test_the_cluster_guide_submits_what_the_jobs_say() -> None:
-    jobs = [re.search(r"jobs/\w+\.py", line) for line in commands("docs/cluster.md")]
-    for line, job in zip(commands("docs/cluster.md"), jobs, strict=True):
-        assert job is not None
-        assert line in (ROOT / job[0]).read_text()
+    page = (ROOT / "docs/how-to/run-on-a-cluster.md").read_text()
+    for job in (ROOT / "jobs").glob("*.py"):
+        if job.name != "__init__.py":
+            assert f"jobs/{job.name}" in page
+            assert f"python jobs/{job.name}" in job.read_text()

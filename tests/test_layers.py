@@ -20,8 +20,8 @@ from raypp.utils.images import write_png
 ROOT = Path(raypp.__file__).parent
 # From top to bottom; a package stands on one layer.
 LAYERS = [
-    "cli", "serve", "cluster", "client", "experiments", "evaluation", "attacks", "bundle", "training", "config", "data",
-    "protections", "models", "metrics", "utils",
+    "cli", "api", "results", "serve", "cluster", "client", "experiments", "evaluation", "attacks", "bundle",
+    "training", "config", "data", "protections", "models", "metrics", "utils",
 ]  # fmt: skip
 RAY = {"raypp.cluster", "raypp.data.streaming", "raypp.serve.deployments", "raypp.serve.server"}
 
@@ -201,10 +201,10 @@ bundle, *flags = sys.argv[1:]
 main(["protect", bundle, "image.png", "protected.png"])
 heavy = {"ray", "torchvision", "matplotlib", "torch._dynamo"} & set(sys.modules)
 assert not heavy, f"a client imports {heavy}"
-main(["train", "quickstart", "--name", "run", "--local", "--quiet", *flags])
+main(["train", "quickstart", "--name", "run", "--quiet", *flags])
 main(["evaluate", "runs/run/bundle", "--output", "numbers.json"])
 assert "ray" not in sys.modules
-main(["train", "quickstart", "--name", "other", *flags])
+main(["train", "quickstart", "--name", "other", "--ray", *flags])
 """
 
 
@@ -223,7 +223,7 @@ def test_without_ray_and_network_everything_but_the_cluster_works(trained: Train
     lines = result.stderr.splitlines()
     assert [line for line in lines if not line.startswith("error: accuracy on")] == [  # one epoch teaches nothing
         "protected 1 image at 16 x 16: protected.png",
-        "raypp: Ray is not installed here; --local trains in this process without it",
+        "raypp: Ray is not installed here; without it, work runs in this process (--local)",
     ], result.stderr
     assert result.returncode == 2
     assert (tmp_path / "numbers.json").exists()

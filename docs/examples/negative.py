@@ -1,4 +1,4 @@
-"""A protection of one's own, to be attacked: see docs/attack.md."""
+"""A protection of one's own, to be attacked: see docs/tutorials/attack-your-own.md."""
 
 import numpy as np
 

@@ -201,7 +201,7 @@ def _build_target(
     train, test = load_split(config, "train"), load_split(config, "test")
     if classes is not None and test.classes != classes:
         raise DataError(f"data.source has the classes {', '.join(test.classes)}; the bundle reads {', '.join(classes)}")
-    _check_size(test.images.shape[1:3])
+    check_image_size(test.images.shape[1:3])
     rng = np.random.default_rng(selection.seed)
     order = rng.permutation(len(train))[: selection.num_images]
     if len(order) < 2:
@@ -230,7 +230,7 @@ def _build_target(
 
 def _load_folders(folders: tuple[str, str], selection: _Selection, device: torch.device) -> Target:
     plain, protected = _read_pairs(folders)
-    _check_size(plain.shape[2:])
+    check_image_size(plain.shape[2:])
     order = torch.from_numpy(np.random.default_rng(selection.seed).permutation(len(plain)))
     num = min(selection.num_queries, len(plain) // 5)
     truth, known = order[:num].to(device), order[num:][: selection.num_images].to(device)
@@ -299,6 +299,6 @@ def _tensors(dataset: ImageDataset, device: torch.device) -> tuple[Tensor, Tenso
     return pixels.to(device), torch.from_numpy(dataset.labels).to(device)
 
 
-def _check_size(size: tuple[int, ...]) -> None:
+def check_image_size(size: tuple[int, ...]) -> None:
     if min(size) < MIN_SIDE:
         raise DataError(f"images are {size[0]} x {size[1]} pixels; leakage is measured on sides of {MIN_SIDE} or more")

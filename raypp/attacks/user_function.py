@@ -44,16 +44,31 @@ def user_function(name: str, device: torch.device, search: str | None = None) ->
     with _script_environment(str(file or module), folder, last=last):
         loaded = _import(name, module, file)
         function = _get_function(name, loaded, attribute)
+
+    def call(images: np.ndarray) -> Any:
+        with _script_environment(str(file or module), folder, last=last):
+            return function(images)
+
+    return checked_map(call, name, device, loaded)
+
+
+def checked_map(
+    function: Callable[[np.ndarray], Any], name: str, device: torch.device, source: ModuleType | Path | None = None
+) -> ImageMap:
+    """A function on NumPy uint8 (N, H, W, C) as a map of uint8 tensors (N, C, H, W) that checks each result.
+
+    Args:
+        source: where the function was loaded from, to name the line of an error.
+    """
     sizes: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def protect(images: Tensor) -> Tensor:
         array = images.permute(0, 2, 3, 1).cpu().numpy().copy()  # the function may change it in place
         shape = array.shape
         try:
-            with _script_environment(str(file or module), folder, last=last):
-                protected = function(array)
+            protected = function(array)
         except (Exception, SystemExit) as error:  # a user's function may raise anything
-            raise ConfigError(f"function {name!r} failed: {_reason(error, loaded)}") from error
+            raise ConfigError(f"function {name!r} failed: {_reason(error, source)}") from error
         _check_result(name, protected, shape)
         size = sizes.setdefault(shape[1:], protected.shape[1:])
         if protected.shape[1:] != size:

@@ -1,36 +1,70 @@
-"""The application and the helpers that its commands share."""
+"""The application, its command groups, and the parameters that its commands share."""
 
 from __future__ import annotations
 
-import importlib
-from datetime import datetime
+import json
+import sys
+from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import App, Group, Parameter
 
 import raypp
 from raypp.utils.errors import ConfigError
 
-app = App(
-    name="raypp",
-    suppress_keyboard_interrupt=False,  # main prints how to continue
-    version=raypp.__version__,
-    help="Train image protections with their classifiers on Ray, measure their leakage, and use them.",
+START, TRAIN, EVALUATE, USE, OPERATE = (
+    Group.create_ordered(name) for name in ("Start", "Train", "Evaluate", "Use", "Operate")
 )
-data_app = App(name="data", help="Data sources: list them, convert them to Parquet, check their integrity.")
-app.command(data_app)
-
-Settings = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
-# A positional argument that settings may precede.
-First = Annotated[str, Parameter(allow_leading_hyphen=True)]
 SETTINGS_HELP = (
-    "Any setting of the configuration is a flag: --train.alpha 0.01 --data.source.name parquet. "
-    "`raypp config PRESET` prints them all with their values."
+    "Any setting of the configuration is a flag: --train.alpha 0.01 or train.alpha=0.01. `raypp config PRESET` prints "
+    "them with their values, and --explain what they mean."
 )
 ATTACK_HELP = (
     "Flags set any setting of the suite (--num_queries 500), of an attack by its name (--inverse.train.epochs 5), and "
     "of the images (--data.source.path FOLDER)."
 )
+EXIT_CODES = "Exit codes: 0 done, 1 failure at run time, 2 usage or bad input, 130 Ctrl-C, 143 SIGTERM."
+
+
+def epilogue(*examples: str, text: str = "") -> str:
+    """The end of a command's help: examples of its use, then a remark."""
+    lines = "\n".join(f"- `raypp {example}`" for example in examples)
+    return f"**Examples**\n\n{lines}\n" + (f"\n{text}" if text else "")
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = []
+    for package in ("torch", "ray"):
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            versions.append(f"no {package}")
+    return f"raypp {raypp.__version__} ({', '.join(versions)})"
+
+
+app = App(
+    name="raypp",
+    suppress_keyboard_interrupt=False,  # main prints how to continue
+    version=_version,
+    help="Train image protections with their classifiers on Ray, measure their leakage, and use them.",
+    help_epilogue=epilogue(
+        "quickstart", "train cifar10-small --train.epochs 2", "attack runs/latest", "serve runs/latest", text=EXIT_CODES
+    ),
+    default_parameter=Parameter(negative="", show_default=lambda value: None if value in (None, False) else value),
+)
+data_app = App(name="data", group=TRAIN, help="Convert data sources to Parquet and check their integrity.")
+app.command(data_app)
+app.register_install_completion_command()
+
+Settings = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+# A positional argument that settings may precede.
+First = Annotated[str, Parameter(allow_leading_hyphen=True)]
+OnRay = Annotated[bool | None, Parameter(negative="--local")]
+Words = Annotated[list[str] | None, Parameter(consume_multiple=True)]
+ConfigFiles = Annotated[list[Path] | None, Parameter(name="--config")]
+AsJson = Annotated[bool, Parameter(name="--json")]
 
 
 def preset_and_flags(first: str, more: tuple[str, ...]) -> tuple[str, list[str]]:
@@ -42,30 +76,23 @@ def preset_and_flags(first: str, more: tuple[str, ...]) -> tuple[str, list[str]]
 
 
 def without_settings(words: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Split words into positional ones and settings, ``--name VALUE`` or ``--name=VALUE``."""
+    """Split words into positional ones and settings: ``--name VALUE``, ``--name=VALUE`` or ``name=VALUE``."""
+    from raypp.config.overrides import ASSIGNMENT
+
     positional: list[str] = []
     settings: list[str] = []
-    is_value = False
-    for word in words:
-        is_name = word.startswith("--")
-        (settings if is_name or is_value else positional).append(word)
-        is_value = is_name and "=" not in word
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
+        if not word.startswith("--") and not ASSIGNMENT.match(word):
+            positional.append(word)
+            continue
+        settings.append(word)
+        if "=" not in word and remaining and not remaining[0].startswith("--"):
+            settings.append(remaining.pop(0))
     return positional, settings
 
 
-def import_from_ray(module: str, function: str, instead: str = "--local trains in this process without it") -> Any:
-    """Import a function that needs Ray; raises ConfigError if Ray is not installed or its cluster does not answer."""
-    try:
-        importlib.import_module("raypp.cluster.session").check_address()
-        return getattr(importlib.import_module(module), function)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "ray":
-            raise
-        raise ConfigError(f"Ray is not installed here; {instead}") from None
-
-
-def run_name(name: str | None, default: str, *, resume: bool = False, what: str = "run") -> str:
-    """The name of a run: ``default`` with date and time if there is no ``name``; raises ConfigError on resume."""
-    if name is None and resume:
-        raise ConfigError(f"--resume needs --name, the {what} to continue")
-    return f"{default}-{datetime.now():%Y%m%d-%H%M%S}" if name is None else name
+def print_json(document: Any) -> None:
+    """Print one JSON document on standard output."""
+    sys.stdout.write(json.dumps(document, indent=2, default=str) + "\n")

@@ -3,131 +3,170 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter, validators
 from rich.console import Console
 
-from raypp.cli.app import ATTACK_HELP, SETTINGS_HELP, Settings, app, import_from_ray, run_name, without_settings
-from raypp.cli.render import print_accuracy, print_chance_error, print_scorecard, print_text, print_threats
+from raypp.cli.app import (
+    ATTACK_HELP,
+    EVALUATE,
+    AsJson,
+    OnRay,
+    Settings,
+    Words,
+    app,
+    epilogue,
+    print_json,
+    without_settings,
+)
+from raypp.cli.render import (
+    print_accuracy,
+    print_chance_error,
+    print_plan,
+    print_scorecard,
+    print_text,
+    print_threats,
+)
 from raypp.utils.errors import ConfigError, RayppError
 
-if TYPE_CHECKING:
-    from raypp.experiments.attack_plan import AttackPlan
 
-
-@app.command(help_epilogue=ATTACK_HELP)
+@app.command(
+    group=EVALUATE,
+    help_epilogue=epilogue(
+        "attack runs/first --suite quick",
+        "attack --function mine.py:protect --preset cifar10-small",
+        "attack --folders plain protected",
+        text=ATTACK_HELP,
+    ),
+)
 def attack(
     *bundle: Annotated[str, Parameter(allow_leading_hyphen=True)],
     function: str | None = None,
     preset: str | None = None,
     folders: tuple[str, str] | None = None,
-    attacks: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
-    suite: str = "small",
+    attacks: Words = None,
+    suite: str | None = None,
     name: str | None = None,
     storage: str = "runs",
     resume: bool = False,
-    local: bool = False,
+    ray: OnRay = None,
+    dry_run: bool = False,
+    json: AsJson = False,
     quiet: bool = False,
-) -> dict[str, Any]:
+) -> None:
     """Run all attacks that the threat levels allow, and write a scorecard and a report.
 
     Args:
-        bundle: Path or URI of a bundle to attack, unless --function or --folders names a target. Settings may precede
-            it.
-        function: Attack your own protection: MODULE:NAME or FILE.py:NAME of a function on NumPy uint8 (N, H, W, C).
-        preset: Preset with the images for --function; by default cifar10-small.
+        bundle: Path or URI of a bundle or of a run, unless --function or --folders names a target.
+        function: Attack a protection of yours: MODULE:NAME or FILE.py:NAME of a function on NumPy uint8 (N, H, W, C).
+        preset: Preset with the images for --function; default: cifar10-small.
         folders: Attack pairs of images: a folder of plain images, and one of protected images with the same names.
-        attacks: Names of the attacks to run; by default all of the suite.
-        suite: Strength of the attacks: quick, small, standard, or the path of a YAML file.
-        name: The attack run's name, a new folder under the storage path; by default attack, date and time.
+        attacks: Names of attacks to run (`raypp list attacks`); default: all of the suite.
+        suite: Strength of the attacks: quick, small, standard, or path of a YAML file; default: quick, with a GPU
+            small.
+        name: Name of the attack run, a new folder in the storage; default: attack, date and time.
         storage: Folder or URI that holds the attack run's folder.
         resume: Continue the attack run NAME: finished attacks are not repeated, and attacks may be added.
-        local: Run the attacks in this process, one after the other, without Ray.
-        quiet: Print nothing but warnings and errors.
+        ray: Run attacks as Ray tasks (--ray) or in this process (--local); default: Ray with several GPUs.
+        dry_run: Print the attacks and an estimate of the time, and write nothing.
+        json: Print the scorecard as JSON on standard output.
+        quiet: Print only warnings and errors.
     """
-    from raypp.experiments.attack_plan import make_attack_plan
+    from raypp import api
 
-    name = run_name(name, "attack", resume=resume, what="attack run")
+    if resume and name is None:
+        raise ConfigError("--resume needs --name, the attack run to continue")
     bundles, settings = without_settings(bundle)
     if len(bundles) > 1:
         raise ConfigError(f"name one bundle, not {' and '.join(map(repr, bundles))}; a setting is written --name VALUE")
-    plan = make_attack_plan(
-        bundle=bundles[0] if bundles else None,
-        function=function,
-        folders=folders,
-        preset=preset,
-        suite=suite,
-        attacks=attacks or (),
-        flags=settings,
-        storage=storage,
-        name=name,
-    )
-    return run_attacks(plan, resume=resume, local=local, quiet=quiet)
+    plan = api.attack_plan(
+        bundles[0] if bundles else None, suite, settings, function=function, folders=folders, preset=preset,
+        attacks=attacks or (), storage=storage, name=name,
+    )  # fmt: skip
+    if dry_run:
+        from raypp.experiments.estimate import estimate_attacks
+
+        print_plan(None, estimate_attacks(plan), json=json)
+        return
+    silent = quiet or json
+    announce = (lambda _: None) if silent else print_threat_table
+    card = api.run_attacks(plan, resume=resume, ray=ray, quiet=silent, announce=announce)
+    print_attack_results(card, json=json, quiet=quiet)
 
 
-def run_attacks(plan: AttackPlan, *, resume: bool = False, local: bool = False, quiet: bool = False) -> dict[str, Any]:
-    """Run a plan's attacks, write the report, print and return the scorecard."""
-    from raypp.evaluation.report.render import write_report
+def print_threat_table(plan: Any) -> None:
+    """Print the threat model of each attack of a plan."""
     from raypp.experiments.attack_plan import threat_table
-    from raypp.experiments.attack_run import run_attack_suite, run_attacks_locally
 
-    def announce(opened_plan: AttackPlan) -> None:
-        if not quiet:
-            print_threats(threat_table(opened_plan))
+    print_threats(threat_table(plan))
 
-    run = run_attacks_locally if local else import_from_ray("raypp.cluster.attack", "run_on_ray")
-    card = run_attack_suite(plan, resume=resume, quiet=quiet, announce=announce, run=run)
-    write_report([plan.storage.uri], plan.storage)
-    if not quiet:
-        print_scorecard(card, plan.storage.uri)
-    print_chance_error(card["at_chance"])
-    failed = [name for name, attack in card["attacks"].items() if attack["status"] == "failed"]
+
+def print_attack_results(card: Any, *, json: bool, quiet: bool) -> None:
+    """Print a scorecard; raises RayppError if an attack failed."""
+    results = card.to_dict()
+    if json:
+        print_json({"path": card.path} | results)
+    elif not quiet:
+        print_scorecard(results, card.path)
+    print_chance_error(results["at_chance"])
+    failed = [name for name, attack in results["attacks"].items() if attack["status"] == "failed"]
     if failed:
         raise RayppError(f"{len(failed)} of the attacks failed ({', '.join(failed)}); --resume tries them again")
-    return card
 
 
-@app.command
-def report(*sources: str, out: str = "report") -> None:
+@app.command(group=EVALUATE, help_epilogue=epilogue("report runs/first-attack runs/second --output report"))
+def report(*sources: str, output: str = "report", json: AsJson = False) -> None:
     """Write one HTML report of attack runs and attacked bundles, with figures, CSV and JSON.
 
     Args:
         sources: Attack runs (see `raypp attack`), or attacked bundles and runs of `raypp train`.
-        out: Path or URI of a folder that is new, empty, or holds an earlier report.
+        output: Path or URI of a folder that is new, empty, or holds an earlier report.
+        json: Print the scorecards as JSON on standard output.
     """
     from raypp.evaluation.report.render import write_report
     from raypp.utils.storage import Storage
 
-    target = Storage(out)
-    write_report(sources, target)
-    print_text(Console(), f"{target.uri}/report.html")
+    target = Storage(output)
+    summary = write_report(sources, target)
+    if json:
+        print_json({"path": target.uri} | summary)
+    else:
+        print_text(Console(), f"{target.uri}/report.html")
 
 
-@app.command(help_epilogue=SETTINGS_HELP)
+@app.command(
+    group=EVALUATE,
+    help_epilogue=epilogue("evaluate runs/first --jpeg 75", "evaluate runs/first --split val --output metrics.json"),
+)
 def evaluate(
     bundle: str,
     *settings: Settings,
-    split: Literal["test", "train"] = "test",
+    split: Literal["test", "val", "train"] = "test",
     jpeg: Annotated[int | None, Parameter(validator=validators.Number(gte=1, lte=100))] = None,
     output: Path | None = None,
-) -> dict[str, Any]:
+    json: AsJson = False,
+) -> None:
     """Measure a bundle's accuracy after 8-bit rounding, and the similarity of protected and plain images.
 
     Args:
-        bundle: Path or URI of a bundle.
-        split: Split of the data to measure on.
-        jpeg: Also measure the accuracy after re-encoding protected images as JPEG of this quality.
-        output: Also write the metrics to this JSON file.
+        bundle: Path or URI of a bundle or of a run.
+        split: Split of the data to measure on: test, val or train.
+        jpeg: Also measure the accuracy after re-encoding protected images as JPEG of this quality, 1 to 100.
+        output: JSON file for the metrics.
+        json: Print the metrics as JSON on standard output.
     """
-    from raypp.evaluation.evaluate import evaluate_bundle
+    from raypp import api
     from raypp.metrics.statistics import chance_error
-    from raypp.utils.documents import dump_json
-    from raypp.utils.storage import Storage
 
-    metrics = evaluate_bundle(bundle, settings, split, jpeg)
+    metrics = api.evaluate(bundle, settings, split=split, jpeg=jpeg).to_dict()
     if output is not None:
+        from raypp.utils.documents import dump_json
+        from raypp.utils.storage import Storage
+
         Storage(output.absolute().parent).write(output.name, dump_json(metrics))
-    print_accuracy(Console(), metrics, None, split)
+    if json:
+        print_json(metrics)
+    else:
+        print_accuracy(Console(), metrics, None, split)
     print_chance_error(chance_error(metrics))
-    return metrics

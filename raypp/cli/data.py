@@ -1,35 +1,24 @@
-"""Commands data ls, data convert and data check."""
+"""Commands data convert and data check."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from raypp.cli.app import Settings, data_app
+from raypp.cli.app import AsJson, Settings, data_app, epilogue, print_json
 from raypp.cli.render import print_data_report, print_text
 
 
-@data_app.command
-def ls() -> None:
-    """List the data sources and their options."""
-    from raypp.data.convert import describe
-
-    console = Console()
-    for source in describe():
-        console.print(f"[bold]{source['name']}[/]  {source['doc']}", highlight=False)
-        for key, default in source["options"].items():
-            console.print(f"    --{key:<15} {'required' if default is None else default}", highlight=False)
-
-
-@data_app.command
-def convert(source: str, out: Path, /, *options: Settings, image_size: tuple[int, int] | None = None) -> None:
+@data_app.command(help_epilogue=epilogue("data convert cifar10 data/cifar10-parquet"))
+def convert(source: str, output: Path, /, *options: Settings, image_size: tuple[int, int] | None = None) -> None:
     """Convert a source to Parquet with Hugging Face's columns and lossless PNG images.
 
     Args:
-        source: Name of a source (see `raypp data ls`); its options follow as flags, such as --path FOLDER.
-        out: A new or empty folder.
+        source: Name of a source (see `raypp list sources`); its options follow as flags, such as --path FOLDER.
+        output: A new or empty folder.
         image_size: Resize and crop every image to this height and width.
     """
     from rich.progress import Progress
@@ -40,22 +29,26 @@ def convert(source: str, out: Path, /, *options: Settings, image_size: tuple[int
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as bars:
         tasks = {split: bars.add_task(split, total=data_source.num_images(split)) for split in parquet.SPLITS}
-        parquet.convert(data_source, out, progress=lambda split, done, _: bars.update(tasks[split], completed=done))
-    print_text(console, f"wrote {out}")
+        parquet.convert(data_source, output, progress=lambda split, done, _: bars.update(tasks[split], completed=done))
+    print_text(console, f"wrote {output}")
 
 
-@data_app.command
-def check(source: str, /, *options: Settings, image_size: tuple[int, int] | None = None) -> None:
+@data_app.command(help_epilogue=epilogue("data check folder --path photos"))
+def check(source: str, /, *options: Settings, image_size: tuple[int, int] | None = None, json: AsJson = False) -> None:
     """Decode and count every image of a source; exit code 1 for unreadable images or unusable splits.
 
     Args:
-        source: Name of a source (see `raypp data ls`); its options follow as flags, such as --path FOLDER.
+        source: Name of a source (see `raypp list sources`); its options follow as flags, such as --path FOLDER.
         image_size: Resize and crop every image to this height and width.
+        json: Print the report as JSON on standard output.
     """
     from raypp.data import convert as parquet
 
     report = parquet.check(_build_source(source, options, image_size))
-    print_data_report(report)
+    if json:
+        print_json(asdict(report))
+    else:
+        print_data_report(report)
     if not report.readable:
         raise SystemExit(1)
 

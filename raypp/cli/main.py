@@ -7,14 +7,16 @@ import select
 import sys
 import traceback
 
-from cyclopts import CycloptsError
+from cyclopts import CycloptsError, MissingArgumentError
 from rich.console import Console
 
-from raypp.cli import attack, data, service, train  # noqa: F401  # they add their commands to app
+from raypp.cli import attack, data, info, service, train
 from raypp.cli.app import app
 from raypp.cli.render import print_text
-from raypp.utils.errors import FAILURE, USAGE, RayppError
+from raypp.utils.errors import FAILURE, INTERRUPTED, TERMINATED, USAGE, RayppError, TrainingInterrupted
 
+COMMANDS = (attack, data, info, service, train)
+"""Modules that add their functions as commands to :data:`app`."""
 TRACEBACK = "RAYPP_TRACEBACK"  # environment variable: print tracebacks of errors
 
 
@@ -25,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_none")
         sys.stdout.flush()  # raise BrokenPipeError here rather than at exit
     except CycloptsError as error:
-        _fail(errors, " ".join(str(error).split()), USAGE)
+        _fail(errors, _usage_sentence(error), USAGE)
     except RayppError as error:
         _fail(errors, str(error), error.exit_code)
     except OSError as error:  # such as a full disk; wrong paths raise RayppError
@@ -35,8 +37,18 @@ def main(arguments: list[str] | None = None) -> None:
         hint = "" if os.environ.get(TRACEBACK) else f"; {TRACEBACK}=1 shows where"
         _fail(errors, reason + hint, FAILURE)
     except KeyboardInterrupt as interrupt:
-        print_text(errors, str(interrupt) or "interrupted; finished work is saved, and --resume continues a run")
-        raise SystemExit(130) from None
+        sentence = str(interrupt) or "interrupted; finished work is saved, and --resume continues a run"
+        print_text(errors, sentence)
+        raise SystemExit(TERMINATED if isinstance(interrupt, TrainingInterrupted) else INTERRUPTED) from None
+
+
+def _usage_sentence(error: CycloptsError) -> str:
+    """A mistake in a command's words, with the command that shows its usage."""
+    sentence = " ".join(str(error).split()).rstrip(".")
+    if type(error) is MissingArgumentError and error.argument is not None:
+        sentence = f"{error.argument.name.lstrip('-').upper()} is missing"
+    command = " ".join(("raypp", *(error.command_chain or ()), "--help"))
+    return f"{sentence}; `{command}` shows the usage"
 
 
 def _fail(console: Console, sentence: str, code: int) -> None:

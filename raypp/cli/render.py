@@ -8,9 +8,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from raypp.cli.app import print_json
+
 if TYPE_CHECKING:
     from raypp.data.convert import Report
-    from raypp.experiments.table1_results import CellResult
+    from raypp.experiments.estimate import Estimate
+    from raypp.results import Table1
 
 COLORS = {"holds": "green", "weak": "yellow", "broken": "red", "inconclusive": "magenta"}
 
@@ -36,17 +39,18 @@ def print_results(results: dict[str, Any], where: str) -> None:
 
 def print_search(results: dict[str, Any], where: str) -> None:
     """Print the Pareto front of a search and the paths of its best bundles."""
-    from raypp.experiments.plots import label
-
     console = Console()
     keys = sorted({key for point in results["front"] for key in point["settings"]})
     titles = ("accuracy", "leakage", "re-identified", *(key.rpartition(".")[2] for key in keys))
     table = _table(("trial",), titles)
     for point in results["front"]:
-        scores = (f"{point['accuracy']:.1%}", f"{point['leakage']:.3f}", f"{point['reidentification_rate']:.1%}")
-        values = [label(point["settings"].get(key)) for key in keys]
-        settings = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in values)
-        table.add_row(point["trial"], *scores, *settings)
+        table.add_row(
+            point["trial"],
+            f"{point['accuracy']:.1%}",
+            f"{point['leakage']:.3f}",
+            f"{point['reidentification_rate']:.1%}",
+            *(_format_setting(point["settings"].get(key)) for key in keys),
+        )
     console.print("\n[bold]Pareto front[/] (validation accuracy after rounding, SSIM of the quick attack)")
     console.print(table)
     for name, trial in results["best"].items():
@@ -58,19 +62,58 @@ def print_search(results: dict[str, Any], where: str) -> None:
         print_text(console, f"{where}/{file}")
 
 
-def print_table1(results: list[CellResult], where: str) -> None:
+def _format_setting(value: Any) -> str:
+    from raypp.experiments.plots import label
+
+    return f"{value:.3g}" if isinstance(value, float) else str(label(value))
+
+
+def print_table1(results: Table1) -> None:
     console = Console()
     table = _table(("data", "method"), ("paper", "ours, 8 bit", "spread", "SSIM to plain"))
-    for result in results:
-        row = [result.dataset, result.method.name, "-" if result.paper is None else f"{result.paper:.2f}%"]
-        if result.accuracies:
-            low, high = result.interval
-            spread = f"± {result.spread:.2%}" if result.spread is not None else f"{low:.1%} to {high:.1%}"
-            row += [f"{result.mean:.2%}", spread, "-" if result.ssim is None else f"{result.ssim:.3f}"]
-        table.add_row(*row)
+    for row in results.values["rows"]:
+        cells = [row["data"], row["method"], "-" if row["paper"] is None else f"{row['paper']:.2f}%"]
+        if row["accuracy"] is not None:
+            interval = f"{row['low']:.1%} to {row['high']:.1%}"
+            spread = interval if row["spread"] is None else f"± {row['spread']:.2%}"
+            cells += [f"{row['accuracy']:.2%}", spread, "-" if row["ssim"] is None else f"{row['ssim']:.3f}"]
+        table.add_row(*cells)
     console.print(table)
     for file in ("table1.md", "table1.csv", "table1.png"):
-        print_text(console, f"{where}/{file}")
+        print_text(console, f"{results.path}/{file}")
+
+
+def print_plan(config: str | None, estimates: list[Estimate], *, json: bool) -> None:
+    """Print a dry run: the merged configuration in YAML, if there is one, and the time of each part."""
+    total = sum(estimate.seconds or 0 for estimate in estimates)
+    if json:
+        print_json({"config": config, "estimates": [vars(estimate) for estimate in estimates], "seconds": total})
+        return
+    console = Console()
+    if config is not None:
+        print_text(console, config)
+    table = _table(("part",), ("estimated time",))
+    table.add_column("")
+    for estimate in estimates:
+        time = "not estimated" if estimate.seconds is None else _format_time(estimate.seconds)
+        table.add_row(estimate.name, time, f"[dim]{escape(estimate.detail)}[/]")
+    console.print(table)
+    print_text(console, f"in all about {_format_time(total)} on one process of this machine; nothing was started")
+
+
+def _format_time(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def print_next_steps(*steps: tuple[str, str]) -> None:
+    """Print the commands that may follow, each with its purpose."""
+    console = Console()
+    console.print("\n[bold]Next[/]")
+    for command, purpose in steps:
+        console.print(f"  {escape(command):<58} [dim]{purpose}[/]", highlight=False, soft_wrap=True)
 
 
 def print_threats(rows: list[tuple[str, str, str]]) -> None:
@@ -134,27 +177,29 @@ def print_accuracy(console: Console, test: dict[str, Any], plain: dict[str, Any]
 def print_data_report(report: Report) -> None:
     """Print the report of ``raypp data check``: images of each split and class, warnings and errors."""
     console = Console()
-    splits = {"train": report.train, "test": report.test}
-    table = _table(("split", "images", "H x W x C", "duplicates", "unreadable", "fingerprint"))
-    for name, split in splits.items():
-        shape = " x ".join(map(str, split.shape or ())) or "-"
-        counts = [f"{num:,}" for num in (split.num_images, split.num_duplicates, split.num_unreadable)]
-        table.add_row(name, counts[0], shape, *counts[1:], (split.fingerprint or "-")[:16])
+    splits = (("train", report.train), ("test", report.test))
+    table = Table("split", "images", "H x W x C", "duplicates", "unreadable", "fingerprint", box=None, pad_edge=False)
+    for name, split in splits:
+        shape = " x ".join(map(str, split.shape)) if split.shape else "-"
+        fingerprint = split.fingerprint[:16] if split.fingerprint else "-"
+        table.add_row(
+            name, f"{split.num_images:,}", shape, f"{split.num_duplicates:,}", f"{split.num_unreadable:,}", fingerprint
+        )
     console.print(table)
-    table = _table(("class", *splits))
-    for label in report.train.counts:
-        table.add_row(escape(label), *(f"{split.counts[label]:,}" for split in splits.values()))
-    console.print(table)
+    counts = Table("class", "train", "test", box=None, pad_edge=False)
+    for label, num in report.train.counts.items():
+        counts.add_row(escape(label), f"{num:,}", f"{report.test.counts[label]:,}")
+    console.print(counts)
     console.print(f"test images that are also training images: {report.num_shared:,}", highlight=False)
-    for name, split in splits.items():
+    for name, split in splits:
         if empty := [label for label, num in split.counts.items() if not num]:
             print_text(console, f"classes without images in {name}: {', '.join(empty)}", "yellow")
     if report.unused:
         more = f" and {len(report.unused) - 20} more" if len(report.unused) > 20 else ""
         names = ", ".join(report.unused[:20])
         print_text(console, f"not read, since they belong to no split that is used: {names}{more}", "yellow")
-    for split in splits.values():
-        for sentence in filter(None, (*split.unreadable, split.problem)):
+    for _, split in splits:
+        for sentence in (*split.unreadable, *([split.problem] if split.problem else [])):
             print_text(console, sentence, "red")
 
 

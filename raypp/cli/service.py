@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter, validators
 from rich.console import Console
 
-from raypp.cli.app import app, import_from_ray
+from raypp.cli.app import OPERATE, USE, AsJson, Words, app, epilogue, print_json
 from raypp.cli.render import print_text
 from raypp.utils.errors import ConfigError, RayppError
 from raypp.utils.signals import stop_on_signal
@@ -22,71 +22,93 @@ from raypp.utils.signals import stop_on_signal
 NOTICE_SECONDS = 10.0  # between two messages that a service does not answer
 
 
-@app.command
+@app.command(
+    group=USE,
+    help_epilogue=epilogue(
+        "protect runs/first photos protected", "protect public image.png protected.png --key protection.key"
+    ),
+)
 def protect(
     bundle: str, source: Path, target: Path, /, *, key: Path | None = None, keep_size: bool = False, quiet: bool = False
 ) -> int:
     """Protect images with the public part of a bundle, offline.
 
     Args:
-        bundle: A bundle or its public folder.
+        bundle: Path or URI of a bundle, of its public folder, or of a run.
         source: An image, or a folder of images.
         target: Output: a .png file for one image, a new or empty folder for a folder.
         key: Key file of a keyed protection; a whole bundle holds it in its private part.
         keep_size: Keep each image's size instead of resizing and cropping it to the classifier's size.
         quiet: Print nothing but errors.
     """
+    from raypp.bundle.manifest import bundle_location
     from raypp.client.offline import protect_files
 
     console = None if quiet else Console(stderr=True)
-    return protect_files(bundle, source, target, key=key, keep_size=keep_size, console=console)
+    return protect_files(bundle_location(bundle), source, target, key=key, keep_size=keep_size, console=console)
 
 
-@app.command
+@app.command(
+    group=OPERATE,
+    help_epilogue=epilogue(
+        "serve runs/first",
+        "serve runs/models --host 0.0.0.0 --token-file tokens.json",
+        "serve runs/first --output serve.yaml",
+    ),
+)
 def serve(
     bundle: str,
     /,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    tokens: str | None = None,
-    attack: Annotated[bool, Parameter(negative="")] = False,
+    token_file: str | None = None,
+    with_attacks: bool = False,
     haproxy: bool = False,
-    write: Path | None = None,
+    output: Path | None = None,
 ) -> None:
     """Serve a bundle's classifier over HTTP until interrupted.
 
     Args:
-        bundle: Path or URI of a bundle, or of a model repository (see `raypp publish`), whose active bundle is served.
-        host: Address to listen on; one that other machines can reach needs --tokens.
+        bundle: Path or URI of a bundle, of a run, or of a model repository (`raypp publish`), whose active bundle is
+            served.
+        host: Address to listen on; one that other machines can reach needs --token-file.
         port: Port to listen on.
-        tokens: Token file (see `raypp token`): every request then needs a token.
-        attack: Also serve the attacks on the bundle, to everyone who can reach the service.
+        token_file: Token file (see `raypp token`): every request then needs a token.
+        with_attacks: Also serve the attacks on the bundle, to everyone who can reach the service.
         haproxy: Use Ray's HAProxy instead of Ray's proxy: more than twice as many one-image requests per second.
-        write: Write the configuration for `serve deploy` to this file and start nothing.
+        output: File for the configuration of `serve deploy`; nothing is started.
     """
-    import yaml
-
+    from raypp.bundle.manifest import bundle_location
     from raypp.serve.server import build_serve_config
-    from raypp.utils.storage import Storage
 
-    config = build_serve_config(bundle, host=host, port=port, tokens=tokens, attack=attack)
-    if write is None:
+    config = build_serve_config(bundle_location(bundle), host=host, port=port, tokens=token_file, attack=with_attacks)
+    if output is None:
         _serve_until_interrupted(config, haproxy)
-        return
-    if haproxy:
+    elif haproxy:
         raise ConfigError(
             "--haproxy has no effect on `serve deploy`: the environment of the cluster's `ray start` decides (see "
-            "docs/serve.md); leave it out"
+            "docs/how-to/haproxy.md); leave it out"
         )
-    if write.exists():
-        raise ConfigError(f"--write: {str(write)!r} exists already; give a new file")
-    Storage(write.absolute().parent).write(write.name, yaml.safe_dump(config, sort_keys=False).encode())
-    print_text(Console(stderr=True), f"wrote {write}; serve deploy {write}")
+    else:
+        _write_serve_config(config, output)
+
+
+def _write_serve_config(config: dict[str, Any], path: Path) -> None:
+    import yaml
+
+    from raypp.utils.storage import Storage
+
+    if path.exists():
+        raise ConfigError(f"--output: {str(path)!r} exists already; give a new file")
+    Storage(path.absolute().parent).write(path.name, yaml.safe_dump(config, sort_keys=False).encode())
+    print_text(Console(stderr=True), f"wrote {path}; serve deploy {path}")
 
 
 def _serve_until_interrupted(config: dict[str, Any], haproxy: bool) -> None:
-    running_server = import_from_ray("raypp.serve.server", "running_server")
+    from raypp.api import import_from_ray
+
+    running_server = import_from_ray("raypp.serve.server", "running_server", "services need it")
     metrics_url = import_from_ray("raypp.cluster.session", "metrics_url")
     console = Console(stderr=True)
     try:
@@ -99,54 +121,54 @@ def _serve_until_interrupted(config: dict[str, Any], haproxy: bool) -> None:
             for name, link in links:
                 print_text(console, f"{name:<11} {link}")
             print_text(console, f"raypp classify {url} IMAGE_OR_FOLDER")
-            _wait_for_interrupt(console)
+            _wait_for_interrupt()
+            console.print("stopping", highlight=False)
     except KeyboardInterrupt:  # during the start or the stop
         raise KeyboardInterrupt("stopped") from None
 
 
-@app.command
+@app.command(group=OPERATE, help_epilogue=epilogue("publish runs/first runs/models"))
 def publish(bundle: str, repository: str, /, *, url: str | None = None, token_file: Path | None = None) -> None:
     """Check a bundle, add it to a model repository and activate it; services of the repository switch to it.
 
     Args:
-        bundle: Path or URI of a bundle.
+        bundle: Path or URI of a bundle or of a run.
         repository: Folder or URI of published bundles; created if it does not exist.
         url: URL of a service of the repository: wait until it has switched; if it refuses, reactivate the old bundle.
         token_file: File that holds a bearer token for that service.
     """
+    from raypp.bundle.manifest import bundle_location
     from raypp.serve import server
 
-    published = server.publish(bundle, repository, url=url, token=_read_token(token_file))
+    published = server.publish(bundle_location(bundle), repository, url=url, token=_read_token(token_file))
     previous = f" instead of {published.previous}" if published.previous else ""
     print_text(Console(), f"{published.version} is active{previous}")
 
 
-@app.command
-def token(
-    name: str,
-    /,
-    *,
-    file: Path,
-    scopes: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
-    revoke: Annotated[bool, Parameter(negative="")] = False,
-) -> None:
+@app.command(
+    group=OPERATE,
+    help_epilogue=epilogue(
+        "token alice --token-file tokens.json --scopes classify attack", "token alice --token-file tokens.json --revoke"
+    ),
+)
+def token(name: str, /, *, token_file: Path, scopes: Words = None, revoke: bool = False) -> None:
     """Create and print a bearer token for the services; the token file stores its hash.
 
     Args:
         name: Name of the token's owner.
-        file: Token file; created if it does not exist.
+        token_file: Token file; created if it does not exist.
         scopes: Permissions of the token: classify (the default), attack.
         revoke: Remove this token from the file instead; running services refuse it from then on.
     """
     from raypp.serve.auth import add_token, remove_token
 
     if revoke:
-        remove_token(file, name)
+        remove_token(token_file, name)
         return
-    sys.stdout.write(add_token(file, name, scopes or ["classify"]) + "\n")
+    sys.stdout.write(add_token(token_file, name, scopes or ["classify"]) + "\n")
 
 
-@app.command
+@app.command(group=USE, help_epilogue=epilogue("classify http://127.0.0.1:8000 photos --top 3"))
 def classify(
     url: str,
     paths: Annotated[list[Path], Parameter(allow_leading_hyphen=False)],
@@ -157,6 +179,8 @@ def classify(
     token_file: Path | None = None,
     top: Annotated[int, Parameter(validator=validators.Number(gte=1, lte=5))] = 1,
     patience: Annotated[float, Parameter(validator=validators.Number(gte=0))] = 60.0,
+    json: AsJson = False,
+    quiet: bool = False,
 ) -> int:
     """Protect images here, send them to a service and print their classes.
 
@@ -168,6 +192,8 @@ def classify(
         token_file: File that holds a bearer token for the service.
         top: Number of classes to print for each image, up to 5.
         patience: Seconds during which requests to a service that does not answer are retried.
+        json: Print the predictions as JSON on standard output.
+        quiet: Print only predictions and errors.
     """
     from rich.progress import Progress
 
@@ -177,6 +203,7 @@ def classify(
     files = [file for path in paths for file in find_images(path)]
     console = Console(stderr=True)
     num_failed = 0
+    predictions: list[dict[str, Any]] = []
 
     def print_failure(file: object, error: RayppError) -> None:
         nonlocal num_failed
@@ -188,14 +215,20 @@ def classify(
     token, on_wait = _read_token(token_file), _retry_notice(console)
     with (
         Client(url, token=token, key=key, pin=pin, patience=patience, on_wait=on_wait) as client,
-        Progress(console=console, disable=not console.is_terminal, transient=True) as bars,
+        Progress(console=console, disable=quiet or not console.is_terminal, transient=True) as bars,
     ):
         task = bars.add_task("classifying", total=len(files))
         for file, prediction in client.stream(files, on_error=print_failure):
             # The service chooses the labels, so they are stripped of control characters.
-            classes = "  ".join(f"{_printable(label)} {probability:.1%}" for label, probability in prediction.top[:top])
-            sys.stdout.write(f"{file!s}  {classes}\n")
+            best = [(_printable(label), probability) for label, probability in prediction.top[:top]]
+            if json:
+                predictions.append({"file": str(file), "classes": [{"class": c, "probability": p} for c, p in best]})
+            else:
+                classes = "  ".join(f"{label} {probability:.1%}" for label, probability in best)
+                sys.stdout.write(f"{file!s}  {classes}\n")
             bars.advance(task)
+    if json:
+        print_json(predictions)
     if num_failed:
         raise RayppError(f"{num_failed:,} of {len(files):,} images were not classified")
     return len(files)
@@ -218,7 +251,7 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-@app.command
+@app.command(group=USE, help_epilogue=epilogue("demo http://127.0.0.1:8000"))
 def demo(
     urls: Annotated[list[str], Parameter(allow_leading_hyphen=False)],
     /,
@@ -242,16 +275,16 @@ def demo(
     services = open_services(urls, token=_read_token(token_file), key=key)
     with running_demo(services, port=port) as address:
         print_text(console, address)
-        _wait_for_interrupt(console)
+        _wait_for_interrupt()
+        console.print("stopping", highlight=False)
 
 
-def _wait_for_interrupt(console: Console) -> None:
+def _wait_for_interrupt() -> None:
     """Wait for SIGINT or SIGTERM."""
     stop = threading.Event()
     with stop_on_signal(stop, signal.SIGINT, signal.SIGTERM):
         while not stop.wait(1):
             pass
-    console.print("stopping", highlight=False)
 
 
 def _read_token(file: Path | None) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -10,6 +12,11 @@ from raypp.config.schema import Config, scaled_milestones
 from raypp.utils.documents import DocumentError, load_yaml
 from raypp.utils.errors import ConfigError
 from raypp.utils.registry import suggest
+
+Settings = Mapping[str, Any] | Sequence[str]
+"""Settings as a nested or dotted mapping, or as words: ``--train.alpha 0.01``, ``--train.alpha=0.01`` or
+``train.alpha=0.01``."""
+ASSIGNMENT = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
 
 
 def deep_merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
@@ -55,41 +62,101 @@ def flatten_dict(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-COMMAND_OPTIONS = ("name", "config", "resume", "local", "quiet", "storage")
+COMMAND_OPTIONS = ("name", "config", "resume", "ray", "local", "quiet", "storage", "json", "dry_run")
 """Command options that a misspelled flag may mean."""
 
 
-def parse_overrides(flags: Sequence[str], roots: Iterable[str] | None = None) -> dict[str, Any]:
-    """Convert ``--a.b value`` and ``--a.b=value`` to a tree; dashes in keys are read as underscores.
+def parse_overrides(flags: Settings, roots: Iterable[str] | None = None) -> dict[str, Any]:
+    """Convert settings to a tree; dashes in keys are read as underscores.
 
-    A key begins with one of ``roots``, by default the sections of the configuration. ConfigError is raised for an
-    invalid flag, or a setting that occurs twice.
+    Args:
+        flags: ``--a.b value``, ``--a.b=value`` or ``a.b=value``; or a nested or dotted mapping.
+        roots: allowed first parts of a key; by default the sections of the configuration.
+
+    Raises:
+        ConfigError: a flag is invalid, or a setting is given twice.
     """
     sections = list(Config.model_fields if roots is None else roots)
     tree: dict[str, Any] = {}
     settings: dict[tuple[str, ...], Any] = {}
-    words = list(flags)
-    while words:
-        flag = words.pop(0)
-        if not flag.startswith("--") or len(flag) == 2:
-            raise ConfigError(f"unexpected argument {flag!r}; a setting is written --section.key VALUE")
-        key, equals, text = flag[2:].partition("=")
-        parts = key.replace("-", "_").split(".")
-        if parts[0] not in sections:
-            raise ConfigError(
-                f"unknown option --{key}{suggest(parts[0], [*sections, *COMMAND_OPTIONS])}; settings begin with "
-                f"{', '.join(sections)}"
-            )
-        if not equals:
-            if not words or words[0].startswith("--"):
-                raise ConfigError(f"--{key} needs a value, as in --{key} VALUE")
-            text = words.pop(0)
-        try:
-            value = _parse_value(text)
-        except DocumentError as error:
-            raise ConfigError(f"--{key} is {text!r}: {error}") from error
+    parse = _parse_mapping(flags, sections) if isinstance(flags, Mapping) else _parse_words(flags, sections)
+    for parts, value in parse:
         _add_setting(settings, tuple(parts), value)
         tree = deep_merge(tree, unflatten(parts, value))  # scales nothing, as no setting occurs twice
+    return tree
+
+
+def _parse_mapping(settings: Mapping[str, Any], sections: Sequence[str]) -> Iterable[tuple[list[str], Any]]:
+    """Parts of the key and value of each setting of a mapping; text is parsed as on a command line."""
+    for key, value in settings.items():
+        yield _split_key(key, sections), _parse_value(value) if isinstance(value, str) else value
+
+
+def _parse_words(flags: Sequence[str], sections: Sequence[str]) -> Iterable[tuple[list[str], Any]]:
+    """Parts of the key and value of each setting on a command line."""
+    words = list(flags)
+    while words:
+        word = words.pop(0)
+        if ASSIGNMENT.match(word):
+            word = f"--{word}"
+        if not word.startswith("--") or len(word) == 2:
+            raise ConfigError(f"unexpected argument {word!r}; a setting is written --section.key VALUE")
+        key, equals, text = word[2:].partition("=")
+        parts = _split_key(key, sections)
+        if not equals:
+            text = _next_value(key, words)
+        try:
+            yield parts, _parse_value(text)
+        except DocumentError as error:
+            raise ConfigError(f"--{key} is {text!r}: {error}") from error
+
+
+def _split_key(key: str, sections: Sequence[str]) -> list[str]:
+    parts = key.replace("-", "_").split(".")
+    if parts[0] not in sections:
+        raise ConfigError(_unknown_option(key, parts, sections))
+    return parts
+
+
+def _next_value(key: str, words: list[str]) -> str:
+    if not words or words[0].startswith("--"):
+        raise ConfigError(f"--{key} needs a value, as in --{key} VALUE")
+    return words.pop(0)
+
+
+def _unknown_option(key: str, parts: Sequence[str], sections: Sequence[str]) -> str:
+    """The message for an unknown option, with the setting or option that the user may have meant."""
+    from raypp.config.describe import setting_keys
+
+    same_name = (name for name in setting_keys() if name.rpartition(".")[2] == parts[-1])
+    leaves = sorted(name for name in same_name if name.partition(".")[0] in sections)
+    options = [option.replace("_", "-") for option in COMMAND_OPTIONS if option not in parts]
+    known = {section: f"--{'.'.join([section, *parts[1:]])}" for section in sections}
+    known |= {option: f"--{option}" for option in options}
+    close = difflib.get_close_matches(parts[0], known, n=1, cutoff=0.6)
+    guesses = [f"--{leaf}" for leaf in leaves] or [known[name] for name in close]
+    hint = f" (did you mean {' or '.join(guesses[:3])}?)" if guesses else ""
+    return f"unknown option --{key}{hint}; settings begin with {', '.join(sections)}"
+
+
+def resolve_keywords(settings: Settings, keywords: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Add keyword arguments to settings; each names a section or the last part of a setting's key.
+
+    Args:
+        known: a tree of all settings, in which keywords are looked up.
+
+    Raises:
+        ConfigError: no setting has that name, or several have it.
+    """
+    tree = parse_overrides(settings, known)
+    leaves = flatten_dict(dict(known))
+    for name, value in keywords.items():
+        keys = [name] if name in known else [key for key in leaves if key.rpartition(".")[2] == name]
+        if len(keys) != 1:
+            names = {key.rpartition(".")[2] for key in leaves}
+            problem = f"may be {' or '.join(keys)}" if keys else f"is not a setting{suggest(name, names)}"
+            raise ConfigError(f"{name} {problem}; pass settings={{'section.key': value}}")
+        tree = deep_merge(tree, unflatten(keys[0].split("."), value))
     return tree
 
 

@@ -7,13 +7,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from raypp.config.overrides import deep_merge, parse_overrides
+from raypp.config.overrides import Settings, deep_merge, parse_overrides
 from raypp.config.schema import Config
 from raypp.config.validation import check_milestones, validate
 from raypp.utils.documents import DocumentError, load_yaml
 from raypp.utils.errors import ConfigError
 from raypp.utils.registry import suggest
 
+Files = str | Path | Sequence[str | Path]
+"""One YAML file with settings, or several."""
 EXTRA_SECTIONS = ("search",)
 """Sections of a preset that only other commands (``raypp tune``) read."""
 
@@ -24,34 +26,50 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def load_config(preset: str | Path, file: str | Path | None = None, flags: tuple[str, ...] | list[str] = ()) -> Config:
-    """Merge a preset (a name or a YAML path), an optional YAML file and flags ``--train.alpha 0.01``, and validate.
+def describe_presets() -> dict[str, str]:
+    """The first comment line of each preset."""
+    return {name: path.read_text().splitlines()[0].lstrip("# ") for name, path in presets().items()}
+
+
+def load_config(preset: str | Path, files: Files = (), flags: Settings = (), defaults: Settings = ()) -> Config:
+    """Merge a preset, YAML files and settings, and validate.
+
+    Args:
+        preset: name of a preset, or path of a YAML file.
+        files: YAML files; later ones have priority.
+        flags: settings, which override the files.
+        defaults: settings that override the preset, and that files and flags override.
 
     ConfigError is raised for the first error; it names the key, the value and the allowed values.
     """
-    config = validate(load_tree(preset, file, flags))
+    config = validate(load_tree(preset, files, flags, defaults=defaults))
     check_milestones(config.train, "train")
     return config
 
 
 def load_tree(
-    preset: str | Path, file: str | Path | None = None, flags: Sequence[str] = (), more: tuple[str, ...] = ()
+    preset: str | Path,
+    files: Files = (),
+    flags: Settings = (),
+    more: tuple[str, ...] = (),
+    defaults: Settings = (),
 ) -> dict[str, Any]:
     """Merge as :func:`load_config` does, without validation; raises ConfigError for an unreadable file or flag.
 
     Sections of ``EXTRA_SECTIONS`` are dropped, and not allowed in flags, except those in ``more``.
     """
-    files = presets()
-    if str(preset) in files:
-        tree = read_yaml(files[str(preset)])
+    shipped = presets()
+    if str(preset) in shipped:
+        tree = read_yaml(shipped[str(preset)])
     elif Path(preset).suffix in {".yaml", ".yml"}:
         tree = read_yaml(Path(preset))
     else:
         raise ConfigError(
-            f"unknown preset {str(preset)!r}{suggest(str(preset), files)}; "
-            f"allowed: {', '.join(files)}, or the path of a .yaml file"
+            f"unknown preset {str(preset)!r}{suggest(str(preset), shipped)}; "
+            f"allowed: {', '.join(shipped)}, or the path of a .yaml file"
         )
-    if file is not None:
+    tree = deep_merge(tree, parse_overrides(defaults))
+    for file in [files] if isinstance(files, str | Path) else files:
         tree = deep_merge(tree, read_yaml(Path(file)))
     tree = {key: value for key, value in tree.items() if key not in EXTRA_SECTIONS or key in more}
     return deep_merge(tree, parse_overrides(flags, (*Config.model_fields, *more)))

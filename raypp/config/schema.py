@@ -70,7 +70,7 @@ class AugmentConfig(ConfigModel):
 
 class Data(ConfigModel):
     source: Annotated[SerializeAsAny[MethodConfig], _select(SOURCES)]
-    """Data source; ``raypp data ls`` lists the sources and their options."""
+    """Data source; ``raypp list sources`` lists the sources and their options."""
     image_size: tuple[Side, Side] | None = None
     """Height and width of all images after resizing and center cropping; null keeps their size."""
     channels: Annotated[Literal[1, 3], BeforeValidator(_to_int)] = 3

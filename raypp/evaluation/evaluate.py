@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from raypp.bundle.load import PrivateBundle, PublicBundle, load_private, load_public
 from raypp.bundle.manifest import MANIFEST
-from raypp.config.overrides import deep_merge, flatten_dict, parse_overrides
+from raypp.config.overrides import Settings, deep_merge, flatten_dict, parse_overrides
 from raypp.config.validation import validate
-from raypp.data.base import ImageDataset
+from raypp.data.base import ImageDataset, stratified_split
 from raypp.data.loader import inference_batch_size, to_device, to_float_tensor
 from raypp.data.splits import load_split
 from raypp.metrics.image import psnr, ssim
@@ -109,14 +109,14 @@ def _summary(values: Tensor) -> dict[str, float | None]:
 
 
 def evaluate_bundle(
-    location: str | Path, settings: tuple[str, ...] = (), split: str = "test", jpeg: int | None = None
+    location: str | Path, settings: Settings = (), split: str = "test", jpeg: int | None = None
 ) -> Metrics:
     """Measure a bundle from its files, on its own data or on the data that ``settings`` select.
 
     Args:
         location: path or URI of a bundle.
-        settings: flags that override the bundle's configuration, such as ``("--data.source.path", "images")``.
-        split: ``test`` or ``train``.
+        settings: flags that override the bundle's configuration, such as ``("data.source.path=images",)``.
+        split: ``test``, ``val`` (the validation images of the training) or ``train``.
         jpeg: as in :func:`evaluate`.
 
     Raises:
@@ -133,7 +133,9 @@ def evaluate_bundle(
             raise ConfigError(f"--{name} changes nothing here; allowed are data.* and train.eval_batch_size")
     config = validate(deep_merge(private.config, overrides))
     config = config.model_copy(update={"data": config.data.model_copy(update={"stream": False})})
-    images = load_split(config, split)
+    images = load_split(config, "train" if split == "val" else split)
+    if split == "val":
+        images = images.subset(stratified_split(images.labels, config.data.num_val, config.seed)[1])
     _check_images(images, config.data.channels, public, private)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return evaluate(

@@ -13,10 +13,11 @@ import yaml
 from pydantic import ValidationError
 
 from raypp.attacks import ATTACKS
+from raypp.attacks.array_target import ArrayTarget, load_array_target
 from raypp.attacks.base import TrainedOptions
 from raypp.attacks.suite import Suite, suite_presets
 from raypp.attacks.target import Target, TargetSpec, load_target
-from raypp.config.overrides import deep_merge, parse_overrides
+from raypp.config.overrides import Settings, deep_merge, parse_overrides
 from raypp.config.presets import load_tree, read_yaml
 from raypp.config.validation import check_milestones, format_validation_error, validate
 from raypp.experiments.run_folder import lock, read_checked, refuse_changes, refuse_foreign, validate_name
@@ -40,6 +41,8 @@ class AttackPlan:
     spec: TargetSpec
     suite: Suite
     storage: Storage
+    arrays: ArrayTarget | None = None
+    """A target of this process, in place of what ``spec`` names."""
 
     def folder(self, attack: str) -> Storage:
         return self.storage.folder(f"attacks/{attack}")
@@ -51,9 +54,9 @@ class AttackPlan:
         return {"victim": self.spec.model_dump(mode="json"), "suite": suite, "storage": self.storage.uri}
 
 
-def restore_attack_plan(dumped: dict[str, Any]) -> AttackPlan:
+def restore_attack_plan(dumped: dict[str, Any], arrays: ArrayTarget | None = None) -> AttackPlan:
     spec = TargetSpec.model_validate(dumped["victim"])
-    return AttackPlan(spec, Suite.model_validate(dumped["suite"]), Storage(dumped["storage"]))
+    return AttackPlan(spec, Suite.model_validate(dumped["suite"]), Storage(dumped["storage"]), arrays)
 
 
 def make_attack_plan(
@@ -61,17 +64,18 @@ def make_attack_plan(
     bundle: str | None = None,
     function: str | None = None,
     folders: tuple[str, str] | None = None,
+    arrays: ArrayTarget | None = None,
     preset: str | None = None,
     suite: str = "small",
     attacks: Sequence[str] = (),
-    flags: Sequence[str] = (),
+    flags: Settings = (),
     storage: str | Path = "runs",
     name: str,
 ) -> AttackPlan:
     """Validate all settings of an attack run.
 
     Args:
-        bundle, function, folders: the target, exactly one of the three; see :class:`TargetSpec`.
+        bundle, function, folders: the target, see :class:`TargetSpec`; or ``arrays``. Exactly one of the four.
         preset: names the images of a function.
         suite: name of a shipped suite, or the path of a YAML file.
         attacks: the attacks to run; those that the suite lacks run with their defaults. Empty runs the whole suite.
@@ -88,13 +92,15 @@ def make_attack_plan(
     options = _select_attacks(tree, attacks, changes)
     validated = _validate_suite(deep_merge(tree, overrides) | {"attacks": options})
     # This check is last: a flag without its value takes the word after it, which may be the bundle.
-    if sum(target is not None for target in (bundle, function, folders)) != 1:
+    if sum(target is not None for target in (bundle, function, folders, arrays)) != 1:
         raise ConfigError("name one target: a bundle, --function MODULE:NAME, or --folders PLAIN PROTECTED")
-    if folders is not None and data.get("data"):
-        raise ConfigError("--data chooses the images of a bundle or a --function; --folders brings its own")
+    if (folders is not None or arrays is not None) and data.get("data"):
+        raise ConfigError("--data chooses the images of a bundle or a --function; folders and arrays bring their own")
     if preset is not None and function is None:
         raise ConfigError("a preset names the images of a --function; a bundle and folders bring their own")
-    if function is not None:
+    if arrays is not None:
+        spec = TargetSpec(function=arrays.name)
+    elif function is not None:
         spec = _function_spec(function, preset, data)
     elif bundle is not None:
         spec = TargetSpec(bundle=Storage(bundle).uri, config=data if data.get("data") else None)
@@ -102,7 +108,7 @@ def make_attack_plan(
         assert folders is not None
         plain, protected = (str(Path(folder).expanduser().absolute()) for folder in folders)
         spec = TargetSpec(folders=(plain, protected))
-    return AttackPlan(spec, validated, Storage(storage).folder(validate_name(name)))
+    return AttackPlan(spec, validated, Storage(storage).folder(validate_name(name)), arrays)
 
 
 def _read_suite(suite: str) -> dict[str, Any]:
@@ -183,7 +189,7 @@ def open_attack_plan(plan: AttackPlan, *, resume: bool) -> Iterator[tuple[Attack
             stored = read_checked(storage, SUITE, "victim", "suite")
             _check_resumable(storage, stored, dumped)
             dumped["suite"]["attacks"] = stored["suite"]["attacks"] | dumped["suite"]["attacks"]
-            plan = restore_attack_plan(dumped)
+            plan = restore_attack_plan(dumped, plan.arrays)
         else:
             _refuse_taken(storage)
         target = target or load_target_of(plan)
@@ -243,6 +249,10 @@ def load_result(plan: AttackPlan, attack: str) -> Outcome | None:
 
 def load_target_of(plan: AttackPlan) -> Target:
     suite = plan.suite
+    if plan.arrays is not None:
+        return load_array_target(
+            plan.arrays, num_queries=suite.num_queries, num_images=suite.num_images, seed=suite.seed
+        )
     return load_target(plan.spec, num_queries=suite.num_queries, num_images=suite.num_images, seed=suite.seed)
 
 

@@ -12,18 +12,17 @@ NAME/search.json          written last
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from raypp.attacks import ATTACKS
-from raypp.config.overrides import deep_merge, unflatten
-from raypp.config.presets import load_tree
+from raypp.config.overrides import Settings, deep_merge, unflatten
+from raypp.config.presets import Files, load_tree
 from raypp.config.schema import Config, ConfigModel
 from raypp.config.validation import check_milestones, format_validation_error, validate
 from raypp.experiments.run_folder import lock, read_checked, refuse_changes, refuse_foreign, validate_name
@@ -208,14 +207,14 @@ def attack_options(search: Search) -> Any:
 
 
 def make_search_plan(
-    preset: str, file: Path | None = None, flags: Sequence[str] = (), *, storage: str = "runs", name: str
+    preset: str, files: Files = (), flags: Settings = (), *, storage: str = "runs", name: str
 ) -> SearchPlan:
-    """Merge a preset, a file and flags, and check the search space at its ends and choices.
+    """Merge a preset, files and settings, and check the search space at its ends and choices.
 
     Raises:
         ConfigError: names the first invalid setting.
     """
-    tree = load_tree(preset, file, flags, more=("search",))
+    tree = load_tree(preset, files, flags, more=("search",))
     section = tree.pop("search", None)
     if section is None:
         raise ConfigError(

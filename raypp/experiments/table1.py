@@ -14,6 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from raypp.config.overrides import Settings
 from raypp.config.schema import Config
 from raypp.experiments.run_folder import lock, refuse_foreign, validate_name
 from raypp.experiments.table1_grid import CELLS, GridCell, grid_cells, table_rows
@@ -85,7 +86,7 @@ def table1(
     datasets: Sequence[str],
     methods: Sequence[str],
     seeds: Sequence[int],
-    flags: Sequence[str],
+    flags: Settings,
     *,
     storage: str | Path,
     name: str,
@@ -139,7 +140,7 @@ def table1(
 
 
 def _earlier_cells(
-    datasets: Sequence[str], methods: Sequence[str], seeds: Sequence[int], flags: Sequence[str], folder: Storage
+    datasets: Sequence[str], methods: Sequence[str], seeds: Sequence[int], flags: Settings, folder: Storage
 ) -> list[tuple[GridCell, dict[str, Any]]]:
     """Finished cells in a table's folder with the same settings that are not in the command's grid."""
     cells = []

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from raypp.config.overrides import deep_merge, flatten_dict, parse_overrides
+from raypp.config.overrides import Settings, deep_merge, flatten_dict, parse_overrides
 from raypp.config.presets import load_tree
 from raypp.config.schema import Config
 from raypp.config.validation import check_milestones, validate
@@ -68,14 +68,14 @@ def table_rows() -> dict[str, TableRow]:
 
 
 def grid_cells(
-    datasets: Sequence[str], methods: Sequence[str], seeds: Sequence[int], flags: Sequence[str], storage: Storage
+    datasets: Sequence[str], methods: Sequence[str], seeds: Sequence[int], flags: Settings, storage: Storage
 ) -> list[GridCell]:
     """The grid: every data set with every method and seed.
 
     Args:
         datasets: names of presets, or paths of YAML files.
         methods: names of rows.
-        flags: settings that override every preset, such as ``("--train.epochs", "3")``.
+        flags: settings that override every preset, such as ``("train.epochs=3",)``.
         storage: the table's folder.
 
     Raises:
@@ -97,7 +97,7 @@ def grid_cells(
             raise ConfigError(f"--{key} is set by the table's grid; choose by {option}")
     grid = []
     for dataset in datasets:
-        tree = load_tree(dataset, flags=tuple(flags))
+        tree = load_tree(dataset, flags=flags)
         base = validate(tree)
         for name in methods:
             for seed in seeds:

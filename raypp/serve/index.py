@@ -19,7 +19,9 @@ from raypp.serve.schemas import HTML, JSON
 
 CLASSIFIER, ATTACK = "/classifier", "/attack"
 SERVICES = {"classifier": "Classifies protected images.", "attack": "Shows what attackers recover."}
-SWITCH_ON = "The attack service is off; start it with raypp serve BUNDLE --attack or the lines of serve_config.yaml."
+SWITCH_ON = (
+    "The attack service is off; start it with raypp serve BUNDLE --with-attacks or the lines of serve_config.yaml."
+)
 
 
 class Server(Starlette):

@@ -81,7 +81,7 @@ def pad_to_bucket(function: Callable[[Tensor], Tensor], images: Tensor) -> Tenso
     """Run a network on images (N, C, H, W), padded to the next batch size of three significant bits.
 
     PyTorch caches compiled CPU kernels for every batch size. All sizes up to 128 need ten times the memory of these
-    (docs/results.md, Serving), which are at most a quarter larger than the batch.
+    (docs/results/serving.md), which are at most a quarter larger than the batch.
     """
     step = 1 << max(0, (len(images) - 1).bit_length() - 3)
     padding = images.new_zeros(-len(images) % step, *images.shape[1:])

@@ -36,7 +36,7 @@ ATTACK: dict[str, Any] = {
     "import_path": "raypp.serve.deployments:build_attack",
     "args": {"max_images": 32},
 }
-"""The application that ``--attack`` adds; the shipped file has the same lines behind a #."""
+"""The application that ``--with-attacks`` adds; the shipped file has the same lines behind a #."""
 HAPROXY_HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")
 ANSWER_SECONDS = 10.0  # timeout of a service during a publication
 SWITCH_SECONDS = 120.0  # within which a service must have loaded a published bundle
@@ -63,7 +63,7 @@ def build_serve_config(bundle: str, *, host: str, port: int, tokens: str | None,
     """
     if tokens is None and not is_loopback(host):
         raise ConfigError(
-            f"--host {host} can be reached from elsewhere, so --tokens FILE is needed; create one with raypp token"
+            f"--host {host} can be reached from elsewhere, so --token-file FILE is needed; create one with raypp token"
         )
     if not 0 < port < 2**16:
         raise ConfigError(f"--port is {port}; allowed is 1 to 65535")
@@ -155,7 +155,7 @@ def _haproxy_environment() -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         raise ConfigError(
             "--haproxy is for a Ray that this command starts, and RAY_ADDRESS names a cluster; enable HAProxy in the "
-            "environment of the cluster's `ray start` (see docs/serve.md)"
+            "environment of the cluster's `ray start` (see docs/how-to/haproxy.md)"
         )
     with ray_settings() as settings:
         before = {key: value for key, value in os.environ.items() if key in settings}

@@ -7,11 +7,12 @@ The exit codes of all commands:
 0     done
 1     a failure at run time: training diverged, a service does not answer, storage is full, attacks failed
 2     bad usage or bad input: an option, a setting, a file, an image, a bundle or a name that is not allowed
-130   interrupted
+130   interrupted by Ctrl-C
+143   ended by SIGTERM, after a checkpoint
 ====  ================================================================================================
 """
 
-FAILURE, USAGE = 1, 2
+FAILURE, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 
 def first_line(error: Exception) -> str:
@@ -77,7 +78,7 @@ class NonRetryableError(TrainingError):
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Raised after a requested stop, once a checkpoint is saved; the message names it, and the exit code is 130.
+    """Raised after a requested stop, once a checkpoint is saved; the message names it, and the exit code is 143.
 
     It subclasses KeyboardInterrupt so that ``except Exception`` does not swallow it.
     """

@@ -18,7 +18,7 @@ SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     # One event loop per replica instead of two; raypp computes in another thread and never blocks it. Single images
-    # behind HAProxy gain a third to a half (docs/results.md). The second setting still writes each log line at once.
+    # behind HAProxy gain a third to a half (docs/results/serving.md). The second setting writes log lines at once.
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
     # With the throughput setting, replicas open their own HTTP ports, and each application waits 30 s for load

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from subprocess import PIPE
 
@@ -60,7 +61,8 @@ COMMANDS = [
     "demo",
     "config",
     "data",
-    "data ls",
+    "list",
+    "doctor",
     "data convert",
     "data check",
 ]
@@ -126,7 +128,10 @@ def test_help_explains_every_parameter(capsys: Captured, command: str) -> None:
 
 
 def test_version(capsys: Captured) -> None:
-    assert run(capsys, "--version") == (f"{raypp.__version__}\n", "")
+    assert run(capsys, "--version") == (
+        f"raypp {raypp.__version__} (torch {version('torch')}, ray {version('ray')})\n",
+        "",
+    )
 
 
 QUICK = """
@@ -153,20 +158,25 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 MISTAKES = {
     "unknown command": ("trian cifar10", "trian"),
     "unknown data command": ("data lst", "lst"),
-    "no preset": ("train", "preset"),
-    "no source": ("protect bundle", "SOURCE requires an argument"),
+    "no preset": ("train", "PRESET is missing; `raypp train --help` shows the usage"),
+    "no source": ("protect bundle", "SOURCE is missing; `raypp protect --help` shows the usage"),
     "too many arguments": ("protect a b c d", "d"),
     "unknown option": ("protect a b c --keep-siez", "--keep-siez"),
     "unknown preset": ("train cifra10", "unknown preset 'cifra10' (did you mean 'cifar10'?); allowed: "),
     "unknown key": ("train quickstart --train.alhpa 1", "unknown key 'train.alhpa' (did you mean 'alpha'?)"),
-    "unknown section": ("train quickstart --trian.alpha 1", "unknown option --trian.alpha (did you mean 'train'?)"),
-    "misspelt switch": ("train quickstart --locla", "--locla"),
+    "unknown section": ("train quickstart --trian.alpha 1", "--trian.alpha (did you mean --train.alpha?)"),
+    "misspelt switch": ("train quickstart --locla", "unknown option --locla (did you mean --local?)"),
+    "a setting without its section": ("train quickstart --epochs 3", "--epochs (did you mean --train.epochs?)"),
+    "alpha without its section": ("train quickstart --alpha 3", "--alpha (did you mean --train.alpha?)"),
+    "explain nothing": ("config --explain", "--explain needs a preset; `raypp config` lists them"),
+    "list of nothing": ("list preset", "preset"),
+    "a refused switch": ("tune quickstart --local", "unknown option --local; settings begin with"),
     "wrong value": ("config cifar10 --train.alpha much", "train.alpha is 'much': input should be a valid number"),
     "missing value": ("config cifar10 --train.alpha", "--train.alpha needs a value, as in --train.alpha VALUE"),
     "flag twice": ("config cifar10 --train.alpha 0.1 --train.alpha 0.2", "train.alpha is given twice, first as 0.1"),
     "option of a source twice": ("data check shapes --num_train 3 --num-train 3", "num_train is given twice, first"),
     "an attack's flag twice": ("attack none --num_queries 3 --num_queries=4", "num_queries is given twice"),
-    "a table's flag twice": ("table1 --local --train.epochs 1 --train.epochs 2", "train.epochs is given twice"),
+    "a table's flag twice": ("table1 --seed=1 --seed=2 --presets quickstart", "seed is given twice"),
     "a search's flag twice": ("tune quickstart --search.num_trials 1 --search.num_trials 2", "is given twice"),
     "stray word": ("config cifar10 alpha 3", "unexpected argument 'alpha'; a setting is written --section.key VALUE"),
     "no file": ("config cifar10 --config none.yaml", "config file 'none.yaml' cannot be read: No such file"),
@@ -202,12 +212,12 @@ MISTAKES = {
     "unknown attack": ("attack none --attacks invrese", "unknown attack 'invrese' (did you mean 'inverse'?); allowed"),
     "unknown suite": ("attack none --suite smal", "unknown suite 'smal' (did you mean 'small'?); allowed: quick"),
     "an attack's option": ("attack none --inverse.widht 3", "inverse.widht is"),
-    "a suite's setting": ("attack none --num_querys 3", "unknown option --num_querys (did you mean 'num_queries'?)"),
+    "a suite's setting": ("attack none --num_querys 3", "unknown option --num_querys (did you mean --num_queries?)"),
     "a key twice": ("config quickstart --config twice.yaml", "line 3: key 'train' is given twice, first in line 1"),
     "a key twice in a preset": ("train twice.yaml --local", "line 3: key 'train' is given twice"),
     "a key twice in a suite": ("attack none --suite twice.yaml", "line 3: key 'train' is given twice"),
     "a key twice in a search": ("tune quickstart --config twice.yaml", "line 3: key 'train' is given twice"),
-    "a key twice in a table": ("table1 --datasets twice.yaml --local", "line 3: key 'train' is given twice"),
+    "a key twice in a table": ("table1 --presets twice.yaml --local", "line 3: key 'train' is given twice"),
     "resume no attack": ("attack none --resume --local", "--resume needs --name, the attack run to continue"),
     "report of nothing": ("report", "no source is given; name attack runs, or bundles that were attacked"),
     "report of none": ("report none", "'none' holds no scorecard; `raypp attack` makes one"),
@@ -230,8 +240,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys: Captured, tmp_path: Path,
     [
         *(f"train {preset} --local" for preset in ("cifar10", "cifar100", "cifar10-small")),
         "train cifar10-code --local --train.alpha 0.1",
-        "table1 --local",
-        "table1 --datasets cifar10-small --methods plain alpha-0.1 --local",
+        "table1 --presets cifar10 cifar100 --local",
+        "table1 --presets cifar10-small --methods plain alpha-0.1 --local",
     ],
 )
 @pytest.mark.usefixtures("offline")
@@ -378,10 +388,10 @@ def test_settings_may_stand_before_the_preset(capsys: Captured, tmp_path: Path) 
     assert "train.epochs is 'none'" in sentence
 
 
-def test_data_ls_lists_every_source_and_option(capsys: Captured) -> None:
-    out, _ = run(capsys, "data", "ls")
+def test_list_names_every_source_and_option(capsys: Captured) -> None:
+    out, _ = run(capsys, "list", "sources")
     for name in SOURCES:
-        assert re.search(rf"^{name}  \S", out, re.MULTILINE)
+        assert re.search(rf"^  {name}  +\S", out, re.MULTILINE)
         assert all(f"--{key}" in out for key in SOURCES.options(name).model_fields if key != "name")
     assert "required" in out
 
@@ -509,14 +519,14 @@ def test_quickstart_says_what_to_do_next(capsys: Captured, tmp_path: Path, monke
     out, _ = run(capsys, "quickstart", "--local", "--name", "first", "--storage", "runs")
     assert "protected, 8 bit" in out
     next_steps = [line.split() for line in out.splitlines() if line.startswith("  raypp ")]
-    assert [words[1] for words in next_steps] == ["protect", "evaluate", "attack", "train", "config", "serve"]
+    assert [words[1] for words in next_steps] == ["protect", "evaluate", "attack", "serve", "train", "config"]
     write_png(tmp_path / "in.png", np.zeros((16, 16, 3), dtype=np.uint8))
     run(capsys, "protect", next_steps[0][2], "in.png", "out.png")
     run(capsys, "evaluate", next_steps[1][2])
-    assert next_steps[2][2] + "/public" == next_steps[0][2]
-    assert next_steps[3][2] in presets()
-    run(capsys, "config", next_steps[4][2])
-    run(capsys, "serve", next_steps[5][2], "--write", "served.yaml")
+    assert next_steps[2][2] + "/bundle/public" == next_steps[0][2]
+    run(capsys, "serve", next_steps[3][2], "--output", "served.yaml")
+    assert next_steps[4][2] in presets()
+    run(capsys, "config", *next_steps[5][2:4])
 
 
 @pytest.mark.slow
@@ -529,5 +539,5 @@ def test_a_local_run_that_is_stopped_writes_a_checkpoint_first(tmp_path: Path) -
     wait_until(lambda: len(list_checkpoints(run)) == 2, process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == 143, err
     assert err.strip().endswith(f"stopped after checkpoint {list_checkpoints(run)[0]}; continue with --resume")

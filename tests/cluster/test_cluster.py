@@ -242,7 +242,7 @@ def test_a_run_outlives_nodes_a_stopped_job_and_a_killed_driver(nodes: Nodes, tm
 
 
 def table_flags(storage: Path) -> list[str]:
-    flags = ["--datasets", "quickstart", "--methods", "plain", "etc", "--seeds", "0", "--name", "table"]
+    flags = ["--presets", "quickstart", "--methods", "plain", "etc", "--seeds", "0", "--name", "table"]
     pairs = zip(*[iter(tiny_flags(storage))] * 2, strict=True)
     settings = [word for pair in pairs if pair[0] not in ("--cluster.storage", "--train.alpha") for word in pair]
     return [*flags, "--storage", str(storage), *settings]
@@ -283,7 +283,7 @@ def test_attacks_and_a_table_outlive_a_node(nodes: Nodes, trained: Trained, tmp_
     nodes.done(table)
     assert "EtC" in (tmp_path / "table" / "table1.md").read_text()
     assert len(list((tmp_path / "table").glob("**/summary.json"))) == 2
-    nodes.done(nodes.job("report", str(tmp_path / "a"), "--out", str(tmp_path / "report")))
+    nodes.done(nodes.job("report", str(tmp_path / "a"), "--output", str(tmp_path / "report")))
     assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
 
 

@@ -161,7 +161,7 @@ def test_a_node_that_dies_costs_the_requests_on_their_way_to_it(nodes: Nodes, tr
     token = add_token(tmp_path / "tokens.json", "test", ["classify"])
     config, tokens = tmp_path / "serve_config.yaml", str(tmp_path / "tokens.json")
     bundle = shutil.copytree(trained.bundle, tmp_path / "bundle")
-    main(["serve", str(bundle), "--host", "0.0.0.0", "--tokens", tokens, "--write", str(config)])
+    main(["serve", str(bundle), "--host", "0.0.0.0", "--token-file", tokens, "--output", str(config)])
     written = yaml.safe_load(config.read_text())
     replicas = {"name": "Classifier", "autoscaling_config": {"min_replicas": 2, "max_replicas": 2}}
     written["applications"][0]["deployments"] = [replicas]

@@ -285,7 +285,7 @@ def test_storage_that_becomes_unwritable_loses_nothing(cluster: Cluster, tmp_pat
 def test_table1_outlives_a_killed_cell(cluster: Cluster, tmp_path: Path) -> None:
     table = tmp_path / "table"
     flags = override(TINY, ["--data.source.num_train", "1200", "--train.epochs", "4", "--cluster.max_failures", "1"])
-    grid = ["--datasets", "quickstart", "--methods", "plain", "tanaka", "--storage", str(tmp_path), "--name", "table"]
+    grid = ["--presets", "quickstart", "--methods", "plain", "tanaka", "--storage", str(tmp_path), "--name", "table"]
     process = cluster.popen(["raypp", "table1", *grid, *flags])
     victim_cell = table / "cells" / "quickstart-tanaka-seed0"
     wait_until(lambda: len(history(victim_cell)) >= 1, process)

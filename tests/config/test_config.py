@@ -20,11 +20,11 @@ from raypp.utils.documents import DocumentError, load_json, load_yaml
 from raypp.utils.errors import ConfigError, RayppError
 
 
-def make(*flags: str, preset: str = "quickstart", file: Path | None = None) -> Config:
+def make(*flags: str, preset: str = "quickstart", file: Path | tuple[()] = ()) -> Config:
     return load_config(preset, file, flags)
 
 
-def refusal(*flags: str, preset: str = "quickstart", file: Path | None = None) -> str:
+def refusal(*flags: str, preset: str = "quickstart", file: Path | tuple[()] = ()) -> str:
     with pytest.raises(ConfigError) as raised:
         load_config(preset, file, flags)
     return str(raised.value)
@@ -186,7 +186,10 @@ MISTAKES = {
         ["--train.schedule.milestones", "[1]"],
         "unknown key 'train.schedule.milestones'; allowed there: name, warmup, final",
     ),
-    "unknown section": (["--trian.alpha", "1"], "unknown option --trian.alpha (did you mean 'train'?); settings begin"),
+    "unknown section": (
+        ["--trian.alpha", "1"],
+        "--trian.alpha (did you mean --train.alpha?); settings begin",
+    ),
     "no flag": (["alpha", "1"], "unexpected argument 'alpha'; a setting is written --section.key VALUE"),
     "bare dashes": (["--"], "unexpected argument '--'"),
     "missing value": (["--train.alpha"], "--train.alpha needs a value, as in --train.alpha VALUE"),
@@ -481,7 +484,7 @@ def test_a_number_with_zeros_before_it_is_decimal_in_a_file_and_in_a_flag(tmp_pa
     (tmp_path / "a.yaml").write_text("seed: 010\n")
     assert (
         load_config("quickstart", tmp_path / "a.yaml").seed
-        == load_config("quickstart", None, ["--seed", "010"]).seed
+        == load_config("quickstart", flags=["--seed", "010"]).seed
         == 10
     )
     (tmp_path / "b.yaml").write_text("seed: 1:30\n")

@@ -21,10 +21,11 @@ import yaml
 from conftest import Trained, override
 from PIL import Image
 
+from raypp.api import run_attacks
 from raypp.attacks.user_function import user_function
 from raypp.bundle.load import load_plain_classifier
 from raypp.bundle.manifest import verify, write_manifest
-from raypp.cli.attack import run_attacks
+from raypp.cli.attack import print_attack_results
 from raypp.cli.main import main
 from raypp.evaluation.report.render import write_report
 from raypp.evaluation.scorecard import aggregate, is_rising, reidentification_rate, strongest_attack, verdict
@@ -57,7 +58,9 @@ def plan(
 
 
 def attack(run_plan: attack_plan.AttackPlan, *, resume: bool = False) -> dict[str, Any]:
-    return run_attacks(run_plan, local=True, quiet=True, resume=resume)
+    card = run_attacks(run_plan, ray=False, quiet=True, resume=resume)
+    print_attack_results(card, json=False, quiet=True)  # raises if an attack failed
+    return card.to_dict()
 
 
 def refusal(tmp_path: Path, **target: Any) -> str:
@@ -931,7 +934,8 @@ def test_settings_stand_anywhere_for_every_kind_of_target(
     """Flags of images and attacks after --function and --folders, and before and after a bundle."""
     monkeypatch.setenv("COLUMNS", "200")
     seen: list[attack_plan.AttackPlan] = []
-    monkeypatch.setattr("raypp.cli.attack.run_attacks", lambda plan, **_: seen.append(plan))
+    monkeypatch.setattr("raypp.api.run_attacks", lambda plan, **_: seen.append(plan))
+    monkeypatch.setattr("raypp.cli.attack.print_attack_results", lambda *_, **__: None)
     where = function(tmp_path)
     main(["attack", "--function", where, "--preset", "quickstart", "--data.source.num_train", "70", "--suite", "quick"])
     main(["attack", "--folders", "a", "b", "--suite", "quick", "--num_queries", "30", "--inverse.width", "4"])

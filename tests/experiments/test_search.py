@@ -25,7 +25,7 @@ from raypp.utils.storage import Storage
 def plan(tmp_path: Path, *flags: str, name: str = "s") -> search.SearchPlan:
     base_flags = [flag for flag in tiny_flags(tmp_path) if flag not in ("--cluster.storage", str(tmp_path))]
     base_flags += ["--search.space.protection.skips", "[0, 1, 2]"]  # of a U-Net of depth 2
-    return make_search_plan("quickstart", None, override(base_flags, flags), storage=str(tmp_path), name=name)
+    return make_search_plan("quickstart", (), override(base_flags, flags), storage=str(tmp_path), name=name)
 
 
 def record(trial: str, accuracy: float, leakage: float, **others: Any) -> dict[str, Any]:

@@ -99,9 +99,10 @@ def test_a_grid_that_makes_no_sense_is_refused(tmp_path: Path, change: dict[str,
 
 
 def test_an_empty_choice_is_not_everything(tmp_path: Path) -> None:
-    for option in ("--methods", "--seeds", "--datasets"):
+    for option in ("--methods", "--seeds", "--presets"):
+        presets = [] if option == "--presets" else ["--presets", "quickstart"]
         with pytest.raises(RayppError, match=f"no {option[2:-1]} is given"):
-            app(["table1", option, "--storage", str(tmp_path), "--local"], exit_on_error=False)
+            app(["table1", option, *presets, "--storage", str(tmp_path), "--local"], exit_on_error=False)
 
 
 def test_settings_that_no_cell_can_have_are_refused(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_a_cluster_decides_by_its_start(
     with socket.create_server(("127.0.0.1", 0)) as listening:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{listening.getsockname()[1]}")
         for arguments, message in (
-            (["--write", str(tmp_path / "serve.yaml")], "--haproxy has no effect on `serve deploy`"),
+            (["--output", str(tmp_path / "serve.yaml")], "--haproxy has no effect on `serve deploy`"),
             ([], "--haproxy is for a Ray that this command starts, and RAY_ADDRESS names a cluster"),
         ):
             with pytest.raises(SystemExit) as stopped:

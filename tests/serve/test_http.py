@@ -387,7 +387,7 @@ def test_token_files_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[s
         Tokens.read(str(file))
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         Tokens.read(str(tmp_path / "none"))
-    main(["token", "me", "--file", str(tmp_path / "new.json"), "--scopes", "classify", "attack"])
+    main(["token", "me", "--token-file", str(tmp_path / "new.json"), "--scopes", "classify", "attack"])
     printed = capsys.readouterr().out.strip()
     assert Tokens.read(str(tmp_path / "new.json")).check(f"Bearer {printed}", "attack") == "me"
 
@@ -411,7 +411,7 @@ def test_tokens_count_as_the_file_has_them_now(
 
     second = add_token(path, "second", ["classify"])
     assert (status(first), status(second)) == (200, 200)
-    main(["token", "first", "--file", str(path), "--revoke"])
+    main(["token", "first", "--token-file", str(path), "--revoke"])
     assert (status(first), status(second)) == (401, 200)
     path.write_text("half a fi")
     assert status(second) == 200  # what it held stays
@@ -426,7 +426,7 @@ def test_tokens_count_as_the_file_has_them_now(
     add_token(tmp_path / "one.json", "only", ["classify"])
     for name, sentence in (("nobody", "there is no token 'nobody' in"), ("only", "is the last one in")):
         with pytest.raises(SystemExit):
-            main(["token", name, "--file", str(tmp_path / "one.json"), "--revoke"])
+            main(["token", name, "--token-file", str(tmp_path / "one.json"), "--revoke"])
         assert sentence in " ".join(capsys.readouterr().err.split())
 
 
@@ -465,7 +465,7 @@ def test_a_slow_token_file_holds_up_no_other_request(trained: Trained, tmp_path:
 def test_a_service_that_others_can_reach_needs_tokens(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["serve", str(trained.bundle), "--host", "0.0.0.0"])
-    assert "--host 0.0.0.0 can be reached from elsewhere, so --tokens FILE is needed" in capsys.readouterr().err
+    assert "--host 0.0.0.0 can be reached from elsewhere, so --token-file FILE is needed" in capsys.readouterr().err
 
 
 # What is live

@@ -380,13 +380,13 @@ def test_the_index_links_what_runs(here: Here) -> None:
     assert [service["docs"] for service in answer.json()["services"]] == ["/classifier/docs", "/attack/docs"]
     assert "hint" not in answer.json()
     assert [service["name"] for service in one.get("/").json()["services"]] == ["classifier"]
-    assert "--attack" in one.get("/").json()["hint"]
+    assert "--with-attacks" in one.get("/").json()["hint"]
     browser = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8"}
     page = one.get("/", headers=browser)
     assert page.headers["Content-Type"].startswith("text/html")
     assert '<a href="/classifier/docs">classifier</a>' in page.text
     assert "/attack/docs" not in page.text
-    assert "raypp serve BUNDLE --attack" in page.text
+    assert "raypp serve BUNDLE --with-attacks" in page.text
     assert '<a href="/attack/docs">attack</a>' in both.get("/", headers=browser).text
     head = one.head("/", headers=browser)
     assert (head.status_code, head.content) == (200, b"")

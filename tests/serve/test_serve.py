@@ -83,9 +83,9 @@ def service(cluster: Cluster, trained: Trained, tmp_path_factory: pytest.TempPat
         str(root / "repository"),
         "--port",
         str(port),
-        "--tokens",
+        "--token-file",
         str(root / "tokens.json"),
-        "--attack",
+        "--with-attacks",
     ]
     process = cluster.popen(arguments)
     url = f"http://127.0.0.1:{port}"
@@ -566,10 +566,10 @@ def test_the_written_configuration_is_what_serve_deploys(trained: Trained, tmp_p
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
     from ray.serve.schema import ServeDeploySchema
 
-    main(["serve", str(trained.bundle), "--write", str(tmp_path / "default.yaml")])
+    main(["serve", str(trained.bundle), "--output", str(tmp_path / "default.yaml")])
     default = yaml.safe_load((tmp_path / "default.yaml").read_text())
     assert [application["name"] for application in default["applications"]] == ["classifier"]
-    main(["serve", str(trained.bundle), "--write", str(tmp_path / "serve.yaml"), "--port", "9000", "--attack"])
+    main(["serve", str(trained.bundle), "--output", str(tmp_path / "serve.yaml"), "--port", "9000", "--with-attacks"])
     config = yaml.safe_load((tmp_path / "serve.yaml").read_text())
     schema = ServeDeploySchema.model_validate(config)
     for application in schema.applications:  # as Ray builds them from the file
@@ -668,7 +668,7 @@ def test_the_four_commands_of_a_fresh_clone(checkout: Checkout, tmp_path: Path) 
         index = httpx.get(f"{url}/")
         assert index.status_code == 200
         assert [service["docs"] for service in index.json()["services"]] == ["/classifier/docs"]
-        assert "--attack" in index.json()["hint"]
+        assert "--with-attacks" in index.json()["hint"]
         assert httpx.head(f"{url}/").headers["Content-Length"] == index.headers["Content-Length"]
         assert httpx.get(f"{url}/classifier").headers["Location"] == "/classifier/docs"
         assert httpx.get(f"{url}/attack/v1").json()["type"] == "urn:raypp:problem:attack-service-off"

@@ -1,0 +1,453 @@
+"""The Python API: the commands of ``raypp`` as functions. The command line calls the same functions.
+
+Settings may come as nested dictionaries, as dotted strings (``"train.epochs=4"``), and as keyword arguments by the last
+part of their key (``epochs=4``), where only one setting has that name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raypp.attacks import ATTACKS
+from raypp.bundle.manifest import bundle_location
+from raypp.config.overrides import Settings, resolve_keywords
+from raypp.config.presets import Files, describe_presets, load_config, load_tree
+from raypp.protections import PROTECTIONS
+from raypp.results import Bundle, Evaluation, RunResult, Scorecard, SearchResult, Table1
+from raypp.utils.errors import ConfigError
+from raypp.utils.signals import stop_on_signal
+from raypp.utils.storage import Storage
+
+if TYPE_CHECKING:
+    from raypp.config.schema import Cluster, Config
+    from raypp.experiments.attack_plan import AttackPlan
+
+
+def train(
+    preset: str | Path = "quickstart",
+    settings: Settings = (),
+    *,
+    name: str | None = None,
+    storage: str | Path | None = None,
+    config: Files = (),
+    resume: bool = False,
+    ray: bool | None = None,
+    quiet: bool = False,
+    **keywords: Any,
+) -> RunResult:
+    """Train a protection with its classifier, evaluate it and export the bundle.
+
+    Args:
+        preset: name of a preset (:func:`list_presets`) or path of a YAML file.
+        settings: settings that override the preset and the files.
+        name: the run's name, a new folder in ``storage``; by default made of preset, date and time.
+        storage: folder or URI of runs; by default ``cluster.storage``, which is ``runs``.
+        config: YAML files whose settings override the preset.
+        resume: continue the run ``name`` from its newest intact checkpoint.
+        ray: True trains on Ray Train, False in this process; None uses Ray where more than one process trains.
+        quiet: print nothing but warnings.
+        **keywords: settings by the last part of their key.
+
+    Raises:
+        RayppError: a setting, the data or the storage is not usable, or training diverges.
+        TrainingInterrupted: SIGTERM; a checkpoint is saved.
+    """
+    merged = training_config(preset, settings, storage=storage, config=config, **keywords)
+    if resume and name is None:
+        raise ConfigError("resume needs the name of the run to continue")
+    name = new_name(preset, merged.cluster.storage) if name is None else name
+    return train_config(merged, name, resume=resume, ray=ray, quiet=quiet)
+
+
+def training_config(
+    preset: str | Path,
+    settings: Settings = (),
+    *,
+    storage: str | Path | None = None,
+    config: Files = (),
+    defaults: Settings = (),
+    **keywords: Any,
+) -> Config:
+    """Merge and validate the settings of a run, see :func:`train`; ``defaults`` override the preset only."""
+    if storage is not None:
+        keywords = {"storage": str(storage)} | keywords
+    if keywords:
+        known = load_config(preset, config, settings, defaults).model_dump(mode="json")
+        settings = resolve_keywords(settings, keywords, known)
+    return load_config(preset, config, settings, defaults)
+
+
+def train_config(
+    config: Config, name: str, *, resume: bool = False, ray: bool | None = None, quiet: bool = False
+) -> RunResult:
+    """Train a run with a validated configuration, see :func:`train`."""
+    from raypp.experiments.run_folder import point_latest
+    from raypp.experiments.training_run import open_run, summary, train_locally
+    from raypp.utils.progress import ProgressDisplay
+
+    on_ray = uses_ray(ray, config.cluster, stream=config.data.stream)
+    train_on_ray = import_from_ray("raypp.cluster.train", "train_on_ray") if on_ray else None
+    with open_run(config, name, resume=resume) as run, ProgressDisplay(quiet=quiet) as display:
+        for warning in run.warnings:
+            display.warn(warning)
+        results = summary(run)
+        if results is None:
+            if train_on_ray is None:
+                with stop_on_signal(display.stop, signal.SIGTERM):
+                    results = train_locally(run, display)
+            else:
+                results = train_on_ray(run, display)
+            point_latest(run.storage)
+        elif not quiet:
+            display.console.print(f"run {name!r} is finished: nothing left to train", markup=False, highlight=False)
+        return RunResult(results, run.storage.uri)
+
+
+def attack(
+    target: Any = None,
+    suite: str | None = None,
+    settings: Settings = (),
+    *,
+    attacks: Sequence[str] = (),
+    function: str | None = None,
+    folders: tuple[str, str] | None = None,
+    preset: str | None = None,
+    images: Any = None,
+    labels: Any = None,
+    attacker_images: Any = None,
+    attacker_labels: Any = None,
+    classifier: Any = None,
+    key_generator: Callable[[], Any] | None = None,
+    name: str | None = None,
+    storage: str | Path = "runs",
+    resume: bool = False,
+    ray: bool | None = None,
+    quiet: bool = False,
+    **keywords: Any,
+) -> Scorecard:
+    """Run the attacks of a suite and write a scorecard and a report.
+
+    Args:
+        target: a bundle, a run, their path or URI; or a protection: a function from and to NumPy uint8 (N, H, W, C), or
+            a ``torch.nn.Module`` from and to float (N, C, H, W) in [0, 1], which the white box differentiates.
+        suite: ``quick``, ``small``, ``standard`` or the path of a YAML file; by default ``quick`` without a GPU and
+            ``small`` with one.
+        settings: settings of the suite (``num_queries``), of attacks (``inverse.width``) and of a bundle's images.
+        attacks: names of attacks to run (:func:`list_attacks`); empty runs the whole suite.
+        function: ``MODULE:NAME`` or ``FILE.py:NAME`` of a function, in place of ``target``; ``preset`` names images.
+        folders: a folder of plain images and one of protected images with the same names, in place of ``target``.
+        images: plain images uint8 (N, H, W, C) for a function or module: the gallery, which holds the originals.
+        labels: their classes (N,); without them attacks that need classes do not apply.
+        attacker_images: the attacker's own images uint8 (M, H, W, C), with ``attacker_labels``. Without them half of
+            ``images``, drawn by the suite's seed, becomes the attacker's.
+        classifier: reads protected images: a function from NumPy uint8 (N, H, W, C) to classes (N,), in the values of
+            ``labels``, or a module from float (N, C, H, W) to logits.
+        key_generator: returns a new key. The protection is then called with images and a key, and attackers with
+            knowledge of the algorithm (T2) use keys of their own.
+        name: the attack run's name, a new folder in ``storage``; by default made of date and time.
+        resume: continue the attack run ``name``; finished attacks are not repeated.
+        ray: True runs attacks as Ray tasks, False in this process; None uses Ray where more than one process gains.
+        quiet: print nothing but warnings.
+        **keywords: settings of the suite, and attacks with a dictionary of their options.
+
+    Raises:
+        RayppError: a setting or the target is not usable. An attack that fails does not stop the others.
+    """
+    if resume and name is None:
+        raise ConfigError("resume needs the name of the attack run to continue")
+    plan = attack_plan(
+        target, suite, settings, attacks=attacks, function=function, folders=folders, preset=preset, name=name,
+        storage=storage, images=images, labels=labels, attacker_images=attacker_images, attacker_labels=attacker_labels,
+        classifier=classifier, key_generator=key_generator, **keywords,
+    )  # fmt: skip
+    return run_attacks(plan, resume=resume, ray=ray, quiet=quiet)
+
+
+def attack_plan(
+    target: Any = None,
+    suite: str | None = None,
+    settings: Settings = (),
+    *,
+    name: str | None = None,
+    storage: str | Path = "runs",
+    images: Any = None,
+    labels: Any = None,
+    attacker_images: Any = None,
+    attacker_labels: Any = None,
+    classifier: Any = None,
+    key_generator: Callable[[], Any] | None = None,
+    **options: Any,
+) -> AttackPlan:
+    """Validate the settings of :func:`attack`."""
+    from raypp.experiments.attack_plan import make_attack_plan
+
+    plan_options: dict[str, Any] = {
+        key: options.pop(key) for key in ("attacks", "function", "folders", "preset") if key in options
+    }
+    plan_options |= {"suite": default_suite() if suite is None else suite, "storage": storage}
+    if options:
+        from raypp.attacks.suite import Suite
+
+        known: dict[str, Any] = dict.fromkeys((*Suite.model_fields, *ATTACKS, "data"))
+        settings = resolve_keywords(settings, options, known)
+    plan_options["flags"] = settings
+    plan_options["name"] = new_name("attack", storage) if name is None else name
+    if isinstance(target, Bundle | RunResult | str | Path):
+        location = target if isinstance(target, str | Path) else target.path
+        return make_attack_plan(bundle=bundle_location(str(location)), **plan_options)
+    if target is None:
+        return make_attack_plan(**plan_options)
+    from raypp.attacks.array_target import ArrayTarget
+
+    arrays = ArrayTarget(
+        target,
+        images=images,
+        labels=labels,
+        attacker_images=attacker_images,
+        attacker_labels=attacker_labels,
+        classifier=classifier,
+        key_generator=key_generator,
+    )
+    return make_attack_plan(arrays=arrays, **plan_options)
+
+
+def run_attacks(
+    plan: AttackPlan,
+    *,
+    resume: bool = False,
+    ray: bool | None = None,
+    quiet: bool = False,
+    announce: Callable[[AttackPlan], None] = lambda _: None,
+) -> Scorecard:
+    """Run the attacks of a plan and write the report, see :func:`attack`.
+
+    Args:
+        announce: called before the first attack, once target and folder are valid.
+    """
+    from raypp.evaluation.report.render import write_report
+    from raypp.experiments.attack_run import run_attack_suite, run_attacks_locally
+
+    if plan.arrays is not None and ray:
+        raise ConfigError("functions and modules of this process are attacked in this process; leave ray out")
+    on_ray = plan.arrays is None and uses_ray(ray, plan.suite.cluster)
+    run = import_from_ray("raypp.cluster.attack", "run_on_ray") if on_ray else run_attacks_locally
+    card = run_attack_suite(plan, resume=resume, quiet=quiet, announce=announce, run=run)
+    write_report([plan.storage.uri], plan.storage)
+    return Scorecard(card, plan.storage.uri)
+
+
+def evaluate(
+    bundle: Bundle | RunResult | str | Path, settings: Settings = (), *, split: str = "test", jpeg: int | None = None
+) -> Evaluation:
+    """Measure a bundle's accuracy after 8-bit rounding, and the similarity of protected to plain images.
+
+    Args:
+        bundle: a bundle, a run, or their path or URI.
+        settings: settings of its images (``data.source.path``).
+        split: ``test``, ``val`` or ``train``.
+        jpeg: also measure the accuracy after JPEG compression with this quality, 1 to 100.
+    """
+    from raypp.evaluation.evaluate import evaluate_bundle
+
+    location = bundle_location(str(bundle if isinstance(bundle, str | Path) else bundle.path))
+    return Evaluation(evaluate_bundle(location, settings, split, jpeg), location)
+
+
+def table1(
+    presets: Sequence[str],
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0,),
+    settings: Settings = (),
+    *,
+    name: str | None = None,
+    storage: str | Path = "runs",
+    resume: bool = False,
+    ray: bool | None = None,
+    quiet: bool = False,
+) -> Table1:
+    """Train the grid of the paper's Table I and write it as CSV, Markdown and a figure.
+
+    Args:
+        presets: presets or paths of YAML files; the paper's are ``cifar10`` and ``cifar100``.
+        methods: rows of the table; None for all.
+        seeds: seeds of each row.
+        settings: settings that override each preset.
+
+    Raises:
+        RayppError: grid or folder is invalid. A run that fails does not stop the others; :attr:`Table1.values` lists
+            the errors under ``failed``.
+    """
+    from raypp.config.schema import Cluster
+    from raypp.experiments import table1 as table
+    from raypp.experiments.table1_grid import table_rows
+
+    name = new_name("table1", storage) if name is None else name
+    on_ray = uses_ray(ray, Cluster())
+    run = import_from_ray("raypp.cluster.table1", "run_on_ray") if on_ray else table.run_cells_locally
+    results = table.table1(
+        presets, list(table_rows()) if methods is None else methods, seeds, settings,
+        storage=storage, name=name, resume=resume, quiet=quiet, run=run,
+    )  # fmt: skip
+    rows = [
+        {
+            "data": result.dataset,
+            "method": result.method.name,
+            "paper": result.paper,
+            "accuracy": result.mean if result.accuracies else None,
+            "low": result.interval[0] if result.accuracies else None,
+            "high": result.interval[1] if result.accuracies else None,
+            "spread": result.spread if result.accuracies else None,
+            "ssim": result.ssim if result.accuracies else None,
+            "seeds": len(result.accuracies),
+        }
+        for result in results
+    ]
+    failed = [sentence for result in results for sentence in result.failed]
+    return Table1({"rows": rows, "failed": failed}, Storage(storage).folder(name).uri)
+
+
+def tune(
+    preset: str | Path,
+    settings: Settings = (),
+    *,
+    name: str | None = None,
+    storage: str | Path = "runs",
+    config: Files = (),
+    resume: bool = False,
+    quiet: bool = False,
+    **keywords: Any,
+) -> SearchResult:
+    """Search a preset's settings for accuracy and privacy on Ray Tune, and attack and export the best bundles.
+
+    Args:
+        preset: name or path of a preset with a section ``search``.
+        settings: settings of the runs and, under ``search``, of the search.
+        **keywords: settings by the last part of their key, such as ``num_trials=8``.
+    """
+    from raypp.experiments.search import make_search_plan
+
+    if resume and name is None:
+        raise ConfigError("resume needs the name of the search to continue")
+    name = new_name(f"tune-{Path(preset).stem}", storage) if name is None else name
+    if keywords:
+        from raypp.experiments.search import Search
+
+        tree = load_tree(preset, config, settings, more=("search",))
+        known = {"search": dict.fromkeys(Search.model_fields)}
+        settings = resolve_keywords(settings, keywords, tree | {"search": known["search"] | tree.get("search", {})})
+    plan = make_search_plan(str(preset), config, settings, storage=str(storage), name=name)
+    run_search = import_from_ray("raypp.cluster.tune", "run_search", "a search needs it")
+    return SearchResult(run_search(plan, resume=resume, quiet=quiet), plan.storage.uri)
+
+
+def load(location: str | Path, key: str | Path | None = None) -> Bundle:
+    """Load a bundle from its path or URI, from its public folder, or from a run that holds one."""
+    return Bundle(location, key)
+
+
+def protect(bundle: Bundle | str | Path, images: Any, key: str | Path | None = None) -> np.ndarray:
+    """Protect images with the public part of a bundle, see :meth:`raypp.results.Bundle.protect`."""
+    return (bundle if isinstance(bundle, Bundle) else Bundle(bundle, key)).protect(images)
+
+
+def list_presets() -> dict[str, str]:
+    """Presets with their descriptions."""
+    return describe_presets()
+
+
+def list_attacks() -> dict[str, str]:
+    """Attacks with their threat level and first line of documentation."""
+    return {name: f"{ATTACKS.get(name).threat.name}: {_first_line(ATTACKS.get(name))}" for name in ATTACKS}
+
+
+def list_protections() -> dict[str, str]:
+    """Protections with the first line of their documentation."""
+    return {name: _first_line(PROTECTIONS.get(name)) for name in PROTECTIONS}
+
+
+def list_suites() -> dict[str, str]:
+    """Suites of attacks with their descriptions."""
+    from raypp.attacks.suite import suite_presets
+
+    return {name: path.read_text().splitlines()[0].lstrip("# ") for name, path in suite_presets().items()}
+
+
+def list_sources() -> dict[str, str]:
+    """Data sources with the first line of their documentation and their options."""
+    from raypp.data.convert import describe
+
+    def text(source: dict[str, Any]) -> str:
+        options = ", ".join(f"--{key} ({default})" for key, default in source["options"].items())
+        return f"{source['doc']} Options: {options}"
+
+    return {source["name"]: text(source) for source in describe()}
+
+
+def list_rows() -> dict[str, str]:
+    """Rows of Table I with their labels."""
+    from raypp.experiments.table1_grid import table_rows
+
+    return {name: row.label for name, row in table_rows().items()}
+
+
+LISTS = {
+    "presets": list_presets,
+    "protections": list_protections,
+    "attacks": list_attacks,
+    "suites": list_suites,
+    "sources": list_sources,
+    "rows": list_rows,
+}
+
+
+def _first_line(method: type) -> str:
+    return (method.__doc__ or "").strip().splitlines()[0] if method.__doc__ else ""
+
+
+def default_suite() -> str:
+    """``quick`` on a machine without a GPU, else ``small``."""
+    import torch
+
+    return "small" if torch.cuda.is_available() else "quick"
+
+
+def new_name(stem: str | Path, storage: str | Path) -> str:
+    """A name for a new run that no folder in ``storage`` has: stem, date and time."""
+    name = f"{Path(stem).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    taken, number = Storage(storage), 2
+    unique = name
+    while taken.folder(unique).exists():
+        unique, number = f"{name}-{number}", number + 1
+    return unique
+
+
+def uses_ray(ray: bool | None, cluster: Cluster, *, stream: bool = False) -> bool:
+    """Whether to run on Ray: as ``ray`` says, and for None where more than one process gains or only Ray can."""
+    if ray is not None:
+        return ray
+    if os.environ.get("RAY_ADDRESS") or stream or (cluster.num_workers or 1) > 1:
+        return True
+    import torch
+
+    return torch.cuda.device_count() > 1
+
+
+def import_from_ray(
+    module: str, function: str, instead: str = "without it, work runs in this process (--local)"
+) -> Any:
+    """Import a function that needs Ray; raises ConfigError if Ray is not installed or its cluster does not answer."""
+    try:
+        importlib.import_module("raypp.cluster.session").check_address()
+        return getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "ray":
+            raise
+        raise ConfigError(f"Ray is not installed here; {instead}") from None

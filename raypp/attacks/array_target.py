@@ -1,0 +1,217 @@
+"""Targets that exist in this process: a user's function or module, with images as arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raypp.attacks.base import AttackerKnowledge, ImageMap, protect_in_batches
+from raypp.attacks.target import KNOWN_PAIRS, Target, check_image_size
+from raypp.attacks.user_function import checked_map
+from raypp.metrics.statistics import wilson_interval
+from raypp.utils.errors import ConfigError, DataError
+from raypp.utils.images import to_uint8
+
+MIN_IMAGES = 20  # in the gallery, and of the attacker
+
+
+@dataclass(frozen=True)
+class ArrayTarget:
+    """A protection of this process with the images to attack it on.
+
+    Attributes:
+        protection: a function from and to NumPy uint8 (N, H, W, C), or a module from and to float (N, C, H, W) in
+            [0, 1]. With ``key_generator`` it takes images and a key.
+        images: the gallery, uint8 (N, H, W, C), with ``labels`` (N,) or None.
+        attacker_images: the attacker's images, uint8 (M, H, W, C); None takes half of ``images``.
+        classifier: from protected images uint8 (N, H, W, C) to classes (N,), or a module from float to logits.
+        key_generator: returns a new key.
+    """
+
+    protection: Any
+    images: Any = None
+    labels: Any = None
+    attacker_images: Any = None
+    attacker_labels: Any = None
+    classifier: Any = None
+    key_generator: Callable[[], Any] | None = None
+    keys: dict[int | None, Any] = field(default_factory=dict)
+    """Keys by the attacker's number; None is the victim's."""
+
+    @property
+    def name(self) -> str:
+        """Name of the function or class, for reports."""
+        name = getattr(self.protection, "__qualname__", type(self.protection).__qualname__)
+        return str(name).rpartition(".")[2].strip("<>") or "function"
+
+    def protect_with(self, number: int | None, device: torch.device) -> ImageMap:
+        """The protection under the victim's key (None) or a key of the attacker, as a map of uint8 tensors."""
+        call = self.protection
+        if self.key_generator is not None:
+            if number not in self.keys:
+                self.keys[number] = self.key_generator()
+            key = self.keys[number]
+
+            def call(images: Any, key: Any = key) -> Any:
+                return self.protection(images, key)
+
+        if isinstance(self.protection, nn.Module):
+            return _module_map(call, self.name, device)
+        return checked_map(call, self.name, device)
+
+
+def load_array_target(arrays: ArrayTarget, *, num_queries: int, num_images: int | None, seed: int) -> Target:
+    """Build the target with its gallery, queries and the attacker's images.
+
+    Raises:
+        DataError: images or labels are not of the stated form.
+        ConfigError: the protection is not callable, fails or returns something else.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not callable(arrays.protection):
+        raise ConfigError(
+            f"the target is of type {type(arrays.protection).__name__}; allowed is a bundle, its path, a function or a "
+            "torch.nn.Module"
+        )
+    rng = np.random.default_rng(seed)
+    gallery, gallery_labels, images, labels, classes = _split(arrays, rng, num_images)
+    check_image_size(gallery.shape[2:])
+    if isinstance(arrays.protection, nn.Module):
+        arrays.protection.to(device).eval()
+    protect = arrays.protect_with(None, device)
+    gallery, images = gallery.to(device), images.to(device)
+    gallery_labels, labels = gallery_labels.to(device), labels.to(device)
+    truth = torch.from_numpy(rng.permutation(len(gallery))[:num_queries]).to(device)
+    half = len(images) // 2
+    is_module = isinstance(arrays.protection, nn.Module)
+    access = AttackerKnowledge(
+        shape=(gallery.shape[1], gallery.shape[2], gallery.shape[3]),
+        images=images,
+        labels=labels,
+        num_classes=max(1, len(classes)),
+        ciphertexts=lambda: (images[:half], labels[:half], protect_in_batches(protect, images[half:]), labels[half:]),
+        fresh=(lambda number: arrays.protect_with(number, device)) if arrays.key_generator is not None else None,
+        pairs=(images[:KNOWN_PAIRS], protect(images[:KNOWN_PAIRS])),
+        protect=protect,
+        gradients=arrays.protection if is_module and arrays.key_generator is None else None,
+        gallery=gallery,
+        device=device,
+    )
+    target = Target(
+        arrays.name, arrays.name, access, gallery[truth], protect_in_batches(protect, gallery[truth]),
+        gallery_labels[truth], gallery, gallery_labels, truth, classes,
+    )  # fmt: skip
+    return _with_classifier(target, arrays)
+
+
+def _with_classifier(target: Target, arrays: ArrayTarget) -> Target:
+    """Add the classifier to the attacker's knowledge, and its accuracy on the queries to the metrics."""
+    from dataclasses import replace
+
+    if arrays.classifier is None:
+        return target
+    classify = _classifier_map(arrays.classifier, target.classes, target.access.device)
+    correct = int((classify(target.protected) == target.labels).sum())
+    num = len(target.labels)
+    test = {
+        "num_images": num,
+        "accuracy": correct / num,
+        "accuracy_interval": wilson_interval(correct, num),
+        "chance": int(target.labels.bincount().max()) / num,
+    }
+    return replace(target, access=replace(target.access, classify=classify), metrics={"test": test})
+
+
+def _split(
+    arrays: ArrayTarget, rng: np.random.Generator, num_images: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[str, ...]]:
+    """Gallery and its labels, the attacker's images and labels, and the class names; images uint8 (N, C, H, W)."""
+    gallery = _pixels(arrays.images, "images")
+    has_own = arrays.attacker_images is not None
+    own = _pixels(arrays.attacker_images, "attacker_images") if has_own else gallery[:0]
+    if has_own and own.shape[1:] != gallery.shape[1:]:
+        raise DataError(f"attacker_images are {own.shape[1:]}, images {gallery.shape[1:]}; allowed is one shape")
+    gallery_labels, own_labels, classes = _labels(arrays, len(gallery), len(own))
+    if not has_own:
+        order = rng.permutation(len(gallery))
+        first, second = order[: len(order) // 2], order[len(order) // 2 :]
+        own, own_labels = gallery[first], gallery_labels[first]
+        gallery, gallery_labels = gallery[second], gallery_labels[second]
+    if num_images is not None:
+        own, own_labels = own[:num_images], own_labels[:num_images]
+    if min(len(own), len(gallery)) < MIN_IMAGES:
+        raise DataError(
+            f"the gallery has {len(gallery)} images and the attacker {len(own)}; allowed are {MIN_IMAGES} or more each"
+        )
+    return (*_tensors(gallery, gallery_labels), *_tensors(own, own_labels), classes)
+
+
+def _tensors(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
+
+
+def _pixels(images: Any, name: str) -> np.ndarray:
+    array = images.cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
+        found = "missing" if images is None else f"{array.dtype} {array.shape}"
+        raise DataError(f"{name} is {found}; allowed is uint8 (N, H, W, C) with 1 or 3 channels")
+    return np.ascontiguousarray(array)
+
+
+def _labels(arrays: ArrayTarget, num: int, num_own: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Class indices of the gallery and of the attacker's images, and the class names; zeros without labels."""
+    if arrays.labels is None:
+        return np.zeros(num, dtype=np.int64), np.zeros(num_own, dtype=np.int64), ()
+    labels = np.asarray(arrays.labels)
+    own = np.asarray(arrays.attacker_labels) if arrays.attacker_labels is not None else labels[:0]
+    for name, values, length in (("labels", labels, num), ("attacker_labels", own, num_own)):
+        if values.shape != (length,):
+            raise DataError(f"{name} has the shape {values.shape}; allowed is ({length},), one for each image")
+    classes, indices = np.unique(np.concatenate([labels, own]), return_inverse=True)
+    indices = indices.astype(np.int64)
+    return indices[:num], indices[num:], tuple(str(name) for name in classes)
+
+
+def _module_map(module: Callable[..., Any], name: str, device: torch.device) -> ImageMap:
+    @torch.inference_mode()
+    def protect(images: Tensor) -> Tensor:
+        output = module(images.to(device).float() / 255)
+        if not (isinstance(output, Tensor) and output.is_floating_point() and output.ndim == 4):
+            shape = tuple(output.shape) if isinstance(output, Tensor) else ""
+            raise ConfigError(
+                f"module {name} gave {type(output).__name__} {shape}; it must give float images (N, C, H, W) in [0, 1]"
+            )
+        return to_uint8(output.clamp(0, 1))
+
+    return protect
+
+
+def _classifier_map(classifier: Any, classes: tuple[str, ...], device: torch.device) -> ImageMap:
+    """A map from protected images uint8 (N, C, H, W) to class indices (N,)."""
+    if not classes:
+        raise DataError("labels is missing; a classifier needs the classes of the images")
+    if isinstance(classifier, nn.Module):
+        classifier.to(device).eval()
+
+        @torch.inference_mode()
+        def by_module(protected: Tensor) -> Tensor:
+            parts = protected.to(device).split(500)
+            return torch.cat([classifier(part.float() / 255).argmax(1) for part in parts])
+
+        return by_module
+    index = {name: i for i, name in enumerate(classes)}
+
+    def by_function(protected: Tensor) -> Tensor:
+        answers = np.asarray(classifier(protected.permute(0, 2, 3, 1).cpu().numpy()))
+        if answers.shape != (len(protected),):
+            raise ConfigError(
+                f"the classifier gave {answers.shape} for {len(protected)} images; allowed is one class each"
+            )
+        return torch.tensor([index.get(str(answer), -1) for answer in answers], device=device)
+
+    return by_function

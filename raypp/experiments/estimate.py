@@ -1,0 +1,164 @@
+"""Estimates of the time of a training, a table, a search or an attack run, measured on a few steps on this machine."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from raypp.attacks import ATTACKS
+from raypp.attacks.base import AttackError, TrainedAttack
+from raypp.attacks.suite import CURVE
+from raypp.config.overrides import Settings
+from raypp.config.schema import Config
+from raypp.data import SOURCES
+from raypp.data.loader import Augmentation, DeviceLoader
+from raypp.experiments.attack_plan import AttackPlan, dependencies_first, load_target_of
+from raypp.experiments.search import make_search_plan
+from raypp.experiments.table1_grid import grid_cells, table_rows
+from raypp.experiments.training_run import new_key
+from raypp.training.protected_classifier import phases
+from raypp.training.protection_task import ProtectionTask, TrainingData, build_pre_transform, prepare
+from raypp.training.reporter import Reporter
+from raypp.training.task import Phase, Task
+from raypp.training.trainer import Trainer
+from raypp.utils.errors import DataError
+from raypp.utils.progress import ProgressDisplay
+from raypp.utils.storage import Storage
+
+if TYPE_CHECKING:
+    from raypp.data.base import DataSource
+
+NUM_TIMED, MAX_SECONDS = 3, 5.0  # steps that are timed after a first one, and seconds after which no other begins
+OVERHEAD = 1.15  # validation, checkpoints and reading of data, as a share of the steps
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The time of one training: a phase of a run, a cell of a table or an attack; ``seconds`` is None if unknown."""
+
+    name: str
+    detail: str
+    seconds: float | None
+
+
+def estimate_training(config: Config) -> list[Estimate]:
+    """Estimate each phase of a run on one process; nothing is downloaded but missing feature weights.
+
+    Raises:
+        ConfigError, DataError: the run could not start either.
+    """
+    config, phi, _ = prepare(config)
+    source = SOURCES.build(config.data.source, size=config.data.image_size, channels=config.data.channels)
+    num_images = config.data.num_train or max(1, source.num_images("train") - config.data.num_val)
+    task = ProtectionTask(config, _random_data(config, source), phi, new_key(config))
+    num_batches = max(1, num_images // config.train.batch_size)
+    return [_estimate_phase(task, phase, num_batches, num_images) for phase in phases(config)]
+
+
+def estimate_table(
+    presets: Sequence[str], methods: Sequence[str] | None, seeds: Sequence[int], settings: Settings
+) -> list[Estimate]:
+    """Estimate each cell of Table I on one process; cells that differ in the seed only are measured once."""
+    names = list(table_rows()) if methods is None else methods
+    cells = grid_cells(presets, names, seeds[:1], settings, Storage("table"))
+    estimates = []
+    for cell in cells:
+        seconds = sum(estimate.seconds or 0 for estimate in estimate_training(cell.config))
+        detail = f"{cell.config.train.epochs} epochs, {len(seeds)} seeds"
+        estimates.append(Estimate(f"{cell.dataset} {cell.method.name}", detail, seconds * len(seeds)))
+    return estimates
+
+
+def estimate_search(preset: str, files: Sequence[Path], settings: Settings) -> list[Estimate]:
+    """Estimate the trainings of a search at the preset's own values; its attacks are not included."""
+    plan = make_search_plan(preset, files, settings, name="estimate")
+    seconds = sum(estimate.seconds or 0 for estimate in estimate_training(plan.config))
+    num = plan.search.num_trials
+    detail = f"{num} trials of {plan.config.train.epochs} epochs, one after the other, without their attacks"
+    return [Estimate(preset, detail, seconds * num)]
+
+
+def estimate_attacks(plan: AttackPlan) -> list[Estimate]:
+    """Estimate each attack that trains a network, with the additional trainings of its curve."""
+    target = load_target_of(plan)
+    estimates = []
+    for name in dependencies_first(plan):
+        kind = ATTACKS.get(name)
+        try:
+            attack = kind(plan.suite.options(name), target.access, seed=plan.suite.seed)
+        except AttackError as error:
+            estimates.append(Estimate(name, str(error), 0))
+            continue
+        if not isinstance(attack, TrainedAttack):
+            estimates.append(Estimate(name, "trains no network", None))
+            continue
+        task = attack.task()
+        task.share(0, 1)
+        estimate = _estimate_phase(task, task.phases[-1], task.batches.num_batches, attack.num_images)
+        shares = [share for _, share, _ in CURVE if share == 1 or task.train.epochs > 1] if plan.suite.curve else []
+        assert estimate.seconds is not None
+        curve = f", and {len(shares)} more trainings for its curve" if shares else ""
+        estimates.append(Estimate(name, estimate.detail + curve, estimate.seconds * (1 + sum(shares))))
+    return estimates
+
+
+def _estimate_phase(task: Task, phase: Phase, num_batches: int, num_images: int) -> Estimate:
+    seconds = seconds_per_step(task, phase) * num_batches * phase.epochs * OVERHEAD
+    return Estimate(phase.name, f"{phase.epochs} epochs of {num_images:,} images", seconds)
+
+
+def seconds_per_step(task: Task, phase: Phase) -> float:
+    """Time a few training steps of a phase on this machine's GPU or processor, in seconds per step."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(task, Reporter(Storage(folder), ProgressDisplay(quiet=True), device))
+        trainer.setup_phase(phase)
+        trainer.trainee.train()
+        times = list(islice(_timed_steps(trainer, task, device), 1 + NUM_TIMED))
+    return min(times[1:] or times)
+
+
+def _timed_steps(trainer: Trainer, task: Task, device: torch.device) -> Iterator[float]:
+    begin = time.monotonic()
+    for images, labels in task.batches.epoch(0):
+        start = time.monotonic()
+        trainer.optimizer.zero_grad(set_to_none=True)
+        with trainer.autocast:
+            output = trainer.forward(images, labels)
+        output.loss.backward()
+        trainer.optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        yield time.monotonic() - start
+        if time.monotonic() - begin > MAX_SECONDS:
+            return
+
+
+def _random_data(config: Config, source: DataSource) -> TrainingData:
+    """Random images of the source's size, enough for the timed steps."""
+    size = config.data.image_size or source.size
+    if size is None:
+        image = next(iter(source.examples("train"))).image
+        if isinstance(image, DataError):
+            raise image
+        size = (image.shape[0], image.shape[1])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    num = config.train.batch_size * (1 + NUM_TIMED)
+    images = torch.randint(0, 256, (num, *size, config.data.channels), dtype=torch.uint8, device=device)
+    labels = torch.randint(0, 10, (num,), device=device)
+    loader = DeviceLoader(
+        images,
+        labels,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        augmentation=Augmentation(config.data.augment.crop_padding, config.data.augment.flip),
+        first=build_pre_transform(config, new_key(config)),
+    )
+    return TrainingData(loader, (images[:2], labels[:2]), tuple(map(str, range(10))), num, "")
