@@ -21,11 +21,12 @@ from typing import Any
 
 import yaml
 
+from raypp.evaluation.output import STYLE
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 DATA = RESULTS / "data"
 IMAGES = ROOT / "docs" / "images"
-STYLE = RESULTS / "raypp.mplstyle"
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 MISSING = "-"
 NEUTRAL = "#444444"

@@ -15,12 +15,16 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from raypp.attacks import ATTACKS
 from raypp.cli.main import app
 from raypp.config.describe import REQUIRED, Setting, describe_settings
 from raypp.config.schema import Config
 from raypp.protections import PROTECTIONS
 from raypp.serve.api import attack_api, classifier_api
+from raypp.utils.keys import Key
 from raypp.utils.registry import Registry
 
 FOLDER = Path(__file__).parent / "reference"
@@ -76,7 +80,7 @@ def attacks() -> str:
         ATTACKS,
         "Each attack states its threat level, its source and its cost. `raypp attack BUNDLE --attacks NAME` runs one, "
         "and `--NAME.OPTION VALUE` sets an option. [Threat model](../explanation/threat-model.md) explains the levels.",
-        lambda kind: f"Threat level {kind.threat.name}: the attacker has {kind.threat.meaning}.",
+        lambda kind: f"Threat level {kind.threat.name}: the attacker has {kind.threat.meaning}. Cost: {kind.cost}",
     )
 
 
@@ -86,32 +90,58 @@ def protections() -> str:
         PROTECTIONS,
         "`raypp train PRESET --protection NAME` trains with one, and `--protection.OPTION VALUE` sets an option. "
         "[Choose a protection](../how-to/choose-a-protection.md) compares them.",
-        lambda kind: "Its weights train with the classifier." if kind.trained else "It has nothing to train.",
+        lambda kind: (
+            ("It trains with the classifier. " if kind.trained else "It has no weights. ") + _client_cost(kind)
+        ),
     )
 
 
-def _methods_page(title: str, registry: Registry, intro: str, fact: Callable[[Any], str]) -> str:
+def _methods_page(title: str, registry: Registry, intro: str, facts: Callable[[Any], str]) -> str:
     parts = [f"# {title}\n", f"{intro}\n"]
     for name in registry:
         kind = registry.get(name)
-        parts += [f"## {name}\n", *_paragraphs(kind), f"{fact(kind)}\n"]
-        settings = list(describe_settings(kind.Options))
-        if settings:
-            rows = ["| option | type | default | allowed | meaning |", "|---|---|---|---|---|"]
-            for s in settings:
-                default = "required" if s.default == REQUIRED else f"`{json.dumps(s.default, default=str)}`"
-                cells = (f"`{s.key}`", s.type, default, s.allowed, s.description)
-                rows.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
-            parts.append("\n".join(rows) + "\n")
+        parts += [f"## {name}\n", *_paragraphs(kind), f"{facts(kind)}\n", _options_table(kind.Options)]
     return "\n".join(parts)
 
 
+def _options_table(model: type[Any]) -> str:
+    """A table of a method's options; the training settings of an attack are one row with its own defaults."""
+    rows = []
+    for s in describe_settings(model):
+        if not s.key.startswith("train."):
+            default = "required" if s.default == REQUIRED else f"`{json.dumps(s.default, default=str)}`"
+            cells = (f"`{s.key}`", s.type, default, s.allowed, s.description)
+            rows.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+    if "train" in model.model_fields:
+        train = model.model_fields["train"].default.model_dump(mode="json", exclude_defaults=True)
+        values = ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in train.items())
+        rows.append(f"| `train.*` | section | {values} | | Training, as `train` of a [run](configuration.md#train). |")
+    header = ["| option | type | default | allowed | meaning |", "|---|---|---|---|---|"]
+    return "\n".join([*header, *rows]) + "\n" if rows else ""
+
+
 def _paragraphs(kind: type) -> Iterator[str]:
-    """The class's documentation without its sections for developers, as Markdown."""
-    text = inspect.cleandoc(kind.__doc__ or "")
-    text = re.split(r"\n\n(?:Args|Attributes|Raises|Returns):", text)[0]
-    text = re.sub(r":(?:class|meth|func|data):`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text)
-    yield _cell(text) + "\n"
+    """The documentation of a method's module and class, without the sections for developers, as Markdown."""
+    for source in (inspect.getmodule(kind), kind):
+        text = inspect.cleandoc((source.__doc__ if source else "") or "")
+        text = re.split(r"\n\n(?:Args|Attributes|Raises|Returns):", text)[0]
+        text = re.sub(r":(?:class|meth|func|data):`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text)
+        yield _cell(text) + "\n"
+
+
+def _client_cost(kind: Any) -> str:
+    """Parameters and multiply-accumulates of a protection with its default options, for one image of 32 x 32."""
+    options = kind.Options()
+    protection = kind(options, channels=3, key=Key(bytes(32)) if kind.needs_key(options) else None).eval()
+    with FlopCounterMode(display=False) as counter:
+        protection(torch.zeros(1, 3, 32, 32))
+    num_parameters, products = sum(p.numel() for p in protection.parameters()), counter.get_total_flops() / 2e6
+    if not num_parameters:
+        return "Cost for the client: it moves and changes values; no multiplications."
+    return (
+        f"Cost for the client, with the defaults: {num_parameters:,} parameters and {products:,.1f} million "
+        "multiply-accumulates for an image of 32 x 32."
+    )
 
 
 def _no_service() -> Any:

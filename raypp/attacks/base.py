@@ -170,6 +170,8 @@ class Attack(ABC):
     """Most images that it attacks, where each one is expensive; available after :meth:`prepare`."""
     effort: str | None = None
     """The option that sets its number of steps, if it trains no network; half of it is measured too."""
+    cost: ClassVar[str] = "One pass over the protected images; it trains nothing."
+    """Its computation, for the reference page."""
     note: str = ""
     """A summary of its result on the target, available after :meth:`prepare`."""
 

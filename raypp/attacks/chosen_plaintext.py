@@ -1,7 +1,7 @@
 """T4: recover a cipher's permutation and mask from a few chosen images, and invert it exactly.
 
 Every keyed scheme of this field permutes symbols and inverts some of them. Protected zeros reveal the inversions;
-images whose symbols are the digits of their position reveal the permutation. Source: Chang, Li 2020 (pixel-based
+images whose symbols are the digits of their position reveal the permutation. Source: Chang, Case 2020 (pixel-based
 encryption, one image). By the same idea, Tanaka's cipher takes 3 blocks of one image, and any such cipher takes
 1 + log16(symbols) images (ours).
 """
@@ -24,6 +24,8 @@ DIGIT = 16
 
 class ChosenPlaintext(Attack):
     """Recovers the key, verifies it on random images, and decrypts."""
+
+    cost: ClassVar[str] = "Protects one to five chosen images; it trains nothing."
 
     class Options(MethodConfig):
         name: Literal["chosen_plaintext"] = "chosen_plaintext"

@@ -1,6 +1,7 @@
 """T0: attacks on protected images alone, without training. They target pixel-based encryption and run on any image.
 
-Source: Chang, Li, "Attack on pixel-based image encryption" (2020), basic and advanced attack under different keys.
+Source: Chang, Case, "Attacks on image encryption schemes for privacy-preserving deep neural networks" (2020, arXiv
+2004.13263), basic and advanced attack under different keys.
 """
 
 from __future__ import annotations

@@ -22,6 +22,8 @@ from raypp.utils.registry import MethodConfig
 class Codebook(Attack):
     """Tabulates the protection; a protected image outside the table gets the reconstruction of the nearest entry."""
 
+    cost: ClassVar[str] = "Protects all of the attacker's images, then fits one image per entry; it trains nothing."
+
     class Options(MethodConfig):
         name: Literal["codebook"] = "codebook"
         most: int = Field(4096, ge=1)

@@ -176,6 +176,11 @@ class InverseAttack(TrainedAttack):
 class Inverse(InverseAttack):
     """Our strongest recipe: Muon, one cycle, no weight decay, L1 + SSIM, flips and crops, averaged weights."""
 
+    cost: ClassVar[str] = (
+        "Trains a U-Net, and for its curve three more. Suite `small` on CIFAR-10 without the curve: 16 minutes on two "
+        "cores."
+    )
+
     class Options(InverseBaseConfig):
         name: Literal["inverse"] = "inverse"
 
@@ -184,6 +189,10 @@ class Inverse(InverseAttack):
 
 class ITN(InverseAttack):
     """As released: SGD, squared error, fixed pairs flipped together, and the weights of the lowest validation error."""
+
+    cost: ClassVar[str] = (
+        "Trains a U-Net, and for its curve three more. Width 16, two epochs of CIFAR-10: 12 minutes on two cores."
+    )
 
     class Options(InverseBaseConfig):
         """The recipe of the authors' later code."""
@@ -210,6 +219,8 @@ class ITN(InverseAttack):
 
 class InverseOwnKeys(InverseAttack):
     """Learns from images protected under the attacker's own keys, with a new key for every batch."""
+
+    cost: ClassVar[str] = "Trains a U-Net, and for its curve three more; each batch is protected under a new key."
 
     class Options(InverseBaseConfig):
         name: Literal["inverse_own_keys"] = "inverse_own_keys"

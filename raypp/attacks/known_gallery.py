@@ -21,6 +21,8 @@ FINALISTS = 5
 class KnownGallery(Attack):
     """Returns the gallery image whose protected version is nearest."""
 
+    cost: ClassVar[str] = "Protects the whole gallery once; it trains nothing."
+
     class Options(MethodConfig):
         name: Literal["known_gallery"] = "known_gallery"
         batch_size: int = Field(500, ge=1)

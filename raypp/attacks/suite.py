@@ -9,7 +9,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError
 
 from raypp.attacks import ATTACKS
-from raypp.config.schema import Cluster, ConfigModel, Seed
+from raypp.config.schema import Cluster, ConfigModel, Metrics, Seed
+from raypp.config.validation import format_validation_error
 from raypp.utils.errors import ConfigError
 from raypp.utils.registry import MethodConfig
 
@@ -33,9 +34,9 @@ def _validate_attacks(value: Any) -> Any:
         except ConfigError as error:
             raise ValueError(str(error)) from error
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join((name, *map(str, first["loc"])))
-            raise ValueError(f"{where} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
+            sentence = format_validation_error(error, options, ATTACKS.options(name))
+            is_unknown = sentence.startswith("unknown key '")
+            raise ValueError(sentence.replace("'", f"'{name}.", 1) if is_unknown else f"{name}.{sentence}") from error
     return tuple(attacks)
 
 
@@ -52,6 +53,7 @@ class Suite(ConfigModel):
     reference_epochs: int = Field(3, ge=0)
     """Epochs of a plain classifier for the reconstructions if the bundle has none; 0 for no classifier."""
     attacks: Annotated[tuple[SerializeAsAny[MethodConfig], ...], BeforeValidator(_validate_attacks)]
+    metrics: Metrics = Metrics()
     cluster: Cluster = Field(default_factory=Cluster)
 
     def options(self, name: str) -> MethodConfig:

@@ -220,6 +220,8 @@ class GANTask(AttackTask):
 class UnpairedGAN(TrainedAttack):
     """Generates natural-looking images from protected ones."""
 
+    cost: ClassVar[str] = "Trains a generator and a discriminator on the attacker's images."
+
     class Options(TrainedOptions):
         name: Literal["unpaired_gan"] = "unpaired_gan"
         style: Literal["dcgan", "sia"] = "dcgan"

@@ -24,6 +24,8 @@ MARGIN = 0.01  # distance of initial values from 0 and 1, whose logits are infin
 class WhiteBox(Attack):
     """Gradient descent on the plain image."""
 
+    cost: ClassVar[str] = "`steps` forward and backward passes through the protection, for each start and image."
+
     class Options(MethodConfig):
         name: Literal["white_box"] = "white_box"
         steps: int = Field(400, ge=1)

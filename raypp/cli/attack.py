@@ -23,12 +23,16 @@ from raypp.cli.app import (
 from raypp.cli.render import (
     print_accuracy,
     print_chance_error,
+    print_estimate,
     print_plan,
     print_scorecard,
     print_text,
     print_threats,
 )
 from raypp.utils.errors import ConfigError, RayppError
+
+LONG_SUITES = ("small", "standard")
+"""Suites that take hours, so that their time is estimated first."""
 
 
 @app.command(
@@ -74,6 +78,7 @@ def attack(
         quiet: Print only warnings and errors.
     """
     from raypp import api
+    from raypp.experiments.estimate import estimate_attacks
 
     if resume and name is None:
         raise ConfigError("--resume needs --name, the attack run to continue")
@@ -85,12 +90,16 @@ def attack(
         attacks=attacks or (), storage=storage, name=name,
     )  # fmt: skip
     if dry_run:
-        from raypp.experiments.estimate import estimate_attacks
-
         print_plan(None, estimate_attacks(plan), json=json)
         return
     silent = quiet or json
-    announce = (lambda _: None) if silent else print_threat_table
+
+    def announce(opened_plan: Any) -> None:
+        if not silent:
+            print_threat_table(opened_plan)
+        if not silent and suite in LONG_SUITES:
+            print_estimate(estimate_attacks(opened_plan))
+
     card = api.run_attacks(plan, resume=resume, ray=ray, quiet=silent, announce=announce)
     print_attack_results(card, json=json, quiet=quiet)
 

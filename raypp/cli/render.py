@@ -101,6 +101,12 @@ def print_plan(config: str | None, estimates: list[Estimate], *, json: bool) -> 
     print_text(console, f"in all about {_format_time(total)} on one process of this machine; nothing was started")
 
 
+def print_estimate(estimates: list[Estimate]) -> None:
+    """Print the time of work that may take hours, before it begins."""
+    total = _format_time(sum(estimate.seconds or 0 for estimate in estimates))
+    print_text(Console(stderr=True), f"about {total} on one process of this machine; --dry-run shows the parts")
+
+
 def _format_time(seconds: float) -> str:
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:

@@ -5,6 +5,7 @@ Presets hold the paper's numbers. The validated tree is frozen; each run and bun
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -57,6 +58,11 @@ def _to_int(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdigit() else value
 
 
+def _split_size(value: Any) -> Any:
+    """Split ``32,32`` or ``32x32`` into two numbers."""
+    return re.split("[,x]", value.replace(" ", "")) if isinstance(value, str) and re.search("[,x]", value) else value
+
+
 class ConfigModel(BaseModel):
     model_config = MethodConfig.model_config
 
@@ -71,7 +77,7 @@ class AugmentConfig(ConfigModel):
 class Data(ConfigModel):
     source: Annotated[SerializeAsAny[MethodConfig], _select(SOURCES)]
     """Data source; ``raypp list sources`` lists the sources and their options."""
-    image_size: tuple[Side, Side] | None = None
+    image_size: Annotated[tuple[Side, Side] | None, BeforeValidator(_split_size)] = None
     """Height and width of all images after resizing and center cropping; null keeps their size."""
     channels: Annotated[Literal[1, 3], BeforeValidator(_to_int)] = 3
     """3 for RGB, 1 for gray."""
@@ -213,6 +219,12 @@ class Cluster(ConfigModel):
         return self
 
 
+class Metrics(ConfigModel):
+    backend: Literal["torch", "skimage"] = "torch"
+    """Implementation of PSNR and SSIM: ``torch`` computes batches, also on a GPU; ``skimage`` is scikit-image, the slow
+    reference. They agree to 0.0001."""
+
+
 class Config(ConfigModel):
     """Configuration of one run, frozen."""
 
@@ -225,6 +237,7 @@ class Config(ConfigModel):
     """Network between protected images and the classifier; ``auto`` uses the protection's default."""
     features: Annotated[SerializeAsAny[MethodConfig], _select(FEATURES)]
     train: Train = Train()
+    metrics: Metrics = Metrics()
     cluster: Cluster = Field(default_factory=Cluster)  # not shared: its storage is relative to the current folder
 
     @model_validator(mode="after")

@@ -12,6 +12,21 @@ from raypp.config.schema import REGISTRIES, Config, ConfigModel, Data, MultiStep
 from raypp.utils.errors import ConfigError
 from raypp.utils.registry import MethodConfig, suggest
 
+EXPECTED = {
+    "int_parsing": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "int_type": "expected a whole number",
+    "float_parsing": "expected a number",
+    "float_type": "expected a number",
+    "bool_parsing": "expected true or false",
+    "bool_type": "expected true or false",
+    "tuple_type": "expected a list, such as '[32, 32]'",
+    "string_type": "expected text",
+    "dict_type": "expected a section of settings",
+    "model_type": "expected a section of settings",
+}
+"""Messages for pydantic's types of errors."""
+
 
 def validate(tree: dict[str, Any]) -> Config:
     """Validate a merged tree; raises ConfigError for the first error."""
@@ -65,7 +80,7 @@ def format_validation_error(error: ValidationError, tree: dict[str, Any], root: 
         return f"unknown key {key!r}{suggest(loc[-1], siblings)}; allowed there: {allowed}"
     if first["type"] == "missing":
         return f"{key} is missing; it has no default"
-    reason = first["msg"].removeprefix("Value error, ")
+    reason = EXPECTED.get(first["type"], first["msg"].removeprefix("Value error, "))
     if first["type"] == "value_error":
         return f"{key}: {reason}" if key else reason
     value = first["input"]

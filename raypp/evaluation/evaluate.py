@@ -16,7 +16,7 @@ from raypp.config.validation import validate
 from raypp.data.base import ImageDataset, stratified_split
 from raypp.data.loader import inference_batch_size, to_device, to_float_tensor
 from raypp.data.splits import load_split
-from raypp.metrics.image import psnr, ssim
+from raypp.metrics.image import psnr, ssim, use_backend
 from raypp.metrics.statistics import wilson_interval
 from raypp.protections.base import Protection
 from raypp.utils.errors import BundleError, ConfigError, DataError
@@ -129,8 +129,8 @@ def evaluate_bundle(
     public, private = load_public(location), load_private(location)
     overrides = parse_overrides(settings)
     for name in flatten_dict(overrides):
-        if not name.startswith("data.") and name != "train.eval_batch_size":
-            raise ConfigError(f"--{name} changes nothing here; allowed are data.* and train.eval_batch_size")
+        if not name.startswith(("data.", "metrics.")) and name != "train.eval_batch_size":
+            raise ConfigError(f"--{name} changes nothing here; allowed: data.*, metrics.* and train.eval_batch_size")
     config = validate(deep_merge(private.config, overrides))
     config = config.model_copy(update={"data": config.data.model_copy(update={"stream": False})})
     images = load_split(config, "train" if split == "val" else split)
@@ -138,13 +138,14 @@ def evaluate_bundle(
         images = images.subset(stratified_split(images.labels, config.data.num_val, config.seed)[1])
     _check_images(images, config.data.channels, public, private)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return evaluate(
-        public.protection.to(device),
-        private.classifier.to(device),
-        *to_device(images.images, images.labels, device),
-        config.train.eval_batch_size,
-        jpeg,
-    )
+    with use_backend(config.metrics.backend):
+        return evaluate(
+            public.protection.to(device),
+            private.classifier.to(device),
+            *to_device(images.images, images.labels, device),
+            config.train.eval_batch_size,
+            jpeg,
+        )
 
 
 def _check_images(images: ImageDataset, channels: int, public: PublicBundle, private: PrivateBundle) -> None:

@@ -3,9 +3,31 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+STYLE = Path(__file__).with_name("raypp.mplstyle")
+"""Matplotlib style of all figures."""
+
+
+def styled(draw: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function that draws a figure, to draw it in raypp's style."""
+
+    @functools.wraps(draw)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        import matplotlib.style
+
+        with matplotlib.style.context(STYLE):
+            return draw(*args, **kwargs)
+
+    return wrapper
 
 
 def new_figure(width: float, height: float, num: int = 1, *, share_y: bool = False) -> tuple[Any, Any]:
@@ -13,10 +35,7 @@ def new_figure(width: float, height: float, num: int = 1, *, share_y: bool = Fal
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    panels = figure.subplots(1, num, sharey=share_y, squeeze=False)[0]
-    for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
-    return figure, panels
+    return figure, figure.subplots(1, num, sharey=share_y, squeeze=False)[0]
 
 
 def as_png(figure: Any, dpi: int = 130) -> bytes:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from raypp.evaluation.output import as_png, new_figure
+from raypp.evaluation.output import as_png, new_figure, styled
 
 
+@styled
 def training_curves(history: Sequence[dict[str, Any]]) -> bytes:
     """Plot classification loss and accuracy of every epoch, training dashed and validation solid; a PNG.
 
@@ -29,6 +30,5 @@ def training_curves(history: Sequence[dict[str, Any]]) -> bytes:
             panel.annotate(history[start]["phase"], (start + 0.6, 0.97), xycoords=("data", "axes fraction"), va="top")
         panel.set(xlabel="epoch", ylabel=label)
         panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.grid(alpha=0.3)
         panel.legend()
     return as_png(figure)

@@ -27,6 +27,7 @@ from raypp.experiments import attack_plan
 from raypp.experiments.attack_plan import REFERENCE_CLASSIFIER, AttackPlan, Outcome, load_result, load_target_of
 from raypp.experiments.attack_scores import export_to_bundle, save_tensors, write_scorecard
 from raypp.experiments.reference_classifier import needs_reference_classifier, train_reference_classifier
+from raypp.metrics.image import use_backend
 from raypp.models.perceptual import StateDict
 from raypp.training.checkpoint import EpochMetrics
 from raypp.training.distributed import is_rank_zero, run_on_all_ranks
@@ -57,9 +58,13 @@ def run_attack(plan: AttackPlan, name: str, display: ProgressListener, target: T
     """
     if (stored := load_result(plan, name)) is not None:
         return stored
+    with use_backend(plan.suite.metrics.backend):
+        return _run_attack(plan, name, display, target or load_target_of(plan))
+
+
+def _run_attack(plan: AttackPlan, name: str, display: ProgressListener, target: Target) -> Outcome:
     folder = plan.folder(name)
     start = time.monotonic()
-    target = target or load_target_of(plan)
     kind, options = ATTACKS.get(name), plan.suite.options(name)
     result = attack_plan.describe_attack(name)
     result |= {"options": options.model_dump(mode="json"), "victim": target.fingerprint}

@@ -21,6 +21,7 @@ from raypp.experiments import attack_plan
 from raypp.experiments.attack_plan import EXAMPLES, SCORECARD, SCORES, AttackPlan, Outcome
 from raypp.experiments.reference_classifier import load_reference_classifier
 from raypp.experiments.run_folder import environment, lock
+from raypp.metrics.image import use_backend
 from raypp.metrics.statistics import chance_error
 from raypp.models.perceptual import StateDict
 from raypp.utils.documents import dump_json
@@ -33,6 +34,11 @@ NUM_EXAMPLES = 10
 
 def write_scorecard(plan: AttackPlan, target: Target, failures: dict[str, str]) -> dict[str, Any]:
     """Write ``scorecard.json``, ``scores.csv`` and the examples of a run; returns the scorecard."""
+    with use_backend(plan.suite.metrics.backend):
+        return _write_scorecard(plan, target, failures)
+
+
+def _write_scorecard(plan: AttackPlan, target: Target, failures: dict[str, str]) -> dict[str, Any]:
     seed = plan.suite.seed
     classifier = load_reference_classifier(plan, target)
     originals = None if classifier is None else score_images(target.plain, target, classifier)

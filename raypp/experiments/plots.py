@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from raypp.evaluation.output import as_png, new_figure
+from raypp.evaluation.output import as_png, new_figure, styled
 from raypp.experiments.pareto import feasible, pareto
 from raypp.experiments.search import Range, Search, TrialRecord
 
@@ -23,6 +23,7 @@ def label(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, dict | list | tuple) else value
 
 
+@styled
 def front_figure(searches: dict[str, Sequence[TrialRecord]], min_accuracy: float | None = None) -> bytes:
     """Plot leakage against accuracy of every finished trial, with the front of each search, as a PNG."""
     figure, (axes,) = new_figure(7.2, 5.0)
@@ -47,7 +48,7 @@ def front_figure(searches: dict[str, Sequence[TrialRecord]], min_accuracy: float
         axes.axvline(100 * min_accuracy, ls="--", label=f"minimum accuracy, {min_accuracy:.1%}", **line)
     axes.set_xlabel("validation accuracy after 8-bit rounding, % (higher is better)")
     axes.set_ylabel("leakage: SSIM of the quick attack (lower is better)")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(fontsize=8)
     return as_png(figure)
 
 
@@ -56,6 +57,7 @@ def _coordinates(records: Sequence[TrialRecord]) -> tuple[list[float], list[floa
     return [100 * r["accuracy"] for r in records], [r["leakage"] for r in records]
 
 
+@styled
 def parallel_figure(records: Sequence[TrialRecord], min_accuracy: float | None = None) -> bytes | None:
     """Plot every finished trial as a line through its settings and scores; trials of the front are blue."""
     done = [r for r in records if r["status"] == "done"]
@@ -103,6 +105,7 @@ def _scale_column(values: Sequence[Any]) -> tuple[list[float], dict[float, str]]
     return scaled.tolist(), ticks
 
 
+@styled
 def importance_figure(records: Sequence[TrialRecord], search: Search) -> bytes | None:
     """Plot each setting's importance for accuracy and leakage; None for fewer than six finished trials.
 
@@ -122,7 +125,7 @@ def importance_figure(records: Sequence[TrialRecord], search: Search) -> bytes |
             axes.barh([y + shift for y in range(len(keys))], values, height=0.34, color=color, label=score)
     axes.set_yticks(range(len(keys)), keys)
     axes.set_xlabel("importance (fANOVA), shares of 1")
-    axes.legend(frameon=False)
+    axes.legend()
     return as_png(figure)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from raypp.config.overrides import flatten_dict
 from raypp.config.presets import load_tree
 from raypp.config.validation import validate
-from raypp.evaluation.output import as_png, new_figure
+from raypp.evaluation.output import as_png, new_figure, styled
 from raypp.experiments.run_folder import check_resumable, read_checked
 from raypp.experiments.table1_grid import COMPARED, NOT_COMPARED, GridCell, TableRow, num_parameters, paper_name
 from raypp.utils.storage import Storage
@@ -183,6 +183,7 @@ def markdown(results: Sequence[CellResult], notes: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+@styled
 def figure(results: Sequence[CellResult]) -> bytes:
     """The table as a PNG: a panel per data set, with the paper's accuracies and ours."""
     datasets = list(dict.fromkeys(r.dataset for r in results))
@@ -201,10 +202,10 @@ def figure(results: Sequence[CellResult]) -> bytes:
                 panel.annotate(f"{x:.1f}", (x, y), (0, 7), textcoords="offset points", ha="center", fontsize=8)
         panel.set_yticks(range(len(rows)), [r.method.label for r in rows])
         panel.set(ylim=(len(rows) - 0.5, -0.7), xlim=(0, 100), xlabel="test accuracy, %", title=dataset)
-        panel.grid(axis="x", alpha=0.3)
+        panel.grid(visible=False, axis="y")
         handles, labels = panel.get_legend_handles_labels()
         legend = dict(zip(labels, handles, strict=True))  # one entry per label
-        panel.legend(legend.values(), legend.keys(), loc="lower left", frameon=False)
+        panel.legend(legend.values(), legend.keys(), loc="lower left")
     return as_png(canvas)
 
 

@@ -30,6 +30,7 @@ from raypp.data.splits import load_split
 from raypp.evaluation.evaluate import evaluate
 from raypp.experiments import run_folder
 from raypp.experiments.run_folder import environment, lock, read_checked
+from raypp.metrics.image import use_backend
 from raypp.models.perceptual import StateDict
 from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
@@ -165,6 +166,11 @@ def train_locally(run: Run, display: ProgressListener, device: torch.device | No
 
 def finalize_run(run: Run, result: TrainResult, device: torch.device) -> dict[str, Any]:
     """Evaluate on the test split, export the bundle and a picture, and store and return the summary."""
+    with use_backend(run.config.metrics.backend):
+        return _finalize_run(run, result, device)
+
+
+def _finalize_run(run: Run, result: TrainResult, device: torch.device) -> dict[str, Any]:
     config, system = run.config, result.system
     test = load_split(config, "test")
     test_images, test_labels = to_device(test.images, test.labels, device)

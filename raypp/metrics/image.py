@@ -1,16 +1,26 @@
-"""Similarity of image pairs, in batches on any device; tests compare them with scikit-image.
+"""Similarity of image pairs, in batches on any device.
+
+:func:`use_backend` selects scikit-image for PSNR and SSIM instead (:mod:`raypp.metrics.reference`), which tests compare
+them with.
 
 All images are float N x C x H x W in [0, 1].
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from raypp.metrics import reference
+
+_backend: ContextVar[str] = ContextVar("_backend", default="torch")
 
 ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's file of the weights that LPIPS uses
 MIN_SIDE = 11  # pixels, the side of SSIM's window
@@ -24,8 +34,20 @@ GAUSSIAN: tuple[float, ...] = tuple(_weights / _weights.sum())
 """SSIM's window in one dimension."""
 
 
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Compute PSNR and SSIM with ``torch``, in batches, or with ``skimage``, the reference implementation."""
+    token = _backend.set(backend)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Return the peak signal-to-noise ratio of each pair in dB; infinite for identical images."""
+    if _backend.get() == "skimage":
+        return reference.psnr(a, b)
     mse = (a.float() - b.float()).square().mean(dim=(1, 2, 3))
     return -10 * torch.log10(mse)
 
@@ -36,6 +58,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     Source: Wang, Bovik, Sheikh, Simoncelli 2004: 11 x 11 Gaussian window with sigma 1.5, K1 = 0.01, K2 = 0.03, mean
     over window positions inside the image, then over channels.
     """
+    if _backend.get() == "skimage":
+        return reference.ssim(a, b)
     return _ssim(a, b, GAUSSIAN, covariance_scale=1.0)
 
 
@@ -44,6 +68,8 @@ def ssim_lab(a: Tensor, b: Tensor) -> Tensor:
 
     Source: scikit-image's ``structural_similarity`` with its defaults. Sides of at least 7 pixels.
     """
+    if _backend.get() == "skimage":
+        return reference.ssim_lab(a, b)
     return _ssim(a, b, (1 / 7,) * 7, covariance_scale=49 / 48)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any, Self
 
 from rich import progress
@@ -12,6 +13,7 @@ from rich.markup import escape
 from raypp.utils.errors import TrainingInterrupted
 
 Row = dict[str, Any]
+LINE_SECONDS = 30.0  # between progress lines where there is no terminal
 
 
 class ProgressListener:
@@ -49,6 +51,7 @@ class _Display:
         self.console = console or Console(stderr=True)
         self.quiet = quiet
         self.stop = threading.Event()
+        self._start = self._last_line = time.monotonic()
         self._bars = progress.Progress(
             progress.SpinnerColumn(),
             progress.TextColumn("{task.description}"),
@@ -70,6 +73,17 @@ class _Display:
         if not self._bars.disable:  # stop() of some versions of rich prints an empty line without a terminal
             self._bars.stop()
 
+    def _print_periodically(self, line: str, info: Row) -> None:
+        """Print the progress of a run, at most every ``LINE_SECONDS``, where no bar shows it."""
+        now = time.monotonic()
+        if self.quiet or self.console.is_terminal or now - self._last_line < LINE_SECONDS:
+            return
+        self._last_line = now
+        share = info["steps_done"] / info["steps_total"]
+        left = f"  {(now - self._start) * (1 - share) / share:,.0f} s left" if share > 0 else ""
+        text = f"{line}  step {info['steps_done']:,}/{info['steps_total']:,}  {_status(info)}{left}"
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def _warn(self, message: str) -> None:
         self.console.print(f"[yellow]warning:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
@@ -83,8 +97,10 @@ class ProgressDisplay(_Display, ProgressListener):
         self._update(description=message, status="")
 
     def step(self, info: Row) -> None:
+        description = f"{info['phase']} epoch {info['epoch']}/{info['epochs']}"
+        self._print_periodically(description, info)
         self._update(
-            description=f"{info['phase']} epoch {info['epoch']}/{info['epochs']}",
+            description=description,
             total=info["steps_total"],
             completed=info["steps_done"],
             status=_status(info),
@@ -101,8 +117,8 @@ class ProgressDisplay(_Display, ProgressListener):
             return
         self.console.print(
             f"{row['phase']:>6} epoch {row['epoch']:>3}/{row['epochs']}"
-            f"  loss {row['train_loss']:.4f}{_scores(row, 'train_')}"
-            + (f"  val loss {row['val_loss']:.4f}{_scores(row, 'val_')}" if "val_loss" in row else "")
+            f"  {_loss(row, 'train_', 4)}{_scores(row, 'train_')}"
+            + (f"  val {_loss(row, 'val_', 4)}{_scores(row, 'val_')}" if "val_loss" in row else "")
             + f"  {row['images_per_s']:,.0f} images/s  {row['seconds']:.0f} s"
             + ("  best" if row["best"] else ""),
             soft_wrap=True,
@@ -134,6 +150,7 @@ class MultiProgressDisplay(_Display):
         if run not in self._tasks:
             self._tasks[run] = self._bars.add_task(run, total=info["steps_total"], status="")
         self._bars.update(self._tasks[run], completed=info["steps_done"], status=_status(info))
+        self._print_periodically(f"{run}: {info['phase']} epoch {info['epoch']}/{info['epochs']}", info)
 
     def done(self, run: str, result: str) -> None:
         """Show that a run has ended with ``result``."""
@@ -172,7 +189,15 @@ class _ChildProgress(ProgressListener):
 def _status(info: Row) -> str:
     accuracy = f"  acc {info['accuracy']:.0%}" if "accuracy" in info else ""
     similarity = f"  ssim {info['ssim']:.3f}" if "ssim" in info else ""
-    return f"{info['images_per_s']:,.0f} images/s  loss {info['loss']:.2f}{accuracy}{similarity}"
+    return f"{info['images_per_s']:,.0f} images/s  {_loss(info, '', 2)}{accuracy}{similarity}"
+
+
+def _loss(row: Row, split: str, digits: int) -> str:
+    """Cross-entropy and feature distance where a loss combines them (Eq. 4), else the loss."""
+    if row.get(f"{split}feature_distance"):
+        entropy, distance = row[f"{split}classification_loss"], row[f"{split}feature_distance"]
+        return f"CE {entropy:.{digits}f}  distance {distance:.{digits}f}"
+    return f"loss {row[f'{split}loss']:.{digits}f}"
 
 
 def _scores(row: Row, split: str) -> str:

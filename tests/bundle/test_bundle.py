@@ -79,7 +79,7 @@ def test_evaluate_gives_the_numbers_of_the_run(trained: Trained) -> None:
 
 
 def test_evaluate_refuses_settings_that_change_nothing(trained: Trained) -> None:
-    with pytest.raises(RayppError, match=r"--train.alpha changes nothing here; allowed are data\.\* and train"):
+    with pytest.raises(RayppError, match=r"--train.alpha changes nothing here; allowed: data\.\*, metrics\.\*"):
         evaluate_bundle(trained.bundle, ("--train.alpha", "1"))
     assert evaluate_bundle(trained.bundle, ("--train.eval_batch_size", "7"))["num_images"] == 30
 

@@ -194,9 +194,9 @@ MISTAKES = {
     "bare dashes": (["--"], "unexpected argument '--'"),
     "missing value": (["--train.alpha"], "--train.alpha needs a value, as in --train.alpha VALUE"),
     "missing value before a flag": (["--train.alpha", "--seed", "1"], "--train.alpha needs a value"),
-    "wrong type": (["--train.alpha", "much"], "train.alpha is 'much': input should be a valid number"),
-    "not whole": (["--train.epochs", "1.5"], "train.epochs is 1.5: input should be a valid integer"),
-    "null": (["--train.alpha", "null"], "train.alpha is None: input should be a valid number"),
+    "wrong type": (["--train.alpha", "much"], "train.alpha is 'much': expected a number"),
+    "not whole": (["--train.epochs", "1.5"], "train.epochs is 1.5: expected a whole number"),
+    "null": (["--train.alpha", "null"], "train.alpha is None: expected a number"),
     "not finite": (["--train.alpha", "inf"], "train.alpha is 'inf': input should be a finite number"),
     "not a number": (["--train.optimizer.lr", "nan"], "train.optimizer.lr is 'nan'"),
     "out of range": (["--train.alpha", "-1"], "train.alpha is -1: input should be greater than or equal to 0"),
@@ -229,9 +229,9 @@ MISTAKES = {
     ),
     "no name": (["--protection", "[5]"], "protection: a protection needs a name; allowed: plain, learned"),
     "missing option": (["--data.source", "parquet"], "data.source.path is missing; it has no default"),
-    "a list for a section": (["--train", "[5]"], "train is [5]: input should be a valid dictionary"),
+    "a list for a section": (["--train", "[5]"], "train is [5]: expected a section of settings"),
     "too many skips": (["--protection.skips", "4"], "protection: skips is 4, allowed is at most depth = 3"),
-    "a number for a size": (["--data.image_size", "32"], "data.image_size is 32: input should be a valid tuple"),
+    "a number for a size": (["--data.image_size", "32"], "data.image_size is 32: expected a list"),
     "three sides": (
         ["--data.image_size", "[1, 2, 3]"],
         "data.image_size is [1, 2, 3]: tuple should have at most 2 items",
@@ -298,7 +298,7 @@ def test_a_key_of_another_method_names_that_method() -> None:
 
 def test_the_weights_option_names_itself() -> None:
     sentence = refusal("--features.weights", "[5]", preset="cifar10")
-    assert sentence == "features.weights is [5]: input should be a valid string"
+    assert sentence == "features.weights is [5]: expected text"
 
 
 def test_unknown_presets() -> None:
@@ -312,7 +312,7 @@ FILES = {
     "train: {alpha: 1": "is no valid YAML",
     "\tx: 1": "is no valid YAML",
     "train: !!python/object/apply:os.getcwd []": "is no valid YAML",
-    "seed: 2020-99-99": "seed is 2020-99-99: input should be a valid integer",
+    "seed: 2020-99-99": "seed is 2020-99-99: expected a whole number",
     "- 1\n- 2": "holds a list; allowed is a mapping of sections",
     "just text": "holds a str; allowed is a mapping of sections",
     "1: 2": "line 1: key '1' is no text; allowed are names, or text in quotes",
@@ -334,10 +334,10 @@ FILES = {
         "its aliases stand for more than 100,000 values"
     ),
     "trian: {alpha: 1}": "unknown key 'trian' (did you mean 'train'?); allowed there: seed, data, protection",
-    "train: {alpha: {}}": "train.alpha is {}: input should be a valid number",
+    "train: {alpha: {}}": "train.alpha is {}: expected a number",
     "data: {source: {name: shapes, num_tran: 3}}": "unknown key 'data.source.num_tran' (did you mean 'num_train'?)",
     "protection: 5": "protection: a protection needs a name; allowed: plain, learned",
-    "data: null": "data is None: input should be a valid dictionary",
+    "data: null": "data is None: expected a section of settings",
 }
 
 

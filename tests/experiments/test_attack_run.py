@@ -956,7 +956,7 @@ def test_settings_stand_anywhere_for_every_kind_of_target(
     for words, sentence in (
         (["bundle", "another"], "name one bundle, not 'bundle' and 'another'; a setting is written --name VALUE"),
         (["--num_queries", "500", "bundle", "another"], "name one bundle, not 'bundle' and 'another'"),
-        (["--curve", "bundle"], "curve is 'bundle': input should be a valid boolean"),
+        (["--curve", "bundle"], "curve is 'bundle': expected true or false"),
         (["--num_queries", "500"], "name one target: a bundle, --function MODULE:NAME, or --folders"),
         (["bundle", "--num_queries"], "--num_queries needs a value"),
     ):

@@ -30,6 +30,7 @@ from raypp.metrics.image import (
     ssim,
     ssim_invariant,
     ssim_lab,
+    use_backend,
 )
 from raypp.metrics.retrieval import flatten_pixels, reidentify
 from raypp.metrics.statistics import bootstrap_interval, wilson_interval
@@ -381,3 +382,18 @@ def test_large_images_are_measured_few_at_a_time(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(loader, "PIXELS_AT_A_TIME", 30 * 1024)
     assert evaluate(Counting(Plain.Options()), classifier, images, labels)["num_images"] == 100
     assert sizes == [30, 30, 30, 10]
+
+
+def test_the_backend_of_scikit_image_gives_the_same_scores() -> None:
+    """The fast implementation is pinned to the reference: SSIM to 0.0001, PSNR to 0.001 dB."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.rand(6, 3, 20, 24, generator=generator)
+    b = (a + 0.1 * torch.randn(a.shape, generator=generator)).clamp(0, 1)
+    fast = psnr(a, b), ssim(a, b), ssim_lab(a, b)
+    with use_backend("skimage"):
+        slow = psnr(a, b), ssim(a, b), ssim_lab(a, b)
+        assert torch.isinf(psnr(a, a)).all()
+    for x, y, tolerance in zip(fast, slow, (1e-3, 1e-4, 1e-4), strict=True):
+        assert not torch.equal(x, y), "another implementation"
+        assert torch.allclose(x, y, atol=tolerance, rtol=0)
+    assert torch.equal(ssim(a, b), fast[1])

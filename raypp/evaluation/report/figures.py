@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from raypp.evaluation.output import as_png, new_figure
+from raypp.evaluation.output import as_png, new_figure, styled
 from raypp.evaluation.report.source import Source
 from raypp.utils.images import Pixels, encode_png
 
 COLORS = {"holds": "#1f8a4c", "weak": "#b8860b", "broken": "#c0392b", "inconclusive": "#66707c"}
-LABEL_SPACING = (18, 40)  # points: minimum horizontal distance of labels whose vertical distance is smaller
 MIN_TILE_WIDTH = 64  # pixels; smaller images are magnified
 GAP, CAPTION_HEIGHT = 5, 15  # pixels
 
@@ -23,6 +22,7 @@ Row = tuple[str, np.ndarray, Sequence[str] | None]
 """Title, images (N, C, H, W), and a caption for each image."""
 
 
+@styled
 def score_boxes(source: Source) -> bytes:
     """Fig. 5: PSNR and SSIM of every image under every attack, with outliers; baselines below."""
     attacks = source.finished_attacks
@@ -40,11 +40,12 @@ def score_boxes(source: Source) -> bytes:
             box.set(facecolor=COLORS[attacks[name]["verdict"]] if name in attacks else "#c9d0d8", alpha=0.75)
         panel.set_yticks(range(1, len(names) + 1), names)
         panel.set_xlabel(title)
-        panel.grid(axis="x", alpha=0.3)
+        panel.grid(visible=False, axis="y")
     panels[0].invert_yaxis()
     return as_png(figure, dpi=120)
 
 
+@styled
 def convergence_figure(source: Source) -> bytes | None:
     """Leakage against epochs within a training, number of images and number of epochs; None without any curve."""
     attacks = source.finished_attacks
@@ -74,8 +75,7 @@ def convergence_figure(source: Source) -> bytes | None:
             panel.set_xscale("log")
         else:
             panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.grid(alpha=0.3)
-        panel.legend(frameon=False, fontsize=8)
+        panel.legend()
     return as_png(figure, dpi=120)
 
 
@@ -88,58 +88,6 @@ def _budget_curves(attacks: dict[str, dict[str, Any]], key: str, labels: tuple[s
         if len(selected) > 1:
             curves[name] = [(point[key], point["ssim_invariant"]) for point in selected]
     return curves
-
-
-def accuracy_leakage_front(sources: Sequence[Source]) -> bytes:
-    """Re-identification rate against accuracy: the strongest attack (filled) and reconstruction attack (open)."""
-    figure, (panel,) = new_figure(8, 5.4)
-    labels: list[tuple[float, float, str]] = []
-    for source in sources:
-        if source.card["accuracy"] is not None and source.card["reidentification_rate"] is not None:
-            labels.append(_plot_source(panel, source.card))
-    for verdict, low, high, alpha in (("holds", 0, 5, 0.08), ("weak", 5, 20, 0.08), ("broken", 20, 104, 0.05)):
-        panel.axhspan(low, high, color=COLORS[verdict], alpha=alpha)
-    panel.set(
-        ylim=(0, 145),
-        yticks=range(0, 101, 20),
-        xlabel="test accuracy on protected images, %",
-        ylabel="re-identified by the strongest attack, %",
-    )
-    panel.margins(x=0.2)
-    _add_labels(panel, labels, 72 / figure.dpi)
-    return as_png(figure, dpi=120)
-
-
-def _plot_source(panel: Any, card: dict[str, Any]) -> tuple[float, float, str]:
-    """Plot the points of one scorecard; returns position and text of its label."""
-    x = 100 * card["accuracy"]
-    name, reconstruction = card["strongest_attack"], card["strongest_reconstruction"]
-    attack = card["attacks"][name]
-    y = 100 * attack["reidentification_rate"]
-    if reconstruction not in (None, name):
-        other = card["attacks"][reconstruction]
-        other_y = 100 * other["reidentification_rate"]
-        panel.plot((x, x), (y, other_y), color="0.7", lw=1, zorder=1)
-        panel.plot(x, other_y, "o", ms=9, color=COLORS[other["verdict"]], mfc="white")
-        if y - other_y > 10:
-            panel.annotate(reconstruction, (x, other_y), (8, -4), textcoords="offset points", fontsize=8)
-    panel.plot(x, y, "o", ms=9, color=COLORS[attack["verdict"]])
-    return x, y, f"{card['label']}: {name}"
-
-
-def _add_labels(panel: Any, labels: list[tuple[float, float, str]], points_per_pixel: float) -> None:
-    """Write slanted labels, shifted to the right where points lie close together."""
-    spacing, min_height_difference = LABEL_SPACING
-    placed: list[tuple[float, float]] = []
-    for x, y, text in sorted(labels):
-        position, height = panel.transData.transform((x, y)) * points_per_pixel
-        neighbors = [left + spacing for left, other in placed if abs(other - height) < min_height_difference]
-        left = max([position + 4, *neighbors])
-        placed.append((left, height))
-        panel.annotate(
-            text, (x, y), (left - position, 12), textcoords="offset points", fontsize=8, rotation=35,
-            rotation_mode="anchor", arrowprops={"arrowstyle": "-", "color": "0.6", "lw": 0.5, "shrinkA": 0},
-        )  # fmt: skip
 
 
 def protected_tiles(sources: Sequence[Source]) -> bytes:

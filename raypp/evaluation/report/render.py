@@ -11,6 +11,7 @@ from typing import Any
 import raypp
 from raypp.evaluation.output import as_csv
 from raypp.evaluation.report import figures
+from raypp.evaluation.report.front import accuracy_leakage_front, has_front
 from raypp.evaluation.report.source import Source, read_source
 from raypp.utils.errors import ConfigError, StorageError
 from raypp.utils.storage import Storage
@@ -40,8 +41,8 @@ def write_report(sources: Sequence[str], target: Storage) -> dict[str, Any]:
     if not target.exists("report.json") and not target.exists("scorecard.json") and target.names():
         raise StorageError(f"{target.uri} holds other files; give a new or empty folder, or one of an earlier report")
     shared = {"protected": figures.protected_tiles(loaded)}
-    if any(source.card["accuracy"] is not None for source in loaded):
-        shared["front"] = figures.accuracy_leakage_front(loaded)
+    if has_front(loaded):
+        shared["front"] = accuracy_leakage_front(loaded)
     by_source = [_render_figures(source) for source in loaded]
     html = _render_page(loaded, shared, by_source)
     numbered = {f"{name}_{i}": png for i, pngs in enumerate(by_source, 1) for name, png in pngs.items()}

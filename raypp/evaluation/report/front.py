@@ -1,0 +1,101 @@
+"""The front of the report: re-identification rate against accuracy, a point for each scorecard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from raypp.evaluation.output import as_png, new_figure, styled
+from raypp.evaluation.report.figures import COLORS
+from raypp.evaluation.report.source import Source
+
+BANDS = (
+    ("holds", 0, 5, "holds: below 5%"),
+    ("weak", 5, 20, "weak: 5 to 20%"),
+    ("broken", 20, 105, "broken: above 20%"),
+)
+CHARACTER, LINE = 5.2, 12.0  # width and height of a label's text in points
+NEUTRAL = "#444444"
+
+Label = tuple[float, float, str]
+"""Position in data coordinates, and text."""
+
+
+def has_front(sources: Sequence[Source]) -> bool:
+    """Whether two or more scorecards have an accuracy and a rate; one point is no front."""
+    return len(_plotted(sources)) > 1
+
+
+def _plotted(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    cards = [source.card for source in sources]
+    return [card for card in cards if card["accuracy"] is not None and card["reidentification_rate"] is not None]
+
+
+@styled
+def accuracy_leakage_front(sources: Sequence[Source]) -> bytes:
+    """Draw the strongest attack (filled) and the strongest reconstruction attack (open) of each scorecard; a PNG."""
+    figure, (panel,) = new_figure(8, 6)
+    for verdict, low, high, _ in BANDS:
+        panel.axhspan(low, high, color=COLORS[verdict], alpha=0.12, lw=0, zorder=0)
+    cards = _plotted(sources)
+    labels = [_plot_card(panel, card) for card in cards]
+    plain = [100 * card["reference_accuracy"] for card in cards if card.get("reference_accuracy") is not None]
+    if plain:
+        panel.axvline(max(plain), color=NEUTRAL, ls="--", lw=1.2)
+    panel.margins(x=0.15)
+    panel.set(
+        ylim=(-3, 105),
+        xlabel="test accuracy on protected images, % (better to the right)",
+        ylabel="re-identification rate, % (better below)",
+    )
+    figure.legend(handles=_legend(max(plain) if plain else None), loc="outside lower center", ncols=2)
+    figure.canvas.draw()  # lays the axes out, so that labels can avoid each other
+    _add_labels(panel, labels, 72 / figure.dpi)
+    return as_png(figure, dpi=120)
+
+
+def _plot_card(panel: Any, card: dict[str, Any]) -> Label:
+    """Plot the points of one scorecard with their intervals; returns its label."""
+    x, interval = 100 * card["accuracy"], card["accuracy_interval"]
+    strongest, reconstruction = card["strongest_attack"], card["strongest_reconstruction"]
+    bars = [[x - 100 * interval[0]], [100 * interval[1] - x]] if interval else None
+    rates = []
+    for name, fill in ((reconstruction, "white"), (strongest, None)):
+        if name is not None and (fill is None or name != strongest):
+            attack = card["attacks"][name]
+            rates.append(100 * attack["reidentification_rate"])
+            color = COLORS[attack["verdict"]]
+            panel.errorbar(x, rates[-1], xerr=bars, fmt="o", ms=8, color=color, mfc=fill or color, elinewidth=1)
+    panel.plot([x] * len(rates), rates, color="0.7", lw=1, zorder=1)
+    return x, rates[0], card["label"]
+
+
+def _legend(plain: float | None) -> list[Any]:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles = [
+        Line2D([], [], marker="o", ls="", color=NEUTRAL, label="strongest attack"),
+        Line2D([], [], marker="o", ls="", color=NEUTRAL, mfc="white", label="strongest reconstruction attack"),
+    ]
+    if plain is not None:
+        handles.append(Line2D([], [], ls="--", lw=1.2, color=NEUTRAL, label=f"accuracy on plain images: {plain:.1f}%"))
+    return [*handles, *(Patch(color=COLORS[verdict], alpha=0.12, label=text) for verdict, _, _, text in BANDS)]
+
+
+def _add_labels(panel: Any, labels: list[Label], points_per_pixel: float) -> None:
+    """Write horizontal labels beside the points, moved down where another label is in the way."""
+    placed: list[tuple[float, float, float]] = []
+    right = panel.bbox.x1 * points_per_pixel
+    for x, y, text in sorted(labels, key=lambda label: -label[1]):
+        position, height = panel.transData.transform((x, y)) * points_per_pixel
+        width = CHARACTER * len(text)
+        left = position + 8 if position + 8 + width < right else position - 8 - width
+        level = height + 6 if height + 6 + LINE < panel.bbox.y1 * points_per_pixel else height - 14
+        while any(abs(level - other) < LINE and left < end and start < left + width for start, end, other in placed):
+            level -= LINE
+        placed.append((left, left + width, level))
+        panel.annotate(
+            text, (x, y), (left - position, level - height), textcoords="offset points", fontsize=8.5,
+            arrowprops={"arrowstyle": "-", "color": "0.6", "lw": 0.5} if abs(level - height) > 2 * LINE else None,
+        )  # fmt: skip
