@@ -291,7 +291,7 @@ def table1(
 
     name = new_name("table1", storage) if name is None else name
     on_ray = uses_ray(ray, Cluster())
-    run = import_from_ray("raypp.cluster.table1", "run_on_ray") if on_ray else table.run_cells_locally
+    run = import_from_ray("raypp.cluster.tasks", "train_cells") if on_ray else table.run_cells_locally
     results = table.table1(
         presets, list(table_rows()) if methods is None else methods, seeds, settings,
         storage=storage, name=name, resume=resume, quiet=quiet, run=run,

@@ -280,6 +280,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(
     data=st.fixed_dictionaries({"schema": JSON, "files": JSON | st.dictionaries(st.text(max_size=9), JSON, max_size=2)})
 )

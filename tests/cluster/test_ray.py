@@ -129,7 +129,7 @@ def test_a_stopped_run_names_its_checkpoint(cluster: Cluster, tmp_path: Path) ->
     wait_until(lambda: len(history(tmp_path / "stopped")) >= 2, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, out + err
+    assert process.returncode == 143, out + err
     newest = list_checkpoints(Storage(tmp_path / "stopped"))[0]
     assert err.strip().endswith(f"stopped after checkpoint {newest}; continue with --resume")
     assert "SIGTERM" not in err
@@ -366,7 +366,7 @@ def test_stopped_attacks_write_a_checkpoint_first(
     signalled = time.time()
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, out + err
+    assert process.returncode == 143, out + err
     assert "; continue with --resume" in " ".join(err.split())
     newest = inverse / "checkpoints" / list_checkpoints(Storage(inverse))[0]
     assert (newest / "checkpoint.json").stat().st_mtime > signalled - 1  # an epoch may have ended just before

@@ -108,7 +108,7 @@ def test_a_stopped_search_loses_nothing(cluster: Cluster, tmp_path: Path, worker
     signalled = time.time()
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, out + err
+    assert process.returncode == 143, out + err
     assert "stopped; continue with --resume" in " ".join(err.split())
     before = {trial.name: rows(trial) for trial in trials.glob("*") if rows(trial)}
     assert len(before) == 2 // workers
