@@ -27,6 +27,7 @@ from raypp.utils.errors import DataError
 from raypp.utils.image_files import find_images
 from raypp.utils.images import decode
 from raypp.utils.keys import Key
+from raypp.utils.paths import shown_path
 from raypp.utils.storage import Storage
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ class Bundle:
     def __repr__(self) -> str:
         height, width = self.image_size
         options = self.public.about["protection"]
-        return f"Bundle({self.path!r}, protection={options['name']!r}, images={height} x {width})"
+        return f"Bundle({shown_path(self.path)!r}, protection={options['name']!r}, images={height} x {width})"
 
 
 def as_pixels(images: Any, name: str) -> np.ndarray:
@@ -224,7 +225,7 @@ class RunResult(Result):
         return _image(training_curves(self.history))
 
     def _title(self) -> str:
-        return f"Run {self.path}"
+        return f"Run {shown_path(self.path)}"
 
     def _table(self) -> Rows:
         plain = self.values["plain_test"]
@@ -325,7 +326,7 @@ class SearchResult(Result):
         return _image(Storage(self.path).read("front.png"))
 
     def _title(self) -> str:
-        return f"Pareto front of {self.path}"
+        return f"Pareto front of {shown_path(self.path)}"
 
     def _table(self) -> Rows:
         rows: Rows = [("trial", "accuracy", "leakage", "re-identified")]
@@ -351,7 +352,7 @@ class Table1(Result):
         return _image(Storage(self.path).read("table1.png"))
 
     def _title(self) -> str:
-        return f"Table I in {self.path}"
+        return f"Table I in {shown_path(self.path)}"
 
     def _table(self) -> Rows:
         rows: Rows = [("data", "method", "paper", "ours, 8 bit", "seeds")]

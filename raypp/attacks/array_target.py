@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -111,8 +111,6 @@ def load_array_target(arrays: ArrayTarget, *, num_queries: int, num_images: int 
 
 def _with_classifier(target: Target, arrays: ArrayTarget) -> Target:
     """Add the classifier to the attacker's knowledge, and its accuracy on the queries to the metrics."""
-    from dataclasses import replace
-
     if arrays.classifier is None:
         return target
     classify = _classifier_map(arrays.classifier, target.classes, target.access.device)
@@ -158,8 +156,8 @@ def _tensors(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
 def _pixels(images: Any, name: str) -> np.ndarray:
     array = images.cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
-        found = "missing" if images is None else f"{array.dtype} {array.shape}"
-        raise DataError(f"{name} is {found}; allowed is uint8 (N, H, W, C) with 1 or 3 channels")
+        value = "missing" if images is None else f"{array.dtype} {array.shape}"
+        raise DataError(f"{name} is {value}; allowed is uint8 (N, H, W, C) with 1 or 3 channels")
     return np.ascontiguousarray(array)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -36,6 +35,7 @@ from raypp.cli.render import (
 )
 from raypp.utils import runtime
 from raypp.utils.errors import ConfigError, RayppError
+from raypp.utils.paths import shown_path
 
 
 @app.command(
@@ -87,7 +87,7 @@ def train(
     run = api.train_config(merged, name, resume=resume, ray=ray, quiet=quiet or json)
     print_run(run, json=json, quiet=quiet)
     if not quiet and not json:
-        print_next_steps((f"raypp attack {_shown(run.path)}", "attack the bundle"))
+        print_next_steps((f"raypp attack {shown_path(run.path)}", "attack the bundle"))
 
 
 def print_run(run: Any, *, json: bool, quiet: bool) -> None:
@@ -102,11 +102,6 @@ def print_run(run: Any, *, json: bool, quiet: bool) -> None:
     num_classes = len(results["classes"])
     print_chance_error(chance_error(results["plain_test"], num_classes, "plain images"))
     print_chance_error(chance_error(results["test"], num_classes))
-
-
-def _shown(path: str) -> str:
-    """A path relative to the current folder where it lies in it."""
-    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else path
 
 
 @app.command(
@@ -150,7 +145,7 @@ def quickstart(
         return
     print_attack_results(card, json=False, quiet=quiet)
     if not quiet:
-        where = _shown(run.path)
+        where = shown_path(run.path)
         print_next_steps(
             (f"raypp protect {where}/bundle/public IMAGE_OR_FOLDER OUTPUT", "protect images offline, as a client does"),
             (f"raypp evaluate {where}", "measure the bundle again from its files"),

@@ -31,3 +31,8 @@ def resolve_path(location: str | Path) -> str:
 
 # A path or URI in a configuration. Ray's workers run in other folders, so validation resolves relative paths at once.
 PathOrUri = Annotated[str, BeforeValidator(lambda v: resolve_path(v) if isinstance(v, str | Path) else v)]
+
+
+def shown_path(path: str) -> str:
+    """A path as a user reads it: relative to the current folder if it lies below; others and URIs stay as they are."""
+    return os.path.relpath(path) if Path(path).is_absolute() and Path(path).is_relative_to(Path.cwd()) else path

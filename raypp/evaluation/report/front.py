@@ -84,7 +84,7 @@ def _legend(plain: float | None) -> list[Any]:
 
 
 def _add_labels(panel: Any, labels: list[Label], points_per_pixel: float) -> None:
-    """Write horizontal labels beside the points, moved down where another label is in the way."""
+    """Write horizontal labels next to the points, moved down where another label is in the way."""
     placed: list[tuple[float, float, float]] = []
     right = panel.bbox.x1 * points_per_pixel
     for x, y, text in sorted(labels, key=lambda label: -label[1]):
