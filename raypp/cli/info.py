@@ -25,7 +25,7 @@ def list_(kind: Kind | None = None, /, *, json: AsJson = False) -> None:
         kind: What to list: presets, protections, attacks, suites, sources or rows; default: all.
         json: Print the lists as JSON on standard output.
     """
-    from raypp.api import LISTS
+    from raypp.catalog import LISTS
 
     entries = {name: LISTS[name]() for name in (LISTS if kind is None else [kind])}
     if json:

@@ -36,6 +36,7 @@ from raypp.cli.render import (
 from raypp.utils import runtime
 from raypp.utils.errors import ConfigError, RayppError
 from raypp.utils.paths import shown_path
+from raypp.utils.storage import Storage
 
 
 @app.command(
@@ -73,6 +74,7 @@ def train(
         quiet: Print only warnings and errors.
     """
     from raypp import api
+    from raypp.metrics.statistics import chance_error
 
     preset, flags = preset_and_flags(preset, settings)
     merged = api.training_config(preset, flags, storage=storage, config=config or ())
@@ -80,13 +82,18 @@ def train(
         raise ConfigError("--resume needs --name, the run to continue")
     if dry_run:
         from raypp.experiments.estimate import estimate_training
+        from raypp.experiments.run_folder import ensure_free, validate_name
 
+        if name is not None and not resume:
+            folder = Storage(merged.cluster.storage).folder(validate_name(name))
+            if folder.exists():
+                ensure_free(folder, name)
         print_plan(merged.to_yaml(), estimate_training(merged), json=json)
         return
     name = api.new_name(preset, merged.cluster.storage) if name is None else name
     run = api.train_config(merged, name, resume=resume, ray=ray, quiet=quiet or json)
     print_run(run, json=json, quiet=quiet)
-    if not quiet and not json:
+    if not quiet and not json and chance_error(run.values["test"]) is None:
         print_next_steps((f"raypp attack {shown_path(run.path)}", "attack the bundle"))
 
 

@@ -104,6 +104,8 @@ class DataSource(ABC):
     """
 
     Options: ClassVar[type[registry.MethodConfig]]
+    published_sizes: ClassVar[dict[str, int]] = {}
+    """Number of images of each split, if it is known without the data."""
 
     def __init__(self, options: Any, *, size: tuple[int, int] | None = None, channels: int = 3) -> None:
         self.options = options

@@ -19,6 +19,7 @@ from raypp.utils.images import resize_and_center_crop, to_grayscale
 
 
 class _Cifar(DataSource):
+    published_sizes: ClassVar[dict[str, int]] = {"train": 50_000, "test": 10_000}
     dataset: ClassVar[str]
     """Name of the class in torchvision.datasets."""
 

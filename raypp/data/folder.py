@@ -22,7 +22,7 @@ TEST_NAMES = ("test", "testing", "val", "valid", "validation")
 
 
 class Folder(DataSource):
-    """Images in ``train/<class>/`` and ``test/<class>/``, or in ``<class>/`` alone; any image format.
+    """Images in ``train/<class>/`` and ``test/<class>/``, or in ``<class>/`` alone; see the data formats.
 
     Split folders may also be called ``training``, and ``testing``, ``val``, ``valid`` or ``validation``, in any case.
     Without a train folder, ``test_fraction`` splits the class folders into train and test. Hidden files and files that

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from raypp.attacks import ATTACKS
@@ -18,13 +19,15 @@ from raypp.attacks.suite import CURVE
 from raypp.config.overrides import Settings
 from raypp.config.schema import Config
 from raypp.data import SOURCES
+from raypp.data.base import stratified_split
 from raypp.data.loader import Augmentation, DeviceLoader
 from raypp.experiments.attack_plan import AttackPlan, dependencies_first, load_target_of
 from raypp.experiments.search import make_search_plan
 from raypp.experiments.table1_grid import grid_cells, table_rows
 from raypp.experiments.training_run import new_key
+from raypp.models.perceptual import VGG16Features, random_vgg_slice
 from raypp.training.protected_classifier import phases
-from raypp.training.protection_task import ProtectionTask, TrainingData, build_pre_transform, prepare
+from raypp.training.protection_task import ProtectionTask, TrainingData, build_pre_transform
 from raypp.training.reporter import Reporter
 from raypp.training.task import Phase, Task
 from raypp.training.trainer import Trainer
@@ -49,14 +52,17 @@ class Estimate:
 
 
 def estimate_training(config: Config) -> list[Estimate]:
-    """Estimate each phase of a run on one process; nothing is downloaded but missing feature weights.
+    """Estimate each phase of a run on one process, with random weights of the feature network; downloads nothing.
 
     Raises:
-        ConfigError, DataError: the run could not start either.
+        ConfigError, DataError: the settings, the source or the sizes of its splits are not usable.
     """
-    config, phi, _ = prepare(config)
+    features = config.features
+    phi = random_vgg_slice(features.layer) if isinstance(features, VGG16Features.Options) else None
     source = SOURCES.build(config.data.source, size=config.data.image_size, channels=config.data.channels)
-    num_images = config.data.num_train or max(1, source.num_images("train") - config.data.num_val)
+    total = source.published_sizes.get("train") or source.num_images("train")
+    remaining, _ = stratified_split(np.zeros(total, dtype=np.int64), config.data.num_val, config.seed)
+    num_images = config.data.num_train or len(remaining)
     task = ProtectionTask(config, _random_data(config, source), phi, new_key(config))
     num_batches = max(1, num_images // config.train.batch_size)
     return [_estimate_phase(task, phase, num_batches, num_images) for phase in phases(config)]

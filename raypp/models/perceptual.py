@@ -26,6 +26,11 @@ from raypp.utils.registry import MethodConfig
 StateDict = dict[str, Tensor]
 
 
+def random_vgg_slice(layer: str) -> StateDict:
+    """Random weights of VGG-16 up to a layer, to time a training step."""
+    return vgg_features(VGG16_LAYERS[: SLICES[layer]], 3, batch_norm=False).state_dict()
+
+
 class VGG16Features(nn.Module):
     """VGG-16 up to the last layer of ``state``; for relu2_2, N x C x H x W in [0, 1] to N x 128 x H/2 x W/2.
 

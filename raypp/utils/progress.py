@@ -51,7 +51,8 @@ class _Display:
         self.console = console or Console(stderr=True)
         self.quiet = quiet
         self.stop = threading.Event()
-        self._start = self._last_line = time.monotonic()
+        self._last_line = time.monotonic()
+        self._begin: dict[str, tuple[float, int]] = {}  # time and step of the first report of each run
         self._bars = progress.Progress(
             progress.SpinnerColumn(),
             progress.TextColumn("{task.description}"),
@@ -73,14 +74,17 @@ class _Display:
         if not self._bars.disable:  # stop() of some versions of rich prints an empty line without a terminal
             self._bars.stop()
 
-    def _print_periodically(self, line: str, info: Row) -> None:
+    def _print_periodically(self, run: str, info: Row) -> None:
         """Print the progress of a run, at most every ``LINE_SECONDS``, where no bar shows it."""
-        now = time.monotonic()
+        now, steps = time.monotonic(), info["steps_done"]
+        begin, first_step = self._begin.setdefault(run, (now, steps))
         if self.quiet or self.console.is_terminal or now - self._last_line < LINE_SECONDS:
             return
         self._last_line = now
-        share = info["steps_done"] / info["steps_total"]
-        left = f"  {(now - self._start) * (1 - share) / share:,.0f} s left" if share > 0 else ""
+        rate = (steps - first_step) / (now - begin) if now > begin else 0
+        left = f"  {(info['steps_total'] - steps) / rate:,.0f} s left" if rate > 0 else ""
+        name = f"{run}: " if run else ""
+        line = f"{name}{info['phase']} epoch {info['epoch']}/{info['epochs']}"
         text = f"{line}  step {info['steps_done']:,}/{info['steps_total']:,}  {_status(info)}{left}"
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -97,10 +101,9 @@ class ProgressDisplay(_Display, ProgressListener):
         self._update(description=message, status="")
 
     def step(self, info: Row) -> None:
-        description = f"{info['phase']} epoch {info['epoch']}/{info['epochs']}"
-        self._print_periodically(description, info)
+        self._print_periodically("", info)
         self._update(
-            description=description,
+            description=f"{info['phase']} epoch {info['epoch']}/{info['epochs']}",
             total=info["steps_total"],
             completed=info["steps_done"],
             status=_status(info),
@@ -150,7 +153,7 @@ class MultiProgressDisplay(_Display):
         if run not in self._tasks:
             self._tasks[run] = self._bars.add_task(run, total=info["steps_total"], status="")
         self._bars.update(self._tasks[run], completed=info["steps_done"], status=_status(info))
-        self._print_periodically(f"{run}: {info['phase']} epoch {info['epoch']}/{info['epochs']}", info)
+        self._print_periodically(run, info)
 
     def done(self, run: str, result: str) -> None:
         """Show that a run has ended with ``result``."""
