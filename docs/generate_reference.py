@@ -126,7 +126,7 @@ def _paragraphs(kind: type) -> Iterator[str]:
         text = inspect.cleandoc((source.__doc__ if source else "") or "")
         text = re.split(r"\n\n(?:Args|Attributes|Raises|Returns):", text)[0]
         text = re.sub(r":(?:class|meth|func|data):`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text)
-        yield _cell(text) + "\n"
+        yield text.replace("``", "`") + "\n"
 
 
 def _client_cost(kind: Any) -> str:
@@ -160,11 +160,14 @@ def http_api() -> str:
         parts += [f"## {service}\n", f"{document['info'].get('description', '').strip()}\n"]
         for path, methods in document["paths"].items():
             for method, operation in methods.items():
-                parts += _operation(f"/{service}{path}", method, operation, document)
+                parts += _operation(f"/{service}{path}", method, operation)
+        parts.append(f"### Models of {service}\n")
+        for name, model in document["components"]["schemas"].items():
+            parts += _fields(name, model)
     return "\n".join(parts)
 
 
-def _operation(path: str, method: str, operation: dict[str, Any], document: dict[str, Any]) -> Iterator[str]:
+def _operation(path: str, method: str, operation: dict[str, Any]) -> Iterator[str]:
     yield f"### `{method.upper()} {path}`\n"
     if text := operation.get("description") or operation.get("summary"):
         yield f"{text.strip()}\n"
@@ -180,16 +183,15 @@ def _operation(path: str, method: str, operation: dict[str, Any], document: dict
         rows.append(f"| {status} | {content} | {_cell(' '.join(response['description'].split()))} |")
     yield "\n".join(rows) + "\n"
     schema = operation["responses"].get("200", {}).get("content", {}).get("application/json", {}).get("schema", {})
-    yield from _schema(schema, document)
+    if "$ref" in schema:
+        yield f"Returns `{schema['$ref'].rpartition('/')[2]}`, see below.\n"
 
 
-def _schema(schema: dict[str, Any], document: dict[str, Any]) -> Iterator[str]:
-    """A table of the fields of a response."""
-    name = schema.get("$ref", "").rpartition("/")[2]
-    model = document.get("components", {}).get("schemas", {}).get(name)
-    if not model or "properties" not in model:
+def _fields(name: str, model: dict[str, Any]) -> Iterator[str]:
+    """A table of the fields of a model."""
+    if "properties" not in model or "ValidationError" in name:  # FastAPI's own, which the services do not return
         return
-    yield f"Fields of `{name}`:\n"
+    yield f"`{name}`\n"
     yield "| field | type | meaning |\n|---|---|---|"
     rows = []
     for field, info in model["properties"].items():

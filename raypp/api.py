@@ -199,6 +199,13 @@ def attack_plan(
         settings = resolve_keywords(settings, options, known)
     plan_options["flags"] = settings
     plan_options["name"] = new_name("attack", storage) if name is None else name
+    arrays_only = {
+        "images": images, "labels": labels, "attacker_images": attacker_images, "attacker_labels": attacker_labels,
+        "classifier": classifier, "key_generator": key_generator,
+    }  # fmt: skip
+    array_arguments = [key for key, value in arrays_only.items() if value is not None]
+    if array_arguments and (target is None or isinstance(target, Bundle | RunResult | str | Path)):
+        raise ConfigError(f"{array_arguments[0]} belongs to a function or module as target; a bundle brings its own")
     if isinstance(target, Bundle | RunResult | str | Path):
         location = target if isinstance(target, str | Path) else target.path
         return make_attack_plan(bundle=bundle_location(str(location)), **plan_options)
@@ -206,16 +213,7 @@ def attack_plan(
         return make_attack_plan(**plan_options)
     from raypp.attacks.array_target import ArrayTarget
 
-    arrays = ArrayTarget(
-        target,
-        images=images,
-        labels=labels,
-        attacker_images=attacker_images,
-        attacker_labels=attacker_labels,
-        classifier=classifier,
-        key_generator=key_generator,
-    )
-    return make_attack_plan(arrays=arrays, **plan_options)
+    return make_attack_plan(arrays=ArrayTarget(target, **arrays_only), **plan_options)
 
 
 def run_attacks(
@@ -288,6 +286,8 @@ def table1(
     from raypp.experiments import table1 as table
     from raypp.experiments.table1_grid import table_rows
 
+    if resume and name is None:
+        raise ConfigError("resume needs the name of the table to continue")
     name = new_name("table1", storage) if name is None else name
     on_ray = uses_ray(ray, Cluster())
     run = import_from_ray("raypp.cluster.tasks", "train_cells") if on_ray else table.run_cells_locally

@@ -60,4 +60,4 @@ LISTS = {
 
 
 def _first_line(method: type) -> str:
-    return (method.__doc__ or "").strip().splitlines()[0] if method.__doc__ else ""
+    return (method.__doc__ or "").strip().partition("\n")[0].replace("``", "`")

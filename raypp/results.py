@@ -127,6 +127,7 @@ class Bundle:
 
     @property
     def classes(self) -> tuple[str, ...]:
+        """Class names, in label order."""
         return self.private.classes
 
     @property
@@ -147,9 +148,10 @@ class Bundle:
         return protect_images(self.public, self._pixels(images))
 
     @torch.inference_mode()
-    def classify(self, protected: np.ndarray) -> list[tuple[str, float]]:
+    def classify(self, protected: Any) -> list[tuple[str, float]]:
         """Classify protected images uint8 (N, H, W, C); returns the class and its probability for each image."""
-        images = torch.from_numpy(np.ascontiguousarray(protected)).permute(0, 3, 1, 2)
+        pixels = self._check_channels(as_pixels(protected, "protected"))
+        images = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2)
         logits = torch.cat([self.private.classifier(batch.float() / 255) for batch in images.split(BATCH_SIZE)])
         probabilities, classes = logits.softmax(1).max(1)
         return [(self.classes[c], float(p)) for c, p in zip(classes.tolist(), probabilities.tolist(), strict=True)]
@@ -165,16 +167,25 @@ class Bundle:
 
     def _pixels(self, images: Any) -> np.ndarray:
         if isinstance(images, list | tuple):
-            return np.concatenate([self._pixels(image) for image in images])
+            parts = [self._pixels(image) for image in images]
+            if len({part.shape[1:] for part in parts}) != 1:
+                sizes = ", ".join(sorted({str(part.shape[1:]) for part in parts})) or "none"
+                raise DataError(f"images have the sizes {sizes}; allowed are one or more images of one size")
+            return np.concatenate(parts)
         if isinstance(images, str | Path):
             files = find_images(Path(images))
             return np.stack([read_image(file, self.image_size, self.public.channels) for file in files])
         if isinstance(images, Image.Image):
             buffer = io.BytesIO()
-            images.save(buffer, "PNG")
+            images.convert("RGBA" if "A" in images.getbands() else "RGB").save(buffer, "PNG")
             size, channels = self.image_size, self.public.channels
             return decode(buffer.getvalue(), name="the image", size=size, channels=channels)[None]
-        return as_pixels(images, "images")
+        return self._check_channels(as_pixels(images, "images"))
+
+    def _check_channels(self, pixels: np.ndarray) -> np.ndarray:
+        if pixels.shape[3] != self.public.channels:
+            raise DataError(f"images have {pixels.shape[3]} channels; the bundle reads {self.public.channels}")
+        return pixels
 
     def __repr__(self) -> str:
         height, width = self.image_size
@@ -207,6 +218,7 @@ class RunResult(Result):
 
     @cached_property
     def bundle(self) -> Bundle:
+        """The run's bundle."""
         return Bundle(Storage(self.path).folder("bundle").uri)
 
     @property
@@ -243,6 +255,7 @@ class Scorecard(Result):
 
     @property
     def strongest_attack(self) -> str | None:
+        """The attack with the highest re-identification rate."""
         return self.values["strongest_attack"]  # type: ignore[no-any-return]
 
     @property
@@ -340,11 +353,13 @@ class Table1(Result):
     """The paper's Table I: a row per dataset and method."""
 
     def to_pandas(self) -> pd.DataFrame:
+        """A row per dataset and method."""
         import pandas as pd
 
         return pd.DataFrame(self.values["rows"])
 
     def to_markdown(self) -> str:
+        """The table with its notes, as Markdown."""
         return Storage(self.path).read("table1.md").decode()
 
     def plot(self) -> Image.Image:

@@ -165,6 +165,8 @@ def _labels(arrays: ArrayTarget, num: int, num_own: int) -> tuple[np.ndarray, np
     """Class indices of the gallery and of the attacker's images, and the class names; zeros without labels."""
     if arrays.labels is None:
         return np.zeros(num, dtype=np.int64), np.zeros(num_own, dtype=np.int64), ()
+    if num_own and arrays.attacker_labels is None:
+        raise DataError("attacker_labels is missing; attacker_images with labels need their classes too")
     labels = np.asarray(arrays.labels)
     own = np.asarray(arrays.attacker_labels) if arrays.attacker_labels is not None else labels[:0]
     for name, values, length in (("labels", labels, num), ("attacker_labels", own, num_own)):

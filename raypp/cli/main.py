@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
         hint = "" if os.environ.get(TRACEBACK) else f"; {TRACEBACK}=1 shows where"
         _fail(errors, reason + hint, FAILURE)
     except KeyboardInterrupt as interrupt:
-        sentence = str(interrupt) or "interrupted; finished work is saved, and --resume continues a run"
+        sentence = str(interrupt) or "interrupted; a run that was saved continues with --resume"
         print_text(errors, sentence)
         raise SystemExit(TERMINATED if isinstance(interrupt, TrainingInterrupted) else INTERRUPTED) from None
 
@@ -46,7 +46,9 @@ def _usage_sentence(error: CycloptsError) -> str:
     """A mistake in a command's words, with the command that shows its usage."""
     sentence = " ".join(str(error).split()).rstrip(".")
     if type(error) is MissingArgumentError and error.argument is not None:
-        sentence = f"{error.argument.name.lstrip('-').upper()} is missing"
+        is_option = error.argument.field_info.is_keyword_only
+        name = error.argument.name if is_option else error.argument.name.lstrip("-").upper()
+        sentence = f"{name} is missing"
     command = " ".join(("raypp", *(error.command_chain or ()), "--help"))
     return f"{sentence}; `{command}` shows the usage"
 

@@ -95,10 +95,17 @@ def print_plan(config: str | None, estimates: list[Estimate], *, json: bool) -> 
     table = _table(("part",), ("estimated time",))
     table.add_column("")
     for estimate in estimates:
-        time = "not estimated" if estimate.seconds is None else _format_time(estimate.seconds)
+        time = (
+            "does not apply"
+            if estimate.seconds == 0
+            else "not estimated"
+            if estimate.seconds is None
+            else _format_time(estimate.seconds)
+        )
         table.add_row(estimate.name, time, f"[dim]{escape(estimate.detail)}[/]")
     console.print(table)
-    print_text(console, f"in all about {_format_time(total)} on one process of this machine; nothing was started")
+    others = "" if all(estimate.seconds is not None for estimate in estimates) else ", without those not estimated"
+    print_text(console, f"in all about {_format_time(total)}{others}, on one process of this machine; nothing started")
 
 
 def print_estimate(estimates: list[Estimate]) -> None:
@@ -108,6 +115,8 @@ def print_estimate(estimates: list[Estimate]) -> None:
 
 
 def _format_time(seconds: float) -> str:
+    if seconds == 0:
+        return "does not apply"
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
@@ -134,11 +143,11 @@ def print_threats(rows: list[tuple[str, str, str]]) -> None:
 def print_scorecard(card: dict[str, Any], where: str) -> None:
     from raypp.evaluation.scorecard import reidentification_rate
 
-    table = _table(("attack", "threat"), ("re-identified", "SSIM", "PSNR dB", "edges"), no_wrap=True)
+    table = _table(("attack", "threat"), ("re-identified", "SSIM", "edges"), no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for name, attack in card["attacks"].items():
         if attack["status"] != "done":
-            table.add_row(name, attack["threat"], "-", "-", "-", "-", f"[dim]{attack['status']}[/]")
+            table.add_row(name, attack["threat"], "-", "-", "-", f"[dim]{attack['status']}[/]")
             continue
         rate = f"{'≥ ' if attack['lower_bound'] else ''}{attack['reidentification_rate']:.1%}"
         verdict = f"[{COLORS[attack['verdict']]}]{attack['verdict']}[/]"
@@ -151,10 +160,10 @@ def print_scorecard(card: dict[str, Any], where: str) -> None:
     strongest, reconstruction = card["strongest_attack"], card["strongest_reconstruction"]
     if card["verdict"] is not None:
         reason = card["verdict_reason"]
-        console.print(f"\n{_bold(card['verdict'])} by the strongest attack, {strongest}{reason and f': {reason}'}")
+        console.print(f"\n{_bold(card['verdict'])}, strongest attack {strongest}{reason and f': {reason}'}")
     if reconstruction not in (None, strongest):
         verdict, reason = _bold(card["verdict_by_reconstruction"]), card["verdict_reason_by_reconstruction"]
-        console.print(f"{verdict} by the strongest reconstruction attack, {reconstruction}{reason and f': {reason}'}")
+        console.print(f"{verdict}, strongest reconstruction attack {reconstruction}{reason and f': {reason}'}")
     print_text(console, f"{where}/report.html")
 
 

@@ -62,7 +62,10 @@ def flatten_dict(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-COMMAND_OPTIONS = ("name", "config", "resume", "ray", "local", "quiet", "storage", "json", "dry_run")
+COMMAND_OPTIONS = (
+    "name", "config", "resume", "ray", "local", "quiet", "storage", "json", "dry_run", "suite", "attacks", "function",
+    "folders", "preset",
+)  # fmt: skip
 """Command options that a misspelled flag may mean."""
 
 
@@ -94,7 +97,7 @@ def _parse_mapping(settings: Mapping[str, Any], sections: Sequence[str]) -> Iter
 
 def _parse_words(flags: Sequence[str], sections: Sequence[str]) -> Iterable[tuple[list[str], Any]]:
     """Parts of the key and value of each setting on a command line."""
-    words = list(flags)
+    words = [flags] if isinstance(flags, str) else list(flags)
     while words:
         word = words.pop(0)
         if ASSIGNMENT.match(word):
@@ -112,7 +115,9 @@ def _parse_words(flags: Sequence[str], sections: Sequence[str]) -> Iterable[tupl
 
 
 def _split_key(key: str, sections: Sequence[str]) -> list[str]:
-    parts = key.replace("-", "_").split(".")
+    parts = str(key).replace("-", "_").split(".")
+    if not all(parts):
+        raise ConfigError(f"setting {key!r} has an empty part; it is written section.key")
     if parts[0] not in sections:
         raise ConfigError(_unknown_option(key, parts, sections))
     return parts
@@ -150,14 +155,27 @@ def resolve_keywords(settings: Settings, keywords: Mapping[str, Any], known: Map
     """
     tree = parse_overrides(settings, known)
     leaves = flatten_dict(dict(known))
+    settings_by_key: dict[str, Any] = {}
     for name, value in keywords.items():
         keys = [name] if name in known else [key for key in leaves if key.rpartition(".")[2] == name]
+        keys = keys or _sections(known, name)
         if len(keys) != 1:
             names = {key.rpartition(".")[2] for key in leaves}
+            dotted = f"; pass {name.partition('.')[0]}={{...}}" if "." in name else ""
             problem = f"may be {' or '.join(keys)}" if keys else f"is not a setting{suggest(name, names)}"
-            raise ConfigError(f"{name} {problem}; pass settings={{'section.key': value}}")
-        tree = deep_merge(tree, unflatten(keys[0].split("."), value))
-    return tree
+            raise ConfigError(f"{name} {problem}{dotted or '; pass settings={{' + repr('section.key') + ': value}}'}")
+        settings_by_key[keys[0]] = value
+    return deep_merge(tree, parse_overrides(settings_by_key, known))
+
+
+def _sections(tree: Mapping[str, Any], name: str, prefix: str = "") -> list[str]:
+    """Dotted keys of the nested sections with this name."""
+    keys = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            keys += [prefix + key] if key == name else []
+            keys += _sections(value, name, f"{prefix}{key}.")
+    return keys
 
 
 def _add_setting(settings: dict[tuple[str, ...], Any], path: tuple[str, ...], value: Any) -> None:

@@ -25,6 +25,7 @@ from raypp.utils.storage import Storage
 
 Metrics = dict[str, Any]
 MIN_SSIM_SIDE = 11  # pixels
+SPLITS = ("test", "val", "train")
 
 
 @torch.inference_mode()
@@ -123,6 +124,10 @@ def evaluate_bundle(
         BundleError: the bundle is missing, altered or incomplete.
         DataError: the images cannot be read, or do not match the bundle.
     """
+    if split not in SPLITS:
+        raise ConfigError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
+    if jpeg is not None and (not isinstance(jpeg, int) or not 1 <= jpeg <= 100):
+        raise ConfigError(f"jpeg is {jpeg!r}; allowed is a quality from 1 to 100")
     storage = Storage(location)
     if storage.exists() and not all(storage.exists(f"{part}/{MANIFEST}") for part in ("public", "private")):
         raise BundleError(f"{str(location)!r} is no whole bundle; measuring needs its public and its private part")

@@ -77,7 +77,7 @@ def estimate_table(
     estimates = []
     for cell in cells:
         seconds = sum(estimate.seconds or 0 for estimate in estimate_training(cell.config))
-        detail = f"{cell.config.train.epochs} epochs, {len(seeds)} seeds"
+        detail = f"{cell.config.train.epochs} epochs, {len(seeds)} seed{'s' * (len(seeds) != 1)}"
         estimates.append(Estimate(f"{cell.dataset} {cell.method.name}", detail, seconds * len(seeds)))
     return estimates
 

@@ -43,6 +43,7 @@ class TableRow:
     keep: Sequence[str] = ()
     match_parameters: bool = False
     paper: dict[str, float] = field(default_factory=dict)
+    note: str = ""
 
 
 @dataclass(frozen=True)

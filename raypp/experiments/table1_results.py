@@ -112,7 +112,9 @@ def deviations_from_paper(grid: Sequence[GridCell], summaries: dict[str, dict[st
     for dataset in dict.fromkeys(cell.dataset for cell in grid):
         cells = [cell for cell in grid if cell.dataset == dataset]
         paper = paper_name(dataset)
-        if paper is not None:
+        if paper is None:
+            sentences.append(f"{dataset}: the paper has no experiment on these images; its values are not comparable")
+        else:
             theirs = flatten_dict(validate(load_tree(paper)).model_dump(mode="json"))
             ours = flatten_dict(cells[0].base.model_dump(mode="json"))
             for key in sorted(ours.keys() | theirs.keys()):
@@ -124,13 +126,8 @@ def deviations_from_paper(grid: Sequence[GridCell], summaries: dict[str, dict[st
             sentences += [f"{dataset}: {warning}" for warning in summaries.get(cell.name, {}).get("warnings", [])]
     if any(PROTECTIONS.get(c.config.protection.name).needs_key(c.config.protection) for c in grid):
         sentences.append("every run of a keyed scheme generates a new key, so equal seeds give different results")
-    sentences += [
-        "the paper does not name the feature network and its layer; VGG-16 relu2_2 is from its authors' later code",
-        "the paper does not state the recipes of Tanaka's and the pixel-based rows; adaptation networks follow the "
-        "sources of the schemes where known, and training follows the other rows",
-        "row gan is an approximation of reference [19]; the paper has no row for it",
-        "accuracy is measured after 8-bit rounding; the authors' later code measures it in float",
-    ]
+    sentences += [cell.method.note for cell in grid if cell.method.note]
+    sentences.append("accuracy is measured after 8-bit rounding; the authors' later code measures it in float")
     return list(dict.fromkeys(sentences))
 
 

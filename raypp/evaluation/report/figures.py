@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from raypp.evaluation.output import as_png, new_figure, styled
-from raypp.evaluation.report.source import Source
+from raypp.evaluation.report.source import Source, distinct_labels
 from raypp.utils.images import Pixels, encode_png
 
 COLORS = {"holds": "#1f8a4c", "weak": "#b8860b", "broken": "#c0392b", "inconclusive": "#66707c"}
@@ -94,11 +94,11 @@ def protected_tiles(sources: Sequence[Source]) -> bytes:
     """Fig. 3: plain images above their protected versions."""
     rows: list[Row] = []
     plain: bytes | None = None
-    for source in sources:
+    for source, label in zip(sources, distinct_labels(sources), strict=True):
         if source.pictures["plain"].tobytes() != plain:
             rows.append(("plain", source.pictures["plain"], None))
             plain = source.pictures["plain"].tobytes()
-        rows.append((source.card["label"], source.pictures["protected"], None))
+        rows.append((label, source.pictures["protected"], None))
     return _contact_sheet(rows)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from raypp.evaluation.output import as_png, new_figure, styled
 from raypp.evaluation.report.figures import COLORS
-from raypp.evaluation.report.source import Source
+from raypp.evaluation.report.source import Source, distinct_labels
 
 BANDS = (
     ("holds", 0, 5, "holds: below 5%"),
@@ -26,9 +26,8 @@ def has_front(sources: Sequence[Source]) -> bool:
     return len(_plotted(sources)) > 1
 
 
-def _plotted(sources: Sequence[Source]) -> list[dict[str, Any]]:
-    cards = [source.card for source in sources]
-    return [card for card in cards if card["accuracy"] is not None and card["reidentification_rate"] is not None]
+def _plotted(sources: Sequence[Source]) -> list[Source]:
+    return [s for s in sources if s.card["accuracy"] is not None and s.card["reidentification_rate"] is not None]
 
 
 @styled
@@ -37,25 +36,27 @@ def accuracy_leakage_front(sources: Sequence[Source]) -> bytes:
     figure, (panel,) = new_figure(8, 6)
     for verdict, low, high, _ in BANDS:
         panel.axhspan(low, high, color=COLORS[verdict], alpha=0.12, lw=0, zorder=0)
-    cards = _plotted(sources)
-    labels = [_plot_card(panel, card) for card in cards]
-    plain = [100 * card["reference_accuracy"] for card in cards if card.get("reference_accuracy") is not None]
-    if plain:
-        panel.axvline(max(plain), color=NEUTRAL, ls="--", lw=1.2)
+    plotted = _plotted(sources)
+    names = distinct_labels(plotted)
+    labels = [(*_plot_card(panel, source.card), name) for source, name in zip(plotted, names, strict=True)]
+    accuracies = {float(accuracy) for source in plotted if (accuracy := source.card.get("reference_accuracy"))}
+    plain = 100 * max(accuracies) if len(accuracies) == 1 else None  # one line for one set of images only
+    if plain is not None:
+        panel.axvline(plain, color=NEUTRAL, ls="--", lw=1.2)
     panel.margins(x=0.15)
     panel.set(
         ylim=(-3, 105),
         xlabel="test accuracy on protected images, % (better to the right)",
         ylabel="re-identification rate, % (better below)",
     )
-    figure.legend(handles=_legend(max(plain) if plain else None), loc="outside lower center", ncols=2)
+    figure.legend(handles=_legend(plain), loc="outside lower center", ncols=2)
     figure.canvas.draw()  # lays the axes out, so that labels can avoid each other
     _add_labels(panel, labels, 72 / figure.dpi)
     return as_png(figure, dpi=120)
 
 
-def _plot_card(panel: Any, card: dict[str, Any]) -> Label:
-    """Plot the points of one scorecard with their intervals; returns its label."""
+def _plot_card(panel: Any, card: dict[str, Any]) -> tuple[float, float]:
+    """Plot the points of one scorecard with their intervals; returns the position of its label."""
     x, interval = 100 * card["accuracy"], card["accuracy_interval"]
     strongest, reconstruction = card["strongest_attack"], card["strongest_reconstruction"]
     bars = [[x - 100 * interval[0]], [100 * interval[1] - x]] if interval else None
@@ -67,7 +68,7 @@ def _plot_card(panel: Any, card: dict[str, Any]) -> Label:
             color = COLORS[attack["verdict"]]
             panel.errorbar(x, rates[-1], xerr=bars, fmt="o", ms=8, color=color, mfc=fill or color, elinewidth=1)
     panel.plot([x] * len(rates), rates, color="0.7", lw=1, zorder=1)
-    return x, rates[0], card["label"]
+    return x, rates[0]
 
 
 def _legend(plain: float | None) -> list[Any]:
@@ -80,6 +81,7 @@ def _legend(plain: float | None) -> list[Any]:
     ]
     if plain is not None:
         handles.append(Line2D([], [], ls="--", lw=1.2, color=NEUTRAL, label=f"accuracy on plain images: {plain:.1f}%"))
+    handles.append(Line2D([], [], marker="o", ls="", color=COLORS["inconclusive"], label="verdict inconclusive"))
     return [*handles, *(Patch(color=COLORS[verdict], alpha=0.12, label=text) for verdict, _, _, text in BANDS)]
 
 

@@ -130,7 +130,8 @@ def _explain_convergence(attacks: dict[str, dict[str, Any]]) -> str:
     ]
     unknown = [f"{name} ({' and '.join(a['unknown'])})" for name, a in attacks.items() if a.get("unknown")]
     if unknown:
-        sentences.append(f"Convergence is not known for {', '.join(unknown)}: their scores are lower bounds.")
+        scores = "its score is a lower bound" if len(unknown) == 1 else "their scores are lower bounds"
+        sentences.append(f"Convergence is not known for {', '.join(unknown)}: {scores}.")
     converged = [name for name, a in attacks.items() if a.get("curve") and not a.get("lower_bound")]
     if converged:
         sentences.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,17 @@ class Source:
     @property
     def finished_attacks(self) -> dict[str, dict[str, Any]]:
         return {name: attack for name, attack in self.card["attacks"].items() if attack["status"] == "done"}
+
+
+def distinct_labels(sources: Sequence[Source]) -> list[str]:
+    """The label of each scorecard; those of equal labels also name the run of the bundle."""
+    labels = [str(source.card["label"]) for source in sources]
+    names = [_run_name(str(source.card["victim"])) for source in sources]
+    return [f"{label}, {name}" if labels.count(label) > 1 else label for label, name in zip(labels, names, strict=True)]
+
+
+def _run_name(location: str) -> str:
+    return location.rstrip("/").removesuffix("/bundle").rpartition("/")[2]
 
 
 def read_source(location: str) -> Source:
