@@ -12,12 +12,14 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import raypp
 from raypp.attacks import ATTACKS
 from raypp.cli.main import app
 from raypp.config.describe import REQUIRED, Setting, describe_settings
@@ -209,7 +211,48 @@ def _json_type(info: dict[str, Any]) -> str:
     return str(info.get("type", "any"))
 
 
+def python_api() -> str:
+    """The page of the package's public names, from their signatures and docstrings."""
+    parts = [
+        "# Python API\n",
+        "The public names of `import raypp`. Settings may be keywords, dictionaries or dotted strings.\n",
+    ]
+    for name in raypp.__all__:
+        member = getattr(raypp, name)
+        if name.startswith("__"):
+            continue
+        parts.append(f"## raypp.{name}\n")
+        parts += _class_page(member) if inspect.isclass(member) else [_signature(name, member), _docstring(member)]
+    return "\n".join(parts)
+
+
+def _class_page(member: type) -> Iterator[str]:
+    yield _docstring(member)
+    for name, attribute in inspect.getmembers(member):
+        if name.startswith("_") or not (callable(attribute) or isinstance(attribute, property | cached_property)):
+            continue
+        if callable(attribute):
+            yield _signature(f"{member.__name__}.{name}", attribute)
+        else:
+            yield f"`{member.__name__}.{name}`\n"
+        yield _docstring(attribute)
+
+
+def _signature(name: str, function: Callable[..., Any]) -> str:
+    signature = inspect.signature(function)
+    parameters = [str(p.replace(annotation=p.empty)) for key, p in signature.parameters.items() if key != "self"]
+    return f"`{name}({', '.join(parameters)})`\n"
+
+
+def _docstring(member: Any) -> str:
+    """A docstring with its sections; the list of arguments keeps its lines."""
+    text = inspect.cleandoc(member.__doc__ or "").replace("``", "`")
+    text = re.sub(r":(?:class|meth|func|data|attr):`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text)
+    return re.sub(r"(?m)^    (\**\w+): ", r"- `\1`: ", text) + "\n"
+
+
 PAGES: dict[str, Callable[[], str]] = {
+    "python-api.md": python_api,
     "cli.md": command_line,
     "configuration.md": configuration,
     "http-api.md": http_api,

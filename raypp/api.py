@@ -115,7 +115,7 @@ def attack(
     suite: str | None = None,
     settings: Settings = (),
     *,
-    attacks: Sequence[str] = (),
+    attacks: str | Sequence[str] = (),
     function: str | None = None,
     folders: tuple[str, str] | None = None,
     preset: str | None = None,
@@ -191,6 +191,7 @@ def attack_plan(
     plan_options: dict[str, Any] = {
         key: options.pop(key) for key in ("attacks", "function", "folders", "preset") if key in options
     }
+    plan_options["attacks"] = _as_list(plan_options.get("attacks", ()))
     plan_options |= {"suite": default_suite() if suite is None else suite, "storage": storage}
     if options:
         from raypp.attacks.suite import Suite
@@ -259,8 +260,8 @@ def evaluate(
 
 
 def table1(
-    presets: Sequence[str],
-    methods: Sequence[str] | None = None,
+    presets: str | Sequence[str],
+    methods: str | Sequence[str] | None = None,
     seeds: Sequence[int] = (0,),
     settings: Settings = (),
     *,
@@ -292,7 +293,7 @@ def table1(
     on_ray = uses_ray(ray, Cluster())
     run = import_from_ray("raypp.cluster.tasks", "train_cells") if on_ray else table.run_cells_locally
     results = table.table1(
-        presets, list(table_rows()) if methods is None else methods, seeds, settings,
+        _as_list(presets), list(table_rows()) if methods is None else _as_list(methods), seeds, settings,
         storage=storage, name=name, resume=resume, quiet=quiet, run=run,
     )  # fmt: skip
     rows = [
@@ -355,6 +356,10 @@ def load(location: str | Path, key: str | Path | None = None) -> Bundle:
 def protect(bundle: Bundle | str | Path, images: Any, key: str | Path | None = None) -> np.ndarray:
     """Protect images with the public part of a bundle, see :meth:`raypp.results.Bundle.protect`."""
     return (bundle if isinstance(bundle, Bundle) else Bundle(bundle, key)).protect(images)
+
+
+def _as_list(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
 
 
 def default_suite() -> str:

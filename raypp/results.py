@@ -168,9 +168,10 @@ class Bundle:
     def _pixels(self, images: Any) -> np.ndarray:
         if isinstance(images, list | tuple):
             parts = [self._pixels(image) for image in images]
-            if len({part.shape[1:] for part in parts}) != 1:
-                sizes = ", ".join(sorted({str(part.shape[1:]) for part in parts})) or "none"
-                raise DataError(f"images have the sizes {sizes}; allowed are one or more images of one size")
+            sizes = sorted({str(part.shape[1:]) for part in parts})
+            if len(sizes) != 1:
+                problem = f"have the sizes {', '.join(sizes)}" if sizes else "is empty"
+                raise DataError(f"images {problem}; allowed are one or more images of one size")
             return np.concatenate(parts)
         if isinstance(images, str | Path):
             files = find_images(Path(images))

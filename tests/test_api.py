@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_a_bundle_protects_what_it_is_given(trained: Trained, tmp_path: Path) ->
     assert len(answers) == 3
     assert all(name in bundle.classes and 0 < probability <= 1 for name, probability in answers)
     assert "Bundle(" in repr(bundle)
-    assert "# Model card" in bundle.card or bundle.card.startswith("#")
+    assert "Test accuracy" in bundle.card or "accuracy" in bundle.card
     with pytest.raises(DataError, match=r"^images is float64 \(2, 2, 2, 2\); allowed is uint8 \(N, H, W, C\)"):
         bundle.protect(np.zeros((2, 2, 2, 2)))
     with pytest.raises(BundleError, match="does not exist"):
@@ -165,6 +166,28 @@ def test_a_target_that_cannot_be_attacked_is_one_sentence(
         raypp.attack(target, "quick", **arguments)
     assert sentence in str(raised.value)
     assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+BAD_CALLS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "split": (lambda b: b.evaluate(split="tst"), "split is 'tst'; allowed: test, val, train"),
+    "jpeg": (lambda b: b.evaluate(jpeg="75"), "jpeg is '75'; allowed is a quality from 1 to 100"),
+    "floats": (lambda b: b.classify(np.zeros((1, 16, 16, 3))), "protected is float64 (1, 16, 16, 3); allowed is uint8"),
+    "gray": (lambda b: b.protect(np.zeros((1, 16, 16, 1), np.uint8)), "images have 1 channels; the bundle reads 3"),
+    "nothing": (lambda b: b.protect([]), "images is empty; allowed are one or more images of one size"),
+    "arrays of a bundle": (lambda b: raypp.attack(b, images=1), "images belongs to a function or module as target"),
+    "twice": (lambda _: raypp.train(epochs=3, train={"epochs": 4}), "train.epochs is given twice, first as 3, then"),
+    "an empty key": (lambda _: raypp.train(settings={"train.": 1}), "setting 'train.' has an empty part"),
+    "no such attack": (lambda b: raypp.attack(b, "quick", attacks="gallery"), "unknown attack 'gallery'"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CALLS)
+def test_a_bad_argument_is_one_sentence(kind: str, trained: Trained) -> None:
+    call, sentence = BAD_CALLS[kind]
+    with pytest.raises((ConfigError, DataError)) as raised:
+        call(raypp.load(trained.run))
+    assert sentence in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_lists_and_public_names() -> None:
