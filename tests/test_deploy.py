@@ -246,7 +246,7 @@ def test_the_shipped_configuration_needs_no_editing(tmp_path: Path) -> None:
         ({"bundle": "{here}/none"}, "{here}/none is neither a bundle nor a model repository"),
         ({"bundle": "{run}"}, "{run} is a run; its bundle is {run}/bundle"),
         ({"bundle": ""}, "a location is not understood: '' is empty; allowed is a path or a URI"),
-        ({"bundle": 7}, "bundle is 7: input should be a valid string"),
+        ({"bundle": 7}, "bundle is 7: expected text"),
         ({}, "bundle is missing; it has no default"),
         ({"bundel": "x"}, "unknown key 'bundel' (did you mean 'bundle'?); allowed there: bundle, tokens"),
         ({"bundle": "{run}/bundle", "max_images": 0}, "max_images is 0: input should be greater than or equal to 1"),
