@@ -33,13 +33,17 @@ if TYPE_CHECKING:
     from raypp.api import attack, evaluate, load, protect, table1, train, tune
     from raypp.catalog import list_attacks, list_presets, list_protections
     from raypp.client.http import AsyncClient, Client
-    from raypp.results import Bundle, Evaluation, RunResult, Scorecard, SearchResult, Table1
+    from raypp.loaded_bundle import Bundle
+    from raypp.result import Evaluation
+    from raypp.results import RunResult, Scorecard, SearchResult, Table1
 
 _MODULES = {
     "AsyncClient": "raypp.client.http",
     "Client": "raypp.client.http",
     **dict.fromkeys(("list_attacks", "list_presets", "list_protections"), "raypp.catalog"),
-    **dict.fromkeys(("Bundle", "Evaluation", "RunResult", "Scorecard", "SearchResult", "Table1"), "raypp.results"),
+    "Bundle": "raypp.loaded_bundle",
+    "Evaluation": "raypp.result",
+    **dict.fromkeys(("RunResult", "Scorecard", "SearchResult", "Table1"), "raypp.results"),
 }
 
 

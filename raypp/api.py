@@ -6,11 +6,8 @@ part of their key (``epochs=4``), where only one setting has that name.
 
 from __future__ import annotations
 
-import importlib
-import os
 import signal
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +17,16 @@ from raypp.attacks import ATTACKS
 from raypp.bundle.manifest import bundle_location
 from raypp.config.overrides import Settings, resolve_keywords
 from raypp.config.presets import Files, load_config, load_tree
-from raypp.results import Bundle, Evaluation, RunResult, Scorecard, SearchResult, Table1
+from raypp.dispatch import as_list, default_suite, import_from_ray, new_name, uses_ray
+from raypp.loaded_bundle import Bundle
+from raypp.result import Evaluation
+from raypp.results import RunResult, Scorecard, SearchResult, Table1
 from raypp.utils.errors import ConfigError
 from raypp.utils.signals import stop_on_signal
 from raypp.utils.storage import Storage
 
 if TYPE_CHECKING:
-    from raypp.config.schema import Cluster, Config
+    from raypp.config.schema import Config
     from raypp.experiments.attack_plan import AttackPlan
 
 
@@ -191,7 +191,7 @@ def attack_plan(
     plan_options: dict[str, Any] = {
         key: options.pop(key) for key in ("attacks", "function", "folders", "preset") if key in options
     }
-    plan_options["attacks"] = _as_list(plan_options.get("attacks", ()))
+    plan_options["attacks"] = as_list(plan_options.get("attacks", ()))
     plan_options |= {"suite": default_suite() if suite is None else suite, "storage": storage}
     if options:
         from raypp.attacks.suite import Suite
@@ -293,23 +293,10 @@ def table1(
     on_ray = uses_ray(ray, Cluster())
     run = import_from_ray("raypp.cluster.tasks", "train_cells") if on_ray else table.run_cells_locally
     results = table.table1(
-        _as_list(presets), list(table_rows()) if methods is None else _as_list(methods), seeds, settings,
+        as_list(presets), list(table_rows()) if methods is None else as_list(methods), seeds, settings,
         storage=storage, name=name, resume=resume, quiet=quiet, run=run,
     )  # fmt: skip
-    rows = [
-        {
-            "data": result.dataset,
-            "method": result.method.name,
-            "paper": result.paper,
-            "accuracy": result.mean if result.accuracies else None,
-            "low": result.interval[0] if result.accuracies else None,
-            "high": result.interval[1] if result.accuracies else None,
-            "spread": result.spread if result.accuracies else None,
-            "ssim": result.ssim if result.accuracies else None,
-            "seeds": len(result.accuracies),
-        }
-        for result in results
-    ]
+    rows = [result.to_dict() for result in results]
     failed = [sentence for result in results for sentence in result.failed]
     return Table1({"rows": rows, "failed": failed}, Storage(storage).folder(name).uri)
 
@@ -354,50 +341,5 @@ def load(location: str | Path, key: str | Path | None = None) -> Bundle:
 
 
 def protect(bundle: Bundle | str | Path, images: Any, key: str | Path | None = None) -> np.ndarray:
-    """Protect images with the public part of a bundle, see :meth:`raypp.results.Bundle.protect`."""
+    """Protect images with the public part of a bundle, see :meth:`raypp.Bundle.protect`."""
     return (bundle if isinstance(bundle, Bundle) else Bundle(bundle, key)).protect(images)
-
-
-def _as_list(names: str | Sequence[str]) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
-
-
-def default_suite() -> str:
-    """``quick`` on a machine without a GPU, else ``small``."""
-    import torch
-
-    return "small" if torch.cuda.is_available() else "quick"
-
-
-def new_name(stem: str | Path, storage: str | Path) -> str:
-    """A name for a new run that no folder in ``storage`` has: stem, date and time."""
-    name = f"{Path(stem).stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    taken, number = Storage(storage), 2
-    unique = name
-    while taken.folder(unique).exists():
-        unique, number = f"{name}-{number}", number + 1
-    return unique
-
-
-def uses_ray(ray: bool | None, cluster: Cluster, *, stream: bool = False) -> bool:
-    """Whether to run on Ray: as ``ray`` says, and for None where more than one process gains or only Ray can."""
-    if ray is not None:
-        return ray
-    if os.environ.get("RAY_ADDRESS") or stream or (cluster.num_workers or 1) > 1:
-        return True
-    import torch
-
-    return torch.cuda.device_count() > 1
-
-
-def import_from_ray(
-    module: str, function: str, instead: str = "without it, work runs in this process (--local)"
-) -> Any:
-    """Import a function that needs Ray; raises ConfigError if Ray is not installed or its cluster does not answer."""
-    try:
-        importlib.import_module("raypp.cluster.session").check_address()
-        return getattr(importlib.import_module(module), function)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "ray":
-            raise
-        raise ConfigError(f"Ray is not installed here; {instead}") from None

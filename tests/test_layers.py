@@ -20,8 +20,9 @@ from raypp.utils.images import write_png
 ROOT = Path(raypp.__file__).parent
 # From top to bottom; a package stands on one layer.
 LAYERS = [
-    "cli", "api", "results", "catalog", "serve", "cluster", "client", "experiments", "evaluation", "attacks", "bundle",
-    "training", "config", "data", "protections", "models", "metrics", "utils",
+    "cli", "api", "results", "loaded_bundle", "result", "dispatch", "catalog", "serve", "cluster", "client",
+    "experiments", "evaluation", "attacks", "bundle", "training", "config", "data", "protections", "models", "metrics",
+    "utils",
 ]  # fmt: skip
 RAY = {"raypp.cluster", "raypp.data.streaming", "raypp.serve.deployments", "raypp.serve.server"}
 

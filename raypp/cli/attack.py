@@ -78,6 +78,7 @@ def attack(
         quiet: Print only warnings and errors.
     """
     from raypp import api
+    from raypp.dispatch import default_suite
     from raypp.experiments.estimate import estimate_attacks
 
     if resume and name is None:
@@ -97,7 +98,7 @@ def attack(
     def announce(opened_plan: Any) -> None:
         if not silent:
             print_threat_table(opened_plan)
-        if not silent and (suite or api.default_suite()) in LONG_SUITES:
+        if not silent and (suite or default_suite()) in LONG_SUITES:
             print_estimate(estimate_attacks(opened_plan))
 
     card = api.run_attacks(plan, resume=resume, ray=ray, quiet=silent, announce=announce)

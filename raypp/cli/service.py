@@ -106,7 +106,7 @@ def _write_serve_config(config: dict[str, Any], path: Path) -> None:
 
 
 def _serve_until_interrupted(config: dict[str, Any], haproxy: bool) -> None:
-    from raypp.api import import_from_ray
+    from raypp.dispatch import import_from_ray
 
     running_server = import_from_ray("raypp.serve.server", "running_server", "services need it")
     metrics_url = import_from_ray("raypp.cluster.session", "metrics_url")

@@ -74,6 +74,7 @@ def train(
         quiet: Print only warnings and errors.
     """
     from raypp import api
+    from raypp.dispatch import new_name
     from raypp.metrics.statistics import chance_error
 
     preset, flags = preset_and_flags(preset, settings)
@@ -90,7 +91,7 @@ def train(
                 ensure_free(folder, name)
         print_plan(merged.to_yaml(), estimate_training(merged), json=json)
         return
-    name = api.new_name(preset, merged.cluster.storage) if name is None else name
+    name = new_name(preset, merged.cluster.storage) if name is None else name
     run = api.train_config(merged, name, resume=resume, ray=ray, quiet=quiet or json)
     print_run(run, json=json, quiet=quiet)
     if not quiet and not json and chance_error(run.values["test"]) is None:
@@ -132,12 +133,13 @@ def quickstart(
         quiet: Print only warnings and errors.
     """
     from raypp import api
+    from raypp.dispatch import new_name
 
     positional, flags = without_settings(settings)
     # One worker with all cores: each further process takes ten seconds to start.
     cores = {} if os.environ.get("RAY_ADDRESS") else {"num_workers": 1, "cpus_per_worker": runtime.num_cores()}
     merged = api.training_config("quickstart", [*positional, *flags], storage=storage, defaults={"cluster": cores})
-    name = api.new_name("quickstart", storage) if name is None else name
+    name = new_name("quickstart", storage) if name is None else name
     run = api.train_config(merged, name, ray=ray, quiet=quiet or json)
     if not json:
         print_run(run, json=False, quiet=quiet)

@@ -53,6 +53,21 @@ class CellResult:
         """Standard deviation over seeds; None for fewer than two."""
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
 
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain data; accuracies are shares, and None where no run of the row has finished."""
+        done = bool(self.accuracies)
+        return {
+            "data": self.dataset,
+            "method": self.method.name,
+            "paper": self.paper,
+            "accuracy": self.mean if done else None,
+            "low": self.interval[0] if done else None,
+            "high": self.interval[1] if done else None,
+            "spread": self.spread if done else None,
+            "ssim": self.ssim if done else None,
+            "seeds": len(self.accuracies),
+        }
+
 
 def stored_summary(cell: GridCell) -> dict[str, Any] | None:
     """The results of a finished cell, or None.

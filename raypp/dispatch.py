@@ -1,0 +1,62 @@
+"""Decisions that commands share: names of new runs, the default suite, and whether work runs on Ray."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raypp.utils.errors import ConfigError
+from raypp.utils.storage import Storage
+
+if TYPE_CHECKING:
+    from raypp.config.schema import Cluster
+
+
+def as_list(names: str | Sequence[str]) -> list[str]:
+    """One name or several, as a list."""
+    return [names] if isinstance(names, str) else list(names)
+
+
+def default_suite() -> str:
+    """``quick`` on a machine without a GPU, else ``small``."""
+    import torch
+
+    return "small" if torch.cuda.is_available() else "quick"
+
+
+def new_name(stem: str | Path, storage: str | Path) -> str:
+    """A name for a new run that no folder in ``storage`` has: stem, date and time."""
+    name = f"{Path(stem).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    taken, number = Storage(storage), 2
+    unique = name
+    while taken.folder(unique).exists():
+        unique, number = f"{name}-{number}", number + 1
+    return unique
+
+
+def uses_ray(ray: bool | None, cluster: Cluster, *, stream: bool = False) -> bool:
+    """Whether to run on Ray: as ``ray`` says, and for None where more than one process gains or only Ray can."""
+    if ray is not None:
+        return ray
+    if os.environ.get("RAY_ADDRESS") or stream or (cluster.num_workers or 1) > 1:
+        return True
+    import torch
+
+    return torch.cuda.device_count() > 1
+
+
+def import_from_ray(
+    module: str, function: str, instead: str = "without it, work runs in this process (--local)"
+) -> Any:
+    """Import a function that needs Ray; raises ConfigError if Ray is not installed or its cluster does not answer."""
+    try:
+        importlib.import_module("raypp.cluster.session").check_address()
+        return getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "ray":
+            raise
+        raise ConfigError(f"Ray is not installed here; {instead}") from None
