@@ -128,7 +128,7 @@ def test_alpha_zero_breaks(pictures: Pictures, tmp_path: Path) -> None:
         protection = fit(
             run.config, Reporter(run.storage, ProgressDisplay(quiet=True), torch.device("cpu"))
         ).system.protection
-    longer = INVERSES["inverse"] | {"train": INVERSES["inverse"]["train"] | {"epochs": 10}}
+    longer = INVERSES["inverse"] | {"train": INVERSES["inverse"]["train"] | {"epochs": 6}}
     attack = build("inverse", knowledge(pictures, protection.protect), **longer)
     train(attack, tmp_path / "attack")
     assert reidentification_rate(attack, pictures, protection.protect) > RED
