@@ -80,7 +80,13 @@ SHORT: dict[str, dict[str, str]] = {
     "--name first-attack": {"--inverse.train.epochs": "1", "--inverse.width": "8"},
     "train quickstart --name first": FIRST,
     "--name own": FROM_PARQUET,
-    "--name large": FROM_PARQUET | {"--data.image_size": "[32, 32]"},
+    "--name large": FROM_PARQUET
+    | {
+        "--data.image_size": "[16, 16]",
+        "--train.mode": "plain",
+        "--protection": "plain",
+        "--train.eval_batch_size": "50",
+    },
     "--name few": {"--inverse.train.epochs": "1", "--curve": "false"},
     "--name mine": {"--data.source.num_train": "600", "--data.source.num_test": "250"},
     "--resume --train.epochs 6": SHORT_TRAINING | {"--train.epochs": "2"},

@@ -167,8 +167,8 @@ def print_scorecard(card: dict[str, Any], where: str) -> None:
     print_text(console, f"{where}/report.html")
 
 
-def _similarities(scores: dict[str, dict[str, float]]) -> tuple[str, str, str]:
-    return f"{scores['ssim']['mean']:.3f}", f"{scores['psnr']['mean']:.1f}", f"{scores['edges']['mean']:.3f}"
+def _similarities(scores: dict[str, dict[str, float]]) -> tuple[str, str]:
+    return f"{scores['ssim']['mean']:.3f}", f"{scores['edges']['mean']:.3f}"
 
 
 def _bold(verdict: str) -> str:

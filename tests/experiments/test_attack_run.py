@@ -27,6 +27,7 @@ from raypp.bundle.load import load_plain_classifier
 from raypp.bundle.manifest import verify, write_manifest
 from raypp.cli.attack import print_attack_results
 from raypp.cli.main import main
+from raypp.cli.render import print_scorecard
 from raypp.evaluation.report.render import write_report
 from raypp.evaluation.scorecard import aggregate, is_rising, reidentification_rate, strongest_attack, verdict
 from raypp.experiments import attack_plan, attack_run, attack_scores
@@ -964,3 +965,15 @@ def test_settings_stand_anywhere_for_every_kind_of_target(
             main(["attack", *words])
         assert stopped.value.code == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_the_printed_scorecard_has_a_title_for_each_column(
+    attacked: tuple[Path, Path, dict[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    print_scorecard(attacked[2], "runs/a")
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["attack", "threat", "re-identified", "SSIM", "edges", "verdict"]
+    (gallery,) = (row for row in rows if row.startswith("known_gallery"))
+    assert gallery.split()[:2] == ["known_gallery", "T4"]
+    assert gallery.split()[-3:-1] == ["1.000", "1.000"], "SSIM and edges of the original itself"
