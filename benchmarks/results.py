@@ -223,7 +223,7 @@ def front_legend(plain_accuracy: float) -> list[Any]:
 
 
 def draw_table1() -> Any:
-    """Draw the accuracies of Table I, the paper's beside raypp's, sorted by raypp's."""
+    """Draw the accuracies of Table I, the paper's and raypp's, sorted by raypp's."""
     from matplotlib.figure import Figure
 
     rows = sorted(load_rows("table1"), key=lambda row: float(row["accuracy_percent"]))

@@ -3,7 +3,7 @@
     ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/attack.py /shared/runs/first/bundle --storage /shared/runs
 
 Everything after `jobs/attack.py` is what `raypp attack` takes. Attacks spread over the cluster that it is submitted to; give
-the bundle and --storage as something that every node sees, because the job runs in a folder of its own.
+the bundle and --storage as something that every node sees, because each job runs in a separate folder.
 """  # noqa: E501 (the command stands on one line, to be copied)
 
 from raypp.cli.main import main

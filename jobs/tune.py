@@ -3,7 +3,7 @@
     ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python jobs/tune.py quickstart --storage /shared/runs
 
 Everything after `jobs/tune.py` is what `raypp tune` takes. Trials spread over the cluster that it is submitted to; give
---storage (and data paths) as something that every node sees, because the job runs in a folder of its own.
+--storage (and data paths) as something that every node sees, because each job runs in a separate folder.
 """  # noqa: E501 (the command stands on one line, to be copied)
 
 from raypp.cli.main import main

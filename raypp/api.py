@@ -17,7 +17,7 @@ from raypp.attacks import ATTACKS
 from raypp.bundle.manifest import bundle_location
 from raypp.config.overrides import Settings, resolve_keywords
 from raypp.config.presets import Files, load_config, load_tree
-from raypp.dispatch import as_list, default_suite, import_from_ray, new_name, uses_ray
+from raypp.dispatch import as_list, default_suite, import_from_ray, new_name, run_name, uses_ray
 from raypp.loaded_bundle import Bundle
 from raypp.result import Evaluation
 from raypp.results import RunResult, Scorecard, SearchResult, Table1
@@ -60,9 +60,7 @@ def train(
         TrainingInterrupted: SIGTERM; a checkpoint is saved.
     """
     merged = training_config(preset, settings, storage=storage, config=config, **keywords)
-    if resume and name is None:
-        raise ConfigError("resume needs the name of the run to continue")
-    name = new_name(preset, merged.cluster.storage) if name is None else name
+    name = run_name(name, preset, merged.cluster.storage, resume=resume, what="run")
     return train_config(merged, name, resume=resume, ray=ray, quiet=quiet)
 
 
@@ -160,8 +158,7 @@ def attack(
     Raises:
         RayppError: a setting or the target is not usable. An attack that fails does not stop the others.
     """
-    if resume and name is None:
-        raise ConfigError("resume needs the name of the attack run to continue")
+    name = run_name(name, "attack", storage, resume=resume, what="attack run")
     plan = attack_plan(
         target, suite, settings, attacks=attacks, function=function, folders=folders, preset=preset, name=name,
         storage=storage, images=images, labels=labels, attacker_images=attacker_images, attacker_labels=attacker_labels,
@@ -287,9 +284,7 @@ def table1(
     from raypp.experiments import table1 as table
     from raypp.experiments.table1_grid import table_rows
 
-    if resume and name is None:
-        raise ConfigError("resume needs the name of the table to continue")
-    name = new_name("table1", storage) if name is None else name
+    name = run_name(name, "table1", storage, resume=resume, what="table")
     on_ray = uses_ray(ray, Cluster())
     run = import_from_ray("raypp.cluster.tasks", "train_cells") if on_ray else table.run_cells_locally
     results = table.table1(
@@ -321,9 +316,7 @@ def tune(
     """
     from raypp.experiments.search import make_search_plan
 
-    if resume and name is None:
-        raise ConfigError("resume needs the name of the search to continue")
-    name = new_name(f"tune-{Path(preset).stem}", storage) if name is None else name
+    name = run_name(name, f"tune-{Path(preset).stem}", storage, resume=resume, what="search")
     if keywords:
         from raypp.experiments.search import Search
 

@@ -38,6 +38,13 @@ def new_name(stem: str | Path, storage: str | Path) -> str:
     return unique
 
 
+def run_name(name: str | None, stem: str | Path, storage: str | Path, *, resume: bool, what: str) -> str:
+    """The name of a run: ``name``, or a new one; raises ConfigError on resume without a name."""
+    if name is None and resume:
+        raise ConfigError(f"--resume needs --name, the {what} to continue")
+    return new_name(stem, storage) if name is None else name
+
+
 def uses_ray(ray: bool | None, cluster: Cluster, *, stream: bool = False) -> bool:
     """Whether to run on Ray: as ``ray`` says, and for None where more than one process gains or only Ray can."""
     if ray is not None:

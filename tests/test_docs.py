@@ -248,7 +248,7 @@ def _run(line: str, page: str, cluster: Cluster, folder: Path) -> None:
         assert result.returncode == 0, f"{page}: {line}\n{result.stdout}\n{result.stderr}"
     else:
         try:
-            main(words[1:])  # a process of its own would spend most of its time on importing torch
+            main(words[1:])  # another process would spend most of its time on importing torch
         except SystemExit as stop:
             pytest.fail(f"{page}: {line} ended with exit code {stop.code}")
     CHECKS[words[1]](words)

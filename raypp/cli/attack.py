@@ -78,11 +78,10 @@ def attack(
         quiet: Print only warnings and errors.
     """
     from raypp import api
-    from raypp.dispatch import default_suite
+    from raypp.dispatch import default_suite, run_name
     from raypp.experiments.estimate import estimate_attacks
 
-    if resume and name is None:
-        raise ConfigError("--resume needs --name, the attack run to continue")
+    name = run_name(name, "attack", storage, resume=resume, what="attack run")
     bundles, settings = without_settings(bundle)
     if len(bundles) > 1:
         raise ConfigError(f"name one bundle, not {' and '.join(map(repr, bundles))}; a setting is written --name VALUE")

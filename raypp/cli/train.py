@@ -74,13 +74,12 @@ def train(
         quiet: Print only warnings and errors.
     """
     from raypp import api
-    from raypp.dispatch import new_name
+    from raypp.dispatch import run_name
     from raypp.metrics.statistics import chance_error
 
     preset, flags = preset_and_flags(preset, settings)
     merged = api.training_config(preset, flags, storage=storage, config=config or ())
-    if resume and name is None:
-        raise ConfigError("--resume needs --name, the run to continue")
+    unique_name = run_name(name, preset, merged.cluster.storage, resume=resume, what="run")
     if dry_run:
         from raypp.experiments.estimate import estimate_training
         from raypp.experiments.run_folder import ensure_free, validate_name
@@ -91,8 +90,7 @@ def train(
                 ensure_free(folder, name)
         print_plan(merged.to_yaml(), estimate_training(merged), json=json)
         return
-    name = new_name(preset, merged.cluster.storage) if name is None else name
-    run = api.train_config(merged, name, resume=resume, ray=ray, quiet=quiet or json)
+    run = api.train_config(merged, unique_name, resume=resume, ray=ray, quiet=quiet or json)
     print_run(run, json=json, quiet=quiet)
     if not quiet and not json and chance_error(run.values["test"]) is None:
         print_next_steps((f"raypp attack {shown_path(run.path)}", "attack the bundle"))
@@ -251,8 +249,6 @@ def tune(
     """
     from raypp import api
 
-    if resume and name is None:
-        raise ConfigError("--resume needs --name, the search to continue")
     preset, flags = preset_and_flags(preset, settings)
     if dry_run:
         from raypp.experiments.estimate import estimate_search

@@ -240,7 +240,7 @@ def _merge_with_stored(
     new, old = card["attacks"], stored["attacks"]
     from_stored = {name for name, result in old.items() if _is_stronger(result, new.get(name))}
     attacks = new | {name: result for name, result in old.items() if name in from_stored or name not in new}
-    # The smaller card's results of its own attacks stay valid; the baselines are those of the card with more queries.
+    # The results of the smaller card's attacks stay valid; the baselines are those of the card with more queries.
     stored_is_larger = card["num_queries"] < stored["num_queries"]
     base, other = (stored, card) if stored_is_larger else (card, stored)
     merged = other | base | {"attacks": attacks} | headline(attacks, at_chance=card["at_chance"] is not None)

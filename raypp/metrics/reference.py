@@ -5,6 +5,9 @@ All images are float N x C x H x W in [0, 1].
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,13 +31,12 @@ def ssim_lab(a: Tensor, b: Tensor) -> Tensor:
     return _ssim(a, b)
 
 
-def _ssim(a: Tensor, b: Tensor, **options: object) -> Tensor:
+def _ssim(a: Tensor, b: Tensor, **options: Any) -> Tensor:
     from skimage.metrics import structural_similarity
 
     return _each(lambda x, y: structural_similarity(x, y, data_range=1, channel_axis=0, **options), a, b)
 
 
-def _each(metric: object, a: Tensor, b: Tensor) -> Tensor:
-    assert callable(metric)
+def _each(metric: Callable[[np.ndarray, np.ndarray], Any], a: Tensor, b: Tensor) -> Tensor:
     pairs = zip(a.double().cpu().numpy(), b.double().cpu().numpy(), strict=True)
     return torch.tensor([float(metric(x, y)) for x, y in pairs], dtype=torch.float32, device=a.device)
