@@ -16,7 +16,7 @@ from raypp.config.validation import validate
 from raypp.data.base import ImageDataset, stratified_split
 from raypp.data.loader import inference_batch_size, to_device, to_float_tensor
 from raypp.data.splits import load_split
-from raypp.metrics.image import psnr, ssim, use_backend
+from raypp.metrics.image import MIN_SIDE, psnr, ssim, use_backend
 from raypp.metrics.statistics import wilson_interval
 from raypp.protections.base import Protection
 from raypp.utils.errors import BundleError, ConfigError, DataError
@@ -24,7 +24,6 @@ from raypp.utils.images import jpeg_roundtrip, to_uint8
 from raypp.utils.storage import Storage
 
 Metrics = dict[str, Any]
-MIN_SSIM_SIDE = 11  # pixels
 SPLITS = ("test", "val", "train")
 
 
@@ -93,7 +92,7 @@ def _evaluate_batch(
         "num_saturated": ((upload == 0) | (upload == 255)).flatten(1).sum(1),
         "num_values": torch.full((len(upload),), upload[0].numel()),
     }
-    if min(plain.shape[-2:]) >= MIN_SSIM_SIDE:
+    if min(plain.shape[-2:]) >= MIN_SIDE:
         results["ssim"] = ssim(original, protected)
     if jpeg is not None:
         pixels = jpeg_roundtrip(upload.permute(0, 2, 3, 1).cpu().numpy(), jpeg)

@@ -8,11 +8,13 @@ from typing import Any
 from raypp.evaluation.output import as_png, new_figure, styled
 from raypp.evaluation.report.figures import COLORS
 from raypp.evaluation.report.source import Source, distinct_labels
+from raypp.evaluation.scorecard import AMBER, RED
 
+WEAK, BROKEN = 100 * AMBER, 100 * RED
 BANDS = (
-    ("holds", 0, 5, "holds: below 5%"),
-    ("weak", 5, 20, "weak: 5 to 20%"),
-    ("broken", 20, 105, "broken: above 20%"),
+    ("holds", 0, WEAK, f"holds: below {WEAK:g}%"),
+    ("weak", WEAK, BROKEN, f"weak: {WEAK:g} to {BROKEN:g}%"),
+    ("broken", BROKEN, 105, f"broken: above {BROKEN:g}%"),
 )
 CHARACTER, LINE = 5.2, 12.0  # width and height of a label's text in points
 NEUTRAL = "#444444"
