@@ -34,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "tanaka": {"name": "tanaka"},
     "ele": {"name": "ele"},
     "pixel": {"name": "pixel"},
-    "pixel, colour shuffle": {"name": "pixel", "colour_shuffle": True},
+    "pixel, colour shuffle": {"name": "pixel", "shuffle_color_channels": True},
     "pixel, key per image": {"name": "pixel", "keys": "per_image"},
     "etc": {"name": "etc"},
     "learned, width 16": {"name": "learned", "width": 16, "depth": 3},
@@ -101,7 +101,7 @@ def ele() -> PerImage:
     return protect
 
 
-def pixel(colour_shuffle: bool) -> PerImage:
+def pixel(shuffle_color_channels: bool) -> PerImage:
     inverted = KEY.bits(f"pixel inversions {SIZE}", SIDE * SIDE * 3).reshape(SIDE, SIDE, 3)
     colours = KEY.integers(f"pixel colours {SIZE}", SIDE * SIDE, 6).reshape(SIDE, SIDE)
     orders = [list(order) for order in permutations(range(3))]
@@ -110,7 +110,7 @@ def pixel(colour_shuffle: bool) -> PerImage:
         protected = np.empty_like(image)
         for y, x in product(range(SIDE), range(SIDE)):
             value = image[y, x]
-            if colour_shuffle:
+            if shuffle_color_channels:
                 value = value[orders[colours[y, x]]]
             protected[y, x] = np.where(inverted[y, x], 255 - value, value)
         return protected

@@ -41,7 +41,7 @@ class ArrayTarget:
     classifier: Any = None
     key_generator: Callable[[], Any] | None = None
     keys: dict[int | None, Any] = field(default_factory=dict)
-    """Keys by the attacker's number; None is the victim's."""
+    """Keys by the attacker's number; None is the target's."""
 
     @property
     def name(self) -> str:
@@ -50,7 +50,7 @@ class ArrayTarget:
         return str(name).rpartition(".")[2].strip("<>") or "function"
 
     def protect_with(self, number: int | None, device: torch.device) -> ImageMap:
-        """The protection under the victim's key (None) or a key of the attacker, as a map of uint8 tensors."""
+        """The protection under the target's key (None) or a key of the attacker, as a map of uint8 tensors."""
         call = self.protection
         if self.key_generator is not None:
             if number not in self.keys:

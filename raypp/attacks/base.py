@@ -38,7 +38,7 @@ class Threat(Enum):
     T0 = "nothing but protected images"
     T1 = "plain images of the same kind, unpaired"
     T2 = "the algorithm, with the attacker's own keys"
-    T3 = "some plain images and their protected ones under the victim's key"
+    T3 = "some plain images and their protected ones under the target's key"
     T4 = "protected versions of images of the attacker's choice"
     T5 = "the protection itself, with gradients"
 
@@ -63,7 +63,7 @@ class AttackerKnowledge:
         ciphertexts: returns plain images uint8 (N, C, H, W) and their classes (N,), then protected images uint8
             (M, C', H', W') of different originals and their classes (M,) (T1).
         fresh: returns the algorithm under a key of the attacker, a different one for each number (T2).
-        pairs: plain and protected images under the victim's key, uint8 (N, C, H, W) and (N, C, H', W') (T3).
+        pairs: plain and protected images under the target's key, uint8 (N, C, H, W) and (N, C, H', W') (T3).
         protect: the target's protection as an oracle (T4).
         gradients: the differentiable protection, from and to float (N, C, H, W) in [0, 1] (T5).
         gallery: plain images that may contain the originals, uint8 (M, C, H, W).

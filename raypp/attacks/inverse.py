@@ -199,7 +199,7 @@ class ITN(InverseAttack):
 
         name: Literal["itn"] = "itn"
         depth: int = Field(4, ge=1, le=6)
-        standardise: bool = False
+        standardize: bool = False
         places: int = Field(0, ge=0, le=256)
         smooth: bool = False
         loss: Literal["l1", "mse"] = "mse"
@@ -224,7 +224,7 @@ class InverseOwnKeys(InverseAttack):
 
     class Options(InverseBaseConfig):
         name: Literal["inverse_own_keys"] = "inverse_own_keys"
-        standardise: bool = False  # a position's mean under one key is useless under another
+        standardize: bool = False  # a position's mean under one key is useless under another
 
     threat: ClassVar[Threat] = Threat.T2
     needs: ClassVar[tuple[str, ...]] = ("images", "fresh")

@@ -37,7 +37,7 @@ class InverseNetwork(nn.Module):
     Args:
         shape: (C, H, W) of plain images.
         protected: (C', H', W') of protected ones.
-        options: ``width``, ``depth``, ``standardise``, ``places``, ``patch`` and ``smooth``.
+        options: ``width``, ``depth``, ``standardize``, ``places``, ``patch`` and ``smooth``.
         num_classes: with more than 0, each image's class is an input.
     """
 
@@ -52,9 +52,9 @@ class InverseNetwork(nn.Module):
         self.resized = size_mismatch(size, self.size)
         size = list(self.size) if self.resized else size
         self.register_buffer("protected", torch.tensor(protected))  # the state dict alone suffices to build the network
-        num_features = channels * 2 if options.standardise else channels
-        self.standardise = options.standardise
-        if self.standardise:
+        num_features = channels * 2 if options.standardize else channels
+        self.standardize = options.standardize
+        if self.standardize:
             self.register_buffer("mean", torch.zeros(1, num_features, *size))
             self.register_buffer("std", torch.ones(1, num_features, *size))
         self.places = nn.Parameter(torch.randn(1, options.places, *size) * 0.1) if options.places else None
@@ -65,7 +65,7 @@ class InverseNetwork(nn.Module):
     @torch.no_grad()
     def fit_normalization(self, protected: Tensor) -> None:
         """Set mean and standard deviation of every position from protected images uint8 (N, C', H', W')."""
-        if self.standardise:
+        if self.standardize:
             features = self._with_logits(self._resize(protected.float() / 255))
             min_std = features.new_tensor(MIN_STD).repeat_interleave(features.shape[1] // 2)[None, :, None, None]
             self.mean.copy_(features.mean(0, keepdim=True))
@@ -83,7 +83,7 @@ class InverseNetwork(nn.Module):
 
     def forward(self, protected: Tensor, labels: Tensor | None = None) -> Tensor:
         x = self._resize(protected)
-        if self.standardise:
+        if self.standardize:
             x = ((self._with_logits(x) - self.mean) / self.std).clamp(-MAX_ZSCORE, MAX_ZSCORE)
         inputs = [x]
         if self.places is not None:
@@ -164,7 +164,7 @@ class InverseBaseConfig(TrainedOptions):
     patch: int = Field(1, ge=1, le=16)
     """Side of the pixel patches that become channels of the U-Net's input; 2 takes a fourth of the time, for a weaker
     attack."""
-    standardise: bool = True
+    standardize: bool = True
     """Standardize each protected value and its logit by mean and standard deviation at their position. This amplifies
     the small differences between protected images that look alike."""
     places: int = Field(8, ge=0, le=256)

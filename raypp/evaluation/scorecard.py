@@ -19,7 +19,7 @@ from raypp.metrics.retrieval import reidentify
 from raypp.metrics.statistics import bootstrap_interval
 
 MAX_PSNR = 60.0  # dB: an exact reconstruction would make a mean infinite
-AMBER, RED = 0.05, 0.20
+WEAK_RATE, BROKEN_RATE = 0.05, 0.20
 MIN_QUERIES = 200  # attacked images; with fewer, chance alone moves a rate across a threshold
 MIN_RISE = 0.01  # of SSIM or re-identification rate, between the last two points of a rising curve
 RATES = ("reidentified", "reidentified_edges", "reidentified_top5", "reidentified_same_class", "accuracy")
@@ -164,9 +164,9 @@ def verdict(rate: float, num_queries: int, *, lower_bound: bool, at_chance: bool
         return INCONCLUSIVE, "the classifier's accuracy is at chance"
     if num_queries < MIN_QUERIES:
         return INCONCLUSIVE, f"{num_queries} images were attacked, a verdict needs {MIN_QUERIES}"
-    if lower_bound and rate <= RED:
+    if lower_bound and rate <= BROKEN_RATE:
         return INCONCLUSIVE, "its score is a lower bound: a stronger attack may re-identify more"
-    return ("holds" if rate < AMBER else "weak" if rate <= RED else "broken"), ""
+    return ("holds" if rate < WEAK_RATE else "weak" if rate <= BROKEN_RATE else "broken"), ""
 
 
 def is_rising(curve: list[dict[str, float]]) -> bool:

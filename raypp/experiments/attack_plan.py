@@ -26,7 +26,7 @@ from raypp.utils.registry import suggest
 from raypp.utils.storage import Storage
 
 SUITE, SCORECARD, SCORES, EXAMPLES = "suite.yaml", "scorecard.json", "scores.csv", "examples.safetensors"
-REFERENCE_CLASSIFIER = "judge"
+REFERENCE_CLASSIFIER = "reference_classifier"
 """Folder of the reference classifier, and its name among the jobs of a run."""
 FIXED_ON_RESUME = ("seed", "num_queries", "num_images", "curve", "reference_epochs")
 """Settings of a suite that a resumed run cannot change."""
@@ -51,11 +51,11 @@ class AttackPlan:
         """Plain data from which :func:`restore_attack_plan` rebuilds the plan in another process."""
         suite = self.suite.model_dump(mode="json")
         suite["attacks"] = {o.name: o.model_dump(mode="json", exclude={"name"}) for o in self.suite.attacks}
-        return {"victim": self.spec.model_dump(mode="json"), "suite": suite, "storage": self.storage.uri}
+        return {"target": self.spec.model_dump(mode="json"), "suite": suite, "storage": self.storage.uri}
 
 
 def restore_attack_plan(dumped: dict[str, Any], arrays: ArrayTarget | None = None) -> AttackPlan:
-    spec = TargetSpec.model_validate(dumped["victim"])
+    spec = TargetSpec.model_validate(dumped["target"])
     return AttackPlan(spec, Suite.model_validate(dumped["suite"]), Storage(dumped["storage"]), arrays)
 
 
@@ -186,7 +186,7 @@ def open_attack_plan(plan: AttackPlan, *, resume: bool) -> Iterator[tuple[Attack
     with lock(storage, f"the attack run {storage.uri}"):
         stored: dict[str, Any] = {}
         if resume:
-            stored = read_checked(storage, SUITE, "victim", "suite")
+            stored = read_checked(storage, SUITE, "target", "suite")
             _check_resumable(storage, stored, dumped)
             dumped["suite"]["attacks"] = stored["suite"]["attacks"] | dumped["suite"]["attacks"]
             plan = restore_attack_plan(dumped, plan.arrays)
@@ -206,7 +206,7 @@ def _check_resumable(storage: Storage, stored: dict[str, Any], new: dict[str, An
     """Raise StorageError for the first setting that differs from the stored run."""
     old_attacks, new_attacks = stored["suite"]["attacks"], new["suite"]["attacks"]
     settings = [
-        ("target", _comparable_target(stored["victim"]), _comparable_target(new["victim"])),
+        ("target", _comparable_target(stored["target"]), _comparable_target(new["target"])),
         *((key, stored["suite"].get(key), new["suite"][key]) for key in FIXED_ON_RESUME),
         *((name, old_attacks[name], options) for name, options in new_attacks.items() if name in old_attacks),
     ]

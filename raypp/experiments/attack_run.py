@@ -1,10 +1,10 @@
 """Run every attack of a suite against one target. Each attack can be resumed; the scorecard has all results.
 
-NAME/suite.yaml           settings: target, suite, source of the images
-NAME/attacks/ATTACK/      per attack: training checkpoints, network.safetensors, estimates.safetensors, result.json
-NAME/judge/               the reference classifier, where one is trained
-NAME/scorecard.json       all measurements; scores.csv lists them per image
-NAME/examples.safetensors pictures for reports
+NAME/suite.yaml             settings: target, suite, source of the images
+NAME/attacks/ATTACK/        per attack: training checkpoints, network.safetensors, estimates.safetensors, result.json
+NAME/reference_classifier/  the reference classifier, where one is trained
+NAME/scorecard.json         all measurements; scores.csv lists them per image
+NAME/examples.safetensors   pictures for reports
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _run_attack(plan: AttackPlan, name: str, display: ProgressListener, target: 
     start = time.monotonic()
     kind, options = ATTACKS.get(name), plan.suite.options(name)
     result = attack_plan.describe_attack(name)
-    result |= {"options": options.model_dump(mode="json"), "victim": target.fingerprint}
+    result |= {"options": options.model_dump(mode="json"), "target": target.fingerprint}
     try:
         attack: Attack = kind(options, _with_earlier_networks(plan, name, target.access), seed=plan.suite.seed)
         history: list[EpochMetrics] = []

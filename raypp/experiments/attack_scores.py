@@ -57,7 +57,7 @@ def _write_scorecard(plan: AttackPlan, target: Target, failures: dict[str, str])
                 for key in ("ssim_invariant", "edges", "reidentified")
             )
     card = {
-        "victim": target.name,
+        "target": target.name,
         "label": target.label,
         "keyed": target.access.fresh is not None,
         "num_queries": len(target.plain),
@@ -121,7 +121,7 @@ def _examples(plan: AttackPlan, target: Target, attack_scores: dict[str, Scores]
         estimates = _load_estimates(plan, name)
         first = torch.arange(min(NUM_EXAMPLES, len(estimates)))
         best = scores["ssim_invariant"].argsort(descending=True)[:NUM_EXAMPLES]
-        for group, indices in (("first", first), ("worst", best)):
+        for group, indices in (("first", first), ("best", best)):
             on_device = indices.to(target.plain.device)
             tensors[f"{name}/{group}/plain"] = target.plain[on_device].cpu()
             tensors[f"{name}/{group}/protected"] = target.protected[on_device].cpu()
@@ -156,7 +156,7 @@ def headline(attacks: dict[str, Any], *, at_chance: bool) -> dict[str, Any]:
 
     strongest = strongest_attack(attacks)
     reconstruction = strongest_attack({name: a for name, a in attacks.items() if ATTACKS.get(name).draws})
-    is_broken = strongest is not None and attacks[strongest]["reidentification_rate"] > scorecard.RED
+    is_broken = strongest is not None and attacks[strongest]["reidentification_rate"] > scorecard.BROKEN_RATE
     return {
         "strongest_attack": strongest,
         "strongest_reconstruction": reconstruction,

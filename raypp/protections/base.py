@@ -77,11 +77,11 @@ class Protection(nn.Module):
         """Simulate the upload in training: what the classifier receives, N x C x H x W in [0, 1]; differentiable."""
         return protected
 
-    def companion(self, num_classes: int) -> nn.Module | None:
+    def build_auxiliary_networks(self, num_classes: int) -> nn.Module | None:
         """Build auxiliary networks that train with the protection and are then discarded, such as a discriminator.
 
         Their ``forward(plain, protected, features, labels)`` returns a loss that is added to the classifier's. If the
-        attribute ``takes_features`` is true, they compare images in the feature network, in place of Eq. 4's distance.
+        attribute ``uses_feature_loss`` is true, their own feature loss replaces Eq. 4's distance.
         """
         return None
 

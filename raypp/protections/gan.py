@@ -70,7 +70,7 @@ class GAN(Protection):
     def uses_features(cls, options: Any, alpha: float) -> bool:
         return bool(options.perceptual > 0)
 
-    def companion(self, num_classes: int) -> nn.Module:
+    def build_auxiliary_networks(self, num_classes: int) -> nn.Module:
         return Adversary(self.options, self.channels)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class GAN(Protection):
 class Adversary(nn.Module):
     """A patch discriminator between encrypted and generated images (hinge loss), and the generator's other losses."""
 
-    takes_features = True
+    uses_feature_loss = True
 
     def __init__(self, options: GAN.Options, channels: int) -> None:
         super().__init__()

@@ -141,7 +141,7 @@ class Learned(Protection):
         encoded = jpeg(protected[:num_encoded], int(torch.randint(lowest, 101, ())))
         return torch.cat((encoded, protected[num_encoded:]))
 
-    def companion(self, num_classes: int) -> nn.Module | None:
+    def build_auxiliary_networks(self, num_classes: int) -> nn.Module | None:
         adversary, code = self.options.adversary, self.options.code
         has_guides = code is not None and code.guide > 0
         return AuxiliaryNetworks(self, num_classes) if adversary is not None or has_guides else None
@@ -213,7 +213,7 @@ class Bottleneck(nn.Module):
 class AuxiliaryNetworks(nn.Module):
     """The auxiliary networks of a learned protection: the live inverse network, the guides of its code, or both."""
 
-    takes_features = False
+    uses_feature_loss = False
 
     def __init__(self, protection: Learned, num_classes: int) -> None:
         super().__init__()

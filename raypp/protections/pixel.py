@@ -28,15 +28,15 @@ class Pixel(Cipher):
         name: Literal["pixel"] = "pixel"
         keys: Literal["common", "per_image"] = "common"
         """``common``: one key for all images. ``per_image``: a fresh key for every image, which is not stored."""
-        colour_shuffle: bool = False
+        shuffle_color_channels: bool = False
         """Also permute the colors of each pixel."""
         parity: int | None = Field(None, ge=0, lt=2**32)
         """Draw the inversions from this seed as published code does, for comparison. Not a secret key."""
 
         @model_validator(mode="after")
         def _check_combination(self) -> Self:
-            if self.parity is not None and self.colour_shuffle:
-                raise ValueError("parity has no colour_shuffle: the published code has none")
+            if self.parity is not None and self.shuffle_color_channels:
+                raise ValueError("parity has no shuffle_color_channels: the published code has none")
             if self.parity is not None and self.keys == "per_image":
                 raise ValueError("parity is one seed for all images; allowed with keys 'common' only")
             if self.key_file is not None and self.keys == "per_image":
@@ -49,8 +49,8 @@ class Pixel(Cipher):
 
     @classmethod
     def problem(cls, options: Any, channels: int) -> str | None:
-        if options.colour_shuffle and channels != 3:
-            return f"protection.colour_shuffle needs data.channels 3, not {channels}"
+        if options.shuffle_color_channels and channels != 3:
+            return f"protection.shuffle_color_channels needs data.channels 3, not {channels}"
         return None
 
     @classmethod
@@ -64,7 +64,7 @@ class Pixel(Cipher):
             inverted = np.random.RandomState(self.options.parity).randint(0, 2, size=(height, width, self.channels))
             return None, (inverted.ravel() * 255).astype(np.uint8)
         mask = self.key.bits(f"pixel inversions {size}", num) * np.uint8(255)
-        if not self.options.colour_shuffle:
+        if not self.options.shuffle_color_channels:
             return None, mask
         orders = CHANNEL_ORDERS[self.key.integers(f"pixel colours {size}", height * width, len(CHANNEL_ORDERS))]
         return (np.arange(height * width)[:, None] * 3 + orders).ravel(), mask
@@ -76,7 +76,7 @@ class Pixel(Cipher):
         key = Key.generate()  # its stream is longer than the batch, so every image has different bits
         mask = torch.from_numpy(key.bits("inversions", images.numel()) * np.uint8(255)).to(images.device)
         orders = None
-        if self.options.colour_shuffle:
+        if self.options.shuffle_color_channels:
             orders = torch.from_numpy(key.integers("colours", images.numel() // 3, len(CHANNEL_ORDERS)))
         return self._apply_table(images, self._table_per_image(images, mask, orders))
 
@@ -91,7 +91,11 @@ class Pixel(Cipher):
         if self.options.keys == "common":
             return self.table(images)
         mask = torch.randint(0, 2, (images.numel(),), dtype=torch.uint8, device=images.device) * 255
-        orders = torch.randint(0, len(CHANNEL_ORDERS), (images.numel() // 3,)) if self.options.colour_shuffle else None
+        orders = (
+            torch.randint(0, len(CHANNEL_ORDERS), (images.numel() // 3,))
+            if self.options.shuffle_color_channels
+            else None
+        )
         return self._table_per_image(images, mask, orders)
 
     def _table_per_image(self, images: Tensor, mask: Tensor, orders: Tensor | None) -> Table:

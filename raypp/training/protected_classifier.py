@@ -55,7 +55,7 @@ class ProtectedClassifier(TrainableModule):
         features: phi_k of Eq. 6, or None without a feature distance.
         alpha: weight of the feature distance.
         frozen: keep the classifier's weights fixed, in evaluation mode.
-        companion: auxiliary networks that train with the protection, see ``Protection.companion``.
+        auxiliary_networks: train with the protection, see ``Protection.build_auxiliary_networks``.
         inputs_are_protected: training images are protected already, so the protection does not train.
     """
 
@@ -68,11 +68,16 @@ class ProtectedClassifier(TrainableModule):
         features: nn.Module | None,
         alpha: float,
         frozen: bool,
-        companion: nn.Module | None = None,
+        auxiliary_networks: nn.Module | None = None,
         inputs_are_protected: bool = False,
     ) -> None:
         super().__init__()
-        self.companion, self.protection, self.classifier, self.features = companion, protection, classifier, features
+        self.auxiliary, self.protection, self.classifier, self.features = (
+            auxiliary_networks,
+            protection,
+            classifier,
+            features,
+        )
         self.alpha, self.frozen, self.inputs_are_protected = alpha, frozen, inputs_are_protected
         if frozen:
             classifier.requires_grad_(False)
@@ -96,14 +101,14 @@ class ProtectedClassifier(TrainableModule):
         logits = self.classifier(received).float()
         classification = classification_loss(logits, labels)
         loss, distance = classification, torch.zeros_like(classification)
-        if self.features is not None and (self.companion is None or not self.companion.takes_features):
+        if self.features is not None and (self.auxiliary is None or not self.auxiliary.uses_feature_loss):
             with torch.no_grad():
                 target = self.features(images)
             distance = feature_distance(self.features(protected), target)
             loss = transformation_loss(classification, distance, self.alpha)
         # Validation leaves it out: an adversary's loss is not comparable between epochs.
-        if self.companion is not None and self.training:
-            loss = loss + self.companion(images, protected, self.features, labels)
+        if self.auxiliary is not None and self.training:
+            loss = loss + self.auxiliary(images, protected, self.features, labels)
         if isinstance(self.classifier, AdaptedClassifier) and (penalty := self.classifier.penalty()) is not None:
             loss = loss + penalty
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
@@ -156,6 +161,6 @@ def build_protected_classifier(
         features,
         config.train.alpha,
         frozen,
-        protection.companion(num_classes),
+        protection.build_auxiliary_networks(num_classes),
         inputs_are_protected=protection.augment == "after",
     )

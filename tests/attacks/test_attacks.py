@@ -25,7 +25,7 @@ from raypp.utils.keys import Key
 SHARED = ROOT.parent / "shared" / "data" / "cifar10" / "test-00000-of-00001.parquet"
 CIPHERS: list[tuple[str, dict[str, Any]]] = [
     ("pixel", {}),
-    ("pixel", {"colour_shuffle": True}),
+    ("pixel", {"shuffle_color_channels": True}),
     ("tanaka", {}),
     ("ele", {}),
     ("etc", {}),
@@ -183,7 +183,7 @@ def test_feature_reconstruction_shows_the_edges_of_pixel_based_images(photos: Te
 
 
 def test_minimum_difference_restores_pictures_whose_neighbours_are_alike(photos: Tensor) -> None:
-    protection = victim("pixel", colour_shuffle=True)
+    protection = victim("pixel", shuffle_color_channels=True)
     attack = build("minimum_difference", AttackerKnowledge((3, 32, 32)))
     attack.prepare()
     ramp = torch.stack([torch.arange(32).repeat(32, 1) * s + o for s, o in ((1, 20), (1, 60), (1, 90))]).to(torch.uint8)
@@ -221,7 +221,7 @@ def brute_force(protected: np.ndarray) -> np.ndarray:
 
 
 def test_minimum_difference_is_its_description(photos: Tensor) -> None:
-    protected = victim("pixel", colour_shuffle=True).protect(photos[:2, :, :10, :12])
+    protected = victim("pixel", shuffle_color_channels=True).protect(photos[:2, :, :10, :12])
     estimates = build("minimum_difference", AttackerKnowledge((3, 10, 12))).reconstruct(protected)
     for image, estimate in zip(protected, estimates, strict=True):
         expected = brute_force(image.permute(1, 2, 0).numpy())

@@ -109,7 +109,7 @@ CIPHERS: dict[str, tuple[str, dict[str, bool], tuple[float, float, float]]] = {
     "LE": ("tanaka", {}, (8.66, 0.006, 0.011)),
     "ELE": ("ele", {}, (8.82, 0.010, 0.011)),
     "PE": ("pixel", {}, (9.45, 0.040, 0.046)),
-    "PE with colours shuffled": ("pixel", {"colour_shuffle": True}, (9.46, 0.032, 0.038)),
+    "PE with colours shuffled": ("pixel", {"shuffle_color_channels": True}, (9.46, 0.032, 0.038)),
 }
 
 

@@ -221,7 +221,7 @@ def test_a_damaged_file_of_a_run_is_named(attacked: tuple[Path, Path, dict[str, 
         StorageError, match=r"feature_reconstruction/result.json is damaged .*; delete it, and --resume"
     ):
         attack(again, resume=True)
-    (run_folder / "suite.yaml").write_text("victim: [")
+    (run_folder / "suite.yaml").write_text("target: [")
     with pytest.raises(StorageError, match=r"suite\.yaml is damaged: "):
         attack(again, resume=True)
 
@@ -730,14 +730,14 @@ def test_the_report_is_one_page_that_needs_nothing_else(
     assert f"{card['reidentification_rate']:.1%}" in page
     pictures = sorted((tmp_path / "report" / "figures").glob("*.png"))
     assert {p.stem.rstrip("_12") for p in pictures} == {
-        "protected", "front", "estimates", "boxes", "worst", "curves",
+        "protected", "front", "estimates", "boxes", "best", "curves",
     }  # fmt: skip
     for path in pictures:
         with Image.open(path) as picture:
             assert np.asarray(picture.convert("RGB")).std() > 5, path
     rows = list(csv.DictReader(io.StringIO((tmp_path / "report" / "report.csv").read_text())))
     assert {row["attack"] for row in rows} >= {"inverse", "baseline: mean image"}
-    assert len(json.loads((tmp_path / "report" / "report.json").read_text())["victims"]) == 2
+    assert len(json.loads((tmp_path / "report" / "report.json").read_text())["targets"]) == 2
 
 
 def test_a_report_of_nothing_is_refused(trained: Trained, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ REVERSIBLE: list[tuple[str, dict[str, Any]]] = [
     ("etc", {}),
     ("etc", {"block": 7}),
     ("pixel", {}),
-    ("pixel", {"colour_shuffle": True}),
+    ("pixel", {"shuffle_color_channels": True}),
     ("pixel", {"parity": 0}),
 ]
 KEY = Key(bytes(range(32)))
@@ -57,7 +57,7 @@ def test_unprotect_gives_back_every_value(
     case: tuple[str, dict[str, Any]], size: tuple[int, int], num: int, channels: int, secret: bytes
 ) -> None:
     name, options = case
-    if options.get("colour_shuffle"):
+    if options.get("shuffle_color_channels"):
         channels = 3
     protection = build(name, options, Key(secret), channels)
     images = pictures(num, num, *size, channels)
@@ -178,7 +178,7 @@ def test_pixel_commutes_with_shift_and_flip(move: Callable[[Tensor], Tensor]) ->
             colours = (index.reshape(-1, 3) % 3)[pixels]
             return (np.arange(height * width)[:, None] * 3 + colours).ravel(), mask.reshape(-1, 3)[pixels].ravel()
 
-    options = Pixel.Options(colour_shuffle=True)
+    options = Pixel.Options(shuffle_color_channels=True)
     images = pictures(6, 2, 32, 32)
     moved_after = move(Pixel(options, key=KEY).protect(images))
     assert torch.equal(Moved(options, key=KEY).protect(move(images)), moved_after)
@@ -194,9 +194,9 @@ def test_pixel_with_parity_is_the_published_cipher() -> None:
     np.testing.assert_array_equal(protected, expected)
 
 
-@pytest.mark.parametrize("colour_shuffle", [False, True])
-def test_pixel_without_key_management_draws_a_key_for_every_image(colour_shuffle: bool) -> None:
-    options = {"keys": "per_image", "colour_shuffle": colour_shuffle}
+@pytest.mark.parametrize("shuffle_color_channels", [False, True])
+def test_pixel_without_key_management_draws_a_key_for_every_image(shuffle_color_channels: bool) -> None:
+    options = {"keys": "per_image", "shuffle_color_channels": shuffle_color_channels}
     protection = build("pixel", options)
     image = pictures(8, 1, 16, 16)
     protected = protection.protect(image.repeat(8, 1, 1, 1))
@@ -205,7 +205,7 @@ def test_pixel_without_key_management_draws_a_key_for_every_image(colour_shuffle
 
     def unsigned(batch: Tensor) -> Tensor:
         both = torch.minimum(batch, 255 - batch)
-        return both.sort(1).values if colour_shuffle else both
+        return both.sort(1).values if shuffle_color_channels else both
 
     assert torch.equal(unsigned(protected), unsigned(image.repeat(8, 1, 1, 1)))  # nothing but signs and colours changed
     with pytest.raises(ValueError, match="the keys are not stored"):
@@ -219,7 +219,7 @@ def test_pixel_without_key_management_draws_a_key_for_every_image(colour_shuffle
 @pytest.mark.parametrize(
     "options",
     [
-        {"parity": 1, "colour_shuffle": True},
+        {"parity": 1, "shuffle_color_channels": True},
         {"parity": 1, "keys": "per_image"},
         {"keys": "per_image", "key_file": "k"},
     ],
@@ -246,7 +246,7 @@ def test_the_adversary_of_gan_reaches_each_network_with_its_own_loss_only() -> N
         torch.manual_seed(0)
         options = GAN.Options(width=4, num_blocks=1, adversarial=adversarial, pixel=0.0, perceptual=0.0)
         generator = GAN(options)
-        adversary = generator.companion(10)
+        adversary = generator.build_auxiliary_networks(10)
         plain = torch.rand(2, 3, 16, 16)
         adversary(plain, generator(plain), None, torch.zeros(2, dtype=torch.int64)).backward()
         return {n: p.grad for n, p in adversary.named_parameters() if p.grad is not None}, generator
@@ -269,7 +269,7 @@ def test_the_live_inverse_network_lowers_what_the_protection_raises() -> None:
         """Of the adversary and of the protection."""
         torch.manual_seed(0)
         protection = learned(**options)
-        adversary = protection.companion(10)
+        adversary = protection.build_auxiliary_networks(10)
         assert adversary is not None
         plain = torch.rand(3, 3, 16, 16)
         adversary(plain, protection(plain), None, torch.zeros(len(plain), dtype=torch.int64)).backward()
@@ -290,7 +290,7 @@ def test_the_live_inverse_network_lowers_what_the_protection_raises() -> None:
     # A step of the protection along its gradient makes the attacker's error larger.
     torch.manual_seed(0)
     protection = learned(clip=1.0)
-    adversary = protection.companion(10)
+    adversary = protection.build_auxiliary_networks(10)
     assert adversary is not None
     plain = torch.rand(8, 3, 16, 16)
     before = adversary(plain, protection(plain), None, torch.zeros(len(plain), dtype=torch.int64))
@@ -358,19 +358,19 @@ def test_a_code_is_whole_numbers_and_passes_gradients_on(encoder: dict[str, int]
 def test_the_guide_of_a_code_classifies_what_enters_and_what_leaves_it(encoder: dict[str, int] | None) -> None:
     """It adds the cross-entropy of two linear classifiers, and nothing else."""
     protection = with_code(guide=0.5, encoder=encoder)
-    companion = protection.companion(10)
-    assert isinstance(companion, AuxiliaryNetworks)
+    auxiliary_networks = protection.build_auxiliary_networks(10)
+    assert isinstance(auxiliary_networks, AuxiliaryNetworks)
     plain, labels = torch.rand(16, 3, 16, 16), torch.arange(16) % 10
     protected = protection(plain)
     code = protection.unet.middle
     assert isinstance(code, Bottleneck)
     last = code.last
     assert last is not None
-    loss = companion(plain, protected, None, labels)
+    loss = auxiliary_networks(plain, protected, None, labels)
     assert code.last is None
-    assert companion.guides is not None
+    assert auxiliary_networks.guides is not None
     expected = torch.zeros(())
-    for guide, guide_input in zip(companion.guides, last, strict=True):
+    for guide, guide_input in zip(auxiliary_networks.guides, last, strict=True):
         weights = guide.state_dict()
         logits = guide_input @ weights["weight"].t() + weights["bias"]
         expected = expected - 0.5 * logits.log_softmax(1)[torch.arange(16), labels].mean()
@@ -379,7 +379,7 @@ def test_the_guide_of_a_code_classifies_what_enters_and_what_leaves_it(encoder: 
     assert len(encoding(protection)) > 10
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in encoding(protection).values())
     assert not any("guide" in name for name in protection.state_dict())
-    assert with_code().companion(10) is None
+    assert with_code().build_auxiliary_networks(10) is None
 
 
 def test_an_attacker_gets_the_whole_gradient_and_training_a_share_of_it() -> None:
@@ -432,8 +432,8 @@ def test_a_code_of_classes_has_an_image_for_each_class() -> None:
 
 def test_a_class_is_led_by_its_guide_alone_and_numbers_lead_no_encoder() -> None:
     protection = with_code(guide=1.0, classes=10, encoder={"width": 4})
-    companion = protection.companion(10)
-    assert isinstance(companion, AuxiliaryNetworks)
+    auxiliary_networks = protection.build_auxiliary_networks(10)
+    assert isinstance(auxiliary_networks, AuxiliaryNetworks)
     plain, labels = torch.rand(16, 3, 16, 16), torch.arange(16) % 10
     protected = protection(plain)
     code = protection.unet.middle
@@ -445,7 +445,7 @@ def test_a_class_is_led_by_its_guide_alone_and_numbers_lead_no_encoder() -> None
     assert all(p.grad is None or not p.grad.any() for n, p in encoding(protection).items() if "narrow" not in n)
     assert code.classify.weight.grad is None
     (expected,) = torch.autograd.grad(F.cross_entropy(logits, labels), code.classify.weight, retain_graph=True)
-    companion(plain, protected, None, labels).backward()
+    auxiliary_networks(plain, protected, None, labels).backward()
     assert all(p.grad is not None and p.grad.any() for p in encoding(protection).values())
     torch.testing.assert_close(code.classify.weight.grad, expected)
 

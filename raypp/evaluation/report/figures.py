@@ -119,7 +119,7 @@ def best_recovered_tiles(source: Source) -> bytes:
     """Images that the strongest reconstruction attack recovered best; a matching attack would show the originals."""
     card, pictures = source.card, source.pictures
     name = card["strongest_reconstruction"] or card["strongest_attack"] or next(iter(card["attacks"]))
-    key = f"{name}/worst"
+    key = f"{name}/best"
     if f"{key}/plain" not in pictures:
         return _contact_sheet([("plain", pictures["plain"], None)])
     rows: list[Row] = [(title, pictures[f"{key}/{title}"], None) for title in ("plain", "protected")]

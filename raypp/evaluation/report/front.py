@@ -8,9 +8,9 @@ from typing import Any
 from raypp.evaluation.output import as_png, new_figure, styled
 from raypp.evaluation.report.figures import COLORS
 from raypp.evaluation.report.source import Source, distinct_labels
-from raypp.evaluation.scorecard import AMBER, RED
+from raypp.evaluation.scorecard import BROKEN_RATE, WEAK_RATE
 
-WEAK, BROKEN = 100 * AMBER, 100 * RED
+WEAK, BROKEN = 100 * WEAK_RATE, 100 * BROKEN_RATE
 BANDS = (
     ("holds", 0, WEAK, f"holds: below {WEAK:g}%"),
     ("weak", WEAK, BROKEN, f"weak: {WEAK:g} to {BROKEN:g}%"),

@@ -17,7 +17,7 @@ from raypp.utils.errors import ConfigError, StorageError
 from raypp.utils.storage import Storage
 
 COLUMNS = (
-    "victim", "attack", "threat", "status", "num_queries", "reidentification_rate", "verdict", "verdict_reason",
+    "target", "attack", "threat", "status", "num_queries", "reidentification_rate", "verdict", "verdict_reason",
     "lower_bound", "metric", "mean", "low", "high", "median", "worst_1_percent", "max",
 )  # fmt: skip
 
@@ -48,7 +48,7 @@ def write_report(sources: Sequence[str], target: Storage) -> dict[str, Any]:
     numbered = {f"{name}_{i}": png for i, pngs in enumerate(by_source, 1) for name, png in pngs.items()}
     for name, png in (shared | numbered).items():
         target.write(f"figures/{name}.png", png)
-    summary = {"victims": [source.card for source in loaded]}
+    summary = {"targets": [source.card for source in loaded]}
     target.write("report.csv", as_csv(COLUMNS, (row for source in loaded for row in _csv_rows(source.card))))
     target.write("report.json", (json.dumps(summary, indent=1) + "\n").encode())
     target.write("report.html", html.encode())
@@ -61,7 +61,7 @@ def _render_figures(source: Source) -> Pngs:
     return {
         "estimates": figures.estimate_tiles(source),
         "boxes": figures.score_boxes(source),
-        "worst": figures.best_recovered_tiles(source),
+        "best": figures.best_recovered_tiles(source),
         **({"curves": curves} if curves is not None else {}),
     }
 
@@ -189,4 +189,4 @@ def _csv_rows(card: dict[str, Any]) -> Iterator[dict[str, Any]]:
     }
     for name, attack in (card["attacks"] | baselines).items():
         for metric, numbers in attack.get("scores", {}).items():
-            yield attack | {"victim": card["victim"], "attack": name, "metric": metric} | numbers
+            yield attack | {"target": card["target"], "attack": name, "metric": metric} | numbers

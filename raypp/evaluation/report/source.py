@@ -34,7 +34,7 @@ class Source:
 def distinct_labels(sources: Sequence[Source]) -> list[str]:
     """The label of each scorecard; those of equal labels also name the run of the bundle."""
     labels = [str(source.card["label"]) for source in sources]
-    names = [_run_name(str(source.card["victim"])) for source in sources]
+    names = [_run_name(str(source.card["target"])) for source in sources]
     return [f"{label}, {name}" if labels.count(label) > 1 else label for label, name in zip(labels, names, strict=True)]
 
 
