@@ -79,7 +79,7 @@ def _render_page(sources: Sequence[Source], shared: Pngs, by_source: Sequence[Pn
         targets=[
             {
                 "card": card,
-                "title": f"{label} ({card['victim']})" if labels.count(label) > 1 else label,
+                "title": f"{label} ({card['target']})" if labels.count(label) > 1 else label,
                 "explanation": explain_results(card),
                 "rows": _rows(card),
                 "figures": _data_uris(pngs),
