@@ -41,6 +41,12 @@ sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # The processes that share the tests fill all cores; a second thread of one would wait for the cores of another.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+# Ray's own monitoring and workers that no task uses take a tenth of the suite's processor time.
+os.environ |= {
+    "METRICS_RECORD_INTERVAL_S": "3600",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    "RAY_prestart_worker_first_driver": "0",
+}
 # The Ray that tests share asks for this token. Ray reads the mode while it is imported, also where commands are forked.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 runtime.apply()  # before the zygote imports Ray
@@ -241,7 +247,7 @@ def start_cluster(zygote: Path) -> Iterator[Cluster]:
     start = [
         "ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={port}",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
-        f"--metrics-export-port={metrics}", "--disable-usage-stats",
+        f"--metrics-export-port={metrics}", "--disable-usage-stats", "--include-log-monitor=false",
     ]  # fmt: skip
     surroundings = {key: value for key, value in client.items() if key != "RAY_ADDRESS"} | variables(zygote)
     # --block keeps the whole node below one process of ours: "ray stop" would end other clusters on this machine too.

@@ -59,14 +59,15 @@ FEW = {"--data.source.num_train": "200", "--data.num_val": "50", "--data.source.
 SHORT_TRAINING = SMALL | FEW | {"--train.epochs": "1", "--train.plain_epochs": "1"}
 IN_FULL = os.environ.get("HYPOTHESIS_PROFILE") == "ci"
 FIRST_IN_SHORT = SMALL | {
-    "--data.source.num_train": "1600",
+    "--data.source.num_train": "800",
     "--data.num_val": "100",
-    "--data.source.num_test": "300",
+    "--data.source.num_test": "200",
     "--protection.width": "4",
     "--protection.depth": "2",
-    "--train.optimizer": "{name: muon, lr: 0.02}",  # learns as much from half the images
+    "--train.optimizer": "{name: muon, lr: 0.02}",  # learns more from few images
 }
 FIRST = {} if IN_FULL else FIRST_IN_SHORT
+FIRST_ACCURACY = 0.8 if IN_FULL else 0.4  # of ten classes
 FROM_PARQUET = {"--train.epochs": "1", "--train.plain_epochs": "1", "--data.num_val": "50"}
 SHORT: dict[str, dict[str, str]] = {
     "--dry-run": {},
@@ -121,7 +122,7 @@ def check_train(words: list[str]) -> None:
     verify(Path(f"runs/{name}/bundle"))
     if name == "first":
         assert summary["epochs"] == {"plain": 4, "joint": 4}
-        assert summary["test"]["accuracy"] >= 0.8
+        assert summary["test"]["accuracy"] >= FIRST_ACCURACY
         assert summary["test"]["ssim"]["mean"] < 0.3
         assert "Error" not in Path("runs/first/bundle/MODEL_CARD.md").read_text()
     else:
@@ -138,7 +139,7 @@ def check_attack(words: list[str]) -> None:
         assert (card["verdict"], card["strongest_attack"]) == ("broken", "known_gallery")
         assert card["attacks"]["known_gallery"]["reidentification_rate"] == 1
         assert card["attacks"]["inverse"]["reidentification_rate"] > 0.2
-        assert card["num_queries"] == (500 if IN_FULL else 300)
+        assert card["num_queries"] == (500 if IN_FULL else 200)
         assert "Verdict: **broken**" in Path("runs/first/bundle/MODEL_CARD.md").read_text()
     elif name == "few":
         attacks = {"inverse"} | ({"minimum_difference"} if "--resume" in words else set())
@@ -182,7 +183,7 @@ def check_data(words: list[str]) -> None:
 def check_evaluate(words: list[str]) -> None:
     if "--output" in words:
         numbers, trained = _json("numbers.json"), _json("runs/first/summary.json")["test"]
-        assert numbers["accuracy"] == trained["accuracy"] >= 0.8
+        assert numbers["accuracy"] == trained["accuracy"] >= FIRST_ACCURACY
 
 
 def check_publish(words: list[str]) -> None:

@@ -59,7 +59,7 @@ class Nodes:
     def start(self, node: int, proxy: dict[str, str], *options: str) -> None:
         command = [
             "ray", "start", "--block", "--disable-usage-stats", f"--node-ip-address={address(node)}",
-            "--object-store-memory=100000000", *options,
+            "--object-store-memory=100000000", "--include-log-monitor=false", *options,
         ]  # fmt: skip
         environment = self.environment | variables(self.zygote) | proxy
         started = ProcessTree(self.zygote, command, environment, namespace=f"{BRIDGE}-{node}")

@@ -48,6 +48,7 @@ SUITE: dict[str, Any] = {
         "chosen_plaintext": {},
     },
 }
+TWO_ATTACKS = SUITE | {"attacks": {name: SUITE["attacks"][name] for name in ("feature_reconstruction", "inverse")}}
 
 
 def plan(
@@ -234,8 +235,10 @@ def test_a_training_runs_folder_is_no_place_for_attacks(trained: Trained, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_stopped_attack_run_resumes_from_its_checkpoint(trained: Trained, tmp_path: Path) -> None:
-    whole = attack(plan(tmp_path, "whole", bundle=str(shutil.copytree(trained.bundle, tmp_path / "bundle"))))
+def test_a_stopped_attack_run_resumes_from_its_checkpoint(
+    trained: Trained, attacked: tuple[Path, Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    _, _, whole = attacked
 
     def stopped(plan: attack_plan.AttackPlan, missing: Any, display: MultiProgressDisplay, on_done: Any) -> None:
         signalled: list[str] = []
@@ -248,7 +251,7 @@ def test_a_stopped_attack_run_resumes_from_its_checkpoint(trained: Trained, tmp_
         display.step = stop_once  # type: ignore[method-assign]
         attack_run.run_attacks_locally(plan, missing, display, on_done)
 
-    part = plan(tmp_path, "part", bundle=str(shutil.copytree(trained.bundle, tmp_path / "other")))
+    part = plan(tmp_path, "part", TWO_ATTACKS, bundle=str(shutil.copytree(trained.bundle, tmp_path / "other")))
     with pytest.raises(TrainingInterrupted, match="stopped after checkpoint epoch_"):
         attack_run.run_attack_suite(part, quiet=True, run=stopped)
     assert attack_plan.load_result(part, "feature_reconstruction") is not None
@@ -259,10 +262,13 @@ def test_a_stopped_attack_run_resumes_from_its_checkpoint(trained: Trained, tmp_
 
 @pytest.mark.slow
 def test_an_attack_that_is_killed_goes_on_from_its_checkpoint(
-    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Trained,
+    attacked: tuple[Path, Path, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As a killed process leaves it: an epoch trained, no result."""
-    whole = attack(plan(tmp_path, "whole", bundle=str(shutil.copytree(trained.bundle, tmp_path / "bundle"))))
+    _, _, whole = attacked
     from raypp.training.reporter import Reporter
 
     report = Reporter.report
@@ -272,7 +278,12 @@ def test_an_attack_that_is_killed_goes_on_from_its_checkpoint(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Reporter, "report", killed)
-    run_plan = plan(tmp_path, "cut", bundle=str(tmp_path / "bundle"))
+    run_plan = plan(
+        tmp_path,
+        "cut",
+        TWO_ATTACKS | {"curve": False},
+        bundle=str(shutil.copytree(trained.bundle, tmp_path / "bundle")),
+    )
     with pytest.raises(KeyboardInterrupt):
         attack(run_plan)
     monkeypatch.undo()
