@@ -38,7 +38,7 @@ PAGES = tuple(dict.fromkeys((*FIRST_PAGES, *sorted(
     for path in (ROOT / "docs" / folder).glob("*.md")
 ))))  # fmt: skip
 BLOCK = re.compile(r"^```(bash|python)([^\n]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-ON_RAY = re.compile(r"\btune\b|num_workers 2|stream=true|--ray\b")
+ON_RAY = re.compile(r"\btune\b|num_workers 2|stream[ =]true|--ray\b")
 
 
 def blocks(page: str) -> Iterator[tuple[str, str]]:
@@ -138,7 +138,7 @@ def check_attack(words: list[str]) -> None:
     if name == "first-attack":  # public and deterministic: whoever suspects an image can check it
         assert (card["verdict"], card["strongest_attack"]) == ("broken", "known_gallery")
         assert card["attacks"]["known_gallery"]["reidentification_rate"] == 1
-        assert card["attacks"]["inverse"]["reidentification_rate"] > 0.2
+        assert card["attacks"]["inverse"]["reidentification_rate"] > (0.2 if IN_FULL else 0.05)
         assert card["num_queries"] == (500 if IN_FULL else 200)
         assert "Verdict: **broken**" in Path("runs/first/bundle/MODEL_CARD.md").read_text()
     elif name == "few":
