@@ -37,7 +37,7 @@ def calibrated(name: str, pictures: tuple[Tensor, Tensor]) -> guard.PlainImageDe
     return detector
 
 
-@pytest.mark.parametrize("name", ["tanaka", "ele", "pixel", "etc"])
+@pytest.mark.parametrize("name", [pytest.param("tanaka", marks=pytest.mark.slow), "ele", "pixel", "etc"])
 def test_plain_images_are_refused_and_protected_ones_are_not(name: str, pictures: tuple[Tensor, Tensor]) -> None:
     detector = calibrated(name, pictures)
     assert detector.plain_refused["share"] >= 0.97

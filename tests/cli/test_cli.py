@@ -146,7 +146,14 @@ assert not heavy, heavy
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["config"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        pytest.param(["train", "--help"], marks=pytest.mark.slow),
+        pytest.param(["config"], marks=pytest.mark.slow),
+    ],
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     result = subprocess.run([sys.executable, "-c", QUICK, *arguments], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
@@ -240,7 +247,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys: Captured, tmp_path: Path,
     [
         *(f"train {preset} --local" for preset in ("cifar10", "cifar100", "cifar10-small")),
         "train cifar10-code --local --train.alpha 0.1",
-        "table1 --presets cifar10 cifar100 --local",
+        pytest.param("table1 --presets cifar10 cifar100 --local", marks=pytest.mark.slow),
         "table1 --presets cifar10-small --methods plain alpha-0.1 --local",
     ],
 )

@@ -107,9 +107,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 # Modes
 
 
-@pytest.mark.parametrize(
-    "mode", ["plain", pytest.param("joint", marks=pytest.mark.slow), pytest.param("frozen", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["plain", "joint", "frozen"])
 def test_training_lowers_the_loss(mode: str, tiny: Tiny, tmp_path: Path) -> None:
     changes = {"protection": "plain"} if mode == "plain" else {}
     config = tiny(
