@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from raypp.cli.app import AsJson, Settings, data_app, epilogue, print_json
-from raypp.cli.render import print_data_report, print_text
+from raypp.cli.render import print_data_report, print_problems, print_text
 
 
 @data_app.command(help_epilogue=epilogue("data convert cifar10 data/cifar10-parquet"))
@@ -35,7 +35,7 @@ def convert(source: str, output: Path, /, *options: Settings, image_size: tuple[
 
 @data_app.command(help_epilogue=epilogue("data check folder --path photos"))
 def check(source: str, /, *options: Settings, image_size: tuple[int, int] | None = None, json: AsJson = False) -> None:
-    """Decode and count every image of a source; exit code 1 for unreadable images or unusable splits.
+    """Decode and count every image of a source; exit code 1 for misplaced or unreadable images or unusable splits.
 
     Args:
         source: Name of a source (see `raypp list sources`); its options follow as flags, such as --path FOLDER.
@@ -44,7 +44,14 @@ def check(source: str, /, *options: Settings, image_size: tuple[int, int] | None
     """
     from raypp.data import convert as parquet
 
-    report = parquet.check(_build_source(source, options, image_size))
+    data_source = _build_source(source, options, image_size)
+    if problems := data_source.problems():
+        if json:
+            print_json({"problems": problems})
+        else:
+            print_problems(problems)
+        raise SystemExit(1)
+    report = parquet.check(data_source)
     if json:
         print_json(asdict(report))
     else:

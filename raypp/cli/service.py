@@ -80,9 +80,14 @@ def serve(
         output: File for the configuration of `serve deploy`; nothing is started.
     """
     from raypp.bundle.manifest import bundle_location
+    from raypp.serve.model_store import is_attacked
     from raypp.serve.server import build_serve_config
 
-    config = build_serve_config(bundle_location(bundle), host=host, port=port, tokens=token_file, attack=with_attacks)
+    location = bundle_location(bundle)
+    config = build_serve_config(location, host=host, port=port, tokens=token_file, attack=with_attacks)
+    if with_attacks and not is_attacked(location):
+        sentence = f"warning: {bundle} has no attack results, so no attack is served; `raypp attack {bundle}` adds them"
+        print_text(Console(stderr=True), sentence, "yellow")
     if output is None:
         _serve_until_interrupted(config, haproxy)
     elif haproxy:
@@ -164,6 +169,7 @@ def token(name: str, /, *, token_file: Path, scopes: Words = None, revoke: bool 
 
     if revoke:
         remove_token(token_file, name)
+        print_text(Console(), f"revoked the token {name!r} in {token_file}")
         return
     sys.stdout.write(add_token(token_file, name, scopes or ["classify"]) + "\n")
 

@@ -75,8 +75,8 @@ def classifier_api(service: Callable[[], ClassifierService], observe: RequestObs
     description = "Classifies protected images. Plain images never reach it."
     api = create_api("raypp classifier", description, service, "classify", observe)
     routes = _ClassifierRoutes(service)
-    post = api.post("/v1/classify", openapi_extra=image_body("image"), responses=json_responses(schemas.Classification))
-    post(routes.classify)
+    responses = json_responses(schemas.Classification) | schemas.UPLOAD_PROBLEMS
+    api.post("/v1/classify", openapi_extra=image_body("image"), responses=responses)(routes.classify)
     api.get("/v1/protection", responses=binary_responses(ZIP), response_class=Response)(routes.protection)
     api.get("/v1/model", responses=json_responses(schemas.ModelInfo))(routes.model)
     return api
@@ -88,8 +88,8 @@ def attack_api(service: Callable[[], AttackService], observe: RequestObserver | 
     api = create_api("raypp attacks", description, service, "attack", observe)
     routes = _AttackRoutes(service)
     api.get("/v1", responses=json_responses(schemas.AttackList))(routes.listing)
-    body, responses = image_body("image", "plain"), json_responses(schemas.Reconstructions, PNG)
-    api.post("/v1/{attack}", openapi_extra=body, responses=responses)(routes.run)
+    responses = json_responses(schemas.Reconstructions, PNG) | schemas.ATTACK_PROBLEMS
+    api.post("/v1/{attack}", openapi_extra=image_body("image", "plain"), responses=responses)(routes.run)
     return api
 
 
@@ -111,7 +111,7 @@ def create_api(
         request.state.media_type = negotiate(request.headers.getlist("accept"), media_types)
 
     api = FastAPI(
-        title=title, version=raypp.__version__, description=description, docs_url="/docs", redoc_url=None,
+        title=title, version=raypp.__version__, description=f"{description} {schemas.OTHER_PATHS}", docs_url="/docs", redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,  # a redirect would use the client's Host header, before its token is checked
         dependencies=[Depends(check_request), Depends(bearer)],  # the latter only documents the token

@@ -727,6 +727,8 @@ def test_the_report_is_one_page_that_needs_nothing_else(
         if result["status"] == "done":
             assert f'<span class="mark {result["verdict"]}">{result["verdict"]}</span>' in page
     assert "baseline: class mean" in page
+    assert "/".join(bundle.parts[-2:]) in page
+    assert str(bundle.parent) not in page, "a page to share shows no paths of this machine"
     assert f"{card['reidentification_rate']:.1%}" in page
     pictures = sorted((tmp_path / "report" / "figures").glob("*.png"))
     assert {p.stem.rstrip("_12") for p in pictures} == {
