@@ -78,7 +78,8 @@ def print_table1(results: Table1) -> None:
         if row["accuracy"] is not None:
             interval = f"{row['low']:.1%} to {row['high']:.1%}"
             spread = interval if row["spread"] is None else f"± {row['spread']:.2%}"
-            cells += [f"{row['accuracy']:.2%}", spread, "-" if row["ssim"] is None else f"{row['ssim']:.3f}"]
+            mark = " [red]at chance[/]" if row["at_chance"] else ""
+            cells += [f"{row['accuracy']:.2%}{mark}", spread, "-" if row["ssim"] is None else f"{row['ssim']:.3f}"]
         table.add_row(*cells)
     console.print(table)
     for file in ("table1.md", "table1.csv", "table1.png"):

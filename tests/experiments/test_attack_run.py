@@ -246,7 +246,7 @@ def test_a_stopped_attack_run_resumes_from_its_checkpoint(trained: Trained, tmp_
                 signal.raise_signal(signal.SIGTERM)
 
         display.step = stop_once  # type: ignore[method-assign]
-        attack_run.run_attacks_locally(plan, missing, display, on_done)
+        attack_run.run_attacks_locally(plan, attack_plan.load_target_of(plan), missing, display, on_done)
 
     part = plan(tmp_path, "part", bundle=str(shutil.copytree(trained.bundle, tmp_path / "other")))
     with pytest.raises(TrainingInterrupted, match="stopped after checkpoint epoch_"):

@@ -465,7 +465,9 @@ def test_openapi_lists_the_statuses_of_each_route(client: TestClient, attack: Te
         document = service.get("/openapi.json").json()
         assert "404 `not-found`" in document["info"]["description"]
         assert "405 `method-not-allowed`" in document["info"]["description"]
-        routes |= {path: set(*(o["responses"] for o in methods.values())) for path, methods in document["paths"].items()}
+        routes |= {
+            path: set(*(o["responses"] for o in methods.values())) for path, methods in document["paths"].items()
+        }
     assert routes == {
         CLASSIFY: common | {"409", "413"},
         "/v1/protection": common | {"304"},
