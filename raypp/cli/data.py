@@ -13,21 +13,24 @@ from raypp.cli.render import print_data_report, print_problems, print_text
 
 
 @data_app.command(help_epilogue=epilogue("data convert cifar10 data/cifar10-parquet"))
-def convert(source: str, output: Path, /, *options: Settings, image_size: tuple[int, int] | None = None) -> None:
+def convert(
+    source: str, output: Path, /, *options: Settings, image_size: tuple[int, int] | None = None, quiet: bool = False
+) -> None:
     """Convert a source to Parquet with Hugging Face's columns and lossless PNG images.
 
     Args:
         source: Name of a source (see `raypp list sources`); its options follow as flags, such as --path FOLDER.
         output: A new or empty folder.
         image_size: Resize and crop every image to this height and width.
+        quiet: Print only errors.
     """
     from rich.progress import Progress
 
     from raypp.data import convert as parquet
 
     data_source = _build_source(source, options, image_size)
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bars:
+    console = Console(stderr=True, quiet=quiet)
+    with Progress(console=console, disable=quiet or not console.is_terminal) as bars:
         tasks = {split: bars.add_task(split, total=data_source.num_images(split)) for split in parquet.SPLITS}
         parquet.convert(data_source, output, progress=lambda split, done, _: bars.update(tasks[split], completed=done))
     print_text(console, f"wrote {output}")

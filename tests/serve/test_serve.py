@@ -574,7 +574,9 @@ def test_the_written_configuration_is_what_serve_deploys(
     main(["serve", str(trained.bundle), "--output", str(tmp_path / "default.yaml")])
     default = yaml.safe_load((tmp_path / "default.yaml").read_text())
     assert [application["name"] for application in default["applications"]] == ["classifier"]
-    assert "warning" not in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("wrote ")
+    main(["serve", str(trained.bundle), "--output", str(tmp_path / "quiet.yaml"), "--quiet"])
+    assert capsys.readouterr().err == ""
     main(["serve", str(trained.bundle), "--output", str(tmp_path / "serve.yaml"), "--port", "9000", "--with-attacks"])
     assert f"no attack is served; `raypp attack {trained.bundle}` adds them" in capsys.readouterr().err
     config = yaml.safe_load((tmp_path / "serve.yaml").read_text())
