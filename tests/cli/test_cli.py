@@ -409,7 +409,7 @@ def test_data_convert_and_check(capsys: Captured, tmp_path: Path) -> None:
         capsys, "data", "convert", "shapes", "set", "--num_train", 30, "--num_test", 10, "--image-size", 16, 18
     )
     assert (out, err) == ("", "wrote set\n")
-    few = ["--num_train", 30, "--num_test", 10, "--image-size", 8, 8]
+    few = ["--num_train", 30, "--num_test", 10, "--image-size", 16, 16]
     assert run(capsys, "data", "convert", "shapes", "quiet", *few, "--quiet") == ("", "")
     assert sorted(p.name for p in (tmp_path / "set").iterdir()) == [
         "test-00000-of-00001.parquet",
