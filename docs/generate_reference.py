@@ -26,6 +26,7 @@ from raypp.config.describe import REQUIRED, Setting, describe_settings
 from raypp.config.schema import Config
 from raypp.protections import PROTECTIONS
 from raypp.serve.api import attack_api, classifier_api
+from raypp.serve.schemas import COMMON_PROBLEMS, OTHER_PATHS
 from raypp.utils.keys import Key
 from raypp.utils.registry import Registry
 
@@ -155,11 +156,15 @@ def http_api() -> str:
     parts = [
         "# HTTP API\n",
         "`raypp serve BUNDLE` serves these addresses. `GET /SERVICE/openapi.json` returns the full document of a "
-        "service and `/SERVICE/docs` shows it. Errors are `application/problem+json` with a stable `type`.\n",
+        "service and `/SERVICE/docs` shows it.\n",
+        "## Errors of every route\n",
+        f"Errors are `application/problem+json` with a stable `type`. {OTHER_PATHS} A route lists only what it adds to "
+        "this table.\n",
+        _status_table({str(status): response for status, response in COMMON_PROBLEMS.items()}),
     ]
     apis = {"classifier": classifier_api(_no_service), "attack": attack_api(_no_service)}
     for service, document in ((name, api.openapi()) for name, api in apis.items()):
-        parts += [f"## {service}\n", f"{document['info'].get('description', '').strip()}\n"]
+        parts += [f"## {service}\n", f"{document['info']['description'].removesuffix(OTHER_PATHS).strip()}\n"]
         for path, methods in document["paths"].items():
             for method, operation in methods.items():
                 parts += _operation(f"/{service}{path}", method, operation)
@@ -178,15 +183,20 @@ def _operation(path: str, method: str, operation: dict[str, Any]) -> Iterator[st
         yield "\n".join(f"| `{p['name']}` | {p['in']} | {p.get('description', '')} |" for p in parameters) + "\n"
     if body := operation.get("requestBody"):
         yield f"Body: {', '.join(f'`{kind}`' for kind in body['content'])}.\n"
-    yield "| status | content | meaning |\n|---|---|---|"
-    rows = []
-    for status, response in operation["responses"].items():
-        content = ", ".join(f"`{kind}`" for kind in response.get("content", {}))
-        rows.append(f"| {status} | {content} | {_cell(' '.join(response['description'].split()))} |")
-    yield "\n".join(rows) + "\n"
+    common = {str(status): response["description"] for status, response in COMMON_PROBLEMS.items()}
+    responses = sorted(operation["responses"].items())
+    yield _status_table({key: value for key, value in responses if value["description"] != common.get(key)})
     schema = operation["responses"].get("200", {}).get("content", {}).get("application/json", {}).get("schema", {})
     if "$ref" in schema:
         yield f"Returns `{schema['$ref'].rpartition('/')[2]}`, see below.\n"
+
+
+def _status_table(responses: dict[str, Any]) -> str:
+    rows = ["| status | content | meaning |", "|---|---|---|"]
+    for status, response in responses.items():
+        content = ", ".join(f"`{kind}`" for kind in response.get("content", {}))
+        rows.append(f"| {status} | {content} | {_cell(' '.join(response['description'].split()))} |")
+    return "\n".join(rows) + "\n"
 
 
 def _fields(name: str, model: dict[str, Any]) -> Iterator[str]:

@@ -26,6 +26,8 @@ from raypp.utils.signals import stop_on_signal
 from raypp.utils.storage import Storage
 
 if TYPE_CHECKING:
+    from raypp.attacks.array_target import ArrayTarget
+    from raypp.attacks.target import Target
     from raypp.config.schema import Config
     from raypp.experiments.attack_plan import AttackPlan
 
@@ -159,59 +161,64 @@ def attack(
         RayppError: a setting or the target is not usable. An attack that fails does not stop the others.
     """
     name = run_name(name, "attack", storage, resume=resume, what="attack run")
+    target = _with_arrays(
+        target, images=images, labels=labels, attacker_images=attacker_images, attacker_labels=attacker_labels,
+        classifier=classifier, key_generator=key_generator,
+    )  # fmt: skip
     plan = attack_plan(
         target, suite, settings, attacks=attacks, function=function, folders=folders, preset=preset, name=name,
-        storage=storage, images=images, labels=labels, attacker_images=attacker_images, attacker_labels=attacker_labels,
-        classifier=classifier, key_generator=key_generator, **keywords,
+        storage=storage, **keywords,
     )  # fmt: skip
     return run_attacks(plan, resume=resume, ray=ray, quiet=quiet)
 
 
+def _with_arrays(target: Any, **arrays: Any) -> Any:
+    """Add the arrays of :func:`attack` to a function or module; raises ConfigError if another target has any."""
+    if target is not None and not isinstance(target, Bundle | RunResult | str | Path):
+        from raypp.attacks.array_target import ArrayTarget
+
+        return ArrayTarget(target, **arrays)
+    names = [name for name, value in arrays.items() if value is not None]
+    if names:
+        raise ConfigError(f"{names[0]} belongs to a function or module as target; a bundle brings its own")
+    return target
+
+
 def attack_plan(
-    target: Any = None,
+    target: Bundle | RunResult | ArrayTarget | str | Path | None = None,
     suite: str | None = None,
     settings: Settings = (),
     *,
     name: str | None = None,
     storage: str | Path = "runs",
-    images: Any = None,
-    labels: Any = None,
-    attacker_images: Any = None,
-    attacker_labels: Any = None,
-    classifier: Any = None,
-    key_generator: Callable[[], Any] | None = None,
-    **options: Any,
+    attacks: str | Sequence[str] = (),
+    function: str | None = None,
+    folders: tuple[str, str] | None = None,
+    preset: str | None = None,
+    **keywords: Any,
 ) -> AttackPlan:
-    """Validate the settings of :func:`attack`."""
+    """Validate the settings of :func:`attack`, for a target with its arrays."""
+    from raypp.attacks.suite import Suite
     from raypp.experiments.attack_plan import make_attack_plan
 
-    plan_options: dict[str, Any] = {
-        key: options.pop(key) for key in ("attacks", "function", "folders", "preset") if key in options
-    }
-    plan_options["attacks"] = as_list(plan_options.get("attacks", ()))
-    plan_options |= {"suite": default_suite() if suite is None else suite, "storage": storage}
-    if options:
-        from raypp.attacks.suite import Suite
-
+    if keywords:
         known: dict[str, Any] = dict.fromkeys((*Suite.model_fields, *ATTACKS, "data"))
-        settings = resolve_keywords(settings, options, known)
-    plan_options["flags"] = settings
-    plan_options["name"] = new_name("attack", storage) if name is None else name
-    arrays_only = {
-        "images": images, "labels": labels, "attacker_images": attacker_images, "attacker_labels": attacker_labels,
-        "classifier": classifier, "key_generator": key_generator,
-    }  # fmt: skip
-    array_arguments = [key for key, value in arrays_only.items() if value is not None]
-    if array_arguments and (target is None or isinstance(target, Bundle | RunResult | str | Path)):
-        raise ConfigError(f"{array_arguments[0]} belongs to a function or module as target; a bundle brings its own")
-    if isinstance(target, Bundle | RunResult | str | Path):
-        location = target if isinstance(target, str | Path) else target.path
-        return make_attack_plan(bundle=bundle_location(str(location)), **plan_options)
-    if target is None:
-        return make_attack_plan(**plan_options)
-    from raypp.attacks.array_target import ArrayTarget
-
-    return make_attack_plan(arrays=ArrayTarget(target, **arrays_only), **plan_options)
+        settings = resolve_keywords(settings, keywords, known)
+    if isinstance(target, Bundle | RunResult):
+        target = target.path
+    location = target if isinstance(target, str | Path) else None
+    return make_attack_plan(
+        bundle=None if location is None else bundle_location(str(location)),
+        arrays=None if isinstance(target, str | Path) else target,
+        function=function,
+        folders=folders,
+        preset=preset,
+        suite=default_suite() if suite is None else suite,
+        attacks=as_list(attacks),
+        flags=settings,
+        storage=storage,
+        name=new_name("attack", storage) if name is None else name,
+    )
 
 
 def run_attacks(
@@ -220,20 +227,20 @@ def run_attacks(
     resume: bool = False,
     ray: bool | None = None,
     quiet: bool = False,
-    announce: Callable[[AttackPlan], None] = lambda _: None,
+    announce: Callable[[AttackPlan, Target], None] = lambda *_: None,
 ) -> Scorecard:
     """Run the attacks of a plan and write the report, see :func:`attack`.
 
     Args:
-        announce: called before the first attack, once target and folder are valid.
+        announce: called with the opened plan and its target before the first attack.
     """
     from raypp.evaluation.report.render import write_report
-    from raypp.experiments.attack_run import run_attack_suite, run_attacks_locally
+    from raypp.experiments.attack_run import run_attack_suite
 
     if plan.arrays is not None and ray:
         raise ConfigError("functions and modules of this process are attacked in this process; leave ray out")
     on_ray = plan.arrays is None and uses_ray(ray, plan.suite.cluster)
-    run = import_from_ray("raypp.cluster.attack", "run_on_ray") if on_ray else run_attacks_locally
+    run = import_from_ray("raypp.cluster.attack", "run_on_ray") if on_ray else None
     card = run_attack_suite(plan, resume=resume, quiet=quiet, announce=announce, run=run)
     write_report([plan.storage.uri], plan.storage)
     return Scorecard(card, plan.storage.uri)

@@ -10,21 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from raypp.bundle.load import PrivateBundle, PublicBundle, load_private, load_public
 from raypp.bundle.manifest import bundle_location
 from raypp.client.offline import protect_images, read_image
 from raypp.evaluation.evaluate import evaluate_bundle
+from raypp.models.layers import logits_in_batches
 from raypp.result import Evaluation
 from raypp.utils.errors import DataError
 from raypp.utils.image_files import find_images
-from raypp.utils.images import decode
+from raypp.utils.images import as_pixels, decode
 from raypp.utils.keys import Key
 from raypp.utils.paths import shown_path
 from raypp.utils.storage import Storage
-
-BATCH_SIZE = 500
 
 
 class Bundle:
@@ -69,13 +67,11 @@ class Bundle:
         """
         return protect_images(self.public, self._pixels(images))
 
-    @torch.inference_mode()
     def classify(self, protected: Any) -> list[tuple[str, float]]:
         """Classify protected images uint8 (N, H, W, C); returns the class and its probability for each image."""
         pixels = self._check_channels(as_pixels(protected, "protected"))
         images = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2)
-        logits = torch.cat([self.private.classifier(batch.float() / 255) for batch in images.split(BATCH_SIZE)])
-        probabilities, classes = logits.softmax(1).max(1)
+        probabilities, classes = logits_in_batches(self.private.classifier, images).softmax(1).max(1)
         return [(self.classes[c], float(p)) for c, p in zip(classes.tolist(), probabilities.tolist(), strict=True)]
 
     def evaluate(self, split: str = "test", jpeg: int | None = None) -> Evaluation:
@@ -114,13 +110,3 @@ class Bundle:
         height, width = self.image_size
         options = self.public.about["protection"]
         return f"Bundle({shown_path(self.path)!r}, protection={options['name']!r}, images={height} x {width})"
-
-
-def as_pixels(images: Any, name: str) -> np.ndarray:
-    """Convert images to NumPy uint8 (N, H, W, C); raises DataError that names the argument."""
-    array = images.cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
-    if array.ndim == 3:
-        array = array[None]
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or not array.size:
-        raise DataError(f"{name} is {array.dtype} {array.shape}; allowed is uint8 (N, H, W, C) with 1 or 3 channels")
-    return array

@@ -2,6 +2,9 @@
 
 Blocks that begin with ```bash or ```python run. The info string ``skip-test`` leaves a block out; a comment above it
 says why. Settings from ``SHORT`` shrink what would take minutes.
+
+A ```text block is the output of the block before it. Numbers differ in a shrunken run. So the words of each line up to
+a number, bound, verdict, ``<placeholder>`` or ``...`` must stand in one printed line; leading ones do not count.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +41,31 @@ PAGES = tuple(dict.fromkeys((*FIRST_PAGES, *sorted(
     str(path.relative_to(ROOT)) for folder in ("how-to", "reference", "explanation", "results")
     for path in (ROOT / "docs" / folder).glob("*.md")
 ))))  # fmt: skip
-BLOCK = re.compile(r"^```(bash|python)([^\n]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```(bash|python|text)([^\n]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+VARIABLE = re.compile(r"[^\w(]*\d|[<≥]|(broken|weak|holds|inconclusive)\b")
+"""Beginning of a word of an output that another run may print otherwise: number, bound, placeholder or verdict."""
 ON_RAY = re.compile(r"\btune\b|num_workers 2|stream[ =]true|--ray\b")
 
 
-def blocks(page: str) -> Iterator[tuple[str, str]]:
-    """Language and text of each block of a page that tests run."""
-    for language, info, text in BLOCK.findall((ROOT / page).read_text()):
-        if info.strip() != "skip-test":
+def blocks(page: str) -> Iterator[tuple[str, str, str]]:
+    """Language, text and shown output of each block of a page that tests run."""
+    matches = BLOCK.findall((ROOT / page).read_text())
+    for (language, info, text), (next_language, _, shown) in zip(matches, [*matches[1:], ("", "", "")], strict=False):
+        if language != "text" and info.strip() != "skip-test":
             assert not info.strip(), f"{page}: unknown info string {info!r}"
-            yield language, text
+            yield language, text, shown if next_language == "text" else ""
+
+
+def fixed_words(line: str) -> str:
+    """The words of a line of output that every run prints."""
+    words = line.partition("...")[0].split()
+    return " ".join(takewhile(lambda word: not VARIABLE.match(word), dropwhile(VARIABLE.match, words)))
+
+
+def check_output(shown: str, printed: str, where: str) -> None:
+    lines = [" ".join(line.split()) for line in printed.splitlines()]
+    for line in shown.splitlines():
+        assert any(fixed_words(line) in other for other in lines), f"{where} shows {line!r}; printed was:\n{printed}"
 
 
 def command_lines(text: str) -> list[str]:
@@ -227,25 +246,31 @@ def test_the_commands_of_the_pages(
         shutil.copytree(ROOT / "docs" / folder, tmp_path / "docs" / folder)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("COLUMNS", "120")
     _shrink_python(monkeypatch)
     for page in PAGES:
         names: dict[str, Any] = {"__name__": "__main__"}
-        for language, text in blocks(page):
+        for language, text, shown in blocks(page):
+            printed = ""
+            capsys.readouterr()
             if language == "python":
                 exec(compile(text, f"{page}", "exec"), names)
-                continue
-            for line in command_lines(text):
-                _run(line, page, cluster, tmp_path)
+            else:
+                printed = "".join(_run(line, page, cluster, tmp_path) for line in command_lines(text))
+            check_output(shown, printed + "".join(capsys.readouterr()), f"{page}: {text.strip()}")
 
 
-def _run(line: str, page: str, cluster: Cluster, folder: Path) -> None:
+def _run(line: str, page: str, cluster: Cluster, folder: Path) -> str:
+    """Run a command and check its outcome; returns what it printed in another process."""
     words = shortened(line)
+    printed = ""
     if words[0] == "python":
         subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True, timeout=300)
-        return
+        return printed
     assert words[0] == "raypp", line
     if ON_RAY.search(line):
         result = cluster.run(words, folder)
+        printed = result.stdout + result.stderr
         assert result.returncode == 0, f"{page}: {line}\n{result.stdout}\n{result.stderr}"
     else:
         try:
@@ -253,6 +278,7 @@ def _run(line: str, page: str, cluster: Cluster, folder: Path) -> None:
         except SystemExit as stop:
             pytest.fail(f"{page}: {line} ended with exit code {stop.code}")
     CHECKS[words[1]](words)
+    return printed
 
 
 def _shrink_python(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,9 +313,32 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert names["mine"].verdict in ("broken", "inconclusive")
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("1,000 test images  accuracy     95% interval", "test images accuracy"),
+        ("inverse                 T4            ≥ 99.5%   0.672", "inverse T4"),
+        ("protected 1 image at 32 x 32: keyed.png", "protected"),
+        ("<version> is active", "is active"),
+        ("best knee      .../best/knee      ...", "best knee"),
+        ("broken, strongest attack inverse", "strongest attack inverse"),
+        ("(2, 32, 32, 3) uint8", "(2,"),
+        ("...", ""),
+    ],
+)
+def test_the_words_of_an_output_that_every_run_prints(line: str, words: str) -> None:
+    assert fixed_words(line) == words
+
+
+def test_an_output_that_is_not_printed_fails() -> None:
+    check_output("wrote   set in 3 s\n...\n", "a line\nwrote set in 4 s\n", "page")
+    with pytest.raises(AssertionError, match="page shows 'wrote set'"):
+        check_output("wrote set\n", "wrote other\n", "page")
+
+
 def test_the_readme_begins_with_the_quickstart() -> None:
     """Which tests of Serve run in a fresh clone, with a smaller preset; the tutorial trains its preset."""
-    line = next(line for _, text in blocks("README.md") for line in command_lines(text))
+    line = next(line for _, text, _ in blocks("README.md") for line in command_lines(text))
     assert shlex.split(line, comments=True) == ["pip", "install", "uv", "&&", "uv", "run", "raypp", "quickstart"]
 
 

@@ -22,7 +22,7 @@ from raypp.bundle.load import load_private, load_public
 from raypp.config.presets import load_config
 from raypp.evaluation.report.render import write_report
 from raypp.experiments.attack_plan import make_attack_plan
-from raypp.experiments.attack_run import run_attack_suite, run_attacks_locally
+from raypp.experiments.attack_run import run_attack_suite
 from raypp.experiments.training_run import open_run, train_locally
 from raypp.serve.server import publish
 from raypp.training.checkpoint import list_checkpoints
@@ -127,7 +127,7 @@ def test_a_run_its_data_and_its_bundle_live_there(s3: Any, tmp_path: Path) -> No
     plan = make_attack_plan(
         bundle=bundle, suite="quick", attacks=["feature_reconstruction"], flags=suite, storage=s3("runs"), name="a"
     )
-    card = run_attack_suite(plan, resume=False, quiet=True, announce=lambda opened: None, run=run_attacks_locally)
+    card = run_attack_suite(plan, resume=False, quiet=True)
     assert card["attacks"]["feature_reconstruction"]["status"] == "done"
     write_report([plan.storage.uri], Storage(s3("report")))
     assert b"<html" in Storage(s3("report")).read("report.html")[:500]

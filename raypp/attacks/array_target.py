@@ -14,8 +14,9 @@ from raypp.attacks.base import AttackerKnowledge, ImageMap, protect_in_batches
 from raypp.attacks.target import KNOWN_PAIRS, Target, check_image_size
 from raypp.attacks.user_function import checked_map
 from raypp.metrics.statistics import wilson_interval
+from raypp.models.layers import logits_in_batches
 from raypp.utils.errors import ConfigError, DataError
-from raypp.utils.images import to_uint8
+from raypp.utils.images import as_pixels, to_uint8
 
 MIN_IMAGES = 20  # in the gallery, and of the attacker
 
@@ -129,9 +130,9 @@ def _split(
     arrays: ArrayTarget, rng: np.random.Generator, num_images: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[str, ...]]:
     """Gallery and its labels, the attacker's images and labels, and the class names; images uint8 (N, C, H, W)."""
-    gallery = _pixels(arrays.images, "images")
+    gallery = as_pixels(arrays.images, "images")
     has_own = arrays.attacker_images is not None
-    own = _pixels(arrays.attacker_images, "attacker_images") if has_own else gallery[:0]
+    own = as_pixels(arrays.attacker_images, "attacker_images") if has_own else gallery[:0]
     if has_own and own.shape[1:] != gallery.shape[1:]:
         raise DataError(f"attacker_images are {own.shape[1:]}, images {gallery.shape[1:]}; allowed is one shape")
     gallery_labels, own_labels, classes = _labels(arrays, len(gallery), len(own))
@@ -151,14 +152,6 @@ def _split(
 
 def _tensors(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
-
-
-def _pixels(images: Any, name: str) -> np.ndarray:
-    array = images.cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
-        value = "missing" if images is None else f"{array.dtype} {array.shape}"
-        raise DataError(f"{name} is {value}; allowed is uint8 (N, H, W, C) with 1 or 3 channels")
-    return np.ascontiguousarray(array)
 
 
 def _labels(arrays: ArrayTarget, num: int, num_own: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
@@ -197,13 +190,7 @@ def _classifier_map(classifier: Any, classes: tuple[str, ...], device: torch.dev
         raise DataError("labels is missing; a classifier needs the classes of the images")
     if isinstance(classifier, nn.Module):
         classifier.to(device).eval()
-
-        @torch.inference_mode()
-        def by_module(protected: Tensor) -> Tensor:
-            parts = protected.to(device).split(500)
-            return torch.cat([classifier(part.float() / 255).argmax(1) for part in parts])
-
-        return by_module
+        return lambda protected: logits_in_batches(classifier, protected.to(device)).argmax(1)
     index = {name: i for i, name in enumerate(classes)}
 
     def by_function(protected: Tensor) -> Tensor:

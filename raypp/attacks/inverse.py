@@ -33,7 +33,7 @@ from raypp.attacks.inverse_network import (
 )
 from raypp.config.schema import MultiStep, OptimizationConfig, Optimizer
 from raypp.data.loader import Augmentation
-from raypp.metrics.image import MIN_SIDE, psnr, ssim
+from raypp.metrics.image import MIN_SIDE, finite_psnr, ssim
 from raypp.metrics.retrieval import reidentify
 from raypp.models.perceptual import StateDict
 from raypp.training.checkpoint import EpochMetrics
@@ -43,7 +43,6 @@ from raypp.utils.images import to_uint8
 
 MAX_VAL = 1000  # validation images, which are some of the attacker's own
 VALIDATION_KEY = 2**31  # number of the attacker's key for validation; those for training are smaller
-MAX_PSNR = 60.0  # dB; an exact estimate would make the mean infinite
 
 TrainingData = tuple[Tensor, ProtectedBatches, Callable[[Tensor], Tensor]]
 """The attacker's plain images, the protection of batches, and that of validation images by index."""
@@ -94,7 +93,7 @@ class InverseTask(AttackTask):
         one_class = torch.zeros(len(plain), dtype=torch.int64, device=plain.device)
         scores = {
             "loss": reconstruction_loss(estimates, target, self.attack.options).loss.expand(len(target)),
-            "psnr": psnr(estimates, target).clamp_max(MAX_PSNR),
+            "psnr": finite_psnr(estimates, target),
             "reidentified": reidentify(estimates, plain.float() / 255, originals, one_class).top(1),
         }
         if min(plain.shape[-2:]) >= MIN_SIDE:

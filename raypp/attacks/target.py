@@ -22,6 +22,7 @@ from raypp.config.validation import validate
 from raypp.data.base import ImageDataset
 from raypp.data.splits import load_split
 from raypp.metrics.image import MIN_SIDE
+from raypp.models.layers import logits_in_batches
 from raypp.protections import PROTECTIONS
 from raypp.utils import image_files
 from raypp.utils.errors import ConfigError, DataError
@@ -31,7 +32,6 @@ from raypp.utils.storage import Storage
 
 KNOWN_PAIRS = 8  # pairs of an attacker at T3 on a bundle
 MIN_PAIRS = 20  # of two folders
-CLASSIFIER_BATCH_SIZE = 500
 
 
 class TargetSpec(BaseModel):
@@ -160,18 +160,13 @@ def _load_bundle(bundle: str, overrides: dict[str, Any], selection: _Selection, 
         with_own_key: ImageMap = PROTECTIONS.build(options, channels=public.channels, key=key).to(device).eval().protect
         return with_own_key
 
-    @torch.inference_mode()
-    def classify(protected: Tensor) -> Tensor:
-        batches = protected.to(device).split(CLASSIFIER_BATCH_SIZE)
-        return torch.cat([classifier(batch.float() / 255).argmax(1) for batch in batches])
-
     access = AttackerKnowledge(
         shape=(0, 0, 0),
         structure=kind.adaptation,
         fresh=fresh if kind.needs_key(options) else None,
         protect=lambda images: protection.protect(images.to(device)),
         gradients=protection if kind.differentiable else None,
-        classify=classify,
+        classify=lambda protected: logits_in_batches(classifier, protected.to(device)).argmax(1),
         device=device,
     )
     plain_classifier = load_plain_classifier(bundle)

@@ -79,6 +79,7 @@ def attack(
     """
     from raypp import api
     from raypp.dispatch import default_suite, run_name
+    from raypp.experiments.attack_plan import load_target_of
     from raypp.experiments.estimate import estimate_attacks
 
     name = run_name(name, "attack", storage, resume=resume, what="attack run")
@@ -90,17 +91,17 @@ def attack(
         attacks=attacks or (), storage=storage, name=name,
     )  # fmt: skip
     if dry_run:
-        print_plan(None, estimate_attacks(plan), json=json)
+        print_plan(None, estimate_attacks(plan, load_target_of(plan)), json=json)
         return
     silent = quiet or json
 
-    def announce(opened_plan: Any) -> None:
-        if not silent:
-            print_threat_table(opened_plan)
-        if not silent and (suite or default_suite()) in LONG_SUITES:
-            print_estimate(estimate_attacks(opened_plan))
+    def announce(opened_plan: Any, target: Any) -> None:
+        print_threat_table(opened_plan)
+        if (suite or default_suite()) in LONG_SUITES:
+            print_estimate(estimate_attacks(opened_plan, target))
 
-    card = api.run_attacks(plan, resume=resume, ray=ray, quiet=silent, announce=announce)
+    announcement = {} if silent else {"announce": announce}
+    card = api.run_attacks(plan, resume=resume, ray=ray, quiet=silent, **announcement)
     print_attack_results(card, json=json, quiet=quiet)
 
 

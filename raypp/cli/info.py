@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,9 +11,13 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from raypp.cli.app import START, AsJson, ConfigFiles, Settings, app, epilogue, preset_and_flags, print_json
+from raypp.cli.render import print_text
 from raypp.utils.errors import ConfigError
+
+INDENT = "    "
 
 Kind = Literal["presets", "protections", "attacks", "suites", "sources", "rows"]
 
@@ -113,12 +118,18 @@ def _explain(tree: dict[str, Any]) -> None:
         section = key.rpartition(".")[0]
         method = f"{section.rpartition('.')[2]}: {values.get(f'{section}.name')}"
         setting = descriptions.get((key, method)) or descriptions.get((key, ""))
-        console.print(f"[bold]{escape(key)}[/] = {escape(str(value))}", highlight=False, soft_wrap=True)
+        assignment = Text(_indented(f"{key} = {value}", console.width, first=""))
+        assignment.stylize("bold", 0, len(key))
+        console.print(assignment, soft_wrap=True)
         if setting is not None:
             allowed = f"; allowed: {setting.allowed}" if setting.allowed else ""
-            console.print(
-                escape(f"    {setting.type}{allowed}. {setting.description}".rstrip()), style="dim", highlight=False
-            )
+            meaning = f"{setting.type}{allowed}. {setting.description}"
+            print_text(console, _indented(meaning, console.width), "dim")
+
+
+def _indented(text: str, width: int, first: str = INDENT) -> str:
+    """Wrap a text at the terminal's width, each line with an indent; the first line begins with ``first``."""
+    return textwrap.fill(text, width, initial_indent=first, subsequent_indent=INDENT, break_on_hyphens=False)
 
 
 @app.command(group=START, help_epilogue=epilogue("doctor"))

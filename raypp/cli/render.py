@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from raypp.experiments.estimate import Estimate
     from raypp.results import Table1
 
+NUM_LISTED = 20  # names or sentences of one kind
 COLORS = {"holds": "green", "weak": "yellow", "broken": "red", "inconclusive": "magenta"}
 
 
@@ -76,7 +78,8 @@ def print_table1(results: Table1) -> None:
         if row["accuracy"] is not None:
             interval = f"{row['low']:.1%} to {row['high']:.1%}"
             spread = interval if row["spread"] is None else f"± {row['spread']:.2%}"
-            cells += [f"{row['accuracy']:.2%}", spread, "-" if row["ssim"] is None else f"{row['ssim']:.3f}"]
+            mark = " [red]at chance[/]" if row["at_chance"] else ""
+            cells += [f"{row['accuracy']:.2%}{mark}", spread, "-" if row["ssim"] is None else f"{row['ssim']:.3f}"]
         table.add_row(*cells)
     console.print(table)
     for file in ("table1.md", "table1.csv", "table1.png"):
@@ -210,12 +213,21 @@ def print_data_report(report: Report) -> None:
         if empty := [label for label, num in split.counts.items() if not num]:
             print_text(console, f"classes without images in {name}: {', '.join(empty)}", "yellow")
     if report.unused:
-        more = f" and {len(report.unused) - 20} more" if len(report.unused) > 20 else ""
-        names = ", ".join(report.unused[:20])
+        more = f" and {len(report.unused) - NUM_LISTED} more" if len(report.unused) > NUM_LISTED else ""
+        names = ", ".join(report.unused[:NUM_LISTED])
         print_text(console, f"not read, since they belong to no split that is used: {names}{more}", "yellow")
     for _, split in splits:
         for sentence in (*split.unreadable, *([split.problem] if split.problem else [])):
             print_text(console, sentence, "red")
+
+
+def print_problems(problems: Sequence[str]) -> None:
+    """Print the first sentences of ``raypp data check`` about files that keep a source from being read."""
+    console = Console()
+    for sentence in problems[:NUM_LISTED]:
+        print_text(console, sentence, "red")
+    if len(problems) > NUM_LISTED:
+        print_text(console, f"and {len(problems) - NUM_LISTED:,} more", "red")
 
 
 def _table(left: tuple[str, ...], right: tuple[str, ...] = (), *, no_wrap: bool = False) -> Table:

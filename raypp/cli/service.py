@@ -66,6 +66,7 @@ def serve(
     with_attacks: bool = False,
     haproxy: bool = False,
     output: Path | None = None,
+    quiet: bool = False,
 ) -> None:
     """Serve a bundle's classifier over HTTP until interrupted.
 
@@ -78,23 +79,30 @@ def serve(
         with_attacks: Also serve the attacks on the bundle, to everyone who can reach the service.
         haproxy: Use Ray's HAProxy instead of Ray's proxy: more than twice as many one-image requests per second.
         output: File for the configuration of `serve deploy`; nothing is started.
+        quiet: Print only warnings and errors.
     """
     from raypp.bundle.manifest import bundle_location
+    from raypp.serve.model_store import is_attacked
     from raypp.serve.server import build_serve_config
 
-    config = build_serve_config(bundle_location(bundle), host=host, port=port, tokens=token_file, attack=with_attacks)
+    location = bundle_location(bundle)
+    config = build_serve_config(location, host=host, port=port, tokens=token_file, attack=with_attacks)
+    if with_attacks and not is_attacked(location):
+        sentence = f"warning: {bundle} has no attack results, so no attack is served; `raypp attack {bundle}` adds them"
+        print_text(Console(stderr=True), sentence, "yellow")
+    console = Console(stderr=True, quiet=quiet)
     if output is None:
-        _serve_until_interrupted(config, haproxy)
+        _serve_until_interrupted(config, haproxy, console)
     elif haproxy:
         raise ConfigError(
             "--haproxy has no effect on `serve deploy`: the environment of the cluster's `ray start` decides (see "
             "docs/how-to/haproxy.md); leave it out"
         )
     else:
-        _write_serve_config(config, output)
+        _write_serve_config(config, output, console)
 
 
-def _write_serve_config(config: dict[str, Any], path: Path) -> None:
+def _write_serve_config(config: dict[str, Any], path: Path, console: Console) -> None:
     import yaml
 
     from raypp.utils.storage import Storage
@@ -102,15 +110,14 @@ def _write_serve_config(config: dict[str, Any], path: Path) -> None:
     if path.exists():
         raise ConfigError(f"--output: {str(path)!r} exists already; give a new file")
     Storage(path.absolute().parent).write(path.name, yaml.safe_dump(config, sort_keys=False).encode())
-    print_text(Console(stderr=True), f"wrote {path}; serve deploy {path}")
+    print_text(console, f"wrote {path}; serve deploy {path}")
 
 
-def _serve_until_interrupted(config: dict[str, Any], haproxy: bool) -> None:
+def _serve_until_interrupted(config: dict[str, Any], haproxy: bool, console: Console) -> None:
     from raypp.dispatch import import_from_ray
 
     running_server = import_from_ray("raypp.serve.server", "running_server", "services need it")
     metrics_url = import_from_ray("raypp.cluster.session", "metrics_url")
-    console = Console(stderr=True)
     try:
         with console.status("starting Ray and the services"), contextlib.ExitStack() as stack:
             url = stack.enter_context(running_server(config, haproxy=haproxy))
@@ -164,6 +171,7 @@ def token(name: str, /, *, token_file: Path, scopes: Words = None, revoke: bool 
 
     if revoke:
         remove_token(token_file, name)
+        print_text(Console(), f"revoked the token {name!r} in {token_file}")
         return
     sys.stdout.write(add_token(token_file, name, scopes or ["classify"]) + "\n")
 
@@ -259,6 +267,7 @@ def demo(
     port: Annotated[int, Parameter(validator=validators.Number(gte=1, lte=65535))] = 7860,
     key: Path | None = None,
     token_file: Path | None = None,
+    quiet: bool = False,
 ) -> None:
     """Open a local web page that shows an image's protected form, its classification and the attacks' results.
 
@@ -268,10 +277,11 @@ def demo(
         port: Port of the page, reachable from this machine only.
         key: Key file of a keyed protection.
         token_file: File that holds a bearer token for the services, with the scopes classify and attack.
+        quiet: Print only errors.
     """
     from raypp.client.demo import open_services, running_demo
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=quiet)
     services = open_services(urls, token=_read_token(token_file), key=key)
     with running_demo(services, port=port) as address:
         print_text(console, address)

@@ -144,9 +144,8 @@ def quickstart(
         if not quiet:
             Console().print("\n[bold]Attacks on this bundle[/]")
     plan = api.attack_plan(run.bundle, "quick", name="attack", storage=run.path)
-    card = api.run_attacks(
-        plan, ray=False, quiet=quiet or json, announce=print_threat_table if not (quiet or json) else lambda _: None
-    )
+    announcement = {} if quiet or json else {"announce": lambda opened_plan, _: print_threat_table(opened_plan)}
+    card = api.run_attacks(plan, ray=False, quiet=quiet or json, **announcement)
     if json:
         print_json({"path": run.path, "training": run.to_dict(), "attack": card.to_dict()})
         return
@@ -217,6 +216,9 @@ def table1(
         print_json({"path": table.path} | table.to_dict())
     elif not quiet:
         print_table1(table)
+    for row in table.values["rows"]:
+        for sentence in row["at_chance"]:
+            print_chance_error(sentence)
     if failed := table.values["failed"]:
         raise RayppError(f"{len(failed)} of the runs failed; --resume tries them again")
 

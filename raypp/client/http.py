@@ -22,7 +22,7 @@ import numpy as np
 
 from raypp.bundle.load import PublicBundle
 from raypp.client.offline import protect_images
-from raypp.client.protection import Image, ProtectionCache, find_unprotected, load_image
+from raypp.client.protection import SHA256, Image, ProtectionCache, find_unprotected, load_image
 from raypp.client.session import Prediction, RemoteError, Session, parse_predictions, parse_refused, parsing
 from raypp.utils.errors import ConfigError, DataError, RayppError
 from raypp.utils.images import Pixels, decode
@@ -82,8 +82,10 @@ class Client:
         patience: float = 60.0,
         on_wait: Callable[[str, float], None] | None = None,
     ) -> None:
+        if pin is not None and not SHA256.fullmatch(pin.lower()):
+            raise ConfigError(f"pin is {pin!r}; allowed is a SHA-256, 64 hexadecimal digits")
         self._cache = ProtectionCache(cache, key)
-        self._pin = pin
+        self._pin = pin.lower() if pin is not None else None
         self._session = Session(url, token, timeout, patience, on_wait)
         self._protection: tuple[str, PublicBundle] | None = None
         self._max_images: tuple[str, int] | None = None  # the protection, and how many of its images fit a request

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from raypp.utils.images import Pixels, decode, resize_and_center_crop, to_graysc
 from raypp.utils.keys import Key
 from raypp.utils.storage import new_folder, sha256
 
+SHA256 = re.compile("[0-9a-f]{64}")
 MAX_UNPACKED = 2**30  # bytes of a public part
 MIN_DIFFERENCE = 2.0  # mean absolute difference between an image and its protected form, of 255
 MAX_FLAT_RANGE = 8  # range of the values of an image without content, of 255
@@ -54,7 +56,7 @@ class ProtectionCache:
             RemoteError: the identifier is none.
             BundleError: the archive or the cached folder does not match it, or the protection changes nothing.
         """
-        if len(identifier) != 64 or not set(identifier) <= set("0123456789abcdef"):
+        if not SHA256.fullmatch(identifier):
             raise RemoteError(f"{url} names no protection; is it a raypp classifier?")
         if identifier not in self:
             self._store(identifier, archive, url)

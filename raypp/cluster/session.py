@@ -87,6 +87,12 @@ def check_address() -> None:
         ) from error
 
 
+def has_ray_ended() -> bool:
+    """Whether the Ray that started here has ended, as after a signal to all processes of the command's group."""
+    node = ray._private.worker._global_node
+    return _started_here and node is not None and bool(node.dead_processes())
+
+
 @contextmanager
 def ray_session() -> Iterator[dict[str, float]]:
     """Use the running Ray, connect to RAY_ADDRESS, or start Ray here and stop it at the end.

@@ -60,7 +60,7 @@ def run_search(plan: SearchPlan, *, resume: bool = False, quiet: bool = False) -
             resume = attack_suite.storage.exists(attack_plan.SUITE)
             # On two cores, a process for each attack costs more time than it saves.
             is_local = not may_grow() and resources.get("CPU", 0) <= 2
-            run = attack_run.run_attacks_locally if is_local else run_on_ray
+            run = None if is_local else run_on_ray
             return attack_run.run_attack_suite(attack_suite, resume=resume, quiet=quiet, run=run)
 
         return search_results.export_best(plan, records, min_accuracy, attack)

@@ -129,6 +129,10 @@ class DataSource(ABC):
         """Return paths in the source that look like data but belong to no split."""
         return ()
 
+    def problems(self) -> tuple[str, ...]:
+        """Return a sentence for each file that keeps the source from being read."""
+        return ()
+
     def examples(self, split: Split) -> Iterator[Example]:
         """Yield the images of ``split`` one by one, in bounded memory.
 

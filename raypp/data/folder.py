@@ -108,6 +108,11 @@ class Folder(DataSource):
         entries = [entry for entry in sorted(self._root.iterdir()) if not is_ignored(entry.name) and entry not in used]
         return tuple(printable(entry) for entry in entries if entry.is_dir() or entry.suffix.lower() in SUFFIXES)
 
+    def problems(self) -> tuple[str, ...]:
+        """Return a sentence for each image without a class or in an unsupported format, and for each broken link."""
+        roots = [self._train_root] if self._train_root == self._root else [self._train_root, self._test_root]
+        return tuple(problem for root in roots for problem in _file_problems(root))
+
     @cached_property
     def _random_split(self) -> dict[Split, list[tuple[str, int]]]:
         files = self._list_files(self._root)
@@ -176,13 +181,28 @@ def _class_folders(root: Path) -> list[Path]:
         hint = "; it holds images: is data.source.path one level too low?" if loose else ""
         raise DataError(f"{printable(root)} holds no folders, allowed is one per class{hint}")
     if loose:
-        raise DataError(f"{printable(loose[0])} is an image outside the class folders; move it into one, or away")
+        raise DataError(_outside_classes(loose[0]))
     targets: dict[Path, Path] = {}
     for folder in folders:
         first = targets.setdefault(folder.resolve(), folder)
         if first is not folder:
             raise DataError(f"{printable(first)} and {printable(folder)} are the same folder; remove the link")
     return folders
+
+
+def _outside_classes(file: Path) -> str:
+    return f"{printable(file)} is an image outside the class folders; move it into one, or away"
+
+
+def _file_problems(root: Path) -> Iterator[str]:
+    """A sentence for each file that a split's folder must not hold."""
+    has_folders = any(map(_is_folder, root.iterdir()))  # otherwise the images are not the problem
+    for file in walk_files(root):
+        try:
+            if is_image(file) and file.parent == root and has_folders:
+                yield _outside_classes(file)
+        except DataError as error:
+            yield str(error)
 
 
 def _check_splits(root: Path, folders: list[Path]) -> None:

@@ -14,11 +14,19 @@ from torch import Tensor, nn
 
 from raypp.attacks.target import Target
 from raypp.data.loader import inference_batch_size
-from raypp.metrics.image import edge_correlation, edge_maps, in_parts, lpips, psnr, ssim, ssim_invariant, ssim_lab
+from raypp.metrics.image import (
+    edge_correlation,
+    edge_maps,
+    finite_psnr,
+    in_parts,
+    lpips,
+    ssim,
+    ssim_invariant,
+    ssim_lab,
+)
 from raypp.metrics.retrieval import reidentify
 from raypp.metrics.statistics import bootstrap_interval
 
-MAX_PSNR = 60.0  # dB: an exact reconstruction would make a mean infinite
 WEAK_RATE, BROKEN_RATE = 0.05, 0.20
 MIN_QUERIES = 200  # attacked images; with fewer, chance alone moves a rate across a threshold
 MIN_RISE = 0.01  # of SSIM or re-identification rate, between the last two points of a rising curve
@@ -64,7 +72,7 @@ def _compare(estimates: Tensor, originals: Tensor, reference_classifier: nn.Modu
     """Metrics of pairs of uint8 images (n, C, H, W), and the classifier's ``predictions`` of the estimates."""
     estimates, originals = estimates.float() / 255, originals.float() / 255
     scores = {
-        "psnr": psnr(estimates, originals).clamp_max(MAX_PSNR),
+        "psnr": finite_psnr(estimates, originals),
         "ssim": ssim(estimates, originals),
         "ssim_lab": ssim_lab(estimates, originals),
         "ssim_invariant": ssim_invariant(estimates, originals),

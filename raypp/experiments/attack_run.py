@@ -184,14 +184,13 @@ def _with_earlier_networks(plan: AttackPlan, attack: str, access: AttackerKnowle
 
 
 def run_attacks_locally(
-    plan: AttackPlan, missing: Sequence[str], display: MultiProgressDisplay, on_done: OnDone
+    plan: AttackPlan, target: Target, missing: Sequence[str], display: MultiProgressDisplay, on_done: OnDone
 ) -> None:
-    """Run attacks in this process, one after the other.
+    """Run attacks on a loaded target in this process, one after the other.
 
     Raises:
         TrainingInterrupted: a stop was requested by ``display`` or SIGTERM, and a checkpoint is saved.
     """
-    target = load_target_of(plan)
     with stop_on_signal(display.stop, signal.SIGTERM):
         for name in missing:
             display.raise_if_stop_requested()
@@ -213,20 +212,20 @@ def run_attack_suite(
     *,
     resume: bool = False,
     quiet: bool = False,
-    announce: Callable[[AttackPlan], None] = lambda _: None,
-    run: Callable[[AttackPlan, Sequence[str], MultiProgressDisplay, OnDone], None] = run_attacks_locally,
+    announce: Callable[[AttackPlan, Target], None] = lambda *_: None,
+    run: Callable[[AttackPlan, Sequence[str], MultiProgressDisplay, OnDone], None] | None = None,
 ) -> dict[str, Any]:
     """Run the attacks of a plan that have no result yet; write and return the scorecard.
 
     Args:
-        announce: called before the first attack, once target and folder are valid.
-        run: runs attacks, with the signature of :func:`run_attacks_locally`.
+        announce: called with the opened plan and its target before the first attack.
+        run: runs attacks elsewhere; None runs them in this process, see :func:`run_attacks_locally`.
 
     Raises:
         RayppError: target, suite or folder is invalid. An attack that fails does not stop the others.
     """
     with attack_plan.open_attack_plan(plan, resume=resume) as (plan, target):
-        announce(plan)
+        announce(plan, target)
         failures: dict[str, str] = {}
         jobs = [name for name in attack_plan.dependencies_first(plan) if load_result(plan, name) is None]
         if needs_reference_classifier(plan, target):
@@ -238,8 +237,10 @@ def run_attack_suite(
                     failures[name] = outcome["error"]
                 display.done(name, _outcome_line(outcome))
 
-            if jobs:
+            if jobs and run is not None:
                 run(plan, jobs, display, on_done)
+            elif jobs:
+                run_attacks_locally(plan, target, jobs, display, on_done)
         card = write_scorecard(plan, target, failures)
         if plan.spec.bundle is not None and not failures.keys() - {REFERENCE_CLASSIFIER}:
             export_to_bundle(plan, card, quiet)

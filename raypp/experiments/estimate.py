@@ -21,21 +21,21 @@ from raypp.config.schema import Config
 from raypp.data import SOURCES
 from raypp.data.base import stratified_split
 from raypp.data.loader import Augmentation, DeviceLoader
-from raypp.experiments.attack_plan import AttackPlan, dependencies_first, load_target_of
+from raypp.experiments.attack_plan import AttackPlan, dependencies_first
 from raypp.experiments.search import make_search_plan
 from raypp.experiments.table1_grid import grid_cells, table_rows
 from raypp.experiments.training_run import new_key
 from raypp.models.perceptual import VGG16Features, random_vgg_slice
-from raypp.training.protected_classifier import phases
 from raypp.training.protection_task import ProtectionTask, TrainingData, build_pre_transform
 from raypp.training.reporter import Reporter
-from raypp.training.task import Phase, Task
+from raypp.training.task import Task
 from raypp.training.trainer import Trainer
 from raypp.utils.errors import DataError
 from raypp.utils.progress import ProgressDisplay
 from raypp.utils.storage import Storage
 
 if TYPE_CHECKING:
+    from raypp.attacks.target import Target
     from raypp.data.base import DataSource
 
 NUM_TIMED, MAX_SECONDS = 3, 5.0  # steps that are timed after a first one, and seconds after which no other begins
@@ -65,7 +65,7 @@ def estimate_training(config: Config) -> list[Estimate]:
     num_images = config.data.num_train or len(remaining)
     task = ProtectionTask(config, _random_data(config, source), phi, new_key(config))
     num_batches = max(1, num_images // config.train.batch_size)
-    return [_estimate_phase(task, phase, num_batches, num_images) for phase in phases(config)]
+    return [_estimate_phase(task, index, num_batches, num_images) for index in range(len(task.phases))]
 
 
 def estimate_table(
@@ -91,9 +91,8 @@ def estimate_search(preset: str, files: Sequence[Path], settings: Settings) -> l
     return [Estimate(preset, detail, seconds * num)]
 
 
-def estimate_attacks(plan: AttackPlan) -> list[Estimate]:
-    """Estimate each attack that trains a network, with the additional trainings of its curve."""
-    target = load_target_of(plan)
+def estimate_attacks(plan: AttackPlan, target: Target) -> list[Estimate]:
+    """Estimate each attack on a loaded target that trains a network, with the additional trainings of its curve."""
     estimates = []
     for name in dependencies_first(plan):
         kind = ATTACKS.get(name)
@@ -107,7 +106,7 @@ def estimate_attacks(plan: AttackPlan) -> list[Estimate]:
             continue
         task = attack.task()
         task.share(0, 1)
-        estimate = _estimate_phase(task, task.phases[-1], task.batches.num_batches, attack.num_images)
+        estimate = _estimate_phase(task, len(task.phases) - 1, task.batches.num_batches, attack.num_images)
         shares = [share for _, share, _ in CURVE if share == 1 or task.train.epochs > 1] if plan.suite.curve else []
         assert estimate.seconds is not None
         curve = f", and {len(shares)} more trainings for its curve" if shares else ""
@@ -115,32 +114,29 @@ def estimate_attacks(plan: AttackPlan) -> list[Estimate]:
     return estimates
 
 
-def _estimate_phase(task: Task, phase: Phase, num_batches: int, num_images: int) -> Estimate:
-    seconds = seconds_per_step(task, phase) * num_batches * phase.epochs * OVERHEAD
+def _estimate_phase(task: Task, index: int, num_batches: int, num_images: int) -> Estimate:
+    phase = task.phases[index]
+    seconds = seconds_per_step(task, index) * num_batches * phase.epochs * OVERHEAD
     return Estimate(phase.name, f"{phase.epochs} epochs of {num_images:,} images", seconds)
 
 
-def seconds_per_step(task: Task, phase: Phase) -> float:
+def seconds_per_step(task: Task, phase_index: int) -> float:
     """Time a few training steps of a phase on this machine's GPU or processor, in seconds per step."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(task, Reporter(Storage(folder), ProgressDisplay(quiet=True), device))
-        trainer.setup_phase(phase)
-        trainer.trainee.train()
-        times = list(islice(_timed_steps(trainer, task, device), 1 + NUM_TIMED))
+        trainer.setup_phase(task.phases[phase_index])
+        trainer.start_epoch(phase_index, 0)
+        times = list(islice(_timed_steps(trainer), 1 + NUM_TIMED))
     return min(times[1:] or times)
 
 
-def _timed_steps(trainer: Trainer, task: Task, device: torch.device) -> Iterator[float]:
+def _timed_steps(trainer: Trainer) -> Iterator[float]:
     begin = time.monotonic()
-    for images, labels in task.batches.epoch(0):
+    for step, (images, labels) in enumerate(trainer.task.batches.epoch(0)):
         start = time.monotonic()
-        trainer.optimizer.zero_grad(set_to_none=True)
-        with trainer.autocast:
-            output = trainer.forward(images, labels)
-        output.loss.backward()
-        trainer.optimizer.step()
-        if device.type == "cuda":
+        trainer.train_step(step, images, labels)
+        if trainer.reporter.device.type == "cuda":
             torch.cuda.synchronize()
         yield time.monotonic() - start
         if time.monotonic() - begin > MAX_SECONDS:

@@ -16,6 +16,7 @@ from raypp.config.validation import validate
 from raypp.evaluation.output import as_png, new_figure, styled
 from raypp.experiments.run_folder import check_resumable, read_checked
 from raypp.experiments.table1_grid import COMPARED, NOT_COMPARED, GridCell, TableRow, num_parameters, paper_name
+from raypp.metrics.statistics import chance_error
 from raypp.utils.storage import Storage
 
 COLUMNS = (
@@ -38,6 +39,8 @@ class CellResult:
     num_parameters: int
     ssim: float | None
     failed: tuple[str, ...] = ()
+    at_chance: tuple[str, ...] = ()
+    """A sentence for each run whose classifier is at chance."""
 
     @property
     def mean(self) -> float:
@@ -66,6 +69,7 @@ class CellResult:
             "spread": self.spread if done else None,
             "ssim": self.ssim if done else None,
             "seeds": len(self.accuracies),
+            "at_chance": list(self.at_chance),
         }
 
 
@@ -100,7 +104,9 @@ def collect(
         groups.setdefault((cell.dataset, cell.method.name), []).append(cell)
     results = []
     for (dataset, _), group in groups.items():
-        finished = [summaries[cell.name] for cell in group if cell.name in summaries]
+        named = {cell.name: summaries[cell.name] for cell in group if cell.name in summaries}
+        finished = list(named.values())
+        errors = {name: chance_error(summary["test"], len(summary["classes"])) for name, summary in named.items()}
         tests = [summary["test"] for summary in finished]
         sizes = [(len(summary["classes"]), tuple(summary["image_size"])) for summary in finished]
         results.append(
@@ -114,6 +120,7 @@ def collect(
                 num_parameters=num_parameters(group[0].config, *sizes[0]) if finished else 0,
                 ssim=tests[0]["ssim"]["mean"] if tests and tests[0]["ssim"] else None,
                 failed=tuple(f"{cell.name}: {failures[cell.name]}" for cell in group if cell.name in failures),
+                at_chance=tuple(f"{name}: {error}" for name, error in errors.items() if error is not None),
             )
         )
     return results
@@ -188,6 +195,7 @@ def markdown(results: Sequence[CellResult], notes: Sequence[str]) -> str:
         "Minutes: training and validation, summed over seeds, with one worker per run.",
         "",
     ]
+    lines += [f'<p style="color: red"><strong>Error: {error}.</strong></p>\n' for r in results for error in r.at_chance]
     failed = [sentence for r in results for sentence in r.failed]
     if failed:
         lines += ["## Runs that failed", "", *(f"- {sentence}" for sentence in failed), ""]
@@ -211,23 +219,26 @@ def figure(results: Sequence[CellResult]) -> bytes:
                 panel.hlines(y, 100 * low, 100 * high, color="#1f6fb2", lw=2.5)
                 x = 100 * r.mean
                 panel.plot(x, y, "o", color="#1f6fb2", ms=8, label="ours", zorder=3)
-                panel.annotate(f"{x:.1f}", (x, y), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+                label = f"{x:.1f}{', at chance' if r.at_chance else ''}"
+                align = "center" if x > 10 else "left"  # a centered label would cross the axis
+                panel.annotate(label, (x, y), (0, 7), textcoords="offset points", ha=align, fontsize=8)
         panel.set_yticks(range(len(rows)), [r.method.label for r in rows])
         panel.set(ylim=(len(rows) - 0.5, -0.7), xlim=(0, 100), xlabel="test accuracy, %", title=dataset)
         panel.grid(visible=False, axis="y")
-        handles, labels = panel.get_legend_handles_labels()
-        legend = dict(zip(labels, handles, strict=True))  # one entry per label
-        panel.legend(legend.values(), legend.keys(), loc="lower left")
+    entries = [panel.get_legend_handles_labels() for panel in panels]
+    legend = {label: handle for handles, labels in entries for handle, label in zip(handles, labels, strict=True)}
+    canvas.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=2)
     return as_png(canvas)
 
 
 def _format_accuracy(result: CellResult) -> str:
     if not result.accuracies:
         return "failed" if result.failed else "not run"
+    mark = ", at chance" if result.at_chance else ""
     if result.spread is not None:
-        return f"{result.mean:.2%} ± {100 * result.spread:.2f}"
+        return f"{result.mean:.2%} ± {100 * result.spread:.2f}{mark}"
     low, high = result.interval
-    return f"{result.mean:.2%} ({100 * low:.1f} to {100 * high:.1f})"
+    return f"{result.mean:.2%} ({100 * low:.1f} to {100 * high:.1f}){mark}"
 
 
 def _format(value: Any) -> str:

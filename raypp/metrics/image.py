@@ -23,6 +23,7 @@ from raypp.metrics import reference
 _backend: ContextVar[str] = ContextVar("_backend", default="torch")
 
 ALEXNET = "alexnet-owt-7be5be79.pth"  # torchvision's file of the weights that LPIPS uses
+MAX_PSNR = 60.0  # dB: identical images would make a mean infinite, and JSON has no infinity
 MIN_SIDE = 11  # pixels, the side of SSIM's window
 LPIPS_MIN_SIDE = 32  # pixels
 LPIPS_BATCH = 1000  # images per forward pass
@@ -50,6 +51,11 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
         return reference.psnr(a, b)
     mse = (a.float() - b.float()).square().mean(dim=(1, 2, 3))
     return -10 * torch.log10(mse)
+
+
+def finite_psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Return :func:`psnr`, at most ``MAX_PSNR``."""
+    return psnr(a, b).clamp_max(MAX_PSNR)
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:

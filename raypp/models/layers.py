@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+BATCH_SIZE = 500  # images of a forward pass without gradients
 
 
 class Normalize(nn.Module):
@@ -47,3 +48,9 @@ def straight_through(values: Tensor, replacement: Tensor) -> Tensor:
     Source: straight-through estimator (Bengio, Leonard, Courville 2013).
     """
     return values + (replacement - values).detach()
+
+
+@torch.inference_mode()
+def logits_in_batches(classifier: nn.Module, images: Tensor) -> Tensor:
+    """Logits float (N, K) of images uint8 (N, C, H, W) on the classifier's device."""
+    return torch.cat([classifier(batch.float() / 255) for batch in images.split(BATCH_SIZE)])

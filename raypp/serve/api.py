@@ -21,7 +21,7 @@ from fastapi.security import HTTPBearer
 from torch import Tensor
 
 import raypp
-from raypp.metrics.image import MIN_SIDE, psnr, ssim
+from raypp.metrics.image import MIN_SIDE, finite_psnr, ssim
 from raypp.metrics.statistics import chance_error
 from raypp.serve import schemas
 from raypp.serve.admission import AdmissionControl, Limits, RequestError
@@ -36,7 +36,6 @@ from raypp.serve.schemas import JSON, PNG, ZIP, binary_responses, image_body, js
 from raypp.utils.errors import RayppError
 from raypp.utils.images import Pixels, encode_png
 
-MAX_PSNR = 60.0  # dB: JSON has no infinity
 HEADER_DESCRIPTION = "Protection of the images: the ETag of /v1/protection without its quotes."
 RequestedProtection = Annotated[str | None, Header(alias=PROTECTION_HEADER, description=HEADER_DESCRIPTION)]
 
@@ -75,8 +74,8 @@ def classifier_api(service: Callable[[], ClassifierService], observe: RequestObs
     description = "Classifies protected images. Plain images never reach it."
     api = create_api("raypp classifier", description, service, "classify", observe)
     routes = _ClassifierRoutes(service)
-    post = api.post("/v1/classify", openapi_extra=image_body("image"), responses=json_responses(schemas.Classification))
-    post(routes.classify)
+    responses = json_responses(schemas.Classification) | schemas.UPLOAD_PROBLEMS
+    api.post("/v1/classify", openapi_extra=image_body("image"), responses=responses)(routes.classify)
     api.get("/v1/protection", responses=binary_responses(ZIP), response_class=Response)(routes.protection)
     api.get("/v1/model", responses=json_responses(schemas.ModelInfo))(routes.model)
     return api
@@ -88,8 +87,8 @@ def attack_api(service: Callable[[], AttackService], observe: RequestObserver | 
     api = create_api("raypp attacks", description, service, "attack", observe)
     routes = _AttackRoutes(service)
     api.get("/v1", responses=json_responses(schemas.AttackList))(routes.listing)
-    body, responses = image_body("image", "plain"), json_responses(schemas.Reconstructions, PNG)
-    api.post("/v1/{attack}", openapi_extra=body, responses=responses)(routes.run)
+    responses = json_responses(schemas.Reconstructions, PNG) | schemas.ATTACK_PROBLEMS
+    api.post("/v1/{attack}", openapi_extra=image_body("image", "plain"), responses=responses)(routes.run)
     return api
 
 
@@ -111,7 +110,8 @@ def create_api(
         request.state.media_type = negotiate(request.headers.getlist("accept"), media_types)
 
     api = FastAPI(
-        title=title, version=raypp.__version__, description=description, docs_url="/docs", redoc_url=None,
+        title=title, version=raypp.__version__, description=f"{description} {schemas.OTHER_PATHS}",
+        docs_url="/docs", redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,  # a redirect would use the client's Host header, before its token is checked
         dependencies=[Depends(check_request), Depends(bearer)],  # the latter only documents the token
@@ -274,7 +274,7 @@ def _describe_reconstructions(reconstructions: Pixels, originals: Pixels | None)
     scores: dict[str, Tensor] = {}
     if originals is not None:
         estimates, targets = (to_tensor(images).float() / 255 for images in (reconstructions, originals))
-        scores["psnr"] = psnr(estimates, targets).clamp_max(MAX_PSNR)
+        scores["psnr"] = finite_psnr(estimates, targets)
         if min(reconstructions.shape[1:3]) >= MIN_SIDE:
             scores["ssim"] = ssim(estimates, targets)
     return [

@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import json
 import logging
+import os
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
@@ -128,6 +129,7 @@ def remove_token(path: Path, name: str) -> None:
 
     Raises ConfigError if no token has this name, it is the last one, or the file is damaged.
     """
+    Tokens.read(str(path.expanduser()))  # an edit would create the folder of a missing file
     with _edit(path) as entries:
         names = [entry["name"] for entry in entries]
         if name not in names:
@@ -142,11 +144,24 @@ def _edit(path: Path) -> Iterator[list[dict[str, Any]]]:
     """Lock a token file, yield its entries for changes and write them back."""
     storage = Storage(path.expanduser().absolute().parent)
     storage.path.mkdir(parents=True, exist_ok=True)
-    with (storage.path / f".{path.name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _locked(storage.path / f".{path.name}.lock"):
         entries: list[dict[str, Any]] = []
         if storage.exists(path.name):
             Tokens.read(str(storage.path / path.name))  # checks the file
             entries = json.loads(storage.read(path.name))["tokens"]
         yield entries
         storage.write(path.name, (json.dumps({"tokens": entries}, indent=1) + "\n").encode(), secret=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Lock a file that exists only during the edit."""
+    while True:
+        with path.open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.fstat(lock.fileno()).st_nlink:  # else the process before this one has deleted it
+                try:
+                    yield
+                finally:
+                    path.unlink()
+                return

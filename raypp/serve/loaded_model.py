@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from raypp.bundle.manifest import MANIFEST, verify
 from raypp.models.fusion import fuse_conv_bn
 from raypp.serve.image_parsing import Shape
 from raypp.utils.errors import BundleError, RayppError, StorageError
+from raypp.utils.paths import short_name
 from raypp.utils.storage import Storage, sha256
 
 MAX_READS = 3  # attempts to read a bundle that is replaced meanwhile
@@ -65,8 +65,8 @@ class LoadedModel:
 
     @property
     def name(self) -> str:
-        """The last two parts of the location, such as ``first/bundle``; reveals no paths of the machine."""
-        return "/".join(urlsplit(self.location).path.rstrip("/").split("/")[-2:])
+        """The last two parts of the location, such as ``first/bundle``."""
+        return short_name(self.location)
 
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raypp.serve.admission import RequestError
 from raypp.serve.request_checks import check_bare, negotiate, quote
-from raypp.serve.schemas import HTML, JSON, PROBLEM
+from raypp.serve.schemas import HTML, JSON, METHOD_NOT_ALLOWED, NOT_FOUND, PROBLEM
 from raypp.utils.registry import suggest
 
 PROTECTION_HEADER, MODEL_HEADER, REQUEST_ID = "Raypp-Protection", "Raypp-Model", "X-Request-ID"
@@ -126,17 +126,19 @@ def add_middleware(api: FastAPI, observe: RequestObserver | None) -> None:
     @api.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         headers, path = dict(error.headers or {}), request.url.path
-        detail = str(error.detail)
+        code, detail = "http", str(error.detail)
         if error.status_code == 404:
+            code = NOT_FOUND
             root = request.scope.get("root_path", "")
             paths = sorted({root + route.path for route in api.routes if isinstance(route, APIRoute)})
             docs = f"; {root}/docs lists what there is" if api.docs_url is not None else ""
             detail = f"there is nothing at {quote(path)}{suggest(path, paths)}{docs}"
         elif error.status_code == 405:
+            code = METHOD_NOT_ALLOWED
             methods = {word.strip() for word in headers.get("Allow", "").split(",")}
             headers["Allow"] = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
             detail = f"{quote(request.method)} is not supported at {quote(path)}; allowed: {headers['Allow']}"
-        return problem_response(request, RequestError(error.status_code, "http", detail, headers))
+        return problem_response(request, RequestError(error.status_code, code, detail, headers))
 
 
 def problem_response(request: Request, error: RequestError) -> Response:

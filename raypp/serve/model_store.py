@@ -55,6 +55,11 @@ def resolve_model(location: str | Path) -> ModelRef:
     raise StorageError(f"{storage.uri} is neither a bundle nor a model repository")
 
 
+def is_attacked(location: str | Path) -> bool:
+    """Whether the active bundle of a location has a scorecard, without which the attack service offers nothing."""
+    return Storage(resolve_model(location).location).exists("private/scorecard.json")
+
+
 def _read_active(storage: Storage) -> ModelRef | None:
     """The version that ``live.json`` names; None if the file is damaged."""
     try:

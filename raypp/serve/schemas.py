@@ -117,39 +117,56 @@ class Problem(BaseModel):
     images: list[int] | None = Field(None, description="With not-protected: indices, from 0, of the refused images.")
 
 
-_DESCRIPTIONS = {
-    400: "The request cannot be read.", 401: "No valid token.", 403: "The token lacks the scope.",
-    404: "Unknown attack.", 405: "The method is not allowed.", 406: "Accept allows no available media type.",
-    408: "The request timed out.", 409: "The images were protected with a protection that is not served.",
-    412: "A condition names another version.", 413: "The body is too large or holds too many images.",
-    415: "The media type or content encoding is not supported.", 417: "The expectation is not supported.",
+NOT_FOUND, METHOD_NOT_ALLOWED = "not-found", "method-not-allowed"
+OTHER_PATHS = f"An unknown path gives 404 `{NOT_FOUND}`, and a method that a path lacks 405 `{METHOD_NOT_ALLOWED}`."
+BY_PROXY = (408, 500, 503)  # Serve's proxy may answer with plain text instead of the replica
+
+
+def _problems(descriptions: dict[int, str]) -> Responses:
+    """Responses with problem documents, by status."""
+    problem: dict[str, Any] = {PROBLEM: {"schema": Problem.model_json_schema()}}
+    text: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
+    return {
+        status: {"description": description, "content": problem | (text if status in BY_PROXY else {})}
+        for status, description in descriptions.items()
+    }
+
+
+COMMON_PROBLEMS = _problems({
+    400: "The request or a header cannot be read.", 401: "No valid token.", 403: "The token lacks the scope.",
+    406: "Accept allows no available media type.", 408: "The request timed out.",
+    412: "A condition names another version.", 415: "The media type or content encoding is not supported.",
+    417: "The expectation is not supported.", 422: "A query parameter is unknown or repeated.", 500: "Internal error.",
+    501: "The transfer encoding is not supported.", 503: "Busy: retry after Retry-After.",
+})  # fmt: skip
+"""Refusals of every route."""
+UPLOAD_PROBLEMS = _problems({
+    409: "The images were protected with a protection that is not served.",
+    413: "The body is too large or holds too many images.",
     422: "An image has the wrong shape or is not protected, or a parameter or field is unknown.",
-    500: "Internal error.", 501: "The transfer encoding is not supported.", 503: "Busy: retry after Retry-After.",
-}  # fmt: skip
-_CONTENT: dict[str, Any] = {PROBLEM: {"schema": Problem.model_json_schema()}}
-PROBLEM_RESPONSES: Responses = {
-    status: {"description": description, "content": _CONTENT} for status, description in _DESCRIPTIONS.items()
-}
-for _status in (408, 500, 503):  # Serve's proxy may answer with plain text instead of the replica
-    PROBLEM_RESPONSES[_status]["content"] = _CONTENT | {"text/plain": {"schema": {"type": "string"}}}
+})  # fmt: skip
+ATTACK_PROBLEMS = UPLOAD_PROBLEMS | _problems({
+    404: "There is no attack of this name: `unknown-attack`.",
+    422: "An image has the wrong shape or is not protected, a field is unknown, or the attack does not apply.",
+})  # fmt: skip
 BINARY = {"type": "string", "format": "binary"}
 
 
 def json_responses(model: type[BaseModel], *other_media_types: str) -> Responses:
-    """Responses of a route: JSON by a model, alternative binary media types, and problems.
+    """Responses of a route: JSON by a model, alternative binary media types, and common problems.
 
     The order of the media types is the service's order of preference.
     """
     content: dict[str, Any] = {JSON: {}} | {media_type: {"schema": BINARY} for media_type in other_media_types}
-    return {200: {"description": "Success.", "model": model, "content": content}, **PROBLEM_RESPONSES}
+    return {200: {"description": "Success.", "model": model, "content": content}, **COMMON_PROBLEMS}
 
 
 def binary_responses(media_type: str) -> Responses:
-    """Responses of a route with an entity tag: a file, 304, and problems."""
+    """Responses of a route with an entity tag: a file, 304, and common problems."""
     return {
         200: {"description": "Success.", "content": {media_type: {"schema": BINARY}}},
         304: {"description": "The client has the current version."},
-        **PROBLEM_RESPONSES,
+        **COMMON_PROBLEMS,
     }
 
 

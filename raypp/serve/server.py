@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,8 +106,6 @@ def running_server(config: dict[str, Any], *, haproxy: bool = False) -> Iterator
         ray_session(),
         on_signal(_interrupt, signal.SIGTERM),  # the handler of a running Ray would end the process at once
     ):
-        from ray import serve
-
         _check_port(host, port)
         _start_proxy(config)
         try:
@@ -117,10 +116,7 @@ def running_server(config: dict[str, Any], *, haproxy: bool = False) -> Iterator
         finally:
             # Serve stops its controller during a call, and Ray prints that the call failed.
             last.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            for application in config["applications"]:
-                serve.delete(application["name"])
-            if not serve.status().applications:  # a cluster may serve other applications
-                serve.shutdown()
+            _stop_applications([application["name"] for application in config["applications"]])
 
 
 def _start_proxy(config: dict[str, Any]) -> None:
@@ -147,6 +143,31 @@ def _start_application(application: dict[str, Any], logging_config: dict[str, An
     except RuntimeError as error:
         reason = _failure_reason(str(serve.status().applications[name]), error)
         raise RayppError(f"the service {name} does not start: {reason}") from error
+
+
+def _stop_applications(names: list[str]) -> None:
+    """Stop applications, and Serve after the last one; return at once if Ray ends, since calls would wait for it."""
+    from ray import serve
+
+    from raypp.cluster.session import has_ray_ended
+
+    errors: list[Exception] = []
+
+    def stop() -> None:
+        try:
+            for name in names:
+                serve.delete(name)
+            if not serve.status().applications:  # a cluster may serve other applications
+                serve.shutdown()
+        except Exception as error:  # raised below, in the main thread
+            errors.append(error)
+
+    thread = threading.Thread(target=stop, daemon=True)
+    thread.start()
+    while thread.is_alive() and not has_ray_ended():
+        thread.join(0.1)
+    if errors and not has_ray_ended():
+        raise errors[0]
 
 
 @contextmanager

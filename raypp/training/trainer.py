@@ -114,9 +114,7 @@ class Trainer:
         Raises:
             TrainingInterrupted: on every worker, after a checkpoint.
         """
-        self.phase_index, self.epoch = phase_index, epoch
-        self.trainee.train()
-        self._start_epoch(partial)
+        self.start_epoch(phase_index, epoch, partial)
         loader, first_step = self.task.batches, self.first_step
         epochs_done = self._epochs_before(phase_index) + epoch
         for step, (images, labels) in enumerate(loader.epoch(epochs_done, first_step), first_step):
@@ -136,7 +134,10 @@ class Trainer:
         sync_batch_norm_buffers(self.trainee)
         return self._epoch_metrics()
 
-    def _start_epoch(self, partial: EpochState | None) -> None:
+    def start_epoch(self, phase_index: int, epoch: int, partial: EpochState | None = None) -> None:
+        """Reset the sums of an epoch, or continue those of a partial one, before its first step."""
+        self.phase_index, self.epoch = phase_index, epoch
+        self.trainee.train()
         device = self.reporter.device
         zero = torch.zeros(1, dtype=torch.float64)
         state = partial or EpochState(0, [], zero, 0, 0.0)

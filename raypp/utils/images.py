@@ -9,7 +9,7 @@ import io
 import re
 import unicodedata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -221,6 +221,19 @@ def _to_pil(image: Pixels) -> Image.Image:
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Return float (N, C, H, W) as uint8 of the same shape: clamped to [0, 1], rounded to the nearest of 256 levels."""
     return images.clamp(0, 1).mul(255).round().byte()
+
+
+def as_pixels(images: Any, name: str) -> Pixels:
+    """Convert images, NumPy or torch, to contiguous uint8 (N, H, W, C); raises DataError that names the argument."""
+    import torch
+
+    array = images.cpu().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
+    if array.ndim == 3:
+        array = array[None]
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or not array.size:
+        value = "missing" if images is None else f"{array.dtype} {array.shape}"
+        raise DataError(f"{name} is {value}; allowed is uint8 (N, H, W, C) with 1 or 3 channels")
+    return np.ascontiguousarray(array)
 
 
 def quantize_8bit(images: torch.Tensor) -> torch.Tensor:

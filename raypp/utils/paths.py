@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator
 
@@ -36,3 +37,9 @@ PathOrUri = Annotated[str, BeforeValidator(lambda v: resolve_path(v) if isinstan
 def shown_path(path: str) -> str:
     """A path as a user reads it: relative to the current folder if it lies below; others and URIs stay as they are."""
     return os.path.relpath(path) if Path(path).is_absolute() and Path(path).is_relative_to(Path.cwd()) else path
+
+
+def short_name(location: str) -> str:
+    """The last two parts of a path or URI, such as ``first/bundle``; reveals no paths of the machine."""
+    path = urlsplit(location).path if "://" in location else location
+    return "/".join(path.rstrip("/").split("/")[-2:])

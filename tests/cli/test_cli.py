@@ -381,6 +381,14 @@ def test_config_lists_presets_and_prints_what_a_run_would_use(capsys: Captured, 
     assert run(capsys, "config", "printed.yaml")[0] == out, "what it prints is a preset"
 
 
+def test_explanations_wrap_with_an_indent(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    out, _ = run(capsys, "config", "cifar10", "--explain")
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 50
+    assert all(re.match(r" {4}\S|[a-z0-9_.]+ = ", line) for line in lines)
+
+
 def test_settings_may_stand_before_the_preset(capsys: Captured, tmp_path: Path) -> None:
     expected, _ = run(capsys, "config", "cifar10", "--train.epochs", 50, "--seed=3")
     for words in (
@@ -408,6 +416,8 @@ def test_data_convert_and_check(capsys: Captured, tmp_path: Path) -> None:
         capsys, "data", "convert", "shapes", "set", "--num_train", 30, "--num_test", 10, "--image-size", 16, 18
     )
     assert (out, err) == ("", "wrote set\n")
+    few = ["--num_train", 30, "--num_test", 10, "--image-size", 16, 16]
+    assert run(capsys, "data", "convert", "shapes", "quiet", *few, "--quiet") == ("", "")
     assert sorted(p.name for p in (tmp_path / "set").iterdir()) == [
         "test-00000-of-00001.parquet",
         "train-00000-of-00001.parquet",
@@ -436,6 +446,26 @@ def test_data_check_reports_what_is_unreadable_with_exit_code_1(capsys: Captured
     assert err == ""
     assert f"{bad} is not an image" in out
     assert not CONTROL.search(out)
+
+
+def test_data_check_lists_every_file_that_the_source_refuses(capsys: Captured, tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        (tmp_path / "set" / name / "photo.heic").touch()
+        (tmp_path / "set" / name / "gone.png").symlink_to("nowhere.png")
+    for i in range(20):
+        write_png(tmp_path / "set" / f"{i}.png", np.zeros((4, 4, 3), dtype=np.uint8))
+    with pytest.raises(SystemExit) as raised:
+        main(["data", "check", "folder", "--path", "set"])
+    lines = capsys.readouterr().out.splitlines()
+    assert raised.value.code == 1
+    assert sum("is an image outside the class folders" in line for line in lines) == len(lines) - 1 == 20
+    assert lines[-1] == "and 4 more"
+    with pytest.raises(SystemExit):
+        main(["data", "check", "folder", "--path", "set", "--json"])
+    problems = json.loads(capsys.readouterr().out)["problems"]
+    assert sum("photo.heic is an image in a format that is not supported" in problem for problem in problems) == 2
+    assert sum("gone.png is a link to a file or folder that does not exist" in problem for problem in problems) == 2
 
 
 def test_data_check_names_what_is_not_read_and_refuses_an_empty_split(capsys: Captured, tmp_path: Path) -> None:

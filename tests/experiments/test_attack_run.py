@@ -249,7 +249,7 @@ def test_a_stopped_attack_run_resumes_from_its_checkpoint(
                 signal.raise_signal(signal.SIGTERM)
 
         display.step = stop_once  # type: ignore[method-assign]
-        attack_run.run_attacks_locally(plan, missing, display, on_done)
+        attack_run.run_attacks_locally(plan, attack_plan.load_target_of(plan), missing, display, on_done)
 
     part = plan(tmp_path, "part", TWO_ATTACKS, bundle=str(shutil.copytree(trained.bundle, tmp_path / "other")))
     with pytest.raises(TrainingInterrupted, match="stopped after checkpoint epoch_"):
@@ -738,6 +738,8 @@ def test_the_report_is_one_page_that_needs_nothing_else(
         if result["status"] == "done":
             assert f'<span class="mark {result["verdict"]}">{result["verdict"]}</span>' in page
     assert "baseline: class mean" in page
+    assert "/".join(bundle.parts[-2:]) in page
+    assert str(bundle.parent) not in page, "a page to share shows no paths of this machine"
     assert f"{card['reidentification_rate']:.1%}" in page
     pictures = sorted((tmp_path / "report" / "figures").glob("*.png"))
     assert {p.stem.rstrip("_12") for p in pictures} == {

@@ -287,6 +287,14 @@ def test_the_table_says_what_its_numbers_are(tmp_path: Path) -> None:
     assert "| plain images | 91.23% | 85.00% ± 7.07 | 2 | - | 269,722 | 3.0 |" in text
     assert "| Tanaka (LE) | 85.18% | 80.00% (79.0 to 81.0) | 1 |" in text
     assert text.endswith("- a note\n")
+    assert "at chance" not in text
+    guessing = deep_merge(summary, {"test": {"accuracy": 0.1, "accuracy_interval": [0.094, 0.106], "chance": 0.1}})
+    results = collect(grid, {grid[0].name: summary, grid[2].name: guessing})
+    (error,) = results[1].to_dict()["at_chance"]
+    assert error.startswith("cifar10-small-tanaka-seed0: accuracy on protected images is at chance: 10.0%")
+    text = markdown(results, [])
+    assert "| Tanaka (LE) | 85.18% | 10.00% (9.4 to 10.6), at chance | 1 |" in text
+    assert f"<strong>Error: {error}.</strong>" in text
 
 
 def test_a_stranger_settings_file_is_refused_as_everywhere(tmp_path: Path) -> None:

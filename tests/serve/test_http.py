@@ -11,6 +11,7 @@ import logging
 import shutil
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from raypp.serve import loaded_model, model_store, schemas
 from raypp.serve.admission import AdmissionControl, RequestError
 from raypp.serve.api import attack_api, classifier_api
 from raypp.serve.attack_catalog import load_attacks
-from raypp.serve.auth import TokenFile, Tokens, add_token
+from raypp.serve.auth import TokenFile, Tokens, add_token, remove_token
 from raypp.serve.loaded_model import LoadedModel, classify, load_model, pad_to_bucket
 from raypp.serve.model_store import ModelManager, publishing, resolve_model
 from raypp.utils.errors import BundleError, ConfigError, StorageError
@@ -153,11 +154,11 @@ def test_an_image_that_does_not_look_protected_is_refused(trained: Trained) -> N
         ("POST", "/v1/classify", b"x", PNG, 422, "not-png"),
         ("POST", "/v1/classify", b"x", {}, 415, "unsupported-type"),
         ("POST", "/v1/classify?top=0", b"x", PNG, 422, "bad-parameter"),
-        ("POST", "/v1/classify/", b"x", PNG, 404, "http"),  # no redirect to where the Host header says
+        ("POST", "/v1/classify/", b"x", PNG, 404, "not-found"),  # no redirect to where the Host header says
         ("POST", "/v1/classify", b"x" * 300_000, NPY, 413, "body-too-large"),
         ("POST", "/v1/classify", b"x", NPY | {"Raypp-Protection": "0" * 64}, 409, "other-protection"),
-        ("GET", "/v1/classify", None, {}, 405, "http"),
-        ("GET", "/v1/nothing", None, {}, 404, "http"),
+        ("GET", "/v1/classify", None, {}, 405, "method-not-allowed"),
+        ("GET", "/v1/nothing", None, {}, 404, "not-found"),
     ],
 )
 def test_problems(
@@ -390,6 +391,18 @@ def test_token_files_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[s
     main(["token", "me", "--token-file", str(tmp_path / "new.json"), "--scopes", "classify", "attack"])
     printed = capsys.readouterr().out.strip()
     assert Tokens.read(str(tmp_path / "new.json")).check(f"Bearer {printed}", "attack") == "me"
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        remove_token(tmp_path / "no-folder" / "tokens.json", "me")
+    add_token(tmp_path / "new.json", "other", ["classify"])
+    main(["token", "me", "--token-file", str(tmp_path / "new.json"), "--revoke"])
+    assert capsys.readouterr().out == f"revoked the token 'me' in {tmp_path / 'new.json'}\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.json", "tokens.json"]  # no locks remain
+
+
+def test_edits_of_a_token_file_exclude_each_other(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: add_token(tmp_path / "tokens.json", f"t{i}", ["classify"]), range(24)))
+    assert len(Tokens.read(str(tmp_path / "tokens.json")).entries) == 24
 
 
 def test_tokens_count_as_the_file_has_them_now(

@@ -48,7 +48,7 @@ from raypp.experiments.run_folder import point_latest
 from raypp.serve.auth import add_token
 from raypp.serve.loaded_model import load_model
 from raypp.serve.model_store import publishing
-from raypp.utils.images import decode
+from raypp.utils.images import decode, write_png
 from raypp.utils.storage import Storage
 
 pytestmark = pytest.mark.ray
@@ -138,8 +138,6 @@ def test_images_are_classified_as_in_this_process(service: Service) -> None:
 
 
 def test_the_command_line_classifies(service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from raypp.utils.images import write_png
-
     for i, image in enumerate(images(3)):
         write_png(tmp_path / f"{i}.png", image)
     file = tmp_path / "token"
@@ -379,8 +377,6 @@ def test_too_many_requests_get_retry_after(service: Service) -> None:
 @pytest.mark.browser
 def test_the_demo_shows_what_is_sent_and_what_attackers_see(service: Service, cluster: Cluster, tmp_path: Path) -> None:
     """Clicked through in a browser; the page asks nobody but this machine."""
-    from raypp.utils.images import write_png
-
     write_png(tmp_path / "picture.png", images(1)[0])
     reddish = images(2)[1] // 2 + np.array([127, 0, 64], dtype=np.uint8)
     write_video(tmp_path / "camera.y4m", reddish)
@@ -440,13 +436,20 @@ def test_the_demo_shows_what_is_sent_and_what_attackers_see(service: Service, cl
     assert "Traceback" not in err
 
 
-def test_a_demo_of_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for urls, said, code in (
-        (["ftp://x"], "url is 'ftp://x'; allowed is http:// or https:// with a host", 2),
-        (["http://127.0.0.1:9"], "http://127.0.0.1:9 does not answer", 1),
+def test_a_service_that_does_not_answer_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_png(tmp_path / "image.png", images(1)[0])
+    to_classify = ["classify", "http://127.0.0.1:9", str(tmp_path / "image.png")]
+    monkeypatch.setattr("raypp.client.session.SILENT_SECONDS", 0.05)
+    for words, said, code in (
+        (["demo", "ftp://x"], "url is 'ftp://x'; allowed is http:// or https:// with a host", 2),
+        (["demo", "http://127.0.0.1:9"], "http://127.0.0.1:9 does not answer", 1),
+        ([*to_classify, "--pin", "abc"], "pin is 'abc'; allowed is a SHA-256, 64 hexadecimal digits", 2),
+        ([*to_classify, "--patience", "1"], "[Errno 111] Connection refused; retrying for up to 1 s", 1),
     ):
         with pytest.raises(SystemExit) as stopped:
-            main(["demo", *urls])
+            main(words)
         assert stopped.value.code == code
         assert said in capsys.readouterr().err
 
@@ -561,7 +564,9 @@ def test_haproxy_takes_the_requests_and_listens_here_only(zygote: Path, trained:
     assert (out + err).count("failed") == before.count("failed"), "Ray says that Serve's end failed"
 
 
-def test_the_written_configuration_is_what_serve_deploys(trained: Trained, tmp_path: Path) -> None:
+def test_the_written_configuration_is_what_serve_deploys(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from ray.serve import Application
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
     from ray.serve.schema import ServeDeploySchema
@@ -569,7 +574,11 @@ def test_the_written_configuration_is_what_serve_deploys(trained: Trained, tmp_p
     main(["serve", str(trained.bundle), "--output", str(tmp_path / "default.yaml")])
     default = yaml.safe_load((tmp_path / "default.yaml").read_text())
     assert [application["name"] for application in default["applications"]] == ["classifier"]
+    assert capsys.readouterr().err.startswith("wrote ")
+    main(["serve", str(trained.bundle), "--output", str(tmp_path / "quiet.yaml"), "--quiet"])
+    assert capsys.readouterr().err == ""
     main(["serve", str(trained.bundle), "--output", str(tmp_path / "serve.yaml"), "--port", "9000", "--with-attacks"])
+    assert f"no attack is served; `raypp attack {trained.bundle}` adds them" in capsys.readouterr().err
     config = yaml.safe_load((tmp_path / "serve.yaml").read_text())
     schema = ServeDeploySchema.model_validate(config)
     for application in schema.applications:  # as Ray builds them from the file
@@ -628,8 +637,6 @@ def checkout(zygote: Path, tmp_path: Path) -> Checkout:
 
 def test_the_four_commands_of_a_fresh_clone(checkout: Checkout, tmp_path: Path) -> None:
     """Nothing is edited but the port. Then another bundle, by the one setting, and a wrong one."""
-    from raypp.utils.images import write_png
-
     port, dashboard = free_port(), free_port()
     checkout.surroundings["RAY_DASHBOARD_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
     shipped = (checkout.root / "serve_config.yaml").read_text()

@@ -14,6 +14,7 @@ from raypp.evaluation.report import figures
 from raypp.evaluation.report.front import accuracy_leakage_front, has_front
 from raypp.evaluation.report.source import Source, read_source
 from raypp.utils.errors import ConfigError, StorageError
+from raypp.utils.paths import short_name
 from raypp.utils.storage import Storage
 
 COLUMNS = (
@@ -79,7 +80,8 @@ def _render_page(sources: Sequence[Source], shared: Pngs, by_source: Sequence[Pn
         targets=[
             {
                 "card": card,
-                "title": f"{label} ({card['target']})" if labels.count(label) > 1 else label,
+                "target": short_name(card["target"]),
+                "title": f"{label} ({short_name(card['target'])})" if labels.count(label) > 1 else label,
                 "explanation": explain_results(card),
                 "rows": _rows(card),
                 "figures": _data_uris(pngs),
