@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from raypp.cluster.session import check_resources, ray_session, uses_gpu
 from raypp.cluster.tasks import Outcome, outcome_of
 from raypp.config.schema import Cluster, Config
 from raypp.config.validation import validate
-from raypp.data.streaming import Batch, StreamLoader, build_execution_options, collect_validation_set, datasets
+from raypp.data.streaming import Batch, StreamLoader, build_execution_options, open_stream, validation_set
 from raypp.experiments.training_run import Run, finalize_run, stored_key
 from raypp.models.perceptual import StateDict
 from raypp.training.checkpoint import CHECKPOINTS, EpochMetrics, list_checkpoints
@@ -76,11 +77,12 @@ def train_on_ray(run: Run, display: ProgressListener) -> dict[str, Any]:
         check_resources(f"training on {min_workers} workers needs", num_cpus, num_gpus, resources, display)
         actor = create_progress_actor()
         train, val = {}, None
+        options = build_execution_options(config, num_workers)
         if config.data.stream:
-            display.note("reading validation images")
-            train["train"], val_rows = datasets(config)
-            val = ray.put(collect_validation_set(val_rows))
-        options = build_execution_options()
+            stream = open_stream(config)
+            train["train"] = stream.train
+            note = partial(display.note, "reading validation images")
+            val = ray.put(validation_set(stream, run.storage, options, note))
         trainer = TorchTrainer(
             _train_loop_per_worker,
             train_loop_config={

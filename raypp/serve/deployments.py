@@ -22,6 +22,7 @@ from ray.serve.metrics import Counter, Histogram
 from torch import Tensor
 
 import raypp
+from raypp.cluster.ray_internals import JOBS_FOLDER, http_host
 from raypp.config.validation import format_validation_error
 from raypp.serve.admission import AdmissionControl, Limits
 from raypp.serve.api import attack_api, classifier_api
@@ -34,7 +35,6 @@ from raypp.serve.model_store import ModelManager
 from raypp.utils.errors import ConfigError, RayppError, first_line
 from raypp.utils.network import is_loopback
 from raypp.utils.paths import resolve_path
-from raypp.utils.storage import JOBS_FOLDER
 
 logger = logging.getLogger("raypp.serve")
 MIN_POLL_INTERVAL_S = 0.5  # between two polls that requests cause
@@ -78,7 +78,7 @@ class _Replica:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self.config = config
         self.limits = Limits(config.max_body, config.max_images, config.timeout_s, waiting=config.max_waiting)
-        host = _http_host()
+        host = http_host()
         if config.tokens is None and not is_loopback(host):
             raise ConfigError(
                 f"the service listens on {host!r}, where others can reach it, and has no token file; set args.tokens "
@@ -163,13 +163,6 @@ def _log_as_serve() -> None:
     serve_logger = logging.getLogger("ray.serve")
     logger.handlers, logger.propagate = serve_logger.handlers, False
     logger.setLevel(serve_logger.getEffectiveLevel())
-
-
-def _http_host() -> str:
-    """The host of Serve's HTTP proxy; Serve has no public interface for it."""
-    from ray.serve.context import _get_global_client
-
-    return str(_get_global_client().http_config.host)
 
 
 def _replica() -> Any:
