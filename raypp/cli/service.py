@@ -65,6 +65,7 @@ def serve(
     token_file: str | None = None,
     with_attacks: bool = False,
     haproxy: bool = False,
+    num_gpus: float = 0,
     output: Path | None = None,
 ) -> None:
     """Serve a bundle's classifier over HTTP until interrupted.
@@ -77,12 +78,15 @@ def serve(
         token_file: Token file (see `raypp token`): every request then needs a token.
         with_attacks: Also serve the attacks on the bundle, to everyone who can reach the service.
         haproxy: Use Ray's HAProxy instead of Ray's proxy: more than twice as many one-image requests per second.
+        num_gpus: GPUs of each replica, such as 0.25 for four replicas on one GPU; 0 computes on the CPU.
         output: File for the configuration of `serve deploy`; nothing is started.
     """
     from raypp.bundle.manifest import bundle_location
     from raypp.serve.server import build_serve_config
 
-    config = build_serve_config(bundle_location(bundle), host=host, port=port, tokens=token_file, attack=with_attacks)
+    config = build_serve_config(
+        bundle_location(bundle), host=host, port=port, tokens=token_file, attack=with_attacks, num_gpus=num_gpus
+    )
     if output is None:
         _serve_until_interrupted(config, haproxy)
     elif haproxy:

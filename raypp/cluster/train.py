@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -30,8 +29,7 @@ from raypp.training.checkpoint import CHECKPOINTS, EpochMetrics, list_checkpoint
 from raypp.training.distributed import run_on_all_ranks
 from raypp.training.protection_task import TrainingData, build_pre_transform, check_image_sizes, fit
 from raypp.training.reporter import Reporter
-from raypp.utils import errors
-from raypp.utils.errors import NonRetryableError, TrainingError, TrainingInterrupted, last_line
+from raypp.utils.errors import NonRetryableError, TrainingError, TrainingInterrupted, last_line, reported_error
 from raypp.utils.keys import Key
 from raypp.utils.progress import ProgressListener
 from raypp.utils.signals import on_signal, stop_on_signal
@@ -161,13 +159,12 @@ def run_trainer(trainer: TorchTrainer, max_failures: int, run: Storage, actor: A
     except ray.train.WorkerGroupError as error:
         text = "\n".join(map(str, error.worker_failures.values())) or str(error)
         # The cause may be nested: a task that reads the worker's data raises for a damaged image.
-        known = re.findall(r"raypp\.utils\.errors\.(\w+): (.+)", text)
         lines = text.strip().splitlines() or [type(error).__name__]
-        kind, reason = known[-1] if known else (TrainingError.__name__, lines[-1])
+        reason = reported_error(text) or TrainingError(lines[-1])
         raise TrainingError(
             f"training stopped after {max_failures} restarts: {reason}; newest checkpoint: "
             f"{(list_checkpoints(run) or ['none yet'])[0]}; --resume continues from it",
-            exit_code=getattr(errors, kind).exit_code,
+            exit_code=reason.exit_code,
         ) from error
     except ray.train.TrainingFailedError as error:
         raise TrainingError(f"Ray Train gave up: {last_line(error)}") from error

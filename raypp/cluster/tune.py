@@ -57,7 +57,11 @@ def run_search(plan: SearchPlan, *, resume: bool = False, quiet: bool = False) -
 
         def attack(bundle: str, suite: str, trial: str) -> dict[str, Any]:
             storage = plan.storage.folder("attacks").uri
-            attack_suite = attack_plan.make_attack_plan(bundle=bundle, suite=suite, storage=storage, name=trial)
+            gpu = plan.config.cluster.gpu
+            flags = [] if gpu is None else ["--cluster.gpu", str(gpu).lower()]
+            attack_suite = attack_plan.make_attack_plan(
+                bundle=bundle, suite=suite, flags=flags, storage=storage, name=trial
+            )
             resume = attack_suite.storage.exists(attack_plan.SUITE)
             # On two cores, a process for each attack costs more time than it saves.
             is_local = not may_grow() and resources.get("CPU", 0) <= 2

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import re
 from collections.abc import Callable, Iterator
 from functools import singledispatch
 from pathlib import Path
@@ -29,7 +28,7 @@ from raypp.data.folder import Folder
 from raypp.data.loader import Augmentation, make_generator, to_device, to_float_tensor
 from raypp.data.parquet import ROWS_AT_A_TIME, Parquet, RowGroup
 from raypp.data.validation_set import Batch, load_validation_set, save_validation_set
-from raypp.utils.errors import ConfigError, DataError
+from raypp.utils.errors import ConfigError, DataError, reported_error
 from raypp.utils.images import decode, printable
 from raypp.utils.storage import Storage
 
@@ -156,8 +155,7 @@ def _collect(rows: ray.data.Dataset, options: ray.data.ExecutionOptions) -> Batc
     try:
         batches = [batch for batch in rows.iter_batches(batch_format="numpy", batch_size=1024) if len(batch["label"])]
     except ray.exceptions.RayError as error:
-        reasons = re.findall(r"raypp\.utils\.errors\.\w+: (.+)", str(error))
-        raise DataError(reasons[-1] if reasons else f"the images cannot be read: {error}") from error
+        raise DataError(str(reported_error(str(error)) or f"the images cannot be read: {error}")) from error
     if not batches:
         raise DataError("data.num_val left no validation image in this set; raise it")
     return {key: np.concatenate([batch[key] for batch in batches]) for key in ("image", "label")}

@@ -6,6 +6,7 @@ NAME/features.safetensors weights of the feature network, if it does not take th
 NAME/private/             the key of a keyed protection
 NAME/metrics.jsonl        a line per epoch
 NAME/checkpoints/         the newest two
+NAME/validation/          validation images of a stream
 NAME/bundle/              public/ and private/
 NAME/protected.png        plain test images above protected ones
 NAME/summary.json         written last: test results; a run with this file is finished

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
-from ray.serve import Application
+from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.metrics import Counter, Histogram
@@ -273,13 +273,26 @@ def build_attack(args: dict[str, Any]) -> Application:
     return _build("attack", args)
 
 
-def bind(name: str, config: DeploymentConfig) -> Application:
-    """Create an application; raises ConfigError if its token file is missing or damaged, before any replica starts."""
+def bind(name: str, config: DeploymentConfig, overrides: Iterable[dict[str, Any]] = ()) -> Application:
+    """Create an application; raises ConfigError if its token file is missing or damaged, before any replica starts.
+
+    Args:
+        overrides: as ``deployments`` in ``serve_config.yaml``.
+    """
     if config.tokens is not None:
         Tokens.read(config.tokens)
-    deployments: dict[str, Any] = {"classifier": ClassifierDeployment, "attack": AttackDeployment}
-    application: Application = deployments[name].bind(config)
+    application: Application = deployment(name, overrides).bind(config)
     return application
+
+
+def deployment(name: str, overrides: Iterable[dict[str, Any]] = ()) -> Deployment:
+    """The deployment of an application, with the options of ``overrides`` that have its name."""
+    deployments: dict[str, Deployment] = {"classifier": ClassifierDeployment, "attack": AttackDeployment}
+    result = deployments[name]
+    for options in overrides:
+        if options["name"] == result.name:
+            result = result.options(**options)
+    return result
 
 
 COPIED = (
