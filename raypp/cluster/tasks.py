@@ -78,8 +78,8 @@ def run_tasks(
         def check(name: str, outcome: Outcome) -> None:
             if NODE in outcome:
                 raise ConfigError(
-                    f"node {outcome[NODE]} does not see {storage.uri} as the driver does; cluster.storage must be a "
-                    "folder that all nodes share, or a URI such as s3://..."
+                    f"node {outcome[NODE]} does not see the driver's files in {storage.uri}; set --storage to a folder "
+                    "that all nodes share, or to a URI such as s3://bucket/runs"
                 )
             on_done(name, outcome)
 

@@ -205,8 +205,8 @@ def test_copies_to_a_gpu_run_ahead_from_pinned_memory(report: dict[str, Any]) ->
 
 def test_storage_that_nodes_do_not_share_is_refused(report: dict[str, Any]) -> None:
     assert report["storage"] == (
-        "node 127.0.0.1 does not see /proc/self/cwd/runs as the driver does; cluster.storage must be a folder that all "
-        "nodes share, or a URI such as s3://..."
+        "node 127.0.0.1 does not see the driver's files in /proc/self/cwd/runs; set --storage to a folder that all "
+        "nodes share, or to a URI such as s3://bucket/runs"
     )
 
 
