@@ -22,7 +22,8 @@ from raypp.cluster.session import check_resources, ray_session, uses_gpu
 from raypp.cluster.tasks import Outcome, outcome_of
 from raypp.config.schema import Cluster, Config
 from raypp.config.validation import validate
-from raypp.data.streaming import Batch, StreamLoader, build_execution_options, open_stream, validation_set
+from raypp.data.streaming import StreamLoader, build_execution_options, open_stream, validation_set
+from raypp.data.validation_set import Batch
 from raypp.experiments.training_run import Run, finalize_run, stored_key
 from raypp.models.perceptual import StateDict
 from raypp.training.checkpoint import CHECKPOINTS, EpochMetrics, list_checkpoints

@@ -6,7 +6,9 @@ import asyncio
 import json
 import logging
 import os
+import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
@@ -21,6 +23,7 @@ from raypp.utils.errors import ConfigError
 
 pytestmark = pytest.mark.ray
 
+NUM_CPUS = 6
 SECONDS, NUM_BLOCKS = 0.3, 12
 STREAM = ["--data.stream", "true", "--data.image_size", "[8, 8]", "--data.stream_mib_per_worker", "40"]
 
@@ -42,14 +45,16 @@ def measure(folder: Path) -> None:
     for number in (1, 2):
         os.dup2(log, number)
     os.environ.pop("RAY_ADDRESS", None)
+    os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")  # others on this machine write into the default one
     import ray
 
     from raypp.cluster.ray_internals import HEAD, loopback_only, started_address
 
     with loopback_only():
-        ray.init(address="local", num_cpus=8, num_gpus=2, include_dashboard=False, log_to_driver=False)
+        ray.init(address="local", num_cpus=NUM_CPUS, num_gpus=2, include_dashboard=False, log_to_driver=False)
     try:
         report = {
+            "trial": trial_states(folder),
             "devices": devices(ray),
             "tasks": {str(gpu): device_of_task(folder, gpu) for gpu in (None, False)},
             "blocks": {num: blocks_in_flight(ray, num) for num in (1, 3)},
@@ -61,6 +66,7 @@ def measure(folder: Path) -> None:
         }
     finally:
         ray.shutdown()
+        shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True)
     (folder / "report.json").write_text(json.dumps(report))
 
 
@@ -136,6 +142,24 @@ def error_of_storage(folder: Path) -> str:
     return "no error"
 
 
+def trial_states(folder: Path) -> list[Any]:
+    """Whether a trial runs before and after its start, and why it failed, by :mod:`raypp.cluster.ray_internals`."""
+    from ray.exceptions import RayTaskError
+    from ray.train._internal.storage import StorageContext
+    from ray.tune.experiment import Trial
+
+    from raypp.cluster.ray_internals import is_running, trial_error
+
+    trial = Trial("raypp", stub=True, storage=StorageContext(str(folder), "search", trial_dir_name="trial"))
+    trial.init_local_path()
+    states: list[Any] = [is_running(trial), trial_error(trial)]
+    trial.set_status(Trial.RUNNING)
+    trial.handle_error(RayTaskError("train_trial", "a traceback", ValueError("a reason")))
+    error = trial_error(trial)
+    assert isinstance(error, RayTaskError)
+    return [*states, is_running(trial), str(error.cause)]
+
+
 def blocks_in_flight(ray: Any, num_workers: int) -> int:
     """The largest number of blocks of 16 MiB that tasks of a stream make at the same time."""
     from raypp.config.presets import load_config
@@ -193,7 +217,7 @@ def test_cluster_gpu_false_keeps_tasks_off_the_gpu(report: dict[str, Any]) -> No
 def test_more_workers_have_more_blocks_in_flight(report: dict[str, Any]) -> None:
     one, three = report["blocks"]["1"], report["blocks"]["3"]
     assert 1 <= one <= 3
-    assert one < three <= 8
+    assert one < three <= NUM_CPUS
 
 
 def test_copies_to_a_gpu_run_ahead_from_pinned_memory(report: dict[str, Any]) -> None:
@@ -216,6 +240,10 @@ def test_a_ray_that_starts_here_listens_on_loopback(report: dict[str, Any]) -> N
     assert report["addresses"][0] == report["addresses"][1]
     assert report["addresses"][0].startswith("127.0.0.1:")
     assert report["head"] == 1
+
+
+def test_tune_tells_whether_a_trial_runs_and_why_it_failed(report: dict[str, Any]) -> None:
+    assert report["trial"] == [False, None, True, "a reason"]
 
 
 def test_ray_client_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
