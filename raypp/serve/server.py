@@ -169,8 +169,7 @@ def _start_application(application: dict[str, Any], logging_config: dict[str, An
     except RuntimeError as error:
         status = serve.status().applications[name]
         text = "\n".join([status.message, *(deployment.message for deployment in status.deployments.values())])
-        reason = reported_error(text) or first_line(error)
-        raise RayppError(f"the service {name} does not start: {reason}") from error
+        raise RayppError(f"the service {name} does not start: {_failure_reason(text, error)}") from error
 
 
 @contextmanager
@@ -194,6 +193,10 @@ def _haproxy_environment() -> Iterator[None]:
 
 def _interrupt() -> None:
     raise KeyboardInterrupt
+
+
+def _failure_reason(text: str, error: Exception) -> str:
+    return str(reported_error(text) or first_line(error))
 
 
 def _check_gpus(config: dict[str, Any], resources: dict[str, float]) -> None:

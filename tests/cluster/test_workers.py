@@ -155,6 +155,7 @@ def trial_states(folder: Path) -> list[Any]:
     states: list[Any] = [is_running(trial), trial_error(trial)]
     trial.set_status(Trial.RUNNING)
     trial.handle_error(RayTaskError("train_trial", "a traceback", ValueError("a reason")))
+    shutil.copytree(trial.local_path, trial.storage.trial_fs_path)  # as Tune does
     error = trial_error(trial)
     assert isinstance(error, RayTaskError)
     return [*states, is_running(trial), str(error.cause)]
