@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Tiny, Trained
+from conftest import Tiny, Trained, override, tiny_flags
 
 from raypp.dispatch import default_suite, uses_ray
-from raypp.experiments import attack_plan, training_run
+from raypp.experiments import attack_plan, search_trial, training_run
+from raypp.experiments.search import make_search_plan
 from raypp.training.reporter import Reporter
 from raypp.utils.device import default_device, num_gpus
 from raypp.utils.progress import ProgressListener
@@ -38,6 +39,10 @@ def test_cluster_gpu_false_keeps_work_in_this_process_off_the_gpu(
     flags = ["--cluster.gpu", "false", "--num_queries", "10"]
     plan = attack_plan.make_attack_plan(bundle=str(trained.bundle), storage=tmp_path, name="a", flags=flags)
     assert attack_plan.load_target_of(plan).access.device.type == "cpu"
+
+    search = make_search_plan("quickstart", (), override(tiny_flags(tmp_path), flags[:2]), name="s").search
+    quick = search_trial._validation_target(str(trained.bundle), tiny(cluster__gpu=False), search)
+    assert quick.access.device.type == "cpu"
 
     devices: list[str] = []
     monkeypatch.setattr(training_run, "fit", lambda config, reporter, *_: devices.append(reporter.device.type))
