@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Tiny, Trained, override, tiny_flags
+from conftest import Tiny, Trained
 
 from raypp.dispatch import default_suite, uses_ray
 from raypp.experiments import attack_plan, search_trial, training_run
@@ -40,7 +40,7 @@ def test_cluster_gpu_false_keeps_work_in_this_process_off_the_gpu(
     plan = attack_plan.make_attack_plan(bundle=str(trained.bundle), storage=tmp_path, name="a", flags=flags)
     assert attack_plan.load_target_of(plan).access.device.type == "cpu"
 
-    search = make_search_plan("quickstart", (), override(tiny_flags(tmp_path), flags[:2]), name="s").search
+    search = make_search_plan("quickstart", storage=str(tmp_path), name="s").search
     quick = search_trial._validation_target(str(trained.bundle), tiny(cluster__gpu=False), search)
     assert quick.access.device.type == "cpu"
 
