@@ -29,6 +29,7 @@ from raypp.utils.storage import Storage
 
 MUTABLE_ON_RESUME = (
     "train.epochs", "train.eval_batch_size", "train.checkpoint_seconds", "train.adapt_threads", "data.num_test",
+    "data.stream_mib_per_worker",
     "features.fallback",  # resolved when the run starts
     "metrics",
     "cluster",
