@@ -23,9 +23,9 @@ def as_list(names: str | Sequence[str]) -> list[str]:
 
 def default_suite() -> str:
     """``quick`` on a machine without a GPU, else ``small``."""
-    import torch
+    from raypp.utils.device import num_gpus
 
-    return "small" if torch.cuda.is_available() else "quick"
+    return "small" if num_gpus() else "quick"
 
 
 def new_name(stem: str | Path, storage: str | Path) -> str:
@@ -51,9 +51,9 @@ def uses_ray(ray: bool | None, cluster: Cluster, *, stream: bool = False) -> boo
         return ray
     if os.environ.get("RAY_ADDRESS") or stream or (cluster.num_workers or 1) > 1:
         return True
-    import torch
+    from raypp.utils.device import num_gpus
 
-    return torch.cuda.device_count() > 1
+    return num_gpus() > 1
 
 
 def import_from_ray(

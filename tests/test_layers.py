@@ -147,6 +147,14 @@ def test_ray_stays_on_its_floor(name: str) -> None:
             assert inside, f"{name}:{line} imports {target} before a command asks for it"
 
 
+def test_one_function_chooses_the_device() -> None:
+    """What torch sees is not what Ray has assigned: only raypp.utils.device asks torch."""
+    for name, path in MODULES.items():
+        if name != "raypp.utils.device":
+            for call in ("cuda.is_available", "cuda.device_count", "mps.is_available"):
+                assert call not in path.read_text(), f"{name} calls torch.{call}"
+
+
 HEAVY = {"torch", "torchvision", "ray", "pyarrow", "pandas", "matplotlib"}
 
 

@@ -15,6 +15,7 @@ from raypp.attacks.target import KNOWN_PAIRS, Target, check_image_size
 from raypp.attacks.user_function import checked_map
 from raypp.metrics.statistics import wilson_interval
 from raypp.models.layers import logits_in_batches
+from raypp.utils.device import default_device
 from raypp.utils.errors import ConfigError, DataError
 from raypp.utils.images import as_pixels, to_uint8
 
@@ -66,14 +67,16 @@ class ArrayTarget:
         return checked_map(call, self.name, device)
 
 
-def load_array_target(arrays: ArrayTarget, *, num_queries: int, num_images: int | None, seed: int) -> Target:
+def load_array_target(
+    arrays: ArrayTarget, *, num_queries: int, num_images: int | None, seed: int, device: torch.device | None = None
+) -> Target:
     """Build the target with its gallery, queries and the attacker's images.
 
     Raises:
         DataError: images or labels are not of the stated form.
         ConfigError: the protection is not callable, fails or returns something else.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     if not callable(arrays.protection):
         raise ConfigError(
             f"the target is of type {type(arrays.protection).__name__}; allowed is a bundle, its path, a function or a "

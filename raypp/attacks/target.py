@@ -25,6 +25,7 @@ from raypp.metrics.image import MIN_SIDE
 from raypp.models.layers import logits_in_batches
 from raypp.protections import PROTECTIONS
 from raypp.utils import image_files
+from raypp.utils.device import default_device
 from raypp.utils.errors import ConfigError, DataError
 from raypp.utils.images import decode
 from raypp.utils.keys import Key
@@ -133,7 +134,7 @@ def load_target(
     Raises:
         RayppError: the target or its images cannot be loaded.
     """
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     selection = _Selection(num_queries, num_images, seed)
     if spec.folders is not None:
         return _load_folders(spec.folders, selection, device)

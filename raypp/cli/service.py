@@ -65,6 +65,7 @@ def serve(
     token_file: str | None = None,
     with_attacks: bool = False,
     haproxy: bool = False,
+    num_gpus: float = 0,
     output: Path | None = None,
     quiet: bool = False,
 ) -> None:
@@ -78,6 +79,7 @@ def serve(
         token_file: Token file (see `raypp token`): every request then needs a token.
         with_attacks: Also serve the attacks on the bundle, to everyone who can reach the service.
         haproxy: Use Ray's HAProxy instead of Ray's proxy: more than twice as many one-image requests per second.
+        num_gpus: GPUs of each replica, such as 0.25 for four replicas on one GPU; 0 computes on the CPU.
         output: File for the configuration of `serve deploy`; nothing is started.
         quiet: Print only warnings and errors.
     """
@@ -86,7 +88,9 @@ def serve(
     from raypp.serve.server import build_serve_config
 
     location = bundle_location(bundle)
-    config = build_serve_config(location, host=host, port=port, tokens=token_file, attack=with_attacks)
+    config = build_serve_config(
+        location, host=host, port=port, tokens=token_file, attack=with_attacks, num_gpus=num_gpus
+    )
     if with_attacks and not is_attacked(location):
         sentence = f"warning: {bundle} has no attack results, so no attack is served; `raypp attack {bundle}` adds them"
         print_text(Console(stderr=True), sentence, "yellow")

@@ -52,7 +52,7 @@ def run_on_ray(
         if single:
             after = {name: dependencies(plan, name) for name in single if name != REFERENCE_CLASSIFIER}
             work = {name: (dumped, name) for name in single}
-            run_tasks(_run, work, plan.suite.cluster, display, on_done, what="an attack", after=after)
+            run_tasks(_run, work, plan.suite.cluster, plan.storage, display, on_done, what="an attack", after=after)
 
 
 def _trains(name: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raypp.cluster.ray_internals import JOB_DRIVER
 from raypp.utils.progress import ProgressListener, Row
 
 POLL_SECONDS = 0.2
@@ -102,7 +103,7 @@ def relay(actor: Any, listener_of: ListenerOf) -> None:
 
 def shutdown_grace_period() -> float:
     """Seconds for checkpoints between a stop request and the end of the driver."""
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+    if JOB_DRIVER not in os.environ:
         return STOP_SECONDS
     # Ray kills a job this long after its stop request; 3 seconds is Ray's default.
     return max(0.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3")) - CLEANUP_SECONDS)

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 import ray
 from ray.tune import Callback
-from ray.tune.experiment import Trial
 
 from raypp.cluster.progress_actor import create_progress_actor, drain, shutdown_grace_period
+from raypp.cluster.ray_internals import is_running, trial_error
 from raypp.cluster.trial import STOPPED, decode_parameters
 from raypp.experiments import plots, search, search_results
 from raypp.experiments.run_folder import read_checked
@@ -57,7 +57,7 @@ class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
             self.actor.request_stop.remote()
             self._deadline = time.monotonic() + shutdown_grace_period()
         self._stopped |= {trial for trial, kind, _ in drain(self.actor) if kind == STOPPED}
-        running = {trial.trial_id for trial in trials if trial.status == Trial.RUNNING}
+        running = {trial.trial_id for trial in trials if is_running(trial)}
         if running <= self._stopped or time.monotonic() > self._deadline:
             self.display.raise_if_stop_requested()
 
@@ -73,7 +73,7 @@ class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
             self.display.step(trial.trial_id, info)
 
     def on_trial_error(self, *, trial: Any, **_: Any) -> None:
-        self.on_trial_complete(trial=trial, error=_reason(trial.get_pickled_error() or trial.get_error()))
+        self.on_trial_complete(trial=trial, error=_reason(trial_error(trial)))
 
     def on_trial_complete(self, *, trial: Any, error: str | None = None, **_: Any) -> None:
         name, record = trial.trial_id, self._record(trial)

@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
-from ray._private import ray_constants
 
+from raypp.cluster.ray_internals import loopback_only, started_address
 from raypp.utils import runtime
 from raypp.utils.errors import ConfigError, first_line
+from raypp.utils.network import is_loopback
 from raypp.utils.progress import ProgressListener
 
 CONNECT_TIMEOUT = 10.0  # seconds
+PROBE_TIMEOUT = 0.5  # seconds, of a Ray on this machine
+logger = logging.getLogger(__name__)
 _started_here = False
 
 if TYPE_CHECKING:
@@ -73,8 +76,13 @@ def metrics_url() -> str | None:
 
 
 def check_address() -> None:
-    """Raise ConfigError if no cluster answers at RAY_ADDRESS; Ray would retry for minutes."""
+    """Raise ConfigError if RAY_ADDRESS is of Ray Client, or no cluster answers there; Ray would retry for minutes."""
     address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith("ray://"):
+        raise ConfigError(
+            f"RAY_ADDRESS is {address!r}, and Ray Train does not work through Ray Client; submit the command as a job "
+            "instead: ray job submit --address http://HOST:8265 --working-dir . -- raypp ..."
+        )
     host, _, port = address.rpartition(":")
     if not port.isdigit() or "/" in host:  # "auto", or unset
         return
@@ -137,22 +145,35 @@ def _create_token() -> None:
 def _start() -> None:
     global _started_here
     _create_token()
-    # Ray 2.60 replaces a loopback address by the machine's address where clusters are enabled (not on Windows and
-    # macOS). This one shall listen on loopback only, also for metrics, which require no token.
-    clusters_enabled = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
+    if (running := _running_address()) is not None:
+        logger.warning("starting a Ray for this command; RAY_ADDRESS=%s uses the one that runs here", running)
     try:
-        ray.init(
-            address="local",  # not another cluster on this machine
-            num_cpus=runtime.num_cores(),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with loopback_only():  # also for metrics, which require no token
+            ray.init(
+                address="local",  # not another cluster on this machine
+                num_cpus=runtime.num_cores(),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     except Exception as error:  # bare, if Ray's processes do not start in time
         ray.shutdown()
         reason = first_line(error)
         raise ConfigError(f"Ray did not start on this machine: {reason}; --local trains without it") from error
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = clusters_enabled
     _started_here = True
+
+
+def _running_address() -> str | None:
+    """Address of a Ray of ``ray start`` on this machine; None if there is none.
+
+    One on loopback does not count: it may belong to another raypp, which does not share it.
+    """
+    address = started_address()
+    host, _, port = (address or "").rpartition(":")
+    if not port.isdigit() or is_loopback(host):
+        return None
+    try:
+        socket.create_connection((host, int(port)), timeout=PROBE_TIMEOUT).close()
+    except OSError:  # it has ended
+        return None
+    return address

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,9 +19,10 @@ from raypp.config.schema import Cluster
 from raypp.config.validation import validate
 from raypp.experiments.table1 import train_cell
 from raypp.experiments.table1_grid import GridCell
-from raypp.utils.errors import RayppError, TrainingInterrupted, first_line
+from raypp.utils.errors import ConfigError, RayppError, TrainingInterrupted, first_line
 from raypp.utils.progress import MultiProgressDisplay, ProgressListener
 from raypp.utils.signals import stop_on_signal
+from raypp.utils.storage import Storage
 
 POLL_SECONDS = 0.5
 
@@ -29,11 +32,15 @@ Work = Mapping[str, tuple[Any, ...]]
 Outcome = dict[str, Any]
 """``{"result": ...}``, ``{"error": sentence, "exit_code": ...}`` or ``{"interrupted": sentence}``."""
 
+NODE = "node"
+"""Key of an outcome that names the node of a task which does not see the driver's storage."""
+
 
 def run_tasks(
     function: Callable[..., Any],
     work: Work,
     cluster: Cluster,
+    storage: Storage,
     display: MultiProgressDisplay,
     on_done: Callable[[str, Outcome], None],
     *,
@@ -46,16 +53,17 @@ def run_tasks(
 
     Args:
         cluster: resources of one task.
+        storage: the folder below which tasks write; every node has to see it.
         on_done: called with each task and its ``{"result": ...}`` or ``{"error": sentence}``.
         what: a task's name in messages, such as "an attack".
         after: tasks that have to end before another one starts.
 
     Raises:
-        ConfigError: no task fits into a cluster that cannot grow.
+        ConfigError: no task fits into a cluster that cannot grow, or a node does not see ``storage``.
         TrainingInterrupted: by ``display`` or SIGTERM, after checkpoints or the grace period.
     """
     # ray_session comes first: Ray's start replaces the handler of the signal.
-    with ray_session() as resources, stop_on_signal(display.stop, signal.SIGTERM):
+    with ray_session() as resources, stop_on_signal(display.stop, signal.SIGTERM), _marked(storage) as marker:
         num_cpus, num_gpus = cluster.cpus_per_worker, int(uses_gpu(cluster, resources))
         check_resources(f"{what} needs", num_cpus, num_gpus, resources, display.of("cluster"))
         remote_call = ray.remote(
@@ -65,9 +73,30 @@ def run_tasks(
             max_calls=1,  # a new process per task, without the memory and settings of the last one
         )(_call)
         actor = create_progress_actor()
-        submit = partial(remote_call.remote, function, num_cpus, actor)
-        if not _run_until_done(submit, work, after or {}, actor, display, on_done):
+        submit = partial(remote_call.remote, function, num_cpus, actor, marker)
+
+        def check(name: str, outcome: Outcome) -> None:
+            if NODE in outcome:
+                raise ConfigError(
+                    f"node {outcome[NODE]} does not see the driver's files in {storage.uri}; set --storage to a folder "
+                    "that all nodes share, or to a URI such as s3://bucket/runs"
+                )
+            on_done(name, outcome)
+
+        if not _run_until_done(submit, work, after or {}, actor, display, check):
             display.raise_if_stop_requested()
+
+
+@contextmanager
+def _marked(storage: Storage) -> Iterator[tuple[str, str]]:
+    """Write a file by which a task recognizes the driver's storage; yields its folder and name."""
+    name = f".driver-{uuid.uuid4().hex}"
+    storage.create()
+    storage.write(name, b"")
+    try:
+        yield storage.uri, name
+    finally:
+        storage.remove(name)
 
 
 def train_cells(
@@ -84,7 +113,11 @@ def train_cells(
     cells = {cell.name: cell for cell in grid}
     work = {cell.name: (cell.config.model_dump(mode="json"), cell.name) for cell in grid}
     cluster = grid[0].config.cluster
-    run_tasks(_train_cell, work, cluster, display, lambda name, outcome: on_done(cells[name], outcome), what="a cell")
+
+    def on_cell_done(name: str, outcome: Outcome) -> None:
+        on_done(cells[name], outcome)
+
+    run_tasks(_train_cell, work, cluster, Storage(cluster.storage), display, on_cell_done, what="a cell")
 
 
 def _train_cell(tree: dict[str, Any], name: str, display: ProgressListener) -> dict[str, Any]:
@@ -137,7 +170,17 @@ def _outcome(reference: Any) -> Outcome:
     return outcome
 
 
-def _call(function: Callable[..., Any], cpus: float, actor: Any, name: str, arguments: tuple[Any, ...]) -> Outcome:
+def _call(
+    function: Callable[..., Any],
+    cpus: float,
+    actor: Any,
+    marker: tuple[str, str],
+    name: str,
+    arguments: tuple[Any, ...],
+) -> Outcome:
+    folder, file = marker
+    if not Storage(folder).exists(file):
+        return {NODE: ray.util.get_node_ip_address()}
     torch.set_num_threads(max(1, int(cpus)))
     progress = RemoteProgress(actor, name)
     if progress.should_stop():  # while the task waited for resources

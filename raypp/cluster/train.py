@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,15 @@ from raypp.cluster.session import check_resources, ray_session, uses_gpu
 from raypp.cluster.tasks import Outcome, outcome_of
 from raypp.config.schema import Cluster, Config
 from raypp.config.validation import validate
-from raypp.data.streaming import Batch, StreamLoader, build_execution_options, collect_validation_set, datasets
+from raypp.data.streaming import StreamLoader, build_execution_options, open_stream, validation_set
+from raypp.data.validation_set import Batch
 from raypp.experiments.training_run import Run, finalize_run, stored_key
 from raypp.models.perceptual import StateDict
 from raypp.training.checkpoint import CHECKPOINTS, EpochMetrics, list_checkpoints
 from raypp.training.distributed import run_on_all_ranks
 from raypp.training.protection_task import TrainingData, build_pre_transform, check_image_sizes, fit
 from raypp.training.reporter import Reporter
-from raypp.utils import errors
-from raypp.utils.errors import NonRetryableError, TrainingError, TrainingInterrupted, last_line
+from raypp.utils.errors import NonRetryableError, TrainingError, TrainingInterrupted, last_line, reported_error
 from raypp.utils.keys import Key
 from raypp.utils.progress import ProgressListener
 from raypp.utils.signals import on_signal, stop_on_signal
@@ -76,11 +76,12 @@ def train_on_ray(run: Run, display: ProgressListener) -> dict[str, Any]:
         check_resources(f"training on {min_workers} workers needs", num_cpus, num_gpus, resources, display)
         actor = create_progress_actor()
         train, val = {}, None
+        options = build_execution_options(config, num_workers)
         if config.data.stream:
-            display.note("reading validation images")
-            train["train"], val_rows = datasets(config)
-            val = ray.put(collect_validation_set(val_rows))
-        options = build_execution_options()
+            stream = open_stream(config)
+            train["train"] = stream.train
+            note = partial(display.note, "reading validation images")
+            val = ray.put(validation_set(stream, run.storage, options, note))
         trainer = TorchTrainer(
             _train_loop_per_worker,
             train_loop_config={
@@ -159,13 +160,12 @@ def run_trainer(trainer: TorchTrainer, max_failures: int, run: Storage, actor: A
     except ray.train.WorkerGroupError as error:
         text = "\n".join(map(str, error.worker_failures.values())) or str(error)
         # The cause may be nested: a task that reads the worker's data raises for a damaged image.
-        known = re.findall(r"raypp\.utils\.errors\.(\w+): (.+)", text)
         lines = text.strip().splitlines() or [type(error).__name__]
-        kind, reason = known[-1] if known else (TrainingError.__name__, lines[-1])
+        reason = reported_error(text) or TrainingError(lines[-1])
         raise TrainingError(
             f"training stopped after {max_failures} restarts: {reason}; newest checkpoint: "
             f"{(list_checkpoints(run) or ['none yet'])[0]}; --resume continues from it",
-            exit_code=getattr(errors, kind).exit_code,
+            exit_code=reason.exit_code,
         ) from error
     except ray.train.TrainingFailedError as error:
         raise TrainingError(f"Ray Train gave up: {last_line(error)}") from error

@@ -29,7 +29,6 @@ from raypp.utils.progress import ProgressListener
 from raypp.utils.storage import Storage
 
 STOPPED = "stopped"  # event of a trial that has stopped on request
-HEAD = "node:__internal_head__"  # Ray's resource of the head node
 
 
 class TuneListener(ProgressListener):

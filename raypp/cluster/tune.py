@@ -16,11 +16,12 @@ from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 
 from raypp.cluster.attack import run_on_ray
+from raypp.cluster.ray_internals import HEAD
 from raypp.cluster.search_algorithms import PatienceStopper, build_param_space, build_sampler, build_scheduler
 from raypp.cluster.search_progress import TrialMonitor, all_records, silence_tune
 from raypp.cluster.session import may_grow, ray_session, resource_warning, uses_gpu
 from raypp.cluster.tasks import Outcome, run_tasks
-from raypp.cluster.trial import HEAD, train_trial
+from raypp.cluster.trial import train_trial
 from raypp.experiments import attack_plan, attack_run, pareto, search, search_results
 from raypp.experiments.search import SearchPlan, TrialRecord
 from raypp.utils.errors import RayppError
@@ -56,7 +57,11 @@ def run_search(plan: SearchPlan, *, resume: bool = False, quiet: bool = False) -
 
         def attack(bundle: str, suite: str, trial: str) -> dict[str, Any]:
             storage = plan.storage.folder("attacks").uri
-            attack_suite = attack_plan.make_attack_plan(bundle=bundle, suite=suite, storage=storage, name=trial)
+            gpu = plan.config.cluster.gpu
+            flags = [] if gpu is None else ["--cluster.gpu", str(gpu).lower()]
+            attack_suite = attack_plan.make_attack_plan(
+                bundle=bundle, suite=suite, flags=flags, storage=storage, name=trial
+            )
             resume = attack_suite.storage.exists(attack_plan.SUITE)
             # On two cores, a process for each attack costs more time than it saves.
             is_local = not may_grow() and resources.get("CPU", 0) <= 2
@@ -116,7 +121,15 @@ def _train_baseline(plan: SearchPlan, quiet: bool) -> float:
             display.done(name, f"{result['result']:.1%}" if "result" in result else f"failed: {result['error']}")
 
         work = {search_results.BASELINE: (plan.dump(),)}
-        run_tasks(search_results.train_baseline, work, plan.config.cluster, display, on_done, what="the baseline")
+        run_tasks(
+            search_results.train_baseline,
+            work,
+            plan.config.cluster,
+            plan.storage,
+            display,
+            on_done,
+            what="the baseline",
+        )
     if "error" in outcome:
         raise RayppError(f"the baseline of search.min_accuracy failed: {outcome['error']}")
     return float(outcome["result"])

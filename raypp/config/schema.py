@@ -92,6 +92,9 @@ class Data(ConfigModel):
     """Stream training images through Ray Data instead of holding them in memory; needs Ray Train."""
     shuffle_buffer: int = Field(10_000, ge=1)
     """Streaming only: images in each worker's local shuffle buffer."""
+    stream_mib_per_worker: int = Field(512, ge=32)
+    """Streaming only: MiB of blocks that Ray Data may hold in its object store for each worker. More memory lets more
+    tasks decode at the same time."""
 
 
 class Optimizer(ConfigModel):

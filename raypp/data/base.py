@@ -125,6 +125,10 @@ class DataSource(ABC):
     def _read(self, split: Split) -> Iterator[Example]:
         """Yield the images of ``split`` in their fixed order."""
 
+    def versions(self, split: Split) -> list[tuple[str, int, int]] | None:
+        """Return path, bytes and time of the last change (ns) of each file in ``split``; None if it is not known."""
+        return None
+
     def unused(self) -> tuple[str, ...]:
         """Return paths in the source that look like data but belong to no split."""
         return ()

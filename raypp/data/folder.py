@@ -101,6 +101,10 @@ class Folder(DataSource):
             return self._random_split[split]
         return self._list_files(self._train_root) if split == "train" else self._test_files
 
+    def versions(self, split: Split) -> list[tuple[str, int, int]]:
+        stats = ((path, Path(path).stat()) for path, _ in self.files(split))
+        return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
     def unused(self) -> tuple[str, ...]:
         if self._train_root == self._root:
             return ()

@@ -77,6 +77,9 @@ class Parquet(DataSource):
         """Return the sorted paths of a split within the source's filesystem; raises DataError if there are none."""
         return self._files.files(split)
 
+    def versions(self, split: Split) -> list[tuple[str, int, int]]:
+        return self._files.versions(split)
+
     def unused(self) -> tuple[str, ...]:
         return self._files.unused()
 

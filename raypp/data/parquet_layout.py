@@ -54,6 +54,12 @@ class ParquetFiles:
             raise DataError(f"{self.path} has no Parquet file with {split!r} in its name{listed}")
         return files
 
+    def versions(self, split: Split) -> list[tuple[str, int, int]]:
+        """Return path, bytes and time of the last change (ns) of each file of a split."""
+        with pyarrow_errors(self.path):
+            infos = self._location[0].get_file_info(self.files(split))
+        return [(info.path, info.size, info.mtime_ns or 0) for info in infos]
+
     def files_of_splits(self) -> list[str]:
         """Return the paths of all splits, also of a validation split next to a test split."""
         return [path for word, paths in self._by_word.items() if word for path in paths]

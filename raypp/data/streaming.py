@@ -1,8 +1,9 @@
 """Stream training images that do not fit in memory through Ray Data.
 
-Ray tasks read, split, decode and shuffle encoded images while workers train. Memory holds a few blocks and the shuffle
-buffers, whatever the size of the set. Validation images are those whose keyed hash is below a threshold. This split
-needs no index, does not depend on order or number of workers, and keeps identical images together.
+Ray tasks read, split, decode and shuffle encoded images while workers train. Memory holds blocks up to a limit for each
+worker and the shuffle buffers, whatever the size of the set. Validation images are those whose keyed hash is below a
+threshold. This split needs no index, does not depend on order or number of workers, and keeps identical images
+together.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import re
 from collections.abc import Callable, Iterator
 from functools import singledispatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import ray.data
@@ -27,15 +27,25 @@ from raypp.data.base import DataSource, check_labels, read_encoded
 from raypp.data.folder import Folder
 from raypp.data.loader import Augmentation, make_generator, to_device, to_float_tensor
 from raypp.data.parquet import ROWS_AT_A_TIME, Parquet, RowGroup
-from raypp.utils.errors import ConfigError, DataError
+from raypp.data.validation_set import Batch, load_validation_set, save_validation_set
+from raypp.utils.errors import ConfigError, DataError, reported_error
 from raypp.utils.images import decode, printable
+from raypp.utils.storage import Storage
 
 if TYPE_CHECKING:
     from raypp.config.schema import Config
 
-Batch = dict[str, np.ndarray]
-IN_FLIGHT_BYTES = 128 * 2**20  # per dataset, in Ray's object store
 BLOCK_BYTES = 16 * 2**20
+PREFETCHED_BATCHES = 2  # decoded, shuffled and copied to the device while the network trains on one
+
+
+class Stream(NamedTuple):
+    """The training split of a source as two lazy sets, with rows of ``image`` uint8 (H, W, C) and ``label``."""
+
+    train: ray.data.Dataset
+    val: ray.data.Dataset
+    fingerprint: str | None
+    """Identifies data and settings that select the validation images; None if the source cannot tell."""
 
 
 @singledispatch
@@ -76,11 +86,8 @@ def _(source: Folder, seed: int) -> ray.data.Dataset:
     return ray.data.from_items([{"name": os.fsencode(files[i][0]), "label": files[i][1]} for i in order])
 
 
-def datasets(config: Config) -> tuple[ray.data.Dataset, ray.data.Dataset]:
-    """Return lazy training and validation sets with rows of ``image`` uint8 (H, W, C) and ``label``.
-
-    ConfigError or DataError is raised for a set that cannot be streamed.
-    """
+def open_stream(config: Config) -> Stream:
+    """Open the training split; raises ConfigError or DataError for a set that cannot be streamed."""
     if config.data.image_size is None:
         raise ConfigError("data.stream needs data.image_size, as in --data.image_size '[32, 32]'")
     if config.data.num_train is not None:
@@ -103,7 +110,15 @@ def datasets(config: Config) -> tuple[ray.data.Dataset, ray.data.Dataset]:
     def decode_split(is_val: bool) -> ray.data.Dataset:
         return rows.map_batches(_decode, batch_format="numpy", batch_size=256, fn_kwargs={"is_val": is_val, **options})
 
-    return decode_split(is_val=False), decode_split(is_val=True)
+    return Stream(decode_split(is_val=False), decode_split(is_val=True), _fingerprint(config, source))
+
+
+def _fingerprint(config: Config, source: DataSource) -> str | None:
+    data, versions = config.data, source.versions("train")
+    if versions is None:
+        return None
+    settings = (data.source.model_dump(mode="json"), data.image_size, data.channels, data.num_val, config.seed)
+    return hashlib.sha256(repr((settings, source.classes, versions)).encode()).hexdigest()
 
 
 def _build_source(config: Config) -> DataSource:
@@ -112,25 +127,44 @@ def _build_source(config: Config) -> DataSource:
     return source
 
 
-def collect_validation_set(rows: ray.data.Dataset) -> Batch:
-    """Return all validation images and labels; raises DataError if there is none, or an image is damaged.
+def validation_set(
+    stream: Stream, run: Storage, options: ray.data.ExecutionOptions, on_read: Callable[[], None]
+) -> Batch:
+    """Return the validation images and labels that the run has stored, or select them by a pass over the whole set.
 
-    This takes a pass over the whole set, which the driver does once for all workers.
+    Args:
+        run: the run's folder, which stores them.
+        options: of :func:`build_execution_options`.
+        on_read: called before the pass.
+
+    Raises:
+        DataError: there is no validation image, or an image is damaged.
     """
-    rows.context.execution_options = build_execution_options()
+    stored = load_validation_set(run, stream.fingerprint) if stream.fingerprint is not None else None
+    if stored is not None:
+        return stored
+    on_read()
+    images = _collect(stream.val, options)
+    if stream.fingerprint is not None:
+        save_validation_set(run, images, stream.fingerprint)
+    return images
+
+
+def _collect(rows: ray.data.Dataset, options: ray.data.ExecutionOptions) -> Batch:
+    rows.context.execution_options = options
     try:
-        batches = [batch for batch in _batches(rows, batch_size=1024) if len(batch["label"])]
+        batches = [batch for batch in rows.iter_batches(batch_format="numpy", batch_size=1024) if len(batch["label"])]
     except ray.exceptions.RayError as error:
-        reasons = re.findall(r"raypp\.utils\.errors\.\w+: (.+)", str(error))
-        raise DataError(reasons[-1] if reasons else f"the images cannot be read: {error}") from error
+        raise DataError(str(reported_error(str(error)) or f"the images cannot be read: {error}")) from error
     if not batches:
         raise DataError("data.num_val left no validation image in this set; raise it")
     return {key: np.concatenate([batch[key] for batch in batches]) for key in ("image", "label")}
 
 
-def build_execution_options() -> ray.data.ExecutionOptions:
+def build_execution_options(config: Config, num_workers: int) -> ray.data.ExecutionOptions:
     """Return options that bound the memory of blocks in flight and keep them in the order of the files."""
-    limits = ray.data.ExecutionResources.for_limits(object_store_memory=IN_FLIGHT_BYTES)
+    num_bytes = num_workers * config.data.stream_mib_per_worker * 2**20
+    limits = ray.data.ExecutionResources.for_limits(object_store_memory=num_bytes)
     # The order lets a resumed epoch skip the images that were trained on.
     return ray.data.ExecutionOptions(resource_limits=limits, preserve_order=True)
 
@@ -164,7 +198,7 @@ def _hash_to_unit_interval(data: bytes, key: int) -> float:
 class StreamLoader:
     """Batches of this worker's shard of the training stream; a :class:`raypp.data.loader.BatchLoader`.
 
-    The device holds the validation images of :func:`collect_validation_set` as uint8.
+    The device holds the validation images as uint8.
     """
 
     def __init__(
@@ -194,21 +228,18 @@ class StreamLoader:
         # A stream cannot seek: a resumed epoch reads the first batches again and skips them. Every epoch reads in the
         # same order, and its seed shuffles the buffer.
         seed = self._config.seed
-        batches = _batches(
-            ray.train.get_dataset_shard("train"),
+        batches = ray.train.get_dataset_shard("train").iter_torch_batches(
             batch_size=self._batch_size,
             drop_last=True,
             local_shuffle_buffer_size=max(self._config.data.shuffle_buffer, self._batch_size),
             local_shuffle_seed=seed + epoch,
+            prefetch_batches=PREFETCHED_BATCHES,
+            device=self._device,
+            pin_memory=self._device.type == "cuda",  # only from such memory do copies run while the GPU computes
         )
         for step, batch in enumerate(itertools.islice(batches, first, None), first):
-            images, labels = to_device(batch["image"], batch["label"], self._device)
+            images, labels = batch["image"], batch["label"]
             if self._first is not None:
                 images = self._first(images)
             params = self._augmentation.sample_params(len(labels), make_generator(seed, epoch, step, self._rank))
             yield to_float_tensor(self._augmentation.apply(images, *params)), labels
-
-
-def _batches(shard: Any, **options: Any) -> Iterator[Batch]:
-    for batch in shard.iter_batches(batch_format="numpy", prefetch_batches=1, **options):
-        yield {key: np.array(value) for key, value in batch.items()}  # Ray's arrays are read-only views

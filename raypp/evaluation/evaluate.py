@@ -19,6 +19,7 @@ from raypp.data.splits import load_split
 from raypp.metrics.image import MIN_SIDE, psnr, ssim, use_backend
 from raypp.metrics.statistics import wilson_interval
 from raypp.protections.base import Protection
+from raypp.utils.device import default_device
 from raypp.utils.errors import BundleError, ConfigError, DataError
 from raypp.utils.images import jpeg_roundtrip, to_uint8
 from raypp.utils.storage import Storage
@@ -141,7 +142,7 @@ def evaluate_bundle(
     if split == "val":
         images = images.subset(stratified_split(images.labels, config.data.num_val, config.seed)[1])
     _check_images(images, config.data.channels, public, private)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     with use_backend(config.metrics.backend):
         return evaluate(
             public.protection.to(device),

@@ -21,6 +21,7 @@ from raypp.config.overrides import Settings, deep_merge, parse_overrides
 from raypp.config.presets import load_tree, read_yaml
 from raypp.config.validation import check_milestones, format_validation_error, validate
 from raypp.experiments.run_folder import lock, read_checked, refuse_changes, refuse_foreign, validate_name
+from raypp.utils.device import default_device
 from raypp.utils.errors import ConfigError, StorageError
 from raypp.utils.registry import suggest
 from raypp.utils.storage import Storage
@@ -249,11 +250,13 @@ def load_result(plan: AttackPlan, attack: str) -> Outcome | None:
 
 def load_target_of(plan: AttackPlan) -> Target:
     suite = plan.suite
+    options: dict[str, Any] = {
+        "num_queries": suite.num_queries, "num_images": suite.num_images, "seed": suite.seed,
+        "device": default_device(suite.cluster.gpu),
+    }  # fmt: skip
     if plan.arrays is not None:
-        return load_array_target(
-            plan.arrays, num_queries=suite.num_queries, num_images=suite.num_images, seed=suite.seed
-        )
-    return load_target(plan.spec, num_queries=suite.num_queries, num_images=suite.num_images, seed=suite.seed)
+        return load_array_target(plan.arrays, **options)
+    return load_target(plan.spec, **options)
 
 
 def dependencies(plan: AttackPlan, name: str) -> list[str]:

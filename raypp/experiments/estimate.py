@@ -30,6 +30,7 @@ from raypp.training.protection_task import ProtectionTask, TrainingData, build_p
 from raypp.training.reporter import Reporter
 from raypp.training.task import Task
 from raypp.training.trainer import Trainer
+from raypp.utils.device import default_device
 from raypp.utils.errors import DataError
 from raypp.utils.progress import ProgressDisplay
 from raypp.utils.storage import Storage
@@ -63,9 +64,10 @@ def estimate_training(config: Config) -> list[Estimate]:
     total = source.published_sizes.get("train") or source.num_images("train")
     remaining, _ = stratified_split(np.zeros(total, dtype=np.int64), config.data.num_val, config.seed)
     num_images = config.data.num_train or len(remaining)
-    task = ProtectionTask(config, _random_data(config, source), phi, new_key(config))
+    device = default_device(config.cluster.gpu)
+    task = ProtectionTask(config, _random_data(config, source, device), phi, new_key(config))
     num_batches = max(1, num_images // config.train.batch_size)
-    return [_estimate_phase(task, index, num_batches, num_images) for index in range(len(task.phases))]
+    return [_estimate_phase(task, index, num_batches, num_images, device) for index in range(len(task.phases))]
 
 
 def estimate_table(
@@ -106,7 +108,8 @@ def estimate_attacks(plan: AttackPlan, target: Target) -> list[Estimate]:
             continue
         task = attack.task()
         task.share(0, 1)
-        estimate = _estimate_phase(task, len(task.phases) - 1, task.batches.num_batches, attack.num_images)
+        batches, device = task.batches.num_batches, target.access.device
+        estimate = _estimate_phase(task, len(task.phases) - 1, batches, attack.num_images, device)
         shares = [share for _, share, _ in CURVE if share == 1 or task.train.epochs > 1] if plan.suite.curve else []
         assert estimate.seconds is not None
         curve = f", and {len(shares)} more trainings for its curve" if shares else ""
@@ -114,15 +117,14 @@ def estimate_attacks(plan: AttackPlan, target: Target) -> list[Estimate]:
     return estimates
 
 
-def _estimate_phase(task: Task, index: int, num_batches: int, num_images: int) -> Estimate:
+def _estimate_phase(task: Task, index: int, num_batches: int, num_images: int, device: torch.device) -> Estimate:
     phase = task.phases[index]
-    seconds = seconds_per_step(task, index) * num_batches * phase.epochs * OVERHEAD
+    seconds = seconds_per_step(task, index, device) * num_batches * phase.epochs * OVERHEAD
     return Estimate(phase.name, f"{phase.epochs} epochs of {num_images:,} images", seconds)
 
 
-def seconds_per_step(task: Task, phase_index: int) -> float:
-    """Time a few training steps of a phase on this machine's GPU or processor, in seconds per step."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def seconds_per_step(task: Task, phase_index: int, device: torch.device) -> float:
+    """Time a few training steps of a phase on the device of its data, in seconds per step."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(task, Reporter(Storage(folder), ProgressDisplay(quiet=True), device))
         trainer.setup_phase(task.phases[phase_index])
@@ -143,7 +145,7 @@ def _timed_steps(trainer: Trainer) -> Iterator[float]:
             return
 
 
-def _random_data(config: Config, source: DataSource) -> TrainingData:
+def _random_data(config: Config, source: DataSource, device: torch.device) -> TrainingData:
     """Random images of the source's size, enough for the timed steps."""
     size = config.data.image_size or source.size
     if size is None:
@@ -151,7 +153,6 @@ def _random_data(config: Config, source: DataSource) -> TrainingData:
         if isinstance(image, DataError):
             raise image
         size = (image.shape[0], image.shape[1])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     num = config.train.batch_size * (1 + NUM_TIMED)
     images = torch.randint(0, 256, (num, *size, config.data.channels), dtype=torch.uint8, device=device)
     labels = torch.randint(0, 10, (num,), device=device)

@@ -22,12 +22,14 @@ from raypp.config.validation import validate
 from raypp.training.checkpoint import list_checkpoints
 from raypp.training.protected_classifier import phases, uses_features
 from raypp.utils import runtime
+from raypp.utils.device import num_gpus
 from raypp.utils.documents import DocumentError, load_json, load_yaml
 from raypp.utils.errors import ConfigError, StorageError
 from raypp.utils.storage import Storage
 
 MUTABLE_ON_RESUME = (
     "train.epochs", "train.eval_batch_size", "train.checkpoint_seconds", "train.adapt_threads", "data.num_test",
+    "data.stream_mib_per_worker",
     "features.fallback",  # resolved when the run starts
     "metrics",
     "cluster",
@@ -47,11 +49,11 @@ def environment() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    cuda = torch.cuda.is_available()
+    gpus = num_gpus()
     return {
         "versions": versions,
         "platform": platform.platform(),
-        "hardware": f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}" if cuda else cpu_name(),
+        "hardware": f"{torch.cuda.get_device_name()} x {gpus}" if gpus else cpu_name(),
         "threads": torch.get_num_threads(),
     }
 

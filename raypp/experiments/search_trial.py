@@ -22,6 +22,7 @@ from raypp.experiments.search import RESULT, TRIALS, Point, Search, SearchPlan, 
 from raypp.experiments.training_run import Run, open_run, summary
 from raypp.training.reporter import Reporter
 from raypp.training.trainer import Trainer
+from raypp.utils.device import default_device
 from raypp.utils.documents import dump_json
 from raypp.utils.errors import ConfigError, NonRetryableError
 from raypp.utils.progress import ProgressListener
@@ -108,7 +109,7 @@ def proxy_leakage(
 
 def _validation_target(bundle: str, config: Config, search: Search) -> Target:
     """A bundle with validation images as queries; the attacker has the training images and can protect images."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device(config.cluster.gpu)
     protection = load_public(bundle).protection.to(device)
 
     def protect(images: Tensor) -> Tensor:

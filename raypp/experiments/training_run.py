@@ -6,6 +6,7 @@ NAME/features.safetensors weights of the feature network, if it does not take th
 NAME/private/             the key of a keyed protection
 NAME/metrics.jsonl        a line per epoch
 NAME/checkpoints/         the newest two
+NAME/validation/          validation images of a stream
 NAME/bundle/              public/ and private/
 NAME/protected.png        plain test images above protected ones
 NAME/summary.json         written last: test results; a run with this file is finished
@@ -40,6 +41,7 @@ from raypp.training.protected_classifier import ProtectedClassifier, build_prote
 from raypp.training.protection_task import TrainResult, fit, prepare
 from raypp.training.reporter import Reporter
 from raypp.utils import images, keys
+from raypp.utils.device import default_device
 from raypp.utils.documents import dump_json
 from raypp.utils.errors import ConfigError, StorageError
 from raypp.utils.keys import Key
@@ -159,7 +161,7 @@ def train_locally(run: Run, display: ProgressListener, device: torch.device | No
     Raises:
         TrainingInterrupted: ``display`` requested a stop, and a checkpoint is saved.
     """
-    reporter = Reporter(run.storage, display, device)
+    reporter = Reporter(run.storage, display, device or default_device(run.config.cluster.gpu))
     result = fit(run.config, reporter, run.phi, run.key)
     return finalize_run(run, result, reporter.device) if reporter.rank == 0 else {}
 

@@ -15,6 +15,7 @@ from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap,
 from raypp.attacks.white_box import WhiteBox
 from raypp.bundle.load import PublicBundle
 from raypp.serve.loaded_model import LoadedModel, pad_to_bucket
+from raypp.utils.device import default_device
 
 MAX_IMAGES = 256
 """Images of one request."""
@@ -75,7 +76,7 @@ def load_attacks(model: LoadedModel) -> dict[str, ServedAttack]:
 
 
 def _attacker_knowledge(model: LoadedModel, public: PublicBundle) -> AttackerKnowledge:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     protection = public.protection.to(device)
 
     @torch.inference_mode()

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ import torch
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
-from ray.serve import Application
+from ray.serve import Application, Deployment
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.metrics import Counter, Histogram
 from torch import Tensor
 
 import raypp
+from raypp.cluster.ray_internals import JOBS_FOLDER, http_host
 from raypp.config.validation import format_validation_error
 from raypp.serve.admission import AdmissionControl, Limits
 from raypp.serve.api import attack_api, classifier_api
@@ -34,7 +35,6 @@ from raypp.serve.model_store import ModelManager
 from raypp.utils.errors import ConfigError, RayppError, first_line
 from raypp.utils.network import is_loopback
 from raypp.utils.paths import resolve_path
-from raypp.utils.storage import JOBS_FOLDER
 
 logger = logging.getLogger("raypp.serve")
 MIN_POLL_INTERVAL_S = 0.5  # between two polls that requests cause
@@ -78,7 +78,7 @@ class _Replica:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self.config = config
         self.limits = Limits(config.max_body, config.max_images, config.timeout_s, waiting=config.max_waiting)
-        host = _http_host()
+        host = http_host()
         if config.tokens is None and not is_loopback(host):
             raise ConfigError(
                 f"the service listens on {host!r}, where others can reach it, and has no token file; set args.tokens "
@@ -163,13 +163,6 @@ def _log_as_serve() -> None:
     serve_logger = logging.getLogger("ray.serve")
     logger.handlers, logger.propagate = serve_logger.handlers, False
     logger.setLevel(serve_logger.getEffectiveLevel())
-
-
-def _http_host() -> str:
-    """The host of Serve's HTTP proxy; Serve has no public interface for it."""
-    from ray.serve.context import _get_global_client
-
-    return str(_get_global_client().http_config.host)
 
 
 def _replica() -> Any:
@@ -280,13 +273,26 @@ def build_attack(args: dict[str, Any]) -> Application:
     return _build("attack", args)
 
 
-def bind(name: str, config: DeploymentConfig) -> Application:
-    """Create an application; raises ConfigError if its token file is missing or damaged, before any replica starts."""
+def bind(name: str, config: DeploymentConfig, overrides: Iterable[dict[str, Any]] = ()) -> Application:
+    """Create an application; raises ConfigError if its token file is missing or damaged, before any replica starts.
+
+    Args:
+        overrides: as ``deployments`` in ``serve_config.yaml``.
+    """
     if config.tokens is not None:
         Tokens.read(config.tokens)
-    deployments: dict[str, Any] = {"classifier": ClassifierDeployment, "attack": AttackDeployment}
-    application: Application = deployments[name].bind(config)
+    application: Application = deployment(name, overrides).bind(config)
     return application
+
+
+def deployment(name: str, overrides: Iterable[dict[str, Any]] = ()) -> Deployment:
+    """The deployment of an application, with the options of ``overrides`` that have its name."""
+    deployments: dict[str, Deployment] = {"classifier": ClassifierDeployment, "attack": AttackDeployment}
+    result = deployments[name]
+    for options in overrides:
+        if options["name"] == result.name:
+            result = result.options(**options)
+    return result
 
 
 COPIED = (

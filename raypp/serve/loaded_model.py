@@ -18,6 +18,7 @@ from raypp.bundle.load import PrivateBundle, PublicBundle, load_private, load_pu
 from raypp.bundle.manifest import MANIFEST, verify
 from raypp.models.fusion import fuse_conv_bn
 from raypp.serve.image_parsing import Shape
+from raypp.utils.device import default_device
 from raypp.utils.errors import BundleError, RayppError, StorageError
 from raypp.utils.paths import short_name
 from raypp.utils.storage import Storage, sha256
@@ -144,7 +145,7 @@ def _load(location: str | Path, attacks: bool) -> LoadedModel:
             scorecard=json.loads(scorecard.read_text()) if scorecard.is_file() else None,
             attack_material=material,
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     classifier = fuse_conv_bn(private.classifier, private.sample[:8].float() / 255)
     classifier = classifier.to(device).to(memory_format=torch.channels_last)
     private = replace(private, classifier=classifier)  # the self-check covers the classifier that is served

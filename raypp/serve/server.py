@@ -25,7 +25,15 @@ from raypp.serve.attack_catalog import load_attacks
 from raypp.serve.auth import Tokens
 from raypp.serve.haproxy import ray_settings
 from raypp.serve.model_store import ModelRef, publishing, resolve_model
-from raypp.utils.errors import BundleError, ConfigError, RayppError, StorageError, first_line, last_line
+from raypp.utils.errors import (
+    BundleError,
+    ConfigError,
+    RayppError,
+    StorageError,
+    first_line,
+    last_line,
+    reported_error,
+)
 from raypp.utils.network import is_loopback
 from raypp.utils.signals import on_signal
 from raypp.utils.storage import Storage
@@ -42,6 +50,7 @@ HAPROXY_HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")
 ANSWER_SECONDS = 10.0  # timeout of a service during a publication
 SWITCH_SECONDS = 120.0  # within which a service must have loaded a published bundle
 POLL_SECONDS = 0.5
+logger = logging.getLogger(__name__)
 ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -55,11 +64,16 @@ def config_template() -> dict[str, Any]:
     raise ConfigError(f"{CONFIG} is missing in {package.parent}; install raypp again")
 
 
-def build_serve_config(bundle: str, *, host: str, port: int, tokens: str | None, attack: bool) -> dict[str, Any]:
+def build_serve_config(
+    bundle: str, *, host: str, port: int, tokens: str | None, attack: bool, num_gpus: float = 0
+) -> dict[str, Any]:
     """``serve_config.yaml`` for one bundle or model repository.
 
+    Args:
+        num_gpus: GPUs of each replica.
+
     Raises:
-        ConfigError: the port is out of range, or other machines can reach the host and no token file is set.
+        ConfigError: a number is out of range, or other machines can reach the host and no token file is set.
         RayppError: the bundle or the token file cannot be used.
     """
     if tokens is None and not is_loopback(host):
@@ -68,6 +82,8 @@ def build_serve_config(bundle: str, *, host: str, port: int, tokens: str | None,
         )
     if not 0 < port < 2**16:
         raise ConfigError(f"--port is {port}; allowed is 1 to 65535")
+    if num_gpus < 0 or (num_gpus > 1 and num_gpus % 1):
+        raise ConfigError(f"--num-gpus is {num_gpus:g}; allowed is a share of one GPU, such as 0.25, or a whole number")
     uri = Storage(bundle).uri
     resolve_model(bundle)
     if tokens is not None:
@@ -79,6 +95,10 @@ def build_serve_config(bundle: str, *, host: str, port: int, tokens: str | None,
         application | {"args": application["args"] | {"bundle": uri, "tokens": tokens}}
         for application in [*config["applications"], *([ATTACK] if attack else [])]
     ]
+    if num_gpus:
+        for application in config["applications"]:
+            options = {"name": application["name"].capitalize(), "ray_actor_options": {"num_gpus": num_gpus}}
+            application["deployments"] = [options]
     return config
 
 
@@ -103,10 +123,11 @@ def running_server(config: dict[str, Any], *, haproxy: bool = False) -> Iterator
     with (
         contextlib.ExitStack() as last,  # exits after Ray
         _haproxy_environment() if haproxy else contextlib.nullcontext(),
-        ray_session(),
+        ray_session() as resources,
         on_signal(_interrupt, signal.SIGTERM),  # the handler of a running Ray would end the process at once
     ):
         _check_port(host, port)
+        _check_gpus(config, resources)
         _start_proxy(config)
         try:
             for application in config["applications"]:
@@ -137,12 +158,14 @@ def _start_application(application: dict[str, Any], logging_config: dict[str, An
     from raypp.serve import deployments
 
     name = application["name"]
-    bound = deployments.bind(name, deployments.DeploymentConfig(**application["args"]))
+    args = deployments.DeploymentConfig(**application["args"])
+    bound = deployments.bind(name, args, application.get("deployments", ()))
     try:
         serve.run(bound, name=name, route_prefix=application["route_prefix"], logging_config=logging_config)
     except RuntimeError as error:
-        reason = _failure_reason(str(serve.status().applications[name]), error)
-        raise RayppError(f"the service {name} does not start: {reason}") from error
+        status = serve.status().applications[name]
+        text = "\n".join([status.message, *(deployment.message for deployment in status.deployments.values())])
+        raise RayppError(f"the service {name} does not start: {_failure_reason(text, error)}") from error
 
 
 def _stop_applications(names: list[str]) -> None:
@@ -193,9 +216,21 @@ def _interrupt() -> None:
     raise KeyboardInterrupt
 
 
-def _failure_reason(status: str, error: Exception) -> str:
-    reasons = re.findall(r"raypp\.utils\.errors\.\w+: ([^\\\n]+)", status)
-    return reasons[-1] if reasons else first_line(error)
+def _failure_reason(text: str, error: Exception) -> str:
+    return str(reported_error(text) or first_line(error))
+
+
+def _check_gpus(config: dict[str, Any], resources: dict[str, float]) -> None:
+    """Raise ConfigError if a replica would wait for a GPU forever."""
+    from raypp.cluster.session import resource_warning
+
+    for application in config["applications"]:
+        for options in application.get("deployments", ()):
+            num_gpus = options.get("ray_actor_options", {}).get("num_gpus", 0)
+            if num_gpus > resources.get("GPU", 0):
+                name = application["name"]
+                sentence = f"a replica of {name} needs {num_gpus:g} GPUs, the cluster has {resources.get('GPU', 0):g}"
+                logger.warning(resource_warning(sentence, "--num-gpus"))
 
 
 def _check_port(host: str, port: int) -> None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from raypp.training.checkpoint import CHECKPOINTS, EpochMetrics, list_checkpoints, prune, to_json_lines
 from raypp.training.distributed import is_distributed
+from raypp.utils.device import default_device
 from raypp.utils.progress import ProgressListener
 from raypp.utils.storage import Storage
 
@@ -27,7 +28,7 @@ class Reporter:
 
     def __init__(self, run: Storage, listener: ProgressListener, device: torch.device | None = None) -> None:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
-        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or default_device()
         self.run, self.listener = run, listener
 
     def checkpoints(self) -> list[str]:

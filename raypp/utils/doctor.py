@@ -51,13 +51,15 @@ def _packages() -> Iterator[Check]:
 def _hardware() -> Iterator[Check]:
     import torch
 
+    from raypp.utils.device import num_gpus
+
     yield Check("cores", True, str(num_cores()))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     yield Check("memory", memory >= MIN_MEMORY_GIB, f"{memory:.1f} GiB", f"{MIN_MEMORY_GIB} GiB or more")
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     yield Check("free disk space", free >= MIN_FREE_GIB, f"{free:.1f} GiB", "runs, checkpoints and data go here")
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if gpus := num_gpus():
+        names = [torch.cuda.get_device_name(i) for i in range(gpus)]
         yield Check("GPU", True, ", ".join(names))
     else:
         yield Check("GPU", None, "none", "the presets quickstart, cifar10-small and cifar10-code run without")

@@ -12,7 +12,12 @@ The exit codes of all commands:
 ====  ================================================================================================
 """
 
+from __future__ import annotations
+
+import re
+
 FAILURE, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+REPORTED = re.compile(r"raypp\.utils\.errors\.(\w+): (.+)")
 
 
 def first_line(error: Exception) -> str:
@@ -82,3 +87,16 @@ class TrainingInterrupted(KeyboardInterrupt):
 
     It subclasses KeyboardInterrupt so that ``except Exception`` does not swallow it.
     """
+
+
+def reported_error(text: str) -> RayppError | None:
+    """The last raypp error in the text of a traceback, with the exit code of its class; None if there is none.
+
+    Ray passes an error of one process to another inside its own errors, often only as the text of the traceback.
+    """
+    matches = REPORTED.findall(text)
+    if not matches:
+        return None
+    kind, message = matches[-1]
+    error: RayppError = globals()[kind](message)
+    return error

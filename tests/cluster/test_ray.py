@@ -191,21 +191,57 @@ def test_a_stream_trains_as_well_as_memory(cluster: Cluster, tmp_path: Path, par
     assert 40 <= summary["num_val"] <= 120  # each image is drawn with probability 80 / 600
     assert summary["test"]["num_images"] == 60
     assert summary["test"]["accuracy"] > 0.9
+    assert (tmp_path / "stream" / "validation" / "validation.json").exists()
 
 
 STREAM_IN_FULL = """
-import json, sys
+import json, os, sys
+from pathlib import Path
+import ray.train, torch
 from raypp.cluster.session import ray_session
 from raypp.config.presets import load_config
-from raypp.data.streaming import build_execution_options, datasets
+from raypp.data.streaming import StreamLoader, build_execution_options, open_stream, validation_set
+from raypp.utils.storage import Storage
+
+def configure(name, folder, *more):
+    flags = ["--data.stream", "true", "--data.image_size", "[8, 8]", "--data.source.name", name]
+    return load_config("quickstart", flags=[*flags, "--data.source.path", folder, *more])
+
+sets, run = json.loads(sys.argv[1]), Storage(sys.argv[2])
 with ray_session():
-    for name, folder in json.loads(sys.argv[1]):
-        flags = ["--data.stream", "true", "--data.image_size", "[8, 8]", "--data.num_val", "1"]
-        flags += ["--data.source.name", name, "--data.source.path", folder]
-        rows = datasets(load_config("quickstart", flags=flags))
-        for part in (*rows, *rows):
-            part.context.execution_options = build_execution_options()
+    for name, folder in sets:
+        config = configure(name, folder, "--data.num_val", "1")
+        stream = open_stream(config)
+        for part in (stream.train, stream.val) * 2:
+            part.context.execution_options = build_execution_options(config, 1)
             print("ROWS", json.dumps([[int(row["label"]), row["image"].tolist()] for row in part.iter_rows()]))
+
+    num_read = []
+    settings = ["--data.num_val", "8", "--data.shuffle_buffer", "5", "--train.batch_size", "2"]
+    config = configure(*sets[0], *settings)
+    options = build_execution_options(config, 1)
+
+    def select(config):
+        val = validation_set(open_stream(config), run, options, lambda: num_read.append(1))
+        print("VAL", len(num_read), json.dumps([val["label"].tolist(), val["image"].tolist()]))
+        return val
+
+    val = select(config)
+    select(config)
+    (run.path / "validation" / "images.safetensors").write_bytes(b"damaged")
+    select(config)
+    file = next(Path(sets[0][1]).glob("train-0.parquet"))
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))  # as after a change
+    select(config)
+    select(config)
+    select(configure(*sets[0], *settings, "--seed", "1"))
+
+    train = open_stream(config).train
+    train.context.execution_options = options
+    ray.train.get_dataset_shard = lambda _: train.iterator()
+    loader = StreamLoader(config, val, torch.device("cpu"), 0, 1)
+    for epoch, first in ((0, 0), (0, 0), (0, 2), (1, 0)):
+        print("EPOCH", json.dumps([[i.tolist(), l.tolist()] for i, l in loader.epoch(epoch, first)]))
 """
 
 
@@ -235,10 +271,12 @@ def test_a_stream_gives_what_memory_reads(cluster: Cluster, tmp_path: Path) -> N
     sets = [("parquet", str(tmp_path / name)) for name in ("mixed", "column", "folders")]
     sets.append(("folder", str(tmp_path / "files")))
     result = subprocess.run(
-        [sys.executable, "-c", STREAM_IN_FULL, json.dumps(sets)], env=cluster.client, capture_output=True, text=True
-    )
+        [sys.executable, "-c", STREAM_IN_FULL, json.dumps(sets), str(tmp_path / "run")],
+        env=cluster.client, capture_output=True, text=True,
+    )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
-    streams = [json.loads(line[5:]) for line in result.stdout.splitlines() if line.startswith("ROWS ")]
+    lines = [line.split(" ", 1) for line in result.stdout.splitlines()]
+    streams = [json.loads(text) for kind, text in lines if kind == "ROWS"]
     for i, (name, path) in enumerate(sets):
         source = SOURCES.build(SOURCES.options(name)(name=name, path=path), size=(8, 8), channels=3)
         memory = source.load("train")
@@ -246,6 +284,20 @@ def test_a_stream_gives_what_memory_reads(cluster: Cluster, tmp_path: Path) -> N
         assert [train, val] == again, "another order the second time"
         expected = [[int(label), image.tolist()] for label, image in zip(memory.labels, memory.images, strict=True)]
         assert sorted(train + val) == sorted(expected), path
+    check_validation_sets([text.split(" ", 1) for kind, text in lines if kind == "VAL"])
+    whole, again, resumed, other = (json.loads(text) for kind, text in lines if kind == "EPOCH")
+    assert whole == again
+    assert whole[2:] == resumed, "a resumed epoch trains on other images than the rest of the epoch"
+    assert len(resumed) >= 2
+    assert whole != other, "all epochs have one order"
+
+
+def check_validation_sets(selections: list[list[str]]) -> None:
+    """The whole set is read at the first start, and where the stored images are damaged or of other data."""
+    assert [int(num_read) for num_read, _ in selections] == [1, 1, 2, 3, 3, 4]
+    first, *same, other = (text for _, text in selections)
+    assert set(same) == {first}
+    assert other != first
 
 
 def test_a_damaged_image_in_a_stream_is_named(cluster: Cluster, tmp_path: Path, parquet: Path) -> None:

@@ -55,6 +55,7 @@ def test_paper_presets_hold_section_3a(name: str, num_val: int) -> None:
         "augment": {"crop_padding": 4, "flip": True},
         "stream": False,
         "shuffle_buffer": 10_000,
+        "stream_mib_per_worker": 512,
     }
     assert config.protection.model_dump() == {
         "name": "learned", "width": 64, "depth": 4, "skips": None, "code": None, "jpeg": None,

@@ -481,6 +481,15 @@ def test_a_service_that_others_can_reach_needs_tokens(trained: Trained, capsys: 
     assert "--host 0.0.0.0 can be reached from elsewhere, so --token-file FILE is needed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("num_gpus", ["-1", "1.5"])
+def test_a_replica_has_a_share_of_a_gpu_or_whole_ones(
+    trained: Trained, capsys: pytest.CaptureFixture[str], num_gpus: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", str(trained.bundle), "--num-gpus", num_gpus])
+    assert f"--num-gpus is {num_gpus}; allowed is a share of one GPU" in " ".join(capsys.readouterr().err.split())
+
+
 # What is live
 
 

@@ -571,13 +571,17 @@ def test_the_written_configuration_is_what_serve_deploys(
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
     from ray.serve.schema import ServeDeploySchema
 
+    from raypp.serve import deployments
+
     main(["serve", str(trained.bundle), "--output", str(tmp_path / "default.yaml")])
     default = yaml.safe_load((tmp_path / "default.yaml").read_text())
     assert [application["name"] for application in default["applications"]] == ["classifier"]
     assert capsys.readouterr().err.startswith("wrote ")
+    assert "deployments" not in default["applications"][0]
     main(["serve", str(trained.bundle), "--output", str(tmp_path / "quiet.yaml"), "--quiet"])
     assert capsys.readouterr().err == ""
-    main(["serve", str(trained.bundle), "--output", str(tmp_path / "serve.yaml"), "--port", "9000", "--with-attacks"])
+    flags = ["--port", "9000", "--with-attacks", "--num-gpus", "0.25"]
+    main(["serve", str(trained.bundle), "--output", str(tmp_path / "serve.yaml"), *flags])
     assert f"no attack is served; `raypp attack {trained.bundle}` adds them" in capsys.readouterr().err
     config = yaml.safe_load((tmp_path / "serve.yaml").read_text())
     schema = ServeDeploySchema.model_validate(config)
@@ -585,6 +589,12 @@ def test_the_written_configuration_is_what_serve_deploys(
         module, _, name = application.import_path.partition(":")
         built = call_user_app_builder_with_args_if_necessary(getattr(import_module(module), name), application.args)
         assert isinstance(built, Application)
+    for application, written in zip(schema.applications, config["applications"], strict=True):  # both ways to start it
+        (deployment,) = application.deployments
+        assert deployment.ray_actor_options.num_gpus == 0.25
+        started = deployments.deployment(application.name, written["deployments"])
+        assert (started.name, started.ray_actor_options["num_gpus"]) == (deployment.name, 0.25)
+    assert deployments.deployment("classifier").ray_actor_options == {"num_cpus": 1}
     assert [application.name for application in schema.applications] == ["classifier", "attack"]
     assert {application.args["bundle"] for application in schema.applications} == {str(trained.bundle)}
     assert (config["http_options"]["host"], config["http_options"]["port"]) == ("127.0.0.1", 9000)

@@ -51,7 +51,7 @@ def test_a_service_that_does_not_start_and_says_nothing(error: Exception) -> Non
     from raypp.serve.server import _failure_reason
 
     assert _failure_reason("", error) == type(error).__name__
-    assert _failure_reason("x raypp.utils.errors.BundleError: it is damaged\\n", error) == "it is damaged"
+    assert _failure_reason("x raypp.utils.errors.BundleError: it is damaged\n", error) == "it is damaged"
 
 
 def test_no_message_is_taken_apart_without_the_helper() -> None:
