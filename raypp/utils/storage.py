@@ -90,6 +90,15 @@ class Storage:
         assert self.local, f"{self.uri} is not local"
         return Path(self._root)
 
+    @property
+    def parent_and_name(self) -> tuple[str, str]:
+        """The location of the folder that contains this one, and this one's name in it."""
+        if self.local:
+            return str(self.path.parent), self.path.name
+        parts = urlsplit(self.uri)
+        parent, _, name = parts.path.rstrip("/").rpartition("/")
+        return parts._replace(path=parent).geturl(), name
+
     def folder(self, name: str) -> Storage:
         if self.local:
             return Storage(f"{self.uri.rstrip('/')}/{name}")
