@@ -98,13 +98,12 @@ def build_trainer_configs(cluster: Cluster, num_workers: int, use_gpu: bool, run
 
     Ray keeps the newest two checkpoints and the best one, see :func:`raypp.training.checkpoint.retention_score`.
     """
-    storage_path, name = run.parent_and_name
     return {
         "torch_config": TorchConfig(backend="nccl" if use_gpu else "gloo"),
         "scaling_config": build_scaling_config(cluster, num_workers, use_gpu),
         "run_config": RunConfig(
-            name=name,
-            storage_path=storage_path,
+            name=run.name,
+            storage_path=run.parent.uri,
             checkpoint_config=CheckpointConfig(num_to_keep=NUM_KEPT + 1, checkpoint_score_attribute=SCORE),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             logging_config=LoggingConfig(log_level="CRITICAL"),

@@ -90,20 +90,24 @@ class Storage:
         assert self.local, f"{self.uri} is not local"
         return Path(self._root)
 
-    @property
-    def parent_and_name(self) -> tuple[str, str]:
-        """The location of the folder that contains this one, and this one's name in it."""
-        if self.local:
-            return str(self.path.parent), self.path.name
-        parts = urlsplit(self.uri)
-        parent, _, name = parts.path.rstrip("/").rpartition("/")
-        return parts._replace(path=parent).geturl(), name
-
     def folder(self, name: str) -> Storage:
         if self.local:
             return Storage(f"{self.uri.rstrip('/')}/{name}")
         parts = urlsplit(self.uri)  # the path may be followed by options, as in s3://bucket/runs?region=...
         return Storage(parts._replace(path=f"{parts.path.rstrip('/')}/{name}").geturl())
+
+    @property
+    def parent(self) -> Storage:
+        """The folder that holds this one."""
+        if self.local:
+            return Storage(self.path.parent)
+        parts = urlsplit(self.uri)
+        return Storage(parts._replace(path=parts.path.rstrip("/").rpartition("/")[0]).geturl())
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return str(self._root).rstrip("/").rpartition("/")[2]
 
     def create(self) -> None:
         """Create this folder if it is local, as object stores have no folders; raises StorageError."""

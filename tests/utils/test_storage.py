@@ -236,4 +236,4 @@ def test_a_path_is_settled_even_where_the_current_folder_is_gone(
     ],
 )
 def test_a_folder_knows_where_it_lies(location: str, parent: str) -> None:
-    assert Storage(location).parent_and_name == (parent, "run")
+    assert (Storage(location).parent.uri, Storage(location).name) == (parent, "run")
