@@ -95,6 +95,7 @@ class Metadata(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_a_spot_notice_drains_the_node(tmp_path: Path) -> None:
     """The line of ``cluster.yaml``, with another metadata service and a ``ray`` that notes how it is called."""
     line = read("cluster.yaml")["worker_start_ray_commands"][-1]
