@@ -202,8 +202,8 @@ def test_workers_of_ray_keep_their_checkpoints_there(s3: Any, cluster_with_keys:
         flags = [word if word != str(tmp_path) else uri for word in tiny_flags(tmp_path, train__epochs=3)]
         flags += ["--cluster.num_workers", "1", "--cluster.max_failures", "0"]
         process = cluster_with_keys.popen(["raypp", "train", "quickstart", "--name", "ray", *flags])
+        wait_until(lambda: SlowUpload.refused, process)
         wait_until(lambda: re.search(r"plain epoch +1/1", process.output()[1]), process)
-        assert SlowUpload.refused
         SlowUpload.may_end.set()
         out, err = process.communicate(timeout=300)
         proxy.shutdown()
