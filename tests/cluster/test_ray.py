@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from raypp.data import SOURCES
 from raypp.experiments.run_folder import MUTABLE_ON_RESUME
 from raypp.training import checkpoint
 from raypp.training.checkpoint import NUM_KEPT, RAY_SNAPSHOT, list_checkpoints
+from raypp.utils import runtime
 from raypp.utils.images import encode_png
 from raypp.utils.storage import Storage
 
@@ -188,6 +190,38 @@ def wait_until_gone(cluster: Cluster) -> None:
     while cluster.training_workers():
         assert time.monotonic() < end, "workers outlive their driver"
         time.sleep(0.2)
+
+
+def test_ray_watches_nodes_except_of_a_cluster_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """raypp starts such a Ray itself; the user's own setting has priority."""
+    from raypp.cluster.session import WATCHER, _without_watcher
+    from raypp.cluster.train_reporter import watches_preemption
+
+    assert WATCHER not in runtime.SETTINGS
+    monkeypatch.delenv(WATCHER, raising=False)
+    assert watches_preemption()
+    with _without_watcher():
+        assert not watches_preemption()
+    assert watches_preemption()
+    monkeypatch.setenv(WATCHER, "1")
+    with _without_watcher():
+        assert watches_preemption()
+
+
+def test_each_notice_requests_one_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray import train
+
+    from raypp.cluster.train_reporter import TrainWorkerProgress
+
+    def notice(*nodes: str) -> train.PreemptionInfo:
+        return train.PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={node: [0] for node in nodes})
+
+    answers = iter([None, notice("a"), notice("a"), notice("a", "b"), notice("b"), None])
+    monkeypatch.setattr(train, "get_preemption_info", lambda: next(answers))
+    monkeypatch.setattr(train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: 1))
+    progress = TrainWorkerProgress(None, watch=True)
+    assert [progress.should_save() for _ in range(6)] == [False, True, False, True, False, False]
+    assert not TrainWorkerProgress(None, watch=False).should_save()
 
 
 def test_divergence_stops_at_once_and_says_where(cluster: Cluster, tmp_path: Path) -> None:
