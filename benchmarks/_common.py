@@ -26,6 +26,7 @@ from raypp.data.loader import Augmentation, BatchLoader, DeviceLoader, to_device
 from raypp.experiments.run_folder import environment
 from raypp.models.perceptual import StateDict, load_vgg_slice
 from raypp.models.vgg import RELU2_2, VGG16_LAYERS, vgg_features
+from raypp.training.checkpoint import checkpoint_name
 from raypp.training.optim import configure_torch
 from raypp.training.protected_classifier import phases
 from raypp.training.protection_task import ProtectionTask, TrainingData
@@ -230,7 +231,16 @@ class RayppLoop:
         """Train one epoch and return images/s over all workers, as raypp reports it."""
         with torch_settings(self._config):
             row = self._loop.train_epoch(self._loop.phases.index(self._phase), 0)
+        self._metrics = row
         return float(row["images_per_s"])
+
+    def save(self) -> None:
+        """Write the checkpoint of the last epoch and report its metrics, as the loop does after validation."""
+        loop = self._loop
+        loop._update_best(self._metrics)
+        name = checkpoint_name(len(loop.history))
+        with loop._write_checkpoint(name, 1) as folder:
+            loop.reporter.report(loop.history, name, folder)
 
 
 @contextmanager

@@ -2,10 +2,11 @@
 
 Ray Train and torchrun each start their workers once, and the workers wait. Then they train in turn, in interleaved
 rounds, the same number of steps of raypp's real loop (``Trainer.train_epoch``): batches of 128 random images, joint
-training, one thread for each worker, gradients averaged by gloo. On Ray Train they report through ``raypp train``'s own
-sink, so that what it costs to show progress and to ask whether to stop is in the steps. Ratios are formed round by
-round; many short rounds, since a machine's speed wanders by more than the difference looked for. Start-up is told
-apart: from the command until the workers have taken their first step.
+training, one thread for each worker, gradients averaged by gloo. After the steps of a round each writes a checkpoint
+to a local disk; its time is part of the round. On Ray Train they use ``raypp train``'s own reporter and Ray's watcher
+of nodes, so that the round includes progress, the questions whether to stop and whether a node leaves, and the report
+of the checkpoint. Ratios are formed round by round; many short rounds, since a machine's speed wanders by more than the
+difference looked for. Start-up is told apart: from the command until the workers have taken their first step.
 
 The second table trains a plain classifier by ``raypp train`` on the same Parquet file, read into memory and streamed
 through Ray Data: images/s of the epochs after the first, one worker.
@@ -83,7 +84,10 @@ def member(folder: Path, preset: str, sink: Reporter) -> None:
     number = 0
     while steps := int(wait_for(folder / f"go_{number}")):
         loop.feed(device_batches(config, steps, sink))
-        speed = loop.epoch()
+        began = time.monotonic()
+        loop.epoch()
+        loop.save()
+        speed = steps * BATCH_SIZE / (time.monotonic() - began)
         if sink.rank == 0:
             write(folder / f"done_{number}", str(speed))
         number += 1
@@ -91,33 +95,30 @@ def member(folder: Path, preset: str, sink: Reporter) -> None:
 
 def on_ray(folder: Path, preset: str, num: int) -> None:
     """Run ``num`` members on Ray Train."""
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     from raypp.cluster.progress_actor import create_progress_actor, polling
     from raypp.cluster.session import ray_session
-    from raypp.cluster.train import build_scaling_config
+    from raypp.cluster.train import build_trainer_configs
     from raypp.config.schema import Cluster
     from raypp.utils.progress import ProgressListener
+    from raypp.utils.storage import Storage
+
+    results = Storage(folder / "results")
 
     def work(given: dict[str, Any]) -> None:
         sys.path.insert(0, str(Path(__file__).parent))
         from scaling import member as run
 
-        from raypp.cluster.train import RayTrainReporter
-        from raypp.utils.storage import Storage
+        from raypp.cluster.train_reporter import RayTrainReporter, TrainWorkerProgress
 
-        run(folder, preset, RayTrainReporter(Storage(folder), given["board"]))
+        run(folder, preset, RayTrainReporter(results, TrainWorkerProgress(given["board"], watch=True)))
 
     with ray_session(), polling(board := create_progress_actor(), lambda _: ProgressListener()):
         TorchTrainer(
             work,
             train_loop_config={"board": board},
-            torch_config=TorchConfig(backend="gloo"),
-            scaling_config=build_scaling_config(Cluster(), num, use_gpu=False),
-            run_config=ray.train.RunConfig(
-                name="r", storage_path=str(folder), logging_config=ray.train.LoggingConfig(log_level="CRITICAL")
-            ),
+            **build_trainer_configs(Cluster(), num, False, results),
         ).fit()
 
 
@@ -134,7 +135,7 @@ class Side:
         began = time.time()
         self._process = subprocess.Popen(
             [*begin, __file__, *role, "--folder", str(folder), "--preset", preset],
-            env=own_ray(folder) | {"OMP_NUM_THREADS": "1"},
+            env=own_ray(folder) | {"OMP_NUM_THREADS": "1", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -213,6 +214,7 @@ def streaming(folder: Path, num_images: int, epochs: int, rounds: int) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="cifar10-small")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers; default 1 2")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--seconds", type=float, default=3.0, help="length of one measurement with one worker")
     parser.add_argument("--stream-rounds", type=int, default=2, help="0 leaves the stream out")
@@ -244,7 +246,7 @@ def main() -> None:
     rows = []
     # A short name: Ray's sockets lie below it, and their paths may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="rs-") as name:
-        for num in (1, 2):
+        for num in options.workers:
             with both(num, Path(name), options.preset) as sides:
                 speed = sides["torchrun"].run(2)
                 steps = max(2, round(options.seconds * speed / BATCH_SIZE))
@@ -274,11 +276,12 @@ def main() -> None:
                         ]
                     )
         show_table(
-            f"{options.preset}: joint step, batch {BATCH_SIZE} in all, median of {options.rounds} rounds",
+            f"{options.preset}: joint steps and a checkpoint, batch {BATCH_SIZE} in all, "
+            f"median of {options.rounds} rounds",
             ["workers", "images/s", "min - max", "time per step, Ray / torchrun (95%)", "start-up s"],
             rows,
         )
-        for launcher in ("torchrun", "Ray Train"):
+        for launcher in ("torchrun", "Ray Train") if {1, 2} <= speeds.keys() else ():
             gain = speeds[2][launcher].median / speeds[1][launcher].median  # their rounds lie minutes apart
             results[f"speed-up by two, {launcher}"] = gain
             print(f"{launcher}: two workers {gain:.2f} times as fast as one, by medians")

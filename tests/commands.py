@@ -85,6 +85,10 @@ class Command:
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for the end; return all that it wrote to standard output and standard error."""
         self.wait(timeout)
+        return self.output()
+
+    def output(self) -> tuple[str, str]:
+        """What it has written so far to standard output and standard error."""
         out, err = (path.read_text() if path.exists() else "" for path in self._outputs)
         return out, err
 

@@ -49,6 +49,8 @@ os.environ |= {
 }
 # The Ray that tests share asks for this token. Ray reads the mode while it is imported, also where commands are forked.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+# Seconds between a node's SIGTERM and its end. Ray reads it while it is imported.
+os.environ["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "6"
 runtime.apply()  # before the zygote imports Ray
 
 ROOT = Path(__file__).parents[1]
@@ -244,6 +246,7 @@ def start_cluster(zygote: Path) -> Iterator[Cluster]:
     }
     scripts = Path(sys.executable).parent
     client["PATH"] = f"{scripts}{os.pathsep}{client['PATH']}"
+    client["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process less for each run; its one node never leaves
     start = [
         "ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={port}",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",

@@ -9,12 +9,15 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import kubernetes_validate
 import pytest
@@ -66,6 +69,66 @@ def test_a_cluster_asks_for_its_token(name: str) -> None:
         assert "--dashboard-host=127.0.0.1" in starts[0] or side == "worker"
     assert config["file_mounts"] == {"/home/ray/.ray/auth_token": "~/.ray/auth_token"}
     assert "0.0.0.0" not in json.dumps(config)
+
+
+class Metadata(BaseHTTPRequestHandler):
+    """AWS's metadata service: a notice from the third question on, and an error before it."""
+
+    questions: ClassVar[list[str]] = []
+    end: ClassVar[datetime]
+
+    def do_PUT(self) -> None:
+        self.reply(200, "token" if self.headers["X-aws-ec2-metadata-token-ttl-seconds"] else "")
+
+    def do_GET(self) -> None:
+        assert self.headers["X-aws-ec2-metadata-token"] == "token"
+        self.questions.append(self.path)
+        notice = json.dumps({"action": "terminate", "time": f"{self.end:%Y-%m-%dT%H:%M:%SZ}"})
+        self.reply({1: 404, 2: 500}.get(len(self.questions), 200), notice)
+
+    def reply(self, status: int, text: str) -> None:
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.slow
+def test_a_spot_notice_drains_the_node(tmp_path: Path) -> None:
+    """The line of ``cluster.yaml``, with another metadata service and a ``ray`` that notes how it is called."""
+    line = read("cluster.yaml")["worker_start_ray_commands"][-1]
+    assert line.endswith("&")
+    log, lock, calls = tmp_path / "log", tmp_path / "lock", tmp_path / "calls"
+    Metadata.end = datetime.now(UTC) + timedelta(seconds=110)
+    with HTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        flags = f"--metadata=http://127.0.0.1:{server.server_port} --poll-seconds=0.01 >"
+        for before, after in (
+            (" >", f" {flags}"),
+            ("/tmp/spot_notice.log", str(log)),
+            ("/tmp/spot_notice.lock", str(lock)),
+        ):
+            line = line.replace(before, after)
+        (tmp_path / "ray").write_text(f'#!/bin/sh\nprintf "%s\\n" "$RAY_ADDRESS" "$@" > {calls}\n')
+        (tmp_path / "ray").chmod(0o755)
+        path = os.pathsep.join((str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]))
+        command = line.removesuffix("&")
+        subprocess.run(
+            ["bash", "-c", command], env=os.environ | {"PATH": path, "RAY_HEAD_IP": "192.0.2.1"}, check=True, timeout=30
+        )
+        server.shutdown()
+    assert "HTTP Error 500" in log.read_text()
+    assert set(Metadata.questions) == {"/latest/meta-data/spot/instance-action"}
+    address, name, *options = calls.read_text().splitlines()
+    assert (address, name) == ("192.0.2.1:6379", "drain-node")
+    assert 100 <= int(options[-1].removeprefix("--deadline-remaining-seconds=")) <= 110
+    from ray.scripts.scripts import drain_node
+
+    parsed = drain_node.make_context("drain-node", options).params
+    assert parsed["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
+    assert parsed["address"] == address
 
 
 def test_machines_on_aws_are_not_public_and_may_do_what_they_have_to() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import numpy as np
@@ -25,6 +28,7 @@ from raypp.experiments.attack_plan import make_attack_plan
 from raypp.experiments.attack_run import run_attack_suite
 from raypp.experiments.training_run import open_run, train_locally
 from raypp.serve.server import publish
+from raypp.training import checkpoint
 from raypp.training.checkpoint import list_checkpoints
 from raypp.utils.errors import RayppError, StorageError
 from raypp.utils.images import encode_png
@@ -142,14 +146,75 @@ def cluster_with_keys(s3: Any, zygote: Path) -> Iterator[Cluster]:  # `s3` sets 
         yield cluster
 
 
+class SlowUpload(BaseHTTPRequestHandler):
+    """Forwards to the server: the first upload of a checkpoint is refused once, and then waits until it may end."""
+
+    protocol_version = "HTTP/1.1"
+    server_url: ClassVar[str]
+    may_end = threading.Event()
+    refused: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.forward()
+
+    do_PUT = do_POST = do_HEAD = do_DELETE = do_GET  # noqa: N815
+
+    def forward(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        is_upload = self.command == "PUT" and "epoch_0001/state.pt" in self.path
+        if is_upload and not self.refused:
+            self.refused.append(self.path)
+            self.answer(503, {}, b"<Error><Code>SlowDown</Code><Message>later</Message></Error>")
+            return
+        if is_upload:
+            assert self.may_end.wait(60), "training waits for the upload"
+        headers = {key: value for key, value in self.headers.items() if key.lower() not in ("connection", "expect")}
+        answer = httpx.request(self.command, self.server_url + self.path, headers=headers, content=body)
+        self.answer(answer.status_code, dict(answer.headers), answer.content)
+
+    def answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.send_response(status)
+        own = ("content-length", "connection", "date", "server", "transfer-encoding")
+        for key, value in headers.items():
+            if key.lower() not in own:
+                self.send_header(key, value)
+        self.send_header(
+            "Content-Length", headers.get("content-length", "0") if self.command == "HEAD" else str(len(body))
+        )
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 @pytest.mark.ray
 def test_workers_of_ray_keep_their_checkpoints_there(s3: Any, cluster_with_keys: Cluster, tmp_path: Path) -> None:
-    command = ["raypp", "train", "quickstart", "--name", "ray"]
-    flags = [word if word != str(tmp_path) else s3("ray") for word in tiny_flags(tmp_path, train__epochs=3)]
-    done = cluster_with_keys.run([*command, *flags])
-    assert done.returncode == 0, done.stdout + done.stderr
+    """They train during an upload; one that the server refuses once costs no restart."""
+    from ray.train import Result
+
+    (direct,) = re.findall(r"127\.0\.0\.1:\d+", s3("ray"))
+    SlowUpload.server_url = f"http://{direct}"
+    with ThreadingHTTPServer(("127.0.0.1", 0), SlowUpload) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        uri = s3("ray").replace(direct, f"127.0.0.1:{proxy.server_port}")
+        flags = [word if word != str(tmp_path) else uri for word in tiny_flags(tmp_path, train__epochs=3)]
+        flags += ["--cluster.num_workers", "1", "--cluster.max_failures", "0"]
+        process = cluster_with_keys.popen(["raypp", "train", "quickstart", "--name", "ray", *flags])
+        wait_until(lambda: SlowUpload.refused, process)
+        wait_until(lambda: re.search(r"plain epoch +1/1", process.output()[1]), process)
+        SlowUpload.may_end.set()
+        out, err = process.communicate(timeout=300)
+        proxy.shutdown()
+    assert process.returncode == 0, out + err
     folder = Storage(s3("ray")).folder("ray")
-    assert list_checkpoints(folder) == ["epoch_0004", "epoch_0003"]
+    assert list_checkpoints(folder)[:2] == ["epoch_0004", "epoch_0003"]
+    result = Result.from_path(folder.uri)
+    assert sorted(Path(part.path).name for part, _ in result.best_checkpoints) == sorted(list_checkpoints(folder))
+    for part, metrics in result.best_checkpoints:
+        with part.as_directory() as path:
+            assert len(checkpoint.load(Path(path))[1]) == metrics["epochs_done"]
     rows = [json.loads(line) for line in folder.read("metrics.jsonl").splitlines()]
     assert [(row["phase"], row["epoch"]) for row in rows] == [("plain", 1), ("joint", 1), ("joint", 2), ("joint", 3)]
     load_private(folder.folder("bundle").uri)

@@ -13,10 +13,11 @@ from ray.train.torch import TorchTrainer
 
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import TrainedAttack
-from raypp.cluster.progress_actor import RemoteProgress, create_progress_actor, polling
+from raypp.cluster.progress_actor import create_progress_actor, polling
 from raypp.cluster.session import check_resources, ray_session, uses_gpu
 from raypp.cluster.tasks import Outcome, outcome_of, run_tasks
 from raypp.cluster.train import build_trainer_configs, run_trainer
+from raypp.cluster.train_reporter import TrainWorkerProgress, watches_preemption
 from raypp.experiments.attack_plan import (
     REFERENCE_CLASSIFIER,
     AttackPlan,
@@ -79,8 +80,8 @@ def _run_distributed(
     actor = create_progress_actor()
     trainer = TorchTrainer(
         _train_loop_per_worker,
-        train_loop_config={"plan": plan.dump(), "name": name, "actor": actor},
-        **build_trainer_configs(cluster, num_workers, use_gpu, "ray", folder),
+        train_loop_config={"plan": plan.dump(), "name": name, "actor": actor, "watch": watches_preemption()},
+        **build_trainer_configs(cluster, num_workers, use_gpu, folder.folder("ray")),
     )
     try:
         with polling(actor, display.of):
@@ -92,5 +93,5 @@ def _run_distributed(
 def _train_loop_per_worker(arguments: dict[str, Any]) -> Outcome:
     plan, name = restore_attack_plan(arguments["plan"]), arguments["name"]
     torch.set_num_threads(max(1, int(plan.suite.cluster.cpus_per_worker)))
-    display = RemoteProgress(arguments["actor"], name)
+    display = TrainWorkerProgress(arguments["actor"], name, watch=arguments["watch"])
     return outcome_of(lambda: run_attack(plan, name, display), NonRetryableError)

@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from raypp.utils.progress import ProgressListener
 
 CONNECT_TIMEOUT = 10.0  # seconds
 PROBE_TIMEOUT = 0.5  # seconds, of a Ray on this machine
+WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 logger = logging.getLogger(__name__)
 _started_here = False
 
@@ -115,20 +116,35 @@ def ray_session() -> Iterator[dict[str, float]]:
     if ray.is_initialized():
         yield ray.cluster_resources()
         return
-    if os.environ.get("RAY_ADDRESS"):
-        check_address()
+    with ExitStack() as stack:
+        if os.environ.get("RAY_ADDRESS"):
+            check_address()
+            try:
+                ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+            except (ConnectionError, RuntimeError) as error:
+                address = os.environ["RAY_ADDRESS"]
+                raise ConfigError(f"no Ray cluster answers at RAY_ADDRESS {address!r}: {error}") from error
+        else:
+            stack.enter_context(_without_watcher())
+            _start()
         try:
-            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError) as error:
-            address = os.environ["RAY_ADDRESS"]
-            raise ConfigError(f"no Ray cluster answers at RAY_ADDRESS {address!r}: {error}") from error
-    else:
-        _start()
+            yield ray.cluster_resources()
+        finally:
+            ray.shutdown()
+            _started_here = False
+
+
+@contextmanager
+def _without_watcher() -> Iterator[None]:
+    """Let Ray Train start no process that watches for nodes about to leave, unless the user has configured it."""
+    if WATCHER in os.environ:
+        yield
+        return
+    os.environ[WATCHER] = "0"
     try:
-        yield ray.cluster_resources()
+        yield
     finally:
-        ray.shutdown()
-        _started_here = False
+        del os.environ[WATCHER]
 
 
 def _create_token() -> None:

@@ -8,25 +8,25 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 import torch
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 
-from raypp.cluster.progress_actor import RemoteProgress, create_progress_actor, polling, shutdown_grace_period
+from raypp.cluster.progress_actor import create_progress_actor, polling, shutdown_grace_period
 from raypp.cluster.session import check_resources, ray_session, uses_gpu
 from raypp.cluster.tasks import Outcome, outcome_of
+from raypp.cluster.train_reporter import SCORE, RayTrainReporter, TrainWorkerProgress, watches_preemption
 from raypp.config.schema import Cluster, Config
 from raypp.config.validation import validate
 from raypp.data.streaming import StreamLoader, build_execution_options, open_stream, validation_set
 from raypp.data.validation_set import Batch
 from raypp.experiments.training_run import Run, finalize_run, stored_key
 from raypp.models.perceptual import StateDict
-from raypp.training.checkpoint import CHECKPOINTS, EpochMetrics, list_checkpoints
+from raypp.training.checkpoint import NUM_KEPT, RAY_SNAPSHOT, list_checkpoints
 from raypp.training.distributed import run_on_all_ranks
 from raypp.training.protection_task import TrainingData, build_pre_transform, check_image_sizes, fit
 from raypp.training.reporter import Reporter
@@ -38,23 +38,6 @@ from raypp.utils.storage import Storage
 
 MAX_WORKERS = 8  # by default; with more, each has too few images of a batch of 128
 DATA_CPUS = 1  # that workers must leave free for the tasks which read a stream
-
-
-class RayTrainReporter(Reporter):
-    """Saves checkpoints in the run's folder, and reports metrics to Ray Train and to the driver.
-
-    It does not save checkpoints by Ray Train, which copies file by file: :class:`Storage` replaces whole folders.
-    """
-
-    def __init__(self, run: Storage, actor: Any) -> None:
-        super().__init__(run, RemoteProgress(actor), get_device())
-
-    def report(self, history: list[EpochMetrics], name: str, checkpoint: Path | None) -> None:
-        super().report(history, name, checkpoint)
-        ray.train.report(history[-1])
-
-    def should_stop(self) -> bool:
-        return self.rank == 0 and super().should_stop()
 
 
 def train_on_ray(run: Run, display: ProgressListener) -> dict[str, Any]:
@@ -82,15 +65,16 @@ def train_on_ray(run: Run, display: ProgressListener) -> dict[str, Any]:
             train["train"] = stream.train
             note = partial(display.note, "reading validation images")
             val = ray.put(validation_set(stream, run.storage, options, note))
+        _drop_unreadable_snapshot(run.storage)
         trainer = TorchTrainer(
             _train_loop_per_worker,
             train_loop_config={
                 "config": config.model_dump(mode="json"), "run": run.storage.uri, "phi": run.phi,
-                "warnings": run.warnings, "actor": actor, "val": val,
+                "warnings": run.warnings, "actor": actor, "val": val, "watch": watches_preemption(),
             },
             datasets=train,
             dataset_config=ray.train.DataConfig(datasets_to_split=["train"], execution_options=options),
-            **build_trainer_configs(cluster, num_workers, use_gpu, CHECKPOINTS, run.storage),
+            **build_trainer_configs(cluster, num_workers, use_gpu, run.storage),
         )  # fmt: skip
         display.note("starting workers")
         with polling(actor, lambda _: display):
@@ -98,16 +82,30 @@ def train_on_ray(run: Run, display: ProgressListener) -> dict[str, Any]:
     return summary
 
 
-def build_trainer_configs(
-    cluster: Cluster, num_workers: int, use_gpu: bool, name: str, storage: Storage
-) -> dict[str, Any]:
-    """Arguments of a ``TorchTrainer`` that stores its state in the folder ``name`` of ``storage``."""
+def _drop_unreadable_snapshot(run: Storage) -> None:
+    """Delete Ray's list of checkpoints if Ray could not continue from it; the checkpoints themselves are enough.
+
+    A driver may die while it writes the list, and training without Ray deletes checkpoints that are in it.
+    """
+    if run.exists(RAY_SNAPSHOT):
+        try:
+            ray.train.Result.from_path(run.uri)
+        except Exception:  # of several kinds, which Ray does not document
+            run.remove(RAY_SNAPSHOT)
+
+
+def build_trainer_configs(cluster: Cluster, num_workers: int, use_gpu: bool, run: Storage) -> dict[str, Any]:
+    """Arguments of a ``TorchTrainer`` whose results are in the folder ``run``.
+
+    Ray keeps the newest two checkpoints and the best one, see :func:`raypp.training.checkpoint.retention_score`.
+    """
     return {
         "torch_config": TorchConfig(backend="nccl" if use_gpu else "gloo"),
         "scaling_config": build_scaling_config(cluster, num_workers, use_gpu),
         "run_config": RunConfig(
-            name=name,
-            storage_path=storage.uri,
+            name=run.name,
+            storage_path=run.parent.uri,
+            checkpoint_config=CheckpointConfig(num_to_keep=NUM_KEPT + 1, checkpoint_score_attribute=SCORE),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
@@ -128,7 +126,7 @@ def _train_loop_per_worker(arguments: dict[str, Any]) -> Outcome:
     config = validate(arguments["config"])
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     storage = Storage(arguments["run"])
-    reporter = RayTrainReporter(storage, arguments["actor"])
+    reporter = RayTrainReporter(storage, TrainWorkerProgress(arguments["actor"], watch=arguments["watch"]))
     phi: StateDict | None = arguments["phi"]
 
     def train() -> dict[str, Any]:

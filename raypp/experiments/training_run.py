@@ -5,7 +5,7 @@ NAME/run.json             versions, hardware, feature network, warnings
 NAME/features.safetensors weights of the feature network, if it does not take them from the plain classifier
 NAME/private/             the key of a keyed protection
 NAME/metrics.jsonl        a line per epoch
-NAME/checkpoints/         the newest two
+NAME/checkpoints/         the newest two; on Ray Train also that of the best epoch
 NAME/validation/          validation images of a stream
 NAME/bundle/              public/ and private/
 NAME/protected.png        plain test images above protected ones

@@ -18,6 +18,7 @@ CHECKPOINTS = "checkpoints"
 NAME_PATTERN = re.compile(r"epoch_(?P<epochs>\d+)(_part_(?P<part>\d+))?")
 PART_DIGITS = 6
 NUM_KEPT = 2  # the newest, and one more in case the newest turns out to be damaged
+RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints, in the run's folder
 
 
 def save(folder: Path, state: dict[str, Any], history: list[EpochMetrics]) -> None:
@@ -54,15 +55,39 @@ def checkpoint_name(epochs: int, part: float = 0.0) -> str:
     return f"epoch_{epochs:04d}" + (f"_part_{round(part * 10**PART_DIGITS):0{PART_DIGITS}d}" if part else "")
 
 
+def epochs_done(name: str) -> float:
+    """Epochs of all phases before a checkpoint, from its name; 1.5 after half of the second epoch."""
+    match = NAME_PATTERN.fullmatch(name)
+    assert match is not None, name
+    return int(match["epochs"]) + int(match["part"] or 0) / 10**PART_DIGITS
+
+
 def list_checkpoints(run: Storage) -> list[str]:
     """Names of the checkpoints in a run's folder, newest first."""
-    matches = [NAME_PATTERN.fullmatch(name) for name in run.folder(CHECKPOINTS).folders()]
-    positions = {match[0]: (int(match["epochs"]), int(match["part"] or 0)) for match in matches if match is not None}
-    return sorted(positions, key=positions.__getitem__, reverse=True)
+    names = [name for name in run.folder(CHECKPOINTS).folders() if NAME_PATTERN.fullmatch(name)]
+    return sorted(names, key=epochs_done, reverse=True)
+
+
+def retention_score(history: list[EpochMetrics], name: str) -> float:
+    """Rank a checkpoint so that the three highest scores contain the newest two checkpoints and the best epoch.
+
+    An epoch with the lowest validation loss so far scores the number of such epochs. A phase begins with one, so losses
+    of different phases are never compared. Checkpoints after it lie between its score and the one before, by their age.
+
+    Args:
+        history: all epochs before the checkpoint.
+    """
+    num_best = sum(row["best"] for row in history)
+    position = epochs_done(name)
+    if history and history[-1]["best"] and position == len(history):
+        return float(num_best)
+    return num_best - 1 / (position + 1)
 
 
 def prune(run: Storage, written: str) -> None:
     """Delete all but the newest checkpoints; keep ``written`` even if a damaged one has a newer name."""
     others = [name for name in list_checkpoints(run) if name != written]
+    if len(others) >= NUM_KEPT:
+        run.remove(RAY_SNAPSHOT)  # Ray refuses a list with a checkpoint that is missing
     for name in others[NUM_KEPT - 1 :]:
         run.delete(f"{CHECKPOINTS}/{name}")

@@ -39,6 +39,9 @@ class Reporter:
         """Open a checkpoint as a local folder."""
         return self.run.folder(CHECKPOINTS).download(name)
 
+    def on_resume(self, history: list[EpochMetrics], name: str) -> None:
+        """Called on every worker after checkpoint ``name`` is loaded; ``history`` holds all epochs before it."""
+
     def report(self, history: list[EpochMetrics], name: str, checkpoint: Path | None) -> None:
         """Record an epoch; called on every worker. ``history`` holds all epochs; only rank 0 has a checkpoint."""
         if checkpoint is not None:
@@ -47,13 +50,18 @@ class Reporter:
 
     def save(self, history: list[EpochMetrics], name: str, checkpoint: Path) -> None:
         """Store an epoch: first its complete checkpoint, then the metrics of all epochs so far."""
-        self.save_mid_epoch(name, checkpoint)
+        self.save_mid_epoch(history, name, checkpoint)
         self.run.write("metrics.jsonl", to_json_lines(history))
 
-    def save_mid_epoch(self, name: str, checkpoint: Path) -> None:
-        """Store a checkpoint within an epoch; called on rank 0."""
-        self.run.upload(checkpoint, f"{CHECKPOINTS}/{name}", last="checkpoint.json")
-        prune(self.run, name)
+    def save_mid_epoch(self, history: list[EpochMetrics], name: str, checkpoint: Path | None) -> None:
+        """Store a checkpoint within an epoch; called on every worker, only rank 0 has a checkpoint."""
+        if checkpoint is not None:
+            self.run.upload(checkpoint, f"{CHECKPOINTS}/{name}", last="checkpoint.json")
+            prune(self.run, name)
+
+    def should_save(self) -> bool:
+        """Whether to save a checkpoint soon; called on every worker about once a second."""
+        return self.listener.should_save()
 
     def should_stop(self) -> bool:
         """Whether to save a checkpoint and stop; called about once a second, and True on one worker stops all."""

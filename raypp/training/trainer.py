@@ -50,6 +50,7 @@ class Trainer:
         self.newest = "none yet"
         self.last_progress = 0.0
         self.saved_at = time.monotonic()
+        self.save_requested = False
         self.threads = AdaptiveThreads(enabled=False)
         self.steps_until_sync = 1
 
@@ -58,6 +59,8 @@ class Trainer:
         configure_torch(self.task.train)
         with AdaptiveThreads(self.task.train.adapt_threads and self.reporter.device.type == "cpu") as self.threads:
             state = run_on_all_ranks(self.load_checkpoint)
+            if state is not None:
+                self.reporter.on_resume(self.history, self.newest)
             for index in range(state["phase"] if state is not None else 0, len(self.phases)):
                 self.train_phase(index, state)
                 state = None
@@ -202,11 +205,15 @@ class Trainer:
     def sync_workers(self) -> tuple[bool, bool]:
         """Gather all workers' status, set the steps until the next sync, and return whether to save and to stop.
 
+        A checkpoint is due once it is old enough, or on the reporter's request.
+
         Raises:
             NonRetryableError: on every worker, if the loss is not finite on one of them.
         """
         max_seconds = self.task.train.checkpoint_seconds
-        save = max_seconds is not None and time.monotonic() - self.saved_at >= max_seconds
+        self.save_requested |= self.reporter.should_save()
+        is_old = max_seconds is not None and time.monotonic() - self.saved_at >= max_seconds
+        save = is_old or self.save_requested
         steps_per_s = (self.state.step - self.first_step) / self._elapsed()
         steps = max(1, min(CHECK_STEPS, int(CHECK_SECONDS * steps_per_s)))
         statuses = all_gather_objects((int(self.bad_step), self.reporter.should_stop(), save, steps))
@@ -260,8 +267,7 @@ class Trainer:
         )
         name = checkpoint_name(len(self.history), state.step / self.task.batches.num_batches)
         with self._write_checkpoint(name, self.epoch, total) as folder:
-            if folder is not None:
-                self.reporter.save_mid_epoch(name, folder)
+            self.reporter.save_mid_epoch(self.history, name, folder)
 
     @contextmanager
     def _write_checkpoint(self, name: str, epochs: int, partial: EpochState | None = None) -> Iterator[Path | None]:
@@ -284,7 +290,7 @@ class Trainer:
             with tempfile.TemporaryDirectory(prefix="raypp-") as folder:
                 checkpoint.save(Path(folder), state, self.history)
                 yield Path(folder)
-        self.newest, self.saved_at = name, time.monotonic()
+        self.newest, self.saved_at, self.save_requested = name, time.monotonic(), False
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """Load the newest intact checkpoint and return its state; None if there is no checkpoint."""

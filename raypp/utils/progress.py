@@ -17,7 +17,7 @@ LINE_SECONDS = 30.0  # between progress lines where there is no terminal
 
 
 class ProgressListener:
-    """Callbacks of a training run, which receive its progress and may request a stop; these ones do nothing."""
+    """Callbacks of a training run, which receive its progress and may request checkpoints; these ones do nothing."""
 
     def note(self, message: str) -> None:
         """Called with the current activity while there are no steps yet."""
@@ -30,6 +30,10 @@ class ProgressListener:
 
     def warn(self, message: str) -> None:
         """Called with a warning."""
+
+    def should_save(self) -> bool:
+        """Whether the run shall write a checkpoint and continue; called about once a second, true once per request."""
+        return False
 
     def should_stop(self) -> bool:
         """Whether the run shall write a checkpoint and raise TrainingInterrupted; called about once a second."""

@@ -14,8 +14,6 @@ SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     # Workers at nice 15 lose 1.3 to 1.6x of their speed to any other process on a small machine.
     "RAY_worker_niceness": "0",
-    # Saves one watcher process per run. A cluster whose nodes can be pre-empted sets it itself.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     # One event loop per replica instead of two; raypp computes in another thread and never blocks it. Single images
     # behind HAProxy gain a third to a half (docs/results/serving.md). The second setting writes log lines at once.

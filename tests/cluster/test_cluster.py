@@ -59,6 +59,7 @@ class Nodes:
                 "RAY_health_check_period_ms": "1000",
                 "RAY_health_check_failure_threshold": "3",
                 "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
+                "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
             }
         )
         # A folder for each node, as on machines of their own: in a shared one they unpack a job's package over each
@@ -87,6 +88,12 @@ class Nodes:
     def kill(self, number: int) -> None:
         """End all processes of a node at once, as when a spot instance ends without a warning."""
         self.running.pop(number).kill()
+
+    def announce_end(self, number: int) -> ProcessTree:
+        """Have a node drain and end, as Kubernetes does with a pod; its processes are the caller's to end."""
+        node = self.running.pop(number)
+        node.send_signal(signal.SIGTERM)
+        return node
 
     def holds(self, number: int, title: str) -> bool:
         """Whether a process of a node has a title, which Ray sets to what it runs, that holds ``title``."""
@@ -239,6 +246,33 @@ def test_a_run_outlives_nodes_a_stopped_job_and_a_killed_driver(nodes: Nodes, tm
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["best"]["val_loss"] == min(row["val_loss"] for row in rows if row["phase"] == "joint")
     assert load_public(folder / "bundle").image_size == (16, 16)
+
+
+def test_the_notice_that_a_node_leaves_is_used_for_a_checkpoint(nodes: Nodes, tmp_path: Path) -> None:
+    """Within an epoch, before the node is gone; training continues behind it on the node that is left."""
+    run = Storage(tmp_path / "run")
+    # The second epoch takes far longer than the notice needs to reach the workers.
+    changes = {"data__source__num_train": 920, "train__batch_size": 4, "train__checkpoint_seconds": 10_000}
+    changes |= {"train__plain_epochs": 1, "cluster__num_workers": 2, "cluster__min_workers": 1}
+    process = nodes.job("train", *train_flags(tmp_path, "run", 50, **changes), submission="drained")
+    wait_until(lambda: rows_of(tmp_path / "run"), process)
+    workers = {worker.pid for worker in nodes.running[2].processes("RayTrainWorker")}
+    assert list_checkpoints(run) == ["epoch_0001"]
+    node = nodes.announce_end(3)
+    try:
+        wait_until(lambda: "_part_" in list_checkpoints(run)[0], process)
+        assert node.processes("RayTrainWorker"), "the checkpoint was written after the node's end"
+        saved = list_checkpoints(run)[0]
+        wait_until(lambda: node.poll() is not None, process)
+    finally:
+        node.kill()
+    wait_until(lambda: {w.pid for w in nodes.running[2].processes("RayTrainWorker")} - workers, process)
+    output = nodes.stop("drained", process)
+    assert "of the workers' nodes will leave in" in output
+    # The new group stops after its first step. Names sort as what they stand for.
+    stopped = list_checkpoints(run)[0]
+    assert f"stopped after checkpoint {stopped}; continue with --resume" in output
+    assert "epoch_0001" < saved < stopped
 
 
 def table_flags(storage: Path) -> list[str]:

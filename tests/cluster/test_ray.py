@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ from raypp.bundle.load import load_public
 from raypp.cli.main import main
 from raypp.data import SOURCES
 from raypp.experiments.run_folder import MUTABLE_ON_RESUME
-from raypp.training.checkpoint import list_checkpoints
+from raypp.training import checkpoint
+from raypp.training.checkpoint import NUM_KEPT, RAY_SNAPSHOT, list_checkpoints
+from raypp.utils import runtime
 from raypp.utils.images import encode_png
 from raypp.utils.storage import Storage
 
@@ -80,6 +83,36 @@ def test_a_worker_killed_within_an_epoch_costs_what_came_after_the_newest_checkp
     assert epochs_of(tmp_path / "killed") == expected(3)
     assert {row["world"] for row in rows} == {2}
     assert load_public(tmp_path / "killed" / "bundle").image_size == (16, 16)
+    check_result(tmp_path / "killed")
+
+
+def listed(folder: Path) -> set[str]:
+    """Names of the checkpoints in Ray's own list."""
+    from ray.train import Result
+
+    return {Path(part.path).name for part, _ in Result.from_path(str(folder)).best_checkpoints}
+
+
+def check_result(folder: Path) -> None:
+    """Ray's own list of a run's checkpoints: all in its folder, which load, the best of the last phase among them."""
+    from ray.train import Result
+
+    result = Result.from_path(str(folder))
+    names = [Path(part.path).name for part, _ in result.best_checkpoints]
+    present = list_checkpoints(Storage(folder))
+    assert sorted(names) == sorted(present)
+    assert len(present) <= NUM_KEPT + 1
+    assert Path(result.checkpoint.path).name == present[0]
+    for part, metrics in result.best_checkpoints:
+        with part.as_directory() as path:
+            _, rows = checkpoint.load(Path(path))
+        assert len(rows) == int(metrics["epochs_done"])
+        if metrics["epochs_done"] == len(rows):
+            assert rows[-1].items() <= metrics.items()
+    best = result.get_best_checkpoint("score", "max")
+    assert best is not None
+    number = max(n for n, row in enumerate(history(folder), 1) if row["best"])
+    assert Path(best.path).name == f"epoch_{number:04d}"
 
 
 def test_a_killed_driver_is_resumed_past_a_damaged_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
@@ -110,6 +143,8 @@ def test_a_killed_driver_is_resumed_past_a_damaged_checkpoint(cluster: Cluster, 
     assert unchanged
     assert [after[key] for key in unchanged] == [before[key] for key in unchanged]
 
+    check_result(folder)
+
     again = cluster.run([*arguments, "--resume"])
     assert again.returncode == 0
     assert "is finished: nothing left to train" in " ".join(again.stderr.split())
@@ -117,6 +152,17 @@ def test_a_killed_driver_is_resumed_past_a_damaged_checkpoint(cluster: Cluster, 
 
     main([*command(tmp_path, "whole", *flags, epochs=4)[1:], "--local"])
     assert learned(folder) == learned(tmp_path / "whole"), "the result differs from that of an undisturbed run"
+
+    # Without Ray, which then learns of the checkpoint from which it continues, and forgets those that are gone.
+    main([*command(tmp_path, "orphan", *flags, epochs=6)[1:], "--local", "--resume"])
+    assert not (folder / RAY_SNAPSHOT).exists()
+    assert list_checkpoints(Storage(folder)) == ["epoch_0007", "epoch_0006"]
+    (folder / RAY_SNAPSHOT).write_text('{"checkpoint_results": [')  # as a driver that died within it leaves it
+    longer = cluster.run([*command(tmp_path, "orphan", *flags, epochs=7), "--resume"])
+    assert longer.returncode == 0, longer.stdout + longer.stderr
+    assert epochs_of(folder) == expected(7)
+    assert list_checkpoints(Storage(folder)) == ["epoch_0008", "epoch_0007"]
+    assert listed(folder) == {"epoch_0008", "epoch_0007"}
 
 
 def learned(run_folder: Path) -> list[dict[str, Any]]:
@@ -144,6 +190,38 @@ def wait_until_gone(cluster: Cluster) -> None:
     while cluster.training_workers():
         assert time.monotonic() < end, "workers outlive their driver"
         time.sleep(0.2)
+
+
+def test_ray_watches_nodes_except_of_a_cluster_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """raypp starts such a Ray itself; the user's own setting has priority."""
+    from raypp.cluster.session import WATCHER, _without_watcher
+    from raypp.cluster.train_reporter import watches_preemption
+
+    assert WATCHER not in runtime.SETTINGS
+    monkeypatch.delenv(WATCHER, raising=False)
+    assert watches_preemption()
+    with _without_watcher():
+        assert not watches_preemption()
+    assert watches_preemption()
+    monkeypatch.setenv(WATCHER, "1")
+    with _without_watcher():
+        assert watches_preemption()
+
+
+def test_each_notice_requests_one_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray import train
+
+    from raypp.cluster.train_reporter import TrainWorkerProgress
+
+    def notice(*nodes: str) -> train.PreemptionInfo:
+        return train.PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={node: [0] for node in nodes})
+
+    answers = iter([None, notice("a"), notice("a"), notice("a", "b"), notice("b"), None])
+    monkeypatch.setattr(train, "get_preemption_info", lambda: next(answers))
+    monkeypatch.setattr(train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: 1))
+    progress = TrainWorkerProgress(None, watch=True)
+    assert [progress.should_save() for _ in range(6)] == [False, True, False, True, False, False]
+    assert not TrainWorkerProgress(None, watch=False).should_save()
 
 
 def test_divergence_stops_at_once_and_says_where(cluster: Cluster, tmp_path: Path) -> None:

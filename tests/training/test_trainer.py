@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Tiny, tiny_flags
+from conftest import Tiny, few_examples, tiny_flags
+from hypothesis import given
+from hypothesis import strategies as st
 from networks import same, vgg_slice
 from rich.console import Console
 from torch import Tensor, nn
@@ -31,7 +33,15 @@ from raypp.data.loader import BatchLoader
 from raypp.models.perceptual import VGG16Features
 from raypp.protections.learned import Learned
 from raypp.training import checkpoint, trainer
-from raypp.training.checkpoint import NUM_KEPT, EpochMetrics, checkpoint_name, list_checkpoints, prune
+from raypp.training.checkpoint import (
+    NUM_KEPT,
+    RAY_SNAPSHOT,
+    EpochMetrics,
+    checkpoint_name,
+    list_checkpoints,
+    prune,
+    retention_score,
+)
 from raypp.training.distributed import SyncBatchNorm1d, SyncBatchNorm2d, convert_sync_batchnorm
 from raypp.training.muon import Muon, zeropower_via_newtonschulz
 from raypp.training.optim import bf16_is_fast, build_optimizer, learning_rate
@@ -355,9 +365,9 @@ def test_checkpoints_within_epochs_follow_the_setting(reference: Reference, tmp_
     written: list[str] = []
 
     class Counting(RecordingReporter):
-        def save_mid_epoch(self, name: str, checkpoint: Path) -> None:
+        def save_mid_epoch(self, history: list[EpochMetrics], name: str, checkpoint: Path | None) -> None:
             written.append(name)
-            super().save_mid_epoch(name, checkpoint)
+            super().save_mid_epoch(history, name, checkpoint)
 
     ends = [f"epoch_{n:04d}" for n in range(1, 5)]
     fit(reference.config, Counting(tmp_path / "rare"))
@@ -390,6 +400,26 @@ def test_weights_that_are_no_numbers_are_not_kept(reference: Reference, tmp_path
     assert list_checkpoints(Storage(tmp_path)) == []
 
 
+@pytest.mark.usefixtures("every_step")
+def test_a_request_for_a_checkpoint_is_served_once(reference: Reference, tmp_path: Path) -> None:
+    """At the next sync, within an epoch."""
+    written: list[str] = []
+    calls: list[None] = []
+
+    class Requested(RecordingReporter):
+        def should_save(self) -> bool:
+            calls.append(None)
+            return len(calls) == 4  # two steps and an end of each epoch: after the first step of the second epoch
+
+        def save_mid_epoch(self, history: list[EpochMetrics], name: str, checkpoint: Path | None) -> None:
+            written.append(name)
+            super().save_mid_epoch(history, name, checkpoint)
+
+    fit(reference.config, Requested(tmp_path))
+    assert written == ["epoch_0001", "epoch_0001_part_500000", "epoch_0002", "epoch_0003", "epoch_0004"]
+    assert len(calls) == 12
+
+
 def test_a_worker_without_validation_images_counts_none(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny(train__mode="plain", protection="plain", data__num_val=3)
     data = load_data(config, torch.device("cpu"))
@@ -414,9 +444,37 @@ def test_the_checkpoint_just_written_is_never_pruned(tmp_path: Path) -> None:
     for name in ("epoch_0002", "epoch_0002_part_300000", "epoch_0002_part_700000", "epoch_0001"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert list_checkpoints(run)[:2] == ["epoch_0002_part_700000", "epoch_0002_part_300000"]
+    (tmp_path / RAY_SNAPSHOT).touch()
     prune(run, "epoch_0002")  # what is newer is damaged, as it seems, since training goes on from before
+    assert not (tmp_path / RAY_SNAPSHOT).exists(), "Ray would refuse a list with checkpoints that are missing"
     assert list_checkpoints(run) == ["epoch_0002_part_700000", "epoch_0002"]
     assert checkpoint_name(2, 1 / 3) == "epoch_0002_part_333333"
+    (tmp_path / RAY_SNAPSHOT).touch()
+    prune(run, "epoch_0002")
+    assert (tmp_path / RAY_SNAPSHOT).exists(), "nothing was deleted"
+
+
+@few_examples
+@given(st.lists(st.tuples(st.booleans(), st.lists(st.integers(1, 99), max_size=2, unique=True)), min_size=1))
+def test_the_three_highest_scores_are_the_newest_two_and_the_best(epochs: list[tuple[bool, list[int]]]) -> None:
+    """Whatever epochs are the best so far, with checkpoints within epochs, as Ray applies scores: deleted at once."""
+    history: list[EpochMetrics] = []
+    kept: list[tuple[float, str]] = []
+    written: list[str] = []
+    best = None
+    for is_best, parts in epochs:
+        names = [checkpoint_name(len(history), part / 100) for part in sorted(parts)]
+        names.append(checkpoint_name(len(history) + 1))
+        for name in names:
+            if name == names[-1]:
+                history.append({"best": is_best or not history})
+                best = name if history[-1]["best"] else best
+            written.append(name)
+            kept = sorted([*kept, (retention_score(history, name), name)])[-NUM_KEPT - 1 :]
+            names_kept = {entry[1] for entry in kept}
+            assert set(written[-2:]) <= names_kept
+            assert best is None or best in names_kept
+            assert best is None or kept[-1][1] == best
 
 
 @pytest.mark.slow

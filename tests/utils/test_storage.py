@@ -225,3 +225,15 @@ def test_a_path_is_settled_even_where_the_current_folder_is_gone(
     gone.rmdir()
     assert resolve_path("runs") == f"{gone}/runs"
     assert resolve_path("/x") == "/x"
+
+
+@pytest.mark.parametrize(
+    ("location", "parent"),
+    [
+        ("/a b/c?d/run", "/a b/c?d"),
+        ("file:///a/run/", "/a"),
+        ("s3://bucket/runs/run?region=us-east-1", "s3://bucket/runs?region=us-east-1"),
+    ],
+)
+def test_a_folder_knows_where_it_lies(location: str, parent: str) -> None:
+    assert (Storage(location).parent.uri, Storage(location).name) == (parent, "run")
