@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import shutil
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +15,7 @@ from ray.tune.experiment import Trial
 from ray.tune.result import SHOULD_CHECKPOINT
 
 from raypp.cluster.progress_actor import create_progress_actor, drain, shutdown_grace_period
+from raypp.cluster.shared_files import share_files
 from raypp.cluster.trial import STOPPED, decode_parameters
 from raypp.experiments import plots, search, search_results
 from raypp.experiments.run_folder import read_checked
@@ -93,7 +90,7 @@ class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
         """Free the disk space of a finished trial's bundle, which is also its final checkpoint."""
         bundle = self.plan.storage.folder(f"{TRIALS}/{trial.trial_id}/bundle")
         if bundle.local:
-            _share_files(bundle.path, Path(checkpoint.path))
+            share_files(bundle.path, Path(checkpoint.path))
 
     def on_trial_error(self, *, trial: Any, **_: Any) -> None:
         self.on_trial_complete(trial=trial, error=_reason(trial.get_pickled_error() or trial.get_error()))
@@ -140,19 +137,6 @@ class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
 
 def _current_monitor() -> Callback:
     return TrialMonitor.current or Callback()
-
-
-def _share_files(folder: Path, copy: Path) -> None:
-    """Replace the files of a copy by hard links to the originals, if the file system has them."""
-    for path in (folder, *folder.rglob("*")):
-        twin = copy / path.relative_to(folder)
-        if path.is_dir() and twin.is_dir():
-            shutil.copymode(path, twin)
-        elif path.is_file() and twin.is_file() and not twin.samefile(path):
-            link = twin.with_name(f".{uuid.uuid4().hex}.tmp")
-            with contextlib.suppress(OSError):  # the copy stays
-                os.link(path, link)
-                link.replace(twin)
 
 
 def _describe(record: TrialRecord) -> str:

@@ -15,6 +15,7 @@ from ray import tune
 
 from raypp.cluster.progress_actor import RemoteProgress
 from raypp.cluster.session import uses_gpu
+from raypp.cluster.shared_files import separate_files
 from raypp.cluster.train import train_on_ray
 from raypp.config.schema import Config
 from raypp.data.splits import enable_split_cache
@@ -76,6 +77,8 @@ class TuneListener(ProgressListener):
             "done": True,
         }  # fmt: skip
         checkpoint = tune.Checkpoint(bundle.uri) if done else None
+        if done and bundle.local:  # a search that was killed may have shared them
+            separate_files(bundle.path)
         with _private_files():
             self._report(metrics, accuracy, leakage, checkpoint)
 

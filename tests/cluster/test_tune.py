@@ -335,6 +335,30 @@ def test_budgets_end_a_search_and_every_trial_is_recorded(cluster: Cluster, tmp_
     assert (folder / "report" / "report.html").stat().st_size > 10_000
 
 
+def test_a_checkpoint_that_is_written_again_leaves_the_bundle(tmp_path: Path) -> None:
+    """As by a trial of which a killed search had no snapshot. Tune's copy truncates the files that exist."""
+    from pyarrow.fs import LocalFileSystem, copy_files
+
+    from raypp.cluster.shared_files import separate_files, share_files
+
+    bundle, checkpoint = tmp_path / "bundle", tmp_path / "checkpoint"
+    secret = bundle / "private" / "key"
+    secret.parent.mkdir(parents=True)
+    secret.write_text("secret")
+    secret.chmod(0o600)
+    for _ in range(2):
+        separate_files(bundle)
+        copy_files(str(bundle), str(checkpoint), LocalFileSystem(), LocalFileSystem())
+        share_files(bundle, checkpoint)
+        share_files(bundle, checkpoint)
+        assert (checkpoint / "private" / "key").samefile(secret)
+        assert secret.read_text() == "secret"
+        assert secret.stat().st_mode & 0o777 == 0o600
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
+        ["bundle", "checkpoint", *["private", "key"] * 2]
+    )
+
+
 def test_a_trial_whose_worker_died_says_so() -> None:
     from ray.exceptions import OutOfMemoryError, RayActorError
 
