@@ -36,7 +36,7 @@ def check_trackers(names: Iterable[str]) -> None:
         package = TRACKERS.get(name).package
         if importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"--track {name} needs the package {package}, which is not installed; uv pip install 'raypp[{name}]'"
+                f"--track {name} needs the package {package}, which is not installed: uv sync --extra {name}"
             )
 
 
@@ -72,6 +72,7 @@ class Tracking:
             try:
                 self._trackers[name] = TRACKERS.get(name)(folder, run, group, settings, identifiers.get(name))
             except Exception as error:  # of any kind: each client has its own
+                self.finish(succeeded=False)
                 raise RayppError(f"--track {name}: {first_line(error)}") from error
         started = {name: tracker.run_id for name, tracker in self._trackers.items() if tracker.run_id is not None}
         if started.items() - identifiers.items():

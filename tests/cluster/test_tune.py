@@ -261,7 +261,7 @@ def test_no_trial_copies_a_finished_network(tmp_path: Path) -> None:
         assert population.on_trial_result(None, None, result) == TrialScheduler.CONTINUE
 
 
-@pytest.mark.parametrize(("scheduler", "stopped"), [("asha", {1: 2, 3: 2}), ("median", {3: 3})])
+@pytest.mark.parametrize(("scheduler", "stopped"), [("asha", {1: 2, 3: 2}), ("median", {3: 2})])
 def test_schedulers_stop_trials_of_low_accuracy(
     in_one_session: InOneSession, tmp_path: Path, scheduler: str, stopped: dict[int, int]
 ) -> None:

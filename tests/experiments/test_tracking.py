@@ -32,9 +32,7 @@ def test_a_tracker_that_cannot_be_used_is_refused(monkeypatch: pytest.MonkeyPatc
         check_trackers(["tensorbord"])
     check_trackers(["tensorboard"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(
-        ConfigError, match=r"^--track wandb needs the package wandb, .*; uv pip install 'raypp\[wandb\]'"
-    ):
+    with pytest.raises(ConfigError, match=r"^--track wandb needs the package wandb, .*: uv sync --extra wandb$"):
         check_trackers(["wandb"])
 
 
