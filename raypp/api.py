@@ -41,6 +41,7 @@ def train(
     config: Files = (),
     resume: bool = False,
     ray: bool | None = None,
+    track: str | Sequence[str] = (),
     quiet: bool = False,
     **keywords: Any,
 ) -> RunResult:
@@ -54,6 +55,7 @@ def train(
         config: YAML files whose settings override the preset.
         resume: continue the run ``name`` from its newest intact checkpoint.
         ray: True trains on Ray Train, False in this process; None uses Ray where more than one process trains.
+        track: trackers that receive settings and metrics: ``tensorboard``, ``mlflow``, ``wandb``.
         quiet: print nothing but warnings.
         **keywords: settings by the last part of their key.
 
@@ -63,7 +65,7 @@ def train(
     """
     merged = training_config(preset, settings, storage=storage, config=config, **keywords)
     name = run_name(name, preset, merged.cluster.storage, resume=resume, what="run")
-    return train_config(merged, name, resume=resume, ray=ray, quiet=quiet)
+    return train_config(merged, name, resume=resume, ray=ray, track=track, quiet=quiet)
 
 
 def training_config(
@@ -85,13 +87,16 @@ def training_config(
 
 
 def train_config(
-    config: Config, name: str, *, resume: bool = False, ray: bool | None = None, quiet: bool = False
-) -> RunResult:
+    config: Config, name: str, *, resume: bool = False, ray: bool | None = None, track: str | Sequence[str] = (),
+    quiet: bool = False,
+) -> RunResult:  # fmt: skip
     """Train a run with a validated configuration, see :func:`train`."""
     from raypp.experiments.run_folder import point_latest
+    from raypp.experiments.tracking import check_trackers, track_run
     from raypp.experiments.training_run import open_run, summary, train_locally
     from raypp.utils.progress import ProgressDisplay
 
+    check_trackers(as_list(track))
     on_ray = uses_ray(ray, config.cluster, stream=config.data.stream)
     train_on_ray = import_from_ray("raypp.cluster.train", "train_on_ray") if on_ray else None
     with open_run(config, name, resume=resume) as run, ProgressDisplay(quiet=quiet) as display:
@@ -99,11 +104,13 @@ def train_config(
             display.warn(warning)
         results = summary(run)
         if results is None:
-            if train_on_ray is None:
-                with stop_on_signal(display.stop, signal.SIGTERM):
-                    results = train_locally(run, display)
-            else:
-                results = train_on_ray(run, display)
+            with track_run(as_list(track), run, name, display) as progress:
+                if train_on_ray is None:
+                    with stop_on_signal(display.stop, signal.SIGTERM):
+                        results = train_locally(run, progress)
+                else:
+                    results = train_on_ray(run, progress)
+                progress.results(results)
             point_latest(run.storage)
         elif not quiet:
             display.console.print(f"run {name!r} is finished: nothing left to train", markup=False, highlight=False)
@@ -311,6 +318,7 @@ def tune(
     storage: str | Path = "runs",
     config: Files = (),
     resume: bool = False,
+    track: str | Sequence[str] = (),
     quiet: bool = False,
     **keywords: Any,
 ) -> SearchResult:
@@ -319,6 +327,7 @@ def tune(
     Args:
         preset: name or path of a preset with a section ``search``.
         settings: settings of the runs and, under ``search``, of the search.
+        track: trackers that receive each trial's settings and metrics, see :func:`train`.
         **keywords: settings by the last part of their key, such as ``num_trials=8``.
     """
     from raypp.experiments.search import make_search_plan
@@ -332,7 +341,7 @@ def tune(
         settings = resolve_keywords(settings, keywords, tree | {"search": known["search"] | tree.get("search", {})})
     plan = make_search_plan(str(preset), config, settings, storage=str(storage), name=name)
     run_search = import_from_ray("raypp.cluster.tune", "run_search", "a search needs it")
-    return SearchResult(run_search(plan, resume=resume, quiet=quiet), plan.storage.uri)
+    return SearchResult(run_search(plan, resume=resume, track=as_list(track), quiet=quiet), plan.storage.uri)
 
 
 def load(location: str | Path, key: str | Path | None = None) -> Bundle:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from raypp.dispatch import import_from_ray
 from raypp.evaluation.report.figures import score_boxes
 from raypp.evaluation.report.source import read_source
 from raypp.evaluation.scorecard import reidentification_rate
@@ -21,6 +22,7 @@ from raypp.utils.storage import Storage
 
 if TYPE_CHECKING:
     import pandas as pd
+    from ray.tune import ResultGrid
 
 
 class RunResult(Result):
@@ -147,6 +149,11 @@ class SearchResult(Result):
     def best(self) -> dict[str, Bundle]:
         """Bundles of the best ``accuracy``, the best ``privacy`` and the ``knee`` between them."""
         return {name: Bundle(Storage(self.path).folder(f"best/{name}").uri) for name in self.values["best"]}
+
+    @cached_property
+    def result_grid(self) -> ResultGrid:
+        """Ray Tune's results; the checkpoint of each finished trial is its bundle."""
+        return import_from_ray("raypp.cluster.tune", "load_result_grid")(self.path)
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per trial."""

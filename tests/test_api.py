@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, Trained
+from event_files import scalars
 from PIL import Image
 from torch import Tensor, nn
 
@@ -47,7 +48,9 @@ class Negative(nn.Module):
 
 @pytest.mark.slow
 def test_the_lines_of_a_notebook(tmp_path: Path) -> None:
-    run = raypp.train("quickstart", TINY, epochs=1, quiet=True)
+    run = raypp.train("quickstart", TINY, epochs=1, track="tensorboard", quiet=True)
+    steps = scalars(Path(run.path) / "tensorboard")
+    assert (steps["plain/val_loss"], steps["joint/val_loss"], steps["test/accuracy"]) == ([1], [2], [2])
     again = raypp.train("quickstart", TINY, epochs=1, quiet=True)
     assert run.path != again.path, "a cell can run twice"
     assert run.accuracy == again.accuracy == run.summary["test"]["accuracy"]

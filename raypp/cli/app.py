@@ -64,6 +64,7 @@ First = Annotated[str, Parameter(allow_leading_hyphen=True)]
 OnRay = Annotated[bool | None, Parameter(negative="--local")]
 Words = Annotated[list[str] | None, Parameter(consume_multiple=True)]
 ConfigFiles = Annotated[list[Path] | None, Parameter(name="--config")]
+Trackers = Annotated[list[str] | None, Parameter(name="--track")]
 AsJson = Annotated[bool, Parameter(name="--json")]
 
 

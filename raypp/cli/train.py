@@ -17,6 +17,7 @@ from raypp.cli.app import (
     First,
     OnRay,
     Settings,
+    Trackers,
     Words,
     app,
     epilogue,
@@ -56,6 +57,7 @@ def train(
     config: ConfigFiles = None,
     resume: bool = False,
     ray: OnRay = None,
+    track: Trackers = None,
     dry_run: bool = False,
     json: AsJson = False,
     quiet: bool = False,
@@ -69,6 +71,7 @@ def train(
         config: YAML file with settings that override the preset; may be repeated.
         resume: Continue the run NAME from its newest intact checkpoint.
         ray: Train on Ray Train (--ray) or in this process (--local); default: Ray for more than one worker.
+        track: Tracker of settings and metrics: tensorboard, mlflow or wandb; may be repeated.
         dry_run: Print the plan and an estimate of the time, and write nothing.
         json: Print the results as JSON on standard output.
         quiet: Print only warnings and errors.
@@ -90,7 +93,7 @@ def train(
                 ensure_free(folder, name)
         print_plan(merged.to_yaml(), estimate_training(merged), json=json)
         return
-    run = api.train_config(merged, unique_name, resume=resume, ray=ray, quiet=quiet or json)
+    run = api.train_config(merged, unique_name, resume=resume, ray=ray, track=track or (), quiet=quiet or json)
     print_run(run, json=json, quiet=quiet)
     if not quiet and not json and chance_error(run.values["test"]) is None:
         print_next_steps((f"raypp attack {shown_path(run.path)}", "attack the bundle"))
@@ -232,6 +235,7 @@ def tune(
     storage: str = "runs",
     config: ConfigFiles = None,
     resume: bool = False,
+    track: Trackers = None,
     dry_run: bool = False,
     json: AsJson = False,
     quiet: bool = False,
@@ -245,6 +249,7 @@ def tune(
         storage: Folder or URI that holds the search's folder.
         config: YAML file with settings that override the preset; may be repeated.
         resume: Continue the search NAME: finished trials are not repeated.
+        track: Tracker of each trial's settings and metrics: tensorboard, mlflow or wandb; may be repeated.
         dry_run: Print the plan and an estimate of the time, and write nothing.
         json: Print the results as JSON on standard output.
         quiet: Print only warnings and errors.
@@ -258,8 +263,9 @@ def tune(
         print_plan(None, estimate_search(preset, config or (), flags), json=json)
         return
     search = api.tune(
-        preset, flags, name=name, storage=storage, config=config or (), resume=resume, quiet=quiet or json
-    )
+        preset, flags, name=name, storage=storage, config=config or (), resume=resume, track=track or (),
+        quiet=quiet or json,
+    )  # fmt: skip
     if json:
         print_json({"path": search.path} | search.to_dict())
     elif not quiet:

@@ -72,10 +72,13 @@ def build_scheduler(plan: SearchPlan) -> Any:
 
 
 class PopulationUntilLastEpoch(PopulationBasedTraining):  # type: ignore[misc]  # Ray has no types here
-    """Ignores reports after a trial's last epoch: a trial that copied such a network would not train it."""
+    """Compares trials at epochs with a checkpoint only, and not after the last one.
+
+    A trial that copied a network of the last epoch would not train it.
+    """
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> Any:
-        if result["epoch"] >= result["epochs"]:
+        if result["epoch"] >= result["epochs"] or result["epoch"] % self._perturbation_interval:
             return TrialScheduler.CONTINUE
         return super().on_trial_result(controller, trial, result)
 

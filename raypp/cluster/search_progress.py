@@ -6,17 +6,21 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import ray
 from ray.tune import Callback
+from ray.tune.result import SHOULD_CHECKPOINT
 
 from raypp.cluster.progress_actor import create_progress_actor, drain, shutdown_grace_period
 from raypp.cluster.ray_internals import is_running, trial_error
+from raypp.cluster.shared_files import share_files
 from raypp.cluster.trial import STOPPED, decode_parameters
 from raypp.experiments import plots, search, search_results
 from raypp.experiments.run_folder import read_checked
 from raypp.experiments.search import RESULT, TRIALS, SearchPlan, TrialRecord
+from raypp.experiments.tracking import TrackedTrials
 from raypp.utils.documents import dump_json
 from raypp.utils.errors import RayppError
 from raypp.utils.progress import MultiProgressDisplay
@@ -27,15 +31,20 @@ DRIVER_RECORDS = "ended.json"  # of trials without a result
 class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
     """Shows and records Tune's trials.
 
+    Args:
+        trackers: receive each trial's settings and metrics.
+
     Attributes:
         actor: the progress actor of all trials.
         records: by trial, also of trials that have not ended.
     """
 
-    current: ClassVar[TrialMonitor]
+    current: ClassVar[TrialMonitor | None] = None
 
-    def __init__(self, plan: SearchPlan, min_accuracy: float | None, display: MultiProgressDisplay) -> None:
-        self.plan, self.min_accuracy, self.display = plan, min_accuracy, display
+    def __init__(
+        self, plan: SearchPlan, min_accuracy: float | None, display: MultiProgressDisplay, trackers: TrackedTrials
+    ) -> None:
+        self.plan, self.min_accuracy, self.display, self.trackers = plan, min_accuracy, display, trackers
         self.actor = create_progress_actor()
         self.records: dict[str, TrialRecord] = {}
         self._stopped: set[str] = set()
@@ -43,8 +52,8 @@ class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
         TrialMonitor.current = self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Tune stores its callbacks; what it restores is the monitor of this process."""
-        return getattr, (TrialMonitor, "current")
+        """Tune stores its callbacks; it restores the monitor of this process, or none where results are only read."""
+        return _current_monitor, ()
 
     def on_step_begin(self, *, trials: list[Any], **_: Any) -> None:
         """After a stop request, raise TrainingInterrupted once all running trials have stopped or time is up.
@@ -62,8 +71,13 @@ class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
             self.display.raise_if_stop_requested()
 
     def on_trial_result(self, *, trial: Any, result: dict[str, Any], **_: Any) -> None:
-        epoch, epochs, accuracy = result.get("epoch", 0), result.get("epochs", 0), result.get("accuracy")
-        self._record(trial).update({"accuracy": accuracy, "epochs": epoch, "of": epochs})
+        epoch, epochs = result.get("epoch", 0), result.get("epochs", 0)
+        accuracy = result.get("accuracy", result.get("val_accuracy"))
+        record = self._record(trial)
+        record |= {"accuracy": accuracy, "epochs": epoch, "of": epochs}
+        self.trackers.log(trial.trial_id, record["settings"], result)
+        if trial.is_saving:  # by the population's scheduler; Tune would count the checkpoint twice
+            result[SHOULD_CHECKPOINT] = False
         if not result.get("finished"):
             info = {
                 "phase": "trial", "epoch": epoch, "epochs": epochs, "steps_done": epoch, "steps_total": epochs + 1,
@@ -71,6 +85,12 @@ class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
                 "accuracy": accuracy,
             }  # fmt: skip
             self.display.step(trial.trial_id, info)
+
+    def on_checkpoint(self, *, trial: Any, checkpoint: Any, **_: Any) -> None:
+        """Free the disk space of a finished trial's bundle, which is also its final checkpoint."""
+        bundle = self.plan.storage.folder(f"{TRIALS}/{trial.trial_id}/bundle")
+        if bundle.local:
+            share_files(bundle.path, Path(checkpoint.path))
 
     def on_trial_error(self, *, trial: Any, **_: Any) -> None:
         self.on_trial_complete(trial=trial, error=_reason(trial_error(trial)))
@@ -87,6 +107,7 @@ class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
             record |= {"status": "stopped early", "explanation": explanation}
         settings = "  ".join(f"{key.rpartition('.')[2]} {_short(value)}" for key, value in record["settings"].items())
         self.display.done(name, f"{_describe(record)}  ({settings})")
+        self.trackers.finish(name, succeeded=error is None)
         self._save_records()
         search_results.write_table(self.plan.storage, all_records(self.plan), self.min_accuracy)
 
@@ -112,6 +133,10 @@ class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
             if record.get("status") in ("stopped early", "failed"):
                 records[name] = record
         self.plan.storage.write(DRIVER_RECORDS, dump_json(records))
+
+
+def _current_monitor() -> Callback:
+    return TrialMonitor.current or Callback()
 
 
 def _describe(record: TrialRecord) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,14 @@ from ray import tune
 
 from raypp.cluster.progress_actor import RemoteProgress
 from raypp.cluster.session import uses_gpu
+from raypp.cluster.shared_files import separate_files
 from raypp.cluster.train import train_on_ray
 from raypp.config.schema import Config
 from raypp.data.splits import enable_split_cache
 from raypp.experiments import pareto, plots, search, search_trial
 from raypp.experiments.run_folder import read_checked
 from raypp.experiments.search import Range, Search, SearchPlan, TrialRecord
+from raypp.experiments.tracking import epochs_before
 from raypp.experiments.training_run import Run, finalize_run
 from raypp.training.checkpoint import CHECKPOINTS, EpochMetrics, checkpoint_name
 from raypp.training.protected_classifier import phases
@@ -40,49 +45,68 @@ class TuneListener(ProgressListener):
 
     def epoch(self, row: EpochMetrics, checkpoint: tune.Checkpoint | None = None) -> None:
         """Report an epoch, with a checkpoint that Tune may pass to other trials."""
-        names = [phase.name for phase in self.phases]
-        earlier = sum(phase.epochs for phase in self.phases[: names.index(row["phase"])])
         accuracy = row["val_accuracy"]
-        metrics = {
-            "epoch": earlier + row["epoch"],
+        metrics = row | {
+            "epoch": self.total_epoch(row),
             # An earlier phase trains a classifier of plain images, which does not rate the protection.
-            "final_phase_accuracy": accuracy if row["phase"] == names[-1] else 0.0,
-            "val_loss": row["val_loss"],
-            "images_per_s": row["images_per_s"],
+            "final_phase_accuracy": accuracy if row["phase"] == self.phases[-1].name else 0.0,
             "finished": False,
         }
         self._report(metrics, accuracy, search.WORST_LEAKAGE, checkpoint)
 
+    def total_epoch(self, row: EpochMetrics) -> int:
+        """Number of epochs of all phases."""
+        return epochs_before(self.phases, row["phase"]) + int(row["epoch"])
+
     def should_stop(self) -> bool:
         return self.driver.should_stop()
 
-    def end(self, record: TrialRecord) -> None:
-        """Report the result; ``done`` keeps the scheduler from changing the trial."""
+    def end(self, record: TrialRecord, bundle: Storage) -> None:
+        """Report the result, with the bundle as the final checkpoint.
+
+        ``done`` keeps the scheduler from changing the trial. Only this report has ``accuracy``, so that Tune's best
+        result by accuracy or leakage is a trial with a bundle.
+        """
         done = record["status"] == "done"
         accuracy = record["accuracy"] if done else 0.0
         leakage = record["leakage"] if done else search.WORST_LEAKAGE
         metrics = {
-            "epoch": self._num_epochs() + 1, "final_phase_accuracy": accuracy, "leakage": leakage,
-            "reidentification_rate": record.get("reidentification_rate", 1.0), "finished": True, "done": True,
+            "epoch": self._num_epochs() + 1, "final_phase_accuracy": accuracy, "accuracy": accuracy,
+            "leakage": leakage, "reidentification_rate": record.get("reidentification_rate", 1.0), "finished": True,
+            "done": True,
         }  # fmt: skip
-        self._report(metrics, accuracy, leakage)
+        checkpoint = tune.Checkpoint(bundle.uri) if done else None
+        if done and bundle.local:  # a search that was killed may have shared them
+            separate_files(bundle.path)
+        with _private_files():
+            self._report(metrics, accuracy, leakage, checkpoint)
 
     def _num_epochs(self) -> int:
         return sum(phase.epochs for phase in self.phases)
 
     def _report(self, metrics: dict[str, Any], accuracy: float, leakage: float, checkpoint: Any = None) -> None:
-        metrics |= {"epochs": self._num_epochs(), "accuracy": accuracy}
         objectives = pareto.objectives(accuracy, leakage, self.plan.search, self.min_accuracy)
-        tune.report(metrics | objectives, checkpoint=checkpoint)
+        tune.report(metrics | objectives | {"epochs": self._num_epochs()}, checkpoint=checkpoint)
 
 
-class TuneReporter(Reporter):
-    """Reports to a run's folder and to Tune, which in a population passes checkpoints to other trials."""
+@contextmanager
+def _private_files() -> Iterator[None]:
+    """Hide new files from other users: Tune copies a bundle's key and classifier, but not the modes of their files."""
+    umask = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(umask)
+
+
+class PopulationReporter(Reporter):
+    """Reports to a run's folder and to Tune, which passes checkpoints to other trials of a population."""
 
     listener: TuneListener
 
     def report(self, history: list[EpochMetrics], name: str, checkpoint: Path | None) -> None:
-        if self.listener.plan.search.scheduler == "pbt" and checkpoint is not None:
+        interval = self.listener.plan.search.grace_epochs
+        if checkpoint is not None and self.listener.total_epoch(history[-1]) % interval == 0:
             self.save(history, name, checkpoint)
             self.listener.epoch(history[-1], tune.Checkpoint.from_directory(checkpoint))
         else:
@@ -100,7 +124,8 @@ def train_trial(point: dict[str, Any], *, dumped: dict[str, Any], min_accuracy: 
     driver = RemoteProgress(actor, name)
     listener = TuneListener(plan, min_accuracy, driver)
     decoded = {key: decode_parameters(plan.search.space[key], value) for key, value in point.items()}
-    shared = tune.get_checkpoint()  # of this or another trial of a population
+    is_population = plan.search.scheduler == "pbt"
+    shared = tune.get_checkpoint() if is_population else None  # of this or another trial of the population
     if shared is not None:
         _clear_trial_folder(plan, name, decoded)
 
@@ -111,7 +136,7 @@ def train_trial(point: dict[str, Any], *, dumped: dict[str, Any], min_accuracy: 
         if shared is not None:  # the run's own checkpoints come first: they are at least as new
             with shared.as_directory() as folder:
                 run.storage.upload(Path(folder), f"{CHECKPOINTS}/{checkpoint_name(0)}", last="checkpoint.json")
-        reporter = TuneReporter(run.storage, listener)
+        reporter = (PopulationReporter if is_population else Reporter)(run.storage, listener)
         return finalize_run(run, fit(run.config, reporter, run.phi, run.key), reporter.device)
 
     leak = search_trial.proxy_leakage if workers == 1 else _remote_leakage
@@ -121,7 +146,7 @@ def train_trial(point: dict[str, Any], *, dumped: dict[str, Any], min_accuracy: 
         driver.report(STOPPED)
         # Tune would not resume a trial that returns (finished) or raises (failed). This one ends with the driver.
         threading.Event().wait()
-    listener.end(record)
+    listener.end(record, plan.storage.folder(f"{search.TRIALS}/{name}/bundle"))
 
 
 def _clear_trial_folder(plan: SearchPlan, name: str, point: dict[str, Any]) -> None:

@@ -6,14 +6,16 @@ run. Tune then starts only as many trials as there is room for with their worker
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray import tune
-from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune import CheckpointConfig, FailureConfig, ResultGrid, RunConfig, TuneConfig, Tuner
+from ray.tune.logger import JsonLoggerCallback
 
 from raypp.cluster.attack import run_on_ray
 from raypp.cluster.ray_internals import HEAD
@@ -24,25 +26,34 @@ from raypp.cluster.tasks import Outcome, run_tasks
 from raypp.cluster.trial import train_trial
 from raypp.experiments import attack_plan, attack_run, pareto, search, search_results
 from raypp.experiments.search import SearchPlan, TrialRecord
+from raypp.experiments.tracking import TrackedTrials, check_trackers
 from raypp.utils.errors import RayppError
 from raypp.utils.progress import MultiProgressDisplay
 from raypp.utils.signals import stop_on_signal
+from raypp.utils.storage import Storage
 
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the old output has a quiet mode
 # Tune would treat an interrupt as the end of the search and skip the remaining trials.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-# Seconds between snapshots. After a crash of the driver, Tune samples trials again that no snapshot contains.
-os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
 EXPERIMENT = "tune"  # Tune's folder below the search's
+SHORT_SEARCH = 50  # trials of a search whose snapshots take little of a second
+# A trial of a population may copy a checkpoint that is a few intervals old, see ray-project/ray#9036 and #8441.
+NUM_CHECKPOINTS = 4
 
 
-def run_search(plan: SearchPlan, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+def run_search(
+    plan: SearchPlan, *, resume: bool = False, track: Sequence[str] = (), quiet: bool = False
+) -> dict[str, Any]:
     """Run or resume a search, and export its best bundles; returns its summary.
+
+    Args:
+        track: names of trackers that receive each trial's settings and metrics.
 
     Raises:
         RayppError: the search or its folder is not allowed, no trial fits into the cluster, or no trial succeeds.
         TrainingInterrupted: by SIGTERM, after checkpoints or the grace period.
     """
+    check_trackers(track)
     with search.open_search(plan, resume=resume) as begun, ray_session() as resources:
         required = _resources_per_trial(plan, resources)
         max_concurrent = _max_concurrent_trials(plan, required, resources, MultiProgressDisplay(0, quiet=quiet))
@@ -51,7 +62,8 @@ def run_search(plan: SearchPlan, *, resume: bool = False, quiet: bool = False) -
         if not plan.storage.exists(search.SUMMARY):
             display = MultiProgressDisplay(plan.search.num_trials, quiet=quiet, what="trials")
             with display, stop_on_signal(display.stop, signal.SIGTERM):
-                _run_trials(TrialMonitor(plan, min_accuracy, display), required, max_concurrent, begun)
+                monitor = TrialMonitor(plan, min_accuracy, display, TrackedTrials(track, plan, display.warn))
+                _run_trials(monitor, required, max_concurrent, begun)
         records = all_records(plan)
         _check_success(records, min_accuracy)
 
@@ -143,12 +155,15 @@ def _run_trials(monitor: TrialMonitor, required: dict[str, float], max_concurren
     parameters = {"dumped": plan.dump(), "min_accuracy": monitor.min_accuracy, "actor": monitor.actor}
     trial = tune.with_resources(tune.with_parameters(train_trial, **parameters), required)
     folder = plan.storage.folder(EXPERIMENT).uri
-    with silence_tune():
+    with silence_tune(), _tune_settings(plan):
         if begun and Tuner.can_restore(folder):
             tuner = Tuner.restore(folder, trainable=trial, resume_unfinished=True, resume_errored=True)
         else:
             tuner = _build_tuner(monitor, trial, max_concurrent)
-        tuner.fit()
+        try:
+            tuner.fit()
+        finally:
+            monitor.trackers.close()
     monitor.finish_search()
 
 
@@ -174,17 +189,38 @@ def _build_tuner(monitor: TrialMonitor, trial: Any, max_concurrent: int) -> Tune
             storage_path=plan.storage.uri,
             verbose=0,
             stop=stopper,
-            callbacks=[monitor, *_loggers(plan.storage.uri)],
+            callbacks=[monitor, JsonLoggerCallback()],  # Tune reads its results from JSON
             failure_config=FailureConfig(max_failures=cluster.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=NUM_CHECKPOINTS),
         ),
     )
 
 
-def _loggers(folder: str) -> list[Callback]:
-    """MLflow's callback if MLflow is installed and configured. Tune adds TensorBoard's by default."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri or importlib.util.find_spec("mlflow") is None:
-        return []
-    from ray.air.integrations.mlflow import MLflowLoggerCallback
+def snapshot_seconds(storage: Storage, num_trials: int) -> str:
+    """Seconds between Tune's snapshots of a search.
 
-    return [MLflowLoggerCallback(tracking_uri=uri, experiment_name=folder.rstrip("/").rpartition("/")[2])]
+    After a crash of the driver, Tune samples trials again that no snapshot contains. A snapshot holds all trials and
+    goes to the storage. Ray's ``auto`` spends at most 5% of the time on it, and at least 10 s lie between two.
+    """
+    return "1" if storage.local and num_trials <= SHORT_SEARCH else "auto"
+
+
+@contextmanager
+def _tune_settings(plan: SearchPlan) -> Iterator[None]:
+    """Variables that Tune reads when a search starts; those of the user have priority."""
+    settings = {
+        "TUNE_GLOBAL_CHECKPOINT_S": snapshot_seconds(plan.storage, plan.search.num_trials),
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # event files come from --track tensorboard
+    }
+    missing = {key: value for key, value in settings.items() if key not in os.environ}
+    os.environ |= missing
+    try:
+        yield
+    finally:
+        for key in missing:
+            os.environ.pop(key, None)
+
+
+def load_result_grid(folder: str) -> ResultGrid:
+    """Ray Tune's results of the search in ``folder``, without running anything."""
+    return Tuner.restore(Storage(folder).folder(EXPERIMENT).uri, trainable=train_trial).get_results()

@@ -64,7 +64,7 @@ def flatten_dict(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 COMMAND_OPTIONS = (
     "name", "config", "resume", "ray", "local", "quiet", "storage", "json", "dry_run", "suite", "attacks", "function",
-    "folders", "preset",
+    "folders", "preset", "track",
 )  # fmt: skip
 """Command options that a misspelled flag may mean."""
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import Cluster, Trained, override, wait_until
+from event_files import scalars
 
 from raypp.bundle.load import load_public
 from raypp.cli.main import main
@@ -62,7 +63,7 @@ def test_a_worker_killed_within_an_epoch_costs_what_came_after_the_newest_checkp
 ) -> None:
     run = Storage(tmp_path / "killed")
     flags = ("--cluster.num_workers", "2", "--data.source.num_train", "700", "--train.checkpoint_seconds", "0.3")
-    process = cluster.popen(command(tmp_path, "killed", *flags, epochs=3))
+    process = cluster.popen([*command(tmp_path, "killed", *flags, epochs=3), "--track", "tensorboard"])
 
     def within_an_epoch() -> bool:
         return len(history(tmp_path / "killed")) >= 2 and "_part_" in list_checkpoints(run)[0]
@@ -81,6 +82,7 @@ def test_a_worker_killed_within_an_epoch_costs_what_came_after_the_newest_checkp
     assert min(written) > max(there)
     rows = history(tmp_path / "killed")
     assert epochs_of(tmp_path / "killed") == expected(3)
+    assert scalars(tmp_path / "killed" / "tensorboard")["joint/val_accuracy"] == [2, 3, 4]
     assert {row["world"] for row in rows} == {2}
     assert load_public(tmp_path / "killed" / "bundle").image_size == (16, 16)
     check_result(tmp_path / "killed")

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 import time
+from collections.abc import Callable, Mapping
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Cluster, override, tiny_flags, wait_until
+from event_files import hyperparameters, scalars
 
+import raypp
 from raypp.bundle.load import load_private, load_public
+from raypp.bundle.manifest import verify
+from raypp.cli.main import main
 from raypp.experiments.search import make_search_plan
+from raypp.results import SearchResult
 from raypp.training.checkpoint import list_checkpoints
 from raypp.utils.storage import Storage
 
@@ -32,14 +40,61 @@ def results(folder: Path) -> dict[str, Path]:
     return {path.parent.name: path for path in folder.glob("trials/*/trial.json")}
 
 
+class InOneSession:
+    """Calls a function in a process with one session of Ray, and returns the states of its placement groups after it.
+
+    The end of a session would remove those that are left.
+    """
+
+    def __init__(self, cluster: Cluster, processes: ForkServerContext) -> None:
+        self.environment, self.processes = dict(cluster.client), processes
+
+    def __call__(self, function: Callable[..., None], *arguments: Any) -> list[str]:
+        states = self.processes.Queue()
+        process = self.processes.Process(target=_in_session, args=(self.environment, states, function, *arguments))
+        process.start()
+        process.join(300)
+        if process.is_alive():
+            process.kill()
+        assert process.exitcode == 0
+        listed: list[str] = states.get(timeout=10)
+        return listed
+
+
+def _in_session(environment: Mapping[str, str], states: Any, function: Callable[..., None], *arguments: Any) -> None:
+    os.environ.update(environment)
+    import ray
+
+    from raypp.cluster.session import ray_session
+
+    with ray_session():
+        function(*arguments)
+        end = time.monotonic() + 20  # Ray removes them in the background
+        while (listed := _placement_groups(ray)) and time.monotonic() < end:
+            time.sleep(0.2)
+    states.put(listed)
+
+
+def _placement_groups(ray: Any) -> list[str]:
+    states = [group["state"] for group in ray.util.placement_group_table().values()]
+    return [state for state in states if state != "REMOVED"]
+
+
+@pytest.fixture
+def in_one_session(cluster: Cluster, processes: ForkServerContext) -> InOneSession:
+    return InOneSession(cluster, processes)
+
+
 def table(folder: Path) -> list[dict[str, Any]]:
     with (folder / "trials.csv").open() as file:
         return list(csv.DictReader(file))
 
 
 def test_a_search_outlives_its_driver(cluster: Cluster, tmp_path: Path) -> None:
-    """And a lost worker; trials that diverge are recorded and stop nothing."""
-    from ray.tune import ExperimentAnalysis  # seconds, also where no test of this file is chosen
+    """And a lost worker; trials that diverge are recorded and stop nothing. Ray's own results have all bundles."""
+    from ray.tune import Tuner  # seconds, also where no test of this file is chosen
+
+    from raypp.cluster.trial import train_trial
 
     folder = tmp_path / "search"
     space = (
@@ -47,7 +102,7 @@ def test_a_search_outlives_its_driver(cluster: Cluster, tmp_path: Path) -> None:
         "train.schedule: null}"
     )
     flags = ["--search.space", space, "--search.num_trials", "8", "--search.scheduler", "none"]
-    arguments = command(tmp_path, "search", *flags)
+    arguments = [*command(tmp_path, "search", *flags), "--track", "tensorboard"]
     process = cluster.popen(arguments)
     wait_until(lambda: len(results(folder)) >= 1, process)
     training = wait_until(lambda: cluster.head.processes("ImplicitFunc.train"), process)
@@ -66,13 +121,30 @@ def test_a_search_outlives_its_driver(cluster: Cluster, tmp_path: Path) -> None:
     after = results(folder)
     assert {name: after[name].stat().st_mtime_ns for name in before} == before
     rows = table(folder)
-    known = set(ExperimentAnalysis(str(folder / "tune")).results)
-    assert len(known) == 8
+    grid = Tuner.restore(str(folder / "tune"), trainable=train_trial).get_results()
+    known = {result.metrics["trial_id"] for result in grid}
+    assert len(known) == len(grid) == 8
     # Trials that ended in the last second before the driver died are in the table, and not in Tune's records.
     unnoted = {row["trial"] for row in rows} - known
     assert {name for name in unnoted if after[name].stat().st_mtime >= begun} == set()
     assert {row["status"] for row in rows} == {"done", "diverged"}
     assert all("not a finite number" in row["explanation"] for row in rows if row["status"] == "diverged")
+    # The sampler goes on where it was: a new study would begin with the points of the first.
+    assert len({row["train.alpha"] for row in rows if row["trial"] in known}) == 8
+    best = grid.get_best_result("accuracy", "max")
+    bundle = folder / "trials" / best.metrics["trial_id"] / "bundle"
+    for result in grid:
+        done = result.metrics["trial_id"] in {row["trial"] for row in rows if row["status"] == "done"}
+        assert (result.checkpoint is not None) is done
+        assert len(list(Path(result.path).glob("checkpoint_*"))) == done
+    checkpoint = Path(best.checkpoint.path)
+    assert raypp.load(checkpoint).public.about == raypp.load(bundle).public.about
+    for path in (bundle, *bundle.rglob("*")):
+        twin = checkpoint / path.relative_to(bundle)
+        assert twin.samefile(path) is path.is_file(), "a checkpoint takes no space"
+        assert twin.stat().st_mode == path.stat().st_mode, "a classifier that only its owner can read"
+    (checkpoint / "private" / "manifest.json").unlink()
+    verify(bundle / "private")
 
     summary = json.loads((folder / "search.json").read_text())
     front = {point["trial"] for point in summary["front"]}
@@ -82,7 +154,13 @@ def test_a_search_outlives_its_driver(cluster: Cluster, tmp_path: Path) -> None:
         assert load_public(folder / "best" / name).image_size == (16, 16)
         load_private(folder / "best" / name)
     assert (folder / "front.png").exists()
-    assert list(folder.glob("tune/*/events.out.tfevents.*")), "TensorBoard's logs"
+    assert not list(folder.glob("tune/*/events.out.tfevents.*"))
+    for row in rows:
+        tracked = folder / "tracking" / row["trial"] / "tensorboard"
+        if row["status"] == "done":
+            assert len(set(scalars(tracked)["joint/val_accuracy"])) == 2
+            assert scalars(tracked)["leakage"]
+            assert f"{hyperparameters(tracked)['train.alpha']:.4g}" == f"{float(row['train.alpha']):.4g}"
 
     again = cluster.run([*arguments, "--resume"])
     assert again.returncode == 0
@@ -92,11 +170,15 @@ def test_a_search_outlives_its_driver(cluster: Cluster, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_stopped_search_loses_nothing(cluster: Cluster, tmp_path: Path, workers: int) -> None:
+def test_a_stopped_search_loses_nothing(
+    cluster: Cluster, in_one_session: InOneSession, tmp_path: Path, workers: int
+) -> None:
     """Its two trials write checkpoints first, and go on from them: on two CPUs side by side where each has one worker,
-    one after the other where each has two."""
+    one after the other where each has two. There, ASHA stops the second trial, which learns nothing."""
     trials, epochs = tmp_path / "stopped" / "trials", 8
-    flags = ["--cluster.num_workers", str(workers), "--search.num_trials", "2", "--search.scheduler", "none"]
+    space = "{train.optimizer.lr: [1.0e-9, 0.1], train.alpha: null, protection.skips: null, train.schedule: null}"
+    flags = ["--cluster.num_workers", str(workers), "--search.num_trials", "2", "--search.grace_epochs", "1"]
+    flags += ["--search.scheduler", "none" if workers == 1 else "asha", "--search.space", space]
     arguments = command(tmp_path, "stopped", *flags, train__epochs=epochs)
 
     def rows(trial: Path) -> list[dict[str, Any]]:
@@ -117,11 +199,14 @@ def test_a_stopped_search_loses_nothing(cluster: Cluster, tmp_path: Path, worker
         newest = trials / name / "checkpoints" / list_checkpoints(Storage(trials / name))[0]
         assert (newest / "checkpoint.json").stat().st_mtime > signalled - 1  # an epoch may have ended just before
 
-    resumed = cluster.run([*arguments, "--resume"])
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert in_one_session(main, [*arguments[1:], "--resume"]) == []
     lines = table(tmp_path / "stopped")
-    assert [line["status"] for line in lines] == ["done", "done"]
+    assert [line["status"] for line in lines] == ["done", "done" if workers == 1 else "stopped early"]
     for line in lines:
+        if line["status"] == "stopped early":
+            assert line["train.optimizer.lr"] == "1e-09"
+            assert float(line["epochs"]) < epochs
+            continue
         now, rows_before = rows(trials / line["trial"]), before.get(line["trial"], [])
         assert now[: len(rows_before)] == rows_before
         assert {row["world"] for row in now} == {workers}
@@ -144,6 +229,11 @@ def test_a_population_passes_its_best_networks_on(cluster: Cluster, tmp_path: Pa
     result = cluster.run(command(tmp_path, "population", *flags, train__epochs=8, data__source__num_train=120))
     assert result.returncode == 0, result.stdout + result.stderr
     assert [row["status"] for row in table(folder)] == ["done"] * 4
+    for trial in folder.glob("tune/train_trial_*"):
+        # Of five, for every second of nine epochs and for the bundle.
+        assert len(list(trial.glob("checkpoint_*"))) <= 4
+    for result in SearchResult({}, str(folder)).result_grid:
+        assert raypp.load(result.checkpoint.path).image_size == (16, 16)
     changed = 0
     for trial in results(folder):
         lines = (folder / "trials" / trial / "metrics.jsonl").read_text().splitlines()
@@ -166,9 +256,58 @@ def test_no_trial_copies_a_finished_network(tmp_path: Path) -> None:
     flags = ["--search.space", rates, "--search.objective", "accuracy", "--search.scheduler", "pbt"]
     flags += ["--train.schedule", "{name: constant}"]
     population = build_scheduler(make_search_plan("quickstart", flags=flags, storage=str(tmp_path), name="s"))
-    for epoch in (8, 9):  # the last, and the report after the attack
+    for epoch in (3, 8, 9):  # without a checkpoint, the last, and the report after the attack
         result = {"epoch": epoch, "epochs": 8, "final_phase_accuracy": 0.5}
         assert population.on_trial_result(None, None, result) == TrialScheduler.CONTINUE
+
+
+@pytest.mark.parametrize(("scheduler", "stopped"), [("asha", {1: 2, 3: 2}), ("median", {3: 2})])
+def test_schedulers_stop_trials_of_low_accuracy(
+    in_one_session: InOneSession, tmp_path: Path, scheduler: str, stopped: dict[int, int]
+) -> None:
+    """At the epochs where they compare: trials that train nothing, one after the other."""
+    assert in_one_session(compare_trials, scheduler, tmp_path) == []
+    reports = json.loads((tmp_path / "reports.json").read_text())
+    assert reports == [[stopped.get(number, 5), number not in stopped] for number in range(4)]
+
+
+def compare_trials(scheduler: str, storage: Path) -> None:
+    from ray import tune
+
+    from raypp.cluster.search_algorithms import build_scheduler
+
+    flags = ["--search.scheduler", scheduler, "--search.grace_epochs", "2", "--search.objective", "both"]
+    plan = make_search_plan("quickstart", flags=flags, storage=str(storage), name="s")
+    dumped = plan.dump()
+
+    def trial(point: dict[str, Any]) -> None:  # Ray sends a local function by value
+        from raypp.cluster.trial import TuneListener
+        from raypp.experiments.search import restore_search_plan
+        from raypp.training.task import Phase
+        from raypp.utils.storage import Storage
+
+        listener = TuneListener(restore_search_plan(dumped), None, None)
+        listener.phases = [Phase("joint", 4)]
+        for epoch in range(1, 5):
+            listener.epoch({"phase": "joint", "epoch": epoch, "val_accuracy": point["accuracy"], "val_loss": 1.0})
+        listener.end({"status": "diverged"}, Storage("unused"))
+
+    grid = tune.Tuner(
+        tune.with_resources(trial, {"CPU": 1}),
+        param_space={"accuracy": tune.grid_search([0.8, 0.4, 0.9, 0.3])},
+        tune_config=tune.TuneConfig(scheduler=build_scheduler(plan), max_concurrent_trials=1, reuse_actors=True),
+        run_config=tune.RunConfig(name="schedule", storage_path=str(storage), verbose=0),
+    ).fit()
+    reports = [[result.metrics["epoch"], result.metrics["finished"]] for result in grid]  # in the order of the grid
+    (storage / "reports.json").write_text(json.dumps(reports))
+
+
+def test_short_local_searches_write_snapshots_each_second(tmp_path: Path) -> None:
+    from raypp.cluster.tune import snapshot_seconds
+
+    local, remote = Storage(tmp_path), Storage("s3://bucket/search?region=eu-west-1")
+    assert snapshot_seconds(local, 20) == "1"
+    assert snapshot_seconds(local, 1000) == snapshot_seconds(remote, 20) == "auto"
 
 
 def test_budgets_end_a_search_and_every_trial_is_recorded(cluster: Cluster, tmp_path: Path) -> None:
@@ -194,6 +333,30 @@ def test_budgets_end_a_search_and_every_trial_is_recorded(cluster: Cluster, tmp_
     name = next(name for name, best in summary["best"].items() if best == trial)
     assert (folder / "best" / name / "private" / "scorecard.json").exists()
     assert (folder / "report" / "report.html").stat().st_size > 10_000
+
+
+def test_a_checkpoint_that_is_written_again_leaves_the_bundle(tmp_path: Path) -> None:
+    """As by a trial of which a killed search had no snapshot. Tune's copy truncates the files that exist."""
+    from pyarrow.fs import LocalFileSystem, copy_files
+
+    from raypp.cluster.shared_files import separate_files, share_files
+
+    bundle, checkpoint = tmp_path / "bundle", tmp_path / "checkpoint"
+    secret = bundle / "private" / "key"
+    secret.parent.mkdir(parents=True)
+    secret.write_text("secret")
+    secret.chmod(0o600)
+    for _ in range(2):
+        separate_files(bundle)
+        copy_files(str(bundle), str(checkpoint), LocalFileSystem(), LocalFileSystem())
+        share_files(bundle, checkpoint)
+        share_files(bundle, checkpoint)
+        assert (checkpoint / "private" / "key").samefile(secret)
+        assert secret.read_text() == "secret"
+        assert secret.stat().st_mode & 0o777 == 0o600
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
+        ["bundle", "checkpoint", *["private", "key"] * 2]
+    )
 
 
 def test_a_trial_whose_worker_died_says_so() -> None:
