@@ -64,7 +64,7 @@ def serve(
     port: int = 8000,
     token_file: str | None = None,
     with_attacks: bool = False,
-    haproxy: bool = False,
+    no_haproxy: bool = False,
     output: Path | None = None,
 ) -> None:
     """Serve a bundle's classifier over HTTP until interrupted.
@@ -76,7 +76,7 @@ def serve(
         port: Port to listen on.
         token_file: Token file (see `raypp token`): every request then needs a token.
         with_attacks: Also serve the attacks on the bundle, to everyone who can reach the service.
-        haproxy: Use Ray's HAProxy instead of Ray's proxy: more than twice as many one-image requests per second.
+        no_haproxy: Use Serve's own proxy; by default HAProxy takes the requests where Ray has it (Linux).
         output: File for the configuration of `serve deploy`; nothing is started.
     """
     from raypp.bundle.manifest import bundle_location
@@ -84,10 +84,10 @@ def serve(
 
     config = build_serve_config(bundle_location(bundle), host=host, port=port, tokens=token_file, attack=with_attacks)
     if output is None:
-        _serve_until_interrupted(config, haproxy)
-    elif haproxy:
+        _serve_until_interrupted(config, not no_haproxy)
+    elif no_haproxy:
         raise ConfigError(
-            "--haproxy has no effect on `serve deploy`: the environment of the cluster's `ray start` decides (see "
+            "--no-haproxy has no effect on `serve deploy`: the environment of the cluster's `ray start` decides (see "
             "docs/how-to/haproxy.md); leave it out"
         )
     else:
