@@ -130,9 +130,7 @@ def nodes(zygote: Path, tmp_path: Path) -> Iterator[Nodes]:
 class RequestThread(threading.Thread):
     """Sends protected images to one node, one after the other, and checks every answer against its own image."""
 
-    def __init__(
-        self, node: int, token: str, images: np.ndarray, classes: list[int], versions: dict[str, str]
-    ) -> None:
+    def __init__(self, node: int, token: str, images: np.ndarray, classes: list[int], versions: dict[str, str]) -> None:
         super().__init__(daemon=True)
         self.url, self.images, self.classes = f"http://{address(node)}:8000", images, classes
         self.versions = list(versions.items())
@@ -152,9 +150,7 @@ class RequestThread(threading.Thread):
                 headers = self.headers | {"Raypp-Protection": protection}
                 began = time.monotonic()
                 try:
-                    answer = client.post(
-                        f"{self.url}/classifier/v1/classify", content=body.getvalue(), headers=headers
-                    )
+                    answer = client.post(f"{self.url}/classifier/v1/classify", content=body.getvalue(), headers=headers)
                     outcome = str(answer.status_code)
                     right = self.classes[number], version
                     if outcome == "200" and (answer.json()["images"][0]["index"], answer.json()["model"]) != right:
@@ -182,7 +178,7 @@ def test_a_node_that_dies_costs_the_requests_on_their_way_to_it(nodes: Nodes, tr
     versions = {model.protection: model.version for model in (load_model(first.location), load_model(second.location))}
     main(["serve", str(repository), "--host", "0.0.0.0", "--token-file", tokens, "--output", str(config)])
     written = yaml.safe_load(config.read_text())
-    # As serve_config.yaml shows it: Serve's controller, at which no raypp need be, gets the policy from the application.
+    # As serve_config.yaml shows it: the controller gets the policy from the application, and needs no raypp.
     policy = {"policy_function": "raypp.serve.scaling:scale_by_images"}
     autoscaling = {"min_replicas": 2, "max_replicas": 2, "policy": policy}
     written["applications"][0]["deployments"] = [
