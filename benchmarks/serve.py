@@ -50,7 +50,6 @@ SMALL_CLIENTS = (1, 8, 64)
 LARGE_IMAGES, LARGE_CLIENTS = (32, 128), 4
 PROXIES = {"haproxy": "raypp serve", "own": "raypp serve --no-haproxy"}
 LITSERVE, NAIVE = "LitServe", "naive"
-BATCH = 64  # LitServe's largest
 
 
 # The other servers
@@ -78,39 +77,6 @@ def naive(bundle: str, port: int) -> None:
         }
 
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
-
-
-def litserve(bundle: str, port: int) -> None:
-    """Serve a bundle with LitServe: a process for HTTP and one for the model."""
-    import litserve as ls
-
-    class Api(ls.LitAPI):  # type: ignore[misc]
-        def setup(self, device: str) -> None:
-            torch.set_num_threads(1)
-            self.private = load_private(bundle)
-            self.classifier = fused(bundle)
-
-        def decode_request(self, request: dict[str, str]) -> np.ndarray:
-            return np.load(io.BytesIO(base64.b64decode(request["image"])))
-
-        def batch(self, inputs: list[np.ndarray]) -> torch.Tensor:
-            return torch.from_numpy(np.concatenate(inputs)).permute(0, 3, 1, 2)
-
-        def predict(self, images: torch.Tensor) -> list[Any]:
-            with torch.inference_mode():
-                top = torch.softmax(self.classifier(images.float() / 255), dim=1).topk(5, dim=1)
-            return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-
-        def unbatch(self, output: list[Any]) -> list[Any]:
-            return output
-
-        def encode_response(self, output: tuple[list[int], list[float]]) -> dict[str, Any]:
-            classes = self.private.classes
-            return {"top": [{"class": classes[k], "probability": p} for k, p in zip(*output, strict=True)]}
-
-    api = Api(max_batch_size=BATCH, batch_timeout=0.0, api_path="/classify")
-    server = ls.LitServer(api, accelerator="cpu", workers_per_device=1)
-    server.run(host="127.0.0.1", port=port, log_level="warning", generate_client_file=False)
 
 
 def fused(bundle: str) -> torch.nn.Module:
@@ -232,8 +198,13 @@ def served(bundle: str, port: int, *, haproxy: bool) -> Iterator[Target]:
 
 @contextmanager
 def other_server(kind: str, bundle: str, port: int) -> Iterator[Target]:
-    """The server of a function of this file."""
-    process = subprocess.Popen([sys.executable, __file__, bundle, f"--{kind}", str(port)], start_new_session=True)
+    """The naive server, or LitServe."""
+    script = (
+        [str(Path(__file__).with_name("litserve_server.py")), bundle]
+        if kind == "litserve"
+        else [__file__, bundle, "--naive"]
+    )
+    process = subprocess.Popen([sys.executable, *script, str(port)], start_new_session=True)
     try:
         _wait(f"http://127.0.0.1:{port}/docs", process)
         yield Target(f"http://127.0.0.1:{port}/classify", JSON if kind == "litserve" else NPY)
@@ -331,7 +302,6 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--naive", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--litserve", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -339,9 +309,6 @@ def main() -> None:
     given = parse()
     if given.naive is not None:
         naive(given.bundle, given.naive)
-        return
-    if given.litserve is not None:
-        litserve(given.bundle, given.litserve)
         return
     start = machine()
     print(describe(start) + "\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from types import ModuleType
 
 from raypp.serve.loaded_model import LoadedModel
@@ -32,8 +32,8 @@ class ReplicaMetrics:
         self._bundle_tags: dict[str, str] = {}
         self._counts: Counter[tuple[str, str]] = Counter()
         self._image_counts: Counter[tuple[str, str]] = Counter()
-        self._durations: list[tuple[str, float]] = []
-        self._batch_sizes: list[int] = []
+        self._durations: deque[tuple[str, float]] = deque()
+        self._batch_sizes: deque[int] = deque()
 
     def count_request(self, route: str, status: int, num_images: int, seconds: float) -> None:
         key = route, str(status)
@@ -52,12 +52,11 @@ class ReplicaMetrics:
                 if number:
                     metric.inc(number, {"route": route, "status": status})
             counts.clear()
-        durations, self._durations = self._durations, []
-        for route, seconds in durations:
+        while self._durations:
+            route, seconds = self._durations.popleft()
             self._duration.observe(seconds, {"route": route})
-        sizes, self._batch_sizes = self._batch_sizes, []
-        for size in sizes:
-            self._batch.observe(size)
+        while self._batch_sizes:
+            self._batch.observe(self._batch_sizes.popleft())
         if num_waiting is not None:
             self._waiting.set(num_waiting)
         self._export_bundle({"bundle": model.name, "version": model.version})
