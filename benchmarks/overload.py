@@ -15,7 +15,7 @@ import itertools
 import json
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 import torch
 from _common import describe, finish, machine, show_table
-from serve import Connections, free_port, npy, served
+from serve import Connections, Target, free_port, npy, served
 
 from raypp.bundle.load import load_private
 
@@ -79,10 +79,10 @@ async def ask(connections: Connections, query: Query, asked: Asked) -> None:
         asked.refused.append(1000 * (time.perf_counter() - began))
 
 
-async def capacity(url: str, queries: list[Query], seconds: float) -> float:
+async def capacity(target: Target, queries: list[Query], seconds: float) -> float:
     """Requests per second that clients, each waiting for its answer, get answered."""
     asked = Asked()
-    connections = Connections(url)
+    connections = Connections(target)
     began = time.perf_counter()
 
     async def one(number: int) -> None:
@@ -98,12 +98,12 @@ async def capacity(url: str, queries: list[Query], seconds: float) -> float:
     return asked.statuses[200] / took
 
 
-async def overload(url: str, queries: list[Query], rate: float, seconds: float, asked: Asked) -> int:
+async def overload(target: Target, queries: list[Query], rate: float, seconds: float, asked: Asked) -> int:
     """Send requests at a rate until all of them are answered; return how many there were."""
     sent = 0
     began = time.perf_counter()
     tasks: set[asyncio.Task[None]] = set()
-    connections = Connections(url)
+    connections = Connections(target)
     while (now := time.perf_counter() - began) < seconds:
         while sent < now * rate and len(tasks) < MOST_OPEN:
             task = asyncio.create_task(ask(connections, queries[sent % NUM_BODIES], asked))
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--factor", type=float, default=4.0, help="times the capacity")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--loads", type=int, default=3, help="how often, with a pause of five seconds behind each")
-    parser.add_argument("--haproxy", action="store_true", help="behind Ray's HAProxy, as in production")
+    parser.add_argument("--no-haproxy", action="store_true", help="behind Serve's own proxy")
     parser.add_argument("--json", type=Path, help="write the results here")
     given = parser.parse_args()
     start = machine()
@@ -158,8 +158,9 @@ def main() -> None:
     queries = [Query(npy(sample[places].permute(0, 2, 3, 1).numpy()), shares[places]) for places in drawn]
     unlike = [np.abs(a.expected - b.expected).max() > 2 * TOLERANCE for i, a in enumerate(queries) for b in queries[:i]]
     print(f"a mix-up of two of the bodies would be seen in {np.mean(unlike):.1%} of cases\n")
-    with served(given.bundle, free_port(), haproxy=given.haproxy) as url:
-        results = asyncio.run(_run(f"{url}?top={shares.shape[1]}", queries, given.factor, given.seconds, given.loads))
+    with served(given.bundle, free_port(), haproxy=not given.no_haproxy) as target:
+        target = replace(target, url=f"{target.url}?top={shares.shape[1]}")
+        results = asyncio.run(_run(target, queries, given.factor, given.seconds, given.loads))
     asked, memory = results.pop("asked"), results["memory_mib"]
     show_table(
         f"{given.factor:g} times the capacity of {results['capacity_per_s']:,.0f} requests/s for {given.seconds:g} s, "
@@ -198,16 +199,16 @@ def main() -> None:
         raise SystemExit("requests were lost, mixed up or answered otherwise than documented")
 
 
-async def _run(url: str, queries: list[Query], factor: float, seconds: float, loads: int) -> dict[str, Any]:
-    await capacity(url, queries, 5.0)  # warm up
-    able = await capacity(url, queries, 10.0)
+async def _run(target: Target, queries: list[Query], factor: float, seconds: float, loads: int) -> dict[str, Any]:
+    await capacity(target, queries, 5.0)  # warm up
+    able = await capacity(target, queries, 10.0)
     samples: list[dict[str, float]] = []
     stop = asyncio.Event()
     watching = asyncio.create_task(watch(samples, stop))
     await asyncio.sleep(3)
     starts, asked, sent = [len(samples)], Asked(), 0
     for _ in range(loads):
-        sent += await overload(url, queries, factor * able, seconds, asked)
+        sent += await overload(target, queries, factor * able, seconds, asked)
         await asyncio.sleep(5)
         starts.append(len(samples))
     stop.set()

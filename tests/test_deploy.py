@@ -302,6 +302,25 @@ def test_the_shipped_configuration_needs_no_editing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_shown_autoscaling_is_the_default() -> None:
+    """It replaces the default, so all of it must be there, the policy too."""
+    from raypp.serve.deployments import ClassifierDeployment
+
+    lines = (ROOT / "serve_config.yaml").read_text().splitlines()
+    begin = next(i for i, line in enumerate(lines) if line == "    # deployments:")
+    end = next(i for i in range(begin, len(lines)) if not lines[i].startswith("    #"))
+    shown = [line.replace("    # ", "    ", 1) for line in lines[begin:end]]
+    config = yaml.safe_load("\n".join([*lines[:begin], *shown, *lines[end:]]))
+    check_deployable(config)
+    (options,) = config["applications"][0]["deployments"]
+    default = ClassifierDeployment._deployment_config.autoscaling_config
+    policy = options["autoscaling_config"].pop("policy")["policy_function"]
+    assert policy.replace(":", ".") == default.policy.policy_function
+    assert options["autoscaling_config"] == {key: getattr(default, key) for key in options["autoscaling_config"]}
+    assert options["num_replicas"] == "auto"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [

@@ -45,7 +45,11 @@ class PlainImageDetector:
 
     def scores(self, images: Tensor) -> Tensor:
         """Scores float64 (N,) of images uint8 (N, C, H, W)."""
-        return self._score_statistics(statistics(images))
+        return torch.cat([self.score_part(part) for part in split_parts(images)])
+
+    def score_part(self, images: Tensor) -> Tensor:
+        """Scores as of :meth:`scores`, of one part of :func:`split_parts`."""
+        return self._score_statistics(_statistics(images))
 
     def _score_statistics(self, values: Tensor) -> Tensor:
         zscores = _standardize(values, self.mean.to(values.device), self.scale.to(values.device))
@@ -122,15 +126,16 @@ def _refusal_rate(detector: PlainImageDetector, images: Tensor) -> dict[str, Any
 
 
 def statistics(images: Tensor) -> Tensor:
-    """Statistics float64 (N, K) of images uint8 (N, C, H, W) of any size, ``PART_VALUES`` values at a time.
+    """Statistics float64 (N, K) of images uint8 (N, C, H, W) of any size.
 
     Per channel: the histogram, mean and deviation, the share of extreme values, and the mean absolute difference of
     pixels one, two and four apart. Across channels: the mean absolute difference.
     """
-    return torch.cat([_statistics(batch) for batch in _split(images)])
+    return torch.cat([_statistics(part) for part in split_parts(images)])
 
 
-def _split(images: Tensor) -> tuple[Tensor, ...]:
+def split_parts(images: Tensor) -> tuple[Tensor, ...]:
+    """Split images (N, C, H, W) into parts of at most ``PART_VALUES`` values, or of one image."""
     batches: tuple[Tensor, ...] = images.split(max(1, PART_VALUES // max(1, images.shape[1:].numel())))
     return batches
 
@@ -159,7 +164,7 @@ def _statistics(images: Tensor) -> Tensor:
 
 def _statistics_of_variants(plain: Tensor) -> Tensor:
     """Statistics (4N, K) of plain images and their variants, see :func:`_variants`."""
-    batches = [[_statistics(variant) for variant in _variants(batch)] for batch in _split(plain)]
+    batches = [[_statistics(variant) for variant in _variants(batch)] for batch in split_parts(plain)]
     return torch.cat([torch.cat(variants) for variants in zip(*batches, strict=True)])
 
 

@@ -64,7 +64,7 @@ def serve(
     port: int = 8000,
     token_file: str | None = None,
     with_attacks: bool = False,
-    haproxy: bool = False,
+    no_haproxy: bool = False,
     num_gpus: float = 0,
     output: Path | None = None,
     quiet: bool = False,
@@ -78,7 +78,7 @@ def serve(
         port: Port to listen on.
         token_file: Token file (see `raypp token`): every request then needs a token.
         with_attacks: Also serve the attacks on the bundle, to everyone who can reach the service.
-        haproxy: Use Ray's HAProxy instead of Ray's proxy: more than twice as many one-image requests per second.
+        no_haproxy: Use Serve's own proxy; by default HAProxy takes the requests where Ray has it (Linux).
         num_gpus: GPUs of each replica, such as 0.25 for four replicas on one GPU; 0 computes on the CPU.
         output: File for the configuration of `serve deploy`; nothing is started.
         quiet: Print only warnings and errors.
@@ -96,10 +96,10 @@ def serve(
         print_text(Console(stderr=True), sentence, "yellow")
     console = Console(stderr=True, quiet=quiet)
     if output is None:
-        _serve_until_interrupted(config, haproxy, console)
-    elif haproxy:
+        _serve_until_interrupted(config, not no_haproxy, console)
+    elif no_haproxy:
         raise ConfigError(
-            "--haproxy has no effect on `serve deploy`: the environment of the cluster's `ray start` decides (see "
+            "--no-haproxy has no effect on `serve deploy`: the environment of the cluster's `ray start` decides (see "
             "docs/how-to/haproxy.md); leave it out"
         )
     else:

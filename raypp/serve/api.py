@@ -9,7 +9,7 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Protocol
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from fastapi import Depends, FastAPI, Header, Query, Request, Response
 from fastapi.security import HTTPBearer
+from pydantic import TypeAdapter
 from torch import Tensor
 
 import raypp
@@ -27,6 +28,7 @@ from raypp.serve import schemas
 from raypp.serve.admission import AdmissionControl, Limits, RequestError
 from raypp.serve.attack_catalog import ServedAttack, baseline_scores, summarize_scorecard
 from raypp.serve.auth import Tokens
+from raypp.serve.direct_route import DirectAPI, parse_query
 from raypp.serve.loaded_model import LoadedModel
 from raypp.serve.middleware import MODEL_HEADER, PROTECTION_HEADER, RequestObserver, add_middleware
 from raypp.serve.model_store import ModelManager
@@ -37,6 +39,10 @@ from raypp.utils.errors import RayppError
 from raypp.utils.images import Pixels, encode_png
 
 HEADER_DESCRIPTION = "Protection of the images: the ETag of /v1/protection without its quotes."
+CLASSIFY = "/v1/classify"
+DEFAULT_TOP = 5
+Top = Annotated[int, Query(ge=1, le=1000, description="Classes to return for each image.")]
+TOP: TypeAdapter[int] = TypeAdapter(Top)
 RequestedProtection = Annotated[str | None, Header(alias=PROTECTION_HEADER, description=HEADER_DESCRIPTION)]
 
 
@@ -72,10 +78,17 @@ class AttackService(Service, Protocol):
 def classifier_api(service: Callable[[], ClassifierService], observe: RequestObserver | None = None) -> FastAPI:
     """The classifier's API; each request calls ``service``, since a replica creates it after the application."""
     description = "Classifies protected images. Plain images never reach it."
-    api = create_api("raypp classifier", description, service, "classify", observe)
+    api, check_request = create_api("raypp classifier", description, service, "classify", observe)
     routes = _ClassifierRoutes(service)
     responses = json_responses(schemas.Classification) | schemas.UPLOAD_PROBLEMS
-    api.post("/v1/classify", openapi_extra=image_body("image"), responses=responses)(routes.classify)
+    api.post(CLASSIFY, openapi_extra=image_body("image"), responses=responses)(routes.classify)
+
+    async def classify(request: Request) -> Response:
+        await check_request(request)
+        top = parse_query(request, "top", TOP, DEFAULT_TOP)
+        return await routes.classify(request, request.headers.get(PROTECTION_HEADER), top)
+
+    api.set_direct_route(CLASSIFY, classify, observe)
     api.get("/v1/protection", responses=binary_responses(ZIP), response_class=Response)(routes.protection)
     api.get("/v1/model", responses=json_responses(schemas.ModelInfo))(routes.model)
     return api
@@ -84,7 +97,7 @@ def classifier_api(service: Callable[[], ClassifierService], observe: RequestObs
 def attack_api(service: Callable[[], AttackService], observe: RequestObserver | None = None) -> FastAPI:
     """The attack service's API; see :func:`classifier_api`."""
     description = "Reconstructs plain images from protected ones, as an attacker would."
-    api = create_api("raypp attacks", description, service, "attack", observe)
+    api, _ = create_api("raypp attacks", description, service, "attack", observe)
     routes = _AttackRoutes(service)
     api.get("/v1", responses=json_responses(schemas.AttackList))(routes.listing)
     responses = json_responses(schemas.Reconstructions, PNG) | schemas.ATTACK_PROBLEMS
@@ -94,8 +107,12 @@ def attack_api(service: Callable[[], AttackService], observe: RequestObserver | 
 
 def create_api(
     title: str, description: str, service: Callable[[], Service], scope: str, observe: RequestObserver | None
-) -> FastAPI:
-    """Create an application that checks tokens for ``scope`` and refuses unsupported headers and parameters."""
+) -> tuple[DirectAPI, Callable[[Request], Awaitable[None]]]:
+    """Create an application that checks tokens for ``scope`` and refuses unsupported headers and parameters.
+
+    Returns:
+        the application, and its check of a request, which a direct route calls itself.
+    """
     bearer = HTTPBearer(auto_error=False, description="Needed if the service was started with a token file.")
 
     async def check_request(request: Request) -> None:
@@ -109,7 +126,7 @@ def create_api(
         media_types = list(route.responses[200]["content"])
         request.state.media_type = negotiate(request.headers.getlist("accept"), media_types)
 
-    api = FastAPI(
+    api = DirectAPI(
         title=title, version=raypp.__version__, description=f"{description} {schemas.OTHER_PATHS}",
         docs_url="/docs", redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
@@ -117,7 +134,7 @@ def create_api(
         dependencies=[Depends(check_request), Depends(bearer)],  # the latter only documents the token
     )  # fmt: skip
     add_middleware(api, observe)
-    return api
+    return api, check_request
 
 
 @dataclass
@@ -128,7 +145,7 @@ class _ClassifierRoutes:
         self,
         request: Request,
         protection: RequestedProtection = None,
-        top: Annotated[int, Query(ge=1, le=1000, description="Classes to return for each image.")] = 5,
+        top: Top = DEFAULT_TOP,
     ) -> Response:
         """Classify one protected image or a batch.
 
@@ -312,8 +329,8 @@ async def require_model(service: Service, protection: str | None) -> LoadedModel
 
 def refuse_plain_images(protected: Tensor) -> None:
     """Raise RequestError (422) unless every image looks protected, bool (N,)."""
-    indices = (~protected).nonzero().flatten().tolist()
-    if indices:
+    if not bool(protected.all()):
+        indices = (~protected).nonzero().flatten().tolist()
         raise RequestError(
             422, "not-protected",
             f"image {indices[0] + 1} of {len(protected)} does not look protected, and the service stored nothing of "

@@ -7,7 +7,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ import torch
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
-from ray.serve import Application, Deployment
-from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve import Application, Deployment, metrics
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 from ray.serve.exceptions import RayServeException
-from ray.serve.metrics import Counter, Histogram
 from torch import Tensor
 
 import raypp
@@ -30,8 +28,11 @@ from raypp.serve.attack_catalog import ServedAttack, load_attacks
 from raypp.serve.auth import TokenFile, Tokens
 from raypp.serve.batching import DynamicBatcher
 from raypp.serve.index import Server
-from raypp.serve.loaded_model import LoadedModel, classify
+from raypp.serve.inference_thread import InferenceThread
+from raypp.serve.loaded_model import Inference, LoadedModel, classify
 from raypp.serve.model_store import ModelManager
+from raypp.serve.monitoring import EXPORT_SECONDS, ReplicaMetrics
+from raypp.serve.scaling import BUSY, MAX_WAITING, WAITING_IMAGES, scale_by_images
 from raypp.utils.errors import ConfigError, RayppError, first_line
 from raypp.utils.network import is_loopback
 from raypp.utils.paths import resolve_path
@@ -41,9 +42,9 @@ MIN_POLL_INTERVAL_S = 0.5  # between two polls that requests cause
 # Python switches threads every 5 ms by default. The inference thread needs the interpreter after every operation, and
 # the thread that reads requests would delay it by that time.
 SWITCH_INTERVAL_S = 0.0002
+TOKEN_SECONDS = 0.1  # between two looks at the token file
 STATUS_SECONDS = 2.0  # lifetime of the cached list of running applications
 HANG_FACTOR = 4  # a computation longer than this many request timeouts is considered hung
-LATENCY_BOUNDARIES_MS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000]
 
 
 class DeploymentConfig(BaseModel):
@@ -70,7 +71,9 @@ class DeploymentConfig(BaseModel):
 
 
 class _Replica:
-    """A replica of either service: the active model, an inference thread and a polling task."""
+    """A replica of either service: the active model, an inference thread, a polling task and an exporting task."""
+
+    waiting: AdmissionControl | None = None  # of the classifier
 
     def __init__(self, config: DeploymentConfig, prepare: Callable[[LoadedModel], Any] | None = None) -> None:
         _log_as_serve()
@@ -85,23 +88,25 @@ class _Replica:
                 "(see raypp token), or http_options.host to 127.0.0.1"
             )
         self._tokens = TokenFile(config.tokens) if config.tokens is not None else None
+        self._valid_tokens: Tokens | None = None
+        self._token_expiry = 0.0  # monotonic seconds
         self.live = ModelManager(config.bundle, prepare)
         model = self.live.active
         logger.warning("serving bundle %s, version %s", model.location, model.version)
         if model.guard is None:
             logger.warning("bundle %s has no guard: plain images are not refused", model.version)
-        self._inference_thread = ThreadPoolExecutor(1, "raypp-compute")
-        self._computation_start: float | None = None
-        self._polling: asyncio.Task[None] | None = None
+        self._inference = InferenceThread()
+        self._tasks: list[asyncio.Task[None]] = []
         self._refresh: asyncio.Future[bool] | None = None
-        tags = ("route", "status")
-        self._requests = Counter("raypp_requests_total", "Requests answered.", tags)
-        self._images = Counter("raypp_images_total", "Images of answered requests.", tags)
-        self._latency = Histogram("raypp_request_ms", "Time to answer.", LATENCY_BOUNDARIES_MS, ("route",))
+        self.metrics = ReplicaMetrics(metrics)
 
     async def tokens(self) -> Tokens | None:
-        # In a thread: the file may be on network storage, and reading it would block all requests.
-        return await asyncio.to_thread(self._tokens.current) if self._tokens is not None else None
+        # In a thread: the file may be on network storage, and reading it would block all requests. Not for each
+        # request: a change of threads takes longer than the check of a token.
+        if self._tokens is not None and time.monotonic() > self._token_expiry:
+            self._valid_tokens = await asyncio.to_thread(self._tokens.current)
+            self._token_expiry = time.monotonic() + TOKEN_SECONDS
+        return self._valid_tokens
 
     async def find_model(self, protection: str | None) -> LoadedModel | None:
         model = self.live.get(protection)
@@ -118,24 +123,9 @@ class _Replica:
             self._refresh = asyncio.ensure_future(asyncio.to_thread(self.live.refresh))
         return await asyncio.shield(self._refresh)
 
-    def observe(self, route: str, status: int, num_images: int, seconds: float) -> None:
-        tags = {"route": route, "status": str(status)}
-        self._requests.inc(1, tags)
-        if num_images:
-            self._images.inc(num_images, tags)
-        self._latency.observe(1000 * seconds, {"route": route})
-
     async def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function in the inference thread; the event loop stays free."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._inference_thread, self._timed, function, *arguments)
-
-    def _timed(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        self._computation_start = time.monotonic()
-        try:
-            return function(*arguments)
-        finally:
-            self._computation_start = None
+        """Call a function in the inference thread."""
+        return await self._inference.run(function, *arguments)
 
     async def _poll(self) -> None:
         while True:
@@ -146,15 +136,19 @@ class _Replica:
             elif self.live.rejected is not None and self.live.rejected != before:
                 logger.error("version %(version)s is rejected: %(reason)s", self.live.rejected)
 
+    async def _export(self) -> None:
+        while True:
+            self.metrics.export(self.live.active, None if self.waiting is None else self.waiting.num_images)
+            await asyncio.sleep(EXPORT_SECONDS)
+
     async def check_health(self) -> None:
-        if self._polling is None:  # Serve calls this method in the event loop before the first request
-            self._polling = asyncio.create_task(self._poll())
+        if not self._tasks:  # Serve calls this method in the event loop before the first request
+            self._tasks = [asyncio.create_task(self._poll()), asyncio.create_task(self._export())]
         # Not in the inference thread: it would wait behind slow attacks until Serve kills the replica.
         problem = await asyncio.to_thread(self.live.active.private.problem)
         if problem is not None:
             raise RuntimeError(f"the classifier fails its self-check: {problem}")
-        start = self._computation_start
-        if start is not None and (seconds := time.monotonic() - start) > HANG_FACTOR * self.limits.seconds:
+        if (seconds := self._inference.seconds_running()) > HANG_FACTOR * self.limits.seconds:
             raise RuntimeError(f"one computation has taken {seconds:.0f} s")
 
 
@@ -170,7 +164,7 @@ def _replica() -> Any:
 
 
 def _observe(route: str, status: int, num_images: int, seconds: float) -> None:
-    _replica().observe(route, status, num_images, seconds)
+    _replica().metrics.count_request(route, status, num_images, seconds)
 
 
 def _classifier_app() -> Server:
@@ -203,7 +197,13 @@ class RunningApplications:
     max_ongoing_requests=128,
     max_queued_requests=256,
     backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
-    autoscaling_config=AutoscalingConfig(min_replicas=1, max_replicas=8, target_ongoing_requests=48),
+    autoscaling_config=AutoscalingConfig(
+        min_replicas=1,
+        max_replicas=8,
+        target_ongoing_requests=48,
+        upscale_delay_s=10,
+        policy=AutoscalingPolicy(policy_function=scale_by_images),
+    ),
     ray_actor_options={"num_cpus": 1},
     health_check_period_s=5,
     health_check_timeout_s=30,
@@ -215,8 +215,17 @@ class ClassifierDeployment(_Replica):
 
     def __init__(self, config: DeploymentConfig) -> None:
         super().__init__(config)
-        self.waiting = AdmissionControl(self.limits.waiting)
-        self._batcher = DynamicBatcher(self.compute, classify, config.max_images)
+        self.waiting: AdmissionControl = AdmissionControl(self.limits.waiting)
+        self._batcher = DynamicBatcher(self.compute, self._classify, config.max_images)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """The statistics of :func:`raypp.serve.scaling.scale_by_images`; Serve calls this every few seconds."""
+        waiting, limit, busy = self.waiting.num_images, self.waiting.max_images, self._inference.busy_share()
+        return {WAITING_IMAGES: waiting, MAX_WAITING: limit, BUSY: busy}
+
+    def _classify(self, jobs: list[Inference]) -> list[tuple[Tensor, Tensor]]:
+        self.metrics.count_batch(sum(len(images) for _, images in jobs))
+        return classify(jobs)
 
     async def predict(self, model: LoadedModel, images: Tensor) -> tuple[Tensor, Tensor]:
         return await self._batcher.submit((model, images))

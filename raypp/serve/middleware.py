@@ -119,9 +119,8 @@ def add_middleware(api: FastAPI, observe: RequestObserver | None) -> None:
     @api.exception_handler(RequestValidationError)
     async def invalid_parameter(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        reason = f"{first['msg'][0].lower()}{first['msg'][1:]}"
-        detail = f"{first['loc'][0]} parameter {first['loc'][-1]} is {quote(str(first['input']))}: {reason}"
-        return problem_response(request, RequestError(422, "bad-parameter", detail))
+        where, *_, name = first["loc"]
+        return problem_response(request, parameter_error(where, name, str(first["input"]), first["msg"]))
 
     @api.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -139,6 +138,12 @@ def add_middleware(api: FastAPI, observe: RequestObserver | None) -> None:
             headers["Allow"] = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
             detail = f"{quote(request.method)} is not supported at {quote(path)}; allowed: {headers['Allow']}"
         return problem_response(request, RequestError(error.status_code, code, detail, headers))
+
+
+def parameter_error(where: str, name: str, value: str, reason: str) -> RequestError:
+    """The refusal of a parameter in the query, the path or a header, for pydantic's reason."""
+    detail = f"{where} parameter {name} is {quote(value)}: {reason[0].lower()}{reason[1:]}"
+    return RequestError(422, "bad-parameter", detail)
 
 
 def problem_response(request: Request, error: RequestError) -> Response:

@@ -85,18 +85,28 @@ class ModelManager:
         self._retry: tuple[ModelRef, float] | None = None  # the failed version, and the time to try it again
         self._lock = threading.Lock()
         ref = resolve_model(location)
+        # Every replica, also one that starts later, answers for images of the previous protection.
+        previous = self._load_previous(ref)
         try:
-            self._models = [self._load(ref.location)]
+            self._models = [*previous, self._load(ref.location)]
         except Exception as error:  # the loader of a damaged bundle can raise anything
-            if not ref.previous:
+            if not previous:
                 raise
-            # A replica that starts with a damaged version uses the previous one.
-            self._models = [self._load(Storage(location).folder(f"versions/{ref.previous}").uri)]
+            self._models = previous
             self._reject(ref, error)
 
     def _load(self, location: str) -> LoadedModel:
         model = load_model(location, attacks=self.prepare is not None)
         return model if self.prepare is None else replace(model, attachment=self.prepare(model))
+
+    def _load_previous(self, ref: ModelRef) -> list[LoadedModel]:
+        """The version before the active one; none if there is no such version or it does not load."""
+        if ref.previous is None or ref.previous == ref.version:
+            return []
+        try:
+            return [self._load(Storage(self.location).folder(f"versions/{ref.previous}").uri)]
+        except Exception:  # the loader of a damaged bundle can raise anything
+            return []
 
     def _reject(self, ref: ModelRef, error: Exception) -> None:
         # After an error of the storage the next poll tries again, since an outage may be short.

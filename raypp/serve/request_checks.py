@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from fastapi import Request
 from starlette.datastructures import Headers
@@ -15,6 +16,14 @@ UNIQUE_HEADERS = ("Authorization", "Content-Type", "Content-Range", "Expect", "R
 """Two of these would contradict each other."""
 DIGEST_HEADERS = ("Content-Digest", "Repr-Digest", "Digest", "Content-MD5")
 """A client that sends one expects the service to detect damage of the body."""
+UNUSUAL_HEADERS = {
+    name.lower().encode()
+    for name in (
+        "Transfer-Encoding", "Expect", "Content-Encoding", "Content-Range", *DIGEST_HEADERS, "If-Match",
+        "If-None-Match",
+    )
+}  # fmt: skip
+"""A request for a route with a body passes all checks if it has none of these and no header twice."""
 MEDIA_RANGE = re.compile(r"([^\s/;,]+)/([^\s/;,]+)")
 QUALITY = re.compile(r"q\s*=\s*(\d+(?:\.\d*)?|\.\d+)", re.IGNORECASE)
 ENTITY_TAG = re.compile(r'(W/)?("[^"]*")')
@@ -34,6 +43,9 @@ def check_headers(headers: Headers, *, reads_body: bool, has_etag: bool) -> None
         reads_body: whether the route reads a body.
         has_etag: whether the response has an ETag; the route then checks conditions itself.
     """
+    names = [name for name, _ in headers.raw]
+    if reads_body and UNUSUAL_HEADERS.isdisjoint(names) and len(set(names)) == len(names):
+        return  # most requests: each check below reads all headers
     for name in UNIQUE_HEADERS:
         if len(headers.getlist(name)) > 1:
             raise RequestError(400, "header-twice", f"the header {name} is sent twice; allowed is once")
@@ -88,8 +100,11 @@ def negotiate(accept: Sequence[str], available: Sequence[str]) -> str:
         available: media types in the service's order of preference.
     """
     text = ",".join(accept)
-    if not text.strip(" ,"):
-        return available[0]
+    return _choose_media_type(text, tuple(available)) if text.strip(" ,") else available[0]
+
+
+@lru_cache(maxsize=64)  # clients send few different headers
+def _choose_media_type(text: str, available: tuple[str, ...]) -> str:
     ranges = _media_ranges(text)
     candidates: list[tuple[float, int, str]] = []
     for media_type in available:

@@ -23,7 +23,7 @@ from raypp.client.http import Client
 from raypp.client.session import RemoteError
 from raypp.serve.attack_catalog import load_attacks
 from raypp.serve.auth import Tokens
-from raypp.serve.haproxy import ray_settings
+from raypp.serve.haproxy import is_installed, ray_settings
 from raypp.serve.model_store import ModelRef, publishing, resolve_model
 from raypp.utils.errors import (
     BundleError,
@@ -46,7 +46,7 @@ ATTACK: dict[str, Any] = {
     "args": {"max_images": 32},
 }
 """The application that ``--with-attacks`` adds; the shipped file has the same lines behind a #."""
-HAPROXY_HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")
+HAPROXY_HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")  # it calls the replicas of its node at localhost
 ANSWER_SECONDS = 10.0  # timeout of a service during a publication
 SWITCH_SECONDS = 120.0  # within which a service must have loaded a published bundle
 POLL_SECONDS = 0.5
@@ -103,21 +103,28 @@ def build_serve_config(
 
 
 @contextmanager
-def running_server(config: dict[str, Any], *, haproxy: bool = False) -> Iterator[str]:
+def running_server(config: dict[str, Any], *, haproxy: bool = True) -> Iterator[str]:
     """Run a configuration on a local Ray, or on the cluster in RAY_ADDRESS; yields the URL.
 
-    With ``haproxy``, HAProxy takes the requests, see :mod:`raypp.serve.haproxy`.
+    On a local Ray, HAProxy takes the requests if it is installed and reaches the replicas at ``host``. On a cluster
+    the environment of ``ray start`` decides.
+
+    Args:
+        haproxy: False for Serve's own proxy.
 
     Raises:
-        ConfigError: the port is in use, Ray does not start, or ``haproxy`` is not possible here.
+        ConfigError: the port is in use, Ray does not start, or ``haproxy`` is False on a cluster.
         RayppError: a service does not start.
     """
     host, port = config["http_options"]["host"], config["http_options"]["port"]
-    if haproxy and host not in HAPROXY_HOSTS:
-        raise ConfigError(
-            f"--haproxy reaches replicas at localhost, where none listens with --host {host}; allowed are 127.0.0.1 "
-            "and 0.0.0.0"
-        )
+    if os.environ.get("RAY_ADDRESS"):
+        if not haproxy:
+            raise ConfigError(
+                "--no-haproxy is for a Ray that this command starts, and RAY_ADDRESS names a cluster; the environment "
+                "of the cluster's `ray start` decides (see docs/how-to/haproxy.md)"
+            )
+        haproxy = False
+    haproxy = haproxy and uses_haproxy(host)
     from raypp.cluster.session import ray_session
 
     with (
@@ -138,6 +145,11 @@ def running_server(config: dict[str, Any], *, haproxy: bool = False) -> Iterator
             # Serve stops its controller during a call, and Ray prints that the call failed.
             last.enter_context(contextlib.redirect_stdout(io.StringIO()))
             _stop_applications([application["name"] for application in config["applications"]])
+
+
+def uses_haproxy(host: str) -> bool:
+    """Whether HAProxy takes the requests of a Ray that starts here: it is installed, and finds the replicas."""
+    return host in HAPROXY_HOSTS and is_installed()
 
 
 def _start_proxy(config: dict[str, Any]) -> None:
@@ -196,11 +208,6 @@ def _stop_applications(names: list[str]) -> None:
 @contextmanager
 def _haproxy_environment() -> Iterator[None]:
     """Set the environment that Ray reads at its start, so that HAProxy takes the requests."""
-    if os.environ.get("RAY_ADDRESS"):
-        raise ConfigError(
-            "--haproxy is for a Ray that this command starts, and RAY_ADDRESS names a cluster; enable HAProxy in the "
-            "environment of the cluster's `ray start` (see docs/how-to/haproxy.md)"
-        )
     with ray_settings() as settings:
         before = {key: value for key, value in os.environ.items() if key in settings}
         os.environ |= settings

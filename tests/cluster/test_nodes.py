@@ -27,9 +27,12 @@ from conftest import Trained, wait_until
 from zygote import ProcessTree, variables
 
 from raypp.bundle.load import load_private
+from raypp.bundle.manifest import write_manifest
 from raypp.cli.main import main
 from raypp.serve.auth import add_token
 from raypp.serve.haproxy import ray_settings
+from raypp.serve.loaded_model import load_model
+from raypp.serve.model_store import publishing
 
 pytestmark = [pytest.mark.ray, pytest.mark.network_namespace]
 
@@ -127,9 +130,10 @@ def nodes(zygote: Path, tmp_path: Path) -> Iterator[Nodes]:
 class RequestThread(threading.Thread):
     """Sends protected images to one node, one after the other, and checks every answer against its own image."""
 
-    def __init__(self, node: int, token: str, images: np.ndarray, classes: list[int]) -> None:
+    def __init__(self, node: int, token: str, images: np.ndarray, classes: list[int], versions: dict[str, str]) -> None:
         super().__init__(daemon=True)
         self.url, self.images, self.classes = f"http://{address(node)}:8000", images, classes
+        self.versions = list(versions.items())
         self.headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/x-npy"}
         self.stop = threading.Event()
         self.outcomes: Counter[str] = Counter()
@@ -142,13 +146,14 @@ class RequestThread(threading.Thread):
                 number = (number + 1) % len(self.images)
                 body = io.BytesIO()
                 np.save(body, self.images[number])
+                protection, version = self.versions[number % len(self.versions)]
+                headers = self.headers | {"Raypp-Protection": protection}
                 began = time.monotonic()
                 try:
-                    answer = client.post(
-                        f"{self.url}/classifier/v1/classify", content=body.getvalue(), headers=self.headers
-                    )
+                    answer = client.post(f"{self.url}/classifier/v1/classify", content=body.getvalue(), headers=headers)
                     outcome = str(answer.status_code)
-                    if outcome == "200" and answer.json()["images"][0]["index"] != self.classes[number]:
+                    right = self.classes[number], version
+                    if outcome == "200" and (answer.json()["images"][0]["index"], answer.json()["model"]) != right:
                         outcome = "wrong"
                 except httpx.HTTPError as error:
                     outcome = type(error).__name__
@@ -158,13 +163,27 @@ class RequestThread(threading.Thread):
 
 
 def test_a_node_that_dies_costs_the_requests_on_their_way_to_it(nodes: Nodes, trained: Trained, tmp_path: Path) -> None:
+    """Before that, two replicas behind HAProxy answer for two protections, each with the fitting version."""
     token = add_token(tmp_path / "tokens.json", "test", ["classify"])
     config, tokens = tmp_path / "serve_config.yaml", str(tmp_path / "tokens.json")
-    bundle = shutil.copytree(trained.bundle, tmp_path / "bundle")
-    main(["serve", str(bundle), "--host", "0.0.0.0", "--token-file", tokens, "--output", str(config)])
+    bundle, repository = shutil.copytree(trained.bundle, tmp_path / "bundle"), tmp_path / "repository"
+    with publishing(bundle, repository) as first:
+        pass
+    public = bundle / "public" / "protection.json"
+    public.write_text(public.read_text() + "\n")  # another protection that gives the same images
+    for part in ("public", ""):
+        write_manifest(bundle / part)
+    with publishing(bundle, repository) as second:
+        pass
+    versions = {model.protection: model.version for model in (load_model(first.location), load_model(second.location))}
+    main(["serve", str(repository), "--host", "0.0.0.0", "--token-file", tokens, "--output", str(config)])
     written = yaml.safe_load(config.read_text())
-    replicas = {"name": "Classifier", "autoscaling_config": {"min_replicas": 2, "max_replicas": 2}}
-    written["applications"][0]["deployments"] = [replicas]
+    # As serve_config.yaml shows it: the controller gets the policy from the application, and needs no raypp.
+    policy = {"policy_function": "raypp.serve.scaling:scale_by_images"}
+    autoscaling = {"min_replicas": 2, "max_replicas": 2, "policy": policy}
+    written["applications"][0]["deployments"] = [
+        {"name": "Classifier", "num_replicas": "auto", "autoscaling_config": autoscaling}
+    ]
     config.write_text(yaml.safe_dump(written))
     deployed = nodes.run(0, "serve", "deploy", str(config), "--address", "http://127.0.0.1:8265")
     assert deployed.returncode == 0, deployed.stderr
@@ -189,7 +208,7 @@ def test_a_node_that_dies_costs_the_requests_on_their_way_to_it(nodes: Nodes, tr
     private = load_private(bundle)
     images = private.sample.permute(0, 2, 3, 1).numpy()
     classes = private.sample_classes.tolist()
-    threads = [RequestThread(node, token, images, classes) for node in (0, 1) for _ in range(CONNECTIONS)]
+    threads = [RequestThread(node, token, images, classes, versions) for node in (0, 1) for _ in range(CONNECTIONS)]
     for thread in threads:
         thread.start()
     time.sleep(2)

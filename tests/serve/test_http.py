@@ -684,6 +684,9 @@ def test_attacks_on_the_bundle_before_are_answered_while_one_takes_over(
     answer = client.post("/v1/feature_reconstruction", content=body, headers=headers)
     assert (answer.status_code, answer.json()["model"]) == (200, before.version)
     assert client.post("/v1/feature_reconstruction", content=body, headers=NPY).status_code == 404
+    late = Here(repository).live.get(before.protection)  # a replica that starts later answers for them too
+    assert late is not None
+    assert late.version == before.version
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ import torch
 import yaml
 from browser import chromium, write_video
 from conftest import ROOT, Cluster, Trained, free_port, tiny_flags, wait_until
+from full_bodies import BODY_IMAGES, serve_full_bodies
 from playwright.sync_api import Locator
 from services import attack_copy
 from zygote import ProcessTree, variables
@@ -461,8 +463,8 @@ def shown(picture: Locator) -> np.ndarray:
     return decode(base64.b64decode(source.partition(",")[2]), name="picture")
 
 
-def test_monitoring_counts_requests_and_images(service: Service, cluster: Cluster) -> None:
-    """On Ray's metrics endpoint, by route and status."""
+def test_monitoring_counts_requests_images_and_batches(service: Service, cluster: Cluster) -> None:
+    """On Ray's metrics endpoint, by route and status. It also names the active bundle."""
 
     def counted(name: str, **labels: str) -> float:
         text = httpx.get(f"http://127.0.0.1:{cluster.metrics_port}/metrics", timeout=30).text
@@ -474,12 +476,39 @@ def test_monitoring_counts_requests_and_images(service: Service, cluster: Cluste
     before = counted("raypp_images_total", **here)
     with service.client() as client:
         client.classify(images(3))
+        version = client.model()["version"]
     end = time.monotonic() + 60
     while counted("raypp_images_total", **here) < before + 3:
         assert time.monotonic() < end, "the images of a request are not counted"
         time.sleep(1)
     assert counted("raypp_requests_total", **here) > 0
-    assert counted("raypp_request_ms_count", route="/v1/classify") > 0
+    assert counted("raypp_request_duration_seconds_count", route="/v1/classify") > 0
+    assert counted("raypp_batch_images_count", deployment="Classifier") > 0
+    assert counted("raypp_batch_images_sum", deployment="Classifier") >= 3
+    assert counted("raypp_waiting_images", deployment="Classifier") == 0
+    assert counted("raypp_bundle_info", deployment="Classifier", version=version) >= 1
+    assert counted("raypp_bundle_info", deployment="Attack", version=version) == 1
+
+
+def test_full_bodies_start_a_second_replica_and_each_answers_for_both_protections(
+    service: Service, cluster: Cluster, trained: Trained, processes: ForkServerContext, tmp_path: Path
+) -> None:
+    """Nothing is refused: three clients keep 768 images waiting where 1,024 may; 48 requests are far away."""
+    bundles, repository = [trained.bundle, another(service, tmp_path / "newer")], tmp_path / "repository"
+    for bundle in bundles:
+        with publishing(bundle, repository):
+            pass
+    versions = {model.protection: model.version for model in map(load_model, bundles)}
+    sample = load_private(trained.bundle).sample.permute(0, 2, 3, 1).numpy()
+    full = np.resize(sample, (BODY_IMAGES, *sample.shape[1:]))
+    results = processes.SimpleQueue()
+    arguments = cluster.client, service.url, repository, full, list(versions), results
+    process = processes.Process(target=serve_full_bodies, args=arguments)
+    process.start()
+    process.join(180)
+    assert process.exitcode == 0
+    for outcomes in results.get():
+        assert set(outcomes) == {(200, protection, version) for protection, version in versions.items()}
 
 
 def test_nothing_listens_beyond_this_machine(service: Service, cluster: Cluster) -> None:
@@ -494,10 +523,10 @@ def test_nothing_listens_beyond_this_machine(service: Service, cluster: Cluster)
 
 
 def test_haproxy_takes_the_requests_and_listens_here_only(zygote: Path, trained: Trained, tmp_path: Path) -> None:
-    """On a Ray of its own. Its manager killed, HAProxy goes too, and another answers."""
+    """On a Ray of its own, without a flag. Its manager killed, HAProxy goes too, and another answers."""
     surroundings = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     port = free_port()
-    arguments = [PROGRAM, "serve", str(trained.bundle), "--haproxy", "--port", str(port)]
+    arguments = [PROGRAM, "serve", str(trained.bundle), "--port", str(port)]
     surroundings["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"] = "1"
     process = ProcessTree(zygote, arguments, surroundings | variables(zygote))
     address = f"http://127.0.0.1:{port}"
