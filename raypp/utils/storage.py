@@ -96,6 +96,19 @@ class Storage:
         parts = urlsplit(self.uri)  # the path may be followed by options, as in s3://bucket/runs?region=...
         return Storage(parts._replace(path=f"{parts.path.rstrip('/')}/{name}").geturl())
 
+    @property
+    def parent(self) -> Storage:
+        """The folder that holds this one."""
+        if self.local:
+            return Storage(self.path.parent)
+        parts = urlsplit(self.uri)
+        return Storage(parts._replace(path=parts.path.rstrip("/").rpartition("/")[0]).geturl())
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return str(self._root).rstrip("/").rpartition("/")[2]
+
     def create(self) -> None:
         """Create this folder if it is local, as object stores have no folders; raises StorageError."""
         if not self.local:
