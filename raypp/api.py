@@ -16,8 +16,8 @@ import numpy as np
 from raypp.attacks import ATTACKS
 from raypp.bundle.locate import locate_bundle
 from raypp.config.overrides import Settings, resolve_keywords
-from raypp.config.presets import Files, load_config, load_tree
-from raypp.dispatch import as_list, default_suite, import_from_ray, new_name, run_name, uses_ray
+from raypp.config.presets import Files, load_tree
+from raypp.dispatch import as_list, default_suite, import_from_ray, new_name, run_name, training_config, uses_ray
 from raypp.loaded_bundle import Bundle
 from raypp.result import Evaluation
 from raypp.results import RunResult, Scorecard, SearchResult, Table1
@@ -68,24 +68,6 @@ def train(
     run = train_config(merged, name, resume=resume, ray=ray, quiet=quiet)
     publish_bundle(run.path)
     return run
-
-
-def training_config(
-    preset: str | Path,
-    settings: Settings = (),
-    *,
-    storage: str | Path | None = None,
-    config: Files = (),
-    defaults: Settings = (),
-    **keywords: Any,
-) -> Config:
-    """Merge and validate the settings of a run, see :func:`train`; ``defaults`` override the preset only."""
-    if storage is not None:
-        keywords = {"storage": str(storage)} | keywords
-    if keywords:
-        known = load_config(preset, config, settings, defaults).model_dump(mode="json")
-        settings = resolve_keywords(settings, keywords, known)
-    return load_config(preset, config, settings, defaults)
 
 
 def train_config(

@@ -66,7 +66,7 @@ def test_the_lines_of_a_notebook(tmp_path: Path) -> None:
 
 
 def test_settings_as_keywords_dictionaries_and_words() -> None:
-    from raypp.api import training_config
+    from raypp.dispatch import training_config
 
     words = training_config("quickstart", ["train.epochs=3", "--protection.width", "4"])
     assert training_config("quickstart", {"train": {"epochs": 3}, "protection.width": 4}) == words

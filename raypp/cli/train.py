@@ -85,11 +85,11 @@ def train(
         quiet: Print only warnings and errors.
     """
     from raypp import api
-    from raypp.dispatch import run_name
+    from raypp.dispatch import run_name, training_config
     from raypp.metrics.statistics import chance_error
 
     preset, flags = preset_and_flags(preset, settings)
-    merged = api.training_config(preset, flags, storage=storage, config=config or ())
+    merged = training_config(preset, flags, storage=storage, config=config or ())
     unique_name = run_name(name, preset, merged.cluster.storage, resume=resume, what="run")
     if dry_run:
         from raypp.experiments.estimate import estimate_training
@@ -156,12 +156,12 @@ def quickstart(
         quiet: Print only warnings and errors.
     """
     from raypp import api
-    from raypp.dispatch import new_name
+    from raypp.dispatch import new_name, training_config
 
     positional, flags = without_settings(settings)
     # One worker with all cores: each further process takes ten seconds to start.
     cores = {} if os.environ.get("RAY_ADDRESS") else {"num_workers": 1, "cpus_per_worker": runtime.num_cores()}
-    merged = api.training_config("quickstart", [*positional, *flags], storage=storage, defaults={"cluster": cores})
+    merged = training_config("quickstart", [*positional, *flags], storage=storage, defaults={"cluster": cores})
     name = new_name("quickstart", storage) if name is None else name
     run = api.train_config(merged, name, ray=ray, quiet=quiet or json)
     if not json:
