@@ -120,6 +120,7 @@ class Nodes:
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(DRAIN_SECONDS),
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
         }
+        self._head_environment: dict[str, str] = {}
         self._create_network(stack)
 
     def _create_network(self, stack: ExitStack) -> None:
@@ -150,7 +151,7 @@ class Nodes:
         redis = subprocess.Popen(words, stdout=subprocess.DEVNULL, cwd=self.folder)
         stack.callback(redis.wait)
         stack.callback(redis.kill)
-        self._ray_environment["RAY_REDIS_ADDRESS"] = f"{SUBNET}.254:6380"
+        self._head_environment["RAY_REDIS_ADDRESS"] = f"{SUBNET}.254:6380"
         return True
 
     def start(self, node: int) -> str:
@@ -164,9 +165,8 @@ class Nodes:
         hidden = [f"--temp-dir={self.folder / f'n{node}'}", "--object-store-memory=100000000"]
         log = (self.folder / f"node-{node}.log").open("wb")
         command = ["ip", "netns", "exec", f"{BRIDGE}-{node}", *words, *hidden]
-        self.running[node] = subprocess.Popen(
-            command, env=self._ray_environment, stdout=log, stderr=log, start_new_session=True
-        )
+        environment = self._ray_environment | (self._head_environment if node == 1 else {})
+        self.running[node] = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         path = self.folder / f"node-{node}.log"
         wait_for(lambda: "Ray runtime started" in path.read_text(), 90, f"node {node} to start")
         return shlex.join(words)
@@ -215,7 +215,8 @@ class Session:
     def finish(self, process: subprocess.Popen[str], *, keep: str = "", last: int = 14, check: bool = True) -> str:
         output, _ = process.communicate(timeout=240)
         lines = [line for line in self.page.clean(output) if re.search(keep, line)]
-        self.page.add("\n".join(["..."] * (len(lines) > last) + lines[-last:]))
+        if lines:
+            self.page.add("\n".join(["..."] * (len(lines) > last) + lines[-last:]))
         if check and process.returncode:
             raise RuntimeError(f"exit code {process.returncode}: {output}")
         return output
@@ -248,7 +249,7 @@ def load(token_file: Path, report: Path) -> None:
     outcomes: Counter[str] = Counter()
     models: list[str] = []
     longest, images = 0.0, list(np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8))
-    with Client(URL, token=token_file.read_text(), patience=60, cache=report.with_suffix(".cache")) as client:
+    with Client(URL, token=token_file.read_text().strip(), patience=60, cache=report.with_suffix(".cache")) as client:
         while True:
             began = time.monotonic()
             try:
@@ -284,7 +285,8 @@ def show_report(page: Page, before: dict[str, Any], after: dict[str, Any]) -> No
 def start_cluster(page: Page, nodes: Nodes, redis: bool) -> None:
     page.heading("Three nodes")
     page.prose(
-        f"The head runs no tasks. Each other node has {CPUS} CPUs by Ray's count; all three share two cores. "
+        f"The head runs no tasks. Each other node has {CPUS} CPUs by Ray's count; all three share the same cores. Each "
+        "has its own `--temp-dir`, which is left out here. "
         + ("The head keeps its state in Redis (`RAY_REDIS_ADDRESS`), which runs outside the cluster." if redis else "")
     )
     with page.block():
@@ -318,7 +320,7 @@ def first_model(session: Session, folder: Path) -> None:
 
 
 def is_running(session: Session) -> bool:
-    done = session.nodes.popen(1, "serve", "status")
+    done = session.nodes.popen(1, "bash", "-c", "serve status 2> /dev/null")
     output, _ = done.communicate(timeout=60)
     applications = (yaml.safe_load(output) or {}).get("applications", {}) if done.returncode == 0 else {}
     return applications.get("classifier", {}).get("status") == "RUNNING"
