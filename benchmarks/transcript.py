@@ -323,7 +323,7 @@ def is_running(session: Session) -> bool:
     done = session.nodes.popen(1, "bash", "-c", "serve status 2> /dev/null")
     output, _ = done.communicate(timeout=60)
     applications = (yaml.safe_load(output) or {}).get("applications", {}) if done.returncode == 0 else {}
-    return applications.get("classifier", {}).get("status") == "RUNNING"
+    return bool(applications.get("classifier", {}).get("status") == "RUNNING")
 
 
 def second_model(session: Session, folder: Path, report: Path) -> None:
