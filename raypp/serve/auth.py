@@ -171,9 +171,10 @@ class TokenObject(TokenSource):
         try:
             self._tokens, self._problem = Tokens.read(self._location), None
         except ConfigError as error:
-            if str(error) != self._problem:
-                logger.error("%s; its last valid tokens stay in force", error)
-            self._problem = str(error)
+            problem = str(error)
+            if problem != self._problem:
+                logger.error("%s; its last valid tokens stay in force", problem)
+            self._problem = problem
 
 
 def _poll(reference: weakref.ref[TokenObject]) -> None:
