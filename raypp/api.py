@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raypp.attacks import ATTACKS
-from raypp.bundle.manifest import bundle_location
+from raypp.bundle.locate import locate_bundle
 from raypp.config.overrides import Settings, resolve_keywords
-from raypp.config.presets import Files, load_config, load_tree
-from raypp.dispatch import as_list, default_suite, import_from_ray, new_name, run_name, uses_ray
+from raypp.config.presets import Files, load_tree
+from raypp.dispatch import as_list, default_suite, import_from_ray, new_name, run_name, training_config, uses_ray
 from raypp.loaded_bundle import Bundle
 from raypp.result import Evaluation
 from raypp.results import RunResult, Scorecard, SearchResult, Table1
+from raypp.serve.publication import publisher
 from raypp.utils.errors import ConfigError
 from raypp.utils.signals import stop_on_signal
 from raypp.utils.storage import Storage
@@ -42,6 +43,7 @@ def train(
     resume: bool = False,
     ray: bool | None = None,
     track: str | Sequence[str] = (),
+    publish: str | Path | None = None,
     quiet: bool = False,
     **keywords: Any,
 ) -> RunResult:
@@ -56,6 +58,7 @@ def train(
         resume: continue the run ``name`` from its newest intact checkpoint.
         ray: True trains on Ray Train, False in this process; None uses Ray where more than one process trains.
         track: trackers that receive settings and metrics: ``tensorboard``, ``mlflow``, ``wandb``.
+        publish: model repository that gets the bundle at the end; checked before the start.
         quiet: print nothing but warnings.
         **keywords: settings by the last part of their key.
 
@@ -65,7 +68,10 @@ def train(
     """
     merged = training_config(preset, settings, storage=storage, config=config, **keywords)
     name = run_name(name, preset, merged.cluster.storage, resume=resume, what="run")
-    return train_config(merged, name, resume=resume, ray=ray, track=track, quiet=quiet)
+    publish_bundle = publisher(publish)
+    run = train_config(merged, name, resume=resume, ray=ray, track=track, quiet=quiet)
+    publish_bundle(run.path)
+    return run
 
 
 def training_config(
@@ -142,10 +148,10 @@ def attack(
     """Run the attacks of a suite and write a scorecard and a report.
 
     Args:
-        target: a bundle, a run, their path or URI; or a protection: a function from and to NumPy uint8 (N, H, W, C), or
-            a ``torch.nn.Module`` from and to float (N, C, H, W) in [0, 1], which the white box differentiates.
-        suite: ``quick``, ``small``, ``standard`` or the path of a YAML file; by default ``quick`` without a GPU and
-            ``small`` with one.
+        target: a bundle, a run, or a location of one (:class:`raypp.Bundle`); or a protection: a function from and to
+            NumPy uint8 (N, H, W, C), or a ``torch.nn.Module`` from and to float (N, C, H, W) in [0, 1], which the white
+            box differentiates.
+        suite: ``quick``, ``small``, ``standard`` or path of a YAML file; default: ``quick``, with a GPU ``small``.
         settings: settings of the suite (``num_queries``), of attacks (``inverse.width``) and of a bundle's images.
         attacks: names of attacks to run (:func:`list_attacks`); empty runs the whole suite.
         function: ``MODULE:NAME`` or ``FILE.py:NAME`` of a function, in place of ``target``; ``preset`` names images.
@@ -213,10 +219,10 @@ def attack_plan(
         settings = resolve_keywords(settings, keywords, known)
     if isinstance(target, Bundle | RunResult):
         target = target.path
-    location = target if isinstance(target, str | Path) else None
+    is_location = isinstance(target, str | Path)
     return make_attack_plan(
-        bundle=None if location is None else bundle_location(str(location)),
-        arrays=None if isinstance(target, str | Path) else target,
+        bundle=locate_bundle(target) if is_location else None,
+        arrays=None if is_location else target,
         function=function,
         folders=folders,
         preset=preset,
@@ -259,14 +265,14 @@ def evaluate(
     """Measure a bundle's accuracy after 8-bit rounding, and the similarity of protected to plain images.
 
     Args:
-        bundle: a bundle, a run, or their path or URI.
+        bundle: a bundle or a run, or a location of one (:class:`raypp.Bundle`).
         settings: settings of its images (``data.source.path``).
         split: ``test``, ``val`` or ``train``.
         jpeg: also measure the accuracy after JPEG compression with this quality, 1 to 100.
     """
     from raypp.evaluation.evaluate import evaluate_bundle
 
-    location = bundle_location(str(bundle if isinstance(bundle, str | Path) else bundle.path))
+    location = locate_bundle(bundle if isinstance(bundle, str | Path) else bundle.path)
     return Evaluation(evaluate_bundle(location, settings, split, jpeg), location)
 
 
@@ -319,6 +325,7 @@ def tune(
     config: Files = (),
     resume: bool = False,
     track: str | Sequence[str] = (),
+    publish: str | Path | None = None,
     quiet: bool = False,
     **keywords: Any,
 ) -> SearchResult:
@@ -328,6 +335,7 @@ def tune(
         preset: name or path of a preset with a section ``search``.
         settings: settings of the runs and, under ``search``, of the search.
         track: trackers that receive each trial's settings and metrics, see :func:`train`.
+        publish: model repository that gets the bundle of the knee at the end; checked before the start.
         **keywords: settings by the last part of their key, such as ``num_trials=8``.
     """
     from raypp.experiments.search import make_search_plan
@@ -341,11 +349,14 @@ def tune(
         settings = resolve_keywords(settings, keywords, tree | {"search": known["search"] | tree.get("search", {})})
     plan = make_search_plan(str(preset), config, settings, storage=str(storage), name=name)
     run_search = import_from_ray("raypp.cluster.tune", "run_search", "a search needs it")
-    return SearchResult(run_search(plan, resume=resume, track=as_list(track), quiet=quiet), plan.storage.uri)
+    publish_bundle = publisher(publish)
+    search = SearchResult(run_search(plan, resume=resume, track=as_list(track), quiet=quiet), plan.storage.uri)
+    publish_bundle(search.path)
+    return search
 
 
 def load(location: str | Path, key: str | Path | None = None) -> Bundle:
-    """Load a bundle from its path or URI, from its public folder, or from a run that holds one."""
+    """Load a bundle, see :class:`raypp.Bundle` for its locations."""
     return Bundle(location, key)
 
 

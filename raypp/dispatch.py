@@ -1,4 +1,4 @@
-"""Decisions that commands share: names of new runs, the default suite, and whether work runs on Ray."""
+"""Decisions that commands share: settings and names of runs, the default suite, and whether work runs on Ray."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raypp.config.overrides import Settings, resolve_keywords
+from raypp.config.presets import Files, load_config
 from raypp.utils.errors import ConfigError
 from raypp.utils.storage import Storage
 
 if TYPE_CHECKING:
-    from raypp.config.schema import Cluster
+    from raypp.config.schema import Cluster, Config
 
 
 def as_list(names: str | Sequence[str]) -> list[str]:
@@ -43,6 +45,24 @@ def run_name(name: str | None, stem: str | Path, storage: str | Path, *, resume:
     if name is None and resume:
         raise ConfigError(f"--resume needs --name, the {what} to continue")
     return new_name(stem, storage) if name is None else name
+
+
+def training_config(
+    preset: str | Path,
+    settings: Settings = (),
+    *,
+    storage: str | Path | None = None,
+    config: Files = (),
+    defaults: Settings = (),
+    **keywords: Any,
+) -> Config:
+    """Merge and validate the settings of a run, see :func:`raypp.train`; ``defaults`` override the preset only."""
+    if storage is not None:
+        keywords = {"storage": str(storage)} | keywords
+    if keywords:
+        known = load_config(preset, config, settings, defaults).model_dump(mode="json")
+        settings = resolve_keywords(settings, keywords, known)
+    return load_config(preset, config, settings, defaults)
 
 
 def uses_ray(ray: bool | None, cluster: Cluster, *, stream: bool = False) -> bool:

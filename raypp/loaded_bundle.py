@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from raypp.bundle.load import PrivateBundle, PublicBundle, load_private, load_public
-from raypp.bundle.manifest import bundle_location
+from raypp.bundle.locate import locate_bundle
 from raypp.client.offline import protect_images, read_image
 from raypp.evaluation.evaluate import evaluate_bundle
 from raypp.models.layers import logits_in_batches
@@ -29,7 +29,8 @@ class Bundle:
     """A trained protection (public part) with its classifier (private part, which the owner has).
 
     Args:
-        location: path or URI of a bundle, of its ``public`` folder, or of a run that holds a bundle.
+        location: path or URI of a bundle or its ``public`` folder, of a run, of a model repository, of a search
+            (``SEARCH#knee``, ``SEARCH#accuracy``), or a result path or checkpoint of Ray Train or Ray Tune.
         key: key file of a keyed protection; a whole bundle has the key in its private part.
 
     Raises:
@@ -37,7 +38,7 @@ class Bundle:
     """
 
     def __init__(self, location: str | Path, key: str | Path | None = None) -> None:
-        self.path = bundle_location(str(location))
+        self.path = locate_bundle(location)
         self.public: PublicBundle = load_public(self.path, None if key is None else Key.read(Path(key)))
 
     @cached_property

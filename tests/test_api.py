@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import raypp
-from raypp.bundle.manifest import bundle_location
+from raypp.bundle.locate import locate_bundle
 from raypp.config.overrides import parse_overrides
 from raypp.config.presets import load_config
 from raypp.data.splits import load_split
@@ -69,7 +69,7 @@ def test_the_lines_of_a_notebook(tmp_path: Path) -> None:
 
 
 def test_settings_as_keywords_dictionaries_and_words() -> None:
-    from raypp.api import training_config
+    from raypp.dispatch import training_config
 
     words = training_config("quickstart", ["train.epochs=3", "--protection.width", "4"])
     assert training_config("quickstart", {"train": {"epochs": 3}, "protection.width": 4}) == words
@@ -86,7 +86,7 @@ def test_settings_as_keywords_dictionaries_and_words() -> None:
 
 def test_a_bundle_protects_what_it_is_given(trained: Trained, tmp_path: Path) -> None:
     bundle = raypp.load(trained.run)
-    assert bundle_location(str(trained.run)) == f"{trained.run}/bundle"
+    assert locate_bundle(trained.run) == f"{trained.run}/bundle"
     height, width = bundle.image_size
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (3, height, width, 3), dtype=np.uint8)

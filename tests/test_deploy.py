@@ -325,13 +325,14 @@ def test_the_shown_autoscaling_is_the_default() -> None:
     ("args", "sentence"),
     [
         ({"bundle": "runs/none"}, "there is no 'runs/none' in {here} or in {root}; `raypp quickstart` makes"),
-        ({"bundle": "{here}/none"}, "{here}/none is neither a bundle nor a model repository"),
-        ({"bundle": "{run}"}, "{run} is a run; its bundle is {run}/bundle"),
+        ({"bundle": "{here}/none"}, "bundle '{here}/none' does not exist"),
+        ({"bundle": "{here}"}, "'{here}' holds no bundle; allowed is a bundle, a model repository, a run, a search"),
         ({"bundle": ""}, "a location is not understood: '' is empty; allowed is a path or a URI"),
         ({"bundle": 7}, "bundle is 7: expected text"),
-        ({}, "bundle is missing; it has no default"),
+        ({}, "bundle is missing; set it, or RAYPP_BUNDLE in the environment of every node's `ray start`"),
         ({"bundel": "x"}, "unknown key 'bundel' (did you mean 'bundle'?); allowed there: bundle, tokens"),
         ({"bundle": "{run}/bundle", "max_images": 0}, "max_images is 0: input should be greater than or equal to 1"),
+        ({"bundle": "{run}/bundle", "tokens": "env:NONE"}, "the environment variable 'NONE' is not set; put the text"),
         ({"bundle": "{run}/bundle", "tokens": "none.json"}, "there is no 'none.json' in {here} or in {root}"),
         ({"bundle": "{run}/bundle", "tokens": "{here}/none.json"}, "token file '{here}/none.json' cannot be read"),
         ({"bundle": "{run}/damaged"}, "was altered: private/classifier.json does not match its SHA-256"),
@@ -365,6 +366,8 @@ def test_a_relative_bundle_is_found_from_where_ray_was_started_and_in_the_checko
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where both have it, the folder in which Ray was started wins; replicas get an absolute path."""
+    from ray.serve.exceptions import RayServeException
+
     from raypp.serve import deployments
 
     started, checkout = tmp_path / "started", tmp_path / "checkout"
@@ -382,6 +385,15 @@ def test_a_relative_bundle_is_found_from_where_ray_was_started_and_in_the_checko
     assert deployments.located("s3://bucket/bundle") == "s3://bucket/bundle"
     assert deployments.located("/elsewhere") == "/elsewhere"
     deployments.build_classifier({"bundle": "runs/latest/bundle"})
+    best = shutil.copytree(trained.bundle, started / "runs" / "found" / "best" / "knee")
+    for file in ("search.yaml", "search.json"):
+        (best.parents[1] / file).write_text("{}")
+    assert deployments.located("runs/found#knee") == f"{started}/runs/found#knee"
+    monkeypatch.setenv("RAYPP_BUNDLE", "runs/found#knee")  # where args.bundle is absent
+    deployments.build_classifier({})
+    monkeypatch.setenv("RAYPP_BUNDLE", "runs/none")
+    with pytest.raises(RayServeException, match=r"there is no 'runs/none' in "):
+        deployments.build_classifier({})
 
 
 @pytest.mark.slow

@@ -27,7 +27,9 @@ from raypp.evaluation.report.render import write_report
 from raypp.experiments.attack_plan import make_attack_plan
 from raypp.experiments.attack_run import run_attack_suite
 from raypp.experiments.training_run import open_run, train_locally
-from raypp.serve.server import publish
+from raypp.serve.auth import TokenObject, add_token, open_tokens, remove_token
+from raypp.serve.model_store import ModelManager
+from raypp.serve.publication import publish
 from raypp.training import checkpoint
 from raypp.training.checkpoint import list_checkpoints
 from raypp.utils.errors import RayppError, StorageError
@@ -137,7 +139,28 @@ def test_a_run_its_data_and_its_bundle_live_there(s3: Any, tmp_path: Path) -> No
     assert b"<html" in Storage(s3("report")).read("report.html")[:500]
     with open_run(load_config("quickstart", flags=flags(3)), "two"), pytest.raises(RayppError, match="exists already"):
         open_run(load_config("quickstart", flags=flags(3)), "one").__enter__()
-    publish(bundle, s3("shelf"))
+    publish(run_folder.uri, s3("models"))
+    publish(s3("models"), s3("promoted"))  # the active bundle of another repository
+    assert ModelManager(s3("promoted")).active.protection == ModelManager(run_folder.uri).active.protection
+
+
+@pytest.mark.slow
+def test_tokens_live_there(s3: Any) -> None:
+    """A service reads them again; what it has stays valid while the storage is away."""
+    uri = s3("secret/tokens.json")
+    first = add_token(uri, "first", ["classify"])
+    tokens = open_tokens(uri)
+    assert isinstance(tokens, TokenObject)
+    assert tokens.current().check(f"Bearer {first}", "classify") == "first"
+    second = add_token(uri, "second", ["classify"])
+    remove_token(uri, "first")
+    tokens.refresh()
+    assert [name for name, _, _ in tokens.current().entries] == ["second"]
+    Storage(uri).remove("")
+    tokens.refresh()
+    assert tokens.current().check(f"Bearer {second}", "classify") == "second"
+    with pytest.raises(RayppError, match=r"^token file 's3://.*tokens\.json.*' cannot be read: cannot read s3://"):
+        open_tokens(uri)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +223,7 @@ def test_workers_of_ray_keep_their_checkpoints_there(s3: Any, cluster_with_keys:
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         uri = s3("ray").replace(direct, f"127.0.0.1:{proxy.server_port}")
         flags = [word if word != str(tmp_path) else uri for word in tiny_flags(tmp_path, train__epochs=3)]
-        flags += ["--cluster.num_workers", "1", "--cluster.max_failures", "0"]
+        flags += ["--cluster.num_workers", "1", "--cluster.max_failures", "0", "--publish", s3("ray-models")]
         process = cluster_with_keys.popen(["raypp", "train", "quickstart", "--name", "ray", *flags])
         wait_until(lambda: SlowUpload.refused, process)
         wait_until(lambda: re.search(r"plain epoch +1/1", process.output()[1]), process)
@@ -208,6 +231,8 @@ def test_workers_of_ray_keep_their_checkpoints_there(s3: Any, cluster_with_keys:
         out, err = process.communicate(timeout=300)
         proxy.shutdown()
     assert process.returncode == 0, out + err
+    version = ModelManager(s3("ray-models")).active.version
+    assert f"{version} is active\n" in err
     folder = Storage(s3("ray")).folder("ray")
     assert list_checkpoints(folder)[:2] == ["epoch_0004", "epoch_0003"]
     result = Result.from_path(folder.uri)
@@ -229,8 +254,8 @@ def test_a_search_lives_there(s3: Any, cluster_with_keys: Cluster, tmp_path: Pat
     command = ["raypp", "tune", "quickstart", "--storage", s3("searches")]
     flags = ["--name", "search", "--search.num_trials", "2", "--search.scheduler", "none", "--search.suite", "null"]
     flags += ["--search.attack", "{width: 4, train: {epochs: 1}}", "--search.space.protection.skips", "[0, 1, 2]"]
-    for resume in ([], ["--resume"]):
-        done = cluster_with_keys.run([*command, *flags, *settings, *resume])
+    for more in ([], ["--resume", "--publish", s3("best-models")]):
+        done = cluster_with_keys.run([*command, *flags, *settings, *more])
         assert done.returncode == 0, done.stdout + done.stderr
     folder = Storage(s3("searches")).folder("search")
     assert len(folder.read("trials.csv").decode().splitlines()) == 3
@@ -238,3 +263,5 @@ def test_a_search_lives_there(s3: Any, cluster_with_keys: Cluster, tmp_path: Pat
     for best in (handed_over := folder.folder("best").folders()):
         load_private(folder.folder(f"best/{best}").uri)
     assert handed_over
+    best = ModelManager(s3("best-models")).active.version
+    assert ModelManager(f"{folder.uri}#knee").active.version == ModelManager(folder.uri).active.version == best

@@ -132,8 +132,7 @@ def add_attacks(
         card.write_text(head.rstrip() + "\n\n" + leakage_card(scorecard))
         for part in ("private", ""):  # clients pin the public part's manifest, so it stays as it is
             write_manifest(root / part)
-        parent, _, name = storage.uri.rstrip("/").rpartition("/")
-        Storage(parent or "/").upload(root, name, last=MANIFEST)
+        storage.parent.upload(root, storage.name, last=MANIFEST)
 
 
 def _save_tensors(state: StateDict) -> bytes:

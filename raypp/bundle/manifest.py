@@ -24,13 +24,6 @@ PRIVATE = ("classifier.json", "classifier.safetensors", "sample.safetensors", "m
 """Files that every public and every private part has."""
 
 
-def bundle_location(location: str) -> str:
-    """The location of a bundle: a run's bundle, or ``location`` itself if it is not a run; links stay as they are."""
-    storage = Storage(location)
-    is_run = storage.exists("config.yaml") and storage.exists("bundle")
-    return f"{location.rstrip('/')}/bundle" if is_run else location
-
-
 def write_manifest(folder: Path) -> None:
     """Write ``manifest.json``, which lists every other file below ``folder``."""
     files = {

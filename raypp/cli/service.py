@@ -34,18 +34,18 @@ def protect(
     """Protect images with the public part of a bundle, offline.
 
     Args:
-        bundle: Path or URI of a bundle, of its public folder, or of a run.
+        bundle: Path or URI of a bundle, of its public folder, or of what holds one, such as a run.
         source: An image, or a folder of images.
         target: Output: a .png file for one image, a new or empty folder for a folder.
         key: Key file of a keyed protection; a whole bundle holds it in its private part.
         keep_size: Keep each image's size instead of resizing and cropping it to the classifier's size.
         quiet: Print nothing but errors.
     """
-    from raypp.bundle.manifest import bundle_location
+    from raypp.bundle.locate import locate_bundle
     from raypp.client.offline import protect_files
 
     console = None if quiet else Console(stderr=True)
-    return protect_files(bundle_location(bundle), source, target, key=key, keep_size=keep_size, console=console)
+    return protect_files(locate_bundle(bundle), source, target, key=key, keep_size=keep_size, console=console)
 
 
 @app.command(
@@ -66,36 +66,42 @@ def serve(
     with_attacks: bool = False,
     no_haproxy: bool = False,
     num_gpus: float = 0,
+    detach: bool = False,
     output: Path | None = None,
     quiet: bool = False,
 ) -> None:
     """Serve a bundle's classifier over HTTP until interrupted.
 
     Args:
-        bundle: Path or URI of a bundle, of a run, or of a model repository (`raypp publish`), whose active bundle is
-            served.
+        bundle: Path or URI of a bundle, a run, a model repository (`raypp publish`), a search (SEARCH#knee), or a
+            result of Ray Train or Tune; a newer bundle there replaces the served one.
         host: Address to listen on; one that other machines can reach needs --token-file.
         port: Port to listen on.
-        token_file: Token file (see `raypp token`): every request then needs a token.
+        token_file: Path or URI of a token file (see `raypp token`), or env:NAME of a variable that holds its text:
+            every request then needs a token.
         with_attacks: Also serve the attacks on the bundle, to everyone who can reach the service.
         no_haproxy: Use Serve's own proxy; by default HAProxy takes the requests where Ray has it (Linux).
         num_gpus: GPUs of each replica, such as 0.25 for four replicas on one GPU; 0 computes on the CPU.
+        detach: Deploy on the cluster in RAY_ADDRESS and end; the services stay (jobs/serve.py).
         output: File for the configuration of `serve deploy`; nothing is started.
         quiet: Print only warnings and errors.
     """
-    from raypp.bundle.manifest import bundle_location
     from raypp.serve.model_store import is_attacked
     from raypp.serve.server import build_serve_config
 
-    location = bundle_location(bundle)
+    if detach and (no_haproxy or output is not None):
+        option = "--no-haproxy" if no_haproxy else "--output"
+        raise ConfigError(f"--detach deploys on a running cluster; leave {option} out")
     config = build_serve_config(
-        location, host=host, port=port, tokens=token_file, attack=with_attacks, num_gpus=num_gpus
+        bundle, host=host, port=port, tokens=token_file, attack=with_attacks, num_gpus=num_gpus
     )
-    if with_attacks and not is_attacked(location):
+    if with_attacks and not is_attacked(bundle):
         sentence = f"warning: {bundle} has no attack results, so no attack is served; `raypp attack {bundle}` adds them"
         print_text(Console(stderr=True), sentence, "yellow")
     console = Console(stderr=True, quiet=quiet)
-    if output is None:
+    if detach:
+        _deploy(config, console)
+    elif output is None:
         _serve_until_interrupted(config, not no_haproxy, console)
     elif no_haproxy:
         raise ConfigError(
@@ -115,6 +121,18 @@ def _write_serve_config(config: dict[str, Any], path: Path, console: Console) ->
         raise ConfigError(f"--output: {str(path)!r} exists already; give a new file")
     Storage(path.absolute().parent).write(path.name, yaml.safe_dump(config, sort_keys=False).encode())
     print_text(console, f"wrote {path}; serve deploy {path}")
+
+
+def _deploy(config: dict[str, Any], console: Console) -> None:
+    from raypp.dispatch import import_from_ray
+
+    deploy = import_from_ray("raypp.serve.server", "deploy", "services need it")
+    with console.status("deploying the services"):
+        url = deploy(config)
+    for application in config["applications"]:
+        address = f"{url}/{application['name']}/docs" if url else "runs at the address of the Serve that ran already"
+        print_text(console, f"{application['name']:<11} {address}")
+    print_text(console, "the services stay; `serve status` shows them, `serve shutdown` ends them")
 
 
 def _serve_until_interrupted(config: dict[str, Any], haproxy: bool, console: Console) -> None:
@@ -143,17 +161,20 @@ def publish(bundle: str, repository: str, /, *, url: str | None = None, token_fi
     """Check a bundle, add it to a model repository and activate it; services of the repository switch to it.
 
     Args:
-        bundle: Path or URI of a bundle or of a run.
+        bundle: Path or URI of a bundle, or of what holds one: a run, a search (SEARCH#knee), a result of Ray.
         repository: Folder or URI of published bundles; created if it does not exist.
         url: URL of a service of the repository: wait until it has switched; if it refuses, reactivate the old bundle.
         token_file: File that holds a bearer token for that service.
     """
-    from raypp.bundle.manifest import bundle_location
-    from raypp.serve import server
+    from raypp.serve import publication
 
-    published = server.publish(bundle_location(bundle), repository, url=url, token=_read_token(token_file))
+    print_published(Console(), publication.publish(bundle, repository, url=url, token=read_token(token_file)))
+
+
+def print_published(console: Console, published: Any) -> None:
+    """Print the version that a publication has activated, and the version before."""
     previous = f" instead of {published.previous}" if published.previous else ""
-    print_text(Console(), f"{published.version} is active{previous}")
+    print_text(console, f"{published.version} is active{previous}")
 
 
 @app.command(
@@ -162,12 +183,13 @@ def publish(bundle: str, repository: str, /, *, url: str | None = None, token_fi
         "token alice --token-file tokens.json --scopes classify attack", "token alice --token-file tokens.json --revoke"
     ),
 )
-def token(name: str, /, *, token_file: Path, scopes: Words = None, revoke: bool = False) -> None:
+def token(name: str, /, *, token_file: str, scopes: Words = None, revoke: bool = False) -> None:
     """Create and print a bearer token for the services; the token file stores its hash.
 
     Args:
         name: Name of the token's owner.
-        token_file: Token file; created if it does not exist.
+        token_file: Path or URI of the token file; created if it does not exist. Object storage has no locks: run one
+            command at a time there.
         scopes: Permissions of the token: classify (the default), attack.
         revoke: Remove this token from the file instead; running services refuse it from then on.
     """
@@ -224,7 +246,7 @@ def classify(
         print_text(console, f"raypp: {reason}", "red")
         bars.advance(task)
 
-    token, on_wait = _read_token(token_file), _retry_notice(console)
+    token, on_wait = read_token(token_file), _retry_notice(console)
     with (
         Client(url, token=token, key=key, pin=pin, patience=patience, on_wait=on_wait) as client,
         Progress(console=console, disable=quiet or not console.is_terminal, transient=True) as bars,
@@ -286,7 +308,7 @@ def demo(
     from raypp.client.demo import open_services, running_demo
 
     console = Console(stderr=True, quiet=quiet)
-    services = open_services(urls, token=_read_token(token_file), key=key)
+    services = open_services(urls, token=read_token(token_file), key=key)
     with running_demo(services, port=port) as address:
         print_text(console, address)
         _wait_for_interrupt()
@@ -301,7 +323,8 @@ def _wait_for_interrupt() -> None:
             pass
 
 
-def _read_token(file: Path | None) -> str | None:
+def read_token(file: Path | None) -> str | None:
+    """Read a client's bearer token; raises ConfigError if the file cannot be read."""
     if file is None:
         return None
     try:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -34,6 +37,7 @@ from raypp.cli.render import (
     print_search,
     print_table1,
 )
+from raypp.cli.service import print_published, read_token
 from raypp.utils import runtime
 from raypp.utils.errors import ConfigError, RayppError
 from raypp.utils.paths import shown_path
@@ -46,6 +50,7 @@ from raypp.utils.storage import Storage
         "train quickstart --name first",
         "train cifar10-small --train.alpha 0.01",
         "train cifar10-small --name first --resume",
+        "train cifar10-small --publish runs/models",
         text=SETTINGS_HELP,
     ),
 )
@@ -58,6 +63,9 @@ def train(
     resume: bool = False,
     ray: OnRay = None,
     track: Trackers = None,
+    publish: str | None = None,
+    url: str | None = None,
+    token_file: Path | None = None,
     dry_run: bool = False,
     json: AsJson = False,
     quiet: bool = False,
@@ -72,16 +80,19 @@ def train(
         resume: Continue the run NAME from its newest intact checkpoint.
         ray: Train on Ray Train (--ray) or in this process (--local); default: Ray for more than one worker.
         track: Tracker of settings and metrics: tensorboard, mlflow or wandb; may be repeated.
+        publish: Model repository that gets the bundle at the end (see `raypp publish`); checked before the start.
+        url: With --publish: URL of a service of the repository; wait until it has switched to the bundle.
+        token_file: With --url: file that holds a bearer token for that service.
         dry_run: Print the plan and an estimate of the time, and write nothing.
         json: Print the results as JSON on standard output.
         quiet: Print only warnings and errors.
     """
     from raypp import api
-    from raypp.dispatch import run_name
+    from raypp.dispatch import run_name, training_config
     from raypp.metrics.statistics import chance_error
 
     preset, flags = preset_and_flags(preset, settings)
-    merged = api.training_config(preset, flags, storage=storage, config=config or ())
+    merged = training_config(preset, flags, storage=storage, config=config or ())
     unique_name = run_name(name, preset, merged.cluster.storage, resume=resume, what="run")
     if dry_run:
         from raypp.experiments.estimate import estimate_training
@@ -93,10 +104,24 @@ def train(
                 ensure_free(folder, name)
         print_plan(merged.to_yaml(), estimate_training(merged), json=json)
         return
+    publish_bundle = _publisher(publish, url, token_file, quiet=quiet)
     run = api.train_config(merged, unique_name, resume=resume, ray=ray, track=track or (), quiet=quiet or json)
     print_run(run, json=json, quiet=quiet)
+    publish_bundle(run.path)
     if not quiet and not json and chance_error(run.values["test"]) is None:
         print_next_steps((f"raypp attack {shown_path(run.path)}", "attack the bundle"))
+
+
+def _publisher(
+    repository: str | None, url: str | None, token_file: Path | None, *, quiet: bool
+) -> Callable[[str], None]:
+    """Check the options of a publication; returns a function that publishes the bundle of a run or a search."""
+    if repository is None and (url or token_file) is not None:
+        raise ConfigError(f"{'--url' if url is not None else '--token-file'} belongs to --publish REPOSITORY")
+    from raypp.serve.publication import publisher
+
+    announce = partial(print_published, Console(stderr=True, quiet=quiet))
+    return publisher(repository, url=url, token=read_token(token_file), announce=announce)
 
 
 def print_run(run: Any, *, json: bool, quiet: bool) -> None:
@@ -134,12 +159,12 @@ def quickstart(
         quiet: Print only warnings and errors.
     """
     from raypp import api
-    from raypp.dispatch import new_name
+    from raypp.dispatch import new_name, training_config
 
     positional, flags = without_settings(settings)
     # One worker with all cores: each further process takes ten seconds to start.
     cores = {} if os.environ.get("RAY_ADDRESS") else {"num_workers": 1, "cpus_per_worker": runtime.num_cores()}
-    merged = api.training_config("quickstart", [*positional, *flags], storage=storage, defaults={"cluster": cores})
+    merged = training_config("quickstart", [*positional, *flags], storage=storage, defaults={"cluster": cores})
     name = new_name("quickstart", storage) if name is None else name
     run = api.train_config(merged, name, ray=ray, quiet=quiet or json)
     if not json:
@@ -236,6 +261,9 @@ def tune(
     config: ConfigFiles = None,
     resume: bool = False,
     track: Trackers = None,
+    publish: str | None = None,
+    url: str | None = None,
+    token_file: Path | None = None,
     dry_run: bool = False,
     json: AsJson = False,
     quiet: bool = False,
@@ -250,6 +278,9 @@ def tune(
         config: YAML file with settings that override the preset; may be repeated.
         resume: Continue the search NAME: finished trials are not repeated.
         track: Tracker of each trial's settings and metrics: tensorboard, mlflow or wandb; may be repeated.
+        publish: Model repository that gets the knee's bundle (see `raypp publish`); checked before the start.
+        url: With --publish: URL of a service of the repository; wait until it has switched to the bundle.
+        token_file: With --url: file that holds a bearer token for that service.
         dry_run: Print the plan and an estimate of the time, and write nothing.
         json: Print the results as JSON on standard output.
         quiet: Print only warnings and errors.
@@ -262,6 +293,7 @@ def tune(
 
         print_plan(None, estimate_search(preset, config or (), flags), json=json)
         return
+    publish_bundle = _publisher(publish, url, token_file, quiet=quiet)
     search = api.tune(
         preset, flags, name=name, storage=storage, config=config or (), resume=resume, track=track or (),
         quiet=quiet or json,
@@ -270,3 +302,4 @@ def tune(
         print_json({"path": search.path} | search.to_dict())
     elif not quiet:
         print_search(search.to_dict(), search.path)
+    publish_bundle(search.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -20,12 +21,13 @@ from ray.serve.exceptions import RayServeException
 from torch import Tensor
 
 import raypp
+from raypp.bundle.locate import split_choice
 from raypp.cluster.ray_internals import JOBS_FOLDER, http_host
 from raypp.config.validation import format_validation_error
 from raypp.serve.admission import AdmissionControl, Limits
 from raypp.serve.api import attack_api, classifier_api
 from raypp.serve.attack_catalog import ServedAttack, load_attacks
-from raypp.serve.auth import TokenFile, Tokens
+from raypp.serve.auth import VARIABLE, Tokens, open_tokens
 from raypp.serve.batching import DynamicBatcher
 from raypp.serve.index import Server
 from raypp.serve.inference_thread import InferenceThread
@@ -38,6 +40,7 @@ from raypp.utils.network import is_loopback
 from raypp.utils.paths import resolve_path
 
 logger = logging.getLogger("raypp.serve")
+BUNDLE_VARIABLE = "RAYPP_BUNDLE"  # environment variable: the bundle where args.bundle is absent
 MIN_POLL_INTERVAL_S = 0.5  # between two polls that requests cause
 # Python switches threads every 5 ms by default. The inference thread needs the interpreter after every operation, and
 # the thread that reads requests would delay it by that time.
@@ -52,10 +55,12 @@ class DeploymentConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    bundle: str
-    """A bundle or a model repository (see ``raypp publish``) on any storage; see :func:`located`."""
+    bundle: str = Field(default_factory=lambda: os.environ.get(BUNDLE_VARIABLE, ""))
+    """A bundle, a model repository, a run or a search on any storage; by default ``RAYPP_BUNDLE``, see
+    :func:`raypp.bundle.locate.locate_bundle` and :func:`located`."""
     tokens: str | None = None
-    """Path of a token file (see ``raypp token``); required unless the service listens on loopback."""
+    """Path or URI of a token file (see ``raypp token``), or ``env:NAME`` of an environment variable that holds its
+    text; required unless the service listens on loopback."""
     max_body: int = Field(Limits.body, ge=1024)
     """Bytes of one request."""
     max_images: int = Field(Limits.images, ge=1)
@@ -87,7 +92,7 @@ class _Replica:
                 f"the service listens on {host!r}, where others can reach it, and has no token file; set args.tokens "
                 "(see raypp token), or http_options.host to 127.0.0.1"
             )
-        self._tokens = TokenFile(config.tokens) if config.tokens is not None else None
+        self._tokens = open_tokens(config.tokens) if config.tokens is not None else None
         self._valid_tokens: Tokens | None = None
         self._token_expiry = 0.0  # monotonic seconds
         self.live = ModelManager(config.bundle, prepare)
@@ -267,7 +272,7 @@ def located(location: str, hint: str = "") -> str:
         return uri
     folders = list(dict.fromkeys((Path(resolve_path(".")), Path(raypp.__file__).parent.parent)))
     for folder in folders:
-        if (folder / location).exists():
+        if Path(split_choice(folder / location)[0]).exists():
             return str(folder / location)
     raise ConfigError(f"there is no {location!r} in {' or in '.join(map(str, folders))}{hint}")
 
@@ -308,6 +313,7 @@ COPIED = (
     "bundle %s lies in a copy of a folder that Ray made, so later runs do not replace it; use an absolute path, or set "
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 where `uv run ray start --block` made the copy"
 )
+NO_SETTING = f"bundle is missing; set it, or {BUNDLE_VARIABLE} in the environment of every node's `ray start`"
 NO_BUNDLE = "; `raypp quickstart` makes a first bundle, and `bundle` in serve_config.yaml names another one"
 
 
@@ -315,7 +321,11 @@ def _build(name: str, args: dict[str, Any]) -> Application:
     """Build an application and load its bundle once, so that ``serve status`` shows an error as one sentence."""
     try:
         config = DeploymentConfig.model_validate(args)
-        tokens = located(config.tokens) if config.tokens is not None else None
+        if not config.bundle and "bundle" not in args:
+            raise ConfigError(NO_SETTING)
+        tokens = config.tokens
+        if tokens is not None and not tokens.startswith(VARIABLE):
+            tokens = located(tokens)
         config = config.model_copy(update={"bundle": located(config.bundle, NO_BUNDLE), "tokens": tokens})
         application = bind(name, config)
         model = ModelManager(config.bundle).active

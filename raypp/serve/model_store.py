@@ -7,10 +7,12 @@ the new one fails.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,12 +20,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from raypp.bundle.locate import ACTIVE_FILE, VERSIONS, ActiveVersion, locate_bundle, read_active, split_choice
 from raypp.bundle.manifest import MANIFEST
 from raypp.serve.loaded_model import LoadedModel, load_model
 from raypp.utils.errors import BundleError, RayppError, StorageError
 from raypp.utils.storage import Storage
 
-ACTIVE_FILE = "live.json"
 MAX_MODELS = 3  # in memory: clients that protected with an earlier one still get answers
 RETRY_SECONDS = 60.0  # before the service tries a failed version again
 
@@ -39,20 +41,15 @@ class ModelRef:
 
 
 def resolve_model(location: str | Path) -> ModelRef:
-    """Find the active bundle of a location, a bundle or a model repository; raises StorageError if it is neither."""
-    storage = Storage(location)
-    if storage.local:  # resolve links such as runs/latest, so that all files come from the same run
-        storage = Storage(storage.path.resolve())
-    if storage.exists(ACTIVE_FILE):
-        active = _read_active(storage)
-        if active is None:
-            raise StorageError(f"{storage.uri}/{ACTIVE_FILE} is damaged; publish a bundle there again")
-        return active
-    if storage.exists(MANIFEST):
-        return ModelRef(storage.uri, hashlib.sha256(storage.read(MANIFEST)).hexdigest()[:16])
-    if storage.exists(f"bundle/{MANIFEST}"):
-        raise StorageError(f"{storage.uri} is a run; its bundle is {storage.folder('bundle').uri}")
-    raise StorageError(f"{storage.uri} is neither a bundle nor a model repository")
+    """Find the active bundle of a location, see :func:`raypp.bundle.locate.locate_bundle`."""
+    place, choice = split_choice(location)
+    storage = _resolve_links(Storage(place))
+    if choice is None and storage.exists(ACTIVE_FILE):
+        active = read_active(storage)
+        uri = storage.folder(f"{VERSIONS}/{active.version}").uri
+        return ModelRef(uri, active.version, active.previous, active.published)
+    bundle = _resolve_links(Storage(locate_bundle(location)))
+    return ModelRef(bundle.uri, hashlib.sha256(bundle.read(MANIFEST)).hexdigest()[:16])
 
 
 def is_attacked(location: str | Path) -> bool:
@@ -60,15 +57,9 @@ def is_attacked(location: str | Path) -> bool:
     return Storage(resolve_model(location).location).exists("private/scorecard.json")
 
 
-def _read_active(storage: Storage) -> ModelRef | None:
-    """The version that ``live.json`` names; None if the file is damaged."""
-    try:
-        active = json.loads(storage.read(ACTIVE_FILE))
-        version = str(active["version"])
-        uri = storage.folder(f"versions/{version}").uri
-        return ModelRef(uri, version, active.get("previous"), active.get("published"))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
+def _resolve_links(storage: Storage) -> Storage:
+    """Follow links such as runs/latest, so that all files come from the same run."""
+    return Storage(storage.path.resolve()) if storage.local else storage
 
 
 class ModelManager:
@@ -155,6 +146,25 @@ def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, RayppError) else f"{type(error).__name__} while it was loaded"
 
 
+def check_repository(repository: str | Path) -> Storage:
+    """Open a model repository, or create it; raises RayppError if it is something else or cannot be written."""
+    storage = Storage(repository)
+    if storage.local and storage.path.is_file():
+        raise BundleError(f"{storage.uri} is a file; allowed is a new or empty folder, or a model repository")
+    storage.create()
+    names = {name for name in storage.names() if not name.startswith(".")}
+    if MANIFEST in names:
+        raise BundleError(f"{storage.uri} is a bundle itself; allowed is a new or empty folder, or a model repository")
+    if names and not names & {ACTIVE_FILE, VERSIONS}:
+        raise BundleError(
+            f"{storage.uri} holds {min(names)!r}; allowed is a new or empty folder, or a model repository"
+        )
+    probe = f".{uuid.uuid4().hex[:8]}.tmp"
+    storage.write(probe, b"")
+    storage.remove(probe)
+    return storage
+
+
 @contextmanager
 def publishing(
     bundle: str | Path, repository: str | Path, check: Callable[[LoadedModel], Any] | None = None
@@ -164,18 +174,20 @@ def publishing(
     ``check`` runs on the loaded bundle, as a service's ``prepare`` does. RayppError is raised if the bundle does not
     work, and nothing has changed, or if the repository cannot be written.
     """
-    version = _check_bundle(bundle, check)
-    storage = Storage(repository)
-    if storage.exists(MANIFEST):
-        raise BundleError(f"{storage.uri} is a bundle itself; allowed is a new or empty folder, or a model repository")
-    target = storage.folder(f"versions/{version}")
+    source = locate_bundle(bundle)
+    version = _check_bundle(source, check)
+    storage = check_repository(repository)
+    target = storage.folder(f"{VERSIONS}/{version}")
     if not target.exists(MANIFEST):
-        with Storage(bundle).download("") as folder:
-            storage.upload(folder, f"versions/{version}", last=MANIFEST)
+        with Storage(source).download("") as folder:
+            storage.upload(folder, f"{VERSIONS}/{version}", last=MANIFEST)
     if load_model(target.uri).version != version:  # verifies the upload
         raise BundleError(f"{target.uri} is not the bundle that was published; remove that folder")
     old_file = storage.read(ACTIVE_FILE) if storage.exists(ACTIVE_FILE) else None
-    old = _read_active(storage) if old_file else None
+    old: ActiveVersion | None = None
+    if old_file is not None:
+        with contextlib.suppress(StorageError):  # a damaged file is replaced
+            old = read_active(storage)
     previous = None
     if old is not None:  # publishing the active bundle again keeps its predecessor for a rollback
         previous = old.previous if old.version == version else old.version

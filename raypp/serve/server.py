@@ -1,4 +1,4 @@
-"""Running the services until interrupted, and publishing bundles to running services."""
+"""Running the services until interrupted, and deploying them on a cluster."""
 
 from __future__ import annotations
 
@@ -19,21 +19,11 @@ from typing import Any
 import yaml
 
 import raypp
-from raypp.client.http import Client
-from raypp.client.session import RemoteError
-from raypp.serve.attack_catalog import load_attacks
-from raypp.serve.auth import Tokens
+from raypp.bundle.locate import locate_bundle, split_choice
+from raypp.serve.auth import VARIABLE, Tokens, token_location
 from raypp.serve.haproxy import is_installed, ray_settings
-from raypp.serve.model_store import ModelRef, publishing, resolve_model
-from raypp.utils.errors import (
-    BundleError,
-    ConfigError,
-    RayppError,
-    StorageError,
-    first_line,
-    last_line,
-    reported_error,
-)
+from raypp.serve.loaded_model import load_model
+from raypp.utils.errors import ConfigError, RayppError, first_line, last_line, reported_error
 from raypp.utils.network import is_loopback
 from raypp.utils.signals import on_signal
 from raypp.utils.storage import Storage
@@ -47,9 +37,6 @@ ATTACK: dict[str, Any] = {
 }
 """The application that ``--with-attacks`` adds; the shipped file has the same lines behind a #."""
 HAPROXY_HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")  # it calls the replicas of its node at localhost
-ANSWER_SECONDS = 10.0  # timeout of a service during a publication
-SWITCH_SECONDS = 120.0  # within which a service must have loaded a published bundle
-POLL_SECONDS = 0.5
 logger = logging.getLogger(__name__)
 ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -67,9 +54,11 @@ def config_template() -> dict[str, Any]:
 def build_serve_config(
     bundle: str, *, host: str, port: int, tokens: str | None, attack: bool, num_gpus: float = 0
 ) -> dict[str, Any]:
-    """``serve_config.yaml`` for one bundle or model repository.
+    """``serve_config.yaml`` for one bundle.
 
     Args:
+        bundle: location of a bundle, see :func:`raypp.bundle.locate.locate_bundle`; replicas look there again.
+        tokens: path or URI of a token file, or ``env:NAME`` of a variable in the environment of the replicas.
         num_gpus: GPUs of each replica.
 
     Raises:
@@ -84,11 +73,13 @@ def build_serve_config(
         raise ConfigError(f"--port is {port}; allowed is 1 to 65535")
     if num_gpus < 0 or (num_gpus > 1 and num_gpus % 1):
         raise ConfigError(f"--num-gpus is {num_gpus:g}; allowed is a share of one GPU, such as 0.25, or a whole number")
-    uri = Storage(bundle).uri
-    resolve_model(bundle)
+    place, choice = split_choice(bundle)
+    uri = Storage(place).uri + (f"#{choice}" if choice else "")
+    locate_bundle(bundle)
     if tokens is not None:
-        tokens = str(Path(tokens).expanduser().absolute())
-        Tokens.read(tokens)
+        tokens = token_location(tokens)
+        if not tokens.startswith(VARIABLE):
+            Tokens.read(tokens)
     config = config_template()
     config["http_options"] |= {"host": host, "port": port}
     config["applications"] = [
@@ -139,8 +130,7 @@ def running_server(config: dict[str, Any], *, haproxy: bool = True) -> Iterator[
         try:
             for application in config["applications"]:
                 _start_application(application, config["logging_config"])
-            reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(str(host), str(host))
-            yield f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+            yield _reachable_url(host, port)
         finally:
             # Serve stops its controller during a call, and Ray prints that the call failed.
             last.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -150,6 +140,41 @@ def running_server(config: dict[str, Any], *, haproxy: bool = True) -> Iterator[
 def uses_haproxy(host: str) -> bool:
     """Whether HAProxy takes the requests of a Ray that starts here: it is installed, and finds the replicas."""
     return host in HAPROXY_HOSTS and is_installed()
+
+
+def deploy(config: dict[str, Any]) -> str | None:
+    """Deploy a configuration on the cluster in RAY_ADDRESS, where it stays after this process.
+
+    Returns:
+        the URL; None if Serve runs there already, whose address stays.
+
+    Raises:
+        ConfigError: there is no cluster.
+        RayppError: the bundle does not load, or a service does not start.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(
+            "--detach needs a running cluster in RAY_ADDRESS, which a job has (jobs/serve.py); a Ray that this command "
+            "starts ends with it"
+        )
+    from raypp.cluster.session import ray_session
+
+    with ray_session():
+        from ray import serve
+
+        for application in config["applications"]:  # before Serve replaces what runs
+            load_model(locate_bundle(application["args"]["bundle"]))
+        is_running = bool(serve.status().proxies)
+        _start_proxy(config)
+        for application in config["applications"]:
+            _start_application(application, config["logging_config"])
+    return None if is_running else _reachable_url(config["http_options"]["host"], config["http_options"]["port"])
+
+
+def _reachable_url(host: str, port: int) -> str:
+    """The URL of a service for clients on this machine."""
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 
 
 def _start_proxy(config: dict[str, Any]) -> None:
@@ -247,57 +272,3 @@ def _check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(f"--host {host} --port {port} cannot be listened on: {error.strerror}") from error
-
-
-def publish(
-    bundle: str | Path, repository: str | Path, *, url: str | None = None, token: str | None = None
-) -> ModelRef:
-    """Make a bundle the active version of a model repository.
-
-    Args:
-        url: a service of this repository; wait until it has loaded the bundle.
-        token: bearer token for the service.
-
-    Raises:
-        BundleError: the bundle or its attacks do not work, or the service rejects it; the old version is active again.
-        RayppError: the repository cannot be written, or the service does not answer.
-    """
-    if url is None:
-        with publishing(bundle, repository, check=load_attacks) as published:
-            return published
-    with Client(url, token=token, patience=ANSWER_SECONDS) as client:
-        _served_version(client)  # fails before anything changes if the service does not answer
-        with publishing(bundle, repository, check=load_attacks) as published:
-            _wait_until_active(client, repository, published)
-            return published
-
-
-def _wait_until_active(client: Client, repository: str | Path, published: ModelRef) -> None:
-    """Wait until a service uses the published version; fails if another version is published meanwhile."""
-    version, end = published.version, time.monotonic() + SWITCH_SECONDS
-    while True:
-        with contextlib.suppress(StorageError):  # an outage of the storage
-            named = resolve_model(repository).version
-            if named != version:
-                raise BundleError(f"another publication has replaced {version} by {named}, which stays active")
-        with contextlib.suppress(RemoteError):
-            active, rejected = _served_version(client)
-            if active == version:
-                return
-            if rejected.get("version") == version and rejected.get("published") == published.published:
-                raise BundleError(f"the service rejected {version}: {rejected['reason']}; the old one stays active")
-        if time.monotonic() > end:
-            raise BundleError(
-                f"the service has not loaded {version} within {SWITCH_SECONDS:g} s, so the old one stays active; check "
-                "that the service serves this repository"
-            )
-        time.sleep(POLL_SECONDS)
-
-
-def _served_version(client: Client) -> tuple[str, dict[str, str]]:
-    """The active version of a service, and the version that it rejected."""
-    info = client.model()
-    try:
-        return str(info["version"]), dict(info.get("rejected") or {})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RemoteError("the service does not say which bundle it serves; is it a raypp classifier?") from error

@@ -403,6 +403,15 @@ def test_settings_may_stand_before_the_preset(capsys: Captured, tmp_path: Path) 
     assert "train.epochs is 'none'" in sentence
 
 
+def test_a_service_that_stays_needs_a_cluster(
+    capsys: Captured, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert "--detach needs a running cluster in RAY_ADDRESS" in refused(capsys, "serve", trained.run, "--detach")
+    sentence = refused(capsys, "serve", trained.run, "--detach", "--output", "serve.yaml")
+    assert sentence == "--detach deploys on a running cluster; leave --output out"
+
+
 def test_list_names_every_source_and_option(capsys: Captured) -> None:
     out, _ = run(capsys, "list", "sources")
     for name in SOURCES:
@@ -479,6 +488,38 @@ def test_data_check_names_what_is_not_read_and_refuses_an_empty_split(capsys: Ca
         main(["data", "check", "parquet", "--path", "set"])
     assert raised.value.code == 1
     assert "the test split has no images; allowed are images of two classes or more" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_train_publishes_what_it_trained(capsys: Captured, tmp_path: Path, trained: Trained) -> None:
+    """A run that is finished is published too; later models replace it."""
+    shutil.copytree(trained.run, tmp_path / "runs" / "one")
+    flags = ["train", "quickstart", "--name", "one", "--resume", "--local", *tiny_flags(tmp_path / "runs")]
+    out, err = run(capsys, *flags, "--publish", "models", "--json")
+    active = json.loads((tmp_path / "models" / "live.json").read_text())
+    assert f"{active['version']} is active\n" in err
+    assert json.loads(out)["path"] == f"{tmp_path}/runs/one"
+    verify(tmp_path / "models" / "versions" / active["version"])
+    raypp.train("quickstart", flags[6:], name="one", resume=True, publish="others", quiet=True)
+    assert json.loads((tmp_path / "others" / "live.json").read_text())["version"] == active["version"]
+
+
+def test_a_publication_is_checked_before_the_training(capsys: Captured, tmp_path: Path, trained: Trained) -> None:
+    shutil.copytree(trained.bundle, tmp_path / "bundle")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(b"")
+    flags = ["train", "quickstart", "--name", "one", "--local", *tiny_flags(tmp_path / "runs")]
+    for more, sentence in (
+        (["--publish", "bundle"], f"{tmp_path}/bundle is a bundle itself; allowed is a new or empty folder, or"),
+        (["--publish", "photos"], f"{tmp_path}/photos holds 'cat.png'; allowed is a new or empty folder, or a model"),
+        (["--publish", "photos/cat.png"], f"{tmp_path}/photos/cat.png is a file; allowed is a new or empty folder"),
+        (["--publish", "/proc/models"], "cannot create /proc/models: "),
+        (["--url", "http://127.0.0.1:9"], "--url belongs to --publish REPOSITORY"),
+        (["--token-file", "token"], "--token-file belongs to --publish REPOSITORY"),
+        (["--publish", "models", "--token-file", "token"], "token file 'token' cannot be read"),
+    ):
+        assert sentence in refused(capsys, *flags, *more)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow

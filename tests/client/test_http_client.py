@@ -32,7 +32,7 @@ from raypp.client.offline import protect_images
 from raypp.client.session import RemoteError, retry_delay
 from raypp.serve.api import classifier_api
 from raypp.serve.model_store import publishing
-from raypp.serve.server import publish
+from raypp.serve.publication import publish
 from raypp.utils.errors import BundleError, ConfigError, DataError
 from raypp.utils.images import write_png
 from raypp.utils.network import is_loopback

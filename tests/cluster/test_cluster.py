@@ -31,6 +31,7 @@ from zygote import ProcessTree, variables
 from raypp.bundle.load import load_private, load_public
 from raypp.experiments import attack_plan, attack_run
 from raypp.serve.auth import add_token
+from raypp.serve.model_store import publishing
 from raypp.training.checkpoint import list_checkpoints
 from raypp.utils.storage import Storage
 
@@ -328,21 +329,33 @@ def test_a_job_without_a_place_for_its_results_says_so(two_nodes: Nodes, tmp_pat
 
 
 def test_what_is_deployed_answers(two_nodes: Nodes, trained: Trained, tmp_path: Path) -> None:
-    """``serve deploy`` of the shipped file, on a free port and with tokens."""
+    """A job deploys a model repository and ends; ``serve deploy`` of the shipped file replaces it, with tokens."""
+    port = free_port()
+    with publishing(trained.bundle, tmp_path / "models") as published:
+        pass
+    output = two_nodes.done(two_nodes.job("serve", str(tmp_path / "models"), "--port", str(port)))
+    assert f"http://127.0.0.1:{port}/classifier/docs" in output
+    url = f"http://127.0.0.1:{port}/classifier/v1"
+    assert httpx.get(f"{url}/model", timeout=30).json()["version"] == published.version
+
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    token = add_token(tmp_path / "tokens.json", "test", ["classify", "attack"])
-    config["http_options"]["port"] = free_port()
+    tokens = f"file://{tmp_path}/tokens.json"
+    token = add_token(tokens, "test", ["classify", "attack"])
+    config["http_options"]["port"] = port
     config["applications"] = config["applications"][:1]
-    config["applications"][0]["args"] |= {"bundle": str(trained.bundle), "tokens": str(tmp_path / "tokens.json")}
+    config["applications"][0]["args"] |= {"bundle": str(trained.run), "tokens": tokens}
     file = tmp_path / "serve_config.yaml"
     file.write_text(yaml.safe_dump(config))
     subprocess.run(["serve", "deploy", str(file)], env=two_nodes.client, check=True, capture_output=True, timeout=120)
-    url = f"http://127.0.0.1:{config['http_options']['port']}/classifier/v1"
     headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/x-npy"}
 
     def answers() -> bool:
+        """Whether the replica with tokens answers, in place of the one without."""
         try:
-            return httpx.get(f"{url}/model", headers=headers, timeout=5, verify=False).status_code == 200
+            return [
+                httpx.get(f"{url}/model", headers=header, timeout=5, verify=False).status_code
+                for header in (headers, {})
+            ] == [200, 401]
         except httpx.HTTPError:
             return False
 
@@ -352,5 +365,5 @@ def test_what_is_deployed_answers(two_nodes: Nodes, trained: Trained, tmp_path: 
     np.save(body, private.sample.permute(0, 2, 3, 1).numpy())
     answer = httpx.post(f"{url}/classify", content=body.getvalue(), headers=headers, timeout=30)
     assert [image["index"] for image in answer.json()["images"]] == private.sample_classes.tolist()
-    assert httpx.get(f"{url}/model", timeout=5).status_code == 401
+    assert httpx.get(f"{url}/model", headers=headers, timeout=5).json()["bundle"] == f"{trained.run.name}/bundle"
     subprocess.run(["serve", "shutdown", "-y"], env=two_nodes.client, check=True, capture_output=True, timeout=120)

@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 import threading
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -37,11 +38,11 @@ from raypp.data.splits import load_split
 from raypp.experiments import attack_run
 from raypp.experiments.run_folder import point_latest
 from raypp.experiments.training_run import open_run, train_locally
-from raypp.serve import loaded_model, model_store, schemas
+from raypp.serve import auth, loaded_model, model_store, schemas
 from raypp.serve.admission import AdmissionControl, RequestError
 from raypp.serve.api import attack_api, classifier_api
 from raypp.serve.attack_catalog import load_attacks
-from raypp.serve.auth import TokenFile, Tokens, add_token, remove_token
+from raypp.serve.auth import TokenFile, Tokens, add_token, open_tokens, remove_token
 from raypp.serve.loaded_model import LoadedModel, classify, load_model, pad_to_bucket
 from raypp.serve.model_store import ModelManager, publishing, resolve_model
 from raypp.utils.errors import BundleError, ConfigError, StorageError
@@ -403,6 +404,47 @@ def test_edits_of_a_token_file_exclude_each_other(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: add_token(tmp_path / "tokens.json", f"t{i}", ["classify"]), range(24)))
     assert len(Tokens.read(str(tmp_path / "tokens.json")).entries) == 24
+
+
+def test_tokens_come_from_a_variable_or_a_uri(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The text of a variable is that of the file; a service reads a URI again, whatever its requests do."""
+    path = tmp_path / "tokens.json"
+    first = add_token(path, "first", ["classify"])
+    monkeypatch.setenv("RAYPP_TOKENS", path.read_text())
+    assert open_tokens("env:RAYPP_TOKENS").current().check(f"Bearer {first}", "classify") == "first"
+    for text, sentence in (
+        ("{", "the environment variable 'RAYPP_TOKENS' is damaged; create tokens with raypp token"),
+        ('{"tokens": []}', "the environment variable 'RAYPP_TOKENS' holds no token; create one with raypp token"),
+        (None, "the environment variable 'RAYPP_TOKENS' is not set; put the text of a token file into it"),
+    ):
+        monkeypatch.setenv("RAYPP_TOKENS", text) if text else monkeypatch.delenv("RAYPP_TOKENS")
+        with pytest.raises(ConfigError, match=sentence):
+            open_tokens("env:RAYPP_TOKENS")
+    with pytest.raises(SystemExit):
+        main(["token", "a", "--token-file", "env:RAYPP_TOKENS"])
+    assert "'RAYPP_TOKENS' cannot be changed; create a file" in " ".join(capsys.readouterr().err.split())
+
+    monkeypatch.setattr(auth, "POLL_SECONDS", 0.01)
+    tokens = open_tokens(f"file://{path}")
+    main(["token", "second", "--token-file", f"file://{path}"])
+    end = time.monotonic() + 10
+    while len(tokens.current().entries) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    path.unlink()
+    while not any("stay in force" in record.getMessage() for record in caplog.records):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert len(tokens.current().entries) == 2
+    del tokens
+    while any(thread.name == "raypp-tokens" for thread in threading.enumerate()):  # a service that ends reads no more
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_tokens_count_as_the_file_has_them_now(
@@ -829,16 +871,21 @@ def test_what_is_called_latest_and_is_no_link_stays(tmp_path: Path, capsys: pyte
     )
 
 
-def test_locations_that_are_neither_bundle_nor_repository_are_named(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="is neither a bundle nor a model repository"):
-        resolve_model(tmp_path)
-    (tmp_path / "run" / "bundle").mkdir(parents=True)
-    (tmp_path / "run" / "bundle" / "manifest.json").write_text("{}")
-    with pytest.raises(StorageError, match=r"/run is a run; its bundle is .*/run/bundle$"):
-        resolve_model(tmp_path / "run")
-    (tmp_path / "live.json").write_text("x")
-    with pytest.raises(StorageError, match=r"live\.json is damaged"):
-        resolve_model(tmp_path)
+def test_a_run_that_gets_another_bundle_is_taken_over(trained: Trained, other: Path, tmp_path: Path) -> None:
+    """As after a resumed training; the version of a run is its bundle's."""
+    bundle = shutil.copytree(trained.bundle, tmp_path / "run" / "bundle")
+    shutil.copy(trained.run / "config.yaml", bundle.parent)
+    here = Here(bundle.parent)
+    before = here.active_model()
+    assert (before.name, before.version) == ("run/bundle", resolve_model(bundle).version)
+    shutil.rmtree(bundle)
+    assert not here.live.refresh()
+    assert "is a run that has no bundle yet" in (here.rejected() or {})["reason"]
+    assert here.active_model() is before
+    shutil.copytree(other, bundle)
+    assert here.live.refresh()
+    assert here.active_model().version != before.version
+    assert here.rejected() is None
 
 
 def test_requests_of_several_bundles_share_a_batch(trained: Trained, other: Path) -> None:

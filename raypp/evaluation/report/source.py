@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from raypp.bundle.locate import locate_bundle, split_choice
 from raypp.utils.errors import BundleError, ConfigError
 from raypp.utils.storage import Storage
 
@@ -43,12 +45,18 @@ def _run_name(location: str) -> str:
 
 
 def read_source(location: str) -> Source:
-    """Read a scorecard with its files from an attack run, a bundle or a run; raises ConfigError if there is none."""
+    """Read a scorecard with its files from an attack run, or from a bundle; raises ConfigError if there is none.
+
+    Args:
+        location: an attack run, or a location of a bundle (:func:`raypp.bundle.locate.locate_bundle`).
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    root = Storage(location)
-    for folder in (root, root.folder("private"), root.folder("bundle/private")):
+    folders = [Storage(split_choice(location)[0])]
+    with contextlib.suppress(BundleError):
+        folders.append(Storage(locate_bundle(location)).folder("private"))
+    for folder in folders:
         if not folder.exists("scorecard.json"):
             continue
         try:
