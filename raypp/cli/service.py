@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter, validators
 from rich.console import Console
 
-from raypp.cli.app import OPERATE, USE, AsJson, Words, app, epilogue, print_json
+from raypp.cli.app import OPERATE, USE, AsJson, Words, app, epilogue, print_json, set_verbosity
 from raypp.cli.render import print_text
 from raypp.utils.errors import ConfigError, RayppError
 from raypp.utils.signals import stop_on_signal
@@ -66,6 +66,7 @@ def serve(
     with_attacks: bool = False,
     haproxy: bool = False,
     output: Path | None = None,
+    verbose: bool = False,
 ) -> None:
     """Serve a bundle's classifier over HTTP until interrupted.
 
@@ -78,7 +79,9 @@ def serve(
         with_attacks: Also serve the attacks on the bundle, to everyone who can reach the service.
         haproxy: Use Ray's HAProxy instead of Ray's proxy: more than twice as many one-image requests per second.
         output: File for the configuration of `serve deploy`; nothing is started.
+        verbose: Also print the log lines of Ray, Serve and their workers.
     """
+    set_verbosity(verbose=verbose)
     from raypp.bundle.manifest import bundle_location
     from raypp.serve.server import build_serve_config
 

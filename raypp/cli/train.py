@@ -22,6 +22,7 @@ from raypp.cli.app import (
     epilogue,
     preset_and_flags,
     print_json,
+    set_verbosity,
     without_settings,
 )
 from raypp.cli.attack import print_attack_results, print_threat_table
@@ -59,6 +60,7 @@ def train(
     dry_run: bool = False,
     json: AsJson = False,
     quiet: bool = False,
+    verbose: bool = False,
 ) -> None:
     """Train a protection with its classifier and export the bundle.
 
@@ -72,7 +74,9 @@ def train(
         dry_run: Print the plan and an estimate of the time, and write nothing.
         json: Print the results as JSON on standard output.
         quiet: Print only warnings and errors.
+        verbose: Also print the log lines of Ray and its workers; jobs on a cluster always do.
     """
+    set_verbosity(verbose=verbose, quiet=quiet)
     from raypp import api
     from raypp.dispatch import run_name
     from raypp.metrics.statistics import chance_error
@@ -120,6 +124,7 @@ def quickstart(
     ray: OnRay = None,
     json: AsJson = False,
     quiet: bool = False,
+    verbose: bool = False,
 ) -> None:
     """Train on generated pictures of shapes and attack the bundle, in minutes on two cores.
 
@@ -129,7 +134,9 @@ def quickstart(
         ray: Train on Ray Train (--ray) or in this process (--local); default: Ray for more than one worker.
         json: Print the results as JSON on standard output.
         quiet: Print only warnings and errors.
+        verbose: Also print the log lines of Ray and its workers; jobs on a cluster always do.
     """
+    set_verbosity(verbose=verbose, quiet=quiet)
     from raypp import api
     from raypp.dispatch import new_name
 
@@ -183,6 +190,7 @@ def table1(
     dry_run: bool = False,
     json: AsJson = False,
     quiet: bool = False,
+    verbose: bool = False,
 ) -> None:
     """Train the grid of the paper's Table I and write it as CSV, Markdown and a figure.
 
@@ -197,7 +205,9 @@ def table1(
         dry_run: Print the runs and an estimate of the time, and write nothing.
         json: Print the table as JSON on standard output.
         quiet: Print only warnings and errors.
+        verbose: Also print the log lines of Ray and its workers; jobs on a cluster always do.
     """
+    set_verbosity(verbose=verbose, quiet=quiet)
     from raypp import api
 
     if not presets:
@@ -233,6 +243,7 @@ def tune(
     dry_run: bool = False,
     json: AsJson = False,
     quiet: bool = False,
+    verbose: bool = False,
 ) -> None:
     """Search a preset's settings for accuracy and privacy, and attack and export the best bundles.
 
@@ -246,7 +257,9 @@ def tune(
         dry_run: Print the plan and an estimate of the time, and write nothing.
         json: Print the results as JSON on standard output.
         quiet: Print only warnings and errors.
+        verbose: Also print the log lines of Ray and its workers; jobs on a cluster always do.
     """
+    set_verbosity(verbose=verbose, quiet=quiet)
     from raypp import api
 
     preset, flags = preset_and_flags(preset, settings)

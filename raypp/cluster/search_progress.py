@@ -14,6 +14,7 @@ from ray.tune.experiment import Trial
 
 from raypp.cluster.progress_actor import create_progress_actor, drain, shutdown_grace_period
 from raypp.cluster.trial import STOPPED, decode_parameters
+from raypp.cluster.waiting import ResourceNotice, Resources
 from raypp.experiments import plots, search, search_results
 from raypp.experiments.run_folder import read_checked
 from raypp.experiments.search import RESULT, TRIALS, SearchPlan, TrialRecord
@@ -22,6 +23,7 @@ from raypp.utils.errors import RayppError
 from raypp.utils.progress import MultiProgressDisplay
 
 DRIVER_RECORDS = "ended.json"  # of trials without a result
+RELAY_SECONDS = 0.5
 
 
 class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
@@ -30,13 +32,22 @@ class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
     Attributes:
         actor: the progress actor of all trials.
         records: by trial, also of trials that have not ended.
+
+    Args:
+        required: resources of a trial, with all its workers.
     """
 
     current: ClassVar[TrialMonitor]
 
-    def __init__(self, plan: SearchPlan, min_accuracy: float | None, display: MultiProgressDisplay) -> None:
+    def __init__(
+        self, plan: SearchPlan, min_accuracy: float | None, display: MultiProgressDisplay, required: Resources
+    ) -> None:
         self.plan, self.min_accuracy, self.display = plan, min_accuracy, display
         self.actor = create_progress_actor()
+        self._trials: list[Trial] = []
+        seconds, warn = plan.config.cluster.notice_seconds, display.of("cluster").warn
+        self._notice = ResourceNotice("a trial", required, seconds, self._all_wait, warn)
+        self._next_relay = float("-inf")
         self.records: dict[str, TrialRecord] = {}
         self._stopped: set[str] = set()
         self._deadline: float | None = None  # of running trials, after a stop request
@@ -51,15 +62,32 @@ class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
 
         Tune calls it about ten times a second in the main thread; an exception ends the search like an interrupt.
         """
+        self._trials = trials
+        self._notice.check()
+        self._relay()
         if not self.display.stop.is_set():
             return
         if self._deadline is None:
             self.actor.request_stop.remote()
             self._deadline = time.monotonic() + shutdown_grace_period()
-        self._stopped |= {trial for trial, kind, _ in drain(self.actor) if kind == STOPPED}
         running = {trial.trial_id for trial in trials if trial.status == Trial.RUNNING}
         if running <= self._stopped or time.monotonic() > self._deadline:
             self.display.raise_if_stop_requested()
+
+    def _all_wait(self) -> bool:
+        statuses = {trial.status for trial in self._trials}
+        return Trial.PENDING in statuses and Trial.RUNNING not in statuses
+
+    def _relay(self) -> None:
+        """Show the warnings of trials, and record those that have stopped."""
+        if time.monotonic() < self._next_relay:
+            return
+        self._next_relay = time.monotonic() + RELAY_SECONDS
+        for trial, kind, value in drain(self.actor):
+            if kind == STOPPED:
+                self._stopped.add(trial)
+            elif kind == "warn":
+                self.display.warn(trial, value)
 
     def on_trial_result(self, *, trial: Any, result: dict[str, Any], **_: Any) -> None:
         epoch, epochs, accuracy = result.get("epoch", 0), result.get("epochs", 0), result.get("accuracy")

@@ -6,7 +6,6 @@ opens it on all interfaces.
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import socket
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 import ray
 from ray._private import ray_constants
 
+from raypp.cluster import ray_logs
 from raypp.utils import runtime
 from raypp.utils.errors import ConfigError, first_line
 from raypp.utils.progress import ProgressListener
@@ -104,7 +104,7 @@ def ray_session() -> Iterator[dict[str, float]]:
     if os.environ.get("RAY_ADDRESS"):
         check_address()
         try:
-            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address="auto", **ray_logs.init_options())
         except (ConnectionError, RuntimeError) as error:
             address = os.environ["RAY_ADDRESS"]
             raise ConfigError(f"no Ray cluster answers at RAY_ADDRESS {address!r}: {error}") from error
@@ -140,8 +140,7 @@ def _start() -> None:
             address="local",  # not another cluster on this machine
             num_cpus=runtime.num_cores(),
             include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
+            **ray_logs.init_options(),
         )
     except Exception as error:  # bare, if Ray's processes do not start in time
         ray.shutdown()

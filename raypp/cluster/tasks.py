@@ -13,6 +13,7 @@ import torch
 
 from raypp.cluster.progress_actor import RemoteProgress, create_progress_actor, relay, shutdown_grace_period
 from raypp.cluster.session import check_resources, ray_session, uses_gpu
+from raypp.cluster.waiting import ResourceNotice, SubmittedParts
 from raypp.config.schema import Cluster
 from raypp.config.validation import validate
 from raypp.experiments.table1 import train_cell
@@ -66,7 +67,9 @@ def run_tasks(
         )(_call)
         actor = create_progress_actor()
         submit = partial(remote_call.remote, function, num_cpus, actor)
-        if not _run_until_done(submit, work, after or {}, actor, display, on_done):
+        required, parts = {"CPU": num_cpus, "GPU": num_gpus}, SubmittedParts()
+        notice = ResourceNotice(what, required, cluster.notice_seconds, parts.all_wait, display.of("cluster").warn)
+        if not _run_until_done(submit, work, after or {}, actor, display, on_done, parts, notice):
             display.raise_if_stop_requested()
 
 
@@ -98,6 +101,8 @@ def _run_until_done(
     actor: Any,
     display: MultiProgressDisplay,
     on_done: Callable[[str, Outcome], None],
+    parts: SubmittedParts,
+    notice: ResourceNotice,
 ) -> bool:
     """Run tasks until all have ended or a stop was requested; return whether all have ended."""
     pending = dict(work)
@@ -115,10 +120,13 @@ def _run_until_done(
         unfinished = {*pending, *running.values()}
         for name in [name for name in pending if not unfinished.intersection(after.get(name, ()))]:
             running[submit(name, pending.pop(name))] = name
+            parts.submit(name)
         ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
-        relay(actor, display.of)
+        relay(actor, display.of, parts)
+        notice.check()
         for reference in ready:
             name, outcome = running.pop(reference), _outcome(reference)
+            parts.end(name)
             if "interrupted" in outcome:
                 all_done = False
             else:
@@ -140,6 +148,7 @@ def _outcome(reference: Any) -> Outcome:
 def _call(function: Callable[..., Any], cpus: float, actor: Any, name: str, arguments: tuple[Any, ...]) -> Outcome:
     torch.set_num_threads(max(1, int(cpus)))
     progress = RemoteProgress(actor, name)
+    progress.started()
     if progress.should_stop():  # while the task waited for resources
         return {"interrupted": "not started"}
     return outcome_of(lambda: function(*arguments, progress), RayppError)

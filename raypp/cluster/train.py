@@ -17,9 +17,11 @@ import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from raypp.cluster import ray_logs
 from raypp.cluster.progress_actor import RemoteProgress, create_progress_actor, polling, shutdown_grace_period
 from raypp.cluster.session import check_resources, ray_session, uses_gpu
 from raypp.cluster.tasks import Outcome, outcome_of
+from raypp.cluster.waiting import ResourceNotice, SubmittedParts
 from raypp.config.schema import Cluster, Config
 from raypp.config.validation import validate
 from raypp.data.streaming import Batch, StreamLoader, build_execution_options, collect_validation_set, datasets
@@ -47,7 +49,10 @@ class RayTrainReporter(Reporter):
     """
 
     def __init__(self, run: Storage, actor: Any) -> None:
-        super().__init__(run, RemoteProgress(actor), get_device())
+        progress = RemoteProgress(actor, run=Path(run.uri.partition("?")[0]).name)
+        super().__init__(run, progress, get_device())
+        if self.rank == 0:
+            progress.started()
 
     def report(self, history: list[EpochMetrics], name: str, checkpoint: Path | None) -> None:
         super().report(history, name, checkpoint)
@@ -73,8 +78,11 @@ def train_on_ray(run: Run, display: ProgressListener) -> dict[str, Any]:
         min_workers = cluster.min_workers or num_workers
         num_cpus = min_workers * cluster.cpus_per_worker + DATA_CPUS * config.data.stream
         num_gpus = min_workers * use_gpu
-        check_resources(f"training on {min_workers} workers needs", num_cpus, num_gpus, resources, display)
-        actor = create_progress_actor()
+        part = f"training on {min_workers} worker{'s' if min_workers > 1 else ''}"
+        check_resources(f"{part} needs", num_cpus, num_gpus, resources, display)
+        actor, parts = create_progress_actor(), SubmittedParts("")
+        required = {"CPU": num_cpus, "GPU": num_gpus}
+        notice = ResourceNotice(part, required, cluster.notice_seconds, parts.all_wait, display.warn)
         train, val = {}, None
         if config.data.stream:
             display.note("reading validation images")
@@ -92,7 +100,7 @@ def train_on_ray(run: Run, display: ProgressListener) -> dict[str, Any]:
             **build_trainer_configs(cluster, num_workers, use_gpu, CHECKPOINTS, run.storage),
         )  # fmt: skip
         display.note("starting workers")
-        with polling(actor, lambda _: display):
+        with polling(actor, lambda _: display, parts, notice):
             summary: dict[str, Any] = run_trainer(trainer, cluster.max_failures, run.storage, actor)
     return summary
 
@@ -108,7 +116,7 @@ def build_trainer_configs(
             name=name,
             storage_path=storage.uri,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            logging_config=LoggingConfig(log_level="CRITICAL"),
+            logging_config=LoggingConfig(log_level=ray_logs.train_level()),
         ),
     }
 

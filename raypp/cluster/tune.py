@@ -6,6 +6,7 @@ run. Tune then starts only as many trials as there is room for with their worker
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -15,6 +16,7 @@ import ray
 from ray import tune
 from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 
+from raypp.cluster import ray_logs
 from raypp.cluster.attack import run_on_ray
 from raypp.cluster.search_algorithms import PatienceStopper, build_param_space, build_sampler, build_scheduler
 from raypp.cluster.search_progress import TrialMonitor, all_records, silence_tune
@@ -50,7 +52,7 @@ def run_search(plan: SearchPlan, *, resume: bool = False, quiet: bool = False) -
         if not plan.storage.exists(search.SUMMARY):
             display = MultiProgressDisplay(plan.search.num_trials, quiet=quiet, what="trials")
             with display, stop_on_signal(display.stop, signal.SIGTERM):
-                _run_trials(TrialMonitor(plan, min_accuracy, display), required, max_concurrent, begun)
+                _run_trials(TrialMonitor(plan, min_accuracy, display, required), required, max_concurrent, begun)
         records = all_records(plan)
         _check_success(records, min_accuracy)
 
@@ -127,10 +129,13 @@ def _run_trials(monitor: TrialMonitor, required: dict[str, float], max_concurren
     if (plan.config.cluster.num_workers or 1) > 1:
         # Tune does not accept 0 CPUs. The Ray Train run of a distributed trial reserves its own.
         required = {HEAD: 0.01}
-    parameters = {"dumped": plan.dump(), "min_accuracy": monitor.min_accuracy, "actor": monitor.actor}
+    parameters = {
+        "dumped": plan.dump(), "min_accuracy": monitor.min_accuracy, "actor": monitor.actor,
+        "show_ray_logs": ray_logs.are_shown(),
+    }  # fmt: skip
     trial = tune.with_resources(tune.with_parameters(train_trial, **parameters), required)
     folder = plan.storage.folder(EXPERIMENT).uri
-    with silence_tune():
+    with contextlib.nullcontext() if ray_logs.are_shown() else silence_tune():
         if begun and Tuner.can_restore(folder):
             tuner = Tuner.restore(folder, trainable=trial, resume_unfinished=True, resume_errored=True)
         else:
