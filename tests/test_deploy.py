@@ -207,7 +207,7 @@ def test_what_begins_without_workers_asks_for_them() -> None:
 
 def test_a_service_outlives_its_head_and_a_node() -> None:
     """Its head has a Redis; its replicas lie on two nodes, and a node that ends waits for their requests."""
-    from raypp.serve.deployments import Classifier
+    from raypp.serve.deployments import ClassifierDeployment
 
     service, jobs = read("deploy/kuberay/rayservice.yaml")["spec"], "rayClusterConfig"
     cluster = RayCluster.model_validate(service[jobs])
@@ -226,7 +226,7 @@ def test_a_service_outlives_its_head_and_a_node() -> None:
     assert deployment["max_replicas_per_node"] == 1
     assert deployment["autoscaling_config"]["min_replicas"] == group.minReplicas == group.replicas == 2
     assert deployment["autoscaling_config"]["max_replicas"] == group.maxReplicas
-    finish = Classifier._deployment_config.graceful_shutdown_timeout_s
+    finish = ClassifierDeployment._deployment_config.graceful_shutdown_timeout_s
     for template in (cluster.headGroupSpec.template, group.template):
         (node,) = template["spec"]["containers"]
         variables = {variable["name"]: variable.get("value") for variable in node["env"]}
@@ -253,7 +253,7 @@ def test_the_dashboard_shows_what_is_exported() -> None:
         for row, queries in panels.items()
     }
     assert named["Training"] == {"raypp_train_loss", "raypp_train_images_per_second", "raypp_train_epoch"}
-    assert {"raypp_requests_total", "raypp_request_duration_seconds", "raypp_waiting_images"} <= named["Serving"]
+    assert {"raypp_request_duration_seconds", "raypp_waiting_images", "raypp_batch_images"} <= named["Serving"]
     assert named["Training"] | named["Serving"] <= exported
     variables = [part["query"]["query"] for part in dashboard["templating"]["list"] if part["type"] == "query"]
     assert variables == ["label_values(ray_raypp_train_epoch, run)", "label_values(ray_raypp_requests_total, route)"]

@@ -48,11 +48,10 @@ class RayTrainReporter(Reporter):
     It does not save checkpoints by Ray Train, which copies file by file: :class:`Storage` replaces whole folders.
     """
 
+    listener: RemoteProgress
+
     def __init__(self, run: Storage, actor: Any) -> None:
-        progress = RemoteProgress(actor, run=Path(run.uri.partition("?")[0]).name)
-        super().__init__(run, progress, get_device())
-        if self.rank == 0:
-            progress.started()
+        super().__init__(run, RemoteProgress(actor, run=Path(run.uri.partition("?")[0]).name), get_device())
 
     def report(self, history: list[EpochMetrics], name: str, checkpoint: Path | None) -> None:
         super().report(history, name, checkpoint)
@@ -136,6 +135,8 @@ def _train_loop_per_worker(arguments: dict[str, Any]) -> Outcome:
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     storage = Storage(arguments["run"])
     reporter = RayTrainReporter(storage, arguments["actor"])
+    if reporter.rank == 0:
+        reporter.listener.started()
     phi: StateDict | None = arguments["phi"]
 
     def train() -> dict[str, Any]:
