@@ -12,6 +12,7 @@ import ray
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
+from raypp.cluster import ray_logs
 from raypp.cluster.progress_actor import create_progress_actor, drain, shutdown_grace_period
 from raypp.cluster.trial import STOPPED, decode_parameters
 from raypp.cluster.waiting import ResourceNotice, Resources
@@ -29,12 +30,12 @@ RELAY_SECONDS = 0.5
 class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
     """Shows and records Tune's trials.
 
+    Args:
+        required: resources of a trial, with all its workers.
+
     Attributes:
         actor: the progress actor of all trials.
         records: by trial, also of trials that have not ended.
-
-    Args:
-        required: resources of a trial, with all its workers.
     """
 
     current: ClassVar[TrialMonitor]
@@ -184,7 +185,10 @@ def _reason(error: BaseException | None) -> str:
 
 @contextmanager
 def silence_tune() -> Iterator[None]:
-    """Silence Tune's own tables."""
+    """Silence Tune's loggers, unless Ray's log lines are shown."""
+    if ray_logs.are_shown():
+        yield
+        return
     levels = {logger: logger.level for logger in map(logging.getLogger, ("ray.tune", "ray.train", "ray.air"))}
     for logger in levels:
         logger.setLevel(logging.CRITICAL)

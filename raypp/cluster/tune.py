@@ -6,7 +6,6 @@ run. Tune then starts only as many trials as there is room for with their worker
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import signal
@@ -135,7 +134,7 @@ def _run_trials(monitor: TrialMonitor, required: dict[str, float], max_concurren
     }  # fmt: skip
     trial = tune.with_resources(tune.with_parameters(train_trial, **parameters), required)
     folder = plan.storage.folder(EXPERIMENT).uri
-    with contextlib.nullcontext() if ray_logs.are_shown() else silence_tune():
+    with silence_tune():
         if begun and Tuner.can_restore(folder):
             tuner = Tuner.restore(folder, trainable=trial, resume_unfinished=True, resume_errored=True)
         else:
