@@ -76,8 +76,8 @@ class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
             self.display.raise_if_stop_requested()
 
     def _all_wait(self) -> bool:
-        statuses = {trial.status for trial in self._trials}
-        return Trial.PENDING in statuses and Trial.RUNNING not in statuses
+        running = any(trial.status == Trial.RUNNING for trial in self._trials)
+        return not running and any(not trial.is_finished() for trial in self._trials)
 
     def _relay(self) -> None:
         """Show the warnings of trials, and record those that have stopped."""
