@@ -100,6 +100,7 @@ def on_ray(folder: Path, preset: str, num: int) -> None:
     from raypp.cluster.progress_actor import create_progress_actor, polling
     from raypp.cluster.session import ray_session
     from raypp.cluster.train import build_trainer_configs
+    from raypp.cluster.waiting import ResourceNotice, SubmittedParts
     from raypp.config.schema import Cluster
     from raypp.utils.progress import ProgressListener
     from raypp.utils.storage import Storage
@@ -114,7 +115,9 @@ def on_ray(folder: Path, preset: str, num: int) -> None:
 
         run(folder, preset, RayTrainReporter(results, TrainWorkerProgress(given["board"], watch=True)))
 
-    with ray_session(), polling(board := create_progress_actor(), lambda _: ProgressListener()):
+    parts = SubmittedParts()
+    notice = ResourceNotice("training", {"CPU": num}, 60, parts.all_wait, print)
+    with ray_session(), polling(board := create_progress_actor(), lambda _: ProgressListener(), parts, notice):
         TorchTrainer(
             work,
             train_loop_config={"board": board},

@@ -175,10 +175,34 @@ class Worker(Closed):
     template: dict[str, Any]
 
 
+class Secret(Closed):
+    name: str
+    key: str
+
+
+class SecretSource(Closed):
+    secretKeyRef: Secret  # noqa: N815
+
+
+class Password(Closed):
+    valueFrom: SecretSource  # noqa: N815
+
+
+class FaultTolerance(Closed):
+    redisAddress: str  # noqa: N815
+    redisPassword: Password  # noqa: N815
+
+
+class Autoscaler(Closed):
+    idleTimeoutSeconds: int  # noqa: N815
+
+
 class RayCluster(Closed):
     rayVersion: str  # noqa: N815
     authOptions: Auth  # noqa: N815
     enableInTreeAutoscaling: bool  # noqa: N815
+    autoscalerOptions: Autoscaler | None = None  # noqa: N815
+    gcsFaultToleranceOptions: FaultTolerance | None = None  # noqa: N815
     headGroupSpec: Head  # noqa: N815
     workerGroupSpecs: list[Worker]  # noqa: N815
 
@@ -198,7 +222,7 @@ class RayService(Closed):
     rayClusterConfig: RayCluster  # noqa: N815
 
 
-KINDS = {"RayJob": RayJob, "RayService": RayService}
+KINDS = {"RayCluster": RayCluster, "RayJob": RayJob, "RayService": RayService}
 
 
 def templates(tree: Any) -> Iterator[dict[str, Any]]:
@@ -215,10 +239,14 @@ def templates(tree: Any) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_kubernetes_understands_a_manifest(name: str) -> None:
-    tree = read(name)
+    for tree in yaml.safe_load_all((ROOT / name).read_text()):
+        check_manifest(tree)
+
+
+def check_manifest(tree: dict[str, Any]) -> None:
     if tree["apiVersion"] == "ray.io/v1":
         spec = KINDS[tree["kind"]].model_validate(tree["spec"])
-        cluster = spec.rayClusterSpec if isinstance(spec, RayJob) else spec.rayClusterConfig
+        cluster = getattr(spec, "rayClusterSpec", None) or getattr(spec, "rayClusterConfig", spec)
         assert cluster.rayVersion == version("ray")
     else:
         kubernetes_validate.validate(tree, KUBERNETES, strict=True)
@@ -228,7 +256,7 @@ def test_kubernetes_understands_a_manifest(name: str) -> None:
         assert pod_template["spec"]["securityContext"]["runAsNonRoot"]
         if pod_template["spec"]["containers"][0]["name"] != "ray-head":  # which asks Kubernetes for more pods
             assert pod_template["spec"]["automountServiceAccountToken"] is False
-        assert pod_template["metadata"]["labels"] == {"app.kubernetes.io/part-of": "raypp"}  # the network policy's
+        assert pod_template["metadata"]["labels"]["app.kubernetes.io/part-of"] == "raypp"  # the network policy's
         for container in pod_template["spec"]["containers"]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert "memory" in container["resources"]["limits"]
@@ -238,6 +266,75 @@ def test_what_begins_without_workers_asks_for_them() -> None:
     """A search takes as many trials at once as there is room for when it starts; spot nodes leave more than thrice."""
     assert "--search.max_concurrent 8" in read("deploy/kuberay/rayjob-tune.yaml")["spec"]["entrypoint"]
     assert "--cluster.max_failures -1" in read("deploy/kuberay/rayjob-train.yaml")["spec"]["entrypoint"]
+
+
+def test_a_service_outlives_its_head_and_a_node() -> None:
+    """Its head has a Redis; its replicas lie on two nodes, and a node that ends waits for their requests."""
+    from raypp.serve.deployments import ClassifierDeployment
+
+    service, jobs = read("deploy/kuberay/rayservice.yaml")["spec"], "rayClusterConfig"
+    cluster = RayCluster.model_validate(service[jobs])
+    redis_service, redis = yaml.safe_load_all((ROOT / "deploy/kuberay/redis.yaml").read_text())
+    assert cluster.gcsFaultToleranceOptions is not None
+    name, _, port = cluster.gcsFaultToleranceOptions.redisAddress.partition(":")
+    assert (name, int(port)) == (redis_service["metadata"]["name"], redis_service["spec"]["ports"][0]["port"])
+    (container,) = redis["spec"]["template"]["spec"]["containers"]
+    (password,) = (variable["valueFrom"] for variable in container["env"])
+    assert cluster.gcsFaultToleranceOptions.redisPassword.model_dump() == {"valueFrom": password}
+    assert redis_service["spec"]["selector"].items() <= redis["spec"]["template"]["metadata"]["labels"].items()
+
+    (application,) = yaml.safe_load(service["serveConfigV2"])["applications"]
+    (deployment,) = application["deployments"]
+    (group,) = cluster.workerGroupSpecs
+    assert deployment["max_replicas_per_node"] == 1
+    assert deployment["autoscaling_config"]["min_replicas"] == group.minReplicas == group.replicas == 2
+    assert deployment["autoscaling_config"]["max_replicas"] == group.maxReplicas
+    finish = ClassifierDeployment._deployment_config.graceful_shutdown_timeout_s
+    for template in (cluster.headGroupSpec.template, group.template):
+        (node,) = template["spec"]["containers"]
+        variables = {variable["name"]: variable.get("value") for variable in node["env"]}
+        drain = float(variables["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+        assert finish < drain < template["spec"]["terminationGracePeriodSeconds"]
+
+
+def test_the_dashboard_shows_what_is_exported() -> None:
+    exported = {
+        node.value
+        for path in (ROOT / "raypp").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and str(node.value).startswith("raypp_")
+    }
+    dashboard = json.loads((ROOT / "deploy/grafana/raypp.json").read_text())
+    panels = {title: [] for title in ("Training", "Serving")}
+    for panel in dashboard["panels"]:
+        if panel["type"] == "row":
+            queries = panels[panel["title"]]
+        else:
+            queries += [target["expr"] for target in panel["targets"]]
+    named = {
+        row: set(re.findall(r"ray_(raypp_\w+?)(?:_bucket|_sum|_count)?\b", " ".join(queries)))
+        for row, queries in panels.items()
+    }
+    assert named["Training"] == {"raypp_train_loss", "raypp_train_images_per_second", "raypp_train_epoch"}
+    assert {"raypp_request_duration_seconds", "raypp_waiting_images", "raypp_batch_images"} <= named["Serving"]
+    assert named["Training"] | named["Serving"] <= exported
+    variables = [part["query"]["query"] for part in dashboard["templating"]["list"] if part["type"] == "query"]
+    assert variables == ["label_values(ray_raypp_train_epoch, run)", "label_values(ray_raypp_requests_total, route)"]
+    guide = (ROOT / "docs/how-to/monitor.md").read_text()
+    assert all(f"ray_{name}`" in guide for name in named["Training"] | named["Serving"])
+
+
+def test_a_stock_image_gets_the_project_s_dependencies() -> None:
+    """And what a job takes along is the same; Ray knows each key, and checks the types."""
+    from ray.runtime_env import RuntimeEnv
+
+    stock, built = read("jobs/runtime_env-uv.yaml"), read("jobs/runtime_env.yaml")
+    ranges = [Requirement(line) for line in read_toml()["project"]["dependencies"]]
+    assert list(map(Requirement, stock["uv"]["packages"])) == [kind for kind in ranges if kind.name != "ray"]
+    assert {key: stock[key] for key in built} == built
+    assert RuntimeEnv(**stock).uv_config()["packages"] == stock["uv"]["packages"]
+    with pytest.raises(ValueError, match="can only have these fields"):
+        RuntimeEnv(**stock | {"uv": stock["uv"] | {"package": []}})
 
 
 def test_a_mistake_in_a_manifest_is_found() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ from cyclopts import App, Group, Parameter
 
 import raypp
 from raypp.utils.errors import ConfigError
+from raypp.utils.runtime import VERBOSE
 
 START, TRAIN, EVALUATE, USE, OPERATE = (
     Group.create_ordered(name) for name in ("Start", "Train", "Evaluate", "Use", "Operate")
@@ -66,6 +68,14 @@ Words = Annotated[list[str] | None, Parameter(consume_multiple=True)]
 ConfigFiles = Annotated[list[Path] | None, Parameter(name="--config")]
 Trackers = Annotated[list[str] | None, Parameter(name="--track")]
 AsJson = Annotated[bool, Parameter(name="--json")]
+
+
+def set_verbosity(*, verbose: bool, quiet: bool = False) -> None:
+    """Have Ray's own log lines printed if ``verbose`` is set; raises ConfigError if ``quiet`` is set too."""
+    if verbose and quiet:
+        raise ConfigError("--quiet and --verbose exclude each other; give one of them")
+    if verbose:
+        os.environ[VERBOSE] = "1"  # a Ray that starts here hands it to its workers
 
 
 def preset_and_flags(first: str, more: tuple[str, ...]) -> tuple[str, list[str]]:

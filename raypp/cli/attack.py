@@ -18,6 +18,7 @@ from raypp.cli.app import (
     app,
     epilogue,
     print_json,
+    set_verbosity,
     without_settings,
 )
 from raypp.cli.render import (
@@ -58,6 +59,7 @@ def attack(
     dry_run: bool = False,
     json: AsJson = False,
     quiet: bool = False,
+    verbose: bool = False,
 ) -> None:
     """Run all attacks that the threat levels allow, and write a scorecard and a report.
 
@@ -76,7 +78,9 @@ def attack(
         dry_run: Print the attacks and an estimate of the time, and write nothing.
         json: Print the scorecard as JSON on standard output.
         quiet: Print only warnings and errors.
+        verbose: Also print the log lines of Ray and its workers; jobs on a cluster always do.
     """
+    set_verbosity(verbose=verbose, quiet=quiet)
     from raypp import api
     from raypp.dispatch import default_suite, run_name
     from raypp.experiments.attack_plan import load_target_of

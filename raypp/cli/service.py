@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter, validators
 from rich.console import Console
 
-from raypp.cli.app import OPERATE, USE, AsJson, Words, app, epilogue, print_json
+from raypp.cli.app import OPERATE, USE, AsJson, Words, app, epilogue, print_json, set_verbosity
 from raypp.cli.render import print_text
 from raypp.utils.errors import ConfigError, RayppError
 from raypp.utils.signals import stop_on_signal
@@ -69,6 +69,7 @@ def serve(
     detach: bool = False,
     output: Path | None = None,
     quiet: bool = False,
+    verbose: bool = False,
 ) -> None:
     """Serve a bundle's classifier over HTTP until interrupted.
 
@@ -85,7 +86,9 @@ def serve(
         detach: Deploy on the cluster in RAY_ADDRESS and end; the services stay (jobs/serve.py).
         output: File for the configuration of `serve deploy`; nothing is started.
         quiet: Print only warnings and errors.
+        verbose: Also print the log lines of Ray, Serve and their workers.
     """
+    set_verbosity(quiet=quiet, verbose=verbose)
     from raypp.serve.model_store import is_attacked
     from raypp.serve.server import build_serve_config
 

@@ -26,6 +26,7 @@ from raypp.cli.app import (
     epilogue,
     preset_and_flags,
     print_json,
+    set_verbosity,
     without_settings,
 )
 from raypp.cli.attack import print_attack_results, print_threat_table
@@ -69,6 +70,7 @@ def train(
     dry_run: bool = False,
     json: AsJson = False,
     quiet: bool = False,
+    verbose: bool = False,
 ) -> None:
     """Train a protection with its classifier and export the bundle.
 
@@ -86,7 +88,9 @@ def train(
         dry_run: Print the plan and an estimate of the time, and write nothing.
         json: Print the results as JSON on standard output.
         quiet: Print only warnings and errors.
+        verbose: Also print the log lines of Ray and its workers; jobs on a cluster always do.
     """
+    set_verbosity(verbose=verbose, quiet=quiet)
     from raypp import api
     from raypp.dispatch import run_name, training_config
     from raypp.metrics.statistics import chance_error
@@ -148,6 +152,7 @@ def quickstart(
     ray: OnRay = None,
     json: AsJson = False,
     quiet: bool = False,
+    verbose: bool = False,
 ) -> None:
     """Train on generated pictures of shapes and attack the bundle, in minutes on two cores.
 
@@ -157,7 +162,9 @@ def quickstart(
         ray: Train on Ray Train (--ray) or in this process (--local); default: Ray for more than one worker.
         json: Print the results as JSON on standard output.
         quiet: Print only warnings and errors.
+        verbose: Also print the log lines of Ray and its workers; jobs on a cluster always do.
     """
+    set_verbosity(verbose=verbose, quiet=quiet)
     from raypp import api
     from raypp.dispatch import new_name, training_config
 
@@ -210,6 +217,7 @@ def table1(
     dry_run: bool = False,
     json: AsJson = False,
     quiet: bool = False,
+    verbose: bool = False,
 ) -> None:
     """Train the grid of the paper's Table I and write it as CSV, Markdown and a figure.
 
@@ -224,7 +232,9 @@ def table1(
         dry_run: Print the runs and an estimate of the time, and write nothing.
         json: Print the table as JSON on standard output.
         quiet: Print only warnings and errors.
+        verbose: Also print the log lines of Ray and its workers; jobs on a cluster always do.
     """
+    set_verbosity(verbose=verbose, quiet=quiet)
     from raypp import api
 
     if not presets:
@@ -267,6 +277,7 @@ def tune(
     dry_run: bool = False,
     json: AsJson = False,
     quiet: bool = False,
+    verbose: bool = False,
 ) -> None:
     """Search a preset's settings for accuracy and privacy, and attack and export the best bundles.
 
@@ -284,7 +295,9 @@ def tune(
         dry_run: Print the plan and an estimate of the time, and write nothing.
         json: Print the results as JSON on standard output.
         quiet: Print only warnings and errors.
+        verbose: Also print the log lines of Ray and its workers; jobs on a cluster always do.
     """
+    set_verbosity(verbose=verbose, quiet=quiet)
     from raypp import api
 
     preset, flags = preset_and_flags(preset, settings)

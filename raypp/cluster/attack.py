@@ -18,6 +18,7 @@ from raypp.cluster.session import check_resources, ray_session, uses_gpu
 from raypp.cluster.tasks import Outcome, outcome_of, run_tasks
 from raypp.cluster.train import build_trainer_configs, run_trainer
 from raypp.cluster.train_reporter import TrainWorkerProgress, watches_preemption
+from raypp.cluster.waiting import ResourceNotice, SubmittedParts
 from raypp.experiments.attack_plan import (
     REFERENCE_CLASSIFIER,
     AttackPlan,
@@ -27,6 +28,7 @@ from raypp.experiments.attack_plan import (
 )
 from raypp.experiments.attack_run import run_attack
 from raypp.experiments.reference_classifier import train_reference_classifier
+from raypp.training.distributed import is_rank_zero
 from raypp.utils.errors import NonRetryableError, RayppError
 from raypp.utils.progress import MultiProgressDisplay, ProgressListener
 
@@ -76,15 +78,18 @@ def _run_distributed(
     num_workers, use_gpu = cluster.num_workers or 1, uses_gpu(cluster, resources)
     min_workers = cluster.min_workers or num_workers
     num_cpus, num_gpus = min_workers * cluster.cpus_per_worker, min_workers * use_gpu
-    check_resources(f"attack {name} needs", num_cpus, num_gpus, resources, display.of("cluster"))
-    actor = create_progress_actor()
+    listener = display.of("cluster")
+    check_resources(f"attack {name} needs", num_cpus, num_gpus, resources, listener)
+    actor, parts = create_progress_actor(), SubmittedParts(name)
+    required = {"CPU": num_cpus, "GPU": num_gpus}
+    notice = ResourceNotice(f"attack {name}", required, cluster.notice_seconds, parts.all_wait, listener.warn)
     trainer = TorchTrainer(
         _train_loop_per_worker,
         train_loop_config={"plan": plan.dump(), "name": name, "actor": actor, "watch": watches_preemption()},
         **build_trainer_configs(cluster, num_workers, use_gpu, folder.folder("ray")),
     )
     try:
-        with polling(actor, display.of):
+        with polling(actor, display.of, parts, notice):
             return {"result": run_trainer(trainer, cluster.max_failures, folder, actor)}
     except RayppError as error:
         return {"error": str(error)}
@@ -94,4 +99,6 @@ def _train_loop_per_worker(arguments: dict[str, Any]) -> Outcome:
     plan, name = restore_attack_plan(arguments["plan"]), arguments["name"]
     torch.set_num_threads(max(1, int(plan.suite.cluster.cpus_per_worker)))
     display = TrainWorkerProgress(arguments["actor"], name, watch=arguments["watch"])
+    if is_rank_zero():
+        display.started()
     return outcome_of(lambda: run_attack(plan, name, display), NonRetryableError)

@@ -11,13 +11,16 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raypp.cluster.ray_internals import JOB_DRIVER
+from raypp.cluster import ray_logs
+from raypp.cluster.training_metrics import TrainingMetrics
+from raypp.cluster.waiting import ResourceNotice, SubmittedParts, current_place
 from raypp.utils.progress import ProgressListener, Row
 
 POLL_SECONDS = 0.2
 ANSWER_SECONDS = 5
 STOP_SECONDS = 25.0  # for checkpoints after a stop request, outside of a job
 CLEANUP_SECONDS = 2.0  # that Ray may need to free the resources of a driver
+STARTED = "started"  # event of a task or of a group of workers that runs
 
 Event = tuple[str, str, Any]
 """Task, method of its :class:`ProgressListener`, argument."""
@@ -53,16 +56,26 @@ class ProgressActor:
 
 
 class RemoteProgress(ProgressListener):
-    """Reports the progress of a task to the driver."""
+    """Reports the progress of a task to the driver, and its training to Prometheus.
 
-    def __init__(self, actor: Any, task: str = "") -> None:
+    Args:
+        run: the training's name in Prometheus; the task's by default.
+    """
+
+    def __init__(self, actor: Any, task: str = "", run: str | None = None) -> None:
         self._actor, self._task = actor, task
+        self.metrics = TrainingMetrics(task if run is None else run)
 
     def report(self, method: str, value: Any = None) -> None:
         self._actor.report.remote(self._task, method, value)
 
+    def started(self) -> None:
+        """Report where the task, or the first worker of its group, runs."""
+        self.report(STARTED, current_place())
+
     def step(self, info: Row) -> None:
         self.report("step", info)
+        self.metrics.update(info)
 
     def epoch(self, row: Row) -> None:
         self.report("epoch", row)
@@ -95,22 +108,25 @@ def drain(actor: Any) -> list[Event]:
     return events
 
 
-def relay(actor: Any, listener_of: ListenerOf) -> None:
-    """Forward what tasks have reported by :class:`RemoteProgress` to the driver's listeners."""
+def relay(actor: Any, listener_of: ListenerOf, parts: SubmittedParts) -> None:
+    """Forward the reports of each :class:`RemoteProgress`: starts to ``parts``, others to the driver's listeners."""
     for task, method, value in drain(actor):
-        getattr(listener_of(task), method)(value)
+        if method == STARTED:
+            parts.start(task, value)
+        else:
+            getattr(listener_of(task), method)(value)
 
 
 def shutdown_grace_period() -> float:
     """Seconds for checkpoints between a stop request and the end of the driver."""
-    if JOB_DRIVER not in os.environ:
+    if not ray_logs.in_job():
         return STOP_SECONDS
     # Ray kills a job this long after its stop request; 3 seconds is Ray's default.
     return max(0.0, float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3")) - CLEANUP_SECONDS)
 
 
 @contextmanager
-def polling(actor: Any, listener_of: ListenerOf) -> Iterator[None]:
+def polling(actor: Any, listener_of: ListenerOf, parts: SubmittedParts, notice: ResourceNotice) -> Iterator[None]:
     """Relay progress to listeners, and their stop requests to workers, from a thread until the context ends."""
     finished = threading.Event()
 
@@ -120,7 +136,8 @@ def polling(actor: Any, listener_of: ListenerOf) -> Iterator[None]:
             is_last = finished.wait(POLL_SECONDS)
             if listener_of("").should_stop():
                 actor.request_stop.remote()
-            relay(actor, listener_of)
+            relay(actor, listener_of, parts)
+            notice.check()
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()

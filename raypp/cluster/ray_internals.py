@@ -28,6 +28,7 @@ __all__ = [
     "http_host",
     "is_running",
     "loopback_only",
+    "processes_ended",
     "started_address",
     "trial_error",
 ]
@@ -72,6 +73,14 @@ def started_address() -> str | None:
     """Address of the Ray that was last started here, which may have ended: Ray has no public function that tells it."""
     address: str | None = read_ray_address()
     return address
+
+
+def processes_ended() -> bool:
+    """Whether a process of the Ray node that this process has started ended: Ray has no public function for it."""
+    from ray._private import worker
+
+    node = worker._global_node
+    return node is not None and bool(node.dead_processes())
 
 
 def http_host() -> str:

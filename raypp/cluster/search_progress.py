@@ -13,10 +13,12 @@ import ray
 from ray.tune import Callback
 from ray.tune.result import SHOULD_CHECKPOINT
 
+from raypp.cluster import ray_logs
 from raypp.cluster.progress_actor import create_progress_actor, drain, shutdown_grace_period
 from raypp.cluster.ray_internals import is_running, trial_error
 from raypp.cluster.shared_files import share_files
 from raypp.cluster.trial import STOPPED, decode_parameters
+from raypp.cluster.waiting import ResourceNotice, Resources
 from raypp.experiments import plots, search, search_results
 from raypp.experiments.run_folder import read_checked
 from raypp.experiments.search import RESULT, TRIALS, SearchPlan, TrialRecord
@@ -26,6 +28,7 @@ from raypp.utils.errors import RayppError
 from raypp.utils.progress import MultiProgressDisplay
 
 DRIVER_RECORDS = "ended.json"  # of trials without a result
+RELAY_SECONDS = 0.5
 
 
 class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
@@ -33,6 +36,7 @@ class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
 
     Args:
         trackers: receive each trial's settings and metrics.
+        required: resources of a trial, with all its workers.
 
     Attributes:
         actor: the progress actor of all trials.
@@ -42,10 +46,19 @@ class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
     current: ClassVar[TrialMonitor | None] = None
 
     def __init__(
-        self, plan: SearchPlan, min_accuracy: float | None, display: MultiProgressDisplay, trackers: TrackedTrials
+        self,
+        plan: SearchPlan,
+        min_accuracy: float | None,
+        display: MultiProgressDisplay,
+        trackers: TrackedTrials,
+        required: Resources,
     ) -> None:
         self.plan, self.min_accuracy, self.display, self.trackers = plan, min_accuracy, display, trackers
         self.actor = create_progress_actor()
+        self._trials: list[Any] = []
+        seconds, warn = plan.config.cluster.notice_seconds, display.of("cluster").warn
+        self._notice = ResourceNotice("a trial", required, seconds, self._all_wait, warn)
+        self._next_relay = float("-inf")
         self.records: dict[str, TrialRecord] = {}
         self._stopped: set[str] = set()
         self._deadline: float | None = None  # of running trials, after a stop request
@@ -60,15 +73,32 @@ class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
 
         Tune calls it about ten times a second in the main thread; an exception ends the search like an interrupt.
         """
+        self._trials = trials
+        self._notice.check()
+        self._relay()
         if not self.display.stop.is_set():
             return
         if self._deadline is None:
             self.actor.request_stop.remote()
             self._deadline = time.monotonic() + shutdown_grace_period()
-        self._stopped |= {trial for trial, kind, _ in drain(self.actor) if kind == STOPPED}
         running = {trial.trial_id for trial in trials if is_running(trial)}
         if running <= self._stopped or time.monotonic() > self._deadline:
             self.display.raise_if_stop_requested()
+
+    def _all_wait(self) -> bool:
+        running = any(is_running(trial) for trial in self._trials)
+        return not running and any(not trial.is_finished() for trial in self._trials)
+
+    def _relay(self) -> None:
+        """Show the warnings of trials, and record those that have stopped."""
+        if time.monotonic() < self._next_relay:
+            return
+        self._next_relay = time.monotonic() + RELAY_SECONDS
+        for trial, kind, value in drain(self.actor):
+            if kind == STOPPED:
+                self._stopped.add(trial)
+            elif kind == "warn":
+                self.display.warn(trial, value)
 
     def on_trial_result(self, *, trial: Any, result: dict[str, Any], **_: Any) -> None:
         epoch, epochs = result.get("epoch", 0), result.get("epochs", 0)
@@ -181,7 +211,10 @@ def _reason(error: BaseException | None) -> str:
 
 @contextmanager
 def silence_tune() -> Iterator[None]:
-    """Silence Tune's own tables."""
+    """Silence Tune's loggers, unless Ray's log lines are shown."""
+    if ray_logs.are_shown():
+        yield
+        return
     levels = {logger: logger.level for logger in map(logging.getLogger, ("ray.tune", "ray.train", "ray.air"))}
     for logger in levels:
         logger.setLevel(logging.CRITICAL)

@@ -6,7 +6,6 @@ opens it on all interfaces.
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import socket
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from raypp.cluster.ray_internals import loopback_only, started_address
+from raypp.cluster import ray_logs
+from raypp.cluster.ray_internals import loopback_only, processes_ended, started_address
 from raypp.utils import runtime
 from raypp.utils.errors import ConfigError, first_line
 from raypp.utils.network import is_loopback
@@ -98,8 +98,7 @@ def check_address() -> None:
 
 def has_ray_ended() -> bool:
     """Whether the Ray that started here has ended, as after a signal to all processes of the command's group."""
-    node = ray._private.worker._global_node
-    return _started_here and node is not None and bool(node.dead_processes())
+    return _started_here and processes_ended()
 
 
 @contextmanager
@@ -120,7 +119,7 @@ def ray_session() -> Iterator[dict[str, float]]:
         if os.environ.get("RAY_ADDRESS"):
             check_address()
             try:
-                ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+                ray.init(address="auto", **ray_logs.init_options())
             except (ConnectionError, RuntimeError) as error:
                 address = os.environ["RAY_ADDRESS"]
                 raise ConfigError(f"no Ray cluster answers at RAY_ADDRESS {address!r}: {error}") from error
@@ -169,8 +168,7 @@ def _start() -> None:
                 address="local",  # not another cluster on this machine
                 num_cpus=runtime.num_cores(),
                 include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
+                **ray_logs.init_options(),
             )
     except Exception as error:  # bare, if Ray's processes do not start in time
         ray.shutdown()

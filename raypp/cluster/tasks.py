@@ -15,6 +15,7 @@ import torch
 
 from raypp.cluster.progress_actor import RemoteProgress, create_progress_actor, relay, shutdown_grace_period
 from raypp.cluster.session import check_resources, ray_session, uses_gpu
+from raypp.cluster.waiting import ResourceNotice, SubmittedParts
 from raypp.config.schema import Cluster
 from raypp.config.validation import validate
 from raypp.experiments.table1 import train_cell
@@ -74,6 +75,8 @@ def run_tasks(
         )(_call)
         actor = create_progress_actor()
         submit = partial(remote_call.remote, function, num_cpus, actor, marker)
+        required, parts = {"CPU": num_cpus, "GPU": num_gpus}, SubmittedParts()
+        notice = ResourceNotice(what, required, cluster.notice_seconds, parts.all_wait, display.of("cluster").warn)
 
         def check(name: str, outcome: Outcome) -> None:
             if NODE in outcome:
@@ -83,7 +86,7 @@ def run_tasks(
                 )
             on_done(name, outcome)
 
-        if not _run_until_done(submit, work, after or {}, actor, display, check):
+        if not _run_until_done(submit, work, after or {}, actor, display, check, parts, notice):
             display.raise_if_stop_requested()
 
 
@@ -131,6 +134,8 @@ def _run_until_done(
     actor: Any,
     display: MultiProgressDisplay,
     on_done: Callable[[str, Outcome], None],
+    parts: SubmittedParts,
+    notice: ResourceNotice,
 ) -> bool:
     """Run tasks until all have ended or a stop was requested; return whether all have ended."""
     pending = dict(work)
@@ -148,10 +153,13 @@ def _run_until_done(
         unfinished = {*pending, *running.values()}
         for name in [name for name in pending if not unfinished.intersection(after.get(name, ()))]:
             running[submit(name, pending.pop(name))] = name
+            parts.submit(name)
         ready, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
-        relay(actor, display.of)
+        relay(actor, display.of, parts)
+        notice.check()
         for reference in ready:
             name, outcome = running.pop(reference), _outcome(reference)
+            parts.end(name)
             if "interrupted" in outcome:
                 all_done = False
             else:
@@ -183,6 +191,7 @@ def _call(
         return {NODE: ray.util.get_node_ip_address()}
     torch.set_num_threads(max(1, int(cpus)))
     progress = RemoteProgress(actor, name)
+    progress.started()
     if progress.should_stop():  # while the task waited for resources
         return {"interrupted": "not started"}
     return outcome_of(lambda: function(*arguments, progress), RayppError)

@@ -16,10 +16,12 @@ import torch
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from raypp.cluster import ray_logs
 from raypp.cluster.progress_actor import create_progress_actor, polling, shutdown_grace_period
 from raypp.cluster.session import check_resources, ray_session, uses_gpu
 from raypp.cluster.tasks import Outcome, outcome_of
 from raypp.cluster.train_reporter import SCORE, RayTrainReporter, TrainWorkerProgress, watches_preemption
+from raypp.cluster.waiting import ResourceNotice, SubmittedParts
 from raypp.config.schema import Cluster, Config
 from raypp.config.validation import validate
 from raypp.data.streaming import StreamLoader, build_execution_options, open_stream, validation_set
@@ -56,8 +58,11 @@ def train_on_ray(run: Run, display: ProgressListener) -> dict[str, Any]:
         min_workers = cluster.min_workers or num_workers
         num_cpus = min_workers * cluster.cpus_per_worker + DATA_CPUS * config.data.stream
         num_gpus = min_workers * use_gpu
-        check_resources(f"training on {min_workers} workers needs", num_cpus, num_gpus, resources, display)
-        actor = create_progress_actor()
+        part = f"training on {min_workers} worker{'s' if min_workers > 1 else ''}"
+        check_resources(f"{part} needs", num_cpus, num_gpus, resources, display)
+        actor, parts = create_progress_actor(), SubmittedParts("")
+        required = {"CPU": num_cpus, "GPU": num_gpus}
+        notice = ResourceNotice(part, required, cluster.notice_seconds, parts.all_wait, display.warn)
         train, val = {}, None
         options = build_execution_options(config, num_workers)
         if config.data.stream:
@@ -77,7 +82,7 @@ def train_on_ray(run: Run, display: ProgressListener) -> dict[str, Any]:
             **build_trainer_configs(cluster, num_workers, use_gpu, run.storage),
         )  # fmt: skip
         display.note("starting workers")
-        with polling(actor, lambda _: display):
+        with polling(actor, lambda _: display, parts, notice):
             summary: dict[str, Any] = run_trainer(trainer, cluster.max_failures, run.storage, actor)
     return summary
 
@@ -107,7 +112,7 @@ def build_trainer_configs(cluster: Cluster, num_workers: int, use_gpu: bool, run
             storage_path=run.parent.uri,
             checkpoint_config=CheckpointConfig(num_to_keep=NUM_KEPT + 1, checkpoint_score_attribute=SCORE),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            logging_config=LoggingConfig(log_level="CRITICAL"),
+            logging_config=LoggingConfig(log_level=ray_logs.train_level()),
         ),
     }
 
@@ -126,7 +131,10 @@ def _train_loop_per_worker(arguments: dict[str, Any]) -> Outcome:
     config = validate(arguments["config"])
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     storage = Storage(arguments["run"])
-    reporter = RayTrainReporter(storage, TrainWorkerProgress(arguments["actor"], watch=arguments["watch"]))
+    progress = TrainWorkerProgress(arguments["actor"], run=storage.name, watch=arguments["watch"])
+    reporter = RayTrainReporter(storage, progress)
+    if reporter.rank == 0:
+        progress.started()
     phi: StateDict | None = arguments["phi"]
 
     def train() -> dict[str, Any]:

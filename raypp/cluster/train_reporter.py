@@ -32,11 +32,12 @@ class TrainWorkerProgress(RemoteProgress):
     """Reports the progress of a Ray Train worker, and requests a checkpoint once a node of the workers is to leave.
 
     Args:
+        run: the training's name in Prometheus; the task's by default.
         watch: whether to ask Ray for such notices; the same on all workers.
     """
 
-    def __init__(self, actor: Any, task: str = "", *, watch: bool) -> None:
-        super().__init__(actor, task)
+    def __init__(self, actor: Any, task: str = "", run: str | None = None, *, watch: bool) -> None:
+        super().__init__(actor, task, run)
         self._watch = watch
         self._leaving: set[str] = set()
 

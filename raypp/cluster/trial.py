@@ -30,7 +30,8 @@ from raypp.training.protection_task import fit
 from raypp.training.reporter import Reporter
 from raypp.training.task import Phase
 from raypp.utils.errors import TrainingInterrupted
-from raypp.utils.progress import ProgressListener
+from raypp.utils.progress import ProgressListener, Row
+from raypp.utils.runtime import VERBOSE
 from raypp.utils.storage import Storage
 
 STOPPED = "stopped"  # event of a trial that has stopped on request
@@ -42,6 +43,14 @@ class TuneListener(ProgressListener):
     def __init__(self, plan: SearchPlan, min_accuracy: float | None, driver: RemoteProgress) -> None:
         self.plan, self.min_accuracy, self.driver = plan, min_accuracy, driver
         self.phases: list[Phase] = []  # set once the configuration of the run is known
+
+    def step(self, info: Row) -> None:
+        """Export a step; the workers of a distributed trial export theirs."""
+        if (self.plan.config.cluster.num_workers or 1) == 1:
+            self.driver.metrics.update(info)
+
+    def warn(self, message: str) -> None:
+        self.driver.warn(message)
 
     def epoch(self, row: EpochMetrics, checkpoint: tune.Checkpoint | None = None) -> None:
         """Report an epoch, with a checkpoint that Tune may pass to other trials."""
@@ -113,8 +122,11 @@ class PopulationReporter(Reporter):
             super().report(history, name, checkpoint)
 
 
-def train_trial(point: dict[str, Any], *, dumped: dict[str, Any], min_accuracy: float | None, actor: Any) -> None:
+def train_trial(
+    point: dict[str, Any], *, dumped: dict[str, Any], min_accuracy: float | None, actor: Any, show_ray_logs: bool
+) -> None:
     """Train and attack one trial at a point of the search space, which has choices by their labels."""
+    os.environ[VERBOSE] = str(int(show_ray_logs))  # as in the driver
     plan = search.restore_search_plan(dumped)
     name = tune.get_context().get_trial_id()
     cluster = plan.config.cluster

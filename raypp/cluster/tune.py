@@ -17,6 +17,7 @@ from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, ResultGrid, RunConfig, TuneConfig, Tuner
 from ray.tune.logger import JsonLoggerCallback
 
+from raypp.cluster import ray_logs
 from raypp.cluster.attack import run_on_ray
 from raypp.cluster.ray_internals import HEAD
 from raypp.cluster.search_algorithms import PatienceStopper, build_param_space, build_sampler, build_scheduler
@@ -62,7 +63,8 @@ def run_search(
         if not plan.storage.exists(search.SUMMARY):
             display = MultiProgressDisplay(plan.search.num_trials, quiet=quiet, what="trials")
             with display, stop_on_signal(display.stop, signal.SIGTERM):
-                monitor = TrialMonitor(plan, min_accuracy, display, TrackedTrials(track, plan, display.warn))
+                trackers = TrackedTrials(track, plan, display.warn)
+                monitor = TrialMonitor(plan, min_accuracy, display, trackers, required)
                 _run_trials(monitor, required, max_concurrent, begun)
         records = all_records(plan)
         _check_success(records, min_accuracy)
@@ -152,7 +154,10 @@ def _run_trials(monitor: TrialMonitor, required: dict[str, float], max_concurren
     if (plan.config.cluster.num_workers or 1) > 1:
         # Tune does not accept 0 CPUs. The Ray Train run of a distributed trial reserves its own.
         required = {HEAD: 0.01}
-    parameters = {"dumped": plan.dump(), "min_accuracy": monitor.min_accuracy, "actor": monitor.actor}
+    parameters = {
+        "dumped": plan.dump(), "min_accuracy": monitor.min_accuracy, "actor": monitor.actor,
+        "show_ray_logs": ray_logs.are_shown(),
+    }  # fmt: skip
     trial = tune.with_resources(tune.with_parameters(train_trial, **parameters), required)
     folder = plan.storage.folder(EXPERIMENT).uri
     with silence_tune(), _tune_settings(plan):

@@ -209,6 +209,8 @@ class Cluster(ConfigModel):
     max_failures: int = Field(3, ge=-1)
     """Restarts of the worker group from the last checkpoint before the run fails; -1 sets no limit, for long runs on
     nodes that come and go."""
+    notice_seconds: float = Field(60, gt=0)
+    """Seconds between messages that name the resources which a run waits for; the first comes after half of them."""
     storage: PathOrUri = Field("runs", validate_default=True)
     """Folder or pyarrow filesystem URI (s3://...) that holds the run folders."""
 

@@ -181,7 +181,10 @@ def _start_proxy(config: dict[str, Any]) -> None:
     from ray import serve
     from ray.exceptions import RayError
 
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    from raypp.cluster import ray_logs
+
+    if not ray_logs.are_shown():
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         serve.start(config["proxy_location"], config["http_options"], logging_config=config["logging_config"])
     except RayError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+VERBOSE = "RAYPP_VERBOSE"  # environment variable that ``--verbose`` sets: Ray's own log lines appear
 SETTINGS = {
     # Under `uv run` Ray would build a second environment per job, with several GB for torch.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",

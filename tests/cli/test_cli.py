@@ -572,6 +572,15 @@ def test_train_evaluate_protect(capsys: Captured, tmp_path: Path, trained: Train
     assert latest.readlink() == Path("two")
 
 
+@pytest.mark.parametrize("command", ["train quickstart", "quickstart", "table1", "tune quickstart", "attack runs/none"])
+def test_quiet_and_verbose_exclude_each_other(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*command.split(), "--quiet", "--verbose"])
+    assert end.value.code == 2
+    assert "--quiet and --verbose exclude each other; give one of them" in capsys.readouterr().err
+    assert "RAYPP_VERBOSE" not in os.environ
+
+
 def test_quiet_training_prints_only_errors_and_its_settings_may_stand_anywhere(
     capsys: Captured, tmp_path: Path
 ) -> None:

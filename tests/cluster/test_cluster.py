@@ -176,14 +176,15 @@ def test_a_search_waits_for_nodes_and_spreads_over_them(head: Nodes, tmp_path: P
     )
     flags = [
         "--storage", str(tmp_path), "--name", "search", "--search.num_trials", "4", "--search.scheduler", "none",
-        "--search.max_concurrent", "2",
+        "--search.max_concurrent", "2", "--cluster.notice_seconds", "2",
         "--search.attack", "{width: 4, train: {epochs: 1}}", "--search.space.protection.skips", "[0, 1, 2]",
         "--search.suite", str(suite), "--search.num_attacked", "1",
         *(flag for flag in tiny_flags(tmp_path, train__epochs=15) if flag not in ("--cluster.storage", str(tmp_path))),
     ]  # fmt: skip
     process = nodes.job("tune", "quickstart", *flags)
     assert process.stdout is not None
-    assert any("waiting for it to grow" in line for line in process.stdout)
+    for sentence in ("waiting for it to grow", "cluster: a trial waits for 1 CPU; the cluster has 0 CPUs (0 free)"):
+        assert any(sentence in line for line in process.stdout), "the job does not name the resources that it waits for"
     nodes.start(2)
     nodes.start(3)
     for number in (2, 3):
@@ -203,6 +204,7 @@ def test_a_run_outlives_nodes_a_stopped_job_and_a_killed_driver(nodes: Nodes, tm
     folder = tmp_path / "run"
     histories: list[list[dict[str, Any]]] = []  # the rows before each event
     changes = {"data__source__num_train": 200, "train__plain_epochs": 1, "cluster__num_workers": 2}
+    changes["cluster__notice_seconds"] = 2
     # More epochs than any machine trains while a node starts and Ray looks for it; what is left is cut off.
     arguments = train_flags(tmp_path, "run", 5000, **changes, cluster__min_workers=1, cluster__resize_seconds=1)
     process = nodes.job("train", *arguments, submission="elastic")
@@ -229,6 +231,11 @@ def test_a_run_outlives_nodes_a_stopped_job_and_a_killed_driver(nodes: Nodes, tm
     nodes.kill(3)
     wait_until(lambda: not nodes.holds(2, "RayTrainWorker"), process)
     histories.append(rows_of(folder))
+    assert process.stdout is not None
+    before_notice = itertools.takewhile(
+        lambda line: "training on 2 workers waits for 2 CPUs" not in line, process.stdout
+    )
+    assert "Attempting to start training worker group of size 2" in "".join(before_notice), "a job has Ray's own lines"
     nodes.start(3)
     wait_until(lambda: len(rows_of(folder)) > len(histories[-1]), process)
     (driver,) = [part for part in nodes.running[1].processes("jobs/train.py") if "python" in part.name()]

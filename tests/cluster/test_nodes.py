@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +40,7 @@ NUM_NODES = 3  # a head without work, as in a cluster's usual configuration, and
 SUBNET = "10.213.57"  # of the bridge between them
 BRIDGE = "raypp-test"
 HEAD = f"{SUBNET}.1:6379"
+REDIS = f"{SUBNET}.254:6379"
 CONNECTIONS = 4  # to each node that receives requests
 
 
@@ -53,18 +54,28 @@ class Nodes:
 
     environment: dict[str, str]
     zygote: Path
+    proxies: list[dict[str, str]] = field(default_factory=list)  # settings of each node's HAProxy
+    redis_password: str | None = None  # None without Redis
     started: list[ProcessTree] = field(default_factory=list)
 
     def run(self, node: int, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = ["ip", "netns", "exec", f"{BRIDGE}-{node}", *arguments]
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
 
-    def start(self, node: int, proxy: dict[str, str], *options: str) -> None:
+    def start(self, node: int) -> None:
+        """Start the head, node 0, or another node."""
         command = [
             "ray", "start", "--block", "--disable-usage-stats", f"--node-ip-address={address(node)}",
-            "--object-store-memory=100000000", "--include-log-monitor=false", *options,
+            "--object-store-memory=100000000", "--include-log-monitor=false",
         ]  # fmt: skip
-        environment = self.environment | variables(self.zygote) | proxy
+        environment = self.environment | variables(self.zygote) | self.proxies[node]
+        if node:
+            command += [f"--address={HEAD}", "--num-cpus=1"]
+        else:
+            command += ["--head", "--port=6379", "--num-cpus=0", "--dashboard-host=127.0.0.1"]
+        if not node and self.redis_password is not None:
+            command.append(f"--redis-password={self.redis_password}")
+            environment["RAY_REDIS_ADDRESS"] = REDIS
         started = ProcessTree(self.zygote, command, environment, namespace=f"{BRIDGE}-{node}")
         self.started.append(started)
         wait_until(lambda: "Ray runtime started" in started.output()[0], started, 60)
@@ -119,12 +130,30 @@ def nodes(zygote: Path, tmp_path: Path) -> Iterator[Nodes]:
             for device in (inner, "lo"):
                 ip("-n", name, "link", "set", device, "up")
             stack.callback(cluster.kill, node)
+        cluster.redis_password = stack.enter_context(running_redis())
         # One machine's files: each HAProxy has its own folder, which on several machines lies at the same place.
-        proxies = [stack.enter_context(ray_settings()) for _ in range(NUM_NODES)]
+        cluster.proxies = [stack.enter_context(ray_settings()) for _ in range(NUM_NODES)]
         for node in range(NUM_NODES):  # one after the other: they write into one folder, as machines do not
-            head = "--head", "--port=6379", "--num-cpus=0", "--dashboard-host=127.0.0.1"
-            cluster.start(node, proxies[node], *(head if node == 0 else (f"--address={HEAD}", "--num-cpus=1")))
+            cluster.start(node)
         yield cluster
+
+
+@contextmanager
+def running_redis() -> Iterator[str | None]:
+    """A Redis on the bridge for the state of the cluster's head; yields its password, or None without Redis."""
+    program = shutil.which("redis-server")
+    if program is None:
+        yield None
+        return
+    password = secrets.token_hex(16)
+    host, _, port = REDIS.partition(":")
+    command = [program, "--bind", host, "--port", port, "--requirepass", password, "--save", ""]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        yield password
+    finally:
+        server.kill()
+        server.wait()
 
 
 class RequestThread(threading.Thread):
@@ -227,3 +256,15 @@ def test_a_node_that_dies_costs_the_requests_on_their_way_to_it(nodes: Nodes, tr
     assert outcomes["200"] - before["200"] > 50
     assert len(failed) <= len(threads), outcomes  # one on its way for each connection
     assert all(abs(began - died) < 3 for began in failed)
+
+    if nodes.redis_password is not None:  # without Redis, the loss of the head ends a cluster
+        nodes.kill(0)
+        thread = RequestThread(1, token, images, classes)
+        thread.start()
+        time.sleep(6)
+        nodes.start(0)
+        wait_until(lambda: answers(0), nodes.started[-1], 60)
+        thread.stop.set()
+        thread.join(60)
+        assert set(thread.outcomes) == {"200"}, "requests failed while the cluster had no head"
+        assert thread.outcomes["200"] > 50

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -63,7 +64,7 @@ def test_a_worker_killed_within_an_epoch_costs_what_came_after_the_newest_checkp
 ) -> None:
     run = Storage(tmp_path / "killed")
     flags = ("--cluster.num_workers", "2", "--data.source.num_train", "700", "--train.checkpoint_seconds", "0.3")
-    process = cluster.popen([*command(tmp_path, "killed", *flags, epochs=3), "--track", "tensorboard"])
+    process = cluster.popen([*command(tmp_path, "killed", *flags, epochs=3), "--verbose", "--track", "tensorboard"])
 
     def within_an_epoch() -> bool:
         return len(history(tmp_path / "killed")) >= 2 and "_part_" in list_checkpoints(run)[0]
@@ -78,6 +79,7 @@ def test_a_worker_killed_within_an_epoch_costs_what_came_after_the_newest_checkp
         time.sleep(0.05)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, out + err
+    assert err.count("Attempting to start training worker group of size 2") == 2, "Ray's own lines, with --verbose"
     # No step before that checkpoint was taken again. Names sort as what they stand for.
     assert min(written) > max(there)
     rows = history(tmp_path / "killed")
@@ -172,9 +174,20 @@ def learned(run_folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in {"seconds", "images_per_s"}} for row in history(run_folder)]
 
 
+def exported_metrics(cluster: Cluster, run: str) -> dict[str, float]:
+    """A run's gauges at the node's metrics endpoint."""
+    text = httpx.get(f"http://127.0.0.1:{cluster.metrics_port}/metrics", timeout=30).text
+    lines = [line for line in text.splitlines() if line.startswith("ray_raypp_train_") and f'run="{run}"' in line]
+    return {line.removeprefix("ray_raypp_train_").partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+
 def test_a_stopped_run_names_its_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
     process = cluster.popen(command(tmp_path, "stopped", "--cluster.num_workers", "1", epochs=500))
     wait_until(lambda: len(history(tmp_path / "stopped")) >= 2, process)
+    metrics = wait_until(lambda: exported_metrics(cluster, "stopped"), process)
+    assert metrics.keys() == {"loss", "images_per_second", "epoch"}
+    assert metrics["epoch"] in range(1, history(tmp_path / "stopped")[-1]["epoch"] + 2)
+    assert metrics["images_per_second"] > 0
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 143, out + err
@@ -266,6 +279,7 @@ def stream_command(tmp_path: Path, name: str, folder: Path) -> list[str]:
 def test_a_stream_trains_as_well_as_memory(cluster: Cluster, tmp_path: Path, parquet: Path) -> None:
     result = cluster.run(stream_command(tmp_path, "stream", parquet))
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "training worker group" not in result.stderr, "Ray's own lines, without --verbose"
     summary = json.loads((tmp_path / "stream" / "summary.json").read_text())
     assert summary["num_train"] + summary["num_val"] == 600
     assert 40 <= summary["num_val"] <= 120  # each image is drawn with probability 80 / 600
@@ -430,6 +444,69 @@ def test_table1_outlives_a_killed_cell(cluster: Cluster, tmp_path: Path) -> None
     assert [row.split(",")[1] for row in rows[1:]] == ["plain", "tanaka"]
     assert all(row.split(",")[3] for row in rows[1:])
     assert (table / "table1.png").stat().st_size > 1000
+
+
+def test_a_message_names_the_resources_that_lack() -> None:
+    from raypp.cluster.waiting import describe_wait
+
+    both = describe_wait("training on 2 workers", {"CPU": 2, "GPU": 1}, {"CPU": 4.0}, {"CPU": 0.5})
+    assert both == (
+        "training on 2 workers waits for 2 CPUs and 1 GPU; the cluster has 4 CPUs (0.5 free) and 0 GPUs (0 free)"
+    )
+    assert describe_wait("an attack", {"CPU": 1, "GPU": 0}, {"CPU": 1.0}, {}) == (
+        "an attack waits for 1 CPU; the cluster has 1 CPU (0 free)"
+    )
+
+
+def test_a_message_about_resources_repeats_once_per_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first after half of it; after an interruption it counts from zero."""
+    from raypp.cluster import waiting
+
+    clock, waits, said = [0.0], [True], []
+    monkeypatch.setattr(waiting.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(waiting, "describe_wait", lambda *_: "it waits")
+    for name in ("cluster_resources", "available_resources"):
+        monkeypatch.setattr(waiting.ray, name, dict)
+    notice = waiting.ResourceNotice("it", {}, 60, lambda: waits[0], lambda _: said.append(clock[0]))
+
+    def look(until: float) -> None:
+        while clock[0] < until:
+            notice.check()
+            clock[0] += 0.5
+
+    look(200)
+    assert said == [30, 90, 150]
+    waits[0] = False
+    look(210)
+    waits[0] = True
+    look(239)
+    assert said == [30, 90, 150]
+    look(250)
+    assert said[3:] == [240]
+
+
+def test_parts_wait_while_none_of_them_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from raypp.cluster import waiting
+
+    nodes = [{"NodeID": "one", "Alive": True}, {"NodeID": "two", "Alive": True}]
+    monkeypatch.setattr(waiting.ray, "nodes", lambda: nodes)
+    parts = waiting.SubmittedParts()
+    assert not parts.all_wait()
+    parts.submit("a")
+    parts.submit("b")
+    assert parts.all_wait()
+    parts.start("b", "two")
+    assert not parts.all_wait()
+    nodes[1]["Alive"] = False  # Ray starts its task again when there is room
+    assert parts.all_wait()
+    parts.start("b", "one")
+    assert not parts.all_wait()
+    parts.end("b")
+    assert parts.all_wait()
+    parts.start("b", "one")  # a report that comes after the end
+    assert parts.all_wait()
+    parts.end("a")
+    assert not parts.all_wait()
 
 
 def test_what_may_differ_on_resume_is_in_the_configuration() -> None:
