@@ -74,24 +74,6 @@ def train(
     return run
 
 
-def training_config(
-    preset: str | Path,
-    settings: Settings = (),
-    *,
-    storage: str | Path | None = None,
-    config: Files = (),
-    defaults: Settings = (),
-    **keywords: Any,
-) -> Config:
-    """Merge and validate the settings of a run, see :func:`train`; ``defaults`` override the preset only."""
-    if storage is not None:
-        keywords = {"storage": str(storage)} | keywords
-    if keywords:
-        known = load_config(preset, config, settings, defaults).model_dump(mode="json")
-        settings = resolve_keywords(settings, keywords, known)
-    return load_config(preset, config, settings, defaults)
-
-
 def train_config(
     config: Config, name: str, *, resume: bool = False, ray: bool | None = None, track: str | Sequence[str] = (),
     quiet: bool = False,
@@ -219,10 +201,9 @@ def attack_plan(
         settings = resolve_keywords(settings, keywords, known)
     if isinstance(target, Bundle | RunResult):
         target = target.path
-    is_location = isinstance(target, str | Path)
     return make_attack_plan(
-        bundle=locate_bundle(target) if is_location else None,
-        arrays=None if is_location else target,
+        bundle=locate_bundle(target) if isinstance(target, str | Path) else None,
+        arrays=None if isinstance(target, str | Path) else target,
         function=function,
         folders=folders,
         preset=preset,

@@ -95,9 +95,7 @@ def serve(
     if detach and (no_haproxy or output is not None):
         option = "--no-haproxy" if no_haproxy else "--output"
         raise ConfigError(f"--detach deploys on a running cluster; leave {option} out")
-    config = build_serve_config(
-        bundle, host=host, port=port, tokens=token_file, attack=with_attacks, num_gpus=num_gpus
-    )
+    config = build_serve_config(bundle, host=host, port=port, tokens=token_file, attack=with_attacks, num_gpus=num_gpus)
     if with_attacks and not is_attacked(bundle):
         sentence = f"warning: {bundle} has no attack results, so no attack is served; `raypp attack {bundle}` adds them"
         print_text(Console(stderr=True), sentence, "yellow")

@@ -6,6 +6,7 @@ opens it on all interfaces.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
