@@ -104,7 +104,7 @@ def attack(
         if (suite or default_suite()) in LONG_SUITES:
             print_estimate(estimate_attacks(opened_plan, target))
 
-    announcement = {} if silent else {"announce": announce}
+    announcement: dict[str, Any] = {} if silent else {"announce": announce}
     card = api.run_attacks(plan, resume=resume, ray=ray, quiet=silent, **announcement)
     print_attack_results(card, json=json, quiet=quiet)
 
