@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -86,7 +87,8 @@ class TensorBoard(Tracker):
         from tensorboardX import SummaryWriter
 
         self._files = LocalFolder(folder)
-        self._writer = SummaryWriter(str(self._files.path / "tensorboard"))
+        # Without a suffix, two files of one second have one name.
+        self._writer = SummaryWriter(str(self._files.path / "tensorboard"), filename_suffix=f".{uuid.uuid4().hex[:8]}")
         text = yaml.safe_dump(dict(settings), sort_keys=False)
         self._writer.add_text("settings", "".join(f"    {line}\n" for line in text.splitlines()))  # Markdown's code
         self._settings = {

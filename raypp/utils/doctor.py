@@ -19,6 +19,8 @@ EXTRAS = {
     "gradio": ("raypp demo", "demo"),
     "lpips": ("LPIPS in scorecards", "lpips"),
     "boto3": ("ray up on AWS", "aws"),
+    "mlflow": ("--track mlflow", "mlflow"),
+    "wandb": ("--track wandb", "wandb"),
 }
 MIN_FREE_GIB, MIN_MEMORY_GIB = 8, 4
 
