@@ -77,7 +77,7 @@ class ModelManager:
             if not ref.previous:
                 raise
             # A replica that starts with a damaged version uses the previous one.
-            self._models = [self._load(Storage(location).folder(f"{VERSIONS}/{ref.previous}").uri)]
+            self._models = [self._load(Storage(location).folder(f"versions/{ref.previous}").uri)]
             self._reject(ref, error)
 
     def _load(self, location: str) -> LoadedModel:
