@@ -41,11 +41,10 @@ def protect(
         keep_size: Keep each image's size instead of resizing and cropping it to the classifier's size.
         quiet: Print nothing but errors.
     """
-    from raypp.bundle.locate import locate_bundle
     from raypp.client.offline import protect_files
 
     console = None if quiet else Console(stderr=True)
-    return protect_files(locate_bundle(bundle), source, target, key=key, keep_size=keep_size, console=console)
+    return protect_files(bundle, source, target, key=key, keep_size=keep_size, console=console)
 
 
 @app.command(

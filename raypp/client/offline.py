@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import track
 
 from raypp.bundle.load import PublicBundle, load_public
+from raypp.bundle.locate import locate_bundle
 from raypp.utils.errors import DataError, StorageError
 from raypp.utils.image_files import find_images
 from raypp.utils.images import Pixels, decode, write_png
@@ -45,7 +46,7 @@ def protect_files(
     """Protect an image, or every image below a folder, and write PNG files; returns their number.
 
     Args:
-        location: a bundle or its public folder.
+        location: location of a bundle, see :func:`raypp.bundle.locate.locate_bundle`.
         target: a new ``.png`` file for one image; a new or empty folder for a folder. It mirrors the subfolders of the
             source, and remains unchanged after an error.
         key: key file of a keyed protection; a whole bundle has the key in its private part.
@@ -60,7 +61,7 @@ def protect_files(
     """
     paths = find_images(source)
     _check_target(source, target)
-    bundle = load_public(location, None if key is None else Key.read(key))
+    bundle = load_public(locate_bundle(location), None if key is None else Key.read(key))
     if source.is_file():
         image = _read(paths[0], bundle, keep_size)
         try:
