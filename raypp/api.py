@@ -202,7 +202,7 @@ def attack_plan(
     if isinstance(target, Bundle | RunResult):
         target = target.path
     return make_attack_plan(
-        bundle=locate_bundle(target) if isinstance(target, str | Path) else None,
+        bundle=str(target) if isinstance(target, str | Path) else None,
         arrays=None if isinstance(target, str | Path) else target,
         function=function,
         folders=folders,

@@ -17,6 +17,7 @@ from raypp.attacks.array_target import ArrayTarget, load_array_target
 from raypp.attacks.base import TrainedOptions
 from raypp.attacks.suite import Suite, suite_presets
 from raypp.attacks.target import Target, TargetSpec, load_target
+from raypp.bundle.locate import locate_bundle
 from raypp.config.overrides import Settings, deep_merge, parse_overrides
 from raypp.config.presets import load_tree, read_yaml
 from raypp.config.validation import check_milestones, format_validation_error, validate
@@ -76,7 +77,8 @@ def make_attack_plan(
     """Validate all settings of an attack run.
 
     Args:
-        bundle, function, folders: the target, see :class:`TargetSpec`; or ``arrays``. Exactly one of the four.
+        bundle, function, folders: the target, see :class:`TargetSpec`; or ``arrays``. Exactly one of the four. Any
+            location of a bundle, see :func:`raypp.bundle.locate.locate_bundle`.
         preset: names the images of a function.
         suite: name of a shipped suite, or the path of a YAML file.
         attacks: the attacks to run; those that the suite lacks run with their defaults. Empty runs the whole suite.
@@ -104,7 +106,7 @@ def make_attack_plan(
     elif function is not None:
         spec = _function_spec(function, preset, data)
     elif bundle is not None:
-        spec = TargetSpec(bundle=Storage(bundle).uri, config=data if data.get("data") else None)
+        spec = TargetSpec(bundle=Storage(locate_bundle(bundle)).uri, config=data if data.get("data") else None)
     else:
         assert folders is not None
         plain, protected = (str(Path(folder).expanduser().absolute()) for folder in folders)
