@@ -46,6 +46,8 @@ os.environ |= {
     "METRICS_RECORD_INTERVAL_S": "3600",
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
     "RAY_prestart_worker_first_driver": "0",
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # looks for new files every two seconds instead of all the time
+    "LOG_NAME_UPDATE_INTERVAL_S": "2",
 }
 # The Ray that tests share asks for this token. Ray reads the mode while it is imported, also where commands are forked.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -250,7 +252,7 @@ def start_cluster(zygote: Path) -> Iterator[Cluster]:
     start = [
         "ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={port}",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
-        f"--metrics-export-port={metrics}", "--disable-usage-stats", "--include-log-monitor=false",
+        f"--metrics-export-port={metrics}", "--disable-usage-stats",
     ]  # fmt: skip
     surroundings = {key: value for key, value in client.items() if key != "RAY_ADDRESS"} | variables(zygote)
     surroundings["RAY_metrics_report_interval_ms"] = "2000"  # 10,000 by default
