@@ -183,7 +183,7 @@ class SlowUpload(BaseHTTPRequestHandler):
     do_PUT = do_POST = do_HEAD = do_DELETE = do_GET  # noqa: N815
 
     def forward(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self.body()
         is_upload = self.command == "PUT" and "epoch_0001/state.pt" in self.path
         if is_upload and not self.refused:
             self.refused.append(self.path)
@@ -191,9 +191,20 @@ class SlowUpload(BaseHTTPRequestHandler):
             return
         if is_upload:
             assert self.may_end.wait(60), "training waits for the upload"
-        headers = {key: value for key, value in self.headers.items() if key.lower() not in ("connection", "expect")}
+        hop = ("connection", "expect", "content-length", "transfer-encoding")
+        headers = {key: value for key, value in self.headers.items() if key.lower() not in hop}
         answer = httpx.request(self.command, self.server_url + self.path, headers=headers, content=body)
         self.answer(answer.status_code, dict(answer.headers), answer.content)
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
 
     def answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
         self.send_response(status)
