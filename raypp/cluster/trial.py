@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Iterator
@@ -57,6 +58,7 @@ class TuneListener(ProgressListener):
         accuracy = row["val_accuracy"]
         metrics = row | {
             "epoch": self.total_epoch(row),
+            "epochs": self._num_epochs(),
             # An earlier phase trains a classifier of plain images, which does not rate the protection.
             "final_phase_accuracy": accuracy if row["phase"] == self.phases[-1].name else 0.0,
             "finished": False,
@@ -79,10 +81,11 @@ class TuneListener(ProgressListener):
         done = record["status"] == "done"
         accuracy = record["accuracy"] if done else 0.0
         leakage = record["leakage"] if done else search.WORST_LEAKAGE
+        epochs = record.get("epochs", self._num_epochs())
         metrics = {
-            "epoch": self._num_epochs() + 1, "final_phase_accuracy": accuracy, "accuracy": accuracy,
-            "leakage": leakage, "reidentification_rate": record.get("reidentification_rate", 1.0), "finished": True,
-            "done": True,
+            "epoch": epochs + 1, "epochs": epochs, "final_phase_accuracy": accuracy, "accuracy": accuracy,
+            "leakage": leakage, "reidentification_rate": record.get("reidentification_rate", 1.0),
+            "finished": True, "done": True,
         }  # fmt: skip
         checkpoint = tune.Checkpoint(bundle.uri) if done else None
         if done and bundle.local:  # a search that was killed may have shared them
@@ -95,7 +98,7 @@ class TuneListener(ProgressListener):
 
     def _report(self, metrics: dict[str, Any], accuracy: float, leakage: float, checkpoint: Any = None) -> None:
         objectives = pareto.objectives(accuracy, leakage, self.plan.search, self.min_accuracy)
-        tune.report(metrics | objectives | {"epochs": self._num_epochs()}, checkpoint=checkpoint)
+        tune.report(metrics | objectives, checkpoint=checkpoint)
 
 
 @contextmanager
@@ -144,7 +147,7 @@ def train_trial(
     def train(run: Run, display: ProgressListener) -> dict[str, Any]:
         listener.phases = phases(run.config)
         if workers > 1:
-            return train_on_ray(run, display)
+            return train_on_ray(_without_restarts(run), display)
         if shared is not None:  # the run's own checkpoints come first: they are at least as new
             with shared.as_directory() as folder:
                 run.storage.upload(Path(folder), f"{CHECKPOINTS}/{checkpoint_name(0)}", last="checkpoint.json")
@@ -159,6 +162,16 @@ def train_trial(
         # Tune would not resume a trial that returns (finished) or raises (failed). This one ends with the driver.
         threading.Event().wait()
     listener.end(record, plan.storage.folder(f"{search.TRIALS}/{name}/bundle"))
+
+
+def _without_restarts(run: Run) -> Run:
+    """A run whose failures Tune handles: it starts the trial again, which resumes.
+
+    Ray Train's controller outlives a trial that Tune stops by some seconds. In that time it would replace the workers,
+    which have ended too, and reserve resources that nothing frees.
+    """
+    cluster = run.config.cluster.model_copy(update={"max_failures": 0})
+    return dataclasses.replace(run, config=run.config.model_copy(update={"cluster": cluster}))
 
 
 def _clear_trial_folder(plan: SearchPlan, name: str, point: dict[str, Any]) -> None:

@@ -41,10 +41,7 @@ def results(folder: Path) -> dict[str, Path]:
 
 
 class InOneSession:
-    """Calls a function in a process with one session of Ray, and returns the states of its placement groups after it.
-
-    The end of a session would remove those that are left.
-    """
+    """Calls a function in a process with one session of Ray; returns the states of placement groups that are left."""
 
     def __init__(self, cluster: Cluster, processes: ForkServerContext) -> None:
         self.environment, self.processes = dict(cluster.client), processes
@@ -63,21 +60,25 @@ class InOneSession:
 
 def _in_session(environment: Mapping[str, str], states: Any, function: Callable[..., None], *arguments: Any) -> None:
     os.environ.update(environment)
-    import ray
-
     from raypp.cluster.session import ray_session
 
     with ray_session():
         function(*arguments)
-        end = time.monotonic() + 20  # Ray removes them in the background
-        while (listed := _placement_groups(ray)) and time.monotonic() < end:
-            time.sleep(0.2)
-    states.put(listed)
+        in_session = _placement_groups()
+    time.sleep(3)  # a controller of Ray Train that outlives its driver may reserve resources
+    with ray_session():
+        states.put([*in_session, *_placement_groups()])
 
 
-def _placement_groups(ray: Any) -> list[str]:
-    states = [group["state"] for group in ray.util.placement_group_table().values()]
-    return [state for state in states if state != "REMOVED"]
+def _placement_groups() -> list[str]:
+    """States of placement groups that Ray does not remove within 20 s."""
+    import ray
+
+    end, states = time.monotonic() + 20, ["unknown"]
+    while states and time.monotonic() < end:
+        time.sleep(0.2)
+        states = [group["state"] for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
+    return states
 
 
 @pytest.fixture
@@ -158,8 +159,9 @@ def test_a_search_outlives_its_driver(cluster: Cluster, tmp_path: Path) -> None:
     for row in rows:
         tracked = folder / "tracking" / row["trial"] / "tensorboard"
         if row["status"] == "done":
-            assert len(set(scalars(tracked)["joint/val_accuracy"])) == 2
-            assert scalars(tracked)["leakage"]
+            # An epoch that the killed driver has not received is in the trial's own file only.
+            assert set(scalars(tracked)["joint/val_accuracy"]) <= {2, 3}
+            assert set(scalars(tracked)["leakage"]) == {3}
             assert f"{hyperparameters(tracked)['train.alpha']:.4g}" == f"{float(row['train.alpha']):.4g}"
 
     again = cluster.run([*arguments, "--resume"])
@@ -204,7 +206,7 @@ def test_a_stopped_search_loses_nothing(
     assert [line["status"] for line in lines] == ["done", "done" if workers == 1 else "stopped early"]
     for line in lines:
         if line["status"] == "stopped early":
-            assert line["train.optimizer.lr"] == "1e-09"
+            assert float(line["train.optimizer.lr"]) == 1e-9
             assert float(line["epochs"]) < epochs
             continue
         now, rows_before = rows(trials / line["trial"]), before.get(line["trial"], [])
