@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from raypp.metrics.statistics import wilson_interval
+from raypp.models.tracing import trace_forward
 
 BINS = 16
 LEAST = 100  # images of each kind, both for the fit and for the threshold
@@ -45,10 +46,10 @@ class PlainImageDetector:
 
     def scores(self, images: Tensor) -> Tensor:
         """Scores float64 (N,) of images uint8 (N, C, H, W)."""
-        return torch.cat([self.score_part(part) for part in split_parts(images)])
+        parts = [self._score_part(part) for part in _split(images)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def score_part(self, images: Tensor) -> Tensor:
-        """Scores as of :meth:`scores`, of one part of :func:`split_parts`."""
+    def _score_part(self, images: Tensor) -> Tensor:
         return self._score_statistics(_statistics(images))
 
     def _score_statistics(self, values: Tensor) -> Tensor:
@@ -63,6 +64,29 @@ class PlainImageDetector:
     def dump(self) -> dict[str, Any]:
         """JSON data for :func:`restore_detector`."""
         return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class _TracedDetector(PlainImageDetector):
+    trace: nn.Module
+
+    def _score_part(self, images: Tensor) -> Tensor:
+        scores: Tensor = self.trace(images)
+        return scores
+
+
+class _Scores(nn.Module):
+    def __init__(self, detector: PlainImageDetector) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.detector._score_part(images)
+
+
+def trace_detector(detector: PlainImageDetector, images: Tensor) -> PlainImageDetector:
+    """The same detector, whose statistics take Python's lock once, see :func:`raypp.models.tracing.trace_forward`."""
+    return _TracedDetector(**vars(detector), trace=trace_forward(_Scores(detector), images))
 
 
 def restore_detector(data: dict[str, Any]) -> PlainImageDetector:
@@ -131,11 +155,10 @@ def statistics(images: Tensor) -> Tensor:
     Per channel: the histogram, mean and deviation, the share of extreme values, and the mean absolute difference of
     pixels one, two and four apart. Across channels: the mean absolute difference.
     """
-    return torch.cat([_statistics(part) for part in split_parts(images)])
+    return torch.cat([_statistics(part) for part in _split(images)])
 
 
-def split_parts(images: Tensor) -> tuple[Tensor, ...]:
-    """Split images (N, C, H, W) into parts of at most ``PART_VALUES`` values, or of one image."""
+def _split(images: Tensor) -> tuple[Tensor, ...]:
     batches: tuple[Tensor, ...] = images.split(max(1, PART_VALUES // max(1, images.shape[1:].numel())))
     return batches
 
@@ -164,7 +187,7 @@ def _statistics(images: Tensor) -> Tensor:
 
 def _statistics_of_variants(plain: Tensor) -> Tensor:
     """Statistics (4N, K) of plain images and their variants, see :func:`_variants`."""
-    batches = [[_statistics(variant) for variant in _variants(batch)] for batch in split_parts(plain)]
+    batches = [[_statistics(variant) for variant in _variants(batch)] for batch in _split(plain)]
     return torch.cat([torch.cat(variants) for variants in zip(*batches, strict=True)])
 
 

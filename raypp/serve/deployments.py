@@ -93,7 +93,7 @@ class _Replica:
                 "(see raypp token), or http_options.host to 127.0.0.1"
             )
         self._tokens = open_tokens(config.tokens) if config.tokens is not None else None
-        self._valid_tokens: Tokens | None = None
+        self._valid_tokens = self._tokens.current() if self._tokens is not None else None
         self._token_expiry = 0.0  # monotonic seconds
         self.live = ModelManager(config.bundle, prepare)
         model = self.live.active
@@ -109,8 +109,8 @@ class _Replica:
         # In a thread: the file may be on network storage, and reading it would block all requests. Not for each
         # request: a change of threads takes longer than the check of a token.
         if self._tokens is not None and time.monotonic() > self._token_expiry:
+            self._token_expiry = time.monotonic() + TOKEN_SECONDS  # requests that come meanwhile do not look too
             self._valid_tokens = await asyncio.to_thread(self._tokens.current)
-            self._token_expiry = time.monotonic() + TOKEN_SECONDS
         return self._valid_tokens
 
     async def find_model(self, protection: str | None) -> LoadedModel | None:

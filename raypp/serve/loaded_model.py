@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from raypp.bundle.guard import PlainImageDetector, split_parts
+from raypp.bundle.guard import PlainImageDetector, trace_detector
 from raypp.bundle.load import PrivateBundle, PublicBundle, load_private, load_public
 from raypp.bundle.manifest import MANIFEST, verify
 from raypp.models.fusion import fuse_conv_bn
@@ -48,7 +48,6 @@ class LoadedModel:
         shape: (H, W, C) of protected images.
         plain: (H, W, C) of the plain images.
         private: the private part; its classifier is optimized for inference.
-        score: scores a part of images as :meth:`PlainImageDetector.score_part` does; None without a guard.
         attack_material: data of the attacks, read together with the scorecard; None unless requested.
         attachment: a service's own data, see :class:`raypp.serve.model_store.ModelManager`.
     """
@@ -61,7 +60,6 @@ class LoadedModel:
     plain: Shape
     guard: PlainImageDetector | None
     private: PrivateBundle
-    score: Callable[[Tensor], Tensor] | None
     card: str
     scorecard: dict[str, Any] | None
     attack_material: AttackMaterial | None = None
@@ -79,17 +77,6 @@ class LoadedModel:
         device = next(classifier.parameters()).device
         logits = pad_to_bucket(lambda batch: classifier(batch.to(device).float() / 255), images)
         return torch.softmax(logits.float(), dim=1).cpu()
-
-    @torch.inference_mode()
-    def is_protected(self, images: Tensor) -> Tensor:
-        """Whether each of the images uint8 (N, C, H, W) looks protected, bool (N,)."""
-        if self.guard is None or self.score is None:
-            return torch.ones(len(images), dtype=torch.bool)
-        return _concatenate([self.score(part) for part in split_parts(images)]) > self.guard.threshold
-
-
-def _concatenate(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def pad_to_bucket(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
@@ -155,9 +142,8 @@ def _load(location: str | Path, attacks: bool) -> LoadedModel:
             archive=_archive(folder / "public"),
             shape=(height, width, channels),
             plain=_plain_shape(folder, location),
-            guard=private.guard,
+            guard=private.guard and trace_detector(private.guard, private.sample[:8]),
             private=private,
-            score=_trace_score(private),
             card=(folder / "MODEL_CARD.md").read_text(),
             scorecard=json.loads(scorecard.read_text()) if scorecard.is_file() else None,
             attack_material=material,
@@ -171,19 +157,6 @@ def _load(location: str | Path, attacks: bool) -> LoadedModel:
     if problem is not None:
         raise BundleError(f"bundle {str(location)!r} fails its self-check: {problem}")
     return replace(model, private=private)
-
-
-class _Score(nn.Module):
-    def __init__(self, guard: PlainImageDetector) -> None:
-        super().__init__()
-        self.guard = guard
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.guard.score_part(images)
-
-
-def _trace_score(private: PrivateBundle) -> Callable[[Tensor], Tensor] | None:
-    return None if private.guard is None else trace_forward(_Score(private.guard), private.sample[:8])
 
 
 def _plain_shape(folder: Path, location: str | Path) -> Shape:
@@ -214,8 +187,9 @@ def classify(jobs: list[Inference]) -> list[tuple[Tensor, Tensor]]:
     results: dict[int, tuple[Tensor, Tensor]] = {}
     for model in {id(model): model for model, _ in jobs}.values():
         batch = {i: images for i, (other, images) in enumerate(jobs) if other is model}
-        images, sizes = _concatenate(list(batch.values())), [len(images) for images in batch.values()]
-        answers = model.probabilities(images), model.is_protected(images)
-        parts = zip(*(answer.split(sizes) for answer in answers), strict=True)
+        images, sizes = torch.cat(list(batch.values())), [len(images) for images in batch.values()]
+        guard = model.guard
+        protected = guard.is_protected(images) if guard is not None else torch.ones(len(images), dtype=torch.bool)
+        parts = zip(model.probabilities(images).split(sizes), protected.split(sizes), strict=True)
         results |= dict(zip(batch, parts, strict=True))
     return [results[i] for i in range(len(jobs))]

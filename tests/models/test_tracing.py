@@ -7,6 +7,8 @@ import torch
 from conftest import Trained
 from torch import Tensor, nn
 
+from raypp.bundle import guard
+from raypp.bundle.guard import PlainImageDetector, trace_detector
 from raypp.bundle.load import load_private
 from raypp.models.tracing import trace_forward
 from raypp.serve.loaded_model import load_model
@@ -37,15 +39,25 @@ def test_too_few_images_are_not_recorded() -> None:
 
 
 def test_a_served_model_is_recorded_and_answers_as_the_bundle(trained: Trained) -> None:
-    """Both the classifier and the guard: else they would wait for Python's lock at each of their operations."""
+    """Else it would wait for Python's lock at each of its operations."""
     model, private = load_model(trained.bundle), load_private(trained.bundle)
     assert isinstance(model.private.classifier, torch.jit.ScriptModule)
-    assert isinstance(model.score, torch.jit.ScriptModule)
-    assert private.guard is not None
     images = torch.cat([private.sample] * 9)[:65]
     for size in (1, 3, 8, 64, 65):
         with torch.inference_mode():
             expected = torch.softmax(private.classifier(images[:size].float() / 255), dim=1)
         torch.testing.assert_close(model.probabilities(images[:size]), expected, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(model.score(images[:size]), private.guard.scores(images[:size]))
-        assert torch.equal(model.is_protected(images[:size]), private.guard.is_protected(images[:size]))
+
+
+def test_a_guard_is_recorded_and_decides_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randint(256, (65, 3, 16, 16), dtype=torch.uint8)
+    values = guard.statistics(images)
+    weights = torch.randn(values.shape[1], dtype=torch.float64)
+    detector = PlainImageDetector(values.mean(0), values.std(0) + 1e-6, weights, 0.1, 0.0, {}, {})
+    traced = trace_detector(detector, images[:8])
+    assert isinstance(traced.trace, torch.jit.ScriptModule)
+    monkeypatch.setattr(guard, "PART_VALUES", 32 * 3 * 16 * 16)  # the last ones are three parts
+    for size in (1, 3, 8, 32, 65):
+        with torch.inference_mode():
+            torch.testing.assert_close(traced.scores(images[:size]), detector.scores(images[:size]))
+            assert torch.equal(traced.is_protected(images[:size]), detector.is_protected(images[:size]))

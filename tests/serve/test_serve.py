@@ -510,6 +510,7 @@ def test_full_bodies_start_a_second_replica_and_each_answers_for_both_protection
     process = processes.Process(target=serve_full_bodies, args=arguments)
     process.start()
     process.join(180)
+    process.kill()  # if it still runs
     assert process.exitcode == 0
     for outcomes in results.get():
         assert set(outcomes) == {(200, protection, version) for protection, version in versions.items()}
