@@ -79,6 +79,7 @@ class TensorBoard(Tracker):
     """Event files, with the settings as text and as hyperparameters."""
 
     package = "tensorboardX"
+    FLUSH_SECONDS = 1  # of the writer's thread; its method flush() leaves out events that the thread has not received
 
     def __init__(
         self, folder: Storage, name: str, group: str | None, settings: Mapping[str, Any], run_id: str | None
@@ -88,7 +89,10 @@ class TensorBoard(Tracker):
 
         self._files = LocalFolder(folder)
         # Without a suffix, two files of one second have one name.
-        self._writer = SummaryWriter(str(self._files.path / "tensorboard"), filename_suffix=f".{uuid.uuid4().hex[:8]}")
+        suffix = f".{uuid.uuid4().hex[:8]}"
+        self._writer = SummaryWriter(
+            str(self._files.path / "tensorboard"), flush_secs=self.FLUSH_SECONDS, filename_suffix=suffix
+        )
         text = yaml.safe_dump(dict(settings), sort_keys=False)
         self._writer.add_text("settings", "".join(f"    {line}\n" for line in text.splitlines()))  # Markdown's code
         self._settings = {
@@ -100,7 +104,6 @@ class TensorBoard(Tracker):
         self._newest |= metrics
         for key, value in metrics.items():
             self._writer.add_scalar(key, value, epoch)
-        self._writer.flush()
         self._files.sync()
 
     def finish(self, *, succeeded: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,10 @@ def test_a_resumed_run_continues_its_curves(tiny: Tiny, tmp_path: Path) -> None:
         tracker = Tracking(["tensorboard"], folder, "run", None, config, pytest.fail)
         run = TrackedRun(ProgressListener(), tracker, phases(config))
         run.epoch(row("joint", epoch))
+        end = time.monotonic() + 10  # a process that is killed loses at most a second of events
+        while scalars(tmp_path / "run" / "tensorboard").get("joint/lr", [])[epoch - 1 :] != [epoch + 1]:
+            assert time.monotonic() < end
+            time.sleep(0.05)
     run.results({"test": {"accuracy": 0.5, "classes": ["a"]}, "epochs": {"plain": 1, "joint": 2}})
     tracker.finish(succeeded=True)
     steps = scalars(tmp_path / "run" / "tensorboard")
