@@ -951,9 +951,9 @@ def test_settings_stand_anywhere_for_every_kind_of_target(
     monkeypatch.setattr("raypp.api.run_attacks", lambda plan, **_: seen.append(plan))
     monkeypatch.setattr("raypp.cli.attack.print_attack_results", lambda *_, **__: None)
     where = function(tmp_path)
+    monkeypatch.chdir(tmp_path)
     main(["attack", "--function", where, "--preset", "quickstart", "--data.source.num_train", "70", "--suite", "quick"])
     main(["attack", "--folders", "a", "b", "--suite", "quick", "--num_queries", "30", "--inverse.width", "4"])
-    monkeypatch.chdir(tmp_path)
     bundle = "runs/x/bundle"
     Storage(tmp_path / bundle).write(MANIFEST, b"{}")  # loaded only when the attack runs
     for words in (

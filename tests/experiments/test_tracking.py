@@ -44,7 +44,7 @@ def test_a_resumed_run_continues_its_curves(tiny: Tiny, tmp_path: Path) -> None:
         run = TrackedRun(ProgressListener(), tracker, phases(config))
         run.epoch(row("joint", epoch))
         end = time.monotonic() + 10  # a process that is killed loses at most a second of events
-        while scalars(tmp_path / "run" / "tensorboard").get("joint/lr", [])[epoch - 1 :] != [epoch + 1]:
+        while sorted(scalars(tmp_path / "run" / "tensorboard").get("joint/lr", [])) != [2, 3][:epoch]:
             assert time.monotonic() < end
             time.sleep(0.05)
     run.results({"test": {"accuracy": 0.5, "classes": ["a"]}, "epochs": {"plain": 1, "joint": 2}})
