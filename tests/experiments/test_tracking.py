@@ -37,6 +37,7 @@ def test_a_tracker_that_cannot_be_used_is_refused(monkeypatch: pytest.MonkeyPatc
         check_trackers(["wandb"])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_its_curves(tiny: Tiny, tmp_path: Path) -> None:
     config, folder = tiny(train__alpha=0.25), Storage(tmp_path / "run")
     for epoch in (1, 2):
