@@ -59,7 +59,7 @@ def epochs_done(name: str) -> float:
     """Epochs of all phases before a checkpoint, from its name; 1.5 after half of the second epoch."""
     match = NAME_PATTERN.fullmatch(name)
     assert match is not None, name
-    return float(int(match["epochs"]) + int(match["part"] or 0) / 10**PART_DIGITS)
+    return int(match["epochs"]) + int(match["part"] or 0) / 10.0**PART_DIGITS
 
 
 def list_checkpoints(run: Storage) -> list[str]:
@@ -77,7 +77,7 @@ def retention_score(history: list[EpochMetrics], name: str) -> float:
     Args:
         history: all epochs before the checkpoint.
     """
-    num_best: int = sum(row["best"] for row in history)
+    num_best = sum(bool(row["best"]) for row in history)
     position = epochs_done(name)
     if history and history[-1]["best"] and position == len(history):
         return float(num_best)
