@@ -311,7 +311,7 @@ with ray_session():
             print("ROWS", json.dumps([[int(row["label"]), row["image"].tolist()] for row in part.iter_rows()]))
 
     num_read = []
-    settings = ["--data.num_val", "8", "--data.shuffle_buffer", "5", "--train.batch_size", "2"]
+    settings = ["--data.num_val", "4", "--data.shuffle_buffer", "5", "--train.batch_size", "2"]
     config = configure(*sets[0], *settings)
     options = build_execution_options(config, 1)
 
