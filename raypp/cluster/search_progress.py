@@ -16,7 +16,7 @@ from ray.tune.result import SHOULD_CHECKPOINT
 from raypp.cluster import ray_logs
 from raypp.cluster.progress_actor import create_progress_actor, drain, shutdown_grace_period
 from raypp.cluster.ray_internals import is_running, trial_error
-from raypp.cluster.shared_files import share_files
+from raypp.cluster.shared_files import remove_unlisted_files, share_files
 from raypp.cluster.trial import STOPPED, decode_parameters
 from raypp.cluster.waiting import ResourceNotice, Resources
 from raypp.experiments import plots, search, search_results
@@ -117,7 +117,8 @@ class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
             self.display.step(trial.trial_id, info)
 
     def on_checkpoint(self, *, trial: Any, checkpoint: Any, **_: Any) -> None:
-        """Free the disk space of a finished trial's bundle, which is also its final checkpoint."""
+        """Complete a finished trial's final checkpoint, its bundle, and free the disk space of one of the two."""
+        remove_unlisted_files(checkpoint)
         bundle = self.plan.storage.folder(f"{TRIALS}/{trial.trial_id}/bundle")
         if bundle.local:
             share_files(bundle.path, Path(checkpoint.path))

@@ -1,12 +1,33 @@
-"""Hard links between a trial's bundle and the copy that Tune makes of it as a checkpoint."""
+"""A trial's bundle as a checkpoint of Tune: files of an earlier checkpoint, and hard links in place of a second copy."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import uuid
 from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+
+from raypp.bundle.manifest import MANIFEST
+
+
+def remove_unlisted_files(checkpoint: Any) -> None:
+    """Remove files that the manifest of a bundle does not list; other checkpoints stay as they are.
+
+    In a population, Tune gives a trial that continues from another one the number of a checkpoint that it has already.
+    """
+    files, root = checkpoint.filesystem, checkpoint.path.rstrip("/")
+    paths = [entry.path for entry in files.get_file_info(fs.FileSelector(root, recursive=True)) if entry.is_file]
+    names = {path.removeprefix(f"{root}/"): path for path in paths}
+    if MANIFEST in names:
+        with files.open_input_stream(names[MANIFEST]) as stream:
+            listed = {MANIFEST, *json.loads(stream.read())["files"]}
+        for name in names.keys() - listed:
+            files.delete_file(names[name])
 
 
 def share_files(folder: Path, copy: Path) -> None:

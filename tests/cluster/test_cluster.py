@@ -74,7 +74,7 @@ class Nodes:
         arguments = [
             "ray", "start", "--block", f"--node-ip-address={ip}", f"--dashboard-agent-listen-port={free_port()}",
             f"--metrics-export-port={free_port()}", "--min-worker-port=0", "--max-worker-port=0",
-            "--disable-usage-stats", "--include-log-monitor=false", f"--temp-dir={self.folder / str(number)}",
+            "--disable-usage-stats", f"--temp-dir={self.folder / str(number)}",
         ]  # fmt: skip
         if number == 1:
             arguments += ["--head", "--num-cpus=0", f"--port={self.port}"]

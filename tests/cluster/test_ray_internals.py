@@ -1,6 +1,6 @@
 """Ray's undocumented interfaces in ``raypp.cluster.ray_internals``: each test fails where Ray changes one.
 
-``test_workers.py`` has those that need a Ray: ``loopback_only``, ``started_address``, ``HEAD``, ``is_running`` and
+``test_workers.py`` has those that need a Ray: ``loopback_only``, ``HEAD``, ``is_running`` and
 ``trial_error``. Jobs in ``test_cluster.py`` use ``JOBS_FOLDER`` and ``JOB_DRIVER``; every service uses ``http_host``.
 """
 
@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import pytest
+from ray._private.utils import write_ray_address
 from test_layers import MODULES
 
 from raypp.cluster import ray_internals
@@ -72,6 +73,15 @@ def test_a_job_has_its_variable_and_its_folder() -> None:
     parent, folder = ray_internals.JOBS_FOLDER.strip("/").split("/")
     assert f'"{parent}"' in ray_file("_private/ray_constants.py")
     assert f'"{folder}"' in ray_file("_private/runtime_env/working_dir.py")
+
+
+def test_the_address_of_a_started_ray_is_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "write_ray_address(ray_params.gcs_address, temp_dir)" in ray_file("scripts/scripts.py")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert ray_internals.started_address() is None
+    (tmp_path / "ray").mkdir()
+    write_ray_address("192.0.2.1:6379")
+    assert ray_internals.started_address() == "192.0.2.1:6379"
 
 
 def test_serve_tells_its_host() -> None:

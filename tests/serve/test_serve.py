@@ -156,7 +156,7 @@ def local_replica(service: Service, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What a replica is, in this process; what it sets for a process of its own is left as it is."""
     from raypp.serve import deployments
 
-    monkeypatch.setattr(deployments, "_http_host", lambda: "127.0.0.1")
+    monkeypatch.setattr(deployments, "http_host", lambda: "127.0.0.1")
     monkeypatch.setattr(deployments, "_log_as_serve", lambda: None)
     monkeypatch.setattr(sys, "setswitchinterval", lambda _: None)
     return deployments._Replica(
