@@ -69,8 +69,7 @@ def attack(
         preset: Preset with the images for --function; default: cifar10-small.
         folders: Attack pairs of images: a folder of plain images, and one of protected images with the same names.
         attacks: Names of attacks to run (`raypp list attacks`); default: all of the suite.
-        suite: Strength of the attacks: quick, small, standard, or path of a YAML file; default: quick, with a GPU
-            small.
+        suite: Strength of the attacks: quick, small, standard, or a YAML file; default: quick, with a GPU small.
         name: Name of the attack run, a new folder in the storage; default: attack, date and time.
         storage: Folder or URI that holds the attack run's folder.
         resume: Continue the attack run NAME: finished attacks are not repeated, and attacks may be added.
@@ -97,15 +96,14 @@ def attack(
     if dry_run:
         print_plan(None, estimate_attacks(plan, load_target_of(plan)), json=json)
         return
-    silent = quiet or json
 
     def announce(opened_plan: Any, target: Any) -> None:
         print_threat_table(opened_plan)
         if (suite or default_suite()) in LONG_SUITES:
             print_estimate(estimate_attacks(opened_plan, target))
 
-    announcement: dict[str, Any] = {} if silent else {"announce": announce}
-    card = api.run_attacks(plan, resume=resume, ray=ray, quiet=silent, **announcement)
+    announcement: dict[str, Any] = {} if quiet or json else {"announce": announce}
+    card = api.run_attacks(plan, resume=resume, ray=ray, quiet=quiet or json, **announcement)
     print_attack_results(card, json=json, quiet=quiet)
 
 

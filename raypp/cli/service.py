@@ -235,15 +235,13 @@ def classify(
     from raypp.utils.image_files import find_images
 
     files = [file for path in paths for file in find_images(path)]
-    console = Console(stderr=True)
-    num_failed = 0
+    console, num_failed = Console(stderr=True), 0
     predictions: list[dict[str, Any]] = []
 
     def print_failure(file: object, error: RayppError) -> None:
         nonlocal num_failed
         num_failed += 1
-        reason = str(error) if str(file) in str(error) else f"{file}: {error}"
-        print_text(console, f"raypp: {reason}", "red")
+        print_text(console, f"raypp: {error if str(file) in str(error) else f'{file}: {error}'}", "red")
         bars.advance(task)
 
     token, on_wait = read_token(token_file), _retry_notice(console)
@@ -258,8 +256,7 @@ def classify(
             if json:
                 predictions.append({"file": str(file), "classes": [{"class": c, "probability": p} for c, p in best]})
             else:
-                classes = "  ".join(f"{label} {probability:.1%}" for label, probability in best)
-                sys.stdout.write(f"{file!s}  {classes}\n")
+                sys.stdout.write(f"{file!s}  {'  '.join(f'{label} {share:.1%}' for label, share in best)}\n")
             bars.advance(task)
     if json:
         print_json(predictions)

@@ -1,10 +1,12 @@
 """Interfaces of Ray that its documentation does not promise. Every use of one in raypp is listed here.
 
-``tests/cluster/test_ray_internals.py`` has a test for each. It fails when Ray changes or removes the interface. Three
+``tests/cluster/test_ray_internals.py`` has a test for each. It fails when Ray changes or removes the interface. Four
 modules that run without Ray cannot import this one, and have theirs themselves:
 
 - :mod:`raypp.utils.device` reads ``RuntimeContext.worker.mode``: no public function tells drivers from workers.
 - :func:`raypp.utils.errors.reported_error` reads tracebacks: Serve and Ray Data keep no other trace of an error.
+- :mod:`raypp.training.checkpoint` names the file in which Ray Train lists checkpoints; tests resume runs with and
+  without it.
 - :mod:`raypp.serve.haproxy` patches Serve's configuration of HAProxy and sets its environment variables: Serve has no
   settings for addresses and files.
 """

@@ -1,4 +1,4 @@
-"""A trial's bundle as a checkpoint of Tune: files of an earlier checkpoint, and hard links in place of a second copy."""
+"""A bundle as the final checkpoint of a trial: other files are removed, and hard links replace the second copy."""
 
 from __future__ import annotations
 

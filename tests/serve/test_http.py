@@ -501,11 +501,11 @@ def test_a_slow_token_file_holds_up_no_other_request(trained: Trained, tmp_path:
             return super().current()
 
     replica = _Replica.__new__(_Replica)
-    replica._tokens = Slow(str(path))
+    replica._tokens, replica._valid_tokens, replica._token_expiry = Slow(str(path)), None, 0.0
 
     async def ask() -> list[str]:
         task = asyncio.create_task(replica.tokens())
-        while not reading.is_set():
+        while not reading.is_set() and not task.done():
             await asyncio.sleep(0.001)
         done.set()  # reached only if the loop runs meanwhile
         tokens = await task
@@ -513,7 +513,7 @@ def test_a_slow_token_file_holds_up_no_other_request(trained: Trained, tmp_path:
         return [name for name, _, _ in tokens.entries]
 
     assert asyncio.run(ask()) == ["first"]
-    replica._tokens = None
+    replica._tokens = replica._valid_tokens = None
     assert asyncio.run(replica.tokens()) is None
 
 
