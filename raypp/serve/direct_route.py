@@ -32,7 +32,7 @@ class DirectAPI(FastAPI):
         A RequestError of the handler becomes a problem document.
         """
         (route,) = (route for route in self.routes if isinstance(route, APIRoute) and route.path == path)
-        (method,) = route.methods or ()
+        (method,) = route.methods or {"GET"}
 
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
             scope["route"] = route
