@@ -165,7 +165,9 @@ class Nodes:
         hidden = [f"--temp-dir={self.folder / f'n{node}'}", "--object-store-memory=100000000"]
         log = (self.folder / f"node-{node}.log").open("wb")
         command = ["ip", "netns", "exec", f"{BRIDGE}-{node}", *words, *hidden]
-        environment = self._ray_environment | (self._head_environment if node == 1 else {})
+        # The machine's name leads to its loopback address, by which workers on two nodes do not reach each other.
+        environment = self._ray_environment | {"GLOO_SOCKET_IFNAME": f"rprn{node}"}
+        environment |= self._head_environment if node == 1 else {}
         self.running[node] = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         path = self.folder / f"node-{node}.log"
         wait_for(lambda: "Ray runtime started" in path.read_text(), 90, f"node {node} to start")

@@ -82,6 +82,7 @@ def client(here: Here) -> TestClient:
     return TestClient(classifier_api(lambda: here, here.observe))
 
 
+@pytest.mark.slow
 def test_few_sizes_of_batches_reach_a_network() -> None:
     """The output for the padding is dropped."""
     sizes = set()
