@@ -1,4 +1,4 @@
-"""How fast the classifier's service is, beside the same model in this process and other servers, in one run.
+"""How fast the classifier's service is, compared with the same model in this process and with other servers, in one run.
 
 The service checks a token, validates each image and runs the guard. The others do not:
 
@@ -178,7 +178,7 @@ async def _load(target: Target, body: bytes, clients: int, seconds: float) -> tu
 
 @contextmanager
 def served(bundle: str, port: int, *, haproxy: bool) -> Iterator[Target]:
-    """``raypp serve`` with a token, on a Ray of its own."""
+    """``raypp serve`` with a token, on a separate Ray."""
     with tempfile.TemporaryDirectory(prefix="raypp-bench-") as folder:
         tokens = Path(folder) / "tokens.json"
         token = add_token(tokens, "bench", ["classify"])

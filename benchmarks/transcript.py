@@ -143,7 +143,7 @@ class Nodes:
             stack.callback(self.kill, node)
 
     def with_redis(self, stack: ExitStack) -> bool:
-        """Start Redis beside the nodes, where the head keeps its state; False where it is not installed."""
+        """Start Redis, where the head keeps its state; False where it is not installed."""
         program = shutil.which("redis-server")
         if program is None:
             return False

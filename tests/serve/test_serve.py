@@ -303,7 +303,7 @@ def test_a_bundle_that_does_not_work_never_becomes_live(
 
 
 def test_clients_outlast_a_restart_of_the_whole_service(zygote: Path, trained: Trained, tmp_path: Path) -> None:
-    """A service on a Ray of its own, killed with its head under load and started again: no request fails."""
+    """A service on a separate Ray, killed with its head under load and started again: no request fails."""
     rest = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -528,7 +528,7 @@ def test_nothing_listens_beyond_this_machine(service: Service, cluster: Cluster)
 
 
 def test_haproxy_takes_the_requests_and_listens_here_only(zygote: Path, trained: Trained, tmp_path: Path) -> None:
-    """On a Ray of its own, without a flag. Its manager killed, HAProxy goes too, and another answers."""
+    """On a separate Ray, without a flag. Its manager killed, HAProxy goes too, and another answers."""
     surroundings = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     port = free_port()
     arguments = [PROGRAM, "serve", str(trained.bundle), "--port", str(port)]
