@@ -1,4 +1,4 @@
-"""How fast the classifier's service is, compared with the same model in this process and with other servers, in one run.
+"""Speed of the classifier's service, compared with the same model in this process and with other servers, in one run.
 
 The service checks a token, validates each image and runs the guard. The others do not:
 
