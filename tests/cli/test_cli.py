@@ -242,12 +242,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys: Captured, tmp_path: Path,
     assert expected in refused(capsys, *command.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
         *(f"train {preset} --local" for preset in ("cifar10", "cifar100", "cifar10-small")),
         "train cifar10-code --local --train.alpha 0.1",
-        pytest.param("table1 --presets cifar10 cifar100 --local", marks=pytest.mark.slow),
+        "table1 --presets cifar10 cifar100 --local",
         "table1 --presets cifar10-small --methods plain alpha-0.1 --local",
     ],
 )

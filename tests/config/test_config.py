@@ -135,6 +135,7 @@ def test_flags_in_every_spelling() -> None:
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1, max_size=8)
 
 
+@pytest.mark.slow
 @given(data=st.data(), equals=st.booleans())
 def test_any_value_survives_a_flag(data: st.DataObject, equals: bool) -> None:
     key, values = data.draw(
