@@ -5,8 +5,8 @@ rounds, the same number of steps of raypp's real loop (``Trainer.train_epoch``):
 training, one thread for each worker, gradients averaged by gloo. After the steps of a round each writes a checkpoint
 to a local disk; its time is part of the round. On Ray Train they use ``raypp train``'s own reporter and Ray's watcher
 of nodes, so that the round includes progress, the questions whether to stop and whether a node leaves, and the report
-of the checkpoint. Ratios are formed round by round; many short rounds, since a machine's speed wanders by more than the
-difference looked for. Start-up is told apart: from the command until the workers have taken their first step.
+of the checkpoint. Each round gives a ratio. There are many short rounds, since a machine's speed changes by more than
+the expected difference. Start-up is measured separately: from the command to the first step of the workers.
 
 The second table trains a plain classifier by ``raypp train`` on the same Parquet file, read into memory and streamed
 through Ray Data: images/s of the epochs after the first, one worker.

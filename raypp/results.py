@@ -22,7 +22,6 @@ from raypp.utils.storage import Storage
 
 if TYPE_CHECKING:
     import pandas as pd
-    from ray.tune import ResultGrid
 
 
 class RunResult(Result):
@@ -151,8 +150,8 @@ class SearchResult(Result):
         return {name: Bundle(Storage(self.path).folder(f"best/{name}").uri) for name in self.values["best"]}
 
     @cached_property
-    def result_grid(self) -> ResultGrid:
-        """Ray Tune's results; the checkpoint of each finished trial is its bundle."""
+    def result_grid(self) -> Any:
+        """Ray Tune's results, a ``ray.tune.ResultGrid``; the checkpoint of each finished trial is its bundle."""
         return import_from_ray("raypp.cluster.tune", "load_result_grid")(self.path)
 
     def to_pandas(self) -> pd.DataFrame:

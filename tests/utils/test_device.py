@@ -19,7 +19,7 @@ from raypp.utils.storage import Storage
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch reports two GPUs; whoever uses one fails."""
+    """Torch reports two GPUs; the use of one fails."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
