@@ -156,6 +156,8 @@ class Nodes:
 
     def start(self, node: int) -> str:
         """Start a node and return the command."""
+        # A machine that starts again has no such file. Here Ray would read in it that the head runs.
+        (self.folder / f"n{node}" / "ray_current_cluster").unlink(missing_ok=True)
         words = ["ray", "start", "--block", "--disable-usage-stats", f"--node-ip-address={SUBNET}.{node}"]
         if node == 1:
             words += ["--head", "--port=6379", "--num-cpus=0", "--dashboard-host=127.0.0.1"]

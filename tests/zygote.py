@@ -15,6 +15,7 @@ import atexit
 import fcntl
 import gc
 import importlib
+import importlib.machinery
 import json
 import multiprocessing
 import os
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 HOOK = Path(__file__).parent / "zygote_hook"
-# Each forked process imports raypp itself, which comes from the job's package.
 PRELOADED = [
     "torch._dynamo", "torchvision", "pandas", "scipy.stats", "pyarrow.dataset", "pyarrow.parquet", "pydantic.v1",
     "aiohttp", "grpc", "jsonschema", "requests", "fsspec", "optuna", "tensorboardX", "safetensors.torch", "PIL.Image",
@@ -51,6 +51,7 @@ PRELOADED = [
     "sklearn.linear_model", "ray.train.torch", "ray.tune", "ray.serve", "ray.data", "ray.scripts.scripts",
     "ray.train.v2._internal.execution.controller.controller", "ray.dashboard.head", "ray._private.log_monitor",
     "ray.autoscaler._private.monitor",
+    "raypp.cluster.attack", "raypp.cluster.tune", "raypp.serve.deployments",
 ]  # fmt: skip
 SETTINGS = {
     # Where a process of Ray ends with its raylet: see above.
@@ -300,10 +301,21 @@ def read_settings() -> None:
     of_serve = {name: value for name, value in os.environ.items() if name.startswith("RAY_SERVE_")}
     of_dashboard = sys.argv[0] == "-c" or "/dashboard/" in sys.argv[0]  # it registers its modules once
     if of_serve != zygote_client.of_serve and not of_dashboard:
-        for name in list(sys.modules):
-            if name == "ray.serve" or name.startswith("ray.serve."):
-                del sys.modules[name]
+        forget("ray.serve")
+        forget("raypp")
         vars(sys.modules["ray"]).pop("serve", None)
+
+
+def forget(package: str) -> None:
+    """Have a package imported again."""
+    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+        del sys.modules[name]
+
+
+def is_elsewhere(package: str) -> bool:
+    """Whether a package that is imported would now come from another folder, such as a job's package of files."""
+    spec = importlib.machinery.PathFinder.find_spec(package)
+    return package in sys.modules and spec is not None and spec.origin != sys.modules[package].__file__
 
 
 def run(request: dict[str, Any], files: list[int]) -> None:
@@ -325,6 +337,8 @@ def run(request: dict[str, Any], files: list[int]) -> None:
     paths = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     own = str(Path(__file__).parent)
     sys.path[:] = [folder, *paths, *(path for path in sys.path if path not in {*before, own})]
+    if is_elsewhere("raypp"):
+        forget("raypp")
     exit_code = 0
     try:
         if code:

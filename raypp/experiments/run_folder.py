@@ -19,7 +19,7 @@ import raypp
 from raypp.config.overrides import flatten_dict
 from raypp.config.schema import Config, scaled_milestones
 from raypp.config.validation import validate
-from raypp.training.checkpoint import list_checkpoints
+from raypp.training.checkpoint import EpochMetrics, list_checkpoints
 from raypp.training.protected_classifier import phases, uses_features
 from raypp.utils import runtime
 from raypp.utils.device import num_gpus
@@ -190,10 +190,18 @@ def check_resumable(config: Config, stored: dict[str, Any], run: Storage, name: 
 
 
 def _num_trained_epochs(run: Storage, phase: str) -> int:
+    try:
+        return max((row["epoch"] for row in read_history(run) if row["phase"] == phase), default=0)
+    except (TypeError, KeyError) as error:
+        raise StorageError(f"{run.uri}: metrics.jsonl is damaged: {error}") from error
+
+
+def read_history(run: Storage) -> list[EpochMetrics]:
+    """Metrics of each epoch so far; raises StorageError if their file is damaged."""
     lines = run.read("metrics.jsonl").splitlines() if run.exists("metrics.jsonl") else []
     try:
-        return max((row["epoch"] for row in map(json.loads, lines) if row["phase"] == phase), default=0)
-    except (ValueError, TypeError, KeyError) as error:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
         raise StorageError(f"{run.uri}: metrics.jsonl is damaged: {error}") from error
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from raypp.config.overrides import flatten_dict
 from raypp.config.schema import Config
-from raypp.experiments.search import Point, SearchPlan
+from raypp.experiments.run_folder import read_history
+from raypp.experiments.search import TRIALS, Point, SearchPlan
 from raypp.experiments.trackers import TRACKERS, Tracker
 from raypp.experiments.training_run import Run
 from raypp.training.checkpoint import EpochMetrics
@@ -163,7 +164,7 @@ class TrackedTrials:
 
     def log(self, trial: str, point: Point, result: Mapping[str, Any]) -> None:
         """Record what a trial reports: the metrics of an epoch, or at its end accuracy and leakage."""
-        tracking = self._open(trial, point)
+        tracking = self._active.get(trial) or self._open(trial, point, result["epoch"])
         if tracking is None:
             return
         if result["finished"]:
@@ -182,17 +183,26 @@ class TrackedTrials:
         for trial in list(self._active):
             self.finish(trial, succeeded=False)
 
-    def _open(self, trial: str, point: Point) -> Tracking | None:
-        """The trackers of a trial; None without trackers, and for settings that contradict each other."""
-        if trial not in self._active and self._names:
-            search = self._plan.storage
-            name, folder = search.uri.rstrip("/").rpartition("/")[2], search.folder(f"{TRACKING}/{trial}")
-            try:
-                config, warn = self._plan.config_at(point), functools.partial(self._warn, trial)
-                self._active[trial] = Tracking(self._names, folder, trial, name, config, warn)
-            except ConfigError:
-                return None
-            except RayppError as error:
-                self._warn(trial, f"{error}; the search continues without trackers")
-                self._names = ()
+    def _open(self, trial: str, point: Point, epoch: int) -> Tracking | None:
+        """Trackers of a trial whose first report here is about ``epoch``; None without, or for contradicting settings.
+
+        Earlier epochs come from the trial's folder: a process that was killed may not have recorded them, and a value
+        that it has recorded is the same.
+        """
+        if not self._names:
+            return None
+        search = self._plan.storage
+        name, folder = search.uri.rstrip("/").rpartition("/")[2], search.folder(f"{TRACKING}/{trial}")
+        try:
+            config, warn = self._plan.config_at(point), functools.partial(self._warn, trial)
+            tracking = self._active[trial] = Tracking(self._names, folder, trial, name, config, warn)
+            for row in read_history(search.folder(f"{TRIALS}/{trial}")):
+                row_epoch = epochs_before(phases(config), row["phase"]) + row["epoch"]
+                if row_epoch < epoch:
+                    tracking.log_epoch(row, row_epoch)
+        except ConfigError:
+            return None
+        except RayppError as error:
+            self._warn(trial, f"{error}; the search continues without trackers")
+            self._names = ()
         return self._active.get(trial)

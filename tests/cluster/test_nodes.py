@@ -10,6 +10,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -57,6 +58,7 @@ class Nodes:
     proxies: list[dict[str, str]] = field(default_factory=list)  # settings of each node's HAProxy
     redis_password: str | None = None  # None without Redis
     started: list[ProcessTree] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)  # of the head
 
     def run(self, node: int, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = ["ip", "netns", "exec", f"{BRIDGE}-{node}", *arguments]
@@ -72,7 +74,10 @@ class Nodes:
         if node:
             command += [f"--address={HEAD}", "--num-cpus=1"]
         else:
-            command += ["--head", "--port=6379", "--num-cpus=0", "--dashboard-host=127.0.0.1"]
+            # A folder for each start: Ray would read in an old one that the cluster runs, as it sees the other nodes.
+            folder = Path(tempfile.mkdtemp(prefix="ray-"))
+            command += ["--head", "--port=6379", "--num-cpus=0", "--dashboard-host=127.0.0.1", f"--temp-dir={folder}"]
+            self.folders.append(folder)
         if not node and self.redis_password is not None:
             command.append(f"--redis-password={self.redis_password}")
             environment["RAY_REDIS_ADDRESS"] = REDIS
@@ -94,6 +99,15 @@ class Nodes:
         return sum(30000 <= port < 30100 for port in ports)
 
 
+def remove_network() -> None:
+    """End and remove what a run of this test has left that was killed."""
+    for node in range(NUM_NODES):
+        Nodes({}, Path()).kill(node)
+        for words in (("link", "del", f"rpp{node}"), ("netns", "del", f"{BRIDGE}-{node}")):
+            subprocess.run(["ip", *words], capture_output=True, check=False)
+    subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)
+
+
 def address(node: int) -> str:
     return f"{SUBNET}.{node + 1}"
 
@@ -104,6 +118,7 @@ def nodes(zygote: Path, tmp_path: Path) -> Iterator[Nodes]:
     try:
         ip("netns", "add", BRIDGE)
         ip("netns", "del", BRIDGE)
+        remove_network()
         ip("link", "add", BRIDGE, "type", "bridge")
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"namespaces need root and the program ip: {getattr(error, 'stderr', error)}")
@@ -136,6 +151,8 @@ def nodes(zygote: Path, tmp_path: Path) -> Iterator[Nodes]:
         for node in range(NUM_NODES):  # one after the other: they write into one folder, as machines do not
             cluster.start(node)
         yield cluster
+    for folder in cluster.folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -259,7 +276,7 @@ def test_a_node_that_dies_costs_the_requests_on_their_way_to_it(nodes: Nodes, tr
 
     if nodes.redis_password is not None:  # without Redis, the loss of the head ends a cluster
         nodes.kill(0)
-        thread = RequestThread(1, token, images, classes)
+        thread = RequestThread(1, token, images, classes, versions)
         thread.start()
         time.sleep(6)
         nodes.start(0)

@@ -112,7 +112,9 @@ def check_result(folder: Path) -> None:
             _, rows = checkpoint.load(Path(path))
         assert len(rows) == int(metrics["epochs_done"])
         if metrics["epochs_done"] == len(rows):
-            assert rows[-1].items() <= metrics.items()
+            # An epoch that was trained again, after damage, has other times in its second checkpoint.
+            row = {key: value for key, value in rows[-1].items() if key not in ("seconds", "images_per_s")}
+            assert {key: metrics[key] for key in row} == pytest.approx(row, rel=1e-3)
     best = result.get_best_checkpoint("score", "max")
     assert best is not None
     number = max(n for n, row in enumerate(history(folder), 1) if row["best"])

@@ -73,7 +73,7 @@ def test_a_tracker_that_fails_stops_no_run(tiny: Tiny, tmp_path: Path, monkeypat
 def test_a_trial_of_contradicting_settings_needs_no_tracker(tmp_path: Path) -> None:
     plan = make_search_plan("quickstart", storage=str(tmp_path), name="s")
     trials = TrackedTrials(["tensorboard"], plan, lambda *_: pytest.fail("a warning"))
-    result = {"finished": True, "accuracy": 0.0, "leakage": 1.0, "reidentification_rate": 1.0, "epochs": 0}
+    result = {"finished": True, "accuracy": 0.0, "leakage": 1.0, "reidentification_rate": 1.0, "epoch": 1, "epochs": 0}
     trials.log("bad", {"train.batch_size": -1}, result)
     trials.log("good", {"train.alpha": 0.5}, result | row("joint", 1) | {"finished": False, "epoch": 2})
     trials.close()
@@ -81,6 +81,23 @@ def test_a_trial_of_contradicting_settings_needs_no_tracker(tmp_path: Path) -> N
     folder = tmp_path / "s" / tracking.TRACKING / "good" / "tensorboard"
     assert scalars(folder)["joint/train_loss"] == [2]
     assert hyperparameters(folder)["train.alpha"] == 0.5
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_epochs_that_a_killed_search_has_not_recorded_are_added(tmp_path: Path, finished: bool) -> None:
+    plan = make_search_plan("quickstart", storage=str(tmp_path), name="s", flags=["--train.plain_epochs", "1"])
+    rows = [row("plain", 1), row("joint", 1), row("joint", 2)]
+    plan.storage.write("trials/a/metrics.jsonl", "".join(json.dumps(line) + "\n" for line in rows).encode())
+    trials = TrackedTrials(["tensorboard"], plan, lambda *_: pytest.fail("a warning"))
+    if finished:
+        scores = {"accuracy": 0.5, "leakage": 0.2, "reidentification_rate": 0.1}
+        trials.log("a", {"train.alpha": 0.5}, scores | {"finished": True, "epoch": 4, "epochs": 3})
+    else:
+        trials.log("a", {"train.alpha": 0.5}, rows[-1] | {"finished": False, "epoch": 3})
+    trials.finish("a", succeeded=True)
+    steps = scalars(tmp_path / "s" / tracking.TRACKING / "a" / "tensorboard")
+    assert (steps["plain/lr"], steps["joint/lr"]) == ([1], [2, 3])
+    assert steps.get("leakage", []) == [3] * finished
 
 
 @pytest.mark.slow
