@@ -40,7 +40,7 @@ from raypp.experiments.run_folder import cpu_name
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results" / "cluster-transcript.md"
 BRIDGE, SUBNET = "raypp-run", "10.213.58"  # .1 is the head, .2 and .3 do the work, .254 is this machine with Redis
-CPUS = 2  # of a worker node, as Ray counts them: for a replica and a worker of the training
+CPUS = 1  # of a worker node, as Ray counts them, for a worker of the training
 DRAIN_SECONDS = 20  # notice that a drained node gets; Ray's default is 30
 SMALL = {
     "data": {"image_size": [16, 16], "num_val": 100, "source": {"num_train": 1600, "num_test": 300}},
@@ -414,7 +414,8 @@ def write_files(folder: Path) -> None:
     (application,) = config["applications"]
     application["args"] |= {"bundle": f"{folder}/models", "tokens": f"{folder}/tokens.json"}
     scale = {"autoscaling_config": {"min_replicas": 2, "max_replicas": 2}, "max_replicas_per_node": 1}
-    application["deployments"] = [{"name": "Classifier", **scale}]
+    # Ray Train counts the CPUs of replicas as free for an elastic run, which would then wait for them.
+    application["deployments"] = [{"name": "Classifier", "ray_actor_options": {"num_cpus": 0}, **scale}]
     (folder / "serve_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
 

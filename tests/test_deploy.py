@@ -297,6 +297,7 @@ def test_a_service_outlives_its_head_and_a_node() -> None:
         assert finish < drain < template["spec"]["terminationGracePeriodSeconds"]
 
 
+@pytest.mark.slow
 def test_the_dashboard_shows_what_is_exported() -> None:
     exported = {
         node.value

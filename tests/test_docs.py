@@ -83,7 +83,9 @@ FIRST_IN_SHORT = SMALL | {
     "--data.source.num_test": "200",
     "--protection.width": "4",
     "--protection.depth": "2",
-    "--train.optimizer": "{name: muon, lr: 0.02}",  # learns more from few images
+    # Learns more from few images: 61%, 92% and 93% with three seeds. With 0.02 and batches of 32, 21% and less.
+    "--train.optimizer": "{name: muon, lr: 0.04}",
+    "--train.batch_size": "16",
 }
 FIRST = {} if IN_FULL else FIRST_IN_SHORT
 FIRST_ACCURACY = 0.8 if IN_FULL else 0.4  # of ten classes

@@ -198,6 +198,37 @@ def test_a_search_waits_for_nodes_and_spreads_over_them(head: Nodes, tmp_path: P
     assert (tmp_path / "search" / "report" / "report.html").stat().st_size > 10_000
 
 
+def test_the_notice_that_a_node_leaves_is_used_for_a_checkpoint(nodes: Nodes, tmp_path: Path) -> None:
+    """Within an epoch, before the node is gone; training continues behind it on the node that is left.
+
+    This is before the test that kills a driver: for 3 minutes after that, Ray 2.60 reserves CPUs for the killed run,
+    and an elastic one waits with a busy core.
+    """
+    run = Storage(tmp_path / "run")
+    # The second epoch takes far longer than the notice needs to reach the workers.
+    changes = {"data__source__num_train": 920, "train__batch_size": 4, "train__checkpoint_seconds": 10_000}
+    changes |= {"train__plain_epochs": 1, "cluster__num_workers": 2, "cluster__min_workers": 1}
+    process = nodes.job("train", *train_flags(tmp_path, "run", 50, **changes), submission="drained")
+    wait_until(lambda: rows_of(tmp_path / "run"), process)
+    workers = {worker.pid for worker in nodes.running[2].processes("RayTrainWorker")}
+    assert list_checkpoints(run) == ["epoch_0001"]
+    node = nodes.announce_end(3)
+    try:
+        wait_until(lambda: "_part_" in list_checkpoints(run)[0], process)
+        assert node.processes("RayTrainWorker"), "the checkpoint was written after the node's end"
+        saved = list_checkpoints(run)[0]
+        wait_until(lambda: node.poll() is not None, process)
+    finally:
+        node.kill()
+    wait_until(lambda: {w.pid for w in nodes.running[2].processes("RayTrainWorker")} - workers, process)
+    output = nodes.stop("drained", process)
+    assert "of the workers' nodes will leave in" in output
+    # The new group stops after its first step. Names sort as what they stand for.
+    stopped = list_checkpoints(run)[0]
+    assert f"stopped after checkpoint {stopped}; continue with --resume" in output
+    assert "epoch_0001" < saved < stopped
+
+
 def test_a_run_outlives_nodes_a_stopped_job_and_a_killed_driver(nodes: Nodes, tmp_path: Path) -> None:
     """Elastic, it shrinks and grows with its cluster; of a fixed size, it waits. No epoch that was checkpointed is
     trained again."""
@@ -208,8 +239,8 @@ def test_a_run_outlives_nodes_a_stopped_job_and_a_killed_driver(nodes: Nodes, tm
     # More epochs than any machine trains while a node starts and Ray looks for it; what is left is cut off.
     arguments = train_flags(tmp_path, "run", 5000, **changes, cluster__min_workers=1, cluster__resize_seconds=1)
     process = nodes.job("train", *arguments, submission="elastic")
-    wait_until(lambda: len(rows_of(folder)) >= 3, process)
-    assert {row["world"] for row in rows_of(folder)} == {2}
+    # It may begin with one worker, if a node has just joined.
+    wait_until(lambda: [row["world"] for row in rows_of(folder)[-3:]] == [2, 2, 2], process)
     assert nodes.holds(1, "ray::ProgressActor"), "messages to the driver would be lost with another node"
     nodes.kill(3)
     histories.append(rows_of(folder)[:-1])
@@ -248,37 +279,10 @@ def test_a_run_outlives_nodes_a_stopped_job_and_a_killed_driver(nodes: Nodes, tm
     assert epochs_of(folder) == [("plain", 1), *(("joint", n + 1) for n in range(epochs))]
     for before in histories:
         assert rows[: len(before)] == before, "an epoch that was checkpointed was trained again"
-    assert [world for world, _ in itertools.groupby(row["world"] for row in rows)] == [2, 1, 2]
+    assert [world for world, _ in itertools.groupby(row["world"] for row in rows)][-3:] == [2, 1, 2]
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["best"]["val_loss"] == min(row["val_loss"] for row in rows if row["phase"] == "joint")
     assert load_public(folder / "bundle").image_size == (16, 16)
-
-
-def test_the_notice_that_a_node_leaves_is_used_for_a_checkpoint(nodes: Nodes, tmp_path: Path) -> None:
-    """Within an epoch, before the node is gone; training continues behind it on the node that is left."""
-    run = Storage(tmp_path / "run")
-    # The second epoch takes far longer than the notice needs to reach the workers.
-    changes = {"data__source__num_train": 920, "train__batch_size": 4, "train__checkpoint_seconds": 10_000}
-    changes |= {"train__plain_epochs": 1, "cluster__num_workers": 2, "cluster__min_workers": 1}
-    process = nodes.job("train", *train_flags(tmp_path, "run", 50, **changes), submission="drained")
-    wait_until(lambda: rows_of(tmp_path / "run"), process)
-    workers = {worker.pid for worker in nodes.running[2].processes("RayTrainWorker")}
-    assert list_checkpoints(run) == ["epoch_0001"]
-    node = nodes.announce_end(3)
-    try:
-        wait_until(lambda: "_part_" in list_checkpoints(run)[0], process)
-        assert node.processes("RayTrainWorker"), "the checkpoint was written after the node's end"
-        saved = list_checkpoints(run)[0]
-        wait_until(lambda: node.poll() is not None, process)
-    finally:
-        node.kill()
-    wait_until(lambda: {w.pid for w in nodes.running[2].processes("RayTrainWorker")} - workers, process)
-    output = nodes.stop("drained", process)
-    assert "of the workers' nodes will leave in" in output
-    # The new group stops after its first step. Names sort as what they stand for.
-    stopped = list_checkpoints(run)[0]
-    assert f"stopped after checkpoint {stopped}; continue with --resume" in output
-    assert "epoch_0001" < saved < stopped
 
 
 def table_flags(storage: Path) -> list[str]:
