@@ -152,6 +152,8 @@ class WeightsAndBiases(Tracker):
     """A run of Weights & Biases, which its variables such as WANDB_PROJECT and WANDB_MODE configure."""
 
     package = "wandb"
+    _active: ClassVar[int] = 0  # runs of this process
+    _finished: ClassVar[list[LocalFolder]] = []  # of runs that wandb may still write
 
     def __init__(
         self, folder: Storage, name: str, group: str | None, settings: Mapping[str, Any], run_id: str | None
@@ -172,6 +174,7 @@ class WeightsAndBiases(Tracker):
             settings=wandb.Settings(silent=True, console="off"),
         )
         self.run_id = self._run.id
+        WeightsAndBiases._active += 1
         # The steps of wandb only grow, and a trial of a population goes back to epochs of another.
         self._run.define_metric("*", step_metric="epoch")
 
@@ -179,8 +182,15 @@ class WeightsAndBiases(Tracker):
         self._run.log({**metrics, "epoch": epoch})
 
     def finish(self, *, succeeded: bool) -> None:
+        import wandb
+
         self._run.finish(exit_code=0 if succeeded else 1)
-        self._files.sync()
+        WeightsAndBiases._active -= 1
+        self._finished.append(self._files)
+        if not self._active:
+            wandb.teardown()  # returns once all files are written; finish() does not wait for them
+            while self._finished:
+                self._finished.pop().sync()
 
 
 def _batches(values: list[Any], size: int) -> Iterator[list[Any]]:

@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 import pytest
 import yaml
-from conftest import Trained, wait_until
+from conftest import Trained, free_port, wait_until
 from zygote import ProcessTree, variables
 
 from raypp.bundle.load import load_private
@@ -41,7 +41,6 @@ NUM_NODES = 3  # a head without work, as in a cluster's usual configuration, and
 SUBNET = "10.213.57"  # of the bridge between them
 BRIDGE = "raypp-test"
 HEAD = f"{SUBNET}.1:6379"
-REDIS = f"{SUBNET}.254:6379"
 CONNECTIONS = 4  # to each node that receives requests
 
 
@@ -56,7 +55,7 @@ class Nodes:
     environment: dict[str, str]
     zygote: Path
     proxies: list[dict[str, str]] = field(default_factory=list)  # settings of each node's HAProxy
-    redis_password: str | None = None  # None without Redis
+    redis: tuple[str, str] | None = None  # address and password; None without Redis
     started: list[ProcessTree] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)  # of the head
 
@@ -78,9 +77,9 @@ class Nodes:
             folder = Path(tempfile.mkdtemp(prefix="ray-"))
             command += ["--head", "--port=6379", "--num-cpus=0", "--dashboard-host=127.0.0.1", f"--temp-dir={folder}"]
             self.folders.append(folder)
-        if not node and self.redis_password is not None:
-            command.append(f"--redis-password={self.redis_password}")
-            environment["RAY_REDIS_ADDRESS"] = REDIS
+        if not node and self.redis is not None:
+            environment["RAY_REDIS_ADDRESS"], password = self.redis
+            command.append(f"--redis-password={password}")
         started = ProcessTree(self.zygote, command, environment, namespace=f"{BRIDGE}-{node}")
         self.started.append(started)
         wait_until(lambda: "Ray runtime started" in started.output()[0], started, 60)
@@ -145,7 +144,7 @@ def nodes(zygote: Path, tmp_path: Path) -> Iterator[Nodes]:
             for device in (inner, "lo"):
                 ip("-n", name, "link", "set", device, "up")
             stack.callback(cluster.kill, node)
-        cluster.redis_password = stack.enter_context(running_redis())
+        cluster.redis = stack.enter_context(running_redis())
         # One machine's files: each HAProxy has its own folder, which on several machines lies at the same place.
         cluster.proxies = [stack.enter_context(ray_settings()) for _ in range(NUM_NODES)]
         for node in range(NUM_NODES):  # one after the other: they write into one folder, as machines do not
@@ -156,18 +155,18 @@ def nodes(zygote: Path, tmp_path: Path) -> Iterator[Nodes]:
 
 
 @contextmanager
-def running_redis() -> Iterator[str | None]:
-    """A Redis on the bridge for the state of the cluster's head; yields its password, or None without Redis."""
+def running_redis() -> Iterator[tuple[str, str] | None]:
+    """A Redis on the bridge for the state of the head; yields its address and password, or None without Redis."""
     program = shutil.which("redis-server")
     if program is None:
         yield None
         return
     password = secrets.token_hex(16)
-    host, _, port = REDIS.partition(":")
+    host, port = f"{SUBNET}.254", str(free_port())
     command = [program, "--bind", host, "--port", port, "--requirepass", password, "--save", ""]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        yield password
+        yield f"{host}:{port}", password
     finally:
         server.kill()
         server.wait()
@@ -274,7 +273,7 @@ def test_a_node_that_dies_costs_the_requests_on_their_way_to_it(nodes: Nodes, tr
     assert len(failed) <= len(threads), outcomes  # one on its way for each connection
     assert all(abs(began - died) < 3 for began in failed)
 
-    if nodes.redis_password is not None:  # without Redis, the loss of the head ends a cluster
+    if nodes.redis is not None:  # without Redis, the loss of the head ends a cluster
         nodes.kill(0)
         thread = RequestThread(1, token, images, classes, versions)
         thread.start()

@@ -132,8 +132,9 @@ def test_wandb_records_offline(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.M
             tracker.log_epoch(row("joint", epoch), epoch)
         tracker.finish(succeeded=True)
         names[name] = json.loads((tmp_path / name / tracking.IDENTIFIERS).read_text())["wandb"]
-        (recorded,) = (tmp_path / name / "wandb").glob(f"offline-run-*-{names[name]}/run-{names[name]}.wandb")
+    assert names["a"] != names["b"]
+    for name, identifier in names.items():
+        (recorded,) = (tmp_path / name / "wandb").glob(f"offline-run-*-{identifier}/run-{identifier}.wandb")
         data = recorded.read_bytes()
         assert b"joint/train_loss" in data
         assert b"protection.name" in data
-    assert names["a"] != names["b"]
