@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from raypp.cluster.ray_internals import JOB_DRIVER
@@ -31,3 +34,25 @@ def init_options() -> dict[str, Any]:
 def train_level() -> str:
     """Log level of Ray Train's controller and workers; INFO is Ray's default."""
     return "INFO" if are_shown() else SILENT
+
+
+@contextmanager
+def hidden_errors() -> Iterator[None]:
+    """Hide what is written to standard error, unless Ray's lines are shown; for the end of a session.
+
+    Ray's C++ code writes errors straight to the file descriptor, such as a line per second and unfinished task once its
+    processes have ended. Ray has a level for these lines only together with its log files.
+    """
+    if are_shown():
+        yield
+        return
+    sys.stderr.flush()
+    descriptor = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(descriptor, 2)
+        os.close(descriptor)

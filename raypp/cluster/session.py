@@ -130,7 +130,8 @@ def ray_session() -> Iterator[dict[str, float]]:
         try:
             yield ray.cluster_resources()
         finally:
-            ray.shutdown()
+            with ray_logs.hidden_errors():
+                ray.shutdown()
             _started_here = False
 
 

@@ -115,6 +115,7 @@ def running_server(config: dict[str, Any], *, haproxy: bool = True) -> Iterator[
             )
         haproxy = False
     haproxy = haproxy and uses_haproxy(host)
+    from raypp.cluster.ray_logs import hidden_errors
     from raypp.cluster.session import ray_session
 
     with (
@@ -133,6 +134,7 @@ def running_server(config: dict[str, Any], *, haproxy: bool = True) -> Iterator[
         finally:
             # Serve stops its controller during a call, and Ray prints that the call failed.
             last.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            last.enter_context(hidden_errors())
             _stop_applications([application["name"] for application in config["applications"]])
 
 
