@@ -30,6 +30,8 @@ ImageMap = Callable[[Tensor], Tensor]
 
 MAX_PADDING = 11  # pixels that blocks add to a side; a larger difference is another size
 PROTECT_BATCH_SIZE = 500
+MAX_VAL = 1000  # validation images, which are some of the attacker's own
+MAX_VAL_GALLERY = 10_000  # of the attacker's images, among which the validation images are re-identified
 
 
 class Threat(Enum):
@@ -139,6 +141,19 @@ def tensor_sha256(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
+def shuffle_indices(num: int, seed: int) -> Tensor:
+    """Return a random order int64 (num,) of the attacker's images, which begins with the validation images.
+
+    Attacks of one seed share the order, so that one attack's validation images are no training images of another.
+    """
+    return torch.randperm(num, generator=torch.Generator().manual_seed(seed))
+
+
+def count_validation_images(num: int) -> int:
+    """Return the number of validation images among ``num``: a tenth, at least 1 and at most ``MAX_VAL``."""
+    return min(MAX_VAL, max(1, num // 10))
+
+
 def required(value: T | None) -> T:
     """Return a field of :class:`AttackerKnowledge` that the attack's ``needs`` guarantee."""
     assert value is not None
@@ -172,6 +187,10 @@ class Attack(ABC):
     """The option that sets its number of steps, if it trains no network; half of it is measured too."""
     cost: ClassVar[str] = "One pass over the protected images; it trains nothing."
     """Its computation, for the reference page."""
+    matcher: ClassVar[str] = "cosine"
+    """The matcher of its estimates (:mod:`raypp.metrics.matchers`) if it has no validation images."""
+    max_validation: ClassVar[int] = 0
+    """Most of the attacker's images that it attacks to select its matcher; see :meth:`validation_images`."""
     note: str = ""
     """A summary of its result on the target, available after :meth:`prepare`."""
 
@@ -192,6 +211,22 @@ class Attack(ABC):
         Raises:
             AttackError: it does not apply to this target.
         """
+
+    def validation_images(self) -> tuple[Tensor, Tensor] | None:
+        """Return images of the attacker, none of which it trained on, to select its matcher; None without them.
+
+        An attack without training needs ``max_validation`` and the protection as an oracle.
+
+        Returns:
+            a gallery of plain images uint8 (M, C, H, W), and the protected versions uint8 (N, C', H', W') of its first
+            N images.
+        """
+        images, protect = self.access.images, self.access.protect
+        if not self.max_validation or images is None or protect is None:
+            return None
+        gallery = images[shuffle_indices(len(images), self.seed)[:MAX_VAL_GALLERY].to(images.device)]
+        num = min(count_validation_images(len(images)), self.max_validation)
+        return gallery, protect_in_batches(protect, gallery[:num])
 
     @abstractmethod
     def reconstruct(self, protected: Tensor) -> Tensor:

@@ -16,13 +16,16 @@ from pydantic import Field
 from torch import Tensor
 
 from raypp.attacks.base import (
+    MAX_VAL_GALLERY,
     AttackerKnowledge,
     AttackError,
     AttackTask,
     Threat,
     TrainedAttack,
+    count_validation_images,
     protect_in_batches,
     required,
+    shuffle_indices,
 )
 from raypp.attacks.inverse_network import (
     InverseBaseConfig,
@@ -41,7 +44,6 @@ from raypp.training.distributed import all_reduce_sum
 from raypp.training.task import Phase, TrainableModule
 from raypp.utils.images import to_uint8
 
-MAX_VAL = 1000  # validation images, which are some of the attacker's own
 VALIDATION_KEY = 2**31  # number of the attacker's key for validation; those for training are smaller
 
 TrainingData = tuple[Tensor, ProtectedBatches, Callable[[Tensor], Tensor]]
@@ -54,8 +56,8 @@ class InverseTask(AttackTask):
     def __init__(self, attack: InverseAttack, epochs: int, num_images: int | None) -> None:
         self.attack, options = attack, attack.options
         images, self.source, protect_indices = attack.training_data
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(attack.seed)).to(images.device)
-        num_val = len(images) - attack.num_images
+        order = shuffle_indices(len(images), attack.seed).to(images.device)
+        num_val = count_validation_images(len(images))
         train_indices, self.val_indices = order[num_val:][:num_images], order[:num_val]
         self.val = images[self.val_indices], protect_indices(self.val_indices)  # plain and protected
         self.labels = attack.access.labels if options.conditional else None
@@ -130,7 +132,12 @@ class InverseAttack(TrainedAttack):
     @property
     def num_images(self) -> int:
         num = len(self.training_data[0])
-        return num - min(MAX_VAL, max(1, num // 10))
+        return num - count_validation_images(num)
+
+    def validation_images(self) -> tuple[Tensor, Tensor]:
+        images, _, protect_indices = self.training_data
+        order = shuffle_indices(len(images), self.seed).to(images.device)
+        return images[order[:MAX_VAL_GALLERY]], protect_indices(order[: count_validation_images(len(images))])
 
     def task(self, share_epochs: float = 1.0, num_images: int | None = None) -> InverseTask:
         if self.options.conditional and (self.access.classify is None or not self.access.num_classes):

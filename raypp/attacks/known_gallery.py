@@ -31,6 +31,7 @@ class KnownGallery(Attack):
     threat: ClassVar[Threat] = Threat.T4
     needs: ClassVar[tuple[str, ...]] = ("protect", "gallery")
     draws: ClassVar[bool] = False
+    matcher: ClassVar[str] = "pixels"  # its estimates are images of the gallery
 
     def prepare(self) -> None:
         batches = required(self.access.gallery).split(self.options.batch_size)

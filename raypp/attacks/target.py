@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ from raypp.config.validation import validate
 from raypp.data.base import ImageDataset
 from raypp.data.splits import load_split
 from raypp.metrics.image import MIN_SIDE
+from raypp.metrics.matchers import build_matchers
+from raypp.metrics.retrieval import Features, near_duplicates
 from raypp.models.layers import logits_in_batches
 from raypp.protections import PROTECTIONS
 from raypp.utils import image_files
@@ -106,6 +109,16 @@ class Target:
     def fingerprint(self) -> str:
         """Hash of the originals and their protected versions."""
         return tensor_sha256(self.plain, self.protected)
+
+    @cached_property
+    def matchers(self) -> dict[str, Features]:
+        """Features by matcher, see :func:`raypp.metrics.matchers.build_matchers`."""
+        return build_matchers(required(self.access.images).to(self.gallery.device))
+
+    @cached_property
+    def near_duplicates(self) -> Tensor:
+        """Near-duplicates of each original in the gallery, bool (N, M)."""
+        return near_duplicates(self.plain, self.gallery)
 
 
 class _Selection(NamedTuple):

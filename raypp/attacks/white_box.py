@@ -47,6 +47,7 @@ class WhiteBox(Attack):
     needs: ClassVar[tuple[str, ...]] = ("gradients",)
     after: ClassVar[tuple[str, ...]] = ("inverse",)
     effort = "steps"
+    max_validation: ClassVar[int] = 25
 
     def prepare(self) -> None:
         self.max_queries = self.options.num_images

@@ -22,9 +22,12 @@ MAX_IMAGES = 256
 MAX_IMAGES_OF_SLOW = {"white_box": 4}
 MAX_STEPS = 100  # optimization steps of an attack while a client waits
 SUMMARY_KEYS = (
-    "verdict", "verdict_reason", "strongest_attack", "reidentification_rate", "num_queries", "num_gallery", "accuracy",
+    "verdict", "verdict_reason", "strongest_attack", "reidentification_rate", "bits_identified", "num_queries",
+    "num_gallery", "accuracy",
 )  # fmt: skip
-ATTACK_KEYS = ("threat", "status", "verdict", "verdict_reason", "reidentification_rate", "lower_bound")
+ATTACK_KEYS = (
+    "threat", "status", "verdict", "verdict_reason", "reidentification_rate", "num_gallery", "matcher", "lower_bound",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,9 @@ def summarize_scorecard(scorecard: dict[str, Any] | None) -> dict[str, Any] | No
 
 def _summarize_attack(result: dict[str, Any]) -> dict[str, Any]:
     """Threat level, verdict, re-identification rate and mean scores of one attack."""
-    return {key: result.get(key) for key in ATTACK_KEYS} | _means(result.get("scores") or {}, "ssim", "psnr", "edges")
+    return {key: result.get(key) for key in ATTACK_KEYS} | _means(
+        result.get("scores") or {}, "bits_identified", "ssim", "psnr", "edges"
+    )
 
 
 def baseline_scores(scorecard: dict[str, Any] | None) -> dict[str, Any]:

@@ -118,6 +118,21 @@ def test_an_inverse_network_breaks_the_identity_and_not_a_hash(name: str, pictur
     assert reidentification_rate(attack, pictures, hashed) < 0.05
 
 
+@pytest.mark.parametrize("name", [*INVERSES, "white_box"])
+def test_a_matcher_is_validated_on_images_outside_the_training(name: str, pictures: Pictures) -> None:
+    def invert(images: Tensor) -> Tensor:
+        return 255 - images
+
+    access = dataclasses.replace(knowledge(pictures, invert), gradients=lambda images: 1 - images)
+    gallery, protected = build(name, access).validation_images()
+    plain = gallery[: len(protected)]
+    assert torch.equal(protected, 255 - plain)
+    assert len(protected) == (25 if name == "white_box" else KNOWN // 10)
+    assert len(gallery.unique(dim=0)) == len(access.images.unique(dim=0))
+    trained_on = build("inverse", access).task().images
+    assert not (plain[:, None] == trained_on[None]).flatten(2).all(2).any()
+
+
 @pytest.mark.slow
 def test_alpha_zero_breaks(pictures: Pictures, tmp_path: Path) -> None:
     """Images protected without a feature distance stay invertible."""

@@ -29,7 +29,7 @@ from raypp.cli.attack import print_attack_results
 from raypp.cli.main import main
 from raypp.cli.render import print_scorecard
 from raypp.evaluation.report.render import write_report
-from raypp.evaluation.scorecard import aggregate, is_rising, reidentification_rate, strongest_attack, verdict
+from raypp.evaluation.scorecard import aggregate, is_rising, strongest_attack, verdict
 from raypp.experiments import attack_plan, attack_run, attack_scores
 from raypp.metrics.statistics import chance_error, wilson_interval
 from raypp.utils.errors import ConfigError, RayppError, StorageError, TrainingInterrupted
@@ -98,14 +98,22 @@ def test_the_scorecard_holds_every_attack_and_the_baselines(attacked: tuple[Path
     }
     assert "no permutation" in card["attacks"]["chosen_plaintext"]["note"]
     assert set(card["baselines"]) == {
-        "mean image", "class mean", "random image", "nearest training image", "protected image",
+        "mean image", "class mean", "fitted class image", "random image", "nearest training image", "protected image",
     }  # fmt: skip
+    assert card["blind_baselines"] == ["mean image", "random image", "class mean", "fitted class image"]
     for scores in (card["attacks"]["inverse"]["scores"], card["baselines"]["mean image"]):
         assert {"psnr", "ssim", "ssim_lab", "ssim_invariant", "edges", "reidentified", "reidentified_top5",
-                "reidentified_same_class", "accuracy"} <= set(scores)  # fmt: skip
+                "reidentified_same_class", "reidentified_distinct", "reidentified_pixels", "reidentified_cosine",
+                "reidentified_edges", "bits_identified", "accuracy"} <= set(scores)  # fmt: skip
         assert scores["ssim"]["low"] <= scores["ssim"]["mean"] <= scores["ssim"]["high"]
         assert scores["ssim"]["min"] <= scores["ssim"]["median"] <= scores["ssim"]["worst_1_percent"]
     inverse = card["attacks"]["inverse"]
+    assert inverse["num_validation"] == 6
+    assert inverse["scores"]["reidentified"] == inverse["scores"][f"reidentified_{inverse['matcher']}"]
+    assert card["attacks"]["white_box"]["num_validation"] == 6
+    matchers = {name: card["attacks"][name]["matcher"] for name in ("feature_reconstruction", "known_gallery")}
+    assert matchers == {"feature_reconstruction": "edges", "known_gallery": "pixels"}
+    assert card["attacks"]["known_gallery"]["above_baseline_p_values"]["reidentified"] < 0.001
     assert [row["epoch"] for row in inverse["history"]] == [1, 2]
     assert {"val_ssim", "val_psnr", "val_reidentified"} <= set(inverse["history"][0])
     assert [(point["what"], point["num_images"]) for point in inverse["curve"]] == [
@@ -150,6 +158,7 @@ def test_the_bundle_keeps_networks_and_verdict(attacked: tuple[Path, Path, dict[
     text = (bundle / "MODEL_CARD.md").read_text()
     assert "No attack has been run" not in text
     assert f"| inverse | T4 | {card['attacks']['inverse']['reidentification_rate']:.1%}" in text
+    assert "in a gallery of 30 images" in text
     assert load_plain_classifier(bundle) is not None
     assert not any("attack" in path.name for path in (bundle / "public").rglob("*"))
 
@@ -654,7 +663,7 @@ def test_verdicts() -> None:
 
 def test_the_verdict_of_a_scorecard_needs_evidence() -> None:
     def done(rate: float, **changes: Any) -> dict[str, Any]:
-        scores = {"ssim_invariant": {"mean": rate}}
+        scores = {"ssim_invariant": {"mean": rate}, "bits_identified": {"mean": 1.0}}
         return {
             "status": "done",
             "reidentification_rate": rate,
@@ -718,7 +727,6 @@ def test_a_summary_of_known_values() -> None:
     assert summary["ssim"]["worst_1_percent"] == pytest.approx(0.99)
     assert summary["ssim"]["low"] < 0.45 < 0.5 < 0.55 < summary["ssim"]["high"]
     assert set(summary["reidentified"]) == {"mean", "low", "high"}
-    assert reidentification_rate({"reidentified": {"mean": 0.1}, "reidentified_edges": {"mean": 0.4}}) == 0.4
 
 
 # The report
@@ -741,6 +749,9 @@ def test_the_report_is_one_page_that_needs_nothing_else(
     assert "/".join(bundle.parts[-2:]) in page
     assert str(bundle.parent) not in page, "a page to share shows no paths of this machine"
     assert f"{card['reidentification_rate']:.1%}" in page
+    assert "originals among 30 pictures" in page
+    assert 'title="in a gallery of 30 images"' in page
+    assert '<th class="n">by cosine</th>' in page
     pictures = sorted((tmp_path / "report" / "figures").glob("*.png"))
     assert {p.stem.rstrip("_12") for p in pictures} == {
         "protected", "front", "estimates", "boxes", "best", "curves",
@@ -988,7 +999,11 @@ def test_the_printed_scorecard_has_a_title_for_each_column(
     monkeypatch.setenv("COLUMNS", "120")
     print_scorecard(attacked[2], "runs/a")
     header, *rows = capsys.readouterr().out.splitlines()
-    assert header.split() == ["attack", "threat", "re-identified", "SSIM", "edges", "verdict"]
+    assert header.split() == ["attack", "threat", "re-identified", "bits", "SSIM", "edges", "verdict"]
+    verdicts = [row for row in rows if "strongest" in row]
+    assert verdicts
+    assert all("gallery of 30 images" in row for row in verdicts)
+    assert "  by pixels; 4.9 of 4.9 bits" in rows, "known_gallery"
     (gallery,) = (row for row in rows if row.startswith("known_gallery"))
     assert gallery.split()[:2] == ["known_gallery", "T4"]
     assert gallery.split()[-3:-1] == ["1.000", "1.000"], "SSIM and edges of the original itself"

@@ -49,12 +49,18 @@ def accuracy_leakage_front(sources: Sequence[Source]) -> bytes:
     panel.set(
         ylim=(-3, 105),
         xlabel="test accuracy on protected images, % (better to the right)",
-        ylabel="re-identification rate, % (better below)",
+        ylabel=f"re-identification rate among {_gallery_sizes(plotted)} images, % (better below)",
     )
     figure.legend(handles=_legend(plain), loc="outside lower center", ncols=2)
     figure.canvas.draw()  # lays the axes out, so that labels can avoid each other
     _add_labels(panel, labels, 72 / figure.dpi)
     return as_png(figure, dpi=120)
+
+
+def _gallery_sizes(sources: Sequence[Source]) -> str:
+    """Size of the galleries, or their range."""
+    sizes = sorted({source.card["num_gallery"] for source in sources})
+    return f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
 
 
 def _plot_card(panel: Any, card: dict[str, Any]) -> tuple[float, float]:
