@@ -144,7 +144,7 @@ def print_threats(rows: list[tuple[str, str, str]]) -> None:
 
 
 def print_scorecard(card: dict[str, Any], where: str) -> None:
-    from raypp.evaluation.scorecard import reidentification_rate
+    from raypp.evaluation.scorecard import format_extra_score, reidentification_rate
 
     table = _table(("attack", "threat"), ("re-identified", "SSIM", "edges"), no_wrap=True)
     table.add_column("verdict", no_wrap=True)
@@ -160,6 +160,10 @@ def print_scorecard(card: dict[str, Any], where: str) -> None:
         table.add_row(f"[dim]{name}[/]", "", rate, *_similarities(scores), "[dim]no attack[/]")
     console = Console()
     console.print(table)
+    for name, attack in card["attacks"].items():
+        for key, description in attack.get("extra_scores", {}).items():
+            score = format_extra_score(key, attack["scores"][key])
+            print_text(console, f"{name}: {score} {description}", "dim")
     strongest, reconstruction = card["strongest_attack"], card["strongest_reconstruction"]
     if card["verdict"] is not None:
         reason = card["verdict_reason"]
