@@ -2,8 +2,8 @@
 
 Adam minimizes ``misfit + tv * TV(x)`` over x (Mahendran, Vedaldi 2015, for networks' features). A protection that ends
 with a sigmoid has logits L(x). Its misfit is the mean distance of each logit to the interval that rounds to the
-observed byte y: from logit((y - 0.5) / 255) to logit((y + 0.5) / 255), without bound at 0 and 255. The interval is the
-likelihood of a quantized sigmoid as in rMLE (He, Zhang, Lee 2019); saturated values keep a gradient. The misfit of
+observed byte y: from logit((y - 0.5) / 255) to logit((y + 0.5) / 255), without bound at 0 and 255. This is regularized
+maximum likelihood (He, Zhang, Lee 2019) for a rounded sigmoid, whose saturated values keep a gradient. The misfit of
 other protections is ``|h(x) - y / 255|^2``.
 
 The descents start from gray, from noise, and from the inverse network's estimate x', where ``prior * |x - x'|^2`` is
