@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from abc import abstractmethod
 from typing import Any, ClassVar
 
@@ -31,15 +32,15 @@ from raypp.training.task import Phase, TrainableModule
 from raypp.utils.images import to_uint8
 
 MAX_VAL = 1000  # validation images, which are some of the attacker's own
-GRID = 4  # side of the last feature map
+GRID = 4  # least side of the last feature map, for images of 16 pixels and more
 LEVELS = 3  # of the network, each with half the side and twice the channels of the one before
 
 
 class Encoder(nn.Module):
     """Maps images N x C x H x W in [0, 1] to vectors N x num_features.
 
-    Three levels of two convolutions, then a linear layer of the features at 4 x 4 positions. The input is each value
-    and its logit, standardized at its position.
+    Three levels of two convolutions, then a linear layer of the features at 4 x 4 positions or a few more. The input is
+    each value and its logit, standardized at its position.
     """
 
     def __init__(self, shape: Shape, num_features: int, width: int) -> None:
@@ -51,13 +52,18 @@ class Encoder(nn.Module):
             conv_block(channels_in, channels_out, channels_out, smooth=True)
             for channels_in, channels_out in itertools.pairwise(widths)
         )
-        self.linear = nn.Linear(widths[-1] * GRID**2, num_features)
+        sides = [side // 2 ** (LEVELS - 1) for side in (height, image_width)]
+        self.pooling = [
+            max(1, side // GRID) for side in sides
+        ]  # no adaptive pooling: its gradient is not deterministic
+        num_positions = math.prod(side // pooling for side, pooling in zip(sides, self.pooling, strict=True))
+        self.linear = nn.Linear(widths[-1] * num_positions, num_features)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.standardize(images)
         for level, block in enumerate(self.levels):
             x = block(F.max_pool2d(x, 2) if level else x)
-        features: Tensor = self.linear(F.adaptive_avg_pool2d(x, GRID).flatten(1)).float()
+        features: Tensor = self.linear(F.avg_pool2d(x, self.pooling).flatten(1)).float()
         return features
 
 

@@ -37,18 +37,19 @@ def average_draws(draws: Iterable[Iterable[Tensor]], seed: int = 0) -> Candidate
         draws: for each batch of candidates, its protected versions (m, D), values 0 to 255.
         seed: seed of the randomized singular value decomposition.
     """
-    sums, squares = [], []
+    means, variances = [], []
     for batch in draws:
-        stacked = torch.stack([draw.float() for draw in batch])
-        sums.append(stacked.mean(0))
-        squares.append(stacked.var(0, correction=0))
-        num_draws = len(stacked)
-    means = torch.cat(sums)
+        num_draws, total, squares = 0, torch.zeros(()), torch.zeros(())
+        for draw in batch:  # sums of integers, exact in float32
+            num_draws, total, squares = num_draws + 1, total + draw.float(), squares + draw.float().square()
+        means.append(total / num_draws)
+        variances.append(squares / num_draws - means[-1].square())
+    averages = torch.cat(means)
     if num_draws == 1:
-        return Candidates(means, torch.ones_like(means[0]), 1)
-    variance = torch.cat(squares).mean(0) * num_draws / (num_draws - 1)
-    noise_std = variance.sqrt().clamp_min(MIN_STD)
-    return Candidates(_wiener_filter(means, noise_std, num_draws, seed), noise_std, num_draws)
+        return Candidates(averages, torch.ones_like(averages[0]), 1)
+    variance = torch.cat(variances).mean(0) * num_draws / (num_draws - 1)
+    noise_std = variance.clamp_min(MIN_STD**2).sqrt()
+    return Candidates(_wiener_filter(averages, noise_std, num_draws, seed), noise_std, num_draws)
 
 
 def _wiener_filter(averages: Tensor, noise_std: Tensor, num_draws: int, seed: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,14 @@ from methods import build, victim
 from torch import Tensor
 
 from raypp.attacks import ATTACKS
+from raypp.attacks.array_target import ArrayTarget, load_array_target
 from raypp.attacks.base import AttackerKnowledge, AttackError, ImageMap, Threat
 from raypp.attacks.gallery_noise import Candidates, LikelihoodScores, _unclipped
+from raypp.attacks.statements import logits_of, stated_noise_std
+from raypp.attacks.user_function import user_function
 from raypp.metrics.image import psnr, ssim
 from raypp.metrics.retrieval import reidentify
+from raypp.utils.errors import ConfigError
 from raypp.utils.images import decode
 from raypp.utils.keys import Key
 
@@ -233,6 +238,15 @@ def test_minimum_difference_is_its_description(photos: Tensor) -> None:
 # Known gallery
 
 
+class Negative:
+    """A protection with a stated noise."""
+
+    noise_std = 5.0
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return 255 - images
+
+
 @pytest.mark.parametrize("name", ["tanaka", pytest.param("learned", marks=pytest.mark.slow)])
 def test_a_gallery_betrays_every_deterministic_protection(name: str, photos: Tensor) -> None:
     protection = victim(name, **({"width": 8, "depth": 2} if name == "learned" else {}))
@@ -330,6 +344,19 @@ def test_the_likelihood_is_that_of_clipped_and_rounded_noise() -> None:
     assert torch.allclose(scores - scores[:, :1], (exact - exact[:, :1]).float(), atol=0.05)
 
 
+def test_a_function_states_its_noise(tmp_path: Path) -> None:
+    file = tmp_path / "noisy_function.py"
+    file.write_text("def protect(images):\n    return images\n\n\nprotect.noise_std = 60\n")
+    protect = user_function(f"{file}:protect", torch.device("cpu"))
+    assert stated_noise_std(protect, "protect") == 60
+    assert stated_noise_std(lambda images: images, "protect") is None
+    arrays = ArrayTarget(noise := Negative(), images=np.zeros((40, 16, 16, 3), np.uint8))
+    assert load_array_target(arrays, num_queries=10, num_images=None, seed=0).access.noise_std == 5.0
+    noise.noise_std = -1.0
+    with pytest.raises(ConfigError, match=r"Negative\.noise_std is -1\.0; allowed is a positive number of gray levels"):
+        load_array_target(arrays, num_queries=10, num_images=None, seed=0)
+
+
 @pytest.mark.slow
 def test_a_gallery_does_not_betray_what_is_random_per_image(photos: Tensor) -> None:
     """Noise that has nothing to do with the image is confirmed by chance only."""
@@ -400,3 +427,13 @@ def test_identity_is_broken_and_a_keyed_hash_is_not(photos: Tensor) -> None:
     for name in ("feature_reconstruction", "minimum_difference"):
         attack = build(name, AttackerKnowledge((3, 32, 32)))
         assert reidentification_rate(attack.reconstruct(hashed(gallery[:200])), gallery) < 0.02, name
+
+
+@pytest.mark.parametrize(("name", "options"), [("learned", {"width": 2, "depth": 1}), ("gan", {"width": 2})])
+def test_the_sigmoid_of_the_logits_is_the_protected_image(name: str, options: dict[str, Any]) -> None:
+    protection, images = victim(name, **options).eval(), torch.rand(2, 3, 16, 16)
+    logits = logits_of(protection)
+    assert logits is not None
+    with torch.no_grad():
+        assert torch.allclose(torch.sigmoid(logits(images)), protection(images), atol=1e-6)
+    assert logits_of(victim("plain")) is None
