@@ -113,7 +113,7 @@ class EncoderTask(AttackTask):
     def build(self, phase: Phase) -> EncoderModule:
         torch.manual_seed(self.seed)
         plain, protected = self.val
-        module = self.attack.build_module(protected.shape[1:])
+        module: EncoderModule = self.attack.build_module(protected.shape[1:])
         module.fit_normalization(plain, protected)
         return module
 

@@ -132,4 +132,5 @@ def _unclipped(means: Tensor, noise_std: float) -> Tensor:
     density = normal.log_prob(high).exp() - normal.log_prob(low).exp()
     clipped = 255 * (1 - normal.cdf(high)) + grid * (normal.cdf(high) - normal.cdf(low)) - noise_std * density
     indices = torch.bucketize(means, clipped.to(means)).clamp_max(GRID_SIZE - 1)
-    return grid.to(means)[indices]
+    unclipped: Tensor = grid.to(means)[indices]
+    return unclipped

@@ -77,7 +77,7 @@ class GAN(Protection):
         """Return the output before the sigmoid, float32 N x C x H x W without bounds."""
         height, width = images.shape[-2:]
         padded = F.pad(images, (0, -width % 4, 0, -height % 4), mode="replicate")
-        x = self.layers(2 * padded - 1)[:, :, :height, :width]
+        x: Tensor = self.layers(2 * padded - 1)[:, :, :height, :width]
         return 2 * x.float()  # CycleGAN ends with (tanh(x) + 1) / 2, which is sigmoid(2 x)
 
     def forward(self, images: Tensor) -> Tensor:
