@@ -114,8 +114,8 @@ class LikelihoodScores:
         centered = means - 128
         self._linear = centered / variance
         self._quadratic = centered.square() / (2 * variance)
-        self._at_0 = torch.special.log_ndtr((0.5 - means) / variance**0.5)
-        self._at_255 = torch.special.log_ndtr((means - 254.5) / variance**0.5)
+        self._at_0: Tensor = torch.special.log_ndtr((0.5 - means) / variance**0.5)
+        self._at_255: Tensor = torch.special.log_ndtr((means - 254.5) / variance**0.5)
 
     def rank(self, protected: Tensor) -> Tensor:
         at_0, at_255 = (protected == 0).float(), (protected == 255).float()
