@@ -32,27 +32,28 @@ from raypp.training.task import Phase, TrainableModule
 from raypp.utils.images import to_uint8
 
 MAX_VAL = 1000  # validation images, which are some of the attacker's own
-GRID = 4  # least side of the last feature map, for images of 16 pixels and more
+PATCH = 2  # side of the patches of pixels that become channels, for speed
 LEVELS = 3  # of the network, each with half the side and twice the channels of the one before
+GRID = 4  # least side of the last feature map, for images of 32 pixels and more
 
 
 class Encoder(nn.Module):
     """Maps images N x C x H x W in [0, 1] to vectors N x num_features.
 
-    Three levels of two convolutions, then a linear layer of the features at 4 x 4 positions or a few more. The input is
-    each value and its logit, standardized at its position.
+    The input is each value and its logit, standardized at its position, with 2 x 2 pixels as channels. Three levels of
+    two convolutions follow, then a linear layer of the features at all positions, after pooling for large images.
     """
 
     def __init__(self, shape: Shape, num_features: int, width: int) -> None:
         super().__init__()
         channels, height, image_width = shape
         self.standardize = StandardizedLogits(channels, (height, image_width))
-        widths = [2 * channels, *(width * 2**level for level in range(LEVELS))]
+        widths = [2 * channels * PATCH**2, *(width * 2**level for level in range(LEVELS))]
         self.levels = nn.ModuleList(
             conv_block(channels_in, channels_out, channels_out, smooth=True)
             for channels_in, channels_out in itertools.pairwise(widths)
         )
-        sides = [side // 2 ** (LEVELS - 1) for side in (height, image_width)]
+        sides = [-(-side // PATCH) // 2 ** (LEVELS - 1) for side in (height, image_width)]
         self.pooling = [
             max(1, side // GRID) for side in sides
         ]  # no adaptive pooling: its gradient is not deterministic
@@ -60,7 +61,8 @@ class Encoder(nn.Module):
         self.linear = nn.Linear(widths[-1] * num_positions, num_features)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.standardize(images)
+        pad = (0, -images.shape[3] % PATCH, 0, -images.shape[2] % PATCH)
+        x = F.pixel_unshuffle(F.pad(self.standardize(images), pad, mode="replicate"), PATCH)
         for level, block in enumerate(self.levels):
             x = block(F.max_pool2d(x, 2) if level else x)
         features: Tensor = self.linear(F.avg_pool2d(x, self.pooling).flatten(1)).float()
@@ -82,7 +84,7 @@ class EncoderOptions(TrainedOptions):
     train: OptimizationConfig = OptimizationConfig(
         epochs=20,
         batch_size=256,
-        optimizer=Optimizer(name="adamw", lr=0.002, momentum=0.9, weight_decay=0.01),
+        optimizer=Optimizer(name="muon", lr=0.02, momentum=0.9, weight_decay=0.01),
         schedule=LinearWarmupDecay(warmup=0.1, final=0.0),
     )
 

@@ -22,7 +22,7 @@ from raypp.utils.progress import ProgressDisplay
 from raypp.utils.storage import Storage
 
 KNOWN, OTHERS = 500, 100
-SHORT = {"width": 8, "train": {"batch_size": 50, "optimizer": {"lr": 0.005}}}
+SHORT = {"width": 8, "train": {"batch_size": 50}}
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +65,13 @@ def four_grays(images: Tensor) -> Tensor:
 
 @pytest.mark.slow
 def test_a_learned_matcher_identifies_variants_under_a_random_protection(pictures: Tensor, tmp_path: Path) -> None:
-    attack = train("learned_matcher", pictures, noisy_negative, tmp_path, epochs=12)
+    attack = train("learned_matcher", pictures, noisy_negative, tmp_path, epochs=6)
     scores = means(attack, pictures, noisy_negative)
     others = pictures[KNOWN:]
     identified = (attack.reconstruct(noisy_negative(others)) == others).flatten(1).all(1).float().mean()
-    assert identified > 0.4
+    assert identified > 0.6
     for name in VARIANTS:  # chance is 1%
-        assert scores[f"reidentified_{name}"] > 0.3
+        assert scores[f"reidentified_{name}"] > 0.5
         assert scores[f"linkage_auc_{name}"] > 0.95
     assert 3 < scores["mutual_information_bits"] <= 6.65
 
@@ -91,7 +91,7 @@ def test_a_learned_matcher_needs_a_gallery(pictures: Tensor, tmp_path: Path) -> 
 
 
 def test_attributes_of_a_negative_are_inferred(pictures: Tensor, tmp_path: Path) -> None:
-    attack = train("attribute_inference", pictures, noisy_negative, tmp_path, epochs=12)
+    attack = train("attribute_inference", pictures, noisy_negative, tmp_path, epochs=6)
     scores = means(attack, pictures, noisy_negative)
     assert scores["r2_mean_color"] > 0.7
     assert scores["r2_thumbnail"] > 0.5
