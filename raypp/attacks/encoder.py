@@ -123,9 +123,9 @@ class EncoderTask(AttackTask):
     def validate(self, trainee: TrainableModule, rank: int, world: int) -> EpochMetrics:
         assert isinstance(trainee, EncoderModule)
         scores = trainee.eval().scores(*self.val, slice(rank, None, world))
-        num = len(next(iter(scores.values())))  # with few images a worker may have none
-        sums = torch.stack([*(values.double().sum() for values in scores.values()), torch.tensor(num).to(self.val[0])])
-        *totals, num_images = all_reduce_sum(sums.double()).tolist()
+        num = len(self.val[0][rank::world])  # with few images a worker may have none
+        sums = torch.stack([values.double().sum() for values in scores.values()])
+        *totals, num_images = all_reduce_sum(torch.cat((sums, sums.new_tensor([num])))).tolist()
         return {f"val_{name}": total / num_images for name, total in zip(scores, totals, strict=True)}
 
 

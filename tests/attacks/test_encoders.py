@@ -115,6 +115,20 @@ def test_encoders_come_back_from_their_weights(name: str, pictures: Tensor, tmp_
     assert torch.equal(other.reconstruct(protected), attack.reconstruct(protected))
 
 
+@pytest.mark.parametrize("name", ["learned_matcher", "attribute_inference"])
+def test_validation_averages_over_all_images(name: str) -> None:
+    images = torch.randint(0, 256, (3000, 3, 11, 12), dtype=torch.uint8)
+    access = AttackerKnowledge((3, 11, 12), images=images, protect=lambda x: 255 - x, gallery=images[:20])
+    attack: Any = build(name, access, width=2)
+    task = attack.task()
+    module = task.build(task.phases[0]).eval()
+    metrics = task.validate(module, 0, 1)
+    with torch.no_grad():
+        expected = module.scores(*task.val, slice(None))
+    assert len(expected["loss"]) == 300
+    assert metrics == {f"val_{key}": pytest.approx(float(value.double().mean())) for key, value in expected.items()}
+
+
 def test_auc_and_explained_variance_are_those_of_scikit_learn() -> None:
     random = torch.Generator().manual_seed(0)
     scores = torch.randn(30, 30, generator=random).round(decimals=1) + torch.eye(30)  # with ties
