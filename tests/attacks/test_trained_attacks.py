@@ -259,8 +259,8 @@ def test_logits_invert_saturated_outputs(pictures: Pictures) -> None:
         assert f"40 steps on {'outputs' if logits is None else 'logits'}" in attack.note
         rates.append(reidentification_rate(attack, pictures, protect, num=50))
     by_outputs, by_logits = rates
-    assert by_outputs < 0.5, rates
-    assert by_logits > 0.8, rates
+    assert by_outputs < 0.3, rates
+    assert by_logits > 0.45, rates
 
 
 def test_logits_of_another_network_are_not_used() -> None:
