@@ -61,7 +61,9 @@ class AttributeInference(EncoderAttack):
     They compare the squared error with that of the mean over the attacked images, summed over colors and areas.
     """
 
-    cost: ClassVar[str] = "Trains one encoder, and for its curve three more."
+    cost: ClassVar[str] = (
+        "Trains one encoder, and for its curve three more. A step protects and encodes each image once."
+    )
     extra_scores: ClassVar[dict[str, str]] = {
         "r2_mean_color": "share of the variance of the mean color that is inferred (R2)",
         "r2_thumbnail": "share of the variance of a 4 x 4 thumbnail that is inferred (R2)",

@@ -99,7 +99,7 @@ class LearnedMatcher(EncoderAttack):
     """
 
     cost: ClassVar[str] = (
-        "Trains two encoders, and for its curve six more. It protects two variants of each image of a batch."
+        "Trains two encoders, and for its curve six more. A step protects two variants of each image and encodes three."
     )
     extra_scores: ClassVar[dict[str, str]] = {
         "reidentified_crop": "re-identified in a gallery of crops",
