@@ -15,6 +15,8 @@ ATTACKS = Registry(
         "inverse": "raypp.attacks.inverse:Inverse",
         "white_box": "raypp.attacks.white_box:WhiteBox",
         "codebook": "raypp.attacks.codebook:Codebook",
+        "attribute_inference": "raypp.attacks.attribute_inference:AttributeInference",
+        "learned_matcher": "raypp.attacks.learned_matcher:LearnedMatcher",
         "known_gallery": "raypp.attacks.known_gallery:KnownGallery",
     },
 )

@@ -67,7 +67,10 @@ class AttackerKnowledge:
         fresh: returns the algorithm under a key of the attacker, a different one for each number (T2).
         pairs: plain and protected images under the target's key, uint8 (N, C, H, W) and (N, C, H', W') (T3).
         protect: the target's protection as an oracle (T4).
+        noise_std: standard deviation in gray levels of Gaussian noise that the protection states, see
+            :func:`raypp.attacks.statements.stated_noise_std` (T4).
         gradients: the differentiable protection, from and to float (N, C, H, W) in [0, 1] (T5).
+        logits: the same before the sigmoid that ends it, to float without bounds (T5).
         gallery: plain images that may contain the originals, uint8 (M, C, H, W).
         classify: the cloud's classifier, from protected images uint8 to classes int64 (N,).
         earlier: trained networks of other attacks by name.
@@ -83,7 +86,9 @@ class AttackerKnowledge:
     fresh: Callable[[int], ImageMap] | None = None
     pairs: tuple[Tensor, Tensor] | None = None
     protect: ImageMap | None = None
+    noise_std: float | None = None
     gradients: ImageMap | None = None
+    logits: ImageMap | None = None
     gallery: Tensor | None = None
     classify: ImageMap | None = None
     earlier: dict[str, ImageMap] | None = None
@@ -191,6 +196,8 @@ class Attack(ABC):
     """The matcher of its estimates (:mod:`raypp.metrics.matchers`) if it has no validation images."""
     max_validation: ClassVar[int] = 0
     """Most of the attacker's images that it attacks to select its matcher; see :meth:`validation_images`."""
+    extra_scores: ClassVar[dict[str, str]] = {}
+    """Descriptions of the scores that :meth:`measure` returns, by name."""
     note: str = ""
     """A summary of its result on the target, available after :meth:`prepare`."""
 
@@ -231,6 +238,16 @@ class Attack(ABC):
     @abstractmethod
     def reconstruct(self, protected: Tensor) -> Tensor:
         """Estimate plain images uint8 (N, C, H, W) from protected ones uint8 (N, C', H', W')."""
+
+    def measure(self, plain: Tensor, protected: Tensor, truth: Tensor) -> dict[str, Tensor]:
+        """Return the values (N,) of ``extra_scores``, which do not compare estimates with originals.
+
+        Args:
+            plain: originals uint8 (N, C, H, W).
+            protected: their protected versions uint8 (N, C', H', W').
+            truth: indices of the originals in the gallery, int64 (N,).
+        """
+        return {}
 
 
 class TrainedOptions(MethodConfig):

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from raypp.attacks.base import Shape, TrainedOptions, size_mismatch
+from raypp.attacks.standardize import StandardizedLogits
 from raypp.config.schema import LinearWarmupDecay, OptimizationConfig, Optimizer
 from raypp.metrics.image import MIN_SIDE, ssim_for_loss
 from raypp.models.perceptual import StateDict
@@ -19,10 +20,7 @@ from raypp.models.unet import UNet
 from raypp.training.task import StepOutput, TrainableModule
 from raypp.utils.images import to_uint8
 
-LOGIT_EPS = 0.5 / 255  # minimum distance of a value from 0 and 1, whose logits are infinite
-MIN_STD = (0.02, 0.2)  # of a value and of its logit, so that nearly constant positions keep a small scale
 STEPS = "steps"  # key of the average's number of steps in checkpoints
-MAX_ZSCORE = 8.0  # largest distance of a standardized value from its mean, in standard deviations
 
 ProtectedBatches = Callable[[Tensor, Tensor], Tensor]
 """Maps plain images uint8 (n, C, H, W) and their indices (n,) to protected images float (n, C', H', W')."""
@@ -41,8 +39,6 @@ class InverseNetwork(nn.Module):
         num_classes: with more than 0, each image's class is an input.
     """
 
-    mean: Tensor
-    std: Tensor
     protected: Tensor
 
     def __init__(self, shape: Shape, protected: Shape, options: InverseBaseConfig, num_classes: int = 0) -> None:
@@ -50,14 +46,11 @@ class InverseNetwork(nn.Module):
         self.size, self.num_classes, self.patch = shape[1:], num_classes, options.patch
         channels, *size = protected
         self.resized = size_mismatch(size, self.size)
-        size = list(self.size) if self.resized else size
+        height, width = self.size if self.resized else size
         self.register_buffer("protected", torch.tensor(protected))  # the state dict alone suffices to build the network
         num_features = channels * 2 if options.standardize else channels
-        self.standardize = options.standardize
-        if self.standardize:
-            self.register_buffer("mean", torch.zeros(1, num_features, *size))
-            self.register_buffer("std", torch.ones(1, num_features, *size))
-        self.places = nn.Parameter(torch.randn(1, options.places, *size) * 0.1) if options.places else None
+        self.standardize = StandardizedLogits(channels, (height, width)) if options.standardize else None
+        self.places = nn.Parameter(torch.randn(1, options.places, height, width) * 0.1) if options.places else None
         inputs = (num_features + options.places + num_classes) * self.patch**2
         outputs = shape[0] * self.patch**2
         self.unet = UNet(inputs, options.width, options.depth, channels_out=outputs, smooth=options.smooth)
@@ -65,26 +58,18 @@ class InverseNetwork(nn.Module):
     @torch.no_grad()
     def fit_normalization(self, protected: Tensor) -> None:
         """Set mean and standard deviation of every position from protected images uint8 (N, C', H', W')."""
-        if self.standardize:
-            features = self._with_logits(self._resize(protected.float() / 255))
-            min_std = features.new_tensor(MIN_STD).repeat_interleave(features.shape[1] // 2)[None, :, None, None]
-            self.mean.copy_(features.mean(0, keepdim=True))
-            self.std.copy_(features.std(0, correction=0, keepdim=True).maximum(min_std))
+        if self.standardize is not None:
+            self.standardize.fit(self._resize(protected.float() / 255))
 
     def _resize(self, protected: Tensor) -> Tensor:
         if self.resized:
             return F.interpolate(protected, size=self.size, mode="bilinear", antialias=True)
         return protected
 
-    @staticmethod
-    def _with_logits(values: Tensor) -> Tensor:
-        """Values in [0, 1] and their logits, which expand small differences near 0 and 1."""
-        return torch.cat((values, torch.logit(values.clamp(LOGIT_EPS, 1 - LOGIT_EPS))), dim=1)
-
     def forward(self, protected: Tensor, labels: Tensor | None = None) -> Tensor:
         x = self._resize(protected)
-        if self.standardize:
-            x = ((self._with_logits(x) - self.mean) / self.std).clamp(-MAX_ZSCORE, MAX_ZSCORE)
+        if self.standardize is not None:
+            x = self.standardize(x)
         inputs = [x]
         if self.places is not None:
             inputs.append(self.places.expand(len(x), -1, -1, -1))

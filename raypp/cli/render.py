@@ -145,6 +145,8 @@ def print_threats(rows: list[tuple[str, str, str]]) -> None:
 
 
 def print_scorecard(card: dict[str, Any], where: str) -> None:
+    from raypp.evaluation.scorecard import format_extra_score
+
     table = _table(("attack", "threat"), ("re-identified", "bits", "SSIM", "edges"), no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for name, attack in card["attacks"].items():
@@ -159,6 +161,10 @@ def print_scorecard(card: dict[str, Any], where: str) -> None:
         table.add_row(f"[dim]{name}[/]", "", rate, *_mean_scores(scores), "[dim]no attack[/]")
     console = Console()
     console.print(table)
+    for name, attack in card["attacks"].items():
+        for key, description in attack.get("extra_scores", {}).items():
+            score = format_extra_score(key, attack["scores"][key])
+            print_text(console, f"{name}: {score} {description}", "dim")
     console.print()
     strongest, reconstruction = card["strongest_attack"], card["strongest_reconstruction"]
     if card["verdict"] is not None:

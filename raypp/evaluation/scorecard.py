@@ -134,3 +134,9 @@ def strongest_attack(attacks: dict[str, dict[str, Any]]) -> str | None:
     """Name of the finished attack with the largest :func:`rank_key`; None if no attack is finished."""
     finished = [name for name, attack in attacks.items() if attack["status"] == "done"]
     return max(finished, key=lambda name: rank_key(attacks[name]), default=None)
+
+
+def format_extra_score(name: str, score: dict[str, float]) -> str:
+    """The mean of an attack's extra score and its 95% interval in words; shares in percent."""
+    spec = ".1%" if name.startswith(RATES) else ".3f"
+    return f"{score['mean']:{spec}} ({score['low']:{spec}} to {score['high']:{spec}})"

@@ -100,7 +100,9 @@ def _run_attack(plan: AttackPlan, name: str, display: ProgressListener, target: 
         if is_rank_zero():
             folder.write("result.json", dump_json(result))
         return result
-    save_tensors(folder, "estimates.safetensors", {"estimates": estimates})
+    queries = (target.plain[:num_queries], target.protected[:num_queries], target.truth[:num_queries])
+    extra_scores = {key: values.float().cpu() for key, values in attack.measure(*queries).items()}
+    save_tensors(folder, "estimates.safetensors", {"estimates": estimates, **extra_scores})
     result |= {
         "status": "done",
         "note": attack.note,
@@ -108,7 +110,8 @@ def _run_attack(plan: AttackPlan, name: str, display: ProgressListener, target: 
         "num_gallery": len(target.gallery),
         **asdict(choice),
         "seconds": round(time.monotonic() - start, 1),
-        "scores": aggregate(score_images(estimates, target, matcher=choice.matcher), plan.suite.seed),
+        "scores": aggregate(score_images(estimates, target, matcher=choice.matcher) | extra_scores, plan.suite.seed),
+        "extra_scores": attack.extra_scores,
         "history": trainings[0].history if trainings else [],
         "curve": curve,
     }

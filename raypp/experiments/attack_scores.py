@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from raypp.attacks import ATTACKS
 from raypp.attacks.suite import HALF_EFFORT, HALF_EPOCHS, QUARTER
@@ -94,7 +94,9 @@ def _score_attacks(
             note = failures.get(name, "not run")
             result = attack_plan.describe_attack(name) | {"status": "failed", "note": note}
         elif result["status"] == "done":
-            scores[name] = score_images(_load_estimates(plan, name), target, classifier, matcher=result["matcher"])
+            stored = _load_estimates(plan, name)
+            estimates = stored.pop("estimates")
+            scores[name] = score_images(estimates, target, classifier, matcher=result["matcher"]) | stored
             result["scores"] = aggregate(scores[name], plan.suite.seed)
             result["reidentification_rate"] = result["scores"]["reidentified"]["mean"]
             result |= _convergence(result)
@@ -112,10 +114,11 @@ def _compare_with_baselines(
         attacks[name]["above_baseline_p_values"] = p_values
 
 
-def _load_estimates(plan: AttackPlan, attack: str) -> Tensor:
+def _load_estimates(plan: AttackPlan, attack: str) -> StateDict:
+    """An attack's ``estimates``, and the values of its extra scores by name."""
     from safetensors.torch import load
 
-    return load(plan.folder(attack).read("estimates.safetensors"))["estimates"]
+    return load(plan.folder(attack).read("estimates.safetensors"))
 
 
 def save_tensors(folder: Storage, file: str, tensors: StateDict) -> None:
@@ -128,7 +131,7 @@ def _examples(plan: AttackPlan, target: Target, attack_scores: dict[str, Scores]
     """Pictures for reports: the first queries, and each attack's best reconstructions."""
     tensors = {"plain": target.plain[:NUM_EXAMPLES].cpu(), "protected": target.protected[:NUM_EXAMPLES].cpu()}
     for name, scores in attack_scores.items():
-        estimates = _load_estimates(plan, name)
+        estimates = _load_estimates(plan, name)["estimates"]
         first = torch.arange(min(NUM_EXAMPLES, len(estimates)))
         best = scores["ssim_invariant"].argsort(descending=True)[:NUM_EXAMPLES]
         for group, indices in (("first", first), ("best", best)):
@@ -222,7 +225,8 @@ def export_to_bundle(plan: AttackPlan, card: dict[str, Any], quiet: bool) -> Non
             networks = {}
             for options in plan.suite.attacks:
                 folder = plan.folder(options.name)
-                if options.name not in from_stored and folder.exists("network.safetensors"):
+                draws = ATTACKS.get(options.name).draws  # a service has no gallery for the others
+                if draws and options.name not in from_stored and folder.exists("network.safetensors"):
                     weights = load(folder.read("network.safetensors"))
                     networks[options.name] = (options.model_dump(mode="json"), weights)
             add_attacks(bundle, networks, card, files)

@@ -32,6 +32,9 @@ class Protection(nn.Module):
     """Minimum height and width in pixels."""
     augment: ClassVar[Literal["before", "after"]] = "before"
     """Whether training images are cropped and flipped before or after they are protected."""
+    noise_std: float | None = None
+    """Standard deviation in gray levels of independent Gaussian noise that it adds to each value before clipping and
+    rounding; None if it states no noise. The attack ``known_gallery`` uses it."""
     key: Key
     """Its secret key; set only if :meth:`needs_key` returns True."""
 

@@ -73,12 +73,16 @@ class GAN(Protection):
     def build_auxiliary_networks(self, num_classes: int) -> nn.Module:
         return Adversary(self.options, self.channels)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def logits(self, images: Tensor) -> Tensor:
+        """Return the output before the sigmoid, float32 N x C x H x W without bounds."""
         height, width = images.shape[-2:]
         padded = F.pad(images, (0, -width % 4, 0, -height % 4), mode="replicate")
-        x = self.layers(2 * padded - 1)[:, :, :height, :width]
-        # In float32: near 1, bfloat16 does not separate adjacent 8-bit values.
-        return (torch.tanh(x.float()) + 1) / 2
+        x: Tensor = self.layers(2 * padded - 1)[:, :, :height, :width]
+        return 2 * x.float()  # CycleGAN ends with (tanh(x) + 1) / 2, which is sigmoid(2 x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        # The sigmoid in float32: near 1, bfloat16 does not separate adjacent 8-bit values.
+        return torch.sigmoid(self.logits(images))
 
 
 class Adversary(nn.Module):

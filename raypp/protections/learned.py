@@ -146,9 +146,14 @@ class Learned(Protection):
         has_guides = code is not None and code.guide > 0
         return AuxiliaryNetworks(self, num_classes) if adversary is not None or has_guides else None
 
+    def logits(self, images: Tensor) -> Tensor:
+        """Return the output before the sigmoid, float32 N x C x H x W without bounds."""
+        logits: Tensor = self.unet(images).float()
+        return logits
+
     def forward(self, images: Tensor) -> Tensor:
         # The sigmoid in float32: near 1, bfloat16 does not separate adjacent 8-bit values.
-        return torch.sigmoid(self.unet(images).float())
+        return torch.sigmoid(self.logits(images))
 
 
 class Bottleneck(nn.Module):

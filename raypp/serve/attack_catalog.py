@@ -12,6 +12,7 @@ from torch import Tensor
 
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap, Threat, TrainedAttack
+from raypp.attacks.statements import logits_of
 from raypp.attacks.white_box import WhiteBox
 from raypp.bundle.load import PublicBundle
 from raypp.serve.loaded_model import LoadedModel, pad_to_bucket
@@ -91,7 +92,9 @@ def _attacker_knowledge(model: LoadedModel, public: PublicBundle) -> AttackerKno
         structure=type(protection).adaptation,
         num_classes=len(model.private.classes),
         protect=lambda images: protection.protect(images.to(device)),
+        noise_std=protection.noise_std,
         gradients=protection if protection.differentiable else None,
+        logits=logits_of(protection),
         classify=classify,
         device=device,
     )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_flags
-from torch import Tensor
+from torch import Tensor, nn
 
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap, TrainedAttack
@@ -73,9 +73,9 @@ def train(attack: TrainedAttack, folder: Path, share: float = 1.0, num: int | No
     return done.history
 
 
-def reidentification_rate(attack: Attack, pictures: Pictures, protect: ImageMap) -> float:
-    """Of 200 originals outside the attacker's images, among these 200."""
-    others = pictures[0][KNOWN:]
+def reidentification_rate(attack: Attack, pictures: Pictures, protect: ImageMap, num: int = 200) -> float:
+    """Of ``num`` originals outside the attacker's images, among themselves."""
+    others = pictures[0][KNOWN : KNOWN + num]
     estimates = attack.reconstruct(protect(others))
     assert estimates.shape == others.shape
     assert estimates.dtype == torch.uint8
@@ -225,7 +225,7 @@ def test_the_white_box_inverts_what_is_differentiable(pictures: Pictures) -> Non
     access = AttackerKnowledge((3, 16, 16), gradients=forward)
     attack = build("white_box", access, steps=200, tv=0.0, restarts=1)
     attack.prepare()
-    assert attack.note == "200 steps from each of gray, noise"
+    assert attack.note == "200 steps on outputs from each of gray, noise"
     assert attack.max_queries == 200
     assert reidentification_rate(attack, pictures, protect) > 0.95
 
@@ -242,6 +242,61 @@ def test_the_white_box_begins_where_the_inverse_network_ended(pictures: Pictures
         return (differentiable(4)(images.float() / 255) * 255).round().to(torch.uint8)
 
     assert reidentification_rate(attack, pictures, protect) > 0.95
+
+
+class Saturated(nn.Module):
+    """A mixture of all values with a bias that saturates most outputs, for gray images too."""
+
+    def __init__(self, gain: float, bias: float) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.mixing = gain * torch.linalg.qr(torch.randn(768, 768, generator=generator)).Q
+        self.bias = bias * torch.randn(768, generator=generator)
+
+    def logits(self, images: Tensor) -> Tensor:
+        return ((images - 0.5).flatten(1) @ self.mixing + self.bias).view(images.shape)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.sigmoid(self.logits(images))
+
+
+def test_logits_invert_saturated_outputs(pictures: Pictures) -> None:
+    protection = Saturated(gain=20, bias=8)
+
+    def protect(images: Tensor) -> Tensor:
+        return (protection(images.float() / 255) * 255).round().to(torch.uint8)
+
+    rates = []
+    for logits in (None, protection.logits):
+        access = AttackerKnowledge((3, 16, 16), gradients=protection, logits=logits)
+        attack = build("white_box", access, steps=40, restarts=0, batch_size=200)
+        attack.prepare()
+        assert f"40 steps on {'outputs' if logits is None else 'logits'}" in attack.note
+        rates.append(reidentification_rate(attack, pictures, protect, num=50))
+    by_outputs, by_logits = rates
+    assert by_outputs < 0.3, rates
+    assert by_logits > 0.45, rates
+
+
+def test_logits_of_another_network_are_not_used() -> None:
+    protection = Saturated(gain=20, bias=6)
+    access = AttackerKnowledge((3, 16, 16), gradients=protection, logits=Saturated(gain=10, bias=6).logits)
+    attack = build("white_box", access)
+    attack.prepare()
+    assert "steps on outputs" in attack.note
+
+
+def test_a_gray_start_wins_over_a_wrong_estimate(pictures: Pictures) -> None:
+    """The distance from the inverse network's estimate does not count in the choice of the start."""
+
+    def protect(images: Tensor) -> Tensor:
+        return (differentiable(4)(images.float() / 255) * 255).round().to(torch.uint8)
+
+    black = torch.zeros_like(pictures[0][KNOWN:])
+    access = AttackerKnowledge((3, 16, 16), gradients=differentiable(4), earlier={"inverse": lambda protected: black})
+    attack = build("white_box", access, steps=60, tv=0.0, prior=1.0, restarts=0, batch_size=200)
+    attack.prepare()
+    assert reidentification_rate(attack, pictures, protect) > 0.9
 
 
 def test_the_white_box_finds_nothing_where_gradients_say_nothing(pictures: Pictures) -> None:
@@ -316,7 +371,7 @@ def test_saturated_values_are_spread_out(pictures: Pictures) -> None:
     images[:50, :, :8] = 254
     net = attack.network((1, 16, 16))
     net.fit_normalization(images)
-    value, logit = ((net._with_logits(images.float() / 255) - net.mean) / net.std).split(1, dim=1)
+    value, logit = net.standardize(images.float() / 255).split(1, dim=1)
     assert torch.allclose(logit[:50, :, :8], torch.tensor(-1.0), atol=1e-4)
     assert torch.allclose(logit[50:, :, :8], torch.tensor(1.0), atol=1e-4)
     assert value[:, :, :8].abs().max() < 0.2

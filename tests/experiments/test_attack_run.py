@@ -44,6 +44,8 @@ SUITE: dict[str, Any] = {
         "feature_reconstruction": {},
         "inverse": {"width": 4, "depth": 2, "train": {"epochs": 2, "batch_size": 10}},
         "white_box": {"steps": 3, "num_images": 10, "restarts": 0},
+        "attribute_inference": {"width": 2, "train": {"epochs": 1, "batch_size": 10}},
+        "learned_matcher": {"width": 2, "num_features": 4, "train": {"epochs": 1, "batch_size": 10}},
         "known_gallery": {},
         "chosen_plaintext": {},
     },
@@ -93,6 +95,8 @@ def test_the_scorecard_holds_every_attack_and_the_baselines(attacked: tuple[Path
         "feature_reconstruction": "done",
         "inverse": "done",
         "white_box": "done",
+        "attribute_inference": "done",
+        "learned_matcher": "done",
         "known_gallery": "done",
         "chosen_plaintext": "does not apply",
     }
@@ -131,6 +135,29 @@ def test_the_scorecard_holds_every_attack_and_the_baselines(attacked: tuple[Path
 
 
 @pytest.mark.slow
+def test_extra_scores_are_in_scorecard_table_and_report(
+    attacked: tuple[Path, Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, folder, card = attacked
+    assert card["attacks"]["inverse"]["extra_scores"] == {}
+    print_scorecard(card, str(folder))
+    printed = capsys.readouterr().out
+    write_report([str(folder)], Storage(tmp_path))
+    page = (tmp_path / "report.html").read_text()
+    rows = list(csv.DictReader((folder / "scores.csv").open()))
+    for name in ("attribute_inference", "learned_matcher"):
+        attack = card["attacks"][name]
+        for key, description in attack["extra_scores"].items():
+            score = attack["scores"][key]
+            values = [float(row[key]) for row in rows if row["attack"] == name]
+            assert score["mean"] == pytest.approx(np.mean(values), abs=1e-3)
+            assert score["low"] <= score["mean"] <= score["high"]
+            assert re.search(rf"{name}: .* {re.escape(description)}", printed)
+            assert description in page
+    assert card["attacks"]["learned_matcher"]["scores"]["mutual_information_bits"]["max"] <= np.log2(20)
+
+
+@pytest.mark.slow
 def test_scores_are_there_image_by_image(attacked: tuple[Path, Path, dict[str, Any]]) -> None:
     _, folder, card = attacked
     rows = list(csv.DictReader(io.StringIO((folder / "scores.csv").read_text())))
@@ -152,7 +179,7 @@ def test_the_bundle_keeps_networks_and_verdict(attacked: tuple[Path, Path, dict[
     for part in ("", "public", "private"):
         verify(bundle / part)
     assert sorted(path.name for path in (bundle / "private" / "attacks").iterdir()) == [
-        "inverse.json", "inverse.safetensors",
+        "attribute_inference.json", "attribute_inference.safetensors", "inverse.json", "inverse.safetensors",
     ]  # fmt: skip
     assert json.loads((bundle / "private" / "scorecard.json").read_text()) == card
     text = (bundle / "MODEL_CARD.md").read_text()

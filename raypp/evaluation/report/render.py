@@ -15,6 +15,7 @@ from raypp.evaluation.reidentification import GALLERY_SIZES
 from raypp.evaluation.report import figures
 from raypp.evaluation.report.front import accuracy_leakage_front, has_front
 from raypp.evaluation.report.source import Source, read_source
+from raypp.evaluation.scorecard import format_extra_score
 from raypp.metrics.matchers import MATCHERS
 from raypp.utils.errors import ConfigError, StorageError
 from raypp.utils.paths import short_name
@@ -91,6 +92,7 @@ def _render_page(sources: Sequence[Source], shared: Pngs, by_source: Sequence[Pn
                 "rows": _rows(card),
                 "figures": _data_uris(pngs),
                 "convergence": _explain_convergence(card["attacks"]),
+                "extra_scores": list(_extra_rows(card["attacks"])),
             }
             for card, label, pngs in zip(cards, labels, by_source, strict=True)
         ],
@@ -148,6 +150,13 @@ def _explain_convergence(attacks: dict[str, dict[str, Any]]) -> str:
             "less than 0.01 more."
         )
     return " ".join(sentences)
+
+
+def _extra_rows(attacks: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """Attack, score with its interval, and description of each extra score."""
+    for name, attack in attacks.items():
+        for key, description in attack.get("extra_scores", {}).items():
+            yield name, format_extra_score(key, attack["scores"][key]), description
 
 
 def _rows(card: dict[str, Any]) -> list[dict[str, Any]]:
