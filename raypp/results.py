@@ -84,6 +84,12 @@ class Scorecard(Result):
         """Share of originals that the strongest attack re-identifies in the gallery."""
         return self.values["reidentification_rate"]  # type: ignore[no-any-return]
 
+    @property
+    def cloud_gain(self) -> float | None:
+        """Accuracy minus that of the classifier that the client could run alone; None if it was not measured."""
+        client = self.values["client"]
+        return None if client is None else client["cloud_gain"]
+
     def to_pandas(self) -> pd.DataFrame:
         """A row per attack and baseline: re-identification rate, mean scores, verdict."""
         import pandas as pd

@@ -35,6 +35,7 @@ def print_results(results: dict[str, Any], where: str) -> None:
     console = Console()
     console.print()
     print_accuracy(console, results["test"], results["plain_test"])
+    print_client(console, results["client"])
     for label, file in (("picture", "protected.png"), ("bundle", "bundle"), ("metrics", "metrics.jsonl")):
         print_text(console, f"{label:<8} {where}/{file}")
 
@@ -167,7 +168,18 @@ def print_scorecard(card: dict[str, Any], where: str) -> None:
     if reconstruction not in (None, strongest):
         verdict, reason = _bold(card["verdict_by_reconstruction"]), card["verdict_reason_by_reconstruction"]
         console.print(f"{verdict}, strongest reconstruction attack {reconstruction}{reason and f': {reason}'}")
+    if card.get("client"):
+        print_client(console, card["client"])
     print_text(console, f"{where}/report.html")
+
+
+def print_client(console: Console, client: dict[str, Any]) -> None:
+    """Print the client's cost and the cloud gain."""
+    from raypp.metrics.cost import describe_cost, describe_gain
+
+    print_text(console, describe_cost(client))
+    gain = client["cloud_gain_interval"]
+    print_text(console, describe_gain(client), "red" if gain is not None and gain[1] < 0 else None)
 
 
 def _similarities(scores: dict[str, dict[str, float]]) -> tuple[str, str]:

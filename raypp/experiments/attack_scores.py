@@ -19,6 +19,7 @@ from raypp.evaluation.output import as_csv
 from raypp.evaluation.scorecard import Scores, aggregate, reidentification_rate, score_images, strongest_attack
 from raypp.experiments import attack_plan
 from raypp.experiments.attack_plan import EXAMPLES, SCORECARD, SCORES, AttackPlan, Outcome
+from raypp.experiments.client_classifier import measure_client_of
 from raypp.experiments.reference_classifier import load_reference_classifier
 from raypp.experiments.run_folder import environment, lock
 from raypp.metrics.image import use_backend
@@ -69,6 +70,7 @@ def _write_scorecard(plan: AttackPlan, target: Target, failures: dict[str, str])
         "at_chance": at_chance,
         "reference_accuracy": None if originals is None else float(originals["accuracy"].mean()),
         "reference_note": failures.get(attack_plan.REFERENCE_CLASSIFIER, ""),
+        "client": measure_client_of(plan, target, failures),
         **headline(attacks, at_chance=at_chance is not None),
         "attacks": attacks,
         "baselines": baselines,
