@@ -124,7 +124,7 @@ def _train(
 
     def add_point(network: StateDict, label: str, epochs: int, num_images: int) -> None:
         attack.load(network)
-        scores = _score(attack.reconstruct(target.protected), target)
+        scores = _score(attack.reconstruct(target.protected[: attack.max_queries]), target)
         curve.append({"what": label, "epochs": epochs, "num_images": num_images} | scores)
 
     reporter = Reporter(folder, display, device)
