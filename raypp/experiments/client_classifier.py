@@ -76,7 +76,9 @@ def measure_client_of(plan: AttackPlan, target: Target, failures: dict[str, str]
     if protection is None:
         return _measure_function(target)
     cost = measure_protection(protection, shape)
-    test = (target.metrics or {})["test"]
+    test = (target.metrics or {}).get("test")
+    if not test:
+        return with_gain(cost, None, {})
     candidate = _candidate(plan, target)
     results = None if candidate is None else _plain_results(plan, target, candidate)
     plain, epochs = results or (None, None)

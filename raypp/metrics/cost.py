@@ -104,7 +104,7 @@ def describe_gain(client: dict[str, Any]) -> str:
     """The client's accuracy alone and the cloud gain, in a few sentences; a negative gain is called negative."""
     alone = client["alone"]
     if alone is None:
-        return "The cloud gain is not known, because the client's multiply-accumulates are not counted."
+        return "The cloud gain is not known: multiply-accumulates or accuracy are not known."
     if alone["classifier"] is None:
         could = "No classifier fits into so few; the client alone could name the most frequent class"
     else:
