@@ -1,4 +1,4 @@
-"""What a protection costs its client, and the best classifier that the client could run alone at that cost."""
+"""The client's cost of a protection, and the best classifier that the client could run alone at that cost."""
 
 from __future__ import annotations
 
