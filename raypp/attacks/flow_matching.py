@@ -117,7 +117,7 @@ class FlowMatching(InverseAttack):
         """Samples per image, of which the one with the lowest misfit is kept."""
         steps: int = Field(25, ge=1)
         """Steps of the integration from noise to image (Euler)."""
-        guidance: float = Field(0.05, ge=0)
+        guidance: float = Field(0.1, ge=0)
         """Root mean square by which a gradient step changes a predicted image in [-1, 1]; 0 for no guidance."""
         guidance_steps: int = Field(4, ge=1)
         """Gradient steps through the protection in each step of the integration."""
@@ -128,7 +128,7 @@ class FlowMatching(InverseAttack):
         train: OptimizationConfig = OptimizationConfig(
             epochs=20,
             batch_size=128,
-            optimizer=Optimizer(name="muon", lr=0.004, momentum=0.95, weight_decay=0.0),
+            optimizer=Optimizer(name="muon", lr=0.01, momentum=0.95, weight_decay=0.0),
             schedule=LinearWarmupDecay(warmup=0.1, final=0.0),
         )
 
