@@ -55,7 +55,8 @@ def flow_matching_loss(network: Any, images: Tensor, protected: Tensor, times: T
     """
     plain, t = 2 * images - 1, times[:, None, None, None]
     velocity = network((1 - t) * noise + t * plain, times, network.inputs(protected))
-    return (velocity - (plain - noise)).square().mean(dim=(1, 2, 3))
+    errors: Tensor = (velocity - (plain - noise)).square().mean(dim=(1, 2, 3))
+    return errors
 
 
 class FlowTask(InverseTask):
