@@ -87,7 +87,7 @@ class Scorecard(Result):
     @property
     def cloud_gain(self) -> float | None:
         """Accuracy minus that of the classifier that the client could run alone; None if it was not measured."""
-        client = self.values["client"]
+        client = self.values.get("client")
         return None if client is None else client["cloud_gain"]
 
     def to_pandas(self) -> pd.DataFrame:

@@ -35,7 +35,8 @@ def print_results(results: dict[str, Any], where: str) -> None:
     console = Console()
     console.print()
     print_accuracy(console, results["test"], results["plain_test"])
-    print_client(console, results["client"])
+    if "client" in results:  # a run of an earlier version has none
+        print_client(console, results["client"])
     for label, file in (("picture", "protected.png"), ("bundle", "bundle"), ("metrics", "metrics.jsonl")):
         print_text(console, f"{label:<8} {where}/{file}")
 
