@@ -246,7 +246,8 @@ def _merge_with_stored(
     stored_is_larger = card["num_queries"] < stored["num_queries"]
     base, other = (stored, card) if stored_is_larger else (card, stored)
     merged = other | base | {"attacks": attacks} | headline(attacks, at_chance=card["at_chance"] is not None)
-    if (card.get("client") or {}).get("cloud_gain") is not None:  # a run without a classifier for the client does not remove it
+    # A run that trains no classifier for the client does not remove the gain of an earlier one.
+    if (card.get("client") or {}).get("cloud_gain") is not None:
         merged["client"] = card["client"]
     scores = _merge_scores(files[SCORES], private.read(SCORES), from_stored, stored_is_larger)
     examples = load(files[EXAMPLES])
