@@ -120,7 +120,7 @@ class FlowMatching(InverseAttack):
         """Steps of the integration from noise to image (Euler)."""
         guidance: float = Field(0.1, ge=0)
         """Root mean square by which a gradient step changes a predicted image in [-1, 1]; 0 for no guidance."""
-        guidance_steps: int = Field(4, ge=1)
+        guidance_steps: int = Field(8, ge=1)
         """Gradient steps through the protection in each step of the integration."""
         num_images: int = Field(200, ge=1)
         """Most images to attack; each takes samples times steps passes."""
