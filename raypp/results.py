@@ -102,6 +102,12 @@ class Scorecard(Result):
         scores = self.values["attacks"][self.strongest_attack]["scores"]
         return rates_by_gallery_size(scores)
 
+    @property
+    def cloud_gain(self) -> float | None:
+        """Accuracy minus that of the classifier that the client could run alone; None if it was not measured."""
+        client = self.values.get("client")
+        return None if client is None else client["cloud_gain"]
+
     def to_pandas(self) -> pd.DataFrame:
         """A row per attack and baseline: re-identification rate, mean scores, verdict."""
         import pandas as pd

@@ -13,6 +13,8 @@ ATTACKS = Registry(
         "chosen_plaintext": "raypp.attacks.chosen_plaintext:ChosenPlaintext",
         "itn": "raypp.attacks.inverse:ITN",
         "inverse": "raypp.attacks.inverse:Inverse",
+        "inverse_conditional": "raypp.attacks.inverse:InverseConditional",
+        "flow_matching": "raypp.attacks.flow_matching:FlowMatching",
         "white_box": "raypp.attacks.white_box:WhiteBox",
         "codebook": "raypp.attacks.codebook:Codebook",
         "attribute_inference": "raypp.attacks.attribute_inference:AttributeInference",

@@ -108,6 +108,7 @@ KNOWLEDGE_DESCRIPTIONS = {
     "protect": "the protection as an oracle",
     "gradients": "a differentiable protection",
     "gallery": "a gallery of plain images",
+    "classify": "the cloud's classifier",
 }
 """Fields of :class:`AttackerKnowledge` in words."""
 
@@ -187,7 +188,8 @@ class Attack(ABC):
     draws: ClassVar[bool] = True
     """Whether it reconstructs images; otherwise it only picks one of a gallery."""
     max_queries: int | None = None
-    """Most images that it attacks, where each one is expensive; available after :meth:`prepare`."""
+    """Most images that it attacks, where each one is expensive; available after :meth:`prepare`, and of an attack that
+    trains a network after :meth:`TrainedAttack.load`."""
     effort: str | None = None
     """The option that sets its number of steps, if it trains no network; half of it is measured too."""
     cost: ClassVar[str] = "One pass over the protected images; it trains nothing."

@@ -15,17 +15,16 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from raypp.attacks.base import Attack, Threat, required
+from raypp.attacks.misfit import checked_logits, interval_misfit
 from raypp.training.threads import AdaptiveThreads
 from raypp.utils.images import to_uint8
 from raypp.utils.registry import MethodConfig
 
 MARGIN = 0.01  # distance of initial values from 0 and 1, whose logits are infinite
-TOLERANCE = 1e-4  # of the comparison of a protection with the sigmoid of its logits
 
 
 class WhiteBox(Attack):
@@ -58,24 +57,14 @@ class WhiteBox(Attack):
 
     def prepare(self) -> None:
         self.max_queries = self.options.num_images
-        self._has_logits = self._check_logits()
-        default_tv, default_prior = (0.02, 1.0) if self._has_logits else (0.002, 0.1)
+        self._logits = checked_logits(self.access, self.seed)
+        default_tv, default_prior = (0.002, 0.1) if self._logits is None else (0.02, 1.0)
         self._tv = default_tv if self.options.tv is None else self.options.tv
         self._prior = default_prior if self.options.prior is None else self.options.prior
         inverse = ["the inverse network's estimate"] if "inverse" in (self.access.earlier or {}) else []
         starts = ["gray", *inverse, *["noise"] * self.options.restarts]
-        compared = "logits" if self._has_logits else "outputs"
+        compared = "outputs" if self._logits is None else "logits"
         self.note = f"{self.options.steps} steps on {compared} from each of {', '.join(starts)}"
-
-    @torch.no_grad()
-    def _check_logits(self) -> bool:
-        """Whether the target has logits whose sigmoid is the protected image."""
-        if self.access.logits is None:
-            return False
-        images = torch.rand((2, *self.access.shape), generator=torch.Generator().manual_seed(self.seed))
-        images = images.to(self.access.device)
-        outputs, logits = required(self.access.gradients)(images), self.access.logits(images)
-        return logits.shape == outputs.shape and torch.allclose(torch.sigmoid(logits), outputs, atol=TOLERANCE)
 
     def reconstruct(self, protected: Tensor) -> Tensor:
         batches = protected.to(self.access.device).split(self.options.batch_size)
@@ -127,10 +116,6 @@ class WhiteBox(Attack):
         return objective
 
     def _misfit(self, images: Tensor, protected: Tensor) -> Tensor:
-        observed = protected.float()
-        if not self._has_logits:
-            return (required(self.access.gradients)(images) - observed / 255).square().mean(dim=(1, 2, 3))
-        logits = required(self.access.logits)(images)
-        low = torch.where(protected == 0, -torch.inf, torch.logit((observed - 0.5) / 255))
-        high = torch.where(protected == 255, torch.inf, torch.logit((observed + 0.5) / 255))
-        return (F.relu(low - logits) + F.relu(logits - high)).mean(dim=(1, 2, 3))
+        if self._logits is not None:
+            return interval_misfit(self._logits(images), protected)
+        return (required(self.access.gradients)(images) - protected.float() / 255).square().mean(dim=(1, 2, 3))

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 import raypp
 from raypp.bundle.guard import PlainImageDetector
 from raypp.config.schema import Config
+from raypp.metrics.cost import describe_cost, describe_gain
 from raypp.metrics.statistics import chance_error
 from raypp.protections import PROTECTIONS
 
@@ -44,6 +45,7 @@ def leakage_card(scorecard: dict[str, Any]) -> str:
         f"Bits: mean of log2 {num_gallery:,} - log2(rank of the original).",
         "Baseline: an attacker without the protected image, who knows at most the class, gets SSIM "
         f"{max_ssim:.3f} and re-identifies {max_rate:.2%}.\n",
+        *([f"{describe_gain(scorecard['client'])}\n"] if scorecard.get("client") else []),
     )
     return "\n\n".join(paragraphs)
 
@@ -77,6 +79,8 @@ def model_card(
         error=chance_error(metrics["test"], len(classes)),
         not_attacked=NOT_ATTACKED,
         share=_share,
+        describe_cost=describe_cost,
+        describe_gain=describe_gain,
     )
 
 

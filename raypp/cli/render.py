@@ -36,6 +36,8 @@ def print_results(results: dict[str, Any], where: str) -> None:
     console = Console()
     console.print()
     print_accuracy(console, results["test"], results["plain_test"])
+    if "client" in results:  # a run of an earlier version has none
+        print_client(console, results["client"])
     for label, file in (("picture", "protected.png"), ("bundle", "bundle"), ("metrics", "metrics.jsonl")):
         print_text(console, f"{label:<8} {where}/{file}")
 
@@ -171,6 +173,8 @@ def print_scorecard(card: dict[str, Any], where: str) -> None:
         _print_verdict(console, card, strongest, "strongest attack", "")
     if reconstruction not in (None, strongest):
         _print_verdict(console, card, reconstruction, "strongest reconstruction attack", "_by_reconstruction")
+    if card.get("client"):
+        print_client(console, card["client"])
     print_text(console, f"{where}/report.html")
 
 
@@ -189,6 +193,15 @@ def _print_verdict(console: Console, card: dict[str, Any], name: str, role: str,
     bits = f"{attack['scores']['bits_identified']['mean']:.1f} of {math.log2(num_gallery):.1f} bits"
     parts = [f"by {attack['matcher']}", *([f"in galleries of {rates}"] if sizes else []), bits]
     print_text(console, f"  {'; '.join(parts)}", "dim")
+
+
+def print_client(console: Console, client: dict[str, Any]) -> None:
+    """Print the client's cost and the cloud gain."""
+    from raypp.metrics.cost import describe_cost, describe_gain
+
+    print_text(console, describe_cost(client))
+    gain = client["cloud_gain_interval"]
+    print_text(console, describe_gain(client), "red" if gain is not None and gain[1] < 0 else None)
 
 
 def _mean_scores(scores: dict[str, dict[str, float]]) -> tuple[str, str, str]:

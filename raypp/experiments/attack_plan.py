@@ -30,6 +30,8 @@ from raypp.utils.storage import Storage
 SUITE, SCORECARD, SCORES, EXAMPLES = "suite.yaml", "scorecard.json", "scores.csv", "examples.safetensors"
 REFERENCE_CLASSIFIER = "reference_classifier"
 """Folder of the reference classifier, and its name among the jobs of a run."""
+CLIENT_CLASSIFIER = "client_classifier"
+"""The same of the classifier that the client could run alone."""
 FIXED_ON_RESUME = ("seed", "num_queries", "num_images", "curve", "reference_epochs")
 """Settings of a suite that a resumed run cannot change."""
 

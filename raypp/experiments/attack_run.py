@@ -3,6 +3,7 @@
 NAME/suite.yaml             settings: target, suite, source of the images
 NAME/attacks/ATTACK/        per attack: training checkpoints, network.safetensors, estimates.safetensors, result.json
 NAME/reference_classifier/  the reference classifier, where one is trained
+NAME/client_classifier/     the classifier that the client could run alone, where one is trained
 NAME/scorecard.json         all measurements; scores.csv lists them per image
 NAME/examples.safetensors   pictures for reports
 """
@@ -25,9 +26,9 @@ from raypp.attacks.target import Target
 from raypp.evaluation.reidentification import select_matcher
 from raypp.evaluation.scorecard import aggregate, score_images
 from raypp.experiments import attack_plan
-from raypp.experiments.attack_plan import REFERENCE_CLASSIFIER, AttackPlan, Outcome, load_result, load_target_of
+from raypp.experiments.attack_plan import AttackPlan, Outcome, load_result, load_target_of
 from raypp.experiments.attack_scores import export_to_bundle, save_tensors, write_scorecard
-from raypp.experiments.reference_classifier import needs_reference_classifier, train_reference_classifier
+from raypp.experiments.client_classifier import PLAIN_CLASSIFIERS, missing_classifiers
 from raypp.metrics.image import use_backend
 from raypp.models.perceptual import StateDict
 from raypp.training.checkpoint import EpochMetrics
@@ -143,7 +144,7 @@ def _training_curve(attack: TrainedAttack, trainings: list[Training], target: Ta
     for training in (*smaller, full):
         attack.load(training.network)
         budget = {"what": training.label, "epochs": len(training.history), "num_images": training.num_images}
-        curve.append(budget | _score(attack.reconstruct(target.protected), target, matcher))
+        curve.append(budget | _score(attack.reconstruct(target.protected[: attack.max_queries]), target, matcher))
     return curve
 
 
@@ -217,8 +218,8 @@ def run_attacks_locally(
         for name in missing:
             display.raise_if_stop_requested()
             try:
-                if name == REFERENCE_CLASSIFIER:
-                    train_reference_classifier(plan, target, display.of(REFERENCE_CLASSIFIER))
+                if name in PLAIN_CLASSIFIERS:
+                    PLAIN_CLASSIFIERS[name](plan, target, display.of(name))
                     outcome: Outcome = {"result": {}}
                 else:
                     outcome = {"result": run_attack(plan, name, display.of(name), target)}
@@ -250,8 +251,7 @@ def run_attack_suite(
         announce(plan, target)
         failures: dict[str, str] = {}
         jobs = [name for name in attack_plan.dependencies_first(plan) if load_result(plan, name) is None]
-        if needs_reference_classifier(plan, target):
-            jobs.append(REFERENCE_CLASSIFIER)
+        jobs += missing_classifiers(plan, target)
         with MultiProgressDisplay(len(jobs), quiet=quiet, what="attacks") as display:
 
             def on_done(name: str, outcome: Outcome) -> None:
@@ -264,7 +264,7 @@ def run_attack_suite(
             elif jobs:
                 run_attacks_locally(plan, target, jobs, display, on_done)
         card = write_scorecard(plan, target, failures)
-        if plan.spec.bundle is not None and not failures.keys() - {REFERENCE_CLASSIFIER}:
+        if plan.spec.bundle is not None and not failures.keys() - PLAIN_CLASSIFIERS.keys():
             export_to_bundle(plan, card, quiet)
         return card
 

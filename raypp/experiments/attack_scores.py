@@ -20,6 +20,7 @@ from raypp.evaluation.output import as_csv
 from raypp.evaluation.scorecard import Scores, aggregate, score_images, strongest_attack
 from raypp.experiments import attack_plan
 from raypp.experiments.attack_plan import EXAMPLES, SCORECARD, SCORES, AttackPlan, Outcome
+from raypp.experiments.client_classifier import measure_client_of
 from raypp.experiments.reference_classifier import load_reference_classifier
 from raypp.experiments.run_folder import environment, lock
 from raypp.metrics.image import use_backend
@@ -68,6 +69,7 @@ def _write_scorecard(plan: AttackPlan, target: Target, failures: dict[str, str])
         "at_chance": at_chance,
         "reference_accuracy": reference_accuracy,
         "reference_note": failures.get(attack_plan.REFERENCE_CLASSIFIER, ""),
+        "client": measure_client_of(plan, target, failures),
         **headline(attacks, at_chance=at_chance is not None),
         "attacks": attacks,
         "baselines": {name: aggregate(scores, seed) for name, scores in baseline_scores.items()},
@@ -260,6 +262,9 @@ def _merge_with_stored(
     stored_is_larger = card["num_queries"] < stored["num_queries"]
     base, other = (stored, card) if stored_is_larger else (card, stored)
     merged = other | base | {"attacks": attacks} | headline(attacks, at_chance=card["at_chance"] is not None)
+    # A run that trains no classifier for the client does not remove the gain of an earlier one.
+    if (card.get("client") or {}).get("cloud_gain") is not None:
+        merged["client"] = card["client"]
     scores = _merge_scores(files[SCORES], private.read(SCORES), from_stored, stored_is_larger)
     examples = load(files[EXAMPLES])
     examples |= {k: v for k, v in load(private.read(EXAMPLES)).items() if k.partition("/")[0] in from_stored}

@@ -13,15 +13,15 @@ from torch import Tensor
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap, Threat, TrainedAttack
 from raypp.attacks.statements import logits_of
-from raypp.attacks.white_box import WhiteBox
 from raypp.bundle.load import PublicBundle
 from raypp.serve.loaded_model import LoadedModel, pad_to_bucket
 from raypp.utils.device import default_device
 
 MAX_IMAGES = 256
 """Images of one request."""
-MAX_IMAGES_OF_SLOW = {"white_box": 4}
-MAX_STEPS = 100  # optimization steps of an attack while a client waits
+MAX_IMAGES_OF_SLOW = {"white_box": 4, "flow_matching": 4}
+LIMITS_OF_SLOW = {"white_box": {"steps": 100, "restarts": 0}, "flow_matching": {"samples": 2, "steps": 25}}
+"""Largest values of options while a client waits."""
 SUMMARY_KEYS = (
     "verdict", "verdict_reason", "strongest_attack", "reidentification_rate", "bits_identified", "num_queries",
     "num_gallery", "accuracy",
@@ -59,8 +59,8 @@ def load_attacks(model: LoadedModel) -> dict[str, ServedAttack]:
     for name in sorted(done, key=lambda n: bool(ATTACKS.get(n).after)):
         kind: type[Attack] = ATTACKS.get(name)
         options = ATTACKS.options(name).model_validate(done[name]["options"])
-        if isinstance(options, WhiteBox.Options):
-            options = options.model_copy(update={"steps": min(options.steps, MAX_STEPS), "restarts": 0})
+        limits = LIMITS_OF_SLOW.get(name, {})
+        options = options.model_copy(update={key: min(getattr(options, key), limit) for key, limit in limits.items()})
         earlier = {n: networks[n] for n in kind.after if n in networks}
         trained = issubclass(kind, TrainedAttack)
         if trained and name not in material.networks:

@@ -333,7 +333,7 @@ def test_the_class_is_an_input_of_a_conditional_attack(pictures: Pictures, tmp_p
         return torch.zeros(len(protected), dtype=torch.int64)
 
     access = AttackerKnowledge(**{**vars(knowledge(pictures, hashed)), "classify": classify})
-    attack = build("inverse", access, **SMALL, conditional=True, train={"epochs": 1})
+    attack = build("inverse_conditional", access, **SMALL, train={"epochs": 1})
     train(attack, tmp_path)
     assert reidentification_rate(attack, pictures, hashed) < 0.05
     assert batch_sizes == [200]
@@ -342,24 +342,31 @@ def test_the_class_is_an_input_of_a_conditional_attack(pictures: Pictures, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("protected", [(3, 16, 16), (6, 16, 16), (1, 20, 20), (3, 8, 9), (3, 64, 64)])
 @pytest.mark.parametrize(
-    "options", [{}, {"patch": 1, "places": 0}, {"patch": 3}, {"standardize": False}, {"conditional": True}]
+    ("name", "options"),
+    [
+        ("inverse", {}),
+        ("inverse", {"patch": 1, "places": 0}),
+        ("inverse", {"patch": 3}),
+        ("inverse", {"standardize": False}),
+        ("inverse_conditional", {}),
+    ],
 )
 def test_an_inverse_network_comes_back_from_its_weights(
-    protected: tuple[int, int, int], options: dict[str, Any]
+    protected: tuple[int, int, int], name: str, options: dict[str, Any]
 ) -> None:
     """Its weights alone suffice to build it, for every size of protected images and all options."""
     access = AttackerKnowledge(
         (3, 16, 17), pairs=(torch.zeros(0), torch.zeros(0)), num_classes=10,
         classify=lambda images: torch.arange(len(images)),
     )  # fmt: skip
-    attack = build("inverse", access, width=2, **options)
+    attack = build(name, access, width=2, **options)
     net = attack.network(protected).eval()
     images = torch.randint(0, 256, (5, *protected), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    net.fit_normalization(images)
+    net.inputs.fit_normalization(images)
     with torch.no_grad():
-        expected = net(images.float() / 255, torch.arange(5) if options.get("conditional") else None)
+        expected = net(images.float() / 255, torch.arange(5) if name == "inverse_conditional" else None)
     assert expected.shape == (5, 3, 16, 17)
-    other = build("inverse", access, width=2, **options)
+    other = build(name, access, width=2, **options)
     other.load(net.state_dict())
     assert torch.equal(other.reconstruct(images), (expected * 255).round().to(torch.uint8))
 
@@ -369,7 +376,7 @@ def test_saturated_values_are_spread_out(pictures: Pictures) -> None:
     attack = build("inverse", AttackerKnowledge((1, 16, 16), pairs=(torch.zeros(0), torch.zeros(0))), width=2)
     images = torch.full((100, 1, 16, 16), 255, dtype=torch.uint8)
     images[:50, :, :8] = 254
-    net = attack.network((1, 16, 16))
+    net = attack.network((1, 16, 16)).inputs
     net.fit_normalization(images)
     value, logit = net.standardize(images.float() / 255).split(1, dim=1)
     assert torch.allclose(logit[:50, :, :8], torch.tensor(-1.0), atol=1e-4)

@@ -965,10 +965,21 @@ def test_protected_images_of_another_shape_are_attacked(tmp_path: Path, body: st
 
 @pytest.mark.slow
 def test_an_attack_that_needs_the_cloud_says_so_before_it_trains(tmp_path: Path) -> None:
-    inverse = {"width": 4, "depth": 1, "conditional": True, "train": {"epochs": 1, "batch_size": 10}}
-    card = attack(of_function(tmp_path, suite=SUITE | {"attacks": {"inverse": inverse}}))
-    assert card["attacks"]["inverse"]["status"] == "does not apply"
-    assert "conditional = true needs the cloud's classifier" in card["attacks"]["inverse"]["note"]
+    options = {"width": 4, "depth": 1, "train": {"epochs": 1, "batch_size": 10}}
+    card = attack(of_function(tmp_path, suite=SUITE | {"attacks": {"inverse_conditional": options}}))
+    assert card["attacks"]["inverse_conditional"]["status"] == "does not apply"
+    assert "inverse_conditional needs the cloud's classifier" in card["attacks"]["inverse_conditional"]["note"]
+
+
+@pytest.mark.slow
+def test_posterior_samples_attack_a_few_images_of_a_function_without_gradients(tmp_path: Path) -> None:
+    flow = {"width": 4, "depth": 1, "samples": 2, "steps": 2, "num_images": 5, "train": {"epochs": 2, "batch_size": 20}}
+    card = attack(of_function(tmp_path, suite=SUITE | {"attacks": {"flow_matching": flow}}))
+    result = card["attacks"]["flow_matching"]
+    assert result["note"] == "2 samples without guidance; the one with the lowest misfit counts"
+    assert result["num_queries"] == 5
+    assert [point["what"] for point in result["curve"]][-1] == "everything"
+    assert [row["epoch"] for row in result["history"]] == [1, 2]
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from raypp.evaluation.report import figures
 from raypp.evaluation.report.front import accuracy_leakage_front, has_front
 from raypp.evaluation.report.source import Source, read_source
 from raypp.evaluation.scorecard import format_extra_score
+from raypp.metrics.cost import describe_cost, describe_gain
 from raypp.metrics.matchers import MATCHERS
 from raypp.utils.errors import ConfigError, StorageError
 from raypp.utils.paths import short_name
@@ -89,6 +90,7 @@ def _render_page(sources: Sequence[Source], shared: Pngs, by_source: Sequence[Pn
                 "target": short_name(card["target"]),
                 "title": f"{label} ({short_name(card['target'])})" if labels.count(label) > 1 else label,
                 "explanation": explain_results(card),
+                "client": f"{describe_cost(client)} {describe_gain(client)}" if (client := card.get("client")) else "",
                 "rows": _rows(card),
                 "figures": _data_uris(pngs),
                 "convergence": _explain_convergence(card["attacks"]),
