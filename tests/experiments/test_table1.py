@@ -88,6 +88,13 @@ def test_gan_takes_the_width_of_the_proposed(tmp_path: Path) -> None:
     assert cell.config.protection.model_dump()["width"] == 16
 
 
+def test_the_plain_row_has_the_recipe_of_its_preset(tmp_path: Path) -> None:
+    plain, ours = grid_cells(["cifar10-small"], ["plain", "alpha-0.005"], [0], (), Storage(tmp_path))
+    assert (ours.config.train.optimizer.name, ours.config.train.optimizer.lr) == ("muon", 0.02)
+    assert ours.config.train.batch_size == 128
+    assert plain.config.train == ours.config.train.model_copy(update={"mode": "plain"})
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
