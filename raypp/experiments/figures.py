@@ -164,12 +164,13 @@ def _read(location: str, attacks: Sequence[str]) -> Source:
 def _draw_rows(rows: Sequence[Row]) -> tuple[bytes, bytes]:
     """Draw rows of images with their titles on the left and captions below the images."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns = max(len(images) for _, images, _ in rows)
     titles_width = 0.085 * max(len(title) for title, _, _ in rows)
     heights = [TILE * (1.3 if captions else 1.0) for _, _, captions in rows]
-    figure = Figure(figsize=(titles_width + TILE * columns, sum(heights)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.03, hspace=0.03)
+    layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01, wspace=0.03, hspace=0.03)
+    figure = Figure(figsize=(titles_width + TILE * columns, sum(heights)), layout=layout)
     panels = figure.subplots(len(rows), columns, squeeze=False)
     for (title, images, captions), line in zip(rows, panels, strict=True):
         line[0].set_ylabel(title, rotation=0, ha="right", va="center")
