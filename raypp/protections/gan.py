@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from raypp.models.layers import Residual
-from raypp.protections.base import Protection
+from raypp.protections.base import AuxiliaryNetworks, Protection
 from raypp.protections.pixel import Pixel
 from raypp.utils.keys import Key
 from raypp.utils.registry import MethodConfig
@@ -70,7 +70,7 @@ class GAN(Protection):
     def uses_features(cls, options: Any, alpha: float) -> bool:
         return bool(options.perceptual > 0)
 
-    def build_auxiliary_networks(self, num_classes: int) -> nn.Module:
+    def build_auxiliary_networks(self, num_classes: int, image_size: tuple[int, int]) -> AuxiliaryNetworks:
         return Adversary(self.options, self.channels)
 
     def logits(self, images: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class GAN(Protection):
         return torch.sigmoid(self.logits(images))
 
 
-class Adversary(nn.Module):
+class Adversary(AuxiliaryNetworks):
     """A patch discriminator between encrypted and generated images (hinge loss), and the generator's other losses."""
 
     uses_feature_loss = True
