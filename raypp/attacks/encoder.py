@@ -12,18 +12,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raypp.attacks.base import (
-    AttackTask,
-    Shape,
-    Threat,
-    TrainedAttack,
-    TrainedOptions,
-    count_validation_images,
-    protect_in_batches,
-    required,
-    shuffle_indices,
-)
+from raypp.attacks.base import Shape, Threat, count_validation_images, protect_in_batches, required, shuffle_indices
 from raypp.attacks.standardize import StandardizedLogits
+from raypp.attacks.trained import AttackTask, TrainedAttack, TrainedOptions
 from raypp.config.schema import LinearWarmupDecay, OptimizationConfig, Optimizer
 from raypp.data.loader import Augmentation, inference_batch_size
 from raypp.models.perceptual import StateDict

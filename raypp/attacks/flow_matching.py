@@ -18,11 +18,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raypp.attacks.base import ImageMap, Threat, TrainedOptions, required
+from raypp.attacks.base import ImageMap, Threat, required
 from raypp.attacks.flow_network import FlowNetwork
 from raypp.attacks.inverse import InverseAttack, InverseTask
 from raypp.attacks.inverse_network import AveragedModule
 from raypp.attacks.misfit import checked_logits, interval_misfit
+from raypp.attacks.trained import TrainedOptions
 from raypp.config.schema import LinearWarmupDecay, OptimizationConfig, Optimizer
 from raypp.models.perceptual import StateDict
 from raypp.training.checkpoint import EpochMetrics

@@ -20,9 +20,7 @@ from raypp.attacks.base import (
     MAX_VAL,
     MAX_VAL_GALLERY,
     AttackerKnowledge,
-    AttackTask,
     Threat,
-    TrainedAttack,
     count_validation_images,
     protect_in_batches,
     required,
@@ -36,6 +34,7 @@ from raypp.attacks.inverse_network import (
     ProtectedBatches,
     reconstruction_loss,
 )
+from raypp.attacks.trained import AttackTask, TrainedAttack
 from raypp.config.schema import MultiStep, OptimizationConfig, Optimizer
 from raypp.data.loader import Augmentation
 from raypp.metrics.image import MIN_SIDE, finite_psnr, ssim

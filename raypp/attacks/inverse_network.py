@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raypp.attacks.base import Shape, TrainedOptions, size_mismatch
+from raypp.attacks.base import Shape, size_mismatch
 from raypp.attacks.standardize import StandardizedLogits
+from raypp.attacks.trained import TrainedOptions
 from raypp.config.schema import LinearWarmupDecay, OptimizationConfig, Optimizer
 from raypp.metrics.image import MIN_SIDE, ssim_for_loss
 from raypp.models.perceptual import StateDict

@@ -12,7 +12,7 @@ import torch
 from ray.train.torch import TorchTrainer
 
 from raypp.attacks import ATTACKS
-from raypp.attacks.base import TrainedAttack
+from raypp.attacks.trained import TrainedAttack
 from raypp.cluster.progress_actor import create_progress_actor, polling
 from raypp.cluster.session import check_resources, ray_session, uses_gpu
 from raypp.cluster.tasks import Outcome, outcome_of, run_tasks

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 
 from raypp.attacks import ATTACKS
 from raypp.attacks.array_target import ArrayTarget, load_array_target
-from raypp.attacks.base import TrainedOptions
 from raypp.attacks.suite import Suite, suite_presets
 from raypp.attacks.target import Target, TargetSpec, load_target
+from raypp.attacks.trained import TrainedOptions
 from raypp.bundle.locate import locate_bundle
 from raypp.config.overrides import Settings, deep_merge, parse_overrides
 from raypp.config.presets import load_tree, read_yaml

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from raypp.attacks import ATTACKS
-from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap, TrainedAttack, match_shape
+from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap, match_shape
 from raypp.attacks.suite import CURVE, HALF_EFFORT
 from raypp.attacks.target import Target
+from raypp.attacks.trained import TrainedAttack
 from raypp.evaluation.reidentification import select_matcher
 from raypp.evaluation.scorecard import aggregate, score_images
 from raypp.experiments import attack_plan

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from raypp.attacks import ATTACKS
-from raypp.attacks.base import AttackerKnowledge, TrainedAttack, protect_in_batches
+from raypp.attacks.base import AttackerKnowledge, protect_in_batches
 from raypp.attacks.target import Target
+from raypp.attacks.trained import TrainedAttack
 from raypp.bundle.load import load_public
 from raypp.config.schema import Config
 from raypp.data.base import stratified_split

@@ -11,8 +11,9 @@ from safetensors.torch import load
 from torch import Tensor
 
 from raypp.attacks import ATTACKS
-from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap, Threat, TrainedAttack
+from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap, Threat
 from raypp.attacks.statements import logits_of
+from raypp.attacks.trained import TrainedAttack
 from raypp.bundle.load import PublicBundle
 from raypp.serve.loaded_model import LoadedModel, pad_to_bucket
 from raypp.utils.device import default_device

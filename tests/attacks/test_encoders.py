@@ -12,8 +12,9 @@ from sklearn.metrics import r2_score, roc_auc_score
 from torch import Tensor
 
 from raypp.attacks.attribute_inference import _explained, thumbnails
-from raypp.attacks.base import AttackerKnowledge, AttackError, ImageMap, TrainedAttack
+from raypp.attacks.base import AttackerKnowledge, AttackError, ImageMap
 from raypp.attacks.learned_matcher import _auc_by_pair, _ranks
+from raypp.attacks.trained import TrainedAttack
 from raypp.attacks.variants import VARIANTS, random_variants
 from raypp.data import SOURCES
 from raypp.training.reporter import Reporter

@@ -15,7 +15,8 @@ from conftest import tiny_flags
 from torch import Tensor, nn
 
 from raypp.attacks import ATTACKS
-from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap, TrainedAttack
+from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap
+from raypp.attacks.trained import TrainedAttack
 from raypp.config.presets import load_config
 from raypp.data import SOURCES
 from raypp.evaluation.scorecard import BROKEN_RATE
