@@ -130,6 +130,16 @@ def test_validation_averages_over_all_images(name: str) -> None:
     assert metrics == {f"val_{key}": pytest.approx(float(value.double().mean())) for key, value in expected.items()}
 
 
+def test_the_matcher_of_inferred_thumbnails_is_selected_on_the_validation_images(pictures: Tensor) -> None:
+    access = AttackerKnowledge((3, 16, 16), images=pictures[:KNOWN], protect=lambda x: 255 - x)
+    attack: Any = build("attribute_inference", access, **SHORT)
+    gallery, protected = attack.validation_images()
+    plain, expected = attack.task().val
+    assert len(gallery) == KNOWN
+    assert torch.equal(gallery[: len(plain)], plain)
+    assert torch.equal(protected, expected)
+
+
 def test_auc_and_explained_variance_are_those_of_scikit_learn() -> None:
     random = torch.Generator().manual_seed(0)
     scores = torch.randn(30, 30, generator=random).round(decimals=1) + torch.eye(30)  # with ties

@@ -32,9 +32,13 @@ def images(num: int) -> Tensor:
     return F.avg_pool2d(torch.from_numpy(pixels).permute(0, 3, 1, 2).float(), 2).to(torch.uint8)
 
 
+def logits_of(plain: Tensor) -> Tensor:
+    return SATURATION * (plain.flip(3) - 0.5)
+
+
 def saturated(plain: Tensor) -> Tensor:
     """A protection whose sigmoid is 0 or 1, without any gradient in float32, for most values."""
-    return torch.sigmoid(SATURATION * (plain.flip(3) - 0.5))
+    return torch.sigmoid(logits_of(plain))
 
 
 @torch.no_grad()
@@ -87,9 +91,9 @@ def test_the_loss_is_zero_for_the_exact_velocity_and_its_variance_for_none() -> 
 def test_the_misfit_is_zero_for_equal_bytes_only_and_has_a_gradient_where_values_saturate() -> None:
     plain = torch.rand(5, 3, 8, 8)
     observed = (saturated(plain) * 255).round().to(torch.uint8)
-    assert interval_misfit(SATURATION * (plain.flip(3) - 0.5), observed).max() < 1e-4
+    assert interval_misfit(logits_of(plain), observed).max() < 1e-4
     wrong = (1 - plain).requires_grad_()
-    misfit = interval_misfit(SATURATION * (wrong.flip(3) - 0.5), observed)
+    misfit = interval_misfit(logits_of(wrong), observed)
     assert misfit.min() > 1
     misfit.sum().backward()
     assert wrong.grad is not None
@@ -106,6 +110,28 @@ def test_guidance_leads_wrong_samples_to_the_observed_image() -> None:
         difference = protect(attack.reconstruct(protect(plain))).float() - protect(plain).float()
         errors.append(float(difference.square().mean()))
     assert errors[1] < errors[0] / 2
+
+
+def test_guidance_by_stated_logits_moves_saturated_values() -> None:
+    """The prior predicts black and white, whose outputs have no gradient."""
+    plain = images(6)
+    opposite = torch.where(plain < 128, 1.0, -1.0)
+    errors = []
+    for logits in (None, logits_of):
+        attack = sampler(plain, opposite, guidance=0.3)
+        attack.access = dataclasses.replace(attack.access, logits=logits)
+        errors.append(float((attack.reconstruct(protect(plain)).float() - plain.float()).abs().mean()))
+    by_outputs, by_logits = errors
+    assert by_logits < by_outputs / 2, errors
+
+
+def test_the_matcher_is_selected_on_few_images() -> None:
+    attack = build("flow_matching", knowledge(images(330)), **SMALL)
+    validation = attack.validation_images()
+    assert validation is not None
+    gallery, protected = validation
+    assert len(gallery) == 330
+    assert torch.equal(protected, protect(gallery[:25]))
 
 
 def test_the_sample_with_the_lowest_misfit_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
