@@ -261,10 +261,8 @@ def _merge_with_stored(
     # The results of the smaller card's attacks stay valid; the baselines are those of the card with more queries.
     stored_is_larger = card["num_queries"] < stored["num_queries"]
     base, other = (stored, card) if stored_is_larger else (card, stored)
-    merged = other | base | {"attacks": attacks} | headline(attacks, at_chance=card["at_chance"] is not None)
-    # A run that trains no classifier for the client does not remove the gain of an earlier one.
-    if (card.get("client") or {}).get("cloud_gain") is not None:
-        merged["client"] = card["client"]
+    merged = other | base | {"attacks": attacks, "client": _merge_clients(card["client"], stored.get("client"))}
+    merged |= headline(attacks, at_chance=card["at_chance"] is not None)
     scores = _merge_scores(files[SCORES], private.read(SCORES), from_stored, stored_is_larger)
     examples = load(files[EXAMPLES])
     examples |= {k: v for k, v in load(private.read(EXAMPLES)).items() if k.partition("/")[0] in from_stored}
@@ -276,6 +274,11 @@ def _is_stronger(stored: dict[str, Any], new: dict[str, Any] | None) -> bool:
     if stored["status"] != "done":
         return False
     return new is None or new["status"] != "done" or scorecard.rank_key(stored) > scorecard.rank_key(new)
+
+
+def _merge_clients(new: dict[str, Any] | None, stored: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The new client section, unless it has no cloud gain and the stored one may have it."""
+    return new if stored is None or (new is not None and new["cloud_gain"] is not None) else stored
 
 
 def _merge_scores(new: bytes, stored: bytes, from_stored: set[str], stored_baselines: bool) -> bytes:

@@ -27,6 +27,7 @@ from raypp.evaluation.report.front import accuracy_leakage_front
 from raypp.evaluation.report.source import Source
 from raypp.experiments import client_classifier
 from raypp.experiments.attack_plan import load_target_of, make_attack_plan
+from raypp.experiments.attack_scores import _merge_clients
 from raypp.metrics.cost import describe_cost, describe_gain, difference_interval, multiply_accumulates, time_per_image
 from raypp.metrics.statistics import wilson_interval
 from raypp.models import CLASSIFIERS
@@ -163,6 +164,12 @@ def test_an_attack_run_trains_the_classifier_that_the_client_could_run_alone(tra
     ):
         assert describe_gain(section) in text
     assert client_classifier.missing_classifiers(plan, target) == []
+
+
+@pytest.mark.parametrize(("new", "stored"), [(0.1, None), (None, 0.2), (0.1, 0.2), (None, None)])
+def test_a_run_without_a_client_classifier_keeps_the_stored_gain(new: float | None, stored: float | None) -> None:
+    merged = _merge_clients({"cloud_gain": new}, {"cloud_gain": stored})
+    assert merged == {"cloud_gain": stored if new is None else new}
 
 
 def test_the_front_marks_the_accuracy_of_the_client_alone() -> None:
