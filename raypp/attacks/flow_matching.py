@@ -4,8 +4,8 @@ A network learns the velocity of the straight path from noise to a plain image, 
 (conditional flow matching: Lipman, Chen, Ben-Hamu, Nickel, Le 2023; Liu, Gong, Liu 2023). The attack integrates it
 from S noises, which gives S plausible plain images instead of one average. Where the attacker has the protection's
 gradients, each step first moves the predicted plain image towards the observed protected one (Plug-and-Play flow
-matching: Martin, Gagneux, Hagemann, Steidl 2025). Each image keeps the sample whose protected version is nearest to
-the observed one.
+matching: Martin, Gagneux, Hagemann, Steidl 2025), by the misfit of logits as in ``white_box``. Each image keeps the
+sample whose protected version is nearest to the observed one.
 """
 
 from __future__ import annotations
