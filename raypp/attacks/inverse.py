@@ -2,8 +2,8 @@
 
 Four attacks use it. ``itn`` is the paper's ITN-Attack with the recipe of its authors' later code. ``inverse`` is our
 strongest recipe, and ``inverse_conditional`` also knows the class. ``inverse_own_keys`` knows only the algorithm and
-learns from the attacker's own keys. Source of
-``itn``: Ito, Kinoshita, Kiya 2020 (arXiv 2008.03143), section III-C, and the code of its journal version.
+learns from the attacker's own keys. Source of ``itn``: Ito, Kinoshita, Kiya 2020 (arXiv 2008.03143), section III-C,
+and the code of its journal version.
 """
 
 from __future__ import annotations
