@@ -6,9 +6,8 @@ could run alone within the multiply-accumulates of the protection.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from raypp.metrics.statistics import difference_interval
+
 NUM_WARMUP, MIN_REPEATS, MAX_REPEATS, MAX_SECONDS = 2, 5, 25, 1.0
-Interval = Sequence[float]
 
 
 @torch.no_grad()
@@ -51,20 +51,6 @@ def time_per_image(protect: Callable[[Tensor], Tensor], image: Tensor) -> dict[s
         torch.set_num_threads(num_threads)
     q1, median, q3 = (round(1000 * float(value), 4) for value in np.quantile(seconds, (0.25, 0.5, 0.75)))
     return {"median": median, "q1": q1, "q3": q3, "num": len(seconds)}
-
-
-def difference_interval(
-    share: float, interval: Interval, other: float, other_interval: Interval
-) -> tuple[float, float]:
-    """The 95% interval of ``share - other`` from the Wilson intervals of two proportions.
-
-    It assumes independent samples, so it is wider than needed for two classifiers of the same images.
-
-    Source: Newcombe 1998 (Statistics in Medicine 17:873), method 10.
-    """
-    low = share - other - math.hypot(share - interval[0], other_interval[1] - other)
-    high = share - other + math.hypot(interval[1] - share, other - other_interval[0])
-    return low, high
 
 
 def cloud_gain(test: dict[str, Any], alone: dict[str, Any] | None) -> dict[str, Any]:

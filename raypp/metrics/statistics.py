@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,20 @@ def wilson_interval(successes: float, num: int, z: float = 1.96) -> tuple[float,
     center = (rate + z * z / (2 * num)) / (1 + z * z / num)
     half_width = z / (1 + z * z / num) * math.sqrt(rate * (1 - rate) / num + z * z / (4 * num * num))
     return max(0.0, center - half_width), min(1.0, center + half_width)
+
+
+def difference_interval(
+    share: float, interval: Sequence[float], other: float, other_interval: Sequence[float]
+) -> tuple[float, float]:
+    """Return the 95% interval of ``share - other`` from the Wilson intervals of two proportions.
+
+    It assumes independent samples, so it is wider than needed for two classifiers of the same images.
+
+    Source: Newcombe 1998 (Statistics in Medicine 17:873), method 10.
+    """
+    low = share - other - math.hypot(share - interval[0], other_interval[1] - other)
+    high = share - other + math.hypot(interval[1] - share, other - other_interval[0])
+    return low, high
 
 
 def mcnemar_test(first: npt.ArrayLike, second: npt.ArrayLike) -> float:

@@ -28,8 +28,8 @@ from raypp.evaluation.report.source import Source
 from raypp.experiments import client_classifier
 from raypp.experiments.attack_plan import load_target_of, make_attack_plan
 from raypp.experiments.attack_scores import _merge_clients
-from raypp.metrics.cost import describe_cost, describe_gain, difference_interval, multiply_accumulates, time_per_image
-from raypp.metrics.statistics import wilson_interval
+from raypp.metrics.cost import describe_cost, describe_gain, multiply_accumulates, time_per_image
+from raypp.metrics.statistics import difference_interval, wilson_interval
 from raypp.models import CLASSIFIERS
 from raypp.protections import PROTECTIONS
 
