@@ -68,11 +68,11 @@ def naive(bundle: str, port: int) -> None:
         with torch.inference_mode():
             values = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
             shares = torch.softmax(classifier(values), dim=1)
-            found = shares.topk(5, dim=1)
+            top = shares.topk(5, dim=1)
         return {
             "images": [
                 [{"class": private.classes[k], "probability": p} for k, p in zip(places, probabilities, strict=True)]
-                for places, probabilities in zip(found.indices.tolist(), found.values.tolist(), strict=True)
+                for places, probabilities in zip(top.indices.tolist(), top.values.tolist(), strict=True)
             ]
         }
 
@@ -157,20 +157,20 @@ class Connections:
 
 async def _load(target: Target, body: bytes, clients: int, seconds: float) -> tuple[list[float], float]:
     connections = Connections(target)
-    found: list[float] = []
+    latencies: list[float] = []
     began = time.perf_counter()
     end = began + seconds
 
     async def client() -> None:
         while time.perf_counter() < end:
-            asked = time.perf_counter()
+            started = time.perf_counter()
             status, answer = await connections.post(body)
             assert status == 200, answer
-            found.append(1000 * (time.perf_counter() - asked))
+            latencies.append(1000 * (time.perf_counter() - started))
 
     await asyncio.gather(*(client() for _ in range(clients)))
     connections.close()
-    return found, time.perf_counter() - began
+    return latencies, time.perf_counter() - began
 
 
 # What is measured
@@ -254,14 +254,14 @@ class Measured:
         process.join()
         if isinstance(answer, str):
             raise SystemExit(f"{self.target.url} with {self.clients} clients: {answer}")
-        found: list[float]
-        took: float
-        found, took = answer
-        self.latencies.append(found)
-        return len(found) / took
+        latencies: list[float]
+        seconds: float
+        latencies, seconds = answer
+        self.latencies.append(latencies)
+        return len(latencies) / seconds
 
     def percentile(self, share: float) -> Spread:
-        return Spread(tuple(float(np.percentile(found, share)) for found in self.latencies))
+        return Spread(tuple(float(np.percentile(latencies, share)) for latencies in self.latencies))
 
     @property
     def tail(self) -> Spread:
@@ -306,36 +306,36 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    given = parse()
-    if given.naive is not None:
-        naive(given.bundle, given.naive)
+    options = parse()
+    if options.naive is not None:
+        naive(options.bundle, options.naive)
         return
     start = machine()
     print(describe(start) + "\n")
-    sample = load_private(given.bundle).sample.permute(0, 2, 3, 1).numpy()
+    sample = load_private(options.bundle).sample.permute(0, 2, 3, 1).numpy()
     tiled = np.concatenate([sample] * (max(LARGE_IMAGES) // len(sample) + 1))
-    large = () if given.single else LARGE_IMAGES
+    large = () if options.single else LARGE_IMAGES
     runs: dict[str, Measured] = {}
     contestants: dict[str, Callable[[], float]] = {}
-    loads = [(1, clients) for clients in given.clients] + [(images, LARGE_CLIENTS) for images in large]
+    loads = [(1, clients) for clients in options.clients] + [(images, LARGE_CLIENTS) for images in large]
     cases: list[tuple[str, str]] = []  # of a server, and what it is compared with
     with contextlib.ExitStack() as stack:
         targets = {
-            PROXIES[proxy]: stack.enter_context(served(given.bundle, free_port(), haproxy=proxy == "haproxy"))
-            for proxy in given.proxies
+            PROXIES[proxy]: stack.enter_context(served(options.bundle, free_port(), haproxy=proxy == "haproxy"))
+            for proxy in options.proxies
         }
         if importlib.util.find_spec("litserve") is not None:
-            targets[LITSERVE] = stack.enter_context(other_server("litserve", given.bundle, free_port()))
+            targets[LITSERVE] = stack.enter_context(other_server("litserve", options.bundle, free_port()))
         else:
             print("LitServe is not installed: uv run --with litserve python benchmarks/serve.py ...\n")
-        targets[NAIVE] = stack.enter_context(other_server("naive", given.bundle, free_port()))
+        targets[NAIVE] = stack.enter_context(other_server("naive", options.bundle, free_port()))
         others = [name for name in targets if name not in PROXIES.values()]
         for images, clients in loads:
             for name, target in targets.items():
                 if images > 1 and name == LITSERVE:
                     continue  # its batches are of requests
                 case = f"{name}, {images} a body, {clients} clients"
-                runs[case] = contestants[case] = Measured(target, tiled[:images], clients, given.seconds)
+                runs[case] = contestants[case] = Measured(target, tiled[:images], clients, options.seconds)
                 if images > 1:
                     cases.append((case, f"in this process, {images} a batch"))
                 else:
@@ -343,15 +343,15 @@ def main() -> None:
         # A replica computes with one thread (args.threads): that is what its model may be compared with.
         for images in large:
             contestants[f"in this process, {images} a batch"] = in_process(
-                given.bundle, tiled[:images], 1, given.seconds
+                options.bundle, tiled[:images], 1, options.seconds
             )
         for target in targets.values():  # warm up
             Measured(target, tiled[:1], 8, 2.0)()
-        rates = interleave(contestants, given.rounds)
+        rates = interleave(contestants, options.rounds)
     ratios = {f"{case} / {other}": ratio(rates[case], rates[other]) for case, other in cases}
-    show(given, loads, runs, rates, ratios)
+    show(options, loads, runs, rates, ratios)
     finish(
-        given.json,
+        options.json,
         "serve",
         start,
         {
@@ -366,7 +366,7 @@ def main() -> None:
 
 
 def show(
-    given: argparse.Namespace,
+    options: argparse.Namespace,
     loads: list[tuple[int, int]],
     runs: dict[str, Measured],
     rates: dict[str, Spread],
@@ -385,7 +385,7 @@ def show(
                 f"{run.tail.median:.1f}",
             ]
         )
-    title = f"{given.rounds} rounds of {given.seconds:g} s"
+    title = f"{options.rounds} rounds of {options.seconds:g} s"
     show_table(title, ["", "requests/s", "min - max", "images/s", "p50 ms", "p95 ms", "p99 ms", "p99/p50"], rows)
     pairs = [[name, f"{r.median:.2f}", f"{min(r.values):.2f} - {max(r.values):.2f}"] for name, r in ratios.items()]
     show_table("ratio, round by round", ["", "median", "min - max"], pairs)

@@ -325,10 +325,13 @@ def first_model(session: Session, folder: Path) -> None:
 
 
 def is_running(session: Session) -> bool:
+    """Whether the service runs with both replicas."""
     done = session.nodes.popen(1, "bash", "-c", "serve status 2> /dev/null")
     output, _ = done.communicate(timeout=60)
     applications = (yaml.safe_load(output) or {}).get("applications", {}) if done.returncode == 0 else {}
-    return bool(applications.get("classifier", {}).get("status") == "RUNNING")
+    service = applications.get("classifier", {})
+    replicas = service.get("deployments", {}).get("Classifier", {}).get("replica_states", {})
+    return bool(service.get("status") == "RUNNING" and replicas == {"RUNNING": 2})
 
 
 def second_model(session: Session, folder: Path, report: Path) -> None:
@@ -360,6 +363,8 @@ def second_model(session: Session, folder: Path, report: Path) -> None:
         show_report(page, {"outcomes": {}}, read_report(report))
         session.run(f"cat {folder}/models/live.json")
         page.command(nodes.start(3))
+        wait_for(lambda: is_running(session), 120, "the second replica")
+        page.add("# node 3 has a replica again")
 
 
 def checkpoints_while_draining(nodes: Nodes, run: Path) -> tuple[float, list[str]]:

@@ -63,7 +63,7 @@ def test_a_worker_killed_within_an_epoch_costs_what_came_after_the_newest_checkp
     cluster: Cluster, tmp_path: Path
 ) -> None:
     run = Storage(tmp_path / "killed")
-    flags = ("--cluster.num_workers", "2", "--data.source.num_train", "700", "--train.checkpoint_seconds", "0.3")
+    flags = ("--cluster.num_workers", "2", "--data.source.num_train", "1400", "--train.checkpoint_seconds", "0.2")
     process = cluster.popen([*command(tmp_path, "killed", *flags, epochs=3), "--verbose", "--track", "tensorboard"])
 
     def within_an_epoch() -> bool:
