@@ -156,8 +156,9 @@ def own_ray(folder: Path) -> dict[str, str]:
 
 
 def joint_config(preset: str, **train: Any) -> Config:
-    """A preset in joint mode with alpha 0.005 and batches of 128, with other ``train`` settings as given."""
+    """A preset in joint mode with alpha 0.005, batches of 128 and SGD, with further ``train`` settings."""
     flags = ["--train.mode", "joint", "--train.alpha", "0.005", "--train.batch_size", str(BATCH_SIZE)]
+    flags += ["--train.optimizer", "{name: sgd, lr: 0.01, momentum: 0.9, weight_decay: 0.0005}"]  # as the obvious loop
     config = load_config(preset, flags=flags)
     return config.model_copy(update={"train": config.train.model_copy(update=train)})
 

@@ -30,16 +30,6 @@ IMAGES = ROOT / "docs" / "images"
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 MISSING = "-"
 NEUTRAL = "#444444"
-VERDICTS = (
-    ("verdict holds: below 5%", 0, 5, "#e4f1e6"),
-    ("verdict weak: 5 to 20%", 5, 20, "#fbf3d9"),
-    ("verdict broken: above 20%", 20, 105, "#f9e6e3"),
-)
-GROUPS = {
-    "keyed": ("#7a5195", "keyed schemes"),
-    "paper": ("#c0392b", "paper's method, by alpha"),
-    "code": ("#1f6fb2", "six-bit code"),
-}
 
 Row = dict[str, str]
 Interval = tuple[list[float], list[float]]
@@ -153,75 +143,6 @@ def error_bars(rows: list[Row], value: str, low: str, high: str) -> Interval:
     return below, above
 
 
-def draw_front() -> Any:
-    """Draw re-identification rate against accuracy at 16 x 16: the strongest attack, and reconstruction attacks."""
-    from matplotlib.figure import Figure
-
-    rows = [row for row in load_rows("codes_16") if row["figure_label"]]
-    plain = next(float(row["accuracy_percent"]) for row in rows if row["group"] == "plain")
-    figure = Figure(figsize=(7.0, 5.6))
-    axes = figure.subplots()
-    for _, low, high, color in VERDICTS:
-        axes.axhspan(low, high, color=color, lw=0, zorder=0)
-    axes.axvline(plain, color=NEUTRAL, ls="--", lw=1.3)
-    for group, (color, _) in GROUPS.items():
-        draw_group(axes, [row for row in rows if row["group"] == group], color)
-    axes.set(xlim=(46, 73), ylim=(-3, 105))
-    axes.set_xlabel("test accuracy on protected images, % (better to the right)")
-    axes.set_ylabel("re-identification rate, % (better below)")
-    axes.set_title("Accuracy and leakage on CIFAR-10 at 16 x 16 pixels, seed 0, 95% intervals")
-    figure.legend(handles=front_legend(plain), loc="outside lower center", ncols=3)
-    return figure
-
-
-def draw_group(axes: Any, rows: list[Row], color: str) -> None:
-    """Draw one kind of protection: filled for the strongest attack, open for reconstruction attacks."""
-    matched = [row for row in rows if row["known_gallery_percent"]]
-    for row in matched:
-        ends = [float(row["reidentified_percent"]), float(row["known_gallery_percent"])]
-        axes.plot([float(row["accuracy_percent"])] * 2, ends, color=color, lw=0.9, alpha=0.6, zorder=1)
-    kinds = (
-        (matched, "known_gallery", color),
-        ([row for row in rows if row["reconstruction_attack"] == "chosen_plaintext"], "reidentified", color),
-        ([row for row in rows if row["reconstruction_attack"] == "inverse"], "reidentified", "white"),
-    )
-    for points, attack, fill in kinds:
-        x, y = numbers(points, "accuracy_percent"), numbers(points, f"{attack}_percent")
-        x_bars = error_bars(points, "accuracy_percent", "accuracy_low_percent", "accuracy_high_percent")
-        y_bars = error_bars(points, f"{attack}_percent", f"{attack}_low_percent", f"{attack}_high_percent")
-        axes.errorbar(x, y, xerr=x_bars, yerr=y_bars, fmt="o", color=color, mfc=fill, elinewidth=1.0, zorder=3)
-    for row in rows:
-        place = float(row["accuracy_percent"]), float(row["reidentified_percent"])
-        offset, align = label_position(row)
-        axes.annotate(row["figure_label"], place, xytext=offset, textcoords="offset points", ha=align, fontsize=8.5)
-
-
-def label_position(row: Row) -> tuple[tuple[float, float], str]:
-    """Offset in points and alignment of a point's label, so that labels do not meet bars and lines."""
-    if row["group"] == "keyed":
-        return (0, -15), "center"
-    if float(row["reidentified_percent"]) > 95:
-        return (8, -15), "left"
-    if row["group"] == "code" or float(row["accuracy_percent"]) < 59:
-        return (-8, 7), "right"
-    return (8, 5), "left"
-
-
-def front_legend(plain_accuracy: float) -> list[Any]:
-    """What colors, markers, lines and bands of the front mean."""
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    markers = [
-        Line2D([], [], marker="o", ls="", color=NEUTRAL, label="strongest attack"),
-        Line2D([], [], marker="o", ls="", color=NEUTRAL, mfc="white", label="inverse attack, earlier version"),
-        Line2D([], [], ls="--", lw=1.3, color=NEUTRAL, label=f"accuracy on plain images: {plain_accuracy:.1f}%"),
-    ]
-    groups = [Line2D([], [], marker="s", ls="", color=color, label=label) for color, label in GROUPS.values()]
-    bands = [Patch(facecolor=color, edgecolor="#c9c9c9", label=label) for label, _, _, color in VERDICTS]
-    return markers + groups + bands
-
-
 def draw_table1() -> Any:
     """Draw the accuracies of Table I, the paper's and raypp's, sorted by raypp's."""
     from matplotlib.figure import Figure
@@ -277,7 +198,6 @@ def draw_search() -> Any:
 
 
 FIGURES: dict[str, tuple[Callable[[], Any], str]] = {
-    "front": (draw_front, "codes_16"),
     "search": (draw_search, "search_front"),
     "table1": (draw_table1, "table1"),
 }

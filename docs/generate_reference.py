@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import raypp
 from raypp.attacks import ATTACKS
 from raypp.cli.main import app
 from raypp.config.describe import REQUIRED, Setting, describe_settings
 from raypp.config.schema import Config
+from raypp.metrics.cost import multiply_accumulates
 from raypp.protections import PROTECTIONS
 from raypp.serve.api import attack_api, classifier_api
 from raypp.serve.schemas import COMMON_PROBLEMS, OTHER_PATHS
@@ -136,9 +136,8 @@ def _client_cost(kind: Any) -> str:
     """Parameters and multiply-accumulates of a protection with its default options, for one image of 32 x 32."""
     options = kind.Options()
     protection = kind(options, channels=3, key=Key(bytes(32)) if kind.needs_key(options) else None).eval()
-    with FlopCounterMode(display=False) as counter:
-        protection(torch.zeros(1, 3, 32, 32))
-    num_parameters, products = sum(p.numel() for p in protection.parameters()), counter.get_total_flops() / 2e6
+    num_parameters = sum(p.numel() for p in protection.parameters())
+    products = multiply_accumulates(protection, torch.zeros(1, 3, 32, 32)) / 1e6
     if not num_parameters:
         return "Cost for the client: it moves and changes values; no multiplications."
     return (

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from raypp.dispatch import import_from_ray
+from raypp.evaluation.reidentification import rates_by_gallery_size
 from raypp.evaluation.report.figures import score_boxes
 from raypp.evaluation.report.source import read_source
-from raypp.evaluation.scorecard import reidentification_rate
 from raypp.evaluation.training_curves import training_curves
 from raypp.loaded_bundle import Bundle
 from raypp.result import ACCURACY_HEADER, Result, Rows, accuracy_row
@@ -81,8 +81,32 @@ class Scorecard(Result):
 
     @property
     def reidentification_rate(self) -> float | None:
-        """Share of originals that the strongest attack re-identifies in the gallery."""
+        """Share of originals that the strongest attack re-identifies in a gallery of ``num_gallery`` images."""
         return self.values["reidentification_rate"]  # type: ignore[no-any-return]
+
+    @property
+    def bits_identified(self) -> float | None:
+        """Mean of log2 M - log2(rank + 1) over the queries, by the strongest attack in a gallery of M images."""
+        return self.values["bits_identified"]  # type: ignore[no-any-return]
+
+    @property
+    def num_gallery(self) -> int:
+        """Number of images in the gallery for which the verdict holds."""
+        return self.values["num_gallery"]  # type: ignore[no-any-return]
+
+    @property
+    def rates_by_gallery_size(self) -> dict[int, float]:
+        """Expected re-identification rate of the strongest attack in smaller galleries, by their size."""
+        if self.strongest_attack is None:
+            return {}
+        scores = self.values["attacks"][self.strongest_attack]["scores"]
+        return rates_by_gallery_size(scores)
+
+    @property
+    def cloud_gain(self) -> float | None:
+        """Accuracy minus that of the classifier that the client could run alone; None if it was not measured."""
+        client = self.values.get("client")
+        return None if client is None else client["cloud_gain"]
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per attack and baseline: re-identification rate, mean scores, verdict."""
@@ -94,6 +118,7 @@ class Scorecard(Result):
                 "threat": attack["threat"],
                 "status": attack["status"],
                 "reidentification_rate": attack.get("reidentification_rate"),
+                "matcher": attack.get("matcher"),
                 "lower_bound": attack.get("lower_bound"),
                 "verdict": attack.get("verdict"),
                 **{metric: numbers["mean"] for metric, numbers in attack.get("scores", {}).items()},
@@ -102,7 +127,7 @@ class Scorecard(Result):
         ]
         for name, scores in self.values["baselines"].items():
             means = {metric: numbers["mean"] for metric, numbers in scores.items()}
-            rate = reidentification_rate(scores)
+            rate = means["reidentified"]
             rows.append({"attack": f"baseline: {name}", "status": "done", "reidentification_rate": rate} | means)
         return pd.DataFrame(rows).set_index("attack")
 
@@ -118,21 +143,20 @@ class Scorecard(Result):
 
     def _title(self) -> str:
         reason = f": {self.values['verdict_reason']}" if self.values["verdict_reason"] else ""
-        return f"{self.values['label']}: {self.verdict} by {self.strongest_attack}{reason}"
+        gallery = f" in a gallery of {self.num_gallery:,} images"
+        return f"{self.values['label']}: {self.verdict} by {self.strongest_attack}{gallery}{reason}"
 
     def _table(self) -> Rows:
-        rows: Rows = [("attack", "threat", "re-identified", "SSIM", "verdict")]
+        rows: Rows = [("attack", "threat", "re-identified", "bits", "SSIM", "verdict")]
         for name, attack in self.values["attacks"].items():
             if attack["status"] == "done":
                 rate = f"{'≥ ' if attack['lower_bound'] else ''}{attack['reidentification_rate']:.1%}"
-                rows.append(
-                    (name, attack["threat"], rate, f"{attack['scores']['ssim']['mean']:.3f}", attack["verdict"])
-                )
+                rows.append((name, attack["threat"], rate, *_bits_and_ssim(attack["scores"]), attack["verdict"]))
             else:
-                rows.append((name, attack["threat"], "-", "-", attack["status"]))
+                rows.append((name, attack["threat"], "-", "-", "-", attack["status"]))
         for name, scores in self.values["baselines"].items():
-            rate = f"{reidentification_rate(scores):.1%}"
-            rows.append((f"baseline: {name}", "", rate, f"{scores['ssim']['mean']:.3f}", ""))
+            rate = f"{scores['reidentified']['mean']:.1%}"
+            rows.append((f"baseline: {name}", "", rate, *_bits_and_ssim(scores), ""))
         return rows
 
 
@@ -202,6 +226,10 @@ class Table1(Result):
             mean = "-" if row["accuracy"] is None else f"{row['accuracy']:.2%}"
             rows.append((row["data"], row["method"], paper, mean, str(row["seeds"])))
         return rows
+
+
+def _bits_and_ssim(scores: dict[str, dict[str, float]]) -> tuple[str, str]:
+    return f"{scores['bits_identified']['mean']:.1f}", f"{scores['ssim']['mean']:.3f}"
 
 
 def _image(png: bytes) -> Image.Image:

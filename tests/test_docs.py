@@ -99,8 +99,10 @@ SHORT: dict[str, dict[str, str]] = {
         "--search.num_attacked": "1",
         "--search.attack": "{width: 4, train: {epochs: 1}}",
     },
+    "--name first-itn": {"--itn.train.epochs": "1", "--num_queries": "50"},
     "--name first-attack": {"--inverse.train.epochs": "1", "--inverse.width": "8"},
     "train quickstart --name first": FIRST,
+    "--name alpha-0": FIRST | {"--train.epochs": "1"},  # on the images of the first run
     "--name own": FROM_PARQUET,
     "--name large": FROM_PARQUET
     | {
@@ -162,6 +164,8 @@ def check_attack(words: list[str]) -> None:
         assert card["attacks"]["inverse"]["reidentification_rate"] > (0.2 if IN_FULL else 0.05)
         assert card["num_queries"] == (500 if IN_FULL else 200)
         assert "Verdict: **broken**" in Path("runs/first/bundle/MODEL_CARD.md").read_text()
+    elif name == "first-itn":
+        assert card["attacks"]["itn"]["status"] == "done"
     elif name == "few":
         attacks = {"inverse"} | ({"minimum_difference"} if "--resume" in words else set())
         assert {n for n, a in card["attacks"].items() if a["status"] == "done"} == attacks
@@ -207,6 +211,11 @@ def check_evaluate(words: list[str]) -> None:
         assert numbers["accuracy"] == trained["accuracy"] >= FIRST_ACCURACY
 
 
+def check_figure(words: list[str]) -> None:
+    for kind in ("svg", "png"):
+        assert (Path("figures") / f"figure{words[2]}.{kind}").stat().st_size > 10_000
+
+
 def check_publish(words: list[str]) -> None:
     assert _json(f"{words[3]}/live.json")
 
@@ -235,7 +244,7 @@ CHECKS = {
     "train": check_train, "attack": check_attack, "tune": check_tune, "table1": check_table1, "protect": check_protect,
     "data": check_data, "evaluate": check_evaluate, "publish": check_publish, "token": check_token,
     "serve": check_serve, "quickstart": check_quickstart, "config": check_printed, "list": check_printed,
-    "doctor": check_printed, "--version": check_printed,
+    "doctor": check_printed, "--version": check_printed, "figure": check_figure,
 }  # fmt: skip
 
 

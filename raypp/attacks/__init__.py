@@ -13,8 +13,12 @@ ATTACKS = Registry(
         "chosen_plaintext": "raypp.attacks.chosen_plaintext:ChosenPlaintext",
         "itn": "raypp.attacks.inverse:ITN",
         "inverse": "raypp.attacks.inverse:Inverse",
+        "inverse_conditional": "raypp.attacks.inverse:InverseConditional",
+        "flow_matching": "raypp.attacks.flow_matching:FlowMatching",
         "white_box": "raypp.attacks.white_box:WhiteBox",
         "codebook": "raypp.attacks.codebook:Codebook",
+        "attribute_inference": "raypp.attacks.attribute_inference:AttributeInference",
+        "learned_matcher": "raypp.attacks.learned_matcher:LearnedMatcher",
         "known_gallery": "raypp.attacks.known_gallery:KnownGallery",
     },
 )

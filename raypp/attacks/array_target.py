@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from raypp.attacks.base import AttackerKnowledge, ImageMap, protect_in_batches
+from raypp.attacks.statements import logits_of, stated_noise_std
 from raypp.attacks.target import KNOWN_PAIRS, Target, check_image_size
 from raypp.attacks.user_function import checked_map
 from raypp.metrics.statistics import wilson_interval
@@ -28,7 +29,8 @@ class ArrayTarget:
 
     Attributes:
         protection: a function from and to NumPy uint8 (N, H, W, C), or a module from and to float (N, C, H, W) in
-            [0, 1]. With ``key_generator`` it takes images and a key.
+            [0, 1]. With ``key_generator`` it takes images and a key. An attribute ``noise_std`` states Gaussian noise,
+            in gray levels. A module's method ``logits`` returns its output before the last sigmoid.
         images: the gallery, uint8 (N, H, W, C), with ``labels`` (N,) or None.
         attacker_images: the attacker's images, uint8 (M, H, W, C); None takes half of ``images``.
         classifier: from protected images uint8 (N, H, W, C) to classes (N,), or a module from float to logits.
@@ -92,7 +94,7 @@ def load_array_target(
     gallery_labels, labels = gallery_labels.to(device), labels.to(device)
     truth = torch.from_numpy(rng.permutation(len(gallery))[:num_queries]).to(device)
     half = len(images) // 2
-    is_module = isinstance(arrays.protection, nn.Module)
+    has_gradients = isinstance(arrays.protection, nn.Module) and arrays.key_generator is None
     access = AttackerKnowledge(
         shape=(gallery.shape[1], gallery.shape[2], gallery.shape[3]),
         images=images,
@@ -102,7 +104,9 @@ def load_array_target(
         fresh=(lambda number: arrays.protect_with(number, device)) if arrays.key_generator is not None else None,
         pairs=(images[:KNOWN_PAIRS], protect(images[:KNOWN_PAIRS])),
         protect=protect,
-        gradients=arrays.protection if is_module and arrays.key_generator is None else None,
+        noise_std=stated_noise_std(arrays.protection, arrays.name),
+        gradients=arrays.protection if has_gradients else None,
+        logits=logits_of(arrays.protection) if has_gradients else None,
         gallery=gallery,
         device=device,
     )

@@ -11,14 +11,8 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
 from torch import Tensor
 
-from raypp.config.overrides import deep_merge
-from raypp.config.schema import OptimizationConfig
-from raypp.data.loader import Augmentation, DeviceLoader
-from raypp.models.perceptual import StateDict
-from raypp.training.task import Phase, Task, TrainableModule
 from raypp.utils.errors import RayppError
 from raypp.utils.registry import MethodConfig
 
@@ -30,6 +24,8 @@ ImageMap = Callable[[Tensor], Tensor]
 
 MAX_PADDING = 11  # pixels that blocks add to a side; a larger difference is another size
 PROTECT_BATCH_SIZE = 500
+MAX_VAL = 1000  # validation images, which are some of the attacker's own
+MAX_VAL_GALLERY = 10_000  # of the attacker's images, among which the validation images are re-identified
 
 
 class Threat(Enum):
@@ -65,7 +61,10 @@ class AttackerKnowledge:
         fresh: returns the algorithm under a key of the attacker, a different one for each number (T2).
         pairs: plain and protected images under the target's key, uint8 (N, C, H, W) and (N, C, H', W') (T3).
         protect: the target's protection as an oracle (T4).
+        noise_std: standard deviation in gray levels of Gaussian noise that the protection states, see
+            :func:`raypp.attacks.statements.stated_noise_std` (T4).
         gradients: the differentiable protection, from and to float (N, C, H, W) in [0, 1] (T5).
+        logits: the same before the sigmoid that ends it, to float without bounds (T5).
         gallery: plain images that may contain the originals, uint8 (M, C, H, W).
         classify: the cloud's classifier, from protected images uint8 to classes int64 (N,).
         earlier: trained networks of other attacks by name.
@@ -81,7 +80,9 @@ class AttackerKnowledge:
     fresh: Callable[[int], ImageMap] | None = None
     pairs: tuple[Tensor, Tensor] | None = None
     protect: ImageMap | None = None
+    noise_std: float | None = None
     gradients: ImageMap | None = None
+    logits: ImageMap | None = None
     gallery: Tensor | None = None
     classify: ImageMap | None = None
     earlier: dict[str, ImageMap] | None = None
@@ -101,6 +102,7 @@ KNOWLEDGE_DESCRIPTIONS = {
     "protect": "the protection as an oracle",
     "gradients": "a differentiable protection",
     "gallery": "a gallery of plain images",
+    "classify": "the cloud's classifier",
 }
 """Fields of :class:`AttackerKnowledge` in words."""
 
@@ -139,6 +141,19 @@ def tensor_sha256(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
+def shuffle_indices(num: int, seed: int) -> Tensor:
+    """Return a random order int64 (num,) of the attacker's images, which begins with the validation images.
+
+    Attacks of one seed share the order, so that one attack's validation images are no training images of another.
+    """
+    return torch.randperm(num, generator=torch.Generator().manual_seed(seed))
+
+
+def count_validation_images(num: int) -> int:
+    """Return the number of validation images among ``num``: a tenth, at least 1 and at most ``MAX_VAL``."""
+    return min(MAX_VAL, max(1, num // 10))
+
+
 def required(value: T | None) -> T:
     """Return a field of :class:`AttackerKnowledge` that the attack's ``needs`` guarantee."""
     assert value is not None
@@ -167,11 +182,18 @@ class Attack(ABC):
     draws: ClassVar[bool] = True
     """Whether it reconstructs images; otherwise it only picks one of a gallery."""
     max_queries: int | None = None
-    """Most images that it attacks, where each one is expensive; available after :meth:`prepare`."""
+    """Most images that it attacks, where each one is expensive; available after :meth:`prepare`, and of an attack that
+    trains a network after :meth:`TrainedAttack.load`."""
     effort: str | None = None
     """The option that sets its number of steps, if it trains no network; half of it is measured too."""
     cost: ClassVar[str] = "One pass over the protected images; it trains nothing."
     """Its computation, for the reference page."""
+    matcher: ClassVar[str] = "cosine"
+    """The matcher of its estimates (:mod:`raypp.metrics.matchers`) if it has no validation images."""
+    max_validation: ClassVar[int] = 0
+    """Most of the attacker's images that it attacks to select its matcher; see :meth:`validation_images`."""
+    extra_scores: ClassVar[dict[str, str]] = {}
+    """Descriptions of the scores that :meth:`measure` returns, by name."""
     note: str = ""
     """A summary of its result on the target, available after :meth:`prepare`."""
 
@@ -193,110 +215,32 @@ class Attack(ABC):
             AttackError: it does not apply to this target.
         """
 
+    def validation_images(self) -> tuple[Tensor, Tensor] | None:
+        """Return images of the attacker, none of which it trained on, to select its matcher; None without them.
+
+        An attack without training needs ``max_validation`` and the protection as an oracle.
+
+        Returns:
+            a gallery of plain images uint8 (M, C, H, W), and the protected versions uint8 (N, C', H', W') of its first
+            N images.
+        """
+        images, protect = self.access.images, self.access.protect
+        if not self.max_validation or images is None or protect is None:
+            return None
+        gallery = images[shuffle_indices(len(images), self.seed)[:MAX_VAL_GALLERY].to(images.device)]
+        num = min(count_validation_images(len(images)), self.max_validation)
+        return gallery, protect_in_batches(protect, gallery[:num])
+
     @abstractmethod
     def reconstruct(self, protected: Tensor) -> Tensor:
         """Estimate plain images uint8 (N, C, H, W) from protected ones uint8 (N, C', H', W')."""
 
-
-class TrainedOptions(MethodConfig):
-    """Options of an attack that trains a network; settings missing in ``train`` have the attack's own defaults."""
-
-    train: OptimizationConfig
-
-    @model_validator(mode="before")
-    @classmethod
-    def _merge_with_defaults(cls, values: Any) -> Any:
-        train = values.get("train") if isinstance(values, dict) else None
-        if not isinstance(train, dict):
-            return values
-        default: OptimizationConfig = cls.model_fields["train"].default
-        return values | {"train": deep_merge(default.model_dump(mode="json"), train)}
-
-
-class AttackTask(Task):
-    """A training task with one phase, whose batches workers can share.
-
-    Args:
-        attack: the attack with its options and knowledge.
-        epochs: number of epochs.
-        images: training images uint8 (N, C, H, W).
-        indices: their numbers (N,), which come with the batches.
-        protected: protected images that identify the data, unless the attacker has an oracle.
-        augmentation: augmentation before protecting.
-    """
-
-    divergence_hint = "learning rate (optimizer.lr)"
-
-    def __init__(
-        self,
-        attack: TrainedAttack,
-        epochs: int,
-        images: Tensor,
-        indices: Tensor,
-        protected: Tensor,
-        augmentation: Augmentation,
-    ) -> None:
-        self.train, self.seed = attack.options.train, attack.seed
-        self.phases = [Phase(attack.options.name, epochs)]
-        self.images, self.indices, self.augmentation = images, indices, augmentation
-        # An oracle may use a new key for each image, so its protected images do not identify the data.
-        self.fingerprint = tensor_sha256(images, *([] if attack.access.has_oracle else [protected]))
-        self.share(0, 1)
-
-    def share(self, rank: int, world: int) -> None:
-        """Set this worker's share of every batch."""
-        self.batches = DeviceLoader(
-            self.images.permute(0, 2, 3, 1),
-            self.indices,
-            batch_size=self.train.batch_size,
-            seed=self.seed,
-            augmentation=self.augmentation,
-            rank=rank,
-            world=world,
-        )
-
-    def on_phase_end(self, phase: Phase, trainee: TrainableModule) -> None:
-        return
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        return
-
-
-class TrainedAttack(Attack):
-    """An attack that trains a network before :meth:`reconstruct`.
-
-    The network trains in the project's trainer, so that it can stop, resume and run on several workers. :meth:`task`
-    defines the training, and :meth:`load` takes its result.
-    """
-
-    @property
-    @abstractmethod
-    def num_images(self) -> int:
-        """Number of training images, without those for validation."""
-
-    @abstractmethod
-    def task(self, share_epochs: float = 1.0, num_images: int | None = None) -> AttackTask:
-        """Build the training task.
+    def measure(self, plain: Tensor, protected: Tensor, truth: Tensor) -> dict[str, Tensor]:
+        """Return the values (N,) of ``extra_scores``, which do not compare estimates with originals.
 
         Args:
-            share_epochs: fraction of the epochs.
-            num_images: number of training images, None for all; the number of steps stays the same.
+            plain: originals uint8 (N, C, H, W).
+            protected: their protected versions uint8 (N, C', H', W').
+            truth: indices of the originals in the gallery, int64 (N,).
         """
-
-    def _num_epochs(self, share_epochs: float, num_images: int | None) -> int:
-        """Epochs of :meth:`task`: more of them on fewer images, for the same number of steps."""
-        epochs: int = max(1, round(self.options.train.epochs * share_epochs))
-        if num_images is not None and num_images < self.num_images:
-            epochs = max(1, round(epochs * self.num_images / num_images))
-        return epochs
-
-    @abstractmethod
-    def state(self, trainee: Any) -> StateDict:
-        """Weights of a trained task that :meth:`reconstruct` needs."""
-
-    @abstractmethod
-    def load(self, state: StateDict) -> None:
-        """Load weights that :meth:`state` returned."""
+        return {}

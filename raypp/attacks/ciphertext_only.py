@@ -25,6 +25,7 @@ class FeatureReconstruction(Attack):
         """Invert the values of the lower half instead of those of the upper one."""
 
     threat: ClassVar[Threat] = Threat.T0
+    matcher: ClassVar[str] = "edges"  # folded values keep contours, not brightness
 
     def reconstruct(self, protected: Tensor) -> Tensor:
         protected = match_shape(protected, self.access.shape)
@@ -43,6 +44,7 @@ class MinimumDifference(Attack):
         name: Literal["minimum_difference"] = "minimum_difference"
 
     threat: ClassVar[Threat] = Threat.T0
+    matcher: ClassVar[str] = "edges"  # its colors may be wrong
 
     def prepare(self) -> None:
         if self.access.shape[0] != 3:

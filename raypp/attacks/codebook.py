@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from raypp.attacks.base import Attack, AttackError, Threat, required
+from raypp.attacks.image_fitting import fit_images
 from raypp.attacks.inverse_network import reconstruction_loss
 from raypp.utils.images import to_uint8
 from raypp.utils.registry import MethodConfig
@@ -52,7 +53,13 @@ class Codebook(Attack):
         for batch, indices in zip(images.split(size), members.split(size), strict=True):
             sums.index_add_(0, indices, batch.float().cpu() / 255)
         means = sums / counts.view(-1, 1, 1, 1)
-        self._reconstructions = to_uint8(self._fit(means.to(self.access.device), images, members))
+        options = self.options
+        fitted = fit_images(
+            means.to(self.access.device), images, members,
+            lambda estimates, originals: reconstruction_loss(estimates, originals, options).loss,
+            steps=options.steps, lr=options.lr, batch_size=options.batch_size, seed=self.seed,
+        )  # fmt: skip
+        self._reconstructions = to_uint8(fitted)
         self.note = (
             f"{num:,} different protected images of {len(images):,}, the commonest of {int(counts.max()):,} of them; "
             f"{self.options.steps} steps"
@@ -84,22 +91,3 @@ class Codebook(Attack):
                     f"{len(entries):,} of {len(members):,}, more than most = {self.options.most:,}"
                 )
         return entries, torch.tensor(members)
-
-    def _fit(self, means: Tensor, images: Tensor, members: Tensor) -> Tensor:
-        """Fit reconstructions (K, C, H, W) in [0, 1] to the images (N, C, H, W) of each entry, from the means on."""
-        options = self.options
-        generator = torch.Generator().manual_seed(self.seed)
-        reconstructions = means.clone().requires_grad_()
-        optimizer = torch.optim.Adam([reconstructions], lr=options.lr)
-        for step in range(options.steps):
-            optimizer.param_groups[0]["lr"] = options.lr * (1 - step / options.steps)
-            batch = torch.randint(len(images), (options.batch_size,), generator=generator)
-            target = images[batch.to(images.device)].to(reconstructions.device).float() / 255
-            with torch.enable_grad():
-                estimates = reconstructions[members[batch].to(reconstructions.device)]
-                optimizer.zero_grad()
-                reconstruction_loss(estimates, target, options).loss.backward()
-            optimizer.step()
-            with torch.no_grad():
-                reconstructions.clamp_(0, 1)
-        return reconstructions.detach()

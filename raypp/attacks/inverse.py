@@ -1,8 +1,9 @@
 """Inverse networks: a U-Net that learns plain images from protected ones.
 
-Three attacks use it. ``itn`` is the paper's ITN-Attack with the recipe of its authors' later code. ``inverse`` is our
-strongest recipe. ``inverse_own_keys`` knows only the algorithm and learns from the attacker's own keys. Source of
-``itn``: Ito, Kinoshita, Kiya 2020 (arXiv 2008.03143), section III-C, and the code of its journal version.
+Four attacks use it. ``itn`` is the paper's ITN-Attack with the recipe of its authors' later code. ``inverse`` is our
+strongest recipe, and ``inverse_conditional`` also knows the class. ``inverse_own_keys`` knows only the algorithm and
+learns from the attacker's own keys. Source of ``itn``: Ito, Kinoshita, Kiya 2020 (arXiv 2008.03143), section III-C,
+and the code of its journal version.
 """
 
 from __future__ import annotations
@@ -16,21 +17,24 @@ from pydantic import Field
 from torch import Tensor
 
 from raypp.attacks.base import (
+    MAX_VAL,
+    MAX_VAL_GALLERY,
     AttackerKnowledge,
-    AttackError,
-    AttackTask,
     Threat,
-    TrainedAttack,
+    count_validation_images,
     protect_in_batches,
     required,
+    shuffle_indices,
 )
 from raypp.attacks.inverse_network import (
+    AveragedModule,
     InverseBaseConfig,
     InverseModule,
     InverseNetwork,
     ProtectedBatches,
     reconstruction_loss,
 )
+from raypp.attacks.trained import AttackTask, TrainedAttack
 from raypp.config.schema import MultiStep, OptimizationConfig, Optimizer
 from raypp.data.loader import Augmentation
 from raypp.metrics.image import MIN_SIDE, finite_psnr, ssim
@@ -41,7 +45,6 @@ from raypp.training.distributed import all_reduce_sum
 from raypp.training.task import Phase, TrainableModule
 from raypp.utils.images import to_uint8
 
-MAX_VAL = 1000  # validation images, which are some of the attacker's own
 VALIDATION_KEY = 2**31  # number of the attacker's key for validation; those for training are smaller
 
 TrainingData = tuple[Tensor, ProtectedBatches, Callable[[Tensor], Tensor]]
@@ -54,11 +57,11 @@ class InverseTask(AttackTask):
     def __init__(self, attack: InverseAttack, epochs: int, num_images: int | None) -> None:
         self.attack, options = attack, attack.options
         images, self.source, protect_indices = attack.training_data
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(attack.seed)).to(images.device)
-        num_val = len(images) - attack.num_images
+        order = shuffle_indices(len(images), attack.seed).to(images.device)
+        num_val = count_validation_images(len(images))
         train_indices, self.val_indices = order[num_val:][:num_images], order[:num_val]
         self.val = images[self.val_indices], protect_indices(self.val_indices)  # plain and protected
-        self.labels = attack.access.labels if options.conditional else None
+        self.labels = attack.access.labels if attack.conditional else None
         augment = attack.access.has_oracle and not options.fixed_pairs
         augmentation = Augmentation(options.crop_padding if augment else 0, options.flip and augment)
         super().__init__(attack, epochs, images[train_indices], train_indices, self.val[1], augmentation)
@@ -66,7 +69,7 @@ class InverseTask(AttackTask):
     def build(self, phase: Phase) -> InverseModule:
         torch.manual_seed(self.seed)
         network = self.attack.network(self.val[1].shape[1:])
-        network.fit_normalization(self.val[1].cpu())
+        network.inputs.fit_normalization(self.val[1].cpu())
         return InverseModule(network, self.source, self.labels, self.attack.options)
 
     @torch.inference_mode()
@@ -77,7 +80,9 @@ class InverseTask(AttackTask):
         num = len(plain[rank::world])
         sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=plain.device)
         if num:  # with few images a worker may have none
-            scores = self._scores(trainee.final.eval(), slice(rank, None, world))
+            network = trainee.final.eval()
+            assert isinstance(network, InverseNetwork)
+            scores = self._scores(network, slice(rank, None, world))
             sums = torch.stack([*(scores[name].double().sum() for name in names), sums.new_tensor(num)])
         *totals, num_images = all_reduce_sum(sums).tolist()
         return {f"val_{name}": total / num_images for name, total in zip(names, totals, strict=True)}
@@ -111,33 +116,37 @@ def reconstruct_in_batches(network: InverseNetwork, protected: Tensor, labels: T
 
 
 class InverseAttack(TrainedAttack):
-    """Base of the three attacks."""
+    """Base of the attacks that learn from pairs of plain and protected images."""
 
     needs: ClassVar[tuple[str, ...]] = ("pairs",)
+    conditional: ClassVar[bool] = False
+    """Whether the class is an input of the network."""
+    max_validation: ClassVar[int] = MAX_VAL
 
     def network(self, protected: Sequence[int]) -> InverseNetwork:
         """Build the network for protected images of the shape (C', H', W')."""
         channels, height, width = protected
-        num_classes = self.access.num_classes if self.options.conditional else 0
+        num_classes = self.access.num_classes if self.conditional else 0
         return InverseNetwork(self.access.shape, (channels, height, width), self.options, num_classes)
 
     @classmethod
     def lacking(cls, access: AttackerKnowledge) -> list[str]:
         missing = super().lacking(access)
         can_protect = access.protect is not None and access.images is not None
-        return [] if can_protect and missing == ["pairs"] else missing
+        return [need for need in missing if need != "pairs" or not can_protect]
 
     @property
     def num_images(self) -> int:
         num = len(self.training_data[0])
-        return num - min(MAX_VAL, max(1, num // 10))
+        return num - count_validation_images(num)
+
+    def validation_images(self) -> tuple[Tensor, Tensor]:
+        images, _, protect_indices = self.training_data
+        order = shuffle_indices(len(images), self.seed).to(images.device)
+        num = min(count_validation_images(len(images)), self.max_validation)
+        return images[order[:MAX_VAL_GALLERY]], protect_indices(order[:num])
 
     def task(self, share_epochs: float = 1.0, num_images: int | None = None) -> InverseTask:
-        if self.options.conditional and (self.access.classify is None or not self.access.num_classes):
-            raise AttackError(
-                f"attack {self.options.name} with conditional = true needs the cloud's classifier, which this "
-                "target does not provide"
-            )
         return InverseTask(self, self._num_epochs(share_epochs, num_images), num_images)
 
     @cached_property
@@ -157,18 +166,18 @@ class InverseAttack(TrainedAttack):
         return plain, lambda _, indices: protected[indices].float() / 255, lambda indices: protected[indices]
 
     def state(self, trainee: TrainableModule) -> StateDict:
-        assert isinstance(trainee, InverseModule)
+        assert isinstance(trainee, AveragedModule)
         return {k: v.detach().cpu() for k, v in trainee.final.state_dict().items()}
 
     def load(self, state: StateDict) -> None:
-        self._network = self.network(state["protected"].tolist())
+        self._network = self.network(state["inputs.protected"].tolist())
         self._network.load_state_dict(state)
         self._network.to(self.access.device).eval().requires_grad_(False)
 
     @torch.inference_mode()
     def reconstruct(self, protected: Tensor) -> Tensor:
         protected = protected.to(self.access.device)
-        labels = required(self.access.classify)(protected) if self.options.conditional else None
+        labels = required(self.access.classify)(protected) if self.conditional else None
         return to_uint8(reconstruct_in_batches(self._network, protected, labels, self.options.train.eval_batch_size))
 
 
@@ -184,6 +193,22 @@ class Inverse(InverseAttack):
         name: Literal["inverse"] = "inverse"
 
     threat: ClassVar[Threat] = Threat.T4
+
+
+class InverseConditional(InverseAttack):
+    """As ``inverse``, with the class as an input: the true one in training, the cloud's prediction in the attack.
+
+    The cloud knows its own answers, so this is the attack of the classifier's owner.
+    """
+
+    cost: ClassVar[str] = "As `inverse`, and one pass of the cloud's classifier over the attacked images."
+
+    class Options(InverseBaseConfig):
+        name: Literal["inverse_conditional"] = "inverse_conditional"
+
+    threat: ClassVar[Threat] = Threat.T4
+    needs: ClassVar[tuple[str, ...]] = ("pairs", "classify")
+    conditional = True
 
 
 class ITN(InverseAttack):

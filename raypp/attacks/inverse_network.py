@@ -1,4 +1,4 @@
-"""The inverse network, its loss, and its exponential moving average."""
+"""The inverse network, its inputs and loss, and the exponential moving average of weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from raypp.attacks.base import Shape, TrainedOptions, size_mismatch
+from raypp.attacks.base import Shape, size_mismatch
+from raypp.attacks.standardize import StandardizedLogits
+from raypp.attacks.trained import TrainedOptions
 from raypp.config.schema import LinearWarmupDecay, OptimizationConfig, Optimizer
 from raypp.metrics.image import MIN_SIDE, ssim_for_loss
 from raypp.models.perceptual import StateDict
@@ -19,13 +21,62 @@ from raypp.models.unet import UNet
 from raypp.training.task import StepOutput, TrainableModule
 from raypp.utils.images import to_uint8
 
-LOGIT_EPS = 0.5 / 255  # minimum distance of a value from 0 and 1, whose logits are infinite
-MIN_STD = (0.02, 0.2)  # of a value and of its logit, so that nearly constant positions keep a small scale
 STEPS = "steps"  # key of the average's number of steps in checkpoints
-MAX_ZSCORE = 8.0  # largest distance of a standardized value from its mean, in standard deviations
 
 ProtectedBatches = Callable[[Tensor, Tensor], Tensor]
 """Maps plain images uint8 (n, C, H, W) and their indices (n,) to protected images float (n, C', H', W')."""
+
+
+class ProtectedInputs(nn.Module):
+    """Input planes of a network that reads protected images N x C' x H' x W' in [0, 1].
+
+    The planes have the size of protected images, or of plain images where the two differ by more than padding.
+
+    Args:
+        shape: (C, H, W) of plain images.
+        protected: (C', H', W') of protected ones.
+        options: ``standardize`` and ``places``.
+        num_classes: with more than 0, each image's class is an input.
+    """
+
+    protected: Tensor
+
+    def __init__(self, shape: Shape, protected: Shape, options: Any, num_classes: int = 0) -> None:
+        super().__init__()
+        self.plain_size, self.num_classes = shape[1:], num_classes
+        channels, *size = protected
+        self.resized = size_mismatch(size, self.plain_size)
+        height, width = self.plain_size if self.resized else size
+        self.register_buffer("protected", torch.tensor(protected))  # the state dict alone suffices to build the network
+        num_features = channels * 2 if options.standardize else channels
+        self.standardize = StandardizedLogits(channels, (height, width)) if options.standardize else None
+        self.places = nn.Parameter(torch.randn(1, options.places, height, width) * 0.1) if options.places else None
+        self.num_planes = num_features + options.places + num_classes
+
+    @torch.no_grad()
+    def fit_normalization(self, protected: Tensor) -> None:
+        """Set mean and standard deviation of every position from protected images uint8 (N, C', H', W')."""
+        if self.standardize is not None:
+            self.standardize.fit(self._resize(protected.float() / 255))
+
+    def _resize(self, protected: Tensor) -> Tensor:
+        if self.resized:
+            return F.interpolate(protected, size=self.plain_size, mode="bilinear", antialias=True)
+        return protected
+
+    def forward(self, protected: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return planes N x ``num_planes`` x H x W; ``labels`` (N,) are needed with classes."""
+        x = self._resize(protected)
+        if self.standardize is not None:
+            x = self.standardize(x)
+        planes = [x]
+        if self.places is not None:
+            planes.append(self.places.expand(len(x), -1, -1, -1))
+        if self.num_classes:
+            assert labels is not None
+            one_hot = F.one_hot(labels, self.num_classes).to(x.dtype)[:, :, None, None]
+            planes.append(one_hot.expand(-1, -1, *x.shape[2:]))
+        return torch.cat(planes, dim=1)
 
 
 class InverseNetwork(nn.Module):
@@ -41,58 +92,15 @@ class InverseNetwork(nn.Module):
         num_classes: with more than 0, each image's class is an input.
     """
 
-    mean: Tensor
-    std: Tensor
-    protected: Tensor
-
     def __init__(self, shape: Shape, protected: Shape, options: InverseBaseConfig, num_classes: int = 0) -> None:
         super().__init__()
-        self.size, self.num_classes, self.patch = shape[1:], num_classes, options.patch
-        channels, *size = protected
-        self.resized = size_mismatch(size, self.size)
-        size = list(self.size) if self.resized else size
-        self.register_buffer("protected", torch.tensor(protected))  # the state dict alone suffices to build the network
-        num_features = channels * 2 if options.standardize else channels
-        self.standardize = options.standardize
-        if self.standardize:
-            self.register_buffer("mean", torch.zeros(1, num_features, *size))
-            self.register_buffer("std", torch.ones(1, num_features, *size))
-        self.places = nn.Parameter(torch.randn(1, options.places, *size) * 0.1) if options.places else None
-        inputs = (num_features + options.places + num_classes) * self.patch**2
-        outputs = shape[0] * self.patch**2
-        self.unet = UNet(inputs, options.width, options.depth, channels_out=outputs, smooth=options.smooth)
-
-    @torch.no_grad()
-    def fit_normalization(self, protected: Tensor) -> None:
-        """Set mean and standard deviation of every position from protected images uint8 (N, C', H', W')."""
-        if self.standardize:
-            features = self._with_logits(self._resize(protected.float() / 255))
-            min_std = features.new_tensor(MIN_STD).repeat_interleave(features.shape[1] // 2)[None, :, None, None]
-            self.mean.copy_(features.mean(0, keepdim=True))
-            self.std.copy_(features.std(0, correction=0, keepdim=True).maximum(min_std))
-
-    def _resize(self, protected: Tensor) -> Tensor:
-        if self.resized:
-            return F.interpolate(protected, size=self.size, mode="bilinear", antialias=True)
-        return protected
-
-    @staticmethod
-    def _with_logits(values: Tensor) -> Tensor:
-        """Values in [0, 1] and their logits, which expand small differences near 0 and 1."""
-        return torch.cat((values, torch.logit(values.clamp(LOGIT_EPS, 1 - LOGIT_EPS))), dim=1)
+        self.size, self.patch = shape[1:], options.patch
+        self.inputs = ProtectedInputs(shape, protected, options, num_classes)
+        num_inputs, num_outputs = self.inputs.num_planes * self.patch**2, shape[0] * self.patch**2
+        self.unet = UNet(num_inputs, options.width, options.depth, channels_out=num_outputs, smooth=options.smooth)
 
     def forward(self, protected: Tensor, labels: Tensor | None = None) -> Tensor:
-        x = self._resize(protected)
-        if self.standardize:
-            x = ((self._with_logits(x) - self.mean) / self.std).clamp(-MAX_ZSCORE, MAX_ZSCORE)
-        inputs = [x]
-        if self.places is not None:
-            inputs.append(self.places.expand(len(x), -1, -1, -1))
-        if self.num_classes:
-            assert labels is not None
-            planes = F.one_hot(labels, self.num_classes).to(x.dtype)[:, :, None, None]
-            inputs.append(planes.expand(-1, -1, *x.shape[2:]))
-        x = torch.cat(inputs, dim=1)
+        x = self.inputs(protected, labels)
         pad = (0, -x.shape[3] % self.patch, 0, -x.shape[2] % self.patch)
         x = F.pixel_unshuffle(F.pad(x, pad, mode="replicate") if any(pad) else x, self.patch)
         estimate = torch.sigmoid(F.pixel_shuffle(self.unet(x).float(), self.patch))
@@ -100,19 +108,24 @@ class InverseNetwork(nn.Module):
         return estimate[:, :, :height, :width]
 
 
-class InverseModule(TrainableModule):
-    """An inverse network and, with option ``ema``, the moving average of its weights, which attacks in the end."""
+class AveragedModule(TrainableModule):
+    """A network that learns from pairs and, with option ``ema``, the moving average of its weights, which attacks."""
 
-    def __init__(self, net: InverseNetwork, source: ProtectedBatches, labels: Tensor | None, options: Any) -> None:
+    def __init__(self, net: nn.Module, source: ProtectedBatches, options: Any) -> None:
         super().__init__()
-        self.net, self.source, self.labels, self.options = net, source, labels, options
+        self.net, self.source, self.options = net, source, options
         self.average = copy.deepcopy(net).requires_grad_(False) if options.ema else None
         self.steps = 0
 
     @property
-    def final(self) -> InverseNetwork:
+    def final(self) -> nn.Module:
         """The network that attacks."""
         return self.net if self.average is None else self.average
+
+    def protect(self, images: Tensor, indices: Tensor) -> Tensor:
+        """Protect plain images float N x C x H x W, rounded to 8 bits."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.source(to_uint8(images), indices)
 
     def trainable_state_dict(self) -> StateDict:
         return super().trainable_state_dict() | {STEPS: torch.tensor(self.steps)}
@@ -120,16 +133,6 @@ class InverseModule(TrainableModule):
     def load_trainable_state_dict(self, state: StateDict) -> None:
         super().load_trainable_state_dict({key: tensor for key, tensor in state.items() if key != STEPS})
         self.steps = int(state[STEPS])
-
-    def forward(self, images: Tensor, indices: Tensor) -> StepOutput:
-        with torch.autocast(images.device.type, enabled=False):
-            protected = self.source(to_uint8(images), indices)
-        if self.options.flip_pairs:  # plain and protected images together, as in the released code
-            flipped = (torch.rand(len(images)) < 0.5).to(images.device)[:, None, None, None]
-            images = torch.where(flipped, images.flip(3), images)
-            protected = torch.where(flipped, protected.flip(3), protected)
-        labels = self.labels[indices] if self.labels is not None else None
-        return reconstruction_loss(self.net(protected, labels), images, self.options)
 
     def on_after_optimizer_step(self) -> None:
         if self.average is None:
@@ -140,6 +143,23 @@ class InverseModule(TrainableModule):
             torch._foreach_lerp_(list(self.average.parameters()), list(self.net.parameters()), new_weight)
             for average, current in zip(self.average.buffers(), self.net.buffers(), strict=True):
                 average.copy_(current)
+
+
+class InverseModule(AveragedModule):
+    """An inverse network in training; ``labels`` (N,) of all training images are inputs where they are not None."""
+
+    def __init__(self, net: InverseNetwork, source: ProtectedBatches, labels: Tensor | None, options: Any) -> None:
+        super().__init__(net, source, options)
+        self.labels = labels
+
+    def forward(self, images: Tensor, indices: Tensor) -> StepOutput:
+        protected = self.protect(images, indices)
+        if self.options.flip_pairs:  # plain and protected images together, as in the released code
+            flipped = (torch.rand(len(images)) < 0.5).to(images.device)[:, None, None, None]
+            images = torch.where(flipped, images.flip(3), images)
+            protected = torch.where(flipped, protected.flip(3), protected)
+        labels = self.labels[indices] if self.labels is not None else None
+        return reconstruction_loss(self.net(protected, labels), images, self.options)
 
 
 def reconstruction_loss(estimates: Tensor, images: Tensor, options: Any) -> StepOutput:
@@ -185,8 +205,6 @@ class InverseBaseConfig(TrainedOptions):
     """Flip plain and protected image together, after protecting."""
     ema: float = Field(0.998, ge=0, lt=1)
     """Decay of the moving average of weights that attacks in the end; 0 for no average."""
-    conditional: bool = False
-    """Use the class as an input; in the attack it is the prediction of the cloud's classifier."""
     train: OptimizationConfig = OptimizationConfig(
         epochs=20,
         batch_size=32,

@@ -51,7 +51,8 @@ class Suite(ConfigModel):
     curve: bool = True
     """Train again with half the epochs, and with a quarter and a sixteenth of the images, to test convergence."""
     reference_epochs: int = Field(3, ge=0)
-    """Epochs of a plain classifier for the reconstructions if the bundle has none; 0 for no classifier."""
+    """Epochs of plain classifiers where the bundle has none that serves: of the one that reads the reconstructions, and
+    of the one that the client could run alone, for the cloud gain; 0 for no classifier."""
     attacks: Annotated[tuple[SerializeAsAny[MethodConfig], ...], BeforeValidator(_validate_attacks)]
     metrics: Metrics = Metrics()
     cluster: Cluster = Field(default_factory=Cluster)

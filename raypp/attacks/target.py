@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from raypp.attacks.base import AttackerKnowledge, ImageMap, protect_in_batches, required, tensor_sha256
+from raypp.attacks.statements import logits_of, stated_noise_std
 from raypp.attacks.user_function import source_of, user_function
 from raypp.bundle.load import load_plain_classifier, load_private, load_public
 from raypp.bundle.manifest import MANIFEST
@@ -22,6 +24,8 @@ from raypp.config.validation import validate
 from raypp.data.base import ImageDataset
 from raypp.data.splits import load_split
 from raypp.metrics.image import MIN_SIDE
+from raypp.metrics.matchers import build_matchers
+from raypp.metrics.retrieval import Features, near_duplicates
 from raypp.models.layers import logits_in_batches
 from raypp.protections import PROTECTIONS
 from raypp.utils import image_files
@@ -107,6 +111,16 @@ class Target:
         """Hash of the originals and their protected versions."""
         return tensor_sha256(self.plain, self.protected)
 
+    @cached_property
+    def matchers(self) -> dict[str, Features]:
+        """Features by matcher, see :func:`raypp.metrics.matchers.build_matchers`."""
+        return build_matchers(required(self.access.images).to(self.gallery.device))
+
+    @cached_property
+    def near_duplicates(self) -> Tensor:
+        """Near-duplicates of each original in the gallery, bool (N, M)."""
+        return near_duplicates(self.plain, self.gallery)
+
 
 class _Selection(NamedTuple):
     """Numbers of images as in :func:`load_target`, and the seed that selects them."""
@@ -141,7 +155,8 @@ def load_target(
     if spec.function is not None:
         config = validate(spec.config or {})
         protect = user_function(spec.function, device, spec.search)
-        access = AttackerKnowledge(shape=(0, 0, 0), protect=protect, device=device)
+        noise_std = stated_noise_std(protect, spec.function)
+        access = AttackerKnowledge(shape=(0, 0, 0), protect=protect, noise_std=noise_std, device=device)
         return replace(_build_target(spec.function, access, config, None, selection), source=source_of(spec.function))
     if spec.bundle is None:
         raise ConfigError("the target is empty; name a bundle, a function or two folders of images")
@@ -166,7 +181,9 @@ def _load_bundle(bundle: str, overrides: dict[str, Any], selection: _Selection, 
         structure=kind.adaptation,
         fresh=fresh if kind.needs_key(options) else None,
         protect=lambda images: protection.protect(images.to(device)),
+        noise_std=stated_noise_std(protection, about["name"]),
         gradients=protection if kind.differentiable else None,
+        logits=logits_of(protection),
         classify=lambda protected: logits_in_batches(classifier, protected.to(device)).argmax(1),
         device=device,
     )

@@ -18,17 +18,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from raypp.attacks.base import (
-    AttackerKnowledge,
-    AttackError,
-    AttackTask,
-    Shape,
-    Threat,
-    TrainedAttack,
-    TrainedOptions,
-    required,
-    size_mismatch,
-)
+from raypp.attacks.base import AttackerKnowledge, AttackError, Shape, Threat, required, size_mismatch
+from raypp.attacks.trained import AttackTask, TrainedAttack, TrainedOptions
 from raypp.config.overrides import deep_merge
 from raypp.config.schema import Constant, OptimizationConfig, Optimizer
 from raypp.data.loader import Augmentation

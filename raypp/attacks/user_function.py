@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ _loaded: dict[str, tuple[str, ModuleType]] = {}
 
 
 def user_function(name: str, device: torch.device, search: str | None = None) -> ImageMap:
-    """Load ``module:name`` or ``file.py:name`` as a map of uint8 tensors (N, C, H, W).
+    """Load ``module:name`` or ``file.py:name`` as a map of uint8 tensors (N, C, H, W), with its ``noise_std``.
 
     Args:
         search: first folder to search for a module.
@@ -49,7 +49,9 @@ def user_function(name: str, device: torch.device, search: str | None = None) ->
         with _script_environment(str(file or module), folder, last=last):
             return function(images)
 
-    return checked_map(call, name, device, loaded)
+    protect = checked_map(call, name, device, loaded)
+    cast(Any, protect).noise_std = getattr(function, "noise_std", None)
+    return protect
 
 
 def checked_map(

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 import raypp
 from raypp.bundle.guard import PlainImageDetector
 from raypp.config.schema import Config
+from raypp.metrics.cost import describe_cost, describe_gain
 from raypp.metrics.statistics import chance_error
 from raypp.protections import PROTECTIONS
 
@@ -21,23 +22,30 @@ NOT_ATTACKED = "No attack has been run on this bundle yet."
 def leakage_card(scorecard: dict[str, Any]) -> str:
     """Attack results as a section of the model card."""
     verdict, reason = scorecard["verdict"], scorecard["verdict_reason"]
-    rows = ["| attack | threat | re-identified | SSIM | verdict |", "|---|---|---|---|---|"]
+    rows = ["| attack | threat | re-identified | bits | SSIM | verdict |", "|---|---|---|---|---|---|"]
     for name, attack in scorecard["attacks"].items():
         if attack["status"] != "done":
-            rows.append(f"| {name} | {attack['threat']} | - | - | {attack['status']} |")
+            rows.append(f"| {name} | {attack['threat']} | - | - | - | {attack['status']} |")
             continue
         rate = f"{attack['reidentification_rate']:.1%}{' (at least)' if attack['lower_bound'] else ''}"
-        ssim = attack["scores"]["ssim"]["mean"]
-        rows.append(f"| {name} | {attack['threat']} | {rate} | {ssim:.3f} | {attack['verdict']} |")
-    baseline = scorecard["baselines"].get("class mean") or scorecard["baselines"]["mean image"]
-    max_rate = max(baseline[key]["mean"] for key in ("reidentified", "reidentified_edges"))
+        bits, ssim = (attack["scores"][key]["mean"] for key in ("bits_identified", "ssim"))
+        rows.append(f"| {name} | {attack['threat']} | {rate} | {bits:.1f} | {ssim:.3f} | {attack['verdict']} |")
+    blind = [scorecard["baselines"][name] for name in scorecard["blind_baselines"]]
+    max_ssim, max_rate = (max(scores[key]["mean"] for scores in blind) for key in ("ssim", "reidentified"))
+    num_gallery = scorecard["num_gallery"]
+    strongest = scorecard["attacks"].get(scorecard["strongest_attack"])
+    if strongest is not None:
+        num_gallery = strongest["num_gallery"]
     paragraphs = (
         LEAKAGE,
-        f"Verdict: **{verdict or 'not measured'}**{f' ({reason})' if reason else ''}.",
-        f"{scorecard['num_queries']:,} test images attacked; gallery of {scorecard['num_gallery']:,} images.",
+        f"Verdict: **{verdict or 'not measured'}**{f' ({reason})' if reason else ''} in a gallery of {num_gallery:,} "
+        "images. A larger gallery lowers the rates.",
+        f"{scorecard['num_queries']:,} test images attacked.",
         "\n".join(rows),
+        f"Bits: mean of log2 {num_gallery:,} - log2(rank of the original).",
         "Baseline: an attacker without the protected image, who knows at most the class, gets SSIM "
-        f"{baseline['ssim']['mean']:.3f} and re-identifies {max_rate:.2%}.\n",
+        f"{max_ssim:.3f} and re-identifies {max_rate:.2%}.\n",
+        *([f"{describe_gain(scorecard['client'])}\n"] if scorecard.get("client") else []),
     )
     return "\n\n".join(paragraphs)
 
@@ -71,6 +79,8 @@ def model_card(
         error=chance_error(metrics["test"], len(classes)),
         not_attacked=NOT_ATTACKED,
         share=_share,
+        describe_cost=describe_cost,
+        describe_gain=describe_gain,
     )
 
 

@@ -1,4 +1,4 @@
-"""Commands attack, report and evaluate."""
+"""Commands attack, report, figure and evaluate."""
 
 from __future__ import annotations
 
@@ -145,6 +145,44 @@ def report(*sources: str, output: str = "report", json: AsJson = False) -> None:
         print_json({"path": target.uri} | summary)
     else:
         print_text(Console(), f"{target.uri}/report.html")
+
+
+@app.command(
+    group=EVALUATE,
+    help_epilogue=epilogue(
+        "figure 3 runs/alpha-0 runs/alpha-0.005 runs/alpha-0.01", "figure 4 runs/attack", "figure 5 runs/attack"
+    ),
+)
+def figure(
+    number: Literal[3, 4, 5],
+    /,
+    *sources: str,
+    output: str = "figures",
+    attacks: Words = None,
+    num_images: Annotated[int, Parameter(validator=validators.Number(gte=1, lte=100))] = 10,
+    json: AsJson = False,
+) -> None:
+    """Draw a figure of the paper as SVG and PNG.
+
+    Args:
+        number: 3: protected images of runs, such as several alphas. 4: estimates of attacks with their PSNR. 5: boxes
+            of the PSNR of all attacked images, and of estimates that need no attack.
+        sources: For 3 runs or bundles; for 4 and 5 attack runs or attacked bundles.
+        output: Path or URI of the folder of the files figureN.svg and figureN.png.
+        attacks: Reconstruction attacks for 4 and 5; default: itn, the attack of the paper's authors.
+        num_images: Images in 3 and 4.
+        json: Print the paths of the files as JSON on standard output.
+    """
+    from raypp.experiments.figures import write_figure
+    from raypp.utils.storage import Storage
+
+    target = Storage(output)
+    names = write_figure(number, sources, target, attacks=attacks or (), num_images=num_images)
+    if json:
+        print_json([f"{target.uri}/{name}" for name in names])
+        return
+    for name in names:
+        print_text(Console(), f"{target.uri}/{name}")
 
 
 @app.command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ def print_results(results: dict[str, Any], where: str) -> None:
     console = Console()
     console.print()
     print_accuracy(console, results["test"], results["plain_test"])
+    if "client" in results:  # a run of an earlier version has none
+        print_client(console, results["client"])
     for label, file in (("picture", "protected.png"), ("bundle", "bundle"), ("metrics", "metrics.jsonl")):
         print_text(console, f"{label:<8} {where}/{file}")
 
@@ -144,34 +147,67 @@ def print_threats(rows: list[tuple[str, str, str]]) -> None:
 
 
 def print_scorecard(card: dict[str, Any], where: str) -> None:
-    from raypp.evaluation.scorecard import reidentification_rate
+    from raypp.evaluation.scorecard import format_extra_score
 
-    table = _table(("attack", "threat"), ("re-identified", "SSIM", "edges"), no_wrap=True)
+    table = _table(("attack", "threat"), ("re-identified", "bits", "SSIM", "edges"), no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for name, attack in card["attacks"].items():
         if attack["status"] != "done":
-            table.add_row(name, attack["threat"], "-", "-", "-", f"[dim]{attack['status']}[/]")
+            table.add_row(name, attack["threat"], "-", "-", "-", "-", f"[dim]{attack['status']}[/]")
             continue
         rate = f"{'≥ ' if attack['lower_bound'] else ''}{attack['reidentification_rate']:.1%}"
         verdict = f"[{COLORS[attack['verdict']]}]{attack['verdict']}[/]"
-        table.add_row(name, attack["threat"], rate, *_similarities(attack["scores"]), verdict)
+        table.add_row(name, attack["threat"], rate, *_mean_scores(attack["scores"]), verdict)
     for name, scores in card["baselines"].items():
-        rate = f"{reidentification_rate(scores):.1%}"
-        table.add_row(f"[dim]{name}[/]", "", rate, *_similarities(scores), "[dim]no attack[/]")
+        rate = f"{scores['reidentified']['mean']:.1%}"
+        table.add_row(f"[dim]{name}[/]", "", rate, *_mean_scores(scores), "[dim]no attack[/]")
     console = Console()
     console.print(table)
+    for name, attack in card["attacks"].items():
+        for key, description in attack.get("extra_scores", {}).items():
+            score = format_extra_score(key, attack["scores"][key])
+            print_text(console, f"{name}: {score} {description}", "dim")
+    console.print()
     strongest, reconstruction = card["strongest_attack"], card["strongest_reconstruction"]
     if card["verdict"] is not None:
-        reason = card["verdict_reason"]
-        console.print(f"\n{_bold(card['verdict'])}, strongest attack {strongest}{reason and f': {reason}'}")
+        _print_verdict(console, card, strongest, "strongest attack", "")
     if reconstruction not in (None, strongest):
-        verdict, reason = _bold(card["verdict_by_reconstruction"]), card["verdict_reason_by_reconstruction"]
-        console.print(f"{verdict}, strongest reconstruction attack {reconstruction}{reason and f': {reason}'}")
+        _print_verdict(console, card, reconstruction, "strongest reconstruction attack", "_by_reconstruction")
+    if card.get("client"):
+        print_client(console, card["client"])
     print_text(console, f"{where}/report.html")
 
 
-def _similarities(scores: dict[str, dict[str, float]]) -> tuple[str, str]:
-    return f"{scores['ssim']['mean']:.3f}", f"{scores['edges']['mean']:.3f}"
+def _print_verdict(console: Console, card: dict[str, Any], name: str, role: str, suffix: str) -> None:
+    """Print the verdict by one attack, with the gallery for which it holds, and the rates in smaller galleries."""
+    from raypp.evaluation.reidentification import rates_by_gallery_size
+
+    attack, reason = card["attacks"][name], card[f"verdict_reason{suffix}"]
+    num_gallery = attack["num_gallery"]
+    verdict = _bold(card[f"verdict{suffix}"])
+    console.print(
+        f"{verdict}, {role} {name}, gallery of {num_gallery:,} images{reason and f': {reason}'}", soft_wrap=True
+    )
+    sizes = rates_by_gallery_size(attack["scores"])
+    rates = ", ".join(f"{size:,}: {rate:.1%}" for size, rate in sizes.items())
+    bits = f"{attack['scores']['bits_identified']['mean']:.1f} of {math.log2(num_gallery):.1f} bits"
+    parts = [f"by {attack['matcher']}", *([f"in galleries of {rates}"] if sizes else []), bits]
+    print_text(console, f"  {'; '.join(parts)}", "dim")
+
+
+def print_client(console: Console, client: dict[str, Any]) -> None:
+    """Print the client's cost and the cloud gain."""
+    from raypp.metrics.cost import describe_cost, describe_gain
+
+    print_text(console, describe_cost(client))
+    gain = client["cloud_gain_interval"]
+    print_text(console, describe_gain(client), "red" if gain is not None and gain[1] < 0 else None)
+
+
+def _mean_scores(scores: dict[str, dict[str, float]]) -> tuple[str, str, str]:
+    """Bits identified, SSIM and edges."""
+    bits, ssim, edges = (scores[key]["mean"] for key in ("bits_identified", "ssim", "edges"))
+    return f"{bits:.1f}", f"{ssim:.3f}", f"{edges:.3f}"
 
 
 def _bold(verdict: str) -> str:

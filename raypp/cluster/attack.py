@@ -12,22 +12,16 @@ import torch
 from ray.train.torch import TorchTrainer
 
 from raypp.attacks import ATTACKS
-from raypp.attacks.base import TrainedAttack
+from raypp.attacks.trained import TrainedAttack
 from raypp.cluster.progress_actor import create_progress_actor, polling
 from raypp.cluster.session import check_resources, ray_session, uses_gpu
 from raypp.cluster.tasks import Outcome, outcome_of, run_tasks
 from raypp.cluster.train import build_trainer_configs, run_trainer
 from raypp.cluster.train_reporter import TrainWorkerProgress, watches_preemption
 from raypp.cluster.waiting import ResourceNotice, SubmittedParts
-from raypp.experiments.attack_plan import (
-    REFERENCE_CLASSIFIER,
-    AttackPlan,
-    dependencies,
-    load_target_of,
-    restore_attack_plan,
-)
+from raypp.experiments.attack_plan import AttackPlan, dependencies, load_target_of, restore_attack_plan
 from raypp.experiments.attack_run import run_attack
-from raypp.experiments.reference_classifier import train_reference_classifier
+from raypp.experiments.client_classifier import PLAIN_CLASSIFIERS
 from raypp.training.distributed import is_rank_zero
 from raypp.utils.errors import NonRetryableError, RayppError
 from raypp.utils.progress import MultiProgressDisplay, ProgressListener
@@ -53,19 +47,19 @@ def run_on_ray(
         for name in distributed:
             on_done(name, _run_distributed(plan, name, resources, display))
         if single:
-            after = {name: dependencies(plan, name) for name in single if name != REFERENCE_CLASSIFIER}
+            after = {name: dependencies(plan, name) for name in single if name not in PLAIN_CLASSIFIERS}
             work = {name: (dumped, name) for name in single}
             run_tasks(_run, work, plan.suite.cluster, plan.storage, display, on_done, what="an attack", after=after)
 
 
 def _trains(name: str) -> bool:
-    return name != REFERENCE_CLASSIFIER and issubclass(ATTACKS.get(name), TrainedAttack)
+    return name not in PLAIN_CLASSIFIERS and issubclass(ATTACKS.get(name), TrainedAttack)
 
 
 def _run(dumped: dict[str, Any], name: str, display: ProgressListener) -> dict[str, Any]:
     plan = restore_attack_plan(dumped)
-    if name == REFERENCE_CLASSIFIER:
-        train_reference_classifier(plan, load_target_of(plan), display)
+    if name in PLAIN_CLASSIFIERS:
+        PLAIN_CLASSIFIERS[name](plan, load_target_of(plan), display)
         return {}
     return run_attack(plan, name, display)
 

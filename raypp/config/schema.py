@@ -184,8 +184,8 @@ class OptimizationConfig(ConfigModel):
 class Train(OptimizationConfig):
     mode: Literal["joint", "frozen", "plain"] = "joint"
     """``joint`` trains protection and classifier together. ``frozen`` trains the classifier on plain images, then the
-    protection alone, as the authors' released code does; Eq. 3 minimizes over the protection's weights, too.
-    ``plain`` trains the classifier alone, as a baseline."""
+    protection alone, as in Eq. 3 of the paper and in its authors' released code. ``plain`` trains the classifier alone,
+    as a baseline."""
     alpha: float = Field(0.005, ge=0)
     """Weight of the feature distance in Eq. 4."""
     plain_epochs: int | None = Field(None, ge=1, le=1_000_000)

@@ -45,6 +45,13 @@ def as_png(figure: Any, dpi: int = 130) -> bytes:
     return buffer.getvalue()
 
 
+def as_svg(figure: Any) -> bytes:
+    """Render a figure as an SVG file; equal figures give equal bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
 def as_csv(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> bytes:
     """Write rows as a CSV file; missing values are empty, and keys that are no columns are ignored."""
     text = io.StringIO()

@@ -1,7 +1,8 @@
-"""Scores and verdicts of attacks, and no-information baselines to compare them with.
+"""Scores and verdicts of attacks.
 
 The verdict depends on the re-identification rate: how often the original is the gallery image nearest to the
-reconstruction. The thresholds of 5% and 20% are those of NeuraCrypt's authors (2021).
+reconstruction. It holds for the size of that gallery. The thresholds of 5% and 20% are those of NeuraCrypt's authors
+(2021).
 """
 
 from __future__ import annotations
@@ -14,24 +15,15 @@ from torch import Tensor, nn
 
 from raypp.attacks.target import Target
 from raypp.data.loader import inference_batch_size
-from raypp.metrics.image import (
-    edge_correlation,
-    edge_maps,
-    finite_psnr,
-    in_parts,
-    lpips,
-    ssim,
-    ssim_invariant,
-    ssim_lab,
-)
-from raypp.metrics.retrieval import reidentify
-from raypp.metrics.statistics import bootstrap_interval
+from raypp.evaluation.reidentification import reidentification_scores
+from raypp.metrics.image import edge_correlation, finite_psnr, in_parts, lpips, ssim, ssim_invariant, ssim_lab
+from raypp.metrics.statistics import bootstrap_interval, wilson_interval
 
 WEAK_RATE, BROKEN_RATE = 0.05, 0.20
 MIN_QUERIES = 200  # attacked images; with fewer, chance alone moves a rate across a threshold
 MIN_RISE = 0.01  # of SSIM or re-identification rate, between the last two points of a rising curve
-RATES = ("reidentified", "reidentified_edges", "reidentified_top5", "reidentified_same_class", "accuracy")
-"""Metrics that are 0 or 1 for each image."""
+RATES = ("reidentified", "accuracy")
+"""First words of the names of metrics that are shares: 0, 1 or a probability for each image."""
 
 INCONCLUSIVE = "inconclusive"
 
@@ -40,31 +32,32 @@ Scores = dict[str, Tensor]
 
 
 @torch.inference_mode()
-def score_images(estimates: Tensor, target: Target, reference_classifier: nn.Module | None = None) -> Scores:
+def score_images(
+    estimates: Tensor,
+    target: Target,
+    reference_classifier: nn.Module | None = None,
+    *,
+    matcher: str,
+    all_matchers: bool = True,
+) -> Scores:
     """Compare reconstructions with the originals.
 
     Args:
         estimates: uint8 (n, C, H, W), reconstructions of the target's first n queries.
         reference_classifier: trained on plain images, independent of the target; None omits ``accuracy``.
+        matcher: the matcher of the re-identification rate, see
+            :func:`raypp.evaluation.reidentification.select_matcher`.
+        all_matchers: also re-identify by the other matchers.
     """
     num = len(estimates)
     estimates = estimates.to(target.plain.device)
-    truth, labels = target.truth[:num], target.gallery_labels
-    ranks = reidentify(estimates, target.gallery, truth, labels)
-    ranks_edges = reidentify(estimates, target.gallery, truth, labels, lambda part: edge_maps(part.float() / 255))
     batches = zip(in_parts(estimates), in_parts(target.plain[:num]), strict=True)
     parts = [_compare(*batch, reference_classifier if target.classes else None) for batch in batches]
     scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     predictions = scores.pop("predictions", None)
-    scores |= {
-        "reidentified": ranks.top(1),
-        "reidentified_top5": ranks.top(5),
-        "reidentified_edges": ranks_edges.top(1),
-    }
-    if target.classes:
-        scores["reidentified_same_class"] = (ranks.same_class == 0).float()
-        if predictions is not None:
-            scores["accuracy"] = (predictions == target.labels[:num]).float()
+    scores |= reidentification_scores(estimates, target, matcher, all_matchers=all_matchers)
+    if predictions is not None:
+        scores["accuracy"] = (predictions == target.labels[:num]).float()
     return {name: values.float().cpu() for name, values in scores.items()}
 
 
@@ -88,75 +81,24 @@ def _compare(estimates: Tensor, originals: Tensor, reference_classifier: nn.Modu
 
 
 def aggregate(scores: Scores, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Mean and 95% bootstrap interval of each metric; except for rates also quartiles, range and the worst 1%."""
+    """Mean and 95% interval of each metric: Wilson's for shares, the bootstrap's for other means.
+
+    Other metrics than shares also have quartiles, range and the worst 1%.
+    """
     summary = {}
     for name, values in scores.items():
-        low, high = bootstrap_interval(values.numpy(), seed=seed)
+        is_share = name.startswith(RATES)
+        if is_share:
+            low, high = wilson_interval(float(values.double().sum()), len(values))
+        else:
+            low, high = bootstrap_interval(values.numpy(), seed=seed)
         numbers = {"mean": float(values.double().mean()), "low": low, "high": high}
-        if name not in RATES:
+        if not is_share:
             worst = 0.01 if name == "lpips" else 0.99  # LPIPS is a distance: small values mean leakage
             levels = {"min": 0.0, "q1": 0.25, "median": 0.5, "q3": 0.75, "worst_1_percent": worst, "max": 1.0}
             numbers |= {key: float(np.quantile(values.numpy(), level)) for key, level in levels.items()}
         summary[name] = {key: round(number, 5) for key, number in numbers.items()}
     return summary
-
-
-@torch.inference_mode()
-def baselines(target: Target, seed: int = 0) -> dict[str, Tensor]:
-    """Estimates uint8 (N, C, H, W) that do not use the protected image, and the protected image itself.
-
-    ``class mean`` uses the class, which the cloud knows. ``nearest training image`` uses the original: it is the most
-    similar of the attacker's images, an upper bound for prior knowledge.
-    """
-    plain = target.plain
-    assert target.access.images is not None
-    images = target.access.images.to(plain.device)
-    mean = _mean(images)
-    generator = torch.Generator().manual_seed(seed)
-    estimates = {
-        "mean image": mean.expand(len(plain), *mean.shape),
-        "random image": images[torch.randint(len(images), (len(plain),), generator=generator).to(plain.device)],
-    }
-    labels = target.access.labels
-    if target.classes and labels is not None:
-        labels = labels.to(plain.device)
-        means = [_mean(images, labels == c) if (labels == c).any() else mean for c in range(len(target.classes))]
-        estimates["class mean"] = torch.stack(means)[target.labels]
-    estimates["nearest training image"] = images[torch.cat([_nearest(part, images) for part in in_parts(plain)])]
-    height, width = plain.shape[2:]
-    protected = target.protected[:, :, :height, :width]
-    if protected.shape == plain.shape:
-        estimates["protected image"] = protected
-    return estimates
-
-
-def _mean(images: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The mean image uint8 (C, H, W) of images uint8 (N, C, H, W), or of those where ``mask`` bool (N,) is true."""
-    mask = torch.ones(len(images), dtype=torch.bool, device=images.device) if mask is None else mask
-    total = torch.zeros(images.shape[1:], dtype=torch.float64, device=images.device)
-    for part, part_mask in zip(in_parts(images), in_parts(mask, images), strict=True):
-        total += part[part_mask].sum(0, dtype=torch.float64)
-    return (total / mask.sum()).round().to(torch.uint8)
-
-
-def _nearest(images: Tensor, others: Tensor) -> Tensor:
-    """Indices int64 (n,) of the nearest of ``others`` to each image, both uint8."""
-    queries = images.flatten(1).float()
-    min_distances = torch.full((len(images),), torch.inf, device=images.device)
-    nearest = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    start = 0
-    for part in in_parts(others):
-        flat = part.flatten(1).float()
-        distances, index = (flat.square().sum(1) - 2 * queries @ flat.t()).min(1)
-        nearest = torch.where(distances < min_distances, index + start, nearest)
-        min_distances = torch.minimum(min_distances, distances)
-        start += len(part)
-    return nearest
-
-
-def reidentification_rate(summary: dict[str, dict[str, float]]) -> float:
-    """The larger of the re-identification rates by pixels and by edges."""
-    return max(summary["reidentified"]["mean"], summary["reidentified_edges"]["mean"])
 
 
 def verdict(rate: float, num_queries: int, *, lower_bound: bool, at_chance: bool) -> tuple[str, str]:
@@ -192,3 +134,9 @@ def strongest_attack(attacks: dict[str, dict[str, Any]]) -> str | None:
     """Name of the finished attack with the largest :func:`rank_key`; None if no attack is finished."""
     finished = [name for name, attack in attacks.items() if attack["status"] == "done"]
     return max(finished, key=lambda name: rank_key(attacks[name]), default=None)
+
+
+def format_extra_score(name: str, score: dict[str, float]) -> str:
+    """The mean of an attack's extra score and its 95% interval in words; shares in percent."""
+    spec = ".1%" if name.startswith(RATES) else ".3f"
+    return f"{score['mean']:{spec}} ({score['low']:{spec}} to {score['high']:{spec}})"

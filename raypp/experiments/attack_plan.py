@@ -14,9 +14,9 @@ from pydantic import ValidationError
 
 from raypp.attacks import ATTACKS
 from raypp.attacks.array_target import ArrayTarget, load_array_target
-from raypp.attacks.base import TrainedOptions
 from raypp.attacks.suite import Suite, suite_presets
 from raypp.attacks.target import Target, TargetSpec, load_target
+from raypp.attacks.trained import TrainedOptions
 from raypp.bundle.locate import locate_bundle
 from raypp.config.overrides import Settings, deep_merge, parse_overrides
 from raypp.config.presets import load_tree, read_yaml
@@ -30,6 +30,8 @@ from raypp.utils.storage import Storage
 SUITE, SCORECARD, SCORES, EXAMPLES = "suite.yaml", "scorecard.json", "scores.csv", "examples.safetensors"
 REFERENCE_CLASSIFIER = "reference_classifier"
 """Folder of the reference classifier, and its name among the jobs of a run."""
+CLIENT_CLASSIFIER = "client_classifier"
+"""The same of the classifier that the client could run alone."""
 FIXED_ON_RESUME = ("seed", "num_queries", "num_images", "curve", "reference_epochs")
 """Settings of a suite that a resumed run cannot change."""
 

@@ -3,6 +3,7 @@
 NAME/suite.yaml             settings: target, suite, source of the images
 NAME/attacks/ATTACK/        per attack: training checkpoints, network.safetensors, estimates.safetensors, result.json
 NAME/reference_classifier/  the reference classifier, where one is trained
+NAME/client_classifier/     the classifier that the client could run alone, where one is trained
 NAME/scorecard.json         all measurements; scores.csv lists them per image
 NAME/examples.safetensors   pictures for reports
 """
@@ -12,21 +13,23 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from raypp.attacks import ATTACKS
-from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap, TrainedAttack, match_shape
+from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap, match_shape
 from raypp.attacks.suite import CURVE, HALF_EFFORT
 from raypp.attacks.target import Target
-from raypp.evaluation.scorecard import aggregate, reidentification_rate, score_images
+from raypp.attacks.trained import TrainedAttack
+from raypp.evaluation.reidentification import select_matcher
+from raypp.evaluation.scorecard import aggregate, score_images
 from raypp.experiments import attack_plan
-from raypp.experiments.attack_plan import REFERENCE_CLASSIFIER, AttackPlan, Outcome, load_result, load_target_of
+from raypp.experiments.attack_plan import AttackPlan, Outcome, load_result, load_target_of
 from raypp.experiments.attack_scores import export_to_bundle, save_tensors, write_scorecard
-from raypp.experiments.reference_classifier import needs_reference_classifier, train_reference_classifier
+from raypp.experiments.client_classifier import PLAIN_CLASSIFIERS, missing_classifiers
 from raypp.metrics.image import use_backend
 from raypp.models.perceptual import StateDict
 from raypp.training.checkpoint import EpochMetrics
@@ -41,6 +44,17 @@ from raypp.utils.signals import stop_on_signal
 from raypp.utils.storage import Storage
 
 CurvePoint = dict[str, Any]
+
+
+class Training(NamedTuple):
+    """A finished training of an attack's network."""
+
+    label: str
+    network: StateDict
+    history: list[EpochMetrics]
+    num_images: int
+
+
 OnDone = Callable[[str, Outcome], None]
 """Receives the name of an attack that ended, with ``{"result": ...}`` or ``{"error": message}``."""
 
@@ -70,30 +84,37 @@ def _run_attack(plan: AttackPlan, name: str, display: ProgressListener, target: 
     result |= {"options": options.model_dump(mode="json"), "target": target.fingerprint}
     try:
         attack: Attack = kind(options, _with_earlier_networks(plan, name, target.access), seed=plan.suite.seed)
-        history: list[EpochMetrics] = []
-        curve: list[CurvePoint] = []
-        if isinstance(attack, TrainedAttack):
-            history, curve = _train(attack, plan, name, target, display)
+        trainings = _train(attack, plan, name, target, display) if isinstance(attack, TrainedAttack) else []
         if not is_rank_zero():
             return result
         attack.prepare()
+        torch.manual_seed(plan.suite.seed)
+        choice = select_matcher(attack, target)
         num_queries = min(len(target.plain), attack.max_queries or len(target.plain))
         estimates = _reconstruct(attack, plan, target, num_queries).cpu()
-        if attack.effort is not None and plan.suite.curve:
-            curve = _effort_curve(attack, attack.effort, estimates, plan, target)
+        curve: list[CurvePoint] = []
+        if isinstance(attack, TrainedAttack) and plan.suite.curve:
+            curve = _training_curve(attack, trainings, target, choice.matcher)
+        elif attack.effort is not None and plan.suite.curve:
+            curve = _effort_curve(attack, attack.effort, estimates, plan, target, choice.matcher)
     except AttackError as error:
         result |= {"status": "does not apply", "note": str(error)}
         if is_rank_zero():
             folder.write("result.json", dump_json(result))
         return result
-    save_tensors(folder, "estimates.safetensors", {"estimates": estimates})
+    queries = (target.plain[:num_queries], target.protected[:num_queries], target.truth[:num_queries])
+    extra_scores = {key: values.float().cpu() for key, values in attack.measure(*queries).items()}
+    save_tensors(folder, "estimates.safetensors", {"estimates": estimates, **extra_scores})
     result |= {
         "status": "done",
         "note": attack.note,
         "num_queries": num_queries,
+        "num_gallery": len(target.gallery),
+        **asdict(choice),
         "seconds": round(time.monotonic() - start, 1),
-        "scores": aggregate(score_images(estimates, target), plan.suite.seed),
-        "history": history,
+        "scores": aggregate(score_images(estimates, target, matcher=choice.matcher) | extra_scores, plan.suite.seed),
+        "extra_scores": attack.extra_scores,
+        "history": trainings[0].history if trainings else [],
         "curve": curve,
     }
     folder.write("result.json", dump_json(result))
@@ -105,46 +126,48 @@ def _reconstruct(attack: Attack, plan: AttackPlan, target: Target, num_queries: 
     return match_shape(attack.reconstruct(target.protected[:num_queries]), target.access.shape)
 
 
-def _effort_curve(attack: Attack, effort: str, estimates: Tensor, plan: AttackPlan, target: Target) -> list[CurvePoint]:
+def _effort_curve(
+    attack: Attack, effort: str, estimates: Tensor, plan: AttackPlan, target: Target, matcher: str
+) -> list[CurvePoint]:
     """Scores of an attack without training, at half the option ``effort`` and at all of it."""
     options = attack.options
     attack.options = options.model_copy(update={effort: max(1, getattr(options, effort) // 2)})
     half = _reconstruct(attack, plan, target, len(estimates))
     attack.options = options
-    return [{"what": HALF_EFFORT} | _score(half, target), {"what": "everything"} | _score(estimates, target)]
+    points = ((HALF_EFFORT, half), ("everything", estimates))
+    return [{"what": label} | _score(images, target, matcher) for label, images in points]
+
+
+def _training_curve(attack: TrainedAttack, trainings: list[Training], target: Target, matcher: str) -> list[CurvePoint]:
+    """Scores of the smaller trainings, then of the full one, whose network is loaded in the end."""
+    full, *smaller = trainings
+    curve = []
+    for training in (*smaller, full):
+        attack.load(training.network)
+        budget = {"what": training.label, "epochs": len(training.history), "num_images": training.num_images}
+        curve.append(budget | _score(attack.reconstruct(target.protected[: attack.max_queries]), target, matcher))
+    return curve
 
 
 def _train(
     attack: TrainedAttack, plan: AttackPlan, name: str, target: Target, display: ProgressListener
-) -> tuple[list[EpochMetrics], list[CurvePoint]]:
-    """Train the attack's network, and smaller trainings for its curve; the attack ends with the full network loaded."""
+) -> list[Training]:
+    """Train the attack's network, which is then loaded, and smaller ones for its curve; the full training is first."""
     folder, device, total = plan.folder(name), target.access.device, attack.num_images
-    curve: list[CurvePoint] = []
-
-    def add_point(network: StateDict, label: str, epochs: int, num_images: int) -> None:
-        attack.load(network)
-        scores = _score(attack.reconstruct(target.protected), target)
-        curve.append({"what": label, "epochs": epochs, "num_images": num_images} | scores)
-
     reporter = Reporter(folder, display, device)
     num_workers = reporter.world
-    network, history = _fit(attack, reporter, 1.0, None)
-    attack.load(network)
+    full = Training("everything", *_fit(attack, reporter, 1.0, None), total)
+    attack.load(full.network)
     if is_rank_zero():
-        save_tensors(folder, "network.safetensors", network)
-    if not plan.suite.curve:
-        return history, curve
-    for label, epochs, share in CURVE:
+        save_tensors(folder, "network.safetensors", full.network)
+    trainings = [full]
+    for label, epochs, share in CURVE if plan.suite.curve else ():
         num_images = max(2, num_workers, round(share * total)) if share < 1 else None
         if epochs < 1 and round(epochs * attack.options.train.epochs) in (0, attack.options.train.epochs):
             continue  # one epoch has no half, so the effect of more epochs stays unknown
         reporter = Reporter(folder.folder(label.replace(" ", "_")), display, device)
-        smaller, rows = _fit(attack, reporter, epochs, num_images)
-        if is_rank_zero():
-            add_point(smaller, label, len(rows), num_images or total)
-    if is_rank_zero():
-        add_point(network, "everything", len(history), total)
-    return history, curve
+        trainings.append(Training(label, *_fit(attack, reporter, epochs, num_images), num_images or total))
+    return trainings
 
 
 def _fit(
@@ -156,12 +179,13 @@ def _fit(
     return attack.state(result.trainee), result.history
 
 
-def _score(estimates: Tensor, target: Target) -> dict[str, float]:
+def _score(estimates: Tensor, target: Target, matcher: str) -> dict[str, float]:
     """Mean scores of reconstructions, for a point of a curve."""
-    scores = score_images(match_shape(estimates, target.access.shape), target)
-    means = {key: {"mean": round(float(values.double().mean()), 5)} for key, values in scores.items()}
-    return {"reidentification_rate": reidentification_rate(means)} | {
-        key: means[key]["mean"] for key in ("ssim", "ssim_invariant", "psnr", "reidentified")
+    images = match_shape(estimates, target.access.shape)
+    scores = score_images(images, target, matcher=matcher, all_matchers=False)
+    means = {key: round(float(values.double().mean()), 5) for key, values in scores.items()}
+    return {"reidentification_rate": means["reidentified"]} | {
+        key: means[key] for key in ("ssim", "ssim_invariant", "psnr", "bits_identified")
     }
 
 
@@ -195,8 +219,8 @@ def run_attacks_locally(
         for name in missing:
             display.raise_if_stop_requested()
             try:
-                if name == REFERENCE_CLASSIFIER:
-                    train_reference_classifier(plan, target, display.of(REFERENCE_CLASSIFIER))
+                if name in PLAIN_CLASSIFIERS:
+                    PLAIN_CLASSIFIERS[name](plan, target, display.of(name))
                     outcome: Outcome = {"result": {}}
                 else:
                     outcome = {"result": run_attack(plan, name, display.of(name), target)}
@@ -228,8 +252,7 @@ def run_attack_suite(
         announce(plan, target)
         failures: dict[str, str] = {}
         jobs = [name for name in attack_plan.dependencies_first(plan) if load_result(plan, name) is None]
-        if needs_reference_classifier(plan, target):
-            jobs.append(REFERENCE_CLASSIFIER)
+        jobs += missing_classifiers(plan, target)
         with MultiProgressDisplay(len(jobs), quiet=quiet, what="attacks") as display:
 
             def on_done(name: str, outcome: Outcome) -> None:
@@ -242,7 +265,7 @@ def run_attack_suite(
             elif jobs:
                 run_attacks_locally(plan, target, jobs, display, on_done)
         card = write_scorecard(plan, target, failures)
-        if plan.spec.bundle is not None and not failures.keys() - {REFERENCE_CLASSIFIER}:
+        if plan.spec.bundle is not None and not failures.keys() - PLAIN_CLASSIFIERS.keys():
             export_to_bundle(plan, card, quiet)
         return card
 
@@ -255,5 +278,5 @@ def _outcome_line(outcome: Outcome) -> str:
         return "trained"
     if result["status"] != "done":
         return str(result["note"] or result["status"])
-    rate = reidentification_rate(result["scores"])
+    rate = result["scores"]["reidentified"]["mean"]
     return f"{rate:.1%} re-identified, SSIM {result['scores']['ssim']['mean']:.3f}"

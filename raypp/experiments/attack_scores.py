@@ -8,20 +8,23 @@ import json
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from raypp.attacks import ATTACKS
 from raypp.attacks.suite import HALF_EFFORT, HALF_EPOCHS, QUARTER
 from raypp.attacks.target import Target
 from raypp.bundle.export import add_attacks
 from raypp.evaluation import scorecard
+from raypp.evaluation.baselines import BLIND, SIGNIFICANCE, above_baseline_p_values, baseline_matcher, baselines
 from raypp.evaluation.output import as_csv
-from raypp.evaluation.scorecard import Scores, aggregate, reidentification_rate, score_images, strongest_attack
+from raypp.evaluation.scorecard import Scores, aggregate, score_images, strongest_attack
 from raypp.experiments import attack_plan
 from raypp.experiments.attack_plan import EXAMPLES, SCORECARD, SCORES, AttackPlan, Outcome
+from raypp.experiments.client_classifier import measure_client_of
 from raypp.experiments.reference_classifier import load_reference_classifier
 from raypp.experiments.run_folder import environment, lock
 from raypp.metrics.image import use_backend
+from raypp.metrics.matchers import PIXELS
 from raypp.metrics.statistics import chance_error
 from raypp.models.perceptual import StateDict
 from raypp.utils.documents import dump_json
@@ -41,21 +44,18 @@ def write_scorecard(plan: AttackPlan, target: Target, failures: dict[str, str]) 
 def _write_scorecard(plan: AttackPlan, target: Target, failures: dict[str, str]) -> dict[str, Any]:
     seed = plan.suite.seed
     classifier = load_reference_classifier(plan, target)
-    originals = None if classifier is None else score_images(target.plain, target, classifier)
+    reference_accuracy = None
+    if classifier is not None:
+        originals = score_images(target.plain, target, classifier, matcher=PIXELS, all_matchers=False)
+        reference_accuracy = float(originals["accuracy"].mean())
     test = (target.metrics or {}).get("test") or {}
     at_chance = chance_error(test, len(target.classes))
     attacks, attack_scores = _score_attacks(plan, target, failures, classifier)
     baseline_scores = {
-        name: score_images(images, target, classifier) for name, images in scorecard.baselines(target, seed).items()
+        name: score_images(images, target, classifier, matcher=baseline_matcher(name))
+        for name, images in baselines(target, seed).items()
     }
-    baselines = {name: aggregate(scores, seed) for name, scores in baseline_scores.items()}
-    baseline = baselines.get("class mean") or baselines["mean image"]
-    for result in attacks.values():
-        if result["status"] == "done":  # above: more similar to the originals than the class mean, beyond chance
-            result["above_baseline"] = any(
-                result["scores"][key]["low"] > baseline[key]["high"]
-                for key in ("ssim_invariant", "edges", "reidentified")
-            )
+    _compare_with_baselines(attacks, attack_scores, baseline_scores)
     card = {
         "target": target.name,
         "label": target.label,
@@ -67,11 +67,13 @@ def _write_scorecard(plan: AttackPlan, target: Target, failures: dict[str, str])
         "accuracy": test.get("accuracy"),
         "accuracy_interval": test.get("accuracy_interval"),
         "at_chance": at_chance,
-        "reference_accuracy": None if originals is None else float(originals["accuracy"].mean()),
+        "reference_accuracy": reference_accuracy,
         "reference_note": failures.get(attack_plan.REFERENCE_CLASSIFIER, ""),
+        "client": measure_client_of(plan, target, failures),
         **headline(attacks, at_chance=at_chance is not None),
         "attacks": attacks,
-        "baselines": baselines,
+        "baselines": {name: aggregate(scores, seed) for name, scores in baseline_scores.items()},
+        "blind_baselines": [name for name in BLIND if name in baseline_scores],
         "suite": plan.dump()["suite"],
         "environment": environment(),
     }
@@ -94,18 +96,31 @@ def _score_attacks(
             note = failures.get(name, "not run")
             result = attack_plan.describe_attack(name) | {"status": "failed", "note": note}
         elif result["status"] == "done":
-            scores[name] = score_images(_load_estimates(plan, name), target, classifier)
+            stored = _load_estimates(plan, name)
+            estimates = stored.pop("estimates")
+            scores[name] = score_images(estimates, target, classifier, matcher=result["matcher"]) | stored
             result["scores"] = aggregate(scores[name], plan.suite.seed)
-            result["reidentification_rate"] = reidentification_rate(result["scores"])
+            result["reidentification_rate"] = result["scores"]["reidentified"]["mean"]
             result |= _convergence(result)
         attacks[name] = result
     return attacks, scores
 
 
-def _load_estimates(plan: AttackPlan, attack: str) -> Tensor:
+def _compare_with_baselines(
+    attacks: dict[str, Outcome], attack_scores: dict[str, Scores], baseline_scores: dict[str, Scores]
+) -> None:
+    """Set whether each finished attack is above the blind baselines, beyond chance, and the p-values of that."""
+    for name, scores in attack_scores.items():
+        p_values = above_baseline_p_values(scores, baseline_scores, attacks[name]["matcher"])
+        attacks[name]["above_baseline"] = min(p_values.values()) < SIGNIFICANCE
+        attacks[name]["above_baseline_p_values"] = p_values
+
+
+def _load_estimates(plan: AttackPlan, attack: str) -> StateDict:
+    """An attack's ``estimates``, and the values of its extra scores by name."""
     from safetensors.torch import load
 
-    return load(plan.folder(attack).read("estimates.safetensors"))["estimates"]
+    return load(plan.folder(attack).read("estimates.safetensors"))
 
 
 def save_tensors(folder: Storage, file: str, tensors: StateDict) -> None:
@@ -118,7 +133,7 @@ def _examples(plan: AttackPlan, target: Target, attack_scores: dict[str, Scores]
     """Pictures for reports: the first queries, and each attack's best reconstructions."""
     tensors = {"plain": target.plain[:NUM_EXAMPLES].cpu(), "protected": target.protected[:NUM_EXAMPLES].cpu()}
     for name, scores in attack_scores.items():
-        estimates = _load_estimates(plan, name)
+        estimates = _load_estimates(plan, name)["estimates"]
         first = torch.arange(min(NUM_EXAMPLES, len(estimates)))
         best = scores["ssim_invariant"].argsort(descending=True)[:NUM_EXAMPLES]
         for group, indices in (("first", first), ("best", best)):
@@ -147,12 +162,14 @@ def headline(attacks: dict[str, Any], *, at_chance: bool) -> dict[str, Any]:
     failed = [name for name, attack in attacks.items() if attack["status"] == "failed"]
 
     def conclude(name: str | None, suffix: str = "") -> dict[str, Any]:
-        rate, word, reason = None, None, ""
+        rate, bits, word, reason = None, None, None, ""
         if name is not None:
             rate, word, reason = (attacks[name][key] for key in ("reidentification_rate", "verdict", "verdict_reason"))
+            bits = attacks[name]["scores"]["bits_identified"]["mean"]
         if failed and word in ("holds", "weak"):
             word, reason = scorecard.INCONCLUSIVE, f"{', '.join(failed)} failed and may be stronger"
-        return {f"reidentification_rate{suffix}": rate, f"verdict{suffix}": word, f"verdict_reason{suffix}": reason}
+        results = {"reidentification_rate": rate, "bits_identified": bits, "verdict": word, "verdict_reason": reason}
+        return {f"{key}{suffix}": value for key, value in results.items()}
 
     strongest = strongest_attack(attacks)
     reconstruction = strongest_attack({name: a for name, a in attacks.items() if ATTACKS.get(name).draws})
@@ -210,7 +227,8 @@ def export_to_bundle(plan: AttackPlan, card: dict[str, Any], quiet: bool) -> Non
             networks = {}
             for options in plan.suite.attacks:
                 folder = plan.folder(options.name)
-                if options.name not in from_stored and folder.exists("network.safetensors"):
+                draws = ATTACKS.get(options.name).draws  # a service has no gallery for the others
+                if draws and options.name not in from_stored and folder.exists("network.safetensors"):
                     weights = load(folder.read("network.safetensors"))
                     networks[options.name] = (options.model_dump(mode="json"), weights)
             add_attacks(bundle, networks, card, files)
@@ -235,15 +253,16 @@ def _merge_with_stored(
     if not private.exists(SCORECARD):
         return card, files, set()
     stored = json.loads(private.read(SCORECARD))
-    if "strongest_attack" not in stored:  # of an earlier version, whose results have other names
-        return card, files, set()
-    new, old = card["attacks"], stored["attacks"]
+    new, old = card["attacks"], stored.get("attacks", {})
+    if any("matcher" not in result for result in old.values() if result["status"] == "done"):
+        return card, files, set()  # of an earlier version, whose results have other names
     from_stored = {name for name, result in old.items() if _is_stronger(result, new.get(name))}
     attacks = new | {name: result for name, result in old.items() if name in from_stored or name not in new}
     # The results of the smaller card's attacks stay valid; the baselines are those of the card with more queries.
     stored_is_larger = card["num_queries"] < stored["num_queries"]
     base, other = (stored, card) if stored_is_larger else (card, stored)
-    merged = other | base | {"attacks": attacks} | headline(attacks, at_chance=card["at_chance"] is not None)
+    merged = other | base | {"attacks": attacks, "client": _merge_clients(card["client"], stored.get("client"))}
+    merged |= headline(attacks, at_chance=card["at_chance"] is not None)
     scores = _merge_scores(files[SCORES], private.read(SCORES), from_stored, stored_is_larger)
     examples = load(files[EXAMPLES])
     examples |= {k: v for k, v in load(private.read(EXAMPLES)).items() if k.partition("/")[0] in from_stored}
@@ -255,6 +274,11 @@ def _is_stronger(stored: dict[str, Any], new: dict[str, Any] | None) -> bool:
     if stored["status"] != "done":
         return False
     return new is None or new["status"] != "done" or scorecard.rank_key(stored) > scorecard.rank_key(new)
+
+
+def _merge_clients(new: dict[str, Any] | None, stored: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The new client section, unless it has no cloud gain and the stored one may have it."""
+    return new if stored is None or (new is not None and new["cloud_gain"] is not None) else stored
 
 
 def _merge_scores(new: bytes, stored: bytes, from_stored: set[str], stored_baselines: bool) -> bytes:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from raypp.attacks import ATTACKS
-from raypp.attacks.base import AttackError, TrainedAttack
+from raypp.attacks.base import AttackError
 from raypp.attacks.suite import CURVE
+from raypp.attacks.trained import TrainedAttack
 from raypp.config.overrides import Settings
 from raypp.config.schema import Config
 from raypp.data import SOURCES

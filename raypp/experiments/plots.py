@@ -43,7 +43,7 @@ def front_figure(searches: dict[str, Sequence[TrialRecord]], min_accuracy: float
         )
     line = {"color": "#555555", "lw": 1.2}
     if baselines:
-        axes.axhline(float(np.mean(baselines)), ls=":", label="class mean (baseline)", **line)
+        axes.axhline(float(np.mean(baselines)), ls=":", label="fitted class image (baseline)", **line)
     if min_accuracy is not None:
         axes.axvline(100 * min_accuracy, ls="--", label=f"minimum accuracy, {min_accuracy:.1%}", **line)
     axes.set_xlabel("validation accuracy after 8-bit rounding, % (higher is better)")

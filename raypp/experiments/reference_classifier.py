@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from raypp.attacks.base import required
 from raypp.attacks.target import Target
 from raypp.bundle.load import load_private
 from raypp.config.schema import Config
 from raypp.experiments.attack_plan import REFERENCE_CLASSIFIER, AttackPlan
 from raypp.experiments.training_run import open_run, train_locally
 from raypp.utils.progress import ProgressListener
+from raypp.utils.registry import MethodConfig
 
 
 def needs_reference_classifier(plan: AttackPlan, target: Target) -> bool:
@@ -24,16 +26,24 @@ def needs_reference_classifier(plan: AttackPlan, target: Target) -> bool:
 
 def train_reference_classifier(plan: AttackPlan, target: Target, display: ProgressListener) -> None:
     """Train or resume a separate run of the target's classifier, with plain images and the suite's epochs."""
-    assert target.config is not None
-    tree = target.config.model_dump(mode="json")
+    config = required(target.config)
+    train_plain_classifier(plan, target, REFERENCE_CLASSIFIER, plan.suite.reference_epochs, config.classifier, display)
+
+
+def train_plain_classifier(
+    plan: AttackPlan, target: Target, name: str, epochs: int, classifier: MethodConfig, display: ProgressListener
+) -> None:
+    """Train or resume a classifier of plain images as a run ``name``, with the target's data and optimizer."""
+    tree = required(target.config).model_dump(mode="json")
     tree |= {"protection": {"name": "plain"}, "adaptation": "auto", "seed": plan.suite.seed}
-    tree["train"] |= {"mode": "plain", "epochs": plan.suite.reference_epochs, "plain_epochs": None}
+    tree["classifier"] = classifier.model_dump(mode="json")
+    tree["train"] |= {"mode": "plain", "epochs": epochs, "plain_epochs": None}
     if tree["train"]["schedule"]["name"] == "multistep":
         tree["train"]["schedule"] = {"name": "one_cycle"}
     tree["data"] |= {"stream": False}
     tree["cluster"] |= {"storage": plan.storage.uri}
-    resume = plan.storage.exists(f"{REFERENCE_CLASSIFIER}/config.yaml")
-    with open_run(Config.model_validate(tree), REFERENCE_CLASSIFIER, resume=resume) as run:
+    resume = plan.storage.exists(f"{name}/config.yaml")
+    with open_run(Config.model_validate(tree), name, resume=resume) as run:
         train_locally(run, display, target.access.device)
 
 

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from raypp.attacks import ATTACKS
-from raypp.attacks.base import AttackerKnowledge, TrainedAttack, protect_in_batches
+from raypp.attacks.base import AttackerKnowledge, protect_in_batches
 from raypp.attacks.target import Target
+from raypp.attacks.trained import TrainedAttack
 from raypp.bundle.load import load_public
 from raypp.config.schema import Config
 from raypp.data.base import stratified_split
 from raypp.data.splits import load_split, subsample
-from raypp.evaluation.scorecard import aggregate, baselines, reidentification_rate, score_images
+from raypp.evaluation.baselines import CLASS_IMAGE, baseline_matcher, baselines
+from raypp.evaluation.reidentification import select_matcher
+from raypp.evaluation.scorecard import aggregate, score_images
 from raypp.experiments.search import RESULT, TRIALS, Point, Search, SearchPlan, TrialRecord, attack_options, read_record
 from raypp.experiments.training_run import Run, open_run, summary
 from raypp.training.reporter import Reporter
@@ -84,8 +87,9 @@ def proxy_leakage(
     Neither the network nor the protection has learned from these images.
 
     Returns:
-        ``leakage``, the mean polarity-invariant SSIM to the originals; ``leakage_baseline``, that of the class mean;
-        ``reidentification_rate``, the share of originals nearest to their reconstruction among all validation images.
+        ``leakage``, the mean polarity-invariant SSIM to the originals; ``leakage_baseline``, that of the image
+        fitted to the class; ``reidentification_rate``, the share of originals nearest to their reconstruction among all
+        validation images.
     """
     target = _validation_target(bundle, config, search)
     attack: TrainedAttack = ATTACKS.build(attack_options(search), target.access, seed=config.seed)
@@ -93,15 +97,17 @@ def proxy_leakage(
     task.share(0, 1)
     result = Trainer(task, Reporter(folder, display, target.access.device)).train()
     attack.load(attack.state(result.trainee))
-    scores = aggregate(score_images(attack.reconstruct(target.protected), target), config.seed)
-    class_mean = baselines(target, config.seed)["class mean"]
-    baseline_scores = aggregate(score_images(class_mean, target), config.seed)
+    matcher = select_matcher(attack, target).matcher
+    estimates = attack.reconstruct(target.protected)
+    scores = aggregate(score_images(estimates, target, matcher=matcher, all_matchers=False), config.seed)
+    class_image = baselines(target, config.seed)[CLASS_IMAGE]
+    blind = score_images(class_image, target, matcher=baseline_matcher(CLASS_IMAGE), all_matchers=False)
     folder.delete("checkpoints")
     return {
         "leakage": scores["ssim_invariant"]["mean"],
         "leakage_interval": [scores["ssim_invariant"]["low"], scores["ssim_invariant"]["high"]],
-        "leakage_baseline": baseline_scores["ssim_invariant"]["mean"],
-        "reidentification_rate": reidentification_rate(scores),
+        "leakage_baseline": round(float(blind["ssim_invariant"].double().mean()), 5),
+        "reidentification_rate": scores["reidentified"]["mean"],
         "psnr": scores["psnr"]["mean"],
         "num_queries": len(target.plain),
     }

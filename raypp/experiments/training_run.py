@@ -28,6 +28,7 @@ from raypp.bundle.guard import LEAST, PlainImageDetector, calibrate_detector
 from raypp.config.schema import Config
 from raypp.data.loader import inference_batch_size, to_device
 from raypp.data.splits import load_split
+from raypp.evaluation.client_cost import client_of_run
 from raypp.evaluation.evaluate import evaluate
 from raypp.experiments import run_folder
 from raypp.experiments.run_folder import environment, lock, read_checked
@@ -177,9 +178,13 @@ def _finalize_run(run: Run, result: TrainResult, device: torch.device) -> dict[s
     test = load_split(config, "test")
     test_images, test_labels = to_device(test.images, test.labels, device)
     batch_size = config.train.eval_batch_size
+    test_results = evaluate(system.protection, system.classifier, test_images, test_labels, batch_size)
+    plain_results = _evaluate_plain(config, result, test_images, test_labels)
+    shape = (config.data.channels, test.images.shape[1], test.images.shape[2])
     results = {
-        "test": evaluate(system.protection, system.classifier, test_images, test_labels, batch_size),
-        "plain_test": _evaluate_plain(config, result, test_images, test_labels),
+        "test": test_results,
+        "plain_test": plain_results,
+        "client": client_of_run(config, system.protection, shape, test_results, plain_results, len(test.classes)),
         "best": result.best,
         "epochs": {p.name: p.epochs for p in phases(config)},
         "seconds": sum(row["seconds"] for row in result.history),

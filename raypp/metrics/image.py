@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,6 +107,11 @@ def load_lpips() -> nn.Module | None:
     return net.eval().requires_grad_(False)
 
 
+def lpips_available(images: Tensor) -> bool:
+    """Return whether :func:`lpips` can compare images (N, C, H, W); their sides need 32 pixels."""
+    return min(images.shape[-2:]) >= LPIPS_MIN_SIDE and load_lpips() is not None
+
+
 @torch.inference_mode()
 def lpips(a: Tensor, b: Tensor) -> Tensor | None:
     """Return the perceptual distance of each pair, 0 for identical images; None if LPIPS is not available.
@@ -113,13 +119,32 @@ def lpips(a: Tensor, b: Tensor) -> Tensor | None:
     It is also None for sides below 32 pixels. Gray images are repeated to RGB.
     """
     net = load_lpips()
-    if net is None or min(a.shape[-2:]) < LPIPS_MIN_SIDE:
+    if net is None or not lpips_available(a):
         return None
     net.to(a.device)
     pairs = zip(a.split(LPIPS_BATCH), b.split(LPIPS_BATCH), strict=True)
     return torch.cat(
         [net(x.expand(-1, 3, -1, -1), y.expand(-1, 3, -1, -1), normalize=True).flatten() for x, y in pairs]
     )
+
+
+@torch.inference_mode()
+def lpips_features(images: Tensor) -> Tensor:
+    """Return features float64 (N, D) whose squared distance is :func:`lpips`; see :func:`lpips_available`."""
+    from lpips import normalize_tensor
+
+    net: Any = load_lpips()
+    assert net is not None
+    net.to(images.device)
+    batches = []
+    for batch in images.split(LPIPS_BATCH):
+        layers = net.net(net.scaling_layer(2 * batch.expand(-1, 3, -1, -1) - 1))
+        features = []
+        for layer, linear in zip(layers, net.lins, strict=True):
+            weights = linear.model[-1].weight / layer.shape[2:].numel()  # not negative, as the paper requires
+            features.append((normalize_tensor(layer) * weights.sqrt()).flatten(1))
+        batches.append(torch.cat(features, dim=1).double())
+    return torch.cat(batches)
 
 
 def edge_correlation(a: Tensor, b: Tensor) -> Tensor:
@@ -193,3 +218,12 @@ def in_parts(values: Tensor, images: Tensor | None = None) -> tuple[Tensor, ...]
     images = values if images is None else images
     parts: tuple[Tensor, ...] = values.split(max(1, PART_VALUES // max(1, images.shape[1:].numel())))
     return parts
+
+
+def mean_image(images: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the mean uint8 (C, H, W) of images uint8 (N, C, H, W), or of those where ``mask`` bool (N,) is true."""
+    mask = torch.ones(len(images), dtype=torch.bool, device=images.device) if mask is None else mask
+    total = torch.zeros(images.shape[1:], dtype=torch.float64, device=images.device)
+    for part, part_mask in zip(in_parts(images), in_parts(mask, images), strict=True):
+        total += part[part_mask].sum(0, dtype=torch.float64)
+    return (total / mask.sum()).round().to(torch.uint8)

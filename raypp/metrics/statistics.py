@@ -1,8 +1,9 @@
-"""Confidence intervals."""
+"""Confidence intervals and tests of significance."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,16 @@ BOOTSTRAP_VALUES = 2**20  # resampled values in memory at a time
 def bootstrap_interval(
     values: npt.ArrayLike, *, num: int = 2000, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
-    """Return the percentile bootstrap interval (Efron 1979) of the mean of values (N,), from ``num`` resamples."""
+    """Return the percentile bootstrap interval (Efron 1979) of the mean of values (N,), from ``num`` resamples.
+
+    It suits means of continuous values. A share needs :func:`wilson_interval`: resamples of zeros are all zero.
+
+    Raises:
+        ValueError: there are no values.
+    """
     data = np.asarray(values, dtype=np.float64)
+    if len(data) == 0:
+        raise ValueError("values is empty; the interval of a mean needs one value or more")
     rng = np.random.default_rng(seed)
     batch_size = max(1, BOOTSTRAP_VALUES // max(1, len(data)))
     batches = [min(batch_size, num - i) for i in range(0, num, batch_size)]
@@ -24,12 +33,74 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def wilson_interval(successes: int, num: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the confidence interval of a proportion (Wilson 1927); 95% with the default ``z``."""
+def wilson_interval(successes: float, num: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the confidence interval of a share (Wilson 1927), within [0, 1]; 95% with the default ``z``.
+
+    Args:
+        successes: number of successes, 0 to ``num``. A sum of probabilities is allowed: values in [0, 1] vary at most
+            as much as zeros and ones of the same mean, so the interval is not too narrow.
+        num: number of trials; with 0 the interval is (0, 1).
+    """
+    if num == 0:
+        return 0.0, 1.0
     rate = successes / num
     center = (rate + z * z / (2 * num)) / (1 + z * z / num)
     half_width = z / (1 + z * z / num) * math.sqrt(rate * (1 - rate) / num + z * z / (4 * num * num))
     return max(0.0, center - half_width), min(1.0, center + half_width)
+
+
+def difference_interval(
+    share: float, interval: Sequence[float], other: float, other_interval: Sequence[float]
+) -> tuple[float, float]:
+    """Return the 95% interval of ``share - other`` from the Wilson intervals of two proportions.
+
+    It assumes independent samples, so it is wider than needed for two classifiers of the same images.
+
+    Source: Newcombe 1998 (Statistics in Medicine 17:873), method 10.
+    """
+    low = share - other - math.hypot(share - interval[0], other_interval[1] - other)
+    high = share - other + math.hypot(interval[1] - share, other - other_interval[0])
+    return low, high
+
+
+def mcnemar_test(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
+    """Return the exact p-value of paired outcomes (McNemar 1947): that ``first`` succeeds as often as ``second``.
+
+    The alternative is one-sided: ``first`` succeeds more often.
+
+    Args:
+        first, second: 0 or 1 for each trial, (N,).
+    """
+    from scipy.stats import binomtest
+
+    a, b = np.asarray(first) > 0.5, np.asarray(second) > 0.5
+    only_first, only_second = int((a & ~b).sum()), int((b & ~a).sum())
+    if only_first + only_second == 0:
+        return 1.0
+    return float(binomtest(only_first, only_first + only_second, alternative="greater").pvalue)
+
+
+def paired_t_test(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
+    """Return the p-value that the mean of ``first`` is at most that of ``second``, both (N,), by pairs.
+
+    It is 1 for fewer than two pairs, and for pairs with one constant difference of 0.
+    """
+    from scipy.stats import ttest_rel
+
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if len(a) < 2 or np.array_equal(a, b):
+        return 1.0
+    return float(ttest_rel(a, b, alternative="greater").pvalue)
+
+
+def holm_adjust(p_values: dict[str, float]) -> dict[str, float]:
+    """Return the p-values of several tests, adjusted for their number (Holm 1979); at most 1."""
+    adjusted: dict[str, float] = {}
+    largest = 0.0
+    for i, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+        largest = max(largest, min(1.0, (len(p_values) - i) * p_values[name]))
+        adjusted[name] = largest
+    return {name: adjusted[name] for name in p_values}
 
 
 def chance_error(numbers: dict[str, Any] | None, num_classes: int = 1, what: str = "protected images") -> str | None:

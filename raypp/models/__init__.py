@@ -7,6 +7,7 @@ CLASSIFIERS = Registry(
     {
         "resnet20": "raypp.models.resnet:ResNet20",
         "vgg16_bn": "raypp.models.vgg:VGG16BN",
+        "convnet": "raypp.models.convnet:ConvNet",
     },
 )
 

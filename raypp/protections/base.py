@@ -32,6 +32,9 @@ class Protection(nn.Module):
     """Minimum height and width in pixels."""
     augment: ClassVar[Literal["before", "after"]] = "before"
     """Whether training images are cropped and flipped before or after they are protected."""
+    noise_std: float | None = None
+    """Standard deviation in gray levels of independent Gaussian noise that it adds to each value before clipping and
+    rounding; None if it states no noise. The attack ``known_gallery`` uses it."""
     key: Key
     """Its secret key; set only if :meth:`needs_key` returns True."""
 
@@ -77,11 +80,11 @@ class Protection(nn.Module):
         """Simulate the upload in training: what the classifier receives, N x C x H x W in [0, 1]; differentiable."""
         return protected
 
-    def build_auxiliary_networks(self, num_classes: int) -> nn.Module | None:
+    def build_auxiliary_networks(self, num_classes: int, image_size: tuple[int, int]) -> AuxiliaryNetworks | None:
         """Build auxiliary networks that train with the protection and are then discarded, such as a discriminator.
 
-        Their ``forward(plain, protected, features, labels)`` returns a loss that is added to the classifier's. If the
-        attribute ``uses_feature_loss`` is true, their own feature loss replaces Eq. 4's distance.
+        Args:
+            image_size: height and width of training images.
         """
         return None
 
@@ -93,3 +96,18 @@ class Protection(nn.Module):
     def protect(self, images: Tensor) -> Tensor:
         """Return the protected images that a client uploads, uint8, from uint8 images N x C x H x W."""
         return to_uint8(self(images.float() / 255))
+
+
+class AuxiliaryNetworks(nn.Module):
+    """Networks that train with a protection.
+
+    ``forward(plain, protected, features, labels)`` returns a loss that is added to the classifier's. ``plain`` and
+    ``protected`` are N x C x H x W in [0, 1], ``features`` is the feature network or None, ``labels`` are (N,).
+    """
+
+    uses_feature_loss: ClassVar[bool] = False
+    """Whether its own feature loss replaces Eq. 4's distance."""
+
+    def reinitialize(self) -> list[nn.Parameter]:
+        """Initialize networks again that are due; called after each step of the optimizer. Return their parameters."""
+        return []

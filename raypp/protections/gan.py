@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from raypp.models.layers import Residual
-from raypp.protections.base import Protection
+from raypp.protections.base import AuxiliaryNetworks, Protection
 from raypp.protections.pixel import Pixel
 from raypp.utils.keys import Key
 from raypp.utils.registry import MethodConfig
@@ -70,18 +70,22 @@ class GAN(Protection):
     def uses_features(cls, options: Any, alpha: float) -> bool:
         return bool(options.perceptual > 0)
 
-    def build_auxiliary_networks(self, num_classes: int) -> nn.Module:
+    def build_auxiliary_networks(self, num_classes: int, image_size: tuple[int, int]) -> AuxiliaryNetworks:
         return Adversary(self.options, self.channels)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def logits(self, images: Tensor) -> Tensor:
+        """Return the output before the sigmoid, float32 N x C x H x W without bounds."""
         height, width = images.shape[-2:]
         padded = F.pad(images, (0, -width % 4, 0, -height % 4), mode="replicate")
-        x = self.layers(2 * padded - 1)[:, :, :height, :width]
-        # In float32: near 1, bfloat16 does not separate adjacent 8-bit values.
-        return (torch.tanh(x.float()) + 1) / 2
+        x: Tensor = self.layers(2 * padded - 1)[:, :, :height, :width]
+        return 2 * x.float()  # CycleGAN ends with (tanh(x) + 1) / 2, which is sigmoid(2 x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        # The sigmoid in float32: near 1, bfloat16 does not separate adjacent 8-bit values.
+        return torch.sigmoid(self.logits(images))
 
 
-class Adversary(nn.Module):
+class Adversary(AuxiliaryNetworks):
     """A patch discriminator between encrypted and generated images (hinge loss), and the generator's other losses."""
 
     uses_feature_loss = True

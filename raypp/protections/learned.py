@@ -1,8 +1,8 @@
 """The learned protection h_theta: a U-Net whose sigmoid output is the protected image.
 
 Source: Ito, Kinoshita, Kiya 2020 (arXiv 2008.03143), section II; output range as in the authors' released code. The
-adversary and the code are ours. The adversary follows adversarial training (Goodfellow et al. 2014) with reversed
-gradients (Ganin, Lempitsky 2015), the code follows finite scalar quantization (Mentzer et al. 2023).
+adversary (see :mod:`raypp.protections.adversary`) and the code are ours. The code follows finite scalar quantization
+(Mentzer et al. 2023).
 """
 
 from __future__ import annotations
@@ -19,25 +19,10 @@ from raypp.models.jpeg import jpeg
 from raypp.models.layers import straight_through
 from raypp.models.resnet import ResNetOptions, ResNetTrunk
 from raypp.models.unet import UNet
-from raypp.protections.base import Protection
-from raypp.utils.images import quantize_8bit
+from raypp.protections.adversary import AdversaryOptions, ContrastiveAdversary, ImageSize, InversePool
+from raypp.protections.base import AuxiliaryNetworks, Protection
 from raypp.utils.keys import Key
 from raypp.utils.registry import MethodConfig
-
-
-class AdversaryOptions(BaseModel):
-    """An inverse network that trains with h_theta, which learns to defeat it."""
-
-    model_config = MethodConfig.model_config
-
-    weight: float = Field(20.0, gt=0)
-    """The loss of h_theta gains minus this weight times the squared error of the estimate of each image."""
-    clip: float = Field(0.06, gt=0)
-    """Squared error per image above which h_theta gains nothing: about the error of a guess without the image."""
-    width: int = Field(16, ge=1, le=1024)
-    """Channels of its U-Net's first level."""
-    depth: int = Field(3, ge=1, le=6)
-    """Number of 2x2 poolings of its U-Net."""
 
 
 class CodeOptions(BaseModel):
@@ -86,7 +71,7 @@ class Learned(Protection):
         """Lowest JPEG quality for training: half of the images are encoded, for uploads that are re-encoded. Null:
         none."""
         adversary: AdversaryOptions | None = None
-        """Also train against a live inverse network; null trains as in the paper."""
+        """Also train against live inverse networks; null trains as in the paper."""
 
         @model_validator(mode="after")
         def _check_combination(self) -> Self:
@@ -141,14 +126,19 @@ class Learned(Protection):
         encoded = jpeg(protected[:num_encoded], int(torch.randint(lowest, 101, ())))
         return torch.cat((encoded, protected[num_encoded:]))
 
-    def build_auxiliary_networks(self, num_classes: int) -> nn.Module | None:
+    def build_auxiliary_networks(self, num_classes: int, image_size: ImageSize) -> AuxiliaryNetworks | None:
         adversary, code = self.options.adversary, self.options.code
         has_guides = code is not None and code.guide > 0
-        return AuxiliaryNetworks(self, num_classes) if adversary is not None or has_guides else None
+        return AdversariesAndGuides(self, num_classes, image_size) if adversary is not None or has_guides else None
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Return the output before the sigmoid, float32 N x C x H x W without bounds."""
+        logits: Tensor = self.unet(images).float()
+        return logits
 
     def forward(self, images: Tensor) -> Tensor:
         # The sigmoid in float32: near 1, bfloat16 does not separate adjacent 8-bit values.
-        return torch.sigmoid(self.unet(images).float())
+        return torch.sigmoid(self.logits(images))
 
 
 class Bottleneck(nn.Module):
@@ -210,16 +200,17 @@ class Bottleneck(nn.Module):
         return F.interpolate(feature_map, size=size, mode="nearest")
 
 
-class AuxiliaryNetworks(nn.Module):
-    """The auxiliary networks of a learned protection: the live inverse network, the guides of its code, or both."""
+class AdversariesAndGuides(AuxiliaryNetworks):
+    """The auxiliary networks of a learned protection: its adversaries, the guides of its code, or both."""
 
-    uses_feature_loss = False
-
-    def __init__(self, protection: Learned, num_classes: int) -> None:
+    def __init__(self, protection: Learned, num_classes: int, image_size: ImageSize) -> None:
         super().__init__()
-        options = protection.options
-        self.adversary = InverseAdversary(options.adversary, protection.channels) if options.adversary else None
-        self.guides = None
+        options, channels = protection.options, protection.channels
+        self.inverse_pool = self.contrastive = self.guides = None
+        if options.adversary is not None:
+            self.inverse_pool = InversePool(options.adversary, channels, image_size)
+            if options.adversary.contrastive:
+                self.contrastive = ContrastiveAdversary(options.adversary.contrastive, channels, image_size)
         if options.code is not None and options.code.guide > 0:
             # The features have a guide as well: the rounded code passes little information to them.
             code = protection.unet.middle
@@ -231,8 +222,9 @@ class AuxiliaryNetworks(nn.Module):
     def forward(self, plain: Tensor, protected: Tensor, features: nn.Module | None, labels: Tensor) -> Tensor:
         """Return the sum of all losses."""
         loss = protected.new_zeros(())
-        if self.adversary is not None:
-            loss = loss + self.adversary(plain, protected)
+        for adversary in (self.inverse_pool, self.contrastive):
+            if adversary is not None:
+                loss = loss + adversary(plain, protected)
         if self.guides is not None:
             (code,) = self._code
             assert code.last is not None, "a guide needs a forward pass of the protection in training mode"
@@ -241,23 +233,5 @@ class AuxiliaryNetworks(nn.Module):
             code.last = None  # frees the graph
         return loss
 
-
-class InverseAdversary(nn.Module):
-    """A live inverse network. It minimizes its squared error e, h_theta minimizes ``-weight * min(e, clip)`` per image.
-
-    One pass trains both: the gradient to h_theta is reversed, and zero for images above the clip.
-    """
-
-    def __init__(self, options: AdversaryOptions, channels: int) -> None:
-        super().__init__()
-        self.options = options
-        self.unet = UNet(channels, options.width, options.depth)
-
-    def forward(self, plain: Tensor, protected: Tensor) -> Tensor:
-        """Return the mean squared error of the network's estimates."""
-        uploaded = straight_through(protected, quantize_8bit(protected.detach()))
-        estimate = torch.sigmoid(self.unet(uploaded).float())
-        errors = (estimate - plain).square().mean(dim=(1, 2, 3))
-        scale = torch.where(errors.detach() < self.options.clip, -self.options.weight, 0.0)[:, None, None, None]
-        uploaded.register_hook(lambda gradient: gradient * scale)
-        return errors.mean()
+    def reinitialize(self) -> list[nn.Parameter]:
+        return self.inverse_pool.reinitialize() if self.inverse_pool is not None else []

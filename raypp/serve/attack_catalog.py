@@ -11,20 +11,25 @@ from safetensors.torch import load
 from torch import Tensor
 
 from raypp.attacks import ATTACKS
-from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap, Threat, TrainedAttack
-from raypp.attacks.white_box import WhiteBox
+from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap, Threat
+from raypp.attacks.statements import logits_of
+from raypp.attacks.trained import TrainedAttack
 from raypp.bundle.load import PublicBundle
 from raypp.serve.loaded_model import LoadedModel, pad_to_bucket
 from raypp.utils.device import default_device
 
 MAX_IMAGES = 256
 """Images of one request."""
-MAX_IMAGES_OF_SLOW = {"white_box": 4}
-MAX_STEPS = 100  # optimization steps of an attack while a client waits
+MAX_IMAGES_OF_SLOW = {"white_box": 4, "flow_matching": 4}
+LIMITS_OF_SLOW = {"white_box": {"steps": 100, "restarts": 0}, "flow_matching": {"samples": 2, "steps": 25}}
+"""Largest values of options while a client waits."""
 SUMMARY_KEYS = (
-    "verdict", "verdict_reason", "strongest_attack", "reidentification_rate", "num_queries", "num_gallery", "accuracy",
+    "verdict", "verdict_reason", "strongest_attack", "reidentification_rate", "bits_identified", "num_queries",
+    "num_gallery", "accuracy",
 )  # fmt: skip
-ATTACK_KEYS = ("threat", "status", "verdict", "verdict_reason", "reidentification_rate", "lower_bound")
+ATTACK_KEYS = (
+    "threat", "status", "verdict", "verdict_reason", "reidentification_rate", "num_gallery", "matcher", "lower_bound",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,8 @@ def load_attacks(model: LoadedModel) -> dict[str, ServedAttack]:
     for name in sorted(done, key=lambda n: bool(ATTACKS.get(n).after)):
         kind: type[Attack] = ATTACKS.get(name)
         options = ATTACKS.options(name).model_validate(done[name]["options"])
-        if isinstance(options, WhiteBox.Options):
-            options = options.model_copy(update={"steps": min(options.steps, MAX_STEPS), "restarts": 0})
+        limits = LIMITS_OF_SLOW.get(name, {})
+        options = options.model_copy(update={key: min(getattr(options, key), limit) for key, limit in limits.items()})
         earlier = {n: networks[n] for n in kind.after if n in networks}
         trained = issubclass(kind, TrainedAttack)
         if trained and name not in material.networks:
@@ -88,7 +93,9 @@ def _attacker_knowledge(model: LoadedModel, public: PublicBundle) -> AttackerKno
         structure=type(protection).adaptation,
         num_classes=len(model.private.classes),
         protect=lambda images: protection.protect(images.to(device)),
+        noise_std=protection.noise_std,
         gradients=protection if protection.differentiable else None,
+        logits=logits_of(protection),
         classify=classify,
         device=device,
     )
@@ -105,7 +112,9 @@ def summarize_scorecard(scorecard: dict[str, Any] | None) -> dict[str, Any] | No
 
 def _summarize_attack(result: dict[str, Any]) -> dict[str, Any]:
     """Threat level, verdict, re-identification rate and mean scores of one attack."""
-    return {key: result.get(key) for key in ATTACK_KEYS} | _means(result.get("scores") or {}, "ssim", "psnr", "edges")
+    return {key: result.get(key) for key in ATTACK_KEYS} | _means(
+        result.get("scores") or {}, "bits_identified", "ssim", "psnr", "edges"
+    )
 
 
 def baseline_scores(scorecard: dict[str, Any] | None) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class ScorecardSummary(BaseModel):
     verdict_reason: str | None
     strongest_attack: str | None = Field(examples=["inverse"])
     reidentification_rate: float | None
+    bits_identified: float | None
     num_queries: int | None
     num_gallery: int | None
     accuracy: Any

@@ -7,7 +7,7 @@ Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon). The update's sca
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,48 +38,64 @@ class Muon(torch.optim.AdamW):
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter.ndim > 1 and len(parameter) > 1:
                     by_shape[len(parameter), parameter[0].numel()].append(parameter)
-            for (rows, columns), parameters in by_shape.items():
-                self._muon_step(group, rows, columns, parameters)
+            momenta = [self._nesterov(group, shape, parameters) for shape, parameters in by_shape.items()]
+            for parameters, updates in zip(by_shape.values(), zeropower_via_newtonschulz(momenta), strict=True):
+                self._update(group, parameters, updates)
         return super().step()
 
-    def _muon_step(self, group: dict[str, Any], rows: int, columns: int, parameters: list[Tensor]) -> None:
-        """Update parameters of one matrix shape, and clear their gradients so that AdamW skips them."""
+    def _nesterov(self, group: dict[str, Any], shape: tuple[int, int], parameters: list[Tensor]) -> Tensor:
+        """Update the averages of gradients; returns Nesterov's look-ahead of them, (number of parameters, *shape)."""
         for parameter in parameters:
             if not self.state[parameter]:  # AdamW needs the step to load a state
                 self.state[parameter] = {"average": torch.zeros_like(parameter), "step": torch.zeros(())}
         averages = [self.state[parameter]["average"] for parameter in parameters]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        momentum, lr = group["betas"][0], group["lr"]
+        momentum = group["betas"][0]
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
         nesterov = torch._foreach_lerp(gradients, averages, momentum)
-        updates = zeropower_via_newtonschulz(torch.stack([each.reshape(rows, columns) for each in nesterov]))
-        scale = lr * MATCH_RMS_ADAMW * max(rows, columns) ** 0.5
-        for parameter, update in zip(parameters, updates, strict=True):
-            parameter.mul_(1 - lr * group["weight_decay"])
-            parameter.sub_(update.reshape(parameter.shape), alpha=scale)
+        return torch.stack([each.reshape(shape) for each in nesterov])
+
+    @staticmethod
+    def _update(group: dict[str, Any], parameters: list[Tensor], updates: Tensor) -> None:
+        """Apply orthogonalized updates, and clear the gradients so that AdamW skips these parameters."""
+        scale = group["lr"] * MATCH_RMS_ADAMW * max(updates.shape[1:]) ** 0.5
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        shaped = [update.reshape(parameter.shape) for parameter, update in zip(parameters, updates, strict=True)]
+        torch._foreach_add_(parameters, shaped, alpha=-scale)
+        for parameter in parameters:
             parameter.grad = None
 
 
-def zeropower_via_newtonschulz(matrices: Tensor) -> Tensor:
+def zeropower_via_newtonschulz(batches: Sequence[Tensor]) -> list[Tensor]:
     """Approximate the nearest matrices with orthonormal rows or columns; singular values end in about 0.7 to 1.2.
 
     The published iteration is x <- (a + b x x' + c (x x')^2) x. This one multiplies the factors, which depend on x x'
     alone, and applies them to x once. For matrices with many more columns than rows that is a third of the work.
+    Batches with the same smaller side share the iteration, whatever their larger side is.
 
     Args:
-        matrices: (N, rows, columns).
+        batches: each (N, rows, columns).
     """
-    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
+    wide = [batch if batch.shape[1] <= batch.shape[2] else batch.mT for batch in batches]
+    wide = [x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7) for x in wide]
+    by_side: dict[int, list[int]] = defaultdict(list)
+    for index, x in enumerate(wide):
+        by_side[x.shape[1]].append(index)
+    for indices in by_side.values():
+        products = _newtonschulz_product(torch.cat([wide[i] @ wide[i].mT for i in indices]))
+        for i, product in zip(indices, products.split([len(wide[i]) for i in indices]), strict=True):
+            wide[i] = product @ wide[i]
+    return [x if x.shape == batch.shape else x.mT for x, batch in zip(wide, batches, strict=True)]
+
+
+def _newtonschulz_product(square: Tensor) -> Tensor:
+    """The product of the iteration's factors, from x x' (N, side, side)."""
     a, b, c = COEFFICIENTS
-    square = x @ x.mT
-    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    identity = torch.eye(square.shape[1], dtype=square.dtype, device=square.device)
     product = identity
     for left in reversed(range(ITERATIONS)):
         factor = a * identity + b * square + c * (square @ square)
         product = factor @ product
         if left:
             square = factor @ square @ factor
-    result: Tensor = product @ x
-    return result.mT if tall else result
+    return product

@@ -13,7 +13,7 @@ from raypp.models import FEATURES
 from raypp.models.adaptation import AdaptedClassifier, build_classifier
 from raypp.models.perceptual import PlainClassifierFeatures, StateDict
 from raypp.protections import PROTECTIONS
-from raypp.protections.base import Protection
+from raypp.protections.base import AuxiliaryNetworks, Protection
 from raypp.protections.plain import Plain
 from raypp.training.losses import classification_loss, feature_distance, transformation_loss
 from raypp.training.task import Phase, StepOutput, TrainableModule
@@ -68,7 +68,7 @@ class ProtectedClassifier(TrainableModule):
         features: nn.Module | None,
         alpha: float,
         frozen: bool,
-        auxiliary_networks: nn.Module | None = None,
+        auxiliary_networks: AuxiliaryNetworks | None = None,
         inputs_are_protected: bool = False,
     ) -> None:
         super().__init__()
@@ -114,6 +114,9 @@ class ProtectedClassifier(TrainableModule):
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
         metrics = dict(zip(METRICS, (classification, distance, accuracy), strict=True))
         return ProtectionStepOutput(loss, metrics, protected)
+
+    def reinitialize(self) -> list[nn.Parameter]:
+        return self.auxiliary.reinitialize() if self.auxiliary is not None else []
 
 
 def build_protected_classifier(
@@ -161,6 +164,6 @@ def build_protected_classifier(
         features,
         config.train.alpha,
         frozen,
-        protection.build_auxiliary_networks(num_classes),
+        protection.build_auxiliary_networks(num_classes, image_size),
         inputs_are_protected=protection.augment == "after",
     )

@@ -68,6 +68,13 @@ class TrainableModule(nn.Module):
     def on_after_optimizer_step(self) -> None:
         """Called after every step of the optimizer."""
 
+    def reinitialize(self) -> list[nn.Parameter]:
+        """Initialize networks again that are due; called after every step of the optimizer.
+
+        Returns their parameters; the trainer clears their state in the optimizer.
+        """
+        return []
+
 
 class Task(Protocol):
     """The networks, data and validation of a training run."""

@@ -165,6 +165,8 @@ class Trainer:
         output.loss.backward()
         self.optimizer.step()
         self.trainee.on_after_optimizer_step()
+        for parameter in self.trainee.reinitialize():
+            self.optimizer.state.pop(parameter, None)
         self.threads.update()
         loss, state, num_images = output.loss.detach(), self.state, len(labels)
         with torch.no_grad():

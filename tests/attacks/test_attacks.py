@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,14 @@ from methods import build, victim
 from torch import Tensor
 
 from raypp.attacks import ATTACKS
+from raypp.attacks.array_target import ArrayTarget, load_array_target
 from raypp.attacks.base import AttackerKnowledge, AttackError, ImageMap, Threat
+from raypp.attacks.gallery_noise import Candidates, LikelihoodScores, _unclipped
+from raypp.attacks.statements import logits_of, stated_noise_std
+from raypp.attacks.user_function import user_function
 from raypp.metrics.image import psnr, ssim
 from raypp.metrics.retrieval import reidentify
+from raypp.utils.errors import ConfigError
 from raypp.utils.images import decode
 from raypp.utils.keys import Key
 
@@ -231,6 +238,15 @@ def test_minimum_difference_is_its_description(photos: Tensor) -> None:
 # Known gallery
 
 
+class Negative:
+    """A protection with a stated noise."""
+
+    noise_std = 5.0
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return 255 - images
+
+
 @pytest.mark.parametrize("name", ["tanaka", pytest.param("learned", marks=pytest.mark.slow)])
 def test_a_gallery_betrays_every_deterministic_protection(name: str, photos: Tensor) -> None:
     protection = victim(name, **({"width": 8, "depth": 2} if name == "learned" else {}))
@@ -245,6 +261,100 @@ def test_a_gallery_betrays_every_deterministic_protection(name: str, photos: Ten
     attack = build("known_gallery", access)
     attack.prepare()
     assert torch.equal(attack.reconstruct(protection.protect(photos[:100])), photos[:100])
+
+
+def small(photos: Tensor, num: int) -> Tensor:
+    """Images of 16 x 16."""
+    return torch.nn.functional.avg_pool2d(photos[:num].float(), 2).to(torch.uint8)
+
+
+def noisy(std: float, contrast: float, seed: int = 0) -> ImageMap:
+    """A random protection: Gaussian noise of ``std`` gray levels on a share of the contrast."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def protect(images: Tensor) -> Tensor:
+        noise = std * torch.randn(images.shape, generator=generator)
+        return (128 + contrast * (images.float() - 128) + noise).round().clamp(0, 255).to(torch.uint8)
+
+    return protect
+
+
+def identified(access: AttackerKnowledge, num: int = 100, **options: Any) -> tuple[float, str]:
+    """Share of the gallery's first images that a known gallery identifies, and the attack's note."""
+    assert access.gallery is not None
+    assert access.protect is not None
+    attack = build("known_gallery", access, **options)
+    attack.prepare()
+    originals = access.gallery[:num]
+    same = attack.reconstruct(access.protect(originals)) == originals
+    return float(same.flatten(1).all(1).float().mean()), attack.note
+
+
+def test_a_gallery_averages_the_noise_of_a_random_protection(photos: Tensor) -> None:
+    access = AttackerKnowledge((3, 16, 16), protect=noisy(60, 0.25), gallery=small(photos, 300))
+    share, note = identified(access)
+    assert note == "300 candidates protected 16 times"
+    assert share > 0.4
+    assert identified(access, num_draws=1)[0] < 0.15
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_folded_values_remove_a_key_per_image(shuffle: bool, photos: Tensor) -> None:
+    protection = victim("pixel", keys="per_image", shuffle_color_channels=shuffle)
+    access = AttackerKnowledge((3, 32, 32), protect=protection.protect, gallery=photos[:200])
+    comparison = "folded values with sorted colors" if shuffle else "folded values"
+    assert identified(access) == (1.0, f"200 candidates protected, compared by {comparison}")
+
+
+def test_folded_values_are_chosen_for_a_noisy_key_per_image(photos: Tensor) -> None:
+    protection, noise = victim("pixel", keys="per_image"), noisy(8, 1.0)
+    access = AttackerKnowledge(
+        (3, 16, 16), protect=lambda images: noise(protection.protect(images)), gallery=small(photos, 200)
+    )
+    share, note = identified(access)
+    assert note == "200 candidates protected 16 times, compared by folded values"
+    assert share > 0.9
+
+
+def test_stated_noise_gives_a_likelihood(photos: Tensor) -> None:
+    """Dark images, half of whose noisy values are clipped to 0: the likelihood identifies more than the distance."""
+    noise = noisy(60, 1.0)
+    access = AttackerKnowledge(
+        (3, 16, 16), protect=lambda images: noise((0.3 * images).to(torch.uint8)), gallery=small(photos, 300)
+    )
+    by_distance, _ = identified(access, num=300)
+    by_likelihood, note = identified(dataclasses.replace(access, noise_std=60.0), num=300)
+    assert note == "300 candidates protected 16 times, compared by likelihood"
+    assert by_likelihood > by_distance - 0.05
+    assert by_likelihood > 0.7
+
+
+def test_the_likelihood_is_that_of_clipped_and_rounded_noise() -> None:
+    """Differences between candidates are those of the exact probabilities of each byte."""
+    means = torch.tensor([[5.0, 120.0, 250.0], [30.0, 128.0, 200.0], [0.0, 60.0, 255.0]])
+    std, draws = 40.0, torch.randn(400_000, 1, generator=torch.Generator().manual_seed(0))
+    clipped = torch.stack([(mean + 40 * draws).round().clamp(0, 255).mean(0) for mean in means])
+    assert (_unclipped(clipped, std) - means).abs().max() < 0.5
+    protected = torch.tensor([[0, 100, 255], [12, 255, 0]], dtype=torch.uint8)
+    scores = LikelihoodScores(Candidates(clipped, torch.full((3,), std), 10**6), std).rank(protected)
+    values = protected[:, None].double()
+    high = torch.where(values == 255, 1.0, torch.special.ndtr((values + 0.5 - means) / std))
+    low = torch.where(values == 0, 0.0, torch.special.ndtr((values - 0.5 - means) / std))
+    exact = (high - low).log().sum(2)
+    assert torch.allclose(scores - scores[:, :1], (exact - exact[:, :1]).float(), atol=0.05)
+
+
+def test_a_function_states_its_noise(tmp_path: Path) -> None:
+    file = tmp_path / "noisy_function.py"
+    file.write_text("def protect(images):\n    return images\n\n\nprotect.noise_std = 60\n")
+    protect = user_function(f"{file}:protect", torch.device("cpu"))
+    assert stated_noise_std(protect, "protect") == 60
+    assert stated_noise_std(lambda images: images, "protect") is None
+    arrays = ArrayTarget(noise := Negative(), images=np.zeros((40, 16, 16, 3), np.uint8))
+    assert load_array_target(arrays, num_queries=10, num_images=None, seed=0).access.noise_std == 5.0
+    noise.noise_std = -1.0
+    with pytest.raises(ConfigError, match=r"Negative\.noise_std is -1\.0; allowed is a positive number of gray levels"):
+        load_array_target(arrays, num_queries=10, num_images=None, seed=0)
 
 
 @pytest.mark.slow
@@ -317,3 +427,13 @@ def test_identity_is_broken_and_a_keyed_hash_is_not(photos: Tensor) -> None:
     for name in ("feature_reconstruction", "minimum_difference"):
         attack = build(name, AttackerKnowledge((3, 32, 32)))
         assert reidentification_rate(attack.reconstruct(hashed(gallery[:200])), gallery) < 0.02, name
+
+
+@pytest.mark.parametrize(("name", "options"), [("learned", {"width": 2, "depth": 1}), ("gan", {"width": 2})])
+def test_the_sigmoid_of_the_logits_is_the_protected_image(name: str, options: dict[str, Any]) -> None:
+    protection, images = victim(name, **options).eval(), torch.rand(2, 3, 16, 16)
+    logits = logits_of(protection)
+    assert logits is not None
+    with torch.no_grad():
+        assert torch.allclose(torch.sigmoid(logits(images)), protection(images), atol=1e-6)
+    assert logits_of(victim("plain")) is None

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_flags
-from torch import Tensor
+from torch import Tensor, nn
 
 from raypp.attacks import ATTACKS
-from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap, TrainedAttack
+from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap
+from raypp.attacks.trained import TrainedAttack
 from raypp.config.presets import load_config
 from raypp.data import SOURCES
 from raypp.evaluation.scorecard import BROKEN_RATE
@@ -73,9 +74,9 @@ def train(attack: TrainedAttack, folder: Path, share: float = 1.0, num: int | No
     return done.history
 
 
-def reidentification_rate(attack: Attack, pictures: Pictures, protect: ImageMap) -> float:
-    """Of 200 originals outside the attacker's images, among these 200."""
-    others = pictures[0][KNOWN:]
+def reidentification_rate(attack: Attack, pictures: Pictures, protect: ImageMap, num: int = 200) -> float:
+    """Of ``num`` originals outside the attacker's images, among themselves."""
+    others = pictures[0][KNOWN : KNOWN + num]
     estimates = attack.reconstruct(protect(others))
     assert estimates.shape == others.shape
     assert estimates.dtype == torch.uint8
@@ -116,6 +117,21 @@ def test_an_inverse_network_breaks_the_identity_and_not_a_hash(name: str, pictur
     attack = build(name, knowledge(pictures, hashed), **short)
     train(attack, tmp_path / "hash")
     assert reidentification_rate(attack, pictures, hashed) < 0.05
+
+
+@pytest.mark.parametrize("name", [*INVERSES, "white_box"])
+def test_a_matcher_is_validated_on_images_outside_the_training(name: str, pictures: Pictures) -> None:
+    def invert(images: Tensor) -> Tensor:
+        return 255 - images
+
+    access = dataclasses.replace(knowledge(pictures, invert), gradients=lambda images: 1 - images)
+    gallery, protected = build(name, access).validation_images()
+    plain = gallery[: len(protected)]
+    assert torch.equal(protected, 255 - plain)
+    assert len(protected) == (25 if name == "white_box" else KNOWN // 10)
+    assert len(gallery.unique(dim=0)) == len(access.images.unique(dim=0))
+    trained_on = build("inverse", access).task().images
+    assert not (plain[:, None] == trained_on[None]).flatten(2).all(2).any()
 
 
 @pytest.mark.slow
@@ -210,7 +226,7 @@ def test_the_white_box_inverts_what_is_differentiable(pictures: Pictures) -> Non
     access = AttackerKnowledge((3, 16, 16), gradients=forward)
     attack = build("white_box", access, steps=200, tv=0.0, restarts=1)
     attack.prepare()
-    assert attack.note == "200 steps from each of gray, noise"
+    assert attack.note == "200 steps on outputs from each of gray, noise"
     assert attack.max_queries == 200
     assert reidentification_rate(attack, pictures, protect) > 0.95
 
@@ -227,6 +243,61 @@ def test_the_white_box_begins_where_the_inverse_network_ended(pictures: Pictures
         return (differentiable(4)(images.float() / 255) * 255).round().to(torch.uint8)
 
     assert reidentification_rate(attack, pictures, protect) > 0.95
+
+
+class Saturated(nn.Module):
+    """A mixture of all values with a bias that saturates most outputs, for gray images too."""
+
+    def __init__(self, gain: float, bias: float) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.mixing = gain * torch.linalg.qr(torch.randn(768, 768, generator=generator)).Q
+        self.bias = bias * torch.randn(768, generator=generator)
+
+    def logits(self, images: Tensor) -> Tensor:
+        return ((images - 0.5).flatten(1) @ self.mixing + self.bias).view(images.shape)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.sigmoid(self.logits(images))
+
+
+def test_logits_invert_saturated_outputs(pictures: Pictures) -> None:
+    protection = Saturated(gain=20, bias=8)
+
+    def protect(images: Tensor) -> Tensor:
+        return (protection(images.float() / 255) * 255).round().to(torch.uint8)
+
+    rates = []
+    for logits in (None, protection.logits):
+        access = AttackerKnowledge((3, 16, 16), gradients=protection, logits=logits)
+        attack = build("white_box", access, steps=40, restarts=0, batch_size=200)
+        attack.prepare()
+        assert f"40 steps on {'outputs' if logits is None else 'logits'}" in attack.note
+        rates.append(reidentification_rate(attack, pictures, protect, num=50))
+    by_outputs, by_logits = rates
+    assert by_outputs < 0.3, rates
+    assert by_logits > 0.45, rates
+
+
+def test_logits_of_another_network_are_not_used() -> None:
+    protection = Saturated(gain=20, bias=6)
+    access = AttackerKnowledge((3, 16, 16), gradients=protection, logits=Saturated(gain=10, bias=6).logits)
+    attack = build("white_box", access)
+    attack.prepare()
+    assert "steps on outputs" in attack.note
+
+
+def test_a_gray_start_wins_over_a_wrong_estimate(pictures: Pictures) -> None:
+    """The distance from the inverse network's estimate does not count in the choice of the start."""
+
+    def protect(images: Tensor) -> Tensor:
+        return (differentiable(4)(images.float() / 255) * 255).round().to(torch.uint8)
+
+    black = torch.zeros_like(pictures[0][KNOWN:])
+    access = AttackerKnowledge((3, 16, 16), gradients=differentiable(4), earlier={"inverse": lambda protected: black})
+    attack = build("white_box", access, steps=60, tv=0.0, prior=1.0, restarts=0, batch_size=200)
+    attack.prepare()
+    assert reidentification_rate(attack, pictures, protect) > 0.9
 
 
 def test_the_white_box_finds_nothing_where_gradients_say_nothing(pictures: Pictures) -> None:
@@ -263,7 +334,7 @@ def test_the_class_is_an_input_of_a_conditional_attack(pictures: Pictures, tmp_p
         return torch.zeros(len(protected), dtype=torch.int64)
 
     access = AttackerKnowledge(**{**vars(knowledge(pictures, hashed)), "classify": classify})
-    attack = build("inverse", access, **SMALL, conditional=True, train={"epochs": 1})
+    attack = build("inverse_conditional", access, **SMALL, train={"epochs": 1})
     train(attack, tmp_path)
     assert reidentification_rate(attack, pictures, hashed) < 0.05
     assert batch_sizes == [200]
@@ -272,24 +343,31 @@ def test_the_class_is_an_input_of_a_conditional_attack(pictures: Pictures, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("protected", [(3, 16, 16), (6, 16, 16), (1, 20, 20), (3, 8, 9), (3, 64, 64)])
 @pytest.mark.parametrize(
-    "options", [{}, {"patch": 1, "places": 0}, {"patch": 3}, {"standardize": False}, {"conditional": True}]
+    ("name", "options"),
+    [
+        ("inverse", {}),
+        ("inverse", {"patch": 1, "places": 0}),
+        ("inverse", {"patch": 3}),
+        ("inverse", {"standardize": False}),
+        ("inverse_conditional", {}),
+    ],
 )
 def test_an_inverse_network_comes_back_from_its_weights(
-    protected: tuple[int, int, int], options: dict[str, Any]
+    protected: tuple[int, int, int], name: str, options: dict[str, Any]
 ) -> None:
     """Its weights alone suffice to build it, for every size of protected images and all options."""
     access = AttackerKnowledge(
         (3, 16, 17), pairs=(torch.zeros(0), torch.zeros(0)), num_classes=10,
         classify=lambda images: torch.arange(len(images)),
     )  # fmt: skip
-    attack = build("inverse", access, width=2, **options)
+    attack = build(name, access, width=2, **options)
     net = attack.network(protected).eval()
     images = torch.randint(0, 256, (5, *protected), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    net.fit_normalization(images)
+    net.inputs.fit_normalization(images)
     with torch.no_grad():
-        expected = net(images.float() / 255, torch.arange(5) if options.get("conditional") else None)
+        expected = net(images.float() / 255, torch.arange(5) if name == "inverse_conditional" else None)
     assert expected.shape == (5, 3, 16, 17)
-    other = build("inverse", access, width=2, **options)
+    other = build(name, access, width=2, **options)
     other.load(net.state_dict())
     assert torch.equal(other.reconstruct(images), (expected * 255).round().to(torch.uint8))
 
@@ -299,9 +377,9 @@ def test_saturated_values_are_spread_out(pictures: Pictures) -> None:
     attack = build("inverse", AttackerKnowledge((1, 16, 16), pairs=(torch.zeros(0), torch.zeros(0))), width=2)
     images = torch.full((100, 1, 16, 16), 255, dtype=torch.uint8)
     images[:50, :, :8] = 254
-    net = attack.network((1, 16, 16))
+    net = attack.network((1, 16, 16)).inputs
     net.fit_normalization(images)
-    value, logit = ((net._with_logits(images.float() / 255) - net.mean) / net.std).split(1, dim=1)
+    value, logit = net.standardize(images.float() / 255).split(1, dim=1)
     assert torch.allclose(logit[:50, :, :8], torch.tensor(-1.0), atol=1e-4)
     assert torch.allclose(logit[50:, :, :8], torch.tensor(1.0), atol=1e-4)
     assert value[:, :, :8].abs().max() < 0.2

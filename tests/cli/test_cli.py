@@ -52,6 +52,7 @@ COMMANDS = [
     "tune",
     "attack",
     "report",
+    "figure",
     "evaluate",
     "protect",
     "serve",
@@ -228,6 +229,7 @@ MISTAKES = {
     "resume no attack": ("attack none --resume --local", "--resume needs --name, the attack run to continue"),
     "report of nothing": ("report", "no source is given; name attack runs, or bundles that were attacked"),
     "report of none": ("report none", "'none' holds no scorecard; `raypp attack` makes one"),
+    "figure without runs": ("figure 3", "no source is named; figure 3 takes runs, figures 4 and 5 take attack runs"),
     "size": ("data check shapes --image-size 8 8", "data.image_size 8 x 8 is too small"),
 }  # fmt: skip
 

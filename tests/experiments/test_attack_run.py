@@ -29,7 +29,7 @@ from raypp.cli.attack import print_attack_results
 from raypp.cli.main import main
 from raypp.cli.render import print_scorecard
 from raypp.evaluation.report.render import write_report
-from raypp.evaluation.scorecard import aggregate, is_rising, reidentification_rate, strongest_attack, verdict
+from raypp.evaluation.scorecard import aggregate, is_rising, strongest_attack, verdict
 from raypp.experiments import attack_plan, attack_run, attack_scores
 from raypp.metrics.statistics import chance_error, wilson_interval
 from raypp.utils.errors import ConfigError, RayppError, StorageError, TrainingInterrupted
@@ -44,6 +44,8 @@ SUITE: dict[str, Any] = {
         "feature_reconstruction": {},
         "inverse": {"width": 4, "depth": 2, "train": {"epochs": 2, "batch_size": 10}},
         "white_box": {"steps": 3, "num_images": 10, "restarts": 0},
+        "attribute_inference": {"width": 2, "train": {"epochs": 1, "batch_size": 10}},
+        "learned_matcher": {"width": 2, "num_features": 4, "train": {"epochs": 1, "batch_size": 10}},
         "known_gallery": {},
         "chosen_plaintext": {},
     },
@@ -93,19 +95,29 @@ def test_the_scorecard_holds_every_attack_and_the_baselines(attacked: tuple[Path
         "feature_reconstruction": "done",
         "inverse": "done",
         "white_box": "done",
+        "attribute_inference": "done",
+        "learned_matcher": "done",
         "known_gallery": "done",
         "chosen_plaintext": "does not apply",
     }
     assert "no permutation" in card["attacks"]["chosen_plaintext"]["note"]
     assert set(card["baselines"]) == {
-        "mean image", "class mean", "random image", "nearest training image", "protected image",
+        "mean image", "class mean", "fitted class image", "random image", "nearest training image", "protected image",
     }  # fmt: skip
+    assert card["blind_baselines"] == ["mean image", "random image", "class mean", "fitted class image"]
     for scores in (card["attacks"]["inverse"]["scores"], card["baselines"]["mean image"]):
         assert {"psnr", "ssim", "ssim_lab", "ssim_invariant", "edges", "reidentified", "reidentified_top5",
-                "reidentified_same_class", "accuracy"} <= set(scores)  # fmt: skip
+                "reidentified_same_class", "reidentified_distinct", "reidentified_pixels", "reidentified_cosine",
+                "reidentified_edges", "bits_identified", "accuracy"} <= set(scores)  # fmt: skip
         assert scores["ssim"]["low"] <= scores["ssim"]["mean"] <= scores["ssim"]["high"]
         assert scores["ssim"]["min"] <= scores["ssim"]["median"] <= scores["ssim"]["worst_1_percent"]
     inverse = card["attacks"]["inverse"]
+    assert inverse["num_validation"] == 6
+    assert inverse["scores"]["reidentified"] == inverse["scores"][f"reidentified_{inverse['matcher']}"]
+    assert card["attacks"]["white_box"]["num_validation"] == 6
+    matchers = {name: card["attacks"][name]["matcher"] for name in ("feature_reconstruction", "known_gallery")}
+    assert matchers == {"feature_reconstruction": "edges", "known_gallery": "pixels"}
+    assert card["attacks"]["known_gallery"]["above_baseline_p_values"]["reidentified"] < 0.001
     assert [row["epoch"] for row in inverse["history"]] == [1, 2]
     assert {"val_ssim", "val_psnr", "val_reidentified"} <= set(inverse["history"][0])
     assert [(point["what"], point["num_images"]) for point in inverse["curve"]] == [
@@ -120,6 +132,29 @@ def test_the_scorecard_holds_every_attack_and_the_baselines(attacked: tuple[Path
     assert card["attacks"][card["strongest_attack"]]["reidentification_rate"] == max(
         result["reidentification_rate"] for result in card["attacks"].values() if result["status"] == "done"
     )
+
+
+@pytest.mark.slow
+def test_extra_scores_are_in_scorecard_table_and_report(
+    attacked: tuple[Path, Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, folder, card = attacked
+    assert card["attacks"]["inverse"]["extra_scores"] == {}
+    print_scorecard(card, str(folder))
+    printed = capsys.readouterr().out
+    write_report([str(folder)], Storage(tmp_path))
+    page = (tmp_path / "report.html").read_text()
+    rows = list(csv.DictReader((folder / "scores.csv").open()))
+    for name in ("attribute_inference", "learned_matcher"):
+        attack = card["attacks"][name]
+        for key, description in attack["extra_scores"].items():
+            score = attack["scores"][key]
+            values = [float(row[key]) for row in rows if row["attack"] == name]
+            assert score["mean"] == pytest.approx(np.mean(values), abs=1e-3)
+            assert score["low"] <= score["mean"] <= score["high"]
+            assert re.search(rf"{name}: .* {re.escape(description)}", printed)
+            assert description in page
+    assert card["attacks"]["learned_matcher"]["scores"]["mutual_information_bits"]["max"] <= np.log2(20)
 
 
 @pytest.mark.slow
@@ -144,12 +179,13 @@ def test_the_bundle_keeps_networks_and_verdict(attacked: tuple[Path, Path, dict[
     for part in ("", "public", "private"):
         verify(bundle / part)
     assert sorted(path.name for path in (bundle / "private" / "attacks").iterdir()) == [
-        "inverse.json", "inverse.safetensors",
+        "attribute_inference.json", "attribute_inference.safetensors", "inverse.json", "inverse.safetensors",
     ]  # fmt: skip
     assert json.loads((bundle / "private" / "scorecard.json").read_text()) == card
     text = (bundle / "MODEL_CARD.md").read_text()
     assert "No attack has been run" not in text
     assert f"| inverse | T4 | {card['attacks']['inverse']['reidentification_rate']:.1%}" in text
+    assert "in a gallery of 30 images" in text
     assert load_plain_classifier(bundle) is not None
     assert not any("attack" in path.name for path in (bundle / "public").rglob("*"))
 
@@ -654,7 +690,7 @@ def test_verdicts() -> None:
 
 def test_the_verdict_of_a_scorecard_needs_evidence() -> None:
     def done(rate: float, **changes: Any) -> dict[str, Any]:
-        scores = {"ssim_invariant": {"mean": rate}}
+        scores = {"ssim_invariant": {"mean": rate}, "bits_identified": {"mean": 1.0}}
         return {
             "status": "done",
             "reidentification_rate": rate,
@@ -718,7 +754,6 @@ def test_a_summary_of_known_values() -> None:
     assert summary["ssim"]["worst_1_percent"] == pytest.approx(0.99)
     assert summary["ssim"]["low"] < 0.45 < 0.5 < 0.55 < summary["ssim"]["high"]
     assert set(summary["reidentified"]) == {"mean", "low", "high"}
-    assert reidentification_rate({"reidentified": {"mean": 0.1}, "reidentified_edges": {"mean": 0.4}}) == 0.4
 
 
 # The report
@@ -741,6 +776,9 @@ def test_the_report_is_one_page_that_needs_nothing_else(
     assert "/".join(bundle.parts[-2:]) in page
     assert str(bundle.parent) not in page, "a page to share shows no paths of this machine"
     assert f"{card['reidentification_rate']:.1%}" in page
+    assert "originals among 30 pictures" in page
+    assert 'title="in a gallery of 30 images"' in page
+    assert '<th class="n">by cosine</th>' in page
     pictures = sorted((tmp_path / "report" / "figures").glob("*.png"))
     assert {p.stem.rstrip("_12") for p in pictures} == {
         "protected", "front", "estimates", "boxes", "best", "curves",
@@ -927,10 +965,21 @@ def test_protected_images_of_another_shape_are_attacked(tmp_path: Path, body: st
 
 @pytest.mark.slow
 def test_an_attack_that_needs_the_cloud_says_so_before_it_trains(tmp_path: Path) -> None:
-    inverse = {"width": 4, "depth": 1, "conditional": True, "train": {"epochs": 1, "batch_size": 10}}
-    card = attack(of_function(tmp_path, suite=SUITE | {"attacks": {"inverse": inverse}}))
-    assert card["attacks"]["inverse"]["status"] == "does not apply"
-    assert "conditional = true needs the cloud's classifier" in card["attacks"]["inverse"]["note"]
+    options = {"width": 4, "depth": 1, "train": {"epochs": 1, "batch_size": 10}}
+    card = attack(of_function(tmp_path, suite=SUITE | {"attacks": {"inverse_conditional": options}}))
+    assert card["attacks"]["inverse_conditional"]["status"] == "does not apply"
+    assert "inverse_conditional needs the cloud's classifier" in card["attacks"]["inverse_conditional"]["note"]
+
+
+@pytest.mark.slow
+def test_posterior_samples_attack_a_few_images_of_a_function_without_gradients(tmp_path: Path) -> None:
+    flow = {"width": 4, "depth": 1, "samples": 2, "steps": 2, "num_images": 5, "train": {"epochs": 2, "batch_size": 20}}
+    card = attack(of_function(tmp_path, suite=SUITE | {"attacks": {"flow_matching": flow}}))
+    result = card["attacks"]["flow_matching"]
+    assert result["note"] == "2 samples without guidance; the one with the lowest misfit counts"
+    assert result["num_queries"] == 5
+    assert [point["what"] for point in result["curve"]][-1] == "everything"
+    assert [row["epoch"] for row in result["history"]] == [1, 2]
 
 
 @pytest.mark.slow
@@ -988,7 +1037,11 @@ def test_the_printed_scorecard_has_a_title_for_each_column(
     monkeypatch.setenv("COLUMNS", "120")
     print_scorecard(attacked[2], "runs/a")
     header, *rows = capsys.readouterr().out.splitlines()
-    assert header.split() == ["attack", "threat", "re-identified", "SSIM", "edges", "verdict"]
+    assert header.split() == ["attack", "threat", "re-identified", "bits", "SSIM", "edges", "verdict"]
+    verdicts = [row for row in rows if "strongest" in row]
+    assert verdicts
+    assert all("gallery of 30 images" in row for row in verdicts)
+    assert "  by pixels; 4.9 of 4.9 bits" in rows, "known_gallery"
     (gallery,) = (row for row in rows if row.startswith("known_gallery"))
     assert gallery.split()[:2] == ["known_gallery", "T4"]
     assert gallery.split()[-3:-1] == ["1.000", "1.000"], "SSIM and edges of the original itself"

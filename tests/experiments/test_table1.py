@@ -48,6 +48,10 @@ def test_the_papers_rows_hold_the_papers_numbers() -> None:
         "alpha-0.01": (91.41, 70.08),
         "alpha-0.05": (89.63, 42.91),
         "alpha-0.1": (39.92, 1.00),
+        "frozen-0.005": (91.72, 70.78),
+        "frozen-0.01": (91.41, 70.08),
+        "frozen-0.05": (89.63, 42.91),
+        "frozen-0.1": (39.92, 1.00),
         "plain": (91.23, 67.9),
         "tanaka": (85.18, 60.08),
         "pixel": (90.99, 60.50),
@@ -63,8 +67,10 @@ def test_every_row_is_a_configuration_of_every_preset(tmp_path: Path, dataset: s
     for cell in cells:
         assert cell.config.seed == cell.seed
         assert validate(cell.config.model_dump(mode="json")) == cell.config
-        if cell.method.name.startswith("alpha-"):
-            assert cell.config.train.alpha == float(cell.method.name.removeprefix("alpha-"))
+        mode, _, alpha = cell.method.name.partition("-")
+        if mode in {"alpha", "frozen"}:
+            assert cell.config.train.alpha == float(alpha)
+            assert cell.config.train.mode == ("frozen" if mode == "frozen" else "joint")
             assert cell.config.protection == load_config(dataset).protection
 
 
@@ -80,6 +86,13 @@ def test_the_matched_baseline_has_as_many_parameters(tmp_path: Path) -> None:
 def test_gan_takes_the_width_of_the_proposed(tmp_path: Path) -> None:
     (cell,) = grid_cells(["cifar10-small"], ["gan"], [0], (), Storage(tmp_path))
     assert cell.config.protection.model_dump()["width"] == 16
+
+
+def test_the_plain_row_has_the_recipe_of_its_preset(tmp_path: Path) -> None:
+    plain, ours = grid_cells(["cifar10-small"], ["plain", "alpha-0.005"], [0], (), Storage(tmp_path))
+    assert (ours.config.train.optimizer.name, ours.config.train.optimizer.lr) == ("muon", 0.02)
+    assert ours.config.train.batch_size == 128
+    assert plain.config.train == ours.config.train.model_copy(update={"mode": "plain"})
 
 
 @pytest.mark.parametrize(
@@ -269,6 +282,7 @@ def test_departures_name_what_differs_from_the_paper(tmp_path: Path) -> None:
     assert "cifar10-small: train.epochs is 3; the paper's experiment has 200" in sentences
     assert "cifar10-small: protection.width is 16; the paper's experiment has 64" in sentences
     assert "cifar10-small: the feature network is another" in sentences
+    assert any("rows frozen-* minimize Eq. 3 over the protection's weights only" in sentence for sentence in sentences)
     assert not [sentence for sentence in sentences if "train.alpha" in sentence]
     whole = deviations_from_paper(grid_cells(["cifar100"], ["plain"], [0], (), Storage(tmp_path)), {})
     assert not [sentence for sentence in whole if sentence.startswith("cifar100:")]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # an optimizer's first step imports it, for seconds
 from conftest import few_examples
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,8 +19,10 @@ from torch import Tensor, nn
 from raypp.attacks.base import AttackerKnowledge
 from raypp.attacks.target import Target
 from raypp.data import loader
-from raypp.evaluation import scorecard
+from raypp.evaluation import baselines as baseline_module
+from raypp.evaluation.baselines import baseline_matcher, baselines
 from raypp.evaluation.evaluate import evaluate
+from raypp.evaluation.scorecard import score_images
 from raypp.metrics import image
 from raypp.metrics.image import (
     ALEXNET,
@@ -26,12 +30,14 @@ from raypp.metrics.image import (
     edge_maps,
     load_lpips,
     lpips,
+    lpips_features,
     psnr,
     ssim,
     ssim_invariant,
     ssim_lab,
     use_backend,
 )
+from raypp.metrics.matchers import build_matchers
 from raypp.metrics.retrieval import flatten_pixels, reidentify
 from raypp.metrics.statistics import bootstrap_interval, wilson_interval
 from raypp.protections.learned import Learned
@@ -323,6 +329,10 @@ def test_lpips_where_its_weights_exist(tmp_path: Path, monkeypatch: pytest.Monke
     near, far = lpips(a, (a + 0.02 * torch.randn(a.shape)).clamp(0, 1)), lpips(a, 1 - a)
     assert near is not None
     assert far is not None
+    squared = (lpips_features(a) - lpips_features(1 - a)).square().sum(1)
+    assert torch.allclose(squared, far.double(), rtol=1e-4)
+    assert "lpips" in build_matchers((a * 255).to(torch.uint8))
+    assert "lpips" not in build_matchers(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     assert near.shape == (3,)
     assert (near < far).all()
     assert torch.equal(lpips(a, a), torch.zeros(3))
@@ -351,12 +361,18 @@ def test_leakage_in_parts_gives_the_same_scores(monkeypatch: pytest.MonkeyPatch)
     victim = Target("x", "x", access, plain, 255 - plain, labels[truth], gallery, labels, truth, ("a", "b", "c"))
     judge = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 144, 3))
 
+    monkeypatch.setattr(baseline_module, "FIT_STEPS", 3)
+
     def measured() -> list[dict[str, torch.Tensor]]:
-        baselines = scorecard.baselines(victim)
-        return [baselines, *(scorecard.score_images(images, victim, judge) for images in baselines.values())]
+        again = replace(victim)  # without cached features
+        estimates = baselines(again)
+        scores = [score_images(x, again, judge, matcher=baseline_matcher(name)) for name, x in estimates.items()]
+        return [estimates, *scores]
 
     whole = measured()
-    assert set(whole[0]) == {"mean image", "random image", "class mean", "nearest training image", "protected image"}
+    assert set(whole[0]) == {
+        "mean image", "random image", "class mean", "fitted class image", "nearest training image", "protected image",
+    }  # fmt: skip
     assert torch.equal(whole[0]["mean image"][3], own.double().mean(0).round().to(torch.uint8))
     assert torch.equal(whole[0]["class mean"][1], own[own_labels == 1].double().mean(0).round().to(torch.uint8))
     distances = (plain[:, None].double() - own[None].double()).square().sum((2, 3, 4))

@@ -18,7 +18,7 @@ from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
 from raypp.protections.cipher import Cipher
 from raypp.protections.gan import GAN
-from raypp.protections.learned import AuxiliaryNetworks, Bottleneck, Learned
+from raypp.protections.learned import AdversariesAndGuides, Bottleneck, Learned
 from raypp.protections.pixel import Pixel
 from raypp.utils.errors import ConfigError
 from raypp.utils.keys import Key
@@ -246,7 +246,7 @@ def test_the_adversary_of_gan_reaches_each_network_with_its_own_loss_only() -> N
         torch.manual_seed(0)
         options = GAN.Options(width=4, num_blocks=1, adversarial=adversarial, pixel=0.0, perceptual=0.0)
         generator = GAN(options)
-        adversary = generator.build_auxiliary_networks(10)
+        adversary = generator.build_auxiliary_networks(10, (16, 16))
         plain = torch.rand(2, 3, 16, 16)
         adversary(plain, generator(plain), None, torch.zeros(2, dtype=torch.int64)).backward()
         return {n: p.grad for n, p in adversary.named_parameters() if p.grad is not None}, generator
@@ -258,47 +258,6 @@ def test_the_adversary_of_gan_reaches_each_network_with_its_own_loss_only() -> N
         torch.testing.assert_close(gradient, both[name])
     assert not any(p.grad is not None and p.grad.abs().sum() for p in untouched.parameters())
     assert all(p.grad is not None and p.grad.abs().sum() for n, p in generator.named_parameters() if "weight" in n)
-
-
-def test_the_live_inverse_network_lowers_what_the_protection_raises() -> None:
-    def learned(**options: float) -> Learned:
-        tree = {"width": 4, "depth": 1, "adversary": {"width": 4, **options}}
-        return Learned(Learned.Options.model_validate(tree))
-
-    def gradients(**options: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Of the adversary and of the protection."""
-        torch.manual_seed(0)
-        protection = learned(**options)
-        adversary = protection.build_auxiliary_networks(10)
-        assert adversary is not None
-        plain = torch.rand(3, 3, 16, 16)
-        adversary(plain, protection(plain), None, torch.zeros(len(plain), dtype=torch.int64)).backward()
-        return tuple({n: p.grad for n, p in net.named_parameters()} for net in (adversary, protection))  # type: ignore
-
-    attacker, protector = gradients(weight=1.0, clip=100.0)
-    same, twice = gradients(weight=2.0, clip=100.0)
-    for name, gradient in attacker.items():
-        torch.testing.assert_close(gradient, same[name])
-    moving = [n for n in protector if "weight" in n]
-    assert all(protector[n].abs().sum() > 0 for n in moving)
-    for name in moving:
-        torch.testing.assert_close(2 * protector[name], twice[name])
-    past, still = gradients(weight=1.0, clip=1e-6)
-    assert all(past[n].abs().sum() > 0 for n in attacker if "weight" in n)
-    assert not any(gradient.abs().sum() for gradient in still.values())
-
-    # A step of the protection along its gradient makes the attacker's error larger.
-    torch.manual_seed(0)
-    protection = learned(clip=1.0)
-    adversary = protection.build_auxiliary_networks(10)
-    assert adversary is not None
-    plain = torch.rand(8, 3, 16, 16)
-    before = adversary(plain, protection(plain), None, torch.zeros(len(plain), dtype=torch.int64))
-    before.backward()
-    with torch.no_grad():
-        for parameter in protection.parameters():
-            parameter -= 1e-3 * parameter.grad
-    assert adversary(plain, protection(plain), None, torch.zeros(len(plain), dtype=torch.int64)) > before
 
 
 def with_code(**options: object) -> Learned:
@@ -358,8 +317,8 @@ def test_a_code_is_whole_numbers_and_passes_gradients_on(encoder: dict[str, int]
 def test_the_guide_of_a_code_classifies_what_enters_and_what_leaves_it(encoder: dict[str, int] | None) -> None:
     """It adds the cross-entropy of two linear classifiers, and nothing else."""
     protection = with_code(guide=0.5, encoder=encoder)
-    auxiliary_networks = protection.build_auxiliary_networks(10)
-    assert isinstance(auxiliary_networks, AuxiliaryNetworks)
+    auxiliary_networks = protection.build_auxiliary_networks(10, (16, 16))
+    assert isinstance(auxiliary_networks, AdversariesAndGuides)
     plain, labels = torch.rand(16, 3, 16, 16), torch.arange(16) % 10
     protected = protection(plain)
     code = protection.unet.middle
@@ -379,7 +338,7 @@ def test_the_guide_of_a_code_classifies_what_enters_and_what_leaves_it(encoder: 
     assert len(encoding(protection)) > 10
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in encoding(protection).values())
     assert not any("guide" in name for name in protection.state_dict())
-    assert with_code().build_auxiliary_networks(10) is None
+    assert with_code().build_auxiliary_networks(10, (16, 16)) is None
 
 
 def test_an_attacker_gets_the_whole_gradient_and_training_a_share_of_it() -> None:
@@ -432,8 +391,8 @@ def test_a_code_of_classes_has_an_image_for_each_class() -> None:
 
 def test_a_class_is_led_by_its_guide_alone_and_numbers_lead_no_encoder() -> None:
     protection = with_code(guide=1.0, classes=10, encoder={"width": 4})
-    auxiliary_networks = protection.build_auxiliary_networks(10)
-    assert isinstance(auxiliary_networks, AuxiliaryNetworks)
+    auxiliary_networks = protection.build_auxiliary_networks(10, (16, 16))
+    assert isinstance(auxiliary_networks, AdversariesAndGuides)
     plain, labels = torch.rand(16, 3, 16, 16), torch.arange(16) % 10
     protected = protection(plain)
     code = protection.unet.middle

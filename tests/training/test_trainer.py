@@ -32,7 +32,7 @@ from raypp.config.validation import validate
 from raypp.data.loader import BatchLoader
 from raypp.models.perceptual import VGG16Features
 from raypp.protections.learned import Learned
-from raypp.training import checkpoint, trainer
+from raypp.training import checkpoint, muon, trainer
 from raypp.training.checkpoint import (
     NUM_KEPT,
     RAY_SNAPSHOT,
@@ -823,7 +823,7 @@ def test_muon_is_torchs_own_on_matrices_and_adamw_on_the_rest() -> None:
     assert isinstance(optimizer, Muon)
     with pytest.raises(ValueError, match="Muon takes no closure"):
         optimizer.step(lambda: 0.0)
-    muon = torch.optim.Muon(
+    matrices = torch.optim.Muon(
         theirs[:3], lr=0.01, momentum=0.95, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
     adamw = torch.optim.AdamW(theirs[3:], lr=0.01, betas=(0.95, 0.999), weight_decay=options.weight_decay)
@@ -836,7 +836,7 @@ def test_muon_is_torchs_own_on_matrices_and_adamw_on_the_rest() -> None:
         for a, b in zip(ours, theirs, strict=True):
             a.grad = torch.randn_like(a)
             b.grad = a.grad.reshape(b.shape).clone()
-        for each in (optimizer, muon, adamw):
+        for each in (optimizer, matrices, adamw):
             each.step()
     for old, a, b in zip(before, ours, theirs, strict=True):
         moved = (b.detach().reshape(a.shape) - old).norm()
@@ -846,11 +846,34 @@ def test_muon_is_torchs_own_on_matrices_and_adamw_on_the_rest() -> None:
 
 def test_muon_makes_matrices_orthogonal() -> None:
     torch.manual_seed(0)
-    for rows, columns in ((6, 30), (30, 6)):
-        values = torch.linalg.svdvals(zeropower_via_newtonschulz(torch.randn(3, rows, columns)))
-        assert values.shape == (3, 6)
+    batches = [torch.randn(shape) for shape in ((3, 6, 30), (3, 30, 6), (1, 6, 8), (2, 6, 6), (1, 4, 9))]
+    results = zeropower_via_newtonschulz(batches)
+    for batch, result in zip(batches, results, strict=True):
+        values = torch.linalg.svdvals(result)
+        assert values.shape == (len(batch), min(batch.shape[1:]))
         assert 0.6 < values.min() < values.max() < 1.3
-    assert zeropower_via_newtonschulz(torch.zeros(1, 4, 4)).abs().max() == 0
+        left, _, right = torch.linalg.svd(batch, full_matrices=False)
+        assert (result - left @ right).norm() < 0.4 * (left @ right).norm(), "near the polar factor"
+        (alone,) = zeropower_via_newtonschulz([batch])
+        torch.testing.assert_close(alone, result)
+    assert zeropower_via_newtonschulz([torch.zeros(1, 4, 4)])[0].abs().max() == 0
+
+
+def test_muon_iterates_once_for_all_layers_with_the_same_smaller_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides: list[tuple[int, ...]] = []
+    iterate = muon._newtonschulz_product
+
+    def record(square: Tensor) -> Tensor:
+        sides.append(tuple(square.shape))
+        return iterate(square)
+
+    monkeypatch.setattr(muon, "_newtonschulz_product", record)
+    shapes = [(4, 2, 3, 3), (4, 4, 3, 3), (9, 4), (4, 4), (8, 4, 3, 3), (8,)]
+    weights = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    Muon([{"params": weights}], 0.01, 0.9, 0.0).step()
+    assert sides == [(4, 4, 4), (1, 8, 8)]
 
 
 # Two workers without Ray

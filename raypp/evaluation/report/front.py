@@ -49,12 +49,19 @@ def accuracy_leakage_front(sources: Sequence[Source]) -> bytes:
     panel.set(
         ylim=(-3, 105),
         xlabel="test accuracy on protected images, % (better to the right)",
-        ylabel="re-identification rate, % (better below)",
+        ylabel=f"re-identification rate among {_gallery_sizes(plotted)} images, % (better below)",
     )
-    figure.legend(handles=_legend(plain), loc="outside lower center", ncols=2)
+    has_alone = any(_accuracy_alone(source.card) is not None for source in plotted)
+    figure.legend(handles=_legend(plain, has_alone), loc="outside lower center", ncols=2)
     figure.canvas.draw()  # lays the axes out, so that labels can avoid each other
     _add_labels(panel, labels, 72 / figure.dpi)
     return as_png(figure, dpi=120)
+
+
+def _gallery_sizes(sources: Sequence[Source]) -> str:
+    """Size of the galleries, or their range."""
+    sizes = sorted({source.card["num_gallery"] for source in sources})
+    return f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
 
 
 def _plot_card(panel: Any, card: dict[str, Any]) -> tuple[float, float]:
@@ -70,10 +77,19 @@ def _plot_card(panel: Any, card: dict[str, Any]) -> tuple[float, float]:
             color = COLORS[attack["verdict"]]
             panel.errorbar(x, rates[-1], xerr=bars, fmt="o", ms=8, color=color, mfc=fill or color, elinewidth=1)
     panel.plot([x] * len(rates), rates, color="0.7", lw=1, zorder=1)
+    if (alone := _accuracy_alone(card)) is not None:
+        panel.plot([100 * alone, x], [rates[-1]] * 2, color=NEUTRAL, ls=":", lw=1.2, zorder=1)
+        panel.plot(100 * alone, rates[-1], marker="|", ms=12, mew=2, color=NEUTRAL)
     return x, rates[0]
 
 
-def _legend(plain: float | None) -> list[Any]:
+def _accuracy_alone(card: dict[str, Any]) -> float | None:
+    """Accuracy of the classifier that the client could run alone; None if it was not measured."""
+    alone = (card.get("client") or {}).get("alone")
+    return None if alone is None else alone["accuracy"]
+
+
+def _legend(plain: float | None, has_alone: bool) -> list[Any]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -81,6 +97,9 @@ def _legend(plain: float | None) -> list[Any]:
         Line2D([], [], marker="o", ls="", color=NEUTRAL, label="strongest attack"),
         Line2D([], [], marker="o", ls="", color=NEUTRAL, mfc="white", label="strongest reconstruction attack"),
     ]
+    if has_alone:
+        label = "accuracy of the client alone; the dotted line is the cloud gain"
+        handles.append(Line2D([], [], marker="|", ms=12, mew=2, ls=":", lw=1.2, color=NEUTRAL, label=label))
     if plain is not None:
         handles.append(Line2D([], [], ls="--", lw=1.2, color=NEUTRAL, label=f"accuracy on plain images: {plain:.1f}%"))
     handles.append(Line2D([], [], marker="o", ls="", color=COLORS["inconclusive"], label="verdict inconclusive"))

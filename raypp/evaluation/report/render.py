@@ -9,17 +9,22 @@ from datetime import UTC, datetime
 from typing import Any
 
 import raypp
+from raypp.evaluation.baselines import baseline_matcher
 from raypp.evaluation.output import as_csv
+from raypp.evaluation.reidentification import GALLERY_SIZES
 from raypp.evaluation.report import figures
 from raypp.evaluation.report.front import accuracy_leakage_front, has_front
 from raypp.evaluation.report.source import Source, read_source
+from raypp.evaluation.scorecard import format_extra_score
+from raypp.metrics.cost import describe_cost, describe_gain
+from raypp.metrics.matchers import MATCHERS
 from raypp.utils.errors import ConfigError, StorageError
 from raypp.utils.paths import short_name
 from raypp.utils.storage import Storage
 
 COLUMNS = (
-    "target", "attack", "threat", "status", "num_queries", "reidentification_rate", "verdict", "verdict_reason",
-    "lower_bound", "metric", "mean", "low", "high", "median", "worst_1_percent", "max",
+    "target", "attack", "threat", "status", "num_queries", "num_gallery", "reidentification_rate", "matcher", "verdict",
+    "verdict_reason", "lower_bound", "metric", "mean", "low", "high", "median", "worst_1_percent", "max",
 )  # fmt: skip
 
 Pngs = dict[str, bytes]
@@ -77,15 +82,19 @@ def _render_page(sources: Sequence[Source], shared: Pngs, by_source: Sequence[Pn
         version=raypp.__version__,
         date=datetime.now(UTC).date(),
         figures=_data_uris(shared),
+        gallery_sizes=[f"{size:,}" for size in GALLERY_SIZES],
+        matchers=MATCHERS,
         targets=[
             {
                 "card": card,
                 "target": short_name(card["target"]),
                 "title": f"{label} ({short_name(card['target'])})" if labels.count(label) > 1 else label,
                 "explanation": explain_results(card),
+                "client": f"{describe_cost(client)} {describe_gain(client)}" if (client := card.get("client")) else "",
                 "rows": _rows(card),
                 "figures": _data_uris(pngs),
                 "convergence": _explain_convergence(card["attacks"]),
+                "extra_scores": list(_extra_rows(card["attacks"])),
             }
             for card, label, pngs in zip(cards, labels, by_source, strict=True)
         ],
@@ -115,12 +124,14 @@ def explain_results(card: dict[str, Any]) -> str:
         reconstruction = (
             f"The strongest reconstruction attack, {name}, re-identifies {rate:.1%}, with SSIM {ssim:.2f}. "
         )
+    validity = "" if card["verdict"] == "inconclusive" else " The verdict holds for a gallery of this size."
     accuracy = f"The classifier's accuracy on protected images is {card['accuracy']:.1%}. " if card["accuracy"] else ""
     attacks = "one attack" if num == 1 else f"{num} attacks"
     return (
         f"{accuracy}The strongest of {attacks}, {card['strongest_attack']}, with {attack['threat_meaning']}, "
         f"re-identifies {card['reidentification_rate']:.1%} of {attack['num_queries']:,} originals among "
-        f"{card['num_gallery']:,} pictures; chance is {card['chance']:.2%}. {reconstruction}{conclusion}"
+        f"{attack['num_gallery']:,} pictures; chance is {1 / attack['num_gallery']:.2%}. {reconstruction}{conclusion}"
+        f"{validity}"
     )
 
 
@@ -143,6 +154,13 @@ def _explain_convergence(attacks: dict[str, dict[str, Any]]) -> str:
     return " ".join(sentences)
 
 
+def _extra_rows(attacks: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """Attack, score with its interval, and description of each extra score."""
+    for name, attack in attacks.items():
+        for key, description in attack.get("extra_scores", {}).items():
+            yield name, format_extra_score(key, attack["scores"][key]), description
+
+
 def _rows(card: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the page's table: attacks, then baselines."""
     rows = []
@@ -150,28 +168,35 @@ def _rows(card: dict[str, Any]) -> list[dict[str, Any]]:
         reasons = [f"still rises with more {option}" for option in attack.get("rises_with") or []]
         reasons += [f"not known whether more {option} help" for option in attack.get("unknown") or []]
         row = attack | {"name": name, "is_baseline": False, "why": "; ".join(reasons)}
-        rows.append(row | _format_scores(attack.get("scores"), attack.get("num_queries")))
+        rows.append(row | _format_scores(attack.get("scores"), attack.get("num_queries"), attack.get("matcher")))
     for name, scores in card["baselines"].items():
         row = {"name": f"baseline: {name}", "is_baseline": True}
-        rows.append(row | _format_scores(scores, card["num_queries"]))
+        rows.append(row | _format_scores(scores, card["num_queries"], baseline_matcher(name)))
     return rows
 
 
-def _format_scores(scores: dict[str, dict[str, float]] | None, num_queries: int | None) -> dict[str, Any]:
+def _format_scores(
+    scores: dict[str, dict[str, float]] | None, num_queries: int | None, matcher: str | None
+) -> dict[str, Any]:
     if scores is None:
         return {"scores": False}
-    best = max("reidentified", "reidentified_edges", key=lambda name: scores[name]["mean"])
 
     def mean(name: str, form: str = ".3f") -> str:
         return format(scores[name]["mean"], form) if name in scores else "-"
 
+    rate = scores["reidentified"]
     return {
         "scores": True,
         "num": "" if num_queries is None else f"{num_queries:,}",
-        "reidentification_rate": mean(best, ".1%"),
-        "interval": f"{scores[best]['low']:.1%} to {scores[best]['high']:.1%}",
+        "reidentification_rate": mean("reidentified", ".1%"),
+        "interval": f"{rate['low']:.1%} to {rate['high']:.1%}",
+        "matcher": matcher,
+        "bits": mean("bits_identified", ".1f"),
+        "sizes": [mean(f"reidentified_of_{size}", ".1%") for size in GALLERY_SIZES],
+        "matchers": [mean(f"reidentified_{name}", ".1%") for name in MATCHERS],
         "top5": mean("reidentified_top5", ".1%"),
         "same_class": mean("reidentified_same_class", ".1%"),
+        "distinct": mean("reidentified_distinct", ".1%"),
         "ssim": mean("ssim"),
         "invariant": mean("ssim_invariant"),
         "lab": mean("ssim_lab"),

@@ -16,7 +16,7 @@ from raypp.bundle.locate import locate_bundle, split_choice
 from raypp.utils.errors import BundleError, ConfigError
 from raypp.utils.storage import Storage
 
-REQUIRED_KEYS = {"attacks", "baselines", "strongest_attack", "strongest_reconstruction", "label"}
+REQUIRED_KEYS = {"attacks", "baselines", "strongest_attack", "strongest_reconstruction", "label", "bits_identified"}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,252 @@
+"""Re-identification: matchers, their selection, gallery sizes, near-duplicates, baselines and tests against them."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo  # an optimizer's first step imports it, for seconds
+from scipy.stats import binomtest, hypergeom
+from torch import Tensor
+
+from raypp.attacks.base import Attack, AttackerKnowledge, Threat
+from raypp.attacks.target import Target
+from raypp.evaluation import baselines
+from raypp.evaluation.reidentification import reidentification_scores, select_matcher
+from raypp.evaluation.scorecard import aggregate, score_images
+from raypp.metrics.image import edge_maps, ssim
+from raypp.metrics.matchers import build_matchers
+from raypp.metrics.retrieval import RetrievalRanks, flatten_pixels, near_duplicates, reidentify
+from raypp.metrics.statistics import bootstrap_interval, holm_adjust, mcnemar_test, paired_t_test, wilson_interval
+from raypp.utils.registry import MethodConfig
+
+SIDE = 12
+
+
+def photographs(num: int, seed: int) -> Tensor:
+    """Images around gray whose contrast differs, uint8 (N, 3, 12, 12)."""
+    generator = torch.Generator().manual_seed(seed)
+    contrasts = torch.rand(num, 1, 1, 1, generator=generator) * 50 + 2
+    images = 128 + contrasts * torch.randn(num, 3, SIDE, SIDE, generator=generator)
+    return images.round().clamp(0, 255).to(torch.uint8)
+
+
+def shrink(images: Tensor) -> Tensor:
+    """Estimates as of a network that learned by squared error: near the mean image, with noise."""
+    noise = 10 * torch.randn(images.shape, generator=torch.Generator().manual_seed(9))
+    return (128 + 0.2 * (images.float() - 128) + noise).round().clamp(0, 255).to(torch.uint8)
+
+
+def target_of(gallery: Tensor, own: Tensor, num: int, classes: tuple[str, ...] = ("a", "b")) -> Target:
+    labels, truth = torch.arange(len(gallery)) % 2, torch.arange(num)
+    access = AttackerKnowledge((3, SIDE, SIDE), images=own, labels=torch.arange(len(own)) % 2)
+    plain = gallery[:num]
+    return Target("x", "x", access, plain, 255 - plain, labels[:num], gallery, labels, truth, classes)
+
+
+class WithValidation(Attack):
+    """Returns the protected images; its validation images are stated."""
+
+    class Options(MethodConfig):
+        name: str = "with_validation"
+
+    threat = Threat.T4
+    matcher = "edges"
+    pairs: tuple[Tensor, Tensor] | None = None
+
+    def validation_images(self) -> tuple[Tensor, Tensor] | None:
+        return self.pairs
+
+    def reconstruct(self, protected: Tensor) -> Tensor:
+        return protected
+
+
+def test_the_centered_cosine_identifies_shrunken_estimates() -> None:
+    """Raw distances prefer images of low contrast, so the rate by pixels and edges misses what estimates reveal."""
+    target = target_of(photographs(300, 0), photographs(200, 1), 100)
+    scores = reidentification_scores(shrink(target.plain), target, "cosine")
+    assert scores["reidentified_pixels"].mean() < 0.2
+    assert scores["reidentified"].mean() > 0.6
+    assert torch.equal(scores["reidentified"], scores["reidentified_cosine"])
+    only = reidentification_scores(shrink(target.plain), target, "cosine", all_matchers=False)
+    assert only.keys() == scores.keys() - {"reidentified_pixels", "reidentified_edges"}
+    assert all(torch.equal(only[name], scores[name]) for name in only)
+
+
+def test_a_matcher_is_selected_on_validation_images_and_never_on_queries() -> None:
+    own = photographs(200, 1)
+    target = target_of(photographs(300, 0), own, 100)
+    attack = WithValidation(WithValidation.Options(), target.access)
+    fixed = select_matcher(attack, target)
+    assert (fixed.matcher, fixed.num_validation, fixed.validation_rates) == ("edges", 0, {})
+    attack.pairs = own, shrink(own[:50])
+    choice = select_matcher(attack, target)
+    assert (choice.matcher, choice.num_validation) == ("cosine", 50)
+    assert set(choice.validation_rates) == {"pixels", "cosine", "edges"}
+    assert choice.validation_rates["cosine"] == max(choice.validation_rates.values())
+    attack.pairs = own, 255 - own[:50]  # only edges survive a negative
+    assert select_matcher(attack, target).matcher == "edges"
+    attack.pairs = own, own[:50]  # all matchers are perfect
+    assert select_matcher(attack, target).matcher == "edges"
+    attack.matcher = "pixels"
+    assert select_matcher(attack, target).matcher == "pixels"
+
+
+def test_an_estimate_that_is_not_a_number_identifies_nothing() -> None:
+    gallery = torch.rand(20, 3, SIDE, SIDE)
+    estimates = torch.full((2, 3, SIDE, SIDE), float("nan"))
+    for features in (flatten_pixels, edge_maps):
+        ranks = reidentify(estimates, gallery, torch.arange(2), torch.zeros(20, dtype=torch.int64), features)
+        assert ranks.all.tolist() == ranks.same_class.tolist() == ranks.distinct.tolist() == [19, 19]
+
+
+def test_images_without_edges_are_no_copies_of_each_other() -> None:
+    flat = torch.tensor([80, 150, 230], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, SIDE, SIDE)
+    matchers = build_matchers(photographs(50, 1))
+    labels, truth = torch.zeros(3, dtype=torch.int64), torch.arange(3)
+    assert reidentify(flat, flat, truth, labels, matchers["edges"]).all.tolist() == [2, 2, 2]
+    assert reidentify(flat, flat, truth, labels, matchers["pixels"]).all.tolist() == [0, 0, 0]
+
+
+def test_an_estimate_without_information_has_no_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "FIT_STEPS", 0)
+    own, gallery = photographs(200, 1), photographs(100, 0)
+    target = target_of(gallery, own, 50)
+    mean = baselines.baselines(target)["mean image"]
+    assert not reidentification_scores(mean, target, "cosine")["reidentified"].any()
+
+
+def test_exact_estimates_identify_images_that_differ_by_one_gray_level() -> None:
+    """Bursts and scans hold such images; distances in float32 cannot rank them."""
+    burst = torch.randint(0, 255, (1, 3, 64, 64), dtype=torch.uint8).repeat(20, 1, 1, 1)
+    for i in range(1, 20):
+        burst[i, i % 3, i * 3, i] += 1
+    gallery = torch.cat((burst, torch.randint(0, 256, (30, 3, 64, 64), dtype=torch.uint8)))
+    labels = torch.zeros(50, dtype=torch.int64)
+    for name, features in build_matchers(gallery[20:]).items():
+        assert not reidentify(burst, gallery, torch.arange(20), labels, features).all.any(), name
+
+
+def test_near_duplicates_are_left_out() -> None:
+    gallery = photographs(60, 0)
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randint(-9, 10, (20, 3, SIDE, SIDE), generator=generator)
+    gallery[20:40] = (gallery[:20].int() + noise).clamp(0, 255).to(torch.uint8)  # PSNR about 33 dB
+    masks = near_duplicates(gallery[:20], gallery)
+    expected = torch.zeros(20, 60, dtype=torch.bool)
+    expected[torch.arange(20), torch.arange(20)] = expected[torch.arange(20), torch.arange(20, 40)] = True
+    contrast = gallery.float().std(dim=(1, 2, 3))
+    vivid = (contrast[:20] > 20)[:, None] & (contrast > 20)[None]
+    assert torch.equal(masks & vivid, expected & vivid)
+    target = target_of(gallery, photographs(50, 1), 20)
+    scores = reidentification_scores(gallery[20:40], target, "pixels")
+    assert not scores["reidentified"].any()
+    assert scores["reidentified_distinct"][contrast[:20] > 20].all()
+
+
+def test_the_rate_in_a_smaller_gallery_is_that_of_all_smaller_galleries() -> None:
+    num, size = 7, 4
+    ranks = torch.arange(num)
+    results = RetrievalRanks(ranks, ranks, ranks, num)
+    for rank in range(num):
+        others = list(combinations(range(num - 1), size - 1))  # the first `rank` others are nearer
+        share = sum(min(chosen) >= rank for chosen in others) / len(others)
+        assert results.top_in_gallery_of(size)[rank] == pytest.approx(share, abs=1e-12)
+    assert results.top_in_gallery_of(num).tolist() == pytest.approx([1] + [0] * (num - 1))
+    assert results.top_in_gallery_of(1).tolist() == pytest.approx([1] * num)
+    large = torch.tensor([0, 1, 37, 900, 9999])
+    expected = hypergeom.pmf(0, 9999, large.numpy(), 999)
+    assert RetrievalRanks(large, large, large, 10_000).top_in_gallery_of(1000).tolist() == pytest.approx(expected)
+    with pytest.raises(ValueError, match="size is 8; allowed is 1 to 7"):
+        results.top_in_gallery_of(8)
+
+
+def test_bits_identified_do_not_depend_on_a_threshold() -> None:
+    ranks = torch.tensor([0, 1, 3, 1023])
+    assert RetrievalRanks(ranks, ranks, ranks, 1024).bits_identified().tolist() == pytest.approx([10, 9, 8, 0])
+    target = target_of(photographs(150, 0), photographs(50, 1), 40)
+    scores = aggregate(score_images(target.plain, target, matcher="cosine"))
+    assert scores["bits_identified"]["mean"] == pytest.approx(7.22882, abs=1e-4)  # log2 150
+    assert scores["reidentified_of_100"]["mean"] == 1
+    assert "reidentified_of_1000" not in scores
+
+
+def test_intervals_of_shares_are_wilsons() -> None:
+    """The bootstrap of 2,000 failures has no width."""
+    scores = {
+        "reidentified": torch.zeros(2000),
+        "reidentified_of_100": torch.full((2000,), 0.25),
+        "psnr": torch.ones(9),
+    }
+    summary = aggregate(scores)
+    assert bootstrap_interval(scores["reidentified"].numpy()) == (0, 0)
+    assert summary["reidentified"] == {"mean": 0, "low": 0, "high": round(wilson_interval(0, 2000)[1], 5)}
+    assert summary["reidentified"]["high"] > 0.0015
+    interval = binomtest(500, 2000).proportion_ci(method="wilson")
+    assert summary["reidentified_of_100"]["low"] == pytest.approx(interval.low, abs=2e-5)
+    assert summary["reidentified_of_100"]["high"] == pytest.approx(interval.high, abs=2e-5)
+    assert summary["psnr"]["low"] == summary["psnr"]["high"] == 1
+    assert wilson_interval(0, 0) == (0, 1)
+    with pytest.raises(ValueError, match="values is empty"):
+        bootstrap_interval([])
+
+
+def metrics(num_reidentified: int, ssim: float = 0.1) -> dict[str, Tensor]:
+    hits = (torch.arange(2000) < num_reidentified).float()
+    noise = torch.randn(2000, generator=torch.Generator().manual_seed(0)) * 0.01
+    return {
+        "reidentified": hits, "reidentified_cosine": hits, "ssim_invariant": ssim + noise, "edges": torch.zeros(2000),
+    }  # fmt: skip
+
+
+def test_an_attack_is_above_the_baseline_only_beyond_chance() -> None:
+    blind = {"mean image": metrics(0), "nearest training image": metrics(2000, 0.9)}  # the last uses the original
+
+    def p_values(scores: dict[str, Tensor], **more: Any) -> dict[str, float]:
+        return baselines.above_baseline_p_values(scores, blind | more, "cosine")
+
+    assert min(p_values(metrics(4)).values()) > baselines.SIGNIFICANCE  # 4 of 2,000 against 0
+    assert p_values(metrics(4))["reidentified"] == pytest.approx(3 * 0.5**4)
+    assert p_values(metrics(10))["reidentified"] < 0.01
+    assert p_values(metrics(0, 0.11))["ssim_invariant"] < 0.01
+    better = p_values(metrics(10, 0.11), **{"fitted class image": metrics(10, 0.12)})
+    assert min(better.values()) == 1
+    few = {name: values[:50] for name, values in metrics(10).items()}
+    assert p_values(few)["reidentified"] == pytest.approx(3 * 0.5**10, abs=1e-5)
+
+
+def test_p_values_are_those_of_the_textbook() -> None:
+    assert holm_adjust({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx(
+        {"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02}
+    )
+    first, second = torch.tensor([1, 1, 1, 1, 0, 1]), torch.tensor([1, 0, 0, 0, 1, 1])
+    assert mcnemar_test(first, second) == pytest.approx(binomtest(3, 4, alternative="greater").pvalue)
+    assert mcnemar_test(first, first) == paired_t_test(first, first) == paired_t_test([1], [0]) == 1
+
+
+def test_the_fitted_class_image_has_a_larger_ssim_than_the_class_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class mean is blurred, so an attacker who knows only the class has more."""
+    monkeypatch.setattr(baselines, "FIT_STEPS", 60)
+    monkeypatch.setattr(baselines, "FIT_BATCH_SIZES", (16, 32))
+    pattern = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(5))
+
+    def shifted(num: int) -> Tensor:
+        """The pattern of each image's class, of another brightness and contrast, moved by some pixels."""
+        rows = [
+            ((i * 37 % 100) / 150 + (0.1 + i % 5 / 12) * pattern[i % 2]).roll((i % 2, i * 7 % 3), (1, 2))
+            for i in range(num)
+        ]
+        return (torch.stack(rows).clamp(0, 1) * 255).round().to(torch.uint8)
+
+    images = shifted(120)
+    target = target_of(images[:40], images[40:], 40)
+    estimates = baselines.baselines(target)
+    plain = target.plain.float() / 255
+    similarity = {name: float(ssim(estimates[name].float() / 255, plain).mean()) for name in estimates}
+    assert similarity["fitted class image"] > similarity["class mean"] + 0.02
+    assert len(estimates["fitted class image"].unique(dim=0)) == 2
+    unlabeled = baselines.baselines(target_of(images[:40], images[40:], 40, classes=()))
+    assert "fitted class image" not in unlabeled
+    assert len(unlabeled["fitted image"].unique(dim=0)) == 1
