@@ -12,6 +12,7 @@ from raypp.utils.runtime import VERBOSE
 
 pytestmark = pytest.mark.ray
 
+
 @pytest.mark.parametrize("verbose", ["0", "1"])
 def test_errors_at_the_end_of_a_session(
     verbose: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
