@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, TypeVar
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raypp.metrics.retrieval import query_batches
 from raypp.utils.errors import RayppError
 from raypp.utils.registry import MethodConfig
 
@@ -189,7 +190,8 @@ class Attack(ABC):
     cost: ClassVar[str] = "One pass over the protected images; it trains nothing."
     """Its computation, for the reference page."""
     matcher: ClassVar[str] = "cosine"
-    """The matcher of its estimates (:mod:`raypp.metrics.matchers`) if it has no validation images."""
+    """The matcher of its estimates (:mod:`raypp.metrics.matchers`) if it has no validation images; ``OWN_SCORES`` of an
+    attack with :meth:`candidate_scores`."""
     max_validation: ClassVar[int] = 0
     """Most of the attacker's images that it attacks to select its matcher; see :meth:`validation_images`."""
     extra_scores: ClassVar[dict[str, str]] = {}
@@ -216,9 +218,9 @@ class Attack(ABC):
         """
 
     def validation_images(self) -> tuple[Tensor, Tensor] | None:
-        """Return images of the attacker, none of which it trained on, to select its matcher; None without them.
+        """Return images of the attacker to select its matcher, no pairs of which it trained on; None without them.
 
-        An attack without training needs ``max_validation`` and the protection as an oracle.
+        The attack needs ``max_validation`` and the protection as an oracle.
 
         Returns:
             a gallery of plain images uint8 (M, C, H, W), and the protected versions uint8 (N, C', H', W') of its first
@@ -234,6 +236,28 @@ class Attack(ABC):
     @abstractmethod
     def reconstruct(self, protected: Tensor) -> Tensor:
         """Estimate plain images uint8 (N, C, H, W) from protected ones uint8 (N, C', H', W')."""
+
+    def candidate_scores(self, protected: Tensor) -> Tensor | None:
+        """Return the scores of the gallery's images that a matching attack ranks them by, (n, M); else None.
+
+        Args:
+            protected: uint8 (n, C', H', W'), few enough for n * M scores in memory.
+
+        Returns:
+            the larger, the more probable is the gallery's image as the original.
+        """
+        return None
+
+    def candidate_score_batches(self, protected: Tensor) -> Iterator[Tensor]:
+        """Yield :meth:`candidate_scores` of protected images uint8 (N, C', H', W') in batches, in bounded memory."""
+        for batch in query_batches(protected, len(required(self.access.gallery))):
+            yield required(self.candidate_scores(batch))
+
+    def best_candidates(self, protected: Tensor) -> Tensor:
+        """Return the image of the gallery with the largest :meth:`candidate_scores` for each protected image."""
+        best = torch.cat([scores.argmax(1) for scores in self.candidate_score_batches(protected)])
+        gallery = required(self.access.gallery)
+        return gallery[best.to(gallery.device)].to(protected.device)
 
     def measure(self, plain: Tensor, protected: Tensor, truth: Tensor) -> dict[str, Tensor]:
         """Return the values (N,) of ``extra_scores``, which do not compare estimates with originals.

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from raypp.attacks.base import Attack, AttackError, ImageMap, Threat, required
+from raypp.attacks.base import MAX_VAL, Attack, AttackError, ImageMap, Threat, required
 from raypp.attacks.known_plaintext import BLOCK, decrypt
 from raypp.protections.cipher import from_symbols, to_symbols
 from raypp.utils.registry import MethodConfig
@@ -35,6 +35,7 @@ class ChosenPlaintext(Attack):
 
     threat: ClassVar[Threat] = Threat.T4
     needs: ClassVar[tuple[str, ...]] = ("protect",)
+    max_validation: ClassVar[int] = MAX_VAL
 
     def prepare(self) -> None:
         solvers = {"pixel": self._solve_pixel, "tanaka": self._solve_tanaka, "any": self._solve_any}

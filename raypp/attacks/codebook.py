@@ -13,7 +13,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raypp.attacks.base import Attack, AttackError, Threat, required
+from raypp.attacks.base import (
+    MAX_VAL,
+    Attack,
+    AttackError,
+    Threat,
+    count_validation_images,
+    required,
+    shuffle_indices,
+)
 from raypp.attacks.image_fitting import fit_images
 from raypp.attacks.inverse_network import reconstruction_loss
 from raypp.utils.images import to_uint8
@@ -21,7 +29,10 @@ from raypp.utils.registry import MethodConfig
 
 
 class Codebook(Attack):
-    """Tabulates the protection; a protected image outside the table gets the reconstruction of the nearest entry."""
+    """Tabulates the protection; a protected image outside the table gets the reconstruction of the nearest entry.
+
+    The validation images, which select the matcher, are not tabulated.
+    """
 
     cost: ClassVar[str] = "Protects all of the attacker's images, then fits one image per entry; it trains nothing."
 
@@ -41,9 +52,12 @@ class Codebook(Attack):
 
     threat: ClassVar[Threat] = Threat.T4
     needs: ClassVar[tuple[str, ...]] = ("protect", "images")
+    max_validation: ClassVar[int] = MAX_VAL
 
     def prepare(self) -> None:
         images = required(self.access.images)
+        order = shuffle_indices(len(images), self.seed).to(images.device)
+        images = images[order[count_validation_images(len(images)) :].sort().values]
         entries, members = self._tabulate(images)
         num = len(entries)
         self._entries = torch.stack(entries)

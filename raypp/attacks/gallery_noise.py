@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from raypp.metrics.image import in_parts
+
 MIN_STD = 0.5  # gray levels; rounding alone gives 0.29
 MAX_COMPONENTS = 256
 GRID_SIZE = 4096  # points at which the mean of clipped noise is inverted
@@ -81,7 +83,7 @@ class CandidateScores(Protocol):
     """Ranks candidates for protected images."""
 
     def rank(self, protected: Tensor) -> Tensor:
-        """Return scores (n, M) of values (n, D), 0 to 255; the largest marks the most probable candidate."""
+        """Return scores float64 (n, M) of values (n, D), 0 to 255; the largest marks the most probable candidate."""
 
 
 class DistanceScores:
@@ -90,10 +92,11 @@ class DistanceScores:
     def __init__(self, candidates: Candidates) -> None:
         self._noise_std = candidates.noise_std
         self._scaled = (candidates.means - 128) / self._noise_std
-        self._offsets = self._scaled.square().sum(1) / 2
 
     def rank(self, protected: Tensor) -> Tensor:
-        return ((protected.float() - 128) / self._noise_std) @ self._scaled.t() - self._offsets
+        values = (protected.double() - 128) / self._noise_std
+        parts = (part.double() for part in in_parts(self._scaled))
+        return torch.cat([values @ part.t() - part.square().sum(1) / 2 for part in parts], dim=1)
 
 
 class LikelihoodScores:
@@ -118,10 +121,15 @@ class LikelihoodScores:
         self._at_255: Tensor = torch.special.log_ndtr((means - 254.5) / variance**0.5)
 
     def rank(self, protected: Tensor) -> Tensor:
-        at_0, at_255 = (protected == 0).float(), (protected == 255).float()
+        at_0, at_255 = (protected == 0).double(), (protected == 255).double()
         inside = 1 - at_0 - at_255
-        scores = (inside * (protected.float() - 128)) @ self._linear.t() - inside @ self._quadratic.t()
-        return scores + at_0 @ self._at_0.t() + at_255 @ self._at_255.t()
+        factors = (inside * (protected.double() - 128), -inside, at_0, at_255)
+        weights = (self._linear, self._quadratic, self._at_0, self._at_255)
+        columns = [
+            torch.stack([factor @ part.double().t() for factor, part in zip(factors, parts, strict=True)]).sum(0)
+            for parts in zip(*map(in_parts, weights), strict=True)
+        ]
+        return torch.cat(columns, dim=1)
 
 
 def _unclipped(means: Tensor, noise_std: float) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raypp.attacks.base import Attack, Threat, required
+from raypp.attacks.base import PROTECT_BATCH_SIZE, Attack, Threat, required
 from raypp.attacks.gallery_noise import (
     Candidates,
     CandidateScores,
@@ -27,9 +27,11 @@ from raypp.attacks.gallery_noise import (
     LikelihoodScores,
     average_draws,
 )
+from raypp.metrics.matchers import OWN_SCORES
+from raypp.metrics.retrieval import negative_distances
 from raypp.utils.registry import MethodConfig
 
-FINALISTS = 5
+MAX_CHANGED = 0.001  # share of values: a network's rounding differs between batch sizes
 
 
 def _values(protected: Tensor) -> Tensor:
@@ -55,9 +57,10 @@ COMPARISONS: dict[str, Callable[[Tensor], Tensor]] = {
 class KnownGallery(Attack):
     """Returns the gallery image whose protected version is nearest.
 
-    A protection is random if it maps equal images to different ones. The attack then compares the values or the folded
-    values, whichever identifies more of the attacker's own protected images. With stated noise it ranks candidates by
-    the likelihood of the protected image.
+    A protection is random if it maps equal images to different ones at another position of another batch. A protection
+    that repeats its random numbers in each call is drawn at positions that no upload has. The attack then compares the
+    values or the folded values, whichever identifies more of the attacker's own protected images. With stated noise it
+    ranks candidates by the likelihood of the protected image.
     """
 
     cost: ClassVar[str] = (
@@ -74,29 +77,40 @@ class KnownGallery(Attack):
     threat: ClassVar[Threat] = Threat.T4
     needs: ClassVar[tuple[str, ...]] = ("protect", "gallery")
     draws: ClassVar[bool] = False
-    matcher: ClassVar[str] = "pixels"  # its estimates are images of the gallery
+    matcher: ClassVar[str] = OWN_SCORES
 
     def prepare(self) -> None:
         batches = required(self.access.gallery).split(self.options.batch_size)
         protect = required(self.access.protect)
-        trials, draw = protect(batches[0]), protect(batches[0])
-        comparison = _comparison_without_randomness(trials, draw)
+        self._orders = torch.Generator().manual_seed(self.seed)
+        self._first_position = 1
+        trials = protect(batches[0])
+        comparison = _comparison_without_randomness(trials, self._draw(batches[0]))
         is_random = comparison is None
         if comparison is None:
-            draws = [draw, *(protect(batches[0]) for _ in range(self.options.num_draws - 1))]
+            if torch.equal(trials, protect(batches[0])):
+                self._first_position = PROTECT_BATCH_SIZE
+            draws = [self._draw(batches[0]) for _ in range(self.options.num_draws)]
             comparison = _best_comparison(trials, draws, self.seed)
         self._features = COMPARISONS[comparison]
         self._scores: CandidateScores | None = None
         self.note = f"{sum(map(len, batches)):,} candidates protected"
         if is_random:
-            versions = ((self._compared(protect(batch)) for _ in range(self.options.num_draws)) for batch in batches)
+            versions = ((self._compared(self._draw(batch)) for _ in range(self.options.num_draws)) for batch in batches)
             comparison, self._scores = self._choose_scores(comparison, average_draws(versions, self.seed), trials)
             self.note += f" {self.options.num_draws} times"
         else:
-            self._protected = torch.cat([self._compared(protect(batch)) for batch in batches])
-            self._squared_norms = _center(self._protected).square().sum(1)
+            self._protected = torch.cat([self._features(protect(batch)) for batch in batches])
         if comparison != "values":
             self.note += f", compared by {comparison}"
+
+    def _draw(self, images: Tensor) -> Tensor:
+        """Protect images in a random order, at positions of a batch from ``_first_position`` on."""
+        order = torch.randperm(len(images), generator=self._orders)
+        others = torch.arange(self._first_position) % len(images)
+        batch = images[torch.cat((others, order)).to(images.device)]
+        protected = required(self.access.protect)(batch)[self._first_position :]
+        return protected[order.argsort().to(protected.device)]
 
     def _compared(self, protected: Tensor) -> Tensor:
         """Return the compared values (n, D) of protected images."""
@@ -112,25 +126,26 @@ class KnownGallery(Attack):
         best = max(scores, key=lambda name: _share_identified(scores[name], compared))
         return best, scores[best]
 
+    def candidate_scores(self, protected: Tensor) -> Tensor:
+        if self._scores is not None:
+            return self._scores.rank(self._compared(protected))
+        return negative_distances(self._features(protected), self._protected)
+
     def reconstruct(self, protected: Tensor) -> Tensor:
-        nearest = []
-        for batch in self._compared(protected).split(self.options.batch_size):
-            if self._scores is not None:
-                nearest.append(self._scores.rank(batch).argmax(1))
-                continue
-            distance = self._squared_norms - 2 * _center(batch) @ _center(self._protected).t()
-            # float32 cannot rank the very nearest; integers can.
-            candidates = distance.topk(min(FINALISTS, len(self._squared_norms)), largest=False).indices
-            exact = (self._protected[candidates].long() - batch[:, None].long()).square().sum(2)
-            nearest.append(candidates.gather(1, exact.argmin(1, keepdim=True)).flatten())
-        gallery = required(self.access.gallery)
-        return gallery[torch.cat(nearest).to(gallery.device)].to(protected.device)
+        return self.best_candidates(protected)
 
 
 def _comparison_without_randomness(first: Tensor, second: Tensor) -> str | None:
-    """Return the first comparison in which two protected versions of the same images are equal, if there is one."""
-    equal = (name for name, features in COMPARISONS.items() if torch.equal(features(first), features(second)))
-    return next(equal, None)
+    """Return the first comparison in which two protected versions of the same images are equal, if there is one.
+
+    Folded values must differ between images: those of a random mask of 0 and 255 are all 0.
+    """
+    for name, features in COMPARISONS.items():
+        values = features(first)
+        changed = (values.int() - features(second).int()).abs() > 1
+        if changed.float().mean() <= MAX_CHANGED and (features is _values or len(values.unique(dim=0)) > 1):
+            return name
+    return None
 
 
 def _best_comparison(trials: Tensor, draws: list[Tensor], seed: int) -> str:
@@ -148,7 +163,3 @@ def _share_identified(scores: CandidateScores, protected: Tensor) -> float:
     """Share of protected images (n, D) whose best candidate is the one of the same index."""
     indices = torch.arange(len(protected), device=protected.device)
     return float((scores.rank(protected).argmax(1) == indices).float().mean())
-
-
-def _center(values: Tensor) -> Tensor:
-    return (values.float() - 128) / 128

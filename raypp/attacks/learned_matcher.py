@@ -12,6 +12,7 @@ one: ``log2(N) - loss``, in bits, in expectation. It cannot exceed log2(N), even
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 import torch
@@ -28,10 +29,13 @@ from raypp.attacks.encoder import (
     encode_in_batches,
 )
 from raypp.attacks.variants import VARIANTS, random_variants
+from raypp.metrics.matchers import OWN_SCORES
+from raypp.metrics.retrieval import query_batches, rank_by_scores
 from raypp.models.perceptual import StateDict
 from raypp.training.task import StepOutput
 from raypp.utils.images import to_uint8
 
+MAX_OTHERS = 2**20  # pairs of different originals, whose scores the AUC sorts
 INITIAL_SCALE, MAX_SCALE = 14.0, 100.0  # factor of the cosine, as CLIP's
 
 
@@ -76,7 +80,7 @@ class MatcherModule(EncoderModule):
         pairs = torch.arange(len(plain), device=logits.device)[part]
         return {
             "loss": F.cross_entropy(logits, pairs, reduction="none"),
-            "reidentified": (_ranks(logits, pairs) == 0).float(),
+            "reidentified": _identified([logits], pairs, plain),
         }
 
 
@@ -86,9 +90,10 @@ def _info_nce(logits: Tensor) -> Tensor:
     return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.t(), pairs)) / 2
 
 
-def _ranks(scores: Tensor, truth: Tensor) -> Tensor:
-    """Return the number of other candidates whose score (n, M) is at least that of the true one, int64 (n,)."""
-    return (scores >= scores.gather(1, truth[:, None])).sum(1) - 1
+def _identified(scores: Iterable[Tensor], truth: Tensor, gallery: Tensor) -> Tensor:
+    """Return whether the best candidate in the gallery is the true one, float (N,), from batches of scores (n, M)."""
+    one_class = torch.zeros(len(gallery), dtype=torch.int64, device=gallery.device)
+    return rank_by_scores(scores, truth.to(gallery.device), gallery, one_class).top(1)
 
 
 class LearnedMatcher(EncoderAttack):
@@ -118,7 +123,7 @@ class LearnedMatcher(EncoderAttack):
 
     needs: ClassVar[tuple[str, ...]] = ("protect", "images", "gallery")
     draws: ClassVar[bool] = False
-    matcher: ClassVar[str] = "pixels"  # its estimates are images of the gallery
+    matcher: ClassVar[str] = OWN_SCORES
 
     def build_module(self, protected: tuple[int, ...]) -> MatcherModule:
         return MatcherModule(self, protected)
@@ -135,25 +140,31 @@ class LearnedMatcher(EncoderAttack):
         self._embedded_gallery = self._module.embed_plain(self.access.gallery)
 
     @torch.inference_mode()
-    def reconstruct(self, protected: Tensor) -> Tensor:
+    def candidate_scores(self, protected: Tensor) -> Tensor:
         embedded = self._module.embed_protected(protected.to(self.access.device))
-        nearest = (embedded @ self._embedded_gallery.t()).argmax(1)
-        gallery = required(self.access.gallery)
-        return gallery[nearest.to(gallery.device)].to(protected.device)
+        return embedded.double() @ self._embedded_gallery.double().t()
+
+    def reconstruct(self, protected: Tensor) -> Tensor:
+        return self.best_candidates(protected)
 
     @torch.inference_mode()
     def measure(self, plain: Tensor, protected: Tensor, truth: Tensor) -> dict[str, Tensor]:
         module, gallery, device = self._module, required(self.access.gallery), self.access.device
-        embedded, truth = module.embed_protected(protected.to(device)), truth.to(device)
+        embedded = module.embed_protected(protected.to(device))
         reidentified, linked = {}, {}
         for name in VARIANTS:
-            candidates = module.embed_plain(self._variant(name, gallery))
-            reidentified[f"reidentified_{name}"] = (_ranks(embedded @ candidates.t(), truth) == 0).float()
+            candidates = module.embed_plain(self._variant(name, gallery)).double()
+            scores = (batch.double() @ candidates.t() for batch in query_batches(embedded, len(gallery)))
+            reidentified[f"reidentified_{name}"] = _identified(scores, truth, gallery)
             upload = module.embed_protected(self.protect(self._variant(name, plain)))
-            linked[f"linkage_auc_{name}"] = _auc_by_pair(embedded @ upload.t())
-        logits = module.scales[0] * embedded @ module.embed_plain(plain).t()
-        nats = F.cross_entropy(logits, torch.arange(len(plain), device=device), reduction="none")
-        return reidentified | linked | {"mutual_information_bits": math.log2(len(plain)) - nats / math.log(2)}
+            linked[f"linkage_auc_{name}"] = _auc_by_pair(embedded, upload, self.seed)
+        originals = module.embed_plain(plain)
+        nats = [
+            F.cross_entropy(module.scales[0] * embedded[pairs] @ originals.t(), pairs, reduction="none")
+            for pairs in query_batches(torch.arange(len(plain), device=device), len(plain))
+        ]
+        bits = math.log2(len(plain)) - torch.cat(nats) / math.log(2)
+        return reidentified | linked | {"mutual_information_bits": bits}
 
     def _variant(self, name: str, images: Tensor) -> Tensor:
         """Return a variant of images uint8 (N, C, H, W), equal in every call."""
@@ -162,13 +173,26 @@ class LearnedMatcher(EncoderAttack):
             return torch.cat([to_uint8(VARIANTS[name](batch.float() / 255)) for batch in images.split(500)])
 
 
-def _auc_by_pair(scores: Tensor) -> Tensor:
-    """Return for each pair on the diagonal of (n, n) the share of all other pairs that score less, ties half.
+def _auc_by_pair(first: Tensor, second: Tensor, seed: int) -> Tensor:
+    """Return for each pair (i, i) the share of other pairs with a smaller cosine, ties half; NaN for one image.
 
-    The mean over pairs is the area under the ROC curve.
+    The mean over pairs is the area under the ROC curve. Other pairs (i, j) are all of them, or ``MAX_OTHERS`` drawn at
+    random.
+
+    Args:
+        first, second: unit vectors (N, D).
+        seed: seed of the draw.
     """
-    is_pair = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-    others = scores[~is_pair].sort().values
-    pairs = scores.diagonal().contiguous()
+    num, generator = len(first), torch.Generator().manual_seed(seed)
+    if num * (num - 1) <= MAX_OTHERS:
+        rows, columns = (~torch.eye(num, dtype=torch.bool)).nonzero(as_tuple=True)
+    else:
+        rows = torch.randint(num, (MAX_OTHERS,), generator=generator)
+        columns = (rows + torch.randint(1, num, (MAX_OTHERS,), generator=generator)) % num
+    others = torch.cat([
+        (first[i] * second[j]).sum(1)
+        for i, j in zip(rows.to(first.device).split(2**16), columns.to(first.device).split(2**16), strict=True)
+    ]).sort().values  # fmt: skip
+    pairs = (first * second).sum(1)
     num_less, num_at_most = torch.searchsorted(others, pairs), torch.searchsorted(others, pairs, right=True)
     return (num_less + num_at_most).float() / (2 * len(others))

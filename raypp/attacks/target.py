@@ -25,7 +25,7 @@ from raypp.data.base import ImageDataset
 from raypp.data.splits import load_split
 from raypp.metrics.image import MIN_SIDE
 from raypp.metrics.matchers import build_matchers
-from raypp.metrics.retrieval import Features, near_duplicates
+from raypp.metrics.retrieval import Features, has_near_duplicate
 from raypp.models.layers import logits_in_batches
 from raypp.protections import PROTECTIONS
 from raypp.utils import image_files
@@ -117,9 +117,9 @@ class Target:
         return build_matchers(required(self.access.images).to(self.gallery.device))
 
     @cached_property
-    def near_duplicates(self) -> Tensor:
-        """Near-duplicates of each original in the gallery, bool (N, M)."""
-        return near_duplicates(self.plain, self.gallery)
+    def is_seen(self) -> Tensor:
+        """Whether the attacker's own images have a near-duplicate of each original, bool (N,)."""
+        return has_near_duplicate(self.plain, required(self.access.images).to(self.plain.device))
 
 
 class _Selection(NamedTuple):

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from raypp.attacks.base import AttackerKnowledge, AttackError, Shape, Threat, required, size_mismatch
+from raypp.attacks.base import MAX_VAL, AttackerKnowledge, AttackError, Shape, Threat, required, size_mismatch
 from raypp.attacks.trained import AttackTask, TrainedAttack, TrainedOptions
 from raypp.config.overrides import deep_merge
 from raypp.config.schema import Constant, OptimizationConfig, Optimizer
@@ -209,7 +209,11 @@ class GANTask(AttackTask):
 
 
 class UnpairedGAN(TrainedAttack):
-    """Generates natural-looking images from protected ones."""
+    """Generates natural-looking images from protected ones.
+
+    An oracle selects the matcher on images that the GAN saw without their pairs. Without an oracle, the fixed matcher
+    makes the re-identification rate a lower bound.
+    """
 
     cost: ClassVar[str] = "Trains a generator and a discriminator on the attacker's images."
 
@@ -242,6 +246,7 @@ class UnpairedGAN(TrainedAttack):
 
     threat: ClassVar[Threat] = Threat.T1
     needs: ClassVar[tuple[str, ...]] = ("ciphertexts",)
+    max_validation: ClassVar[int] = MAX_VAL
 
     @cached_property
     def training_data(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

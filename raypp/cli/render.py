@@ -165,8 +165,9 @@ def print_scorecard(card: dict[str, Any], where: str) -> None:
     console.print(table)
     for name, attack in card["attacks"].items():
         for key, description in attack.get("extra_scores", {}).items():
-            score = format_extra_score(key, attack["scores"][key])
-            print_text(console, f"{name}: {score} {description}", "dim")
+            if key in attack["scores"]:  # one image alone has no AUC
+                score = format_extra_score(key, attack["scores"][key])
+                print_text(console, f"{name}: {score} {description}", "dim")
     console.print()
     strongest, reconstruction = card["strongest_attack"], card["strongest_reconstruction"]
     if card["verdict"] is not None:

@@ -11,7 +11,7 @@ from raypp.attacks.base import required
 from raypp.attacks.image_fitting import fit_images
 from raypp.attacks.target import Target
 from raypp.metrics.image import in_parts, mean_image, ssim_for_loss
-from raypp.metrics.matchers import COSINE, EDGES
+from raypp.metrics.matchers import COSINE, EDGES, OWN_SCORES
 from raypp.metrics.statistics import holm_adjust, mcnemar_test, paired_t_test
 from raypp.utils.images import to_uint8
 
@@ -104,14 +104,14 @@ def above_baseline_p_values(
     Args:
         scores: values (n,) of the attack's metrics.
         baseline_scores: values (N,) by baseline and metric, with N >= n.
-        matcher: the attack's matcher, which the baseline has too.
+        matcher: the attack's matcher, which the baseline has too; without one, the baseline has its own.
 
     Returns:
         adjusted one-sided p-values by metric.
     """
     p_values = {}
     for metric in ("reidentified", "ssim_invariant", "edges"):
-        key = f"reidentified_{matcher}" if metric == "reidentified" else metric
+        key = f"reidentified_{matcher}" if metric == "reidentified" and matcher != OWN_SCORES else metric
         values = scores[metric]
         blind = [baseline_scores[name][key][: len(values)] for name in BLIND if name in baseline_scores]
         best = max(blind, key=lambda candidate: float(candidate.double().mean()))

@@ -1,7 +1,8 @@
 """Re-identification of reconstructions, by the matcher that does best on the attacker's own images.
 
 A choice on the queries would be optimistic. So the attacker selects the matcher on validation images, among a gallery
-of the attacker's images. Attacks without validation images have a fixed matcher: ``Attack.matcher``.
+of the attacker's images. Attacks without validation images have a fixed matcher: ``Attack.matcher``. Matching attacks
+rank the gallery themselves.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from raypp.attacks.base import Attack, match_shape
 from raypp.attacks.target import Target
-from raypp.metrics.retrieval import RetrievalRanks, reidentify
+from raypp.metrics.matchers import OWN_SCORES
+from raypp.metrics.retrieval import RetrievalRanks, rank_by_scores, reidentify
 
 GALLERY_SIZES = (100, 1000, 10_000)
 """Gallery sizes of the reported rates; those above the gallery's own size are left out."""
@@ -24,7 +26,7 @@ class MatcherChoice:
     """An attack's matcher.
 
     Attributes:
-        matcher: its name.
+        matcher: its name, or ``OWN_SCORES``.
         num_validation: number of validation images; 0 for a fixed matcher.
         validation_rates: re-identification rate on the validation images by matcher.
     """
@@ -68,38 +70,49 @@ def reidentification_scores(
         all_matchers: also compute ``reidentified_MATCHER`` for each other matcher.
 
     Returns:
-        values (n,) of each metric: shares, and ``bits_identified``.
+        values (n,) of each metric: shares, and ``bits_identified``; NaN for queries that a metric leaves out.
     """
-    ranks = _rank(estimates, target, matcher)
-    scores = {
-        "reidentified": ranks.top(1),
-        "reidentified_top5": ranks.top(5),
-        "reidentified_distinct": (ranks.distinct == 0).float(),
-    }
-    if target.classes:
-        scores["reidentified_same_class"] = (ranks.same_class == 0).float()
-    for size in GALLERY_SIZES:
-        if size <= ranks.num_gallery:
-            scores[f"reidentified_of_{size}"] = ranks.top_in_gallery_of(size)
-    scores["bits_identified"] = ranks.bits_identified()
+    truth = target.truth[: len(estimates)]
+
+    def rank(name: str) -> RetrievalRanks:
+        return reidentify(estimates, target.gallery, truth, target.gallery_labels, target.matchers[name])
+
+    ranks = rank(matcher)
+    scores = _scores(ranks, target)
     for name in target.matchers:
         if name == matcher:
             scores[f"reidentified_{name}"] = ranks.top(1)
         elif all_matchers:
-            scores[f"reidentified_{name}"] = _rank(estimates, target, name).top(1)
+            scores[f"reidentified_{name}"] = rank(name).top(1)
     return scores
 
 
-def _rank(estimates: Tensor, target: Target, matcher: str) -> RetrievalRanks:
-    num = len(estimates)
-    return reidentify(
-        estimates,
-        target.gallery,
-        target.truth[:num],
-        target.gallery_labels,
-        target.matchers[matcher],
-        target.near_duplicates[:num],
-    )
+def candidate_reidentification_scores(attack: Attack, target: Target, num: int) -> dict[str, Tensor]:
+    """Re-identify the first ``num`` originals by the scores of a matching attack; empty for other attacks.
+
+    Returns:
+        values (num,) as of :func:`reidentification_scores`, without ``reidentified_MATCHER``.
+    """
+    if attack.matcher != OWN_SCORES:
+        return {}
+    batches = attack.candidate_score_batches(target.protected[:num])
+    return _scores(rank_by_scores(batches, target.truth[:num], target.gallery, target.gallery_labels), target)
+
+
+def _scores(ranks: RetrievalRanks, target: Target) -> dict[str, Tensor]:
+    hits = ranks.top(1)
+    is_seen = target.is_seen[: len(hits)]
+    scores = {
+        "reidentified": hits,
+        "reidentified_top5": ranks.top(5),
+        "reidentified_unseen": torch.where(is_seen, torch.full_like(hits, torch.nan), hits),
+    }
+    if target.classes:
+        scores["reidentified_same_class"] = ranks.top_in_class()
+    for size in GALLERY_SIZES:
+        if size <= ranks.num_gallery:
+            scores[f"reidentified_of_{size}"] = ranks.top_in_gallery_of(size)
+    return scores | {"bits_identified": ranks.bits_identified()}
 
 
 def rates_by_gallery_size(scores: dict[str, dict[str, float]]) -> dict[int, float]:

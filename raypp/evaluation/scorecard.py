@@ -17,6 +17,7 @@ from raypp.attacks.target import Target
 from raypp.data.loader import inference_batch_size
 from raypp.evaluation.reidentification import reidentification_scores
 from raypp.metrics.image import edge_correlation, finite_psnr, in_parts, lpips, ssim, ssim_invariant, ssim_lab
+from raypp.metrics.matchers import OWN_SCORES
 from raypp.metrics.statistics import bootstrap_interval, wilson_interval
 
 WEAK_RATE, BROKEN_RATE = 0.05, 0.20
@@ -46,7 +47,8 @@ def score_images(
         estimates: uint8 (n, C, H, W), reconstructions of the target's first n queries.
         reference_classifier: trained on plain images, independent of the target; None omits ``accuracy``.
         matcher: the matcher of the re-identification rate, see
-            :func:`raypp.evaluation.reidentification.select_matcher`.
+            :func:`raypp.evaluation.reidentification.select_matcher`; with ``OWN_SCORES`` the re-identification is left
+            to :func:`raypp.evaluation.reidentification.candidate_reidentification_scores`.
         all_matchers: also re-identify by the other matchers.
     """
     num = len(estimates)
@@ -55,7 +57,8 @@ def score_images(
     parts = [_compare(*batch, reference_classifier if target.classes else None) for batch in batches]
     scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     predictions = scores.pop("predictions", None)
-    scores |= reidentification_scores(estimates, target, matcher, all_matchers=all_matchers)
+    if matcher != OWN_SCORES:
+        scores |= reidentification_scores(estimates, target, matcher, all_matchers=all_matchers)
     if predictions is not None:
         scores["accuracy"] = (predictions == target.labels[:num]).float()
     return {name: values.float().cpu() for name, values in scores.items()}
@@ -81,12 +84,16 @@ def _compare(estimates: Tensor, originals: Tensor, reference_classifier: nn.Modu
 
 
 def aggregate(scores: Scores, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Mean and 95% interval of each metric: Wilson's for shares, the bootstrap's for other means.
+    """Mean and 95% interval of each metric over ``num`` images: Wilson's for shares, the bootstrap's for other means.
 
-    Other metrics than shares also have quartiles, range and the worst 1%.
+    Other metrics than shares also have quartiles, range and the worst 1%. NaN values are left out, and so are metrics
+    without another value.
     """
     summary = {}
-    for name, values in scores.items():
+    for name, all_values in scores.items():
+        values = all_values[~all_values.isnan()]
+        if len(values) == 0:
+            continue
         is_share = name.startswith(RATES)
         if is_share:
             low, high = wilson_interval(float(values.double().sum()), len(values))
@@ -97,7 +104,7 @@ def aggregate(scores: Scores, seed: int = 0) -> dict[str, dict[str, float]]:
             worst = 0.01 if name == "lpips" else 0.99  # LPIPS is a distance: small values mean leakage
             levels = {"min": 0.0, "q1": 0.25, "median": 0.5, "q3": 0.75, "worst_1_percent": worst, "max": 1.0}
             numbers |= {key: float(np.quantile(values.numpy(), level)) for key, level in levels.items()}
-        summary[name] = {key: round(number, 5) for key, number in numbers.items()}
+        summary[name] = {"num": len(values)} | {key: round(number, 5) for key, number in numbers.items()}
     return summary
 
 
@@ -126,7 +133,7 @@ def is_rising(curve: list[dict[str, float]]) -> bool:
 
 
 def rank_key(attack: dict[str, Any]) -> tuple[float, float]:
-    """Sort key of finished attacks: re-identification rate, then SSIM."""
+    """Sort key of finished attacks in galleries of one size: re-identification rate, then SSIM."""
     return attack["reidentification_rate"], attack["scores"]["ssim_invariant"]["mean"]
 
 

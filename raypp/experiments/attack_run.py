@@ -24,7 +24,7 @@ from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap,
 from raypp.attacks.suite import CURVE, HALF_EFFORT
 from raypp.attacks.target import Target
 from raypp.attacks.trained import TrainedAttack
-from raypp.evaluation.reidentification import select_matcher
+from raypp.evaluation.reidentification import candidate_reidentification_scores, select_matcher
 from raypp.evaluation.scorecard import aggregate, score_images
 from raypp.experiments import attack_plan
 from raypp.experiments.attack_plan import AttackPlan, Outcome, load_result, load_target_of
@@ -103,8 +103,9 @@ def _run_attack(plan: AttackPlan, name: str, display: ProgressListener, target: 
             folder.write("result.json", dump_json(result))
         return result
     queries = (target.plain[:num_queries], target.protected[:num_queries], target.truth[:num_queries])
-    extra_scores = {key: values.float().cpu() for key, values in attack.measure(*queries).items()}
-    save_tensors(folder, "estimates.safetensors", {"estimates": estimates, **extra_scores})
+    more_scores = attack.measure(*queries) | candidate_reidentification_scores(attack, target, num_queries)
+    more_scores = {key: values.float().cpu() for key, values in more_scores.items()}
+    save_tensors(folder, "estimates.safetensors", {"estimates": estimates, **more_scores})
     result |= {
         "status": "done",
         "note": attack.note,
@@ -112,7 +113,7 @@ def _run_attack(plan: AttackPlan, name: str, display: ProgressListener, target: 
         "num_gallery": len(target.gallery),
         **asdict(choice),
         "seconds": round(time.monotonic() - start, 1),
-        "scores": aggregate(score_images(estimates, target, matcher=choice.matcher) | extra_scores, plan.suite.seed),
+        "scores": aggregate(score_images(estimates, target, matcher=choice.matcher) | more_scores, plan.suite.seed),
         "extra_scores": attack.extra_scores,
         "history": trainings[0].history if trainings else [],
         "curve": curve,
@@ -135,7 +136,7 @@ def _effort_curve(
     half = _reconstruct(attack, plan, target, len(estimates))
     attack.options = options
     points = ((HALF_EFFORT, half), ("everything", estimates))
-    return [{"what": label} | _score(images, target, matcher) for label, images in points]
+    return [{"what": label} | _score(attack, images, target, matcher) for label, images in points]
 
 
 def _training_curve(attack: TrainedAttack, trainings: list[Training], target: Target, matcher: str) -> list[CurvePoint]:
@@ -145,7 +146,9 @@ def _training_curve(attack: TrainedAttack, trainings: list[Training], target: Ta
     for training in (*smaller, full):
         attack.load(training.network)
         budget = {"what": training.label, "epochs": len(training.history), "num_images": training.num_images}
-        curve.append(budget | _score(attack.reconstruct(target.protected[: attack.max_queries]), target, matcher))
+        curve.append(
+            budget | _score(attack, attack.reconstruct(target.protected[: attack.max_queries]), target, matcher)
+        )
     return curve
 
 
@@ -179,14 +182,14 @@ def _fit(
     return attack.state(result.trainee), result.history
 
 
-def _score(estimates: Tensor, target: Target, matcher: str) -> dict[str, float]:
-    """Mean scores of reconstructions, for a point of a curve."""
+def _score(attack: Attack, estimates: Tensor, target: Target, matcher: str) -> dict[str, float]:
+    """Mean scores of an attack's reconstructions, for a point of a curve."""
     images = match_shape(estimates, target.access.shape)
     scores = score_images(images, target, matcher=matcher, all_matchers=False)
-    means = {key: round(float(values.double().mean()), 5) for key, values in scores.items()}
-    return {"reidentification_rate": means["reidentified"]} | {
-        key: means[key] for key in ("ssim", "ssim_invariant", "psnr", "bits_identified")
-    }
+    scores |= candidate_reidentification_scores(attack, target, len(images))
+    keys = {"reidentification_rate": "reidentified"}
+    keys |= {key: key for key in ("ssim", "ssim_invariant", "psnr", "bits_identified")}
+    return {name: round(float(scores[key].double().mean()), 5) for name, key in keys.items()}
 
 
 def load_network(folder: Storage, options: MethodConfig, access: AttackerKnowledge) -> ImageMap:

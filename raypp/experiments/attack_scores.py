@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from math import isnan
 from typing import Any
 
 import torch
@@ -207,7 +208,7 @@ def _csv(target: Target, all_scores: dict[str, Scores]) -> bytes:
     for name, scores in all_scores.items():
         # An attack may have fewer images than the target.
         for image, label, *values in zip(images, labels, *(v.tolist() for v in scores.values()), strict=False):
-            texts = (f"{value:.5g}" for value in values)
+            texts = ("" if isnan(value) else f"{value:.5g}" for value in values)
             rows.append({"attack": name, "image": image, "label": label} | dict(zip(scores, texts, strict=True)))
     metrics = dict.fromkeys(metric for scores in all_scores.values() for metric in scores)
     return as_csv(["attack", "image", "label", *metrics], rows)
@@ -242,7 +243,8 @@ def _merge_with_stored(
 ) -> tuple[dict[str, Any], dict[str, bytes], set[str]]:
     """Merge a scorecard with the one stored in the bundle; each attack keeps its stronger run.
 
-    A weaker later attack must not make a bundle look better.
+    A weaker later attack must not make a bundle look better. Rates in galleries of different sizes cannot be compared,
+    so of two such scorecards, the one whose strongest attack identifies more bits stays as it is.
 
     Returns:
         The scorecard, its files, and the names of attacks whose stored run is the stronger one.
@@ -256,6 +258,10 @@ def _merge_with_stored(
     new, old = card["attacks"], stored.get("attacks", {})
     if any("matcher" not in result for result in old.values() if result["status"] == "done"):
         return card, files, set()  # of an earlier version, whose results have other names
+    if card["num_gallery"] != stored["num_gallery"]:
+        if (card["bits_identified"] or 0) >= (stored["bits_identified"] or 0):
+            return card, files, set()
+        return stored, {name: private.read(name) for name in (SCORES, EXAMPLES)}, set(new)
     from_stored = {name for name, result in old.items() if _is_stronger(result, new.get(name))}
     attacks = new | {name: result for name, result in old.items() if name in from_stored or name not in new}
     # The results of the smaller card's attacks stay valid; the baselines are those of the card with more queries.
@@ -270,7 +276,7 @@ def _merge_with_stored(
 
 
 def _is_stronger(stored: dict[str, Any], new: dict[str, Any] | None) -> bool:
-    """Whether a stored run of an attack has finished and leaks more than a new one."""
+    """Whether a stored run of an attack has finished and leaks more than a new one in a gallery of the same size."""
     if stored["status"] != "done":
         return False
     return new is None or new["status"] != "done" or scorecard.rank_key(stored) > scorecard.rank_key(new)

@@ -15,7 +15,11 @@ from torch import Tensor
 from raypp.metrics.image import edge_maps, lpips_available, lpips_features, mean_image
 from raypp.metrics.retrieval import Features, flatten_pixels
 
+LARGEST_DISTANCE = 4.0  # squared, of two vectors of norm 1
+
 PIXELS, COSINE, EDGES, LPIPS = MATCHERS = ("pixels", "cosine", "edges", "lpips")
+OWN_SCORES = "own scores"
+"""In the place of a matcher: a matching attack ranks the gallery itself (``Attack.candidate_scores``)."""
 
 
 def build_matchers(images: Tensor) -> dict[str, Features]:
@@ -39,7 +43,7 @@ def build_matchers(images: Tensor) -> dict[str, Features]:
 
 
 def centered_directions(images: Tensor, center: Tensor) -> Tensor:
-    """Return images minus ``center``, scaled to norm 1, float64 (N, D); 0 where nothing is left.
+    """Return the directions of images minus ``center``, float64 (N, D + 1), see :func:`_mark_without_direction`.
 
     The squared distance of two directions is 2 - 2 cos.
 
@@ -49,11 +53,20 @@ def centered_directions(images: Tensor, center: Tensor) -> Tensor:
     """
     centered = flatten_pixels(images) - flatten_pixels(center[None].to(images.device))
     norms = centered.norm(dim=1, keepdim=True)
-    return torch.where(norms > 0, centered / norms, torch.zeros_like(centered))
+    return _mark_without_direction(torch.where(norms == 0, centered, centered / norms))
 
 
 def _edge_features(images: Tensor) -> Tensor:
-    return edge_maps(images.float() / 255)
+    return _mark_without_direction(edge_maps(images.float() / 255))
+
+
+def _mark_without_direction(directions: Tensor) -> Tensor:
+    """Append a value to vectors (N, D) of norm 1 or 0, so that 0 has the largest distance to all of norm 1.
+
+    Without it, 0 is nearer than a vector at more than 60 degrees.
+    """
+    is_zero = (directions == 0).all(1, keepdim=True).double()
+    return torch.cat((directions, is_zero * (LARGEST_DISTANCE - 1) ** 0.5), dim=1)
 
 
 def _lpips_features(images: Tensor) -> Tensor:

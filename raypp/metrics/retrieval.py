@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from raypp.metrics.image import in_parts
 
-TIE_TOLERANCE = 1e-12  # rounding of a squared distance in float64, relative to the squared norms
+TIE_TOLERANCE = 1e-12  # rounding of a score in float64, relative to the largest of a query
 COPY_TOLERANCE = 1e-9  # rounding of a product in float64
 NEAR_DUPLICATE_PSNR = 25.0  # dB: a root mean squared difference of 14 gray levels
+SCORE_VALUES = 2**24  # scores of queries for a gallery in memory at a time
 
 Features = Callable[[Tensor], Tensor]
 """Maps images (n, C, H, W) to features float64 (n, D); their squared distance ranks a gallery."""
@@ -26,13 +27,13 @@ class RetrievalRanks:
     Attributes:
         all: int64 (N,), in the whole gallery.
         same_class: int64 (N,), among the images of the original's class; excludes the information of the class.
-        distinct: int64 (N,), in the gallery without near-duplicates of the original.
+        num_same_class: int64 (N,), number of other images of the original's class that are no copies of it.
         num_gallery: number of images in the whole gallery, M.
     """
 
     all: Tensor
     same_class: Tensor
-    distinct: Tensor
+    num_same_class: Tensor
     num_gallery: int
 
     def top(self, num: int) -> Tensor:
@@ -62,6 +63,11 @@ class RetrievalRanks:
         )
         return torch.where(farther >= size, probability.clamp_max(1), torch.zeros_like(probability))
 
+    def top_in_class(self) -> Tensor:
+        """Return whether each original has rank 0 in its class, float (N,); NaN where the class has no other image."""
+        hits = (self.same_class == 0).float()
+        return torch.where(self.num_same_class > 0, hits, torch.full_like(hits, torch.nan))
+
     def bits_identified(self) -> Tensor:
         """Return log2 M - log2(rank + 1), float64 (N,): all of log2 M bits for rank 0, and 0 for the last rank.
 
@@ -75,35 +81,39 @@ def flatten_pixels(images: Tensor) -> Tensor:
     return images.flatten(1).double()
 
 
-def near_duplicates(images: Tensor, gallery: Tensor) -> Tensor:
-    """Return which of the gallery's images have a PSNR of at least ``NEAR_DUPLICATE_PSNR`` with each image.
+def has_near_duplicate(images: Tensor, others: Tensor) -> Tensor:
+    """Return whether any of ``others`` has a PSNR of at least ``NEAR_DUPLICATE_PSNR`` with each image, bool (N,).
 
     Args:
         images: uint8 (N, C, H, W).
-        gallery: uint8 (M, C, H, W).
-
-    Returns:
-        bool (N, M); true for copies too.
+        others: uint8 (M, C, H, W).
     """
     limit = 255**2 * 10 ** (-NEAR_DUPLICATE_PSNR / 10) * images[0].numel()
-    rows = []
-    for part in in_parts(images):
-        flat = flatten_pixels(part)
-        norms = flat.square().sum(1)[:, None]
-        columns = []
-        for candidates in map(flatten_pixels, in_parts(gallery)):
-            columns.append(candidates.square().sum(1) - 2 * flat @ candidates.t() + norms <= limit)
-        rows.append(torch.cat(columns, dim=1))
-    return torch.cat(rows)
+    has_one = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    for part in in_parts(others):
+        candidates = _centered(part)
+        norms = candidates.square().sum(1)
+        rows = []
+        for queries in map(_centered, query_batches(images, len(part))):
+            distances = norms - 2 * queries @ candidates.t() + queries.square().sum(1)[:, None]
+            rows.append((distances <= limit).any(1))
+        has_one |= torch.cat(rows)
+    return has_one
+
+
+def _centered(images: Tensor) -> Tensor:
+    return images.flatten(1).float() - 128  # float32 suffices for a threshold
+
+
+def query_batches(queries: Tensor, num_gallery: int) -> tuple[Tensor, ...]:
+    """Split queries (N, ...) into batches whose values and scores for a gallery fit into bounded memory."""
+    size = min(len(in_parts(queries)[0]), SCORE_VALUES // max(1, num_gallery))
+    batches: tuple[Tensor, ...] = queries.split(max(1, size))
+    return batches
 
 
 def reidentify(
-    estimates: Tensor,
-    gallery: Tensor,
-    truth: Tensor,
-    labels: Tensor,
-    features: Features = flatten_pixels,
-    duplicates: Tensor | None = None,
+    estimates: Tensor, gallery: Tensor, truth: Tensor, labels: Tensor, features: Features = flatten_pixels
 ) -> RetrievalRanks:
     """Rank the originals of estimates in a gallery by squared feature distance, in bounded memory.
 
@@ -115,50 +125,72 @@ def reidentify(
         truth: int64 (N,), index of each original in the gallery.
         labels: int64 (M,), classes of the gallery.
         features: see ``Features``.
-        duplicates: bool (N, M), near-duplicates of each original for ``distinct``; None for none.
 
     Returns:
-        the ranks. Ties count against the original, except ties with copies of it: an estimate at the same distance
-        from two images identifies neither. An estimate that is not a number has the last rank.
+        the ranks, see :func:`rank_by_scores`. An estimate that is not a number has the last rank.
     """
-    if duplicates is None:
-        duplicates = torch.zeros(1, 1, dtype=torch.bool, device=gallery.device).expand(len(truth), len(gallery))
-    # The product with one random direction detects copies of the original.
-    direction = torch.randn(gallery[0].numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    direction = direction.to(gallery.device)
-    signatures = torch.cat([flatten_pixels(part) @ direction for part in in_parts(gallery)])
-    columns = (in_parts(values, estimates) for values in (estimates, truth, duplicates))
-    parts = [
-        _rank(part, own, part_duplicates, gallery, labels, signatures, features)
-        for part, own, part_duplicates in zip(*columns, strict=True)
-    ]
-    ranks, ranks_in_class, ranks_distinct = (torch.cat(values) for values in zip(*parts, strict=True))
-    return RetrievalRanks(ranks, ranks_in_class, ranks_distinct, len(gallery))
+    batches = query_batches(estimates, len(gallery))
+    return rank_by_scores((negative_distances(batch, gallery, features) for batch in batches), truth, gallery, labels)
 
 
-def _rank(
-    estimates: Tensor,
-    truth: Tensor,
-    duplicates: Tensor,
-    gallery: Tensor,
-    labels: Tensor,
-    signatures: Tensor,
-    features: Features,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the ranks of one part of the estimates: in the gallery, in the class, and without near-duplicates."""
-    queries, originals = features(estimates), features(gallery[truth])
-    # |e - g|^2 without |e|^2, which is the same for the whole gallery.
-    squared_norms = originals.square().sum(1)
-    distances = (squared_norms - 2 * (queries * originals).sum(1))[:, None]
-    tolerance = TIE_TOLERANCE * (squared_norms + queries.square().sum(1))[:, None]
-    ranks, ranks_in_class, ranks_distinct = (torch.zeros_like(truth) for _ in range(3))
-    columns = (in_parts(values, gallery) for values in (gallery, labels, signatures, duplicates.t()))
-    for part, classes, part_signatures, part_duplicates in zip(*columns, strict=True):
-        candidates = features(part)
-        is_farther = candidates.square().sum(1) - 2 * queries @ candidates.t() > distances + tolerance
-        is_other = (part_signatures[None] - signatures[truth][:, None]).abs() > COPY_TOLERANCE
-        is_nearer = ~is_farther & is_other  # NaN is not farther
-        ranks += is_nearer.sum(1)
-        ranks_in_class += (is_nearer & (classes[None] == labels[truth][:, None])).sum(1)
-        ranks_distinct += (is_nearer & ~part_duplicates.t()).sum(1)
-    return ranks, ranks_in_class, ranks_distinct
+def negative_distances(queries: Tensor, candidates: Tensor, features: Features = flatten_pixels) -> Tensor:
+    """Return minus the squared feature distances, float64 (n, M), without the queries' squared norms.
+
+    Args:
+        queries: (n, C, H, W); one that is not a number has no scores, which are NaN.
+        candidates: (M, C, H, W) of the same dtype.
+        features: see ``Features``.
+    """
+    compared = features(queries)
+    columns = []
+    for part in map(features, in_parts(candidates)):
+        columns.append(2 * compared @ part.t() - part.square().sum(1))
+    scores = torch.cat(columns, dim=1)
+    scores[queries.flatten(1).isnan().any(1)] = torch.nan  # features may hide it
+    return scores
+
+
+def rank_by_scores(scores: Iterable[Tensor], truth: Tensor, gallery: Tensor, labels: Tensor) -> RetrievalRanks:
+    """Rank the originals in a gallery by scores of its images.
+
+    Args:
+        scores: batches (n, M) of the scores of N queries, in their order; the largest has rank 0.
+        truth: int64 (N,), index of each original in the gallery.
+        gallery: (M, C, H, W).
+        labels: int64 (M,), classes of the gallery.
+
+    Returns:
+        the ranks. Ties count against the original, except ties with copies of it: equal scores of two different images
+        identify neither. A score of the original that is not a number gives the last rank.
+    """
+    copies = _copy_numbers(gallery)
+    parts, start = [], 0
+    for batch in scores:
+        indices = truth[start : start + len(batch)]
+        parts.append(_rank(batch.to(gallery.device), indices, copies, labels))
+        start += len(batch)
+    ranks, ranks_in_class, num_in_class = (torch.cat(values) for values in zip(*parts, strict=True))
+    return RetrievalRanks(ranks, ranks_in_class, num_in_class, len(gallery))
+
+
+def _copy_numbers(images: Tensor) -> Tensor:
+    """Return a number of each image, int64 (N,), which copies share. Their product with a random direction is equal."""
+    direction = torch.randn(images[0].numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    direction = direction.to(images.device)
+    products, order = torch.cat([flatten_pixels(part) @ direction for part in in_parts(images)]).sort()
+    numbers = torch.zeros_like(order)
+    numbers[order[1:]] = (products.diff() > COPY_TOLERANCE).cumsum(0)
+    return numbers
+
+
+def _rank(scores: Tensor, truth: Tensor, copies: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the ranks of a batch of queries in the gallery and in the class, and the number of rivals in the class."""
+    own = scores.gather(1, truth[:, None])
+    tolerance = TIE_TOLERANCE * torch.maximum(scores.amax(1), -scores.amin(1))[:, None]
+    is_nearer = ~(scores < own - tolerance)  # NaN is not farther
+    is_rival = copies[None] != copies[truth][:, None]
+    in_class = labels[None] == labels[truth][:, None]
+    num_rivals = (is_rival & in_class).sum(1)
+    is_other = torch.ones_like(is_rival).scatter_(1, truth[:, None], False)
+    is_nearer &= torch.where(own.isnan(), is_other, is_rival)
+    return is_nearer.sum(1), (is_nearer & in_class).sum(1), num_rivals

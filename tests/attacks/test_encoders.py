@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raypp.attacks.attribute_inference import _explained, thumbnails
 from raypp.attacks.base import AttackerKnowledge, AttackError, ImageMap
-from raypp.attacks.learned_matcher import _auc_by_pair, _ranks
+from raypp.attacks.learned_matcher import MAX_OTHERS, _auc_by_pair, _identified
 from raypp.attacks.trained import TrainedAttack
 from raypp.attacks.variants import VARIANTS, random_variants
 from raypp.data import SOURCES
@@ -142,18 +142,45 @@ def test_the_matcher_of_inferred_thumbnails_is_selected_on_the_validation_images
 
 def test_auc_and_explained_variance_are_those_of_scikit_learn() -> None:
     random = torch.Generator().manual_seed(0)
-    scores = torch.randn(30, 30, generator=random).round(decimals=1) + torch.eye(30)  # with ties
-    auc = roc_auc_score(torch.eye(30).flatten(), scores.flatten())
-    assert float(_auc_by_pair(scores).double().mean()) == pytest.approx(auc, abs=1e-6)
+    first, second = torch.randint(-2, 3, (2, 30, 4), generator=random).float()  # with ties
+    second += first
+    auc = roc_auc_score(torch.eye(30).flatten(), (first @ second.t()).flatten())
+    assert float(_auc_by_pair(first, second, 0).double().mean()) == pytest.approx(auc, abs=1e-6)
     actual, predicted = torch.randn(50, 3, generator=random), torch.randn(50, 3, generator=random)
     actual *= torch.tensor([1.0, 2.0, 5.0])
     r2 = r2_score(actual, predicted, multioutput="variance_weighted")
     assert float(_explained(actual, predicted).mean()) == pytest.approx(r2, abs=1e-5)
 
 
-def test_equal_scores_identify_nothing() -> None:
-    assert _ranks(torch.ones(2, 3), torch.tensor([0, 1])).tolist() == [2, 2]
-    assert _ranks(torch.tensor([[0.1, 0.5, 0.3]]), torch.tensor([2])).tolist() == [1]
+def test_the_auc_of_many_images_is_that_of_a_sample() -> None:
+    """All pairs of 10,000 images need gigabytes."""
+    random = torch.Generator().manual_seed(0)
+    first = torch.nn.functional.normalize(torch.randn(1200, 8, generator=random))
+    second = torch.nn.functional.normalize(first + 0.6 * torch.randn(1200, 8, generator=random))
+    assert MAX_OTHERS < 1200 * 1199
+    others = (first @ second.t())[~torch.eye(1200, dtype=torch.bool)].sort().values
+    exact = torch.searchsorted(others, (first * second).sum(1)) / len(others)
+    assert (_auc_by_pair(first, second, 0) - exact).abs().max() < 0.003
+    assert _auc_by_pair(first[:1], second[:1], 0).isnan().all()
+
+
+def test_equal_scores_identify_nothing_but_copies_do() -> None:
+    gallery = torch.randint(0, 256, (3, 3, 12, 12), dtype=torch.uint8)
+    assert _identified([torch.ones(1, 3), torch.ones(1, 3)], torch.tensor([0, 1]), gallery).tolist() == [0, 0]
+    assert _identified([torch.tensor([[0.1, 0.5, 0.5]])], torch.tensor([2]), gallery).tolist() == [0]
+    gallery[1] = gallery[2]
+    assert _identified([torch.tensor([[0.1, 0.5, 0.5]])], torch.tensor([2]), gallery).tolist() == [1]
+
+
+def test_a_learned_matcher_ranks_the_whole_gallery(pictures: Tensor) -> None:
+    access = AttackerKnowledge((3, 16, 16), images=pictures[:KNOWN], protect=lambda x: x, gallery=pictures[KNOWN:])
+    attack: Any = build("learned_matcher", access, **SHORT)
+    module = attack.task().build(attack.task().phases[0])
+    attack.load(module.state_dict())
+    uploads = pictures[KNOWN : KNOWN + 40]
+    scores = attack.candidate_scores(uploads)
+    assert scores.shape == (40, OTHERS)
+    assert torch.equal(attack.reconstruct(uploads), pictures[KNOWN:][scores.argmax(1)])
 
 
 def test_variants_show_the_same(pictures: Tensor) -> None:

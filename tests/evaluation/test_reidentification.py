@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import combinations
 from typing import Any
 
@@ -14,11 +15,23 @@ from torch import Tensor
 from raypp.attacks.base import Attack, AttackerKnowledge, Threat
 from raypp.attacks.target import Target
 from raypp.evaluation import baselines
-from raypp.evaluation.reidentification import reidentification_scores, select_matcher
+from raypp.evaluation.reidentification import (
+    candidate_reidentification_scores,
+    reidentification_scores,
+    select_matcher,
+)
 from raypp.evaluation.scorecard import aggregate, score_images
+from raypp.metrics import retrieval
 from raypp.metrics.image import edge_maps, ssim
-from raypp.metrics.matchers import build_matchers
-from raypp.metrics.retrieval import RetrievalRanks, flatten_pixels, near_duplicates, reidentify
+from raypp.metrics.matchers import OWN_SCORES, build_matchers
+from raypp.metrics.retrieval import (
+    RetrievalRanks,
+    flatten_pixels,
+    has_near_duplicate,
+    negative_distances,
+    rank_by_scores,
+    reidentify,
+)
 from raypp.metrics.statistics import bootstrap_interval, holm_adjust, mcnemar_test, paired_t_test, wilson_interval
 from raypp.utils.registry import MethodConfig
 
@@ -72,7 +85,7 @@ def test_the_centered_cosine_identifies_shrunken_estimates() -> None:
     assert torch.equal(scores["reidentified"], scores["reidentified_cosine"])
     only = reidentification_scores(shrink(target.plain), target, "cosine", all_matchers=False)
     assert only.keys() == scores.keys() - {"reidentified_pixels", "reidentified_edges"}
-    assert all(torch.equal(only[name], scores[name]) for name in only)
+    assert all(torch.equal(only[name].nan_to_num(-1), scores[name].nan_to_num(-1)) for name in only)
 
 
 def test_a_matcher_is_selected_on_validation_images_and_never_on_queries() -> None:
@@ -99,7 +112,108 @@ def test_an_estimate_that_is_not_a_number_identifies_nothing() -> None:
     estimates = torch.full((2, 3, SIDE, SIDE), float("nan"))
     for features in (flatten_pixels, edge_maps):
         ranks = reidentify(estimates, gallery, torch.arange(2), torch.zeros(20, dtype=torch.int64), features)
-        assert ranks.all.tolist() == ranks.same_class.tolist() == ranks.distinct.tolist() == [19, 19]
+        assert ranks.all.tolist() == ranks.same_class.tolist() == [19, 19]
+
+
+def test_an_estimate_that_is_not_a_number_has_the_last_rank_among_copies_too() -> None:
+    gallery = torch.rand(20, 3, SIDE, SIDE)
+    gallery[:5] = gallery[0]
+    labels = torch.zeros(20, dtype=torch.int64)
+    labels[7] = 1
+    estimates = torch.full((2, 3, SIDE, SIDE), float("nan"))
+    for features in (flatten_pixels, edge_maps, *build_matchers(photographs(9, 0)).values()):
+        ranks = reidentify(estimates, gallery, torch.tensor([0, 7]), labels, features)
+        assert ranks.all.tolist() == [19, 19]
+        assert ranks.same_class.tolist() == [18, 0]
+        assert ranks.top_in_class()[0] == 0
+        assert ranks.top_in_class()[1].isnan()  # alone in its class
+        assert not ranks.bits_identified()[0] > 0.1
+    equal = reidentify(estimates, gallery[:5], torch.tensor([0, 4]), labels[:5])
+    assert equal.all.tolist() == [4, 4]
+    assert equal.top_in_class().isnan().all()
+
+
+def test_an_original_without_rivals_in_its_class_is_left_out_of_the_rate() -> None:
+    gallery = photographs(40, 0)
+    labels = torch.arange(40) // 2
+    labels[:3] = torch.tensor([20, 21, 22])
+    target = dataclasses.replace(target_of(gallery, photographs(50, 1), 10), gallery_labels=labels)
+    scores = reidentification_scores(gallery[:10].flip(0), target, "pixels")
+    assert scores["reidentified_same_class"].isnan().tolist() == [True] * 4 + [False] * 6
+    summary = aggregate(scores)["reidentified_same_class"]
+    assert summary["num"] == 6
+    assert 0 <= summary["mean"] <= 1
+    assert "unseen" not in aggregate({"unseen": torch.full((3,), torch.nan)})
+
+
+def test_a_gallery_image_without_direction_is_the_farthest() -> None:
+    """At more than 60 degrees from the estimate, the original was farther than an image without contrast."""
+    gallery = photographs(60, 0)
+    own = torch.full((10, 3, SIDE, SIDE), 128, dtype=torch.uint8)
+    gallery[50:] = 128
+    noise = 60 * torch.randn(gallery[:20].shape, generator=torch.Generator().manual_seed(1))
+    estimates = (gallery[:20].float() + noise).round().clamp(0, 255).to(torch.uint8)
+    labels = torch.zeros(60, dtype=torch.int64)
+    for name in ("cosine", "edges"):
+        matcher = build_matchers(own)[name]
+        ranks = [reidentify(estimates, gallery[:num], torch.arange(20), labels[:num], matcher).all for num in (60, 50)]
+        assert torch.equal(*ranks), name
+    flat = reidentify(gallery[50:51], gallery, torch.tensor([50]), labels, build_matchers(own)["cosine"])
+    assert flat.all.item() == 0
+
+
+class Ranking(Attack):
+    """A matching attack whose best candidate is wrong, and whose second one is right."""
+
+    class Options(MethodConfig):
+        name: str = "ranking"
+
+    threat = Threat.T4
+    needs = ("gallery",)
+    matcher = OWN_SCORES
+    draws = False
+
+    def candidate_scores(self, protected: Tensor) -> Tensor:
+        scores = negative_distances(255 - protected, self.access.gallery)
+        scores[torch.arange(len(scores)), (scores.argmax(1) + 20) % 60] = 1e9
+        return scores
+
+    def reconstruct(self, protected: Tensor) -> Tensor:
+        return self.best_candidates(protected)
+
+
+def test_a_matching_attack_ranks_the_gallery_by_its_own_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distances to the wrong pick say nothing about its other candidates."""
+    monkeypatch.setattr(retrieval, "SCORE_VALUES", 60 * 7)  # several batches
+    gallery = photographs(60, 0)
+    target = target_of(gallery, photographs(50, 1), 40)
+    target = dataclasses.replace(target, access=dataclasses.replace(target.access, gallery=gallery))
+    attack = Ranking(Ranking.Options(), target.access)
+    choice = select_matcher(attack, target)
+    assert choice.matcher == OWN_SCORES
+    assert torch.equal(attack.reconstruct(target.protected), gallery[(torch.arange(40) + 20) % 60])
+    estimates = attack.reconstruct(target.protected)
+    assert not any(name.startswith("reidentified") for name in score_images(estimates, target, matcher=OWN_SCORES))
+    scores = candidate_reidentification_scores(attack, target, 40)
+    assert not scores["reidentified"].any()
+    assert scores["reidentified_top5"].all()
+    assert torch.allclose(scores["bits_identified"], torch.full((40,), 60 / 2).double().log2())
+    assert not scores["reidentified_same_class"].any()  # the wrong pick has the same class
+    by_pick = reidentification_scores(estimates, target, "pixels")
+    assert by_pick["reidentified_top5"].mean() < 0.5
+    with_validation = WithValidation(WithValidation.Options(), target.access)
+    assert candidate_reidentification_scores(with_validation, target, 40) == {}
+
+
+def test_scores_and_distances_have_one_rule_for_ties_and_copies() -> None:
+    gallery = photographs(30, 0)
+    gallery[3] = gallery[0]
+    labels, truth = torch.arange(30) % 3, torch.tensor([0, 1, 2])
+    scores = torch.zeros(3, 30)
+    scores[0, [0, 3]] = scores[1, [1, 4]] = scores[2, 2] = 1
+    ranks = rank_by_scores(scores.split(2), truth, gallery, labels)
+    assert ranks.all.tolist() == [0, 1, 0]
+    assert ranks.same_class.tolist() == [0, 1, 0]
 
 
 def test_images_without_edges_are_no_copies_of_each_other() -> None:
@@ -129,21 +243,28 @@ def test_exact_estimates_identify_images_that_differ_by_one_gray_level() -> None
         assert not reidentify(burst, gallery, torch.arange(20), labels, features).all.any(), name
 
 
-def test_near_duplicates_are_left_out() -> None:
+def test_originals_with_a_near_duplicate_among_the_attackers_images_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     gallery = photographs(60, 0)
     generator = torch.Generator().manual_seed(3)
     noise = torch.randint(-9, 10, (20, 3, SIDE, SIDE), generator=generator)
     gallery[20:40] = (gallery[:20].int() + noise).clamp(0, 255).to(torch.uint8)  # PSNR about 33 dB
-    masks = near_duplicates(gallery[:20], gallery)
-    expected = torch.zeros(20, 60, dtype=torch.bool)
-    expected[torch.arange(20), torch.arange(20)] = expected[torch.arange(20), torch.arange(20, 40)] = True
     contrast = gallery.float().std(dim=(1, 2, 3))
-    vivid = (contrast[:20] > 20)[:, None] & (contrast > 20)[None]
-    assert torch.equal(masks & vivid, expected & vivid)
-    target = target_of(gallery, photographs(50, 1), 20)
-    scores = reidentification_scores(gallery[20:40], target, "pixels")
-    assert not scores["reidentified"].any()
-    assert scores["reidentified_distinct"][contrast[:20] > 20].all()
+    vivid = contrast > 20
+    assert has_near_duplicate(gallery[20:40], gallery[:20]).all()
+    assert not has_near_duplicate(gallery[40:][vivid[40:]], gallery[:40][vivid[:40]]).any()
+    monkeypatch.setattr(retrieval, "SCORE_VALUES", 5 * 7)
+    assert torch.equal(has_near_duplicate(gallery[:20], gallery[20:]), torch.ones(20, dtype=torch.bool))
+    monkeypatch.undo()
+    target = target_of(gallery[20:][vivid[20:]], gallery[:20], int(vivid[20:].sum()))
+    seen = int(vivid[20:40].sum())
+    scores = reidentification_scores(target.plain, target, "pixels")
+    assert scores["reidentified"].all()
+    unseen = scores["reidentified_unseen"]
+    assert unseen[:seen].isnan().all()
+    assert unseen[seen:].tolist() == [1] * (len(unseen) - seen)
+    assert aggregate(scores)["reidentified_unseen"]["num"] == len(unseen) - seen
 
 
 def test_the_rate_in_a_smaller_gallery_is_that_of_all_smaller_galleries() -> None:
@@ -182,7 +303,7 @@ def test_intervals_of_shares_are_wilsons() -> None:
     }
     summary = aggregate(scores)
     assert bootstrap_interval(scores["reidentified"].numpy()) == (0, 0)
-    assert summary["reidentified"] == {"mean": 0, "low": 0, "high": round(wilson_interval(0, 2000)[1], 5)}
+    assert summary["reidentified"] == {"num": 2000, "mean": 0, "low": 0, "high": round(wilson_interval(0, 2000)[1], 5)}
     assert summary["reidentified"]["high"] > 0.0015
     interval = binomtest(500, 2000).proportion_ci(method="wilson")
     assert summary["reidentified_of_100"]["low"] == pytest.approx(interval.low, abs=2e-5)

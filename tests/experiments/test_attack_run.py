@@ -107,7 +107,7 @@ def test_the_scorecard_holds_every_attack_and_the_baselines(attacked: tuple[Path
     assert card["blind_baselines"] == ["mean image", "random image", "class mean", "fitted class image"]
     for scores in (card["attacks"]["inverse"]["scores"], card["baselines"]["mean image"]):
         assert {"psnr", "ssim", "ssim_lab", "ssim_invariant", "edges", "reidentified", "reidentified_top5",
-                "reidentified_same_class", "reidentified_distinct", "reidentified_pixels", "reidentified_cosine",
+                "reidentified_same_class", "reidentified_unseen", "reidentified_pixels", "reidentified_cosine",
                 "reidentified_edges", "bits_identified", "accuracy"} <= set(scores)  # fmt: skip
         assert scores["ssim"]["low"] <= scores["ssim"]["mean"] <= scores["ssim"]["high"]
         assert scores["ssim"]["min"] <= scores["ssim"]["median"] <= scores["ssim"]["worst_1_percent"]
@@ -116,7 +116,7 @@ def test_the_scorecard_holds_every_attack_and_the_baselines(attacked: tuple[Path
     assert inverse["scores"]["reidentified"] == inverse["scores"][f"reidentified_{inverse['matcher']}"]
     assert card["attacks"]["white_box"]["num_validation"] == 6
     matchers = {name: card["attacks"][name]["matcher"] for name in ("feature_reconstruction", "known_gallery")}
-    assert matchers == {"feature_reconstruction": "edges", "known_gallery": "pixels"}
+    assert matchers == {"feature_reconstruction": "edges", "known_gallery": "own scores"}
     assert card["attacks"]["known_gallery"]["above_baseline_p_values"]["reidentified"] < 0.001
     assert [row["epoch"] for row in inverse["history"]] == [1, 2]
     assert {"val_ssim", "val_psnr", "val_reidentified"} <= set(inverse["history"][0])
@@ -861,6 +861,28 @@ def test_two_attack_runs_that_end_together_both_stay_in_a_bundle(
     second.join()
     assert set(json.loads((bundle / "private" / "scorecard.json").read_text())["attacks"]) == set(names)
     verify(bundle)
+
+
+@pytest.mark.parametrize(("bits", "replaced"), [(5.0, False), (8.0, True)])
+def test_scorecards_of_galleries_of_different_sizes_are_compared_by_bits(
+    tmp_path: Path, bits: float, replaced: bool
+) -> None:
+    """A rate of 60% in a gallery of 100 images may mean less than 50% of 10,000."""
+
+    def card(num_gallery: int, rate: float, bits: float) -> dict[str, Any]:
+        result = {"status": "done", "matcher": "cosine", "reidentification_rate": rate, "num_gallery": num_gallery}
+        return {"num_gallery": num_gallery, "bits_identified": bits, "attacks": {"inverse": result}}
+
+    stored, new = card(10_000, 0.5, 7.0), card(100, 0.6, bits)
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "scorecard.json").write_text(json.dumps(stored))
+    names = ("scores.csv", "examples.safetensors")
+    for name in names:
+        (tmp_path / "private" / name).write_bytes(b"stored")
+    merged, files, from_stored = attack_scores._merge_with_stored(str(tmp_path), new, dict.fromkeys(names, b"new"))
+    assert merged == (new if replaced else stored)
+    assert files == dict.fromkeys(names, b"new" if replaced else b"stored")
+    assert from_stored == (set() if replaced else {"inverse"})
 
 
 def test_an_attack_run_does_not_begin_in_a_folder_of_something_else(trained: Trained, tmp_path: Path) -> None:

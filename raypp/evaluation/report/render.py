@@ -158,7 +158,8 @@ def _extra_rows(attacks: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, 
     """Attack, score with its interval, and description of each extra score."""
     for name, attack in attacks.items():
         for key, description in attack.get("extra_scores", {}).items():
-            yield name, format_extra_score(key, attack["scores"][key]), description
+            if key in attack["scores"]:  # one image alone has no AUC
+                yield name, format_extra_score(key, attack["scores"][key]), description
 
 
 def _rows(card: dict[str, Any]) -> list[dict[str, Any]]:
@@ -196,7 +197,7 @@ def _format_scores(
         "matchers": [mean(f"reidentified_{name}", ".1%") for name in MATCHERS],
         "top5": mean("reidentified_top5", ".1%"),
         "same_class": mean("reidentified_same_class", ".1%"),
-        "distinct": mean("reidentified_distinct", ".1%"),
+        "unseen": mean("reidentified_unseen", ".1%"),
         "ssim": mean("ssim"),
         "invariant": mean("ssim_invariant"),
         "lab": mean("ssim_lab"),
