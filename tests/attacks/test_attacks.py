@@ -481,16 +481,20 @@ def test_a_codebook_draws_what_ssim_likes_better_than_the_mean(photos: Tensor) -
     assert similar[1] > similar[0] + 0.003
 
 
-def test_attacks_without_training_select_their_matcher_with_an_oracle(photos: Tensor) -> None:
-    access = AttackerKnowledge((3, 32, 32), protect=lambda x: 255 - x, images=photos, pairs=(photos, 255 - photos))
-    for name in ("codebook", "known_plaintext", "chosen_plaintext"):
+def test_an_oracle_selects_the_matcher(photos: Tensor) -> None:
+    access = AttackerKnowledge(
+        (3, 32, 32), protect=lambda x: 255 - x, images=photos, pairs=(photos, 255 - photos),
+        ciphertexts=lambda: (photos, torch.zeros(1000), photos, torch.zeros(1000)),
+    )  # fmt: skip
+    for name in ("codebook", "known_plaintext", "chosen_plaintext", "unpaired_gan"):
         attack = build(name, access)
         validation = attack.validation_images()
         assert validation is not None, name
         gallery, protected = validation
         assert len(gallery) == 1000
         assert torch.equal(protected, 255 - gallery[:100])
-    assert build("known_plaintext", dataclasses.replace(access, protect=None)).validation_images() is None
+    for name in ("known_plaintext", "unpaired_gan"):
+        assert build(name, dataclasses.replace(access, protect=None)).validation_images() is None
 
 
 def test_a_codebook_is_for_few_images(photos: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch._dynamo  # an optimizer's first step imports it, for seconds
 from scipy.stats import binomtest, hypergeom
 from torch import Tensor
 
-from raypp.attacks.base import Attack, AttackerKnowledge, Threat
+from raypp.attacks.base import Attack, AttackerKnowledge, Threat, required
 from raypp.attacks.target import Target
 from raypp.evaluation import baselines
 from raypp.evaluation.reidentification import (
@@ -174,7 +174,7 @@ class Ranking(Attack):
     draws = False
 
     def candidate_scores(self, protected: Tensor) -> Tensor:
-        scores = negative_distances(255 - protected, self.access.gallery)
+        scores = negative_distances(255 - protected, required(self.access.gallery))
         scores[torch.arange(len(scores)), (scores.argmax(1) + 20) % 60] = 1e9
         return scores
 

@@ -1063,7 +1063,7 @@ def test_the_printed_scorecard_has_a_title_for_each_column(
     verdicts = [row for row in rows if "strongest" in row]
     assert verdicts
     assert all("gallery of 30 images" in row for row in verdicts)
-    assert "  by pixels; 4.9 of 4.9 bits" in rows, "known_gallery"
+    assert "  by own scores; 4.9 of 4.9 bits" in rows, "known_gallery"
     (gallery,) = (row for row in rows if row.startswith("known_gallery"))
     assert gallery.split()[:2] == ["known_gallery", "T4"]
     assert gallery.split()[-3:-1] == ["1.000", "1.000"], "SSIM and edges of the original itself"
