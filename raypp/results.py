@@ -104,9 +104,18 @@ class Scorecard(Result):
 
     @property
     def cloud_gain(self) -> float | None:
-        """Accuracy minus that of the classifier that the client could run alone; None if it was not measured."""
+        """Accuracy minus that of the classifier that the client could run alone; None if it was not measured.
+
+        It is an upper bound if :attr:`cloud_gain_is_upper_bound` is true.
+        """
         client = self.values.get("client")
         return None if client is None else client["cloud_gain"]
+
+    @property
+    def cloud_gain_is_upper_bound(self) -> bool | None:
+        """Whether the client's classifier trained fewer epochs than the cloud's; None if no gain was measured."""
+        client = self.values.get("client")
+        return None if client is None else client.get("cloud_gain_is_upper_bound")
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per attack and baseline: re-identification rate, mean scores, verdict."""

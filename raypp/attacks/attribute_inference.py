@@ -21,6 +21,7 @@ from raypp.training.task import StepOutput
 from raypp.utils.images import to_uint8
 
 SIDE = 4  # of the thumbnail
+MIN_STD = 1 / 255  # of attributes with an R2: one gray level
 
 
 def thumbnails(images: Tensor) -> Tensor:
@@ -59,7 +60,8 @@ class AttributeModule(EncoderModule):
 class AttributeInference(EncoderAttack):
     """Returns the inferred thumbnail, enlarged. Its further scores are the shares of explained variance.
 
-    They compare the squared error with that of the mean over the attacked images, summed over colors and areas.
+    They compare the squared error with that of the mean over the attacked images, summed over colors and areas. A share
+    is 0 if the originals' values have a standard deviation below one gray level.
     """
 
     cost: ClassVar[str] = (
@@ -101,6 +103,11 @@ class AttributeInference(EncoderAttack):
 
 
 def _explained(actual: Tensor, predicted: Tensor) -> Tensor:
-    """Return values (n,) whose mean is R2 of predictions (n, D), with the variance summed over D."""
-    variance = (actual - actual.mean(0)).square().sum(1).mean()
-    return 1 - (actual - predicted).square().sum(1) / variance.clamp_min(1e-12)
+    """Return values (n,) whose mean is R2 of predictions (n, D), with the variance summed over D.
+
+    They are 0 where the mean variance is below ``MIN_STD**2``.
+    """
+    variance = (actual - actual.mean(0)).square().mean()
+    if variance < MIN_STD**2:
+        return torch.zeros(len(actual), device=actual.device)
+    return 1 - (actual - predicted).square().mean(1) / variance

@@ -4,13 +4,14 @@ A network learns the velocity of the straight path from noise to a plain image, 
 (conditional flow matching: Lipman, Chen, Ben-Hamu, Nickel, Le 2023; Liu, Gong, Liu 2023). The attack integrates it
 from S noises, which gives S plausible plain images instead of one average. Where the attacker has the protection's
 gradients, each step first moves the predicted plain image towards the observed protected one (Plug-and-Play flow
-matching: Martin, Gagneux, Hagemann, Steidl 2025), by the misfit of logits as in ``white_box``. Each image keeps the
+matching: Martin, Gagneux, Hagemann, Steidl 2025), by the misfit of logits as in ``white_box``. The estimate is the
 sample whose protected version is nearest to the observed one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raypp.attacks.base import ImageMap, Threat, required
+from raypp.attacks.base import AttackerKnowledge, ImageMap, Threat, required
 from raypp.attacks.flow_network import FlowNetwork
 from raypp.attacks.inverse import InverseAttack, InverseTask
 from raypp.attacks.inverse_network import AveragedModule
@@ -86,10 +87,10 @@ class FlowTask(InverseTask):
 
 
 class FlowMatching(InverseAttack):
-    """Samples plain images given the protected one, and keeps the best of them by misfit.
+    """Draws several plain images for a protected one; the estimate is the one with the lowest misfit.
 
-    Without the protection's gradients it samples unguided. Without an oracle, it keeps the sample nearest to the mean
-    of all samples.
+    Without the protection's gradients, or with ``guidance`` 0, it samples unguided, at T4. With nothing but pairs it is
+    at T3, and the estimate is the sample nearest to the mean of all samples.
     """
 
     cost: ClassVar[str] = (
@@ -117,7 +118,7 @@ class FlowMatching(InverseAttack):
         ema: float = Field(0.998, ge=0, lt=1)
         """Decay of the moving average of weights that attacks in the end; 0 for no average."""
         samples: int = Field(8, ge=1)
-        """Samples per image, of which the one with the lowest misfit is kept."""
+        """Samples per image; the estimate is the one with the lowest misfit."""
         steps: int = Field(25, ge=1)
         """Steps of the integration from noise to image (Euler)."""
         guidance: float = Field(0.1, ge=0)
@@ -138,6 +139,11 @@ class FlowMatching(InverseAttack):
     threat: ClassVar[Threat] = Threat.T5
     max_validation: ClassVar[int] = 25
 
+    def __init__(self, options: Any, access: AttackerKnowledge, *, seed: int = 0, learned: bool = False) -> None:
+        if not options.guidance:
+            access = replace(access, gradients=None, logits=None)  # the threat level is that of what it uses
+        super().__init__(options, access, seed=seed, learned=learned)
+
     def network(self, protected: Sequence[int]) -> Any:
         channels, height, width = protected
         return FlowNetwork(self.access.shape, (channels, height, width), self.options)
@@ -150,13 +156,9 @@ class FlowMatching(InverseAttack):
         self.max_queries = self.options.num_images
 
     def prepare(self) -> None:
-        guided = "guided by the protection" if self._is_guided else "without guidance"
+        guided = "guided by the protection" if self.access.gradients is not None else "without guidance"
         chosen = "lowest misfit" if self.access.protect is not None else "least distance from their mean"
         self.note = f"{self.options.samples} samples {guided}; the one with the {chosen} counts"
-
-    @property
-    def _is_guided(self) -> bool:
-        return self.access.gradients is not None and self.options.guidance > 0
 
     @cached_property
     def _logits(self) -> ImageMap:
@@ -199,20 +201,21 @@ class FlowMatching(InverseAttack):
             with autocast(self.options.train, x.device):
                 velocity = self._network(x, torch.full((len(x),), time, device=x.device), planes)
             estimate = x + (1 - time) * velocity
-            if self._is_guided:
+            if self.access.gradients is not None:
                 estimate = self._guide(estimate, protected)
             x = x + (estimate - x) / (steps - step)
             threads.update()
         return to_uint8((x.clamp(-1, 1) + 1) / 2)
 
     def _guide(self, estimate: Tensor, protected: Tensor) -> Tensor:
-        """Move predicted images in [-1, 1] by gradient steps of decreasing length towards a lower misfit."""
+        """Move predicted images by gradient steps of decreasing length towards a lower misfit."""
         num = self.options.guidance_steps
         for step in range(num):
             with torch.enable_grad():
                 estimate = estimate.detach().requires_grad_()
-                images = ((estimate + 1) / 2).clamp(0, 1)
-                misfit = interval_misfit(self._logits(images), protected)
+                images = (estimate + 1) / 2
+                clamped = images + (images.clamp(0, 1) - images).detach()  # values outside [0, 1] keep a gradient
+                misfit = interval_misfit(self._logits(clamped), protected)
                 (gradient,) = torch.autograd.grad(misfit.sum(), estimate)
             rms = gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
             length = self.options.guidance * (1 - step / num)

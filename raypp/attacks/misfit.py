@@ -11,14 +11,25 @@ from raypp.attacks.base import AttackerKnowledge, ImageMap, required
 TOLERANCE = 1e-4  # of the comparison of a protection with the sigmoid of its logits
 
 
-@torch.no_grad()
+@torch.enable_grad()
 def checked_logits(access: AttackerKnowledge, seed: int) -> ImageMap | None:
-    """Return the logits that the target states, if their sigmoid is its output on random images; else None."""
+    """Return the logits that the target states, or None if random images show that they are something else.
+
+    They must be a differentiable float tensor of the outputs' shape, and the outputs must be their sigmoid.
+    """
     if access.logits is None:
         return None
     images = torch.rand((2, *access.shape), generator=torch.Generator().manual_seed(seed)).to(access.device)
-    outputs, logits = required(access.gradients)(images), access.logits(images)
-    is_sigmoid = logits.shape == outputs.shape and torch.allclose(torch.sigmoid(logits), outputs, atol=TOLERANCE)
+    images.requires_grad_()
+    outputs = required(access.gradients)(images)
+    try:
+        logits = access.logits(images)
+    except Exception:  # a user's method of this name may take other arguments
+        return None
+    is_float = isinstance(logits, Tensor) and logits.is_floating_point() and logits.requires_grad
+    if not is_float or logits.shape != outputs.shape:
+        return None
+    is_sigmoid = torch.allclose(torch.sigmoid(logits).to(outputs), outputs, atol=TOLERANCE)
     return access.logits if is_sigmoid else None
 
 

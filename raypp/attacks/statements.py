@@ -32,6 +32,10 @@ def stated_noise_std(protection: Any, name: str) -> float | None:
 
 
 def logits_of(protection: Any) -> ImageMap | None:
-    """Return the method ``logits`` of a differentiable protection, its output before the last sigmoid, or None."""
+    """Return the method ``logits`` of a differentiable protection, its output before the last sigmoid, or None.
+
+    A user's method of this name may be something else, so attacks check it with
+    :func:`raypp.attacks.misfit.checked_logits`.
+    """
     method = getattr(protection, "logits", None)
     return method if inspect.ismethod(method) else None

@@ -50,9 +50,10 @@ class Suite(ConfigModel):
     """Number of the attacker's images; null for the whole training split."""
     curve: bool = True
     """Train again with half the epochs, and with a quarter and a sixteenth of the images, to test convergence."""
-    reference_epochs: int = Field(3, ge=0)
+    reference_epochs: int | None = Field(None, ge=0)
     """Epochs of plain classifiers where the bundle has none that serves: of the one that reads the reconstructions, and
-    of the one that the client could run alone, for the cloud gain; 0 for no classifier."""
+    of the one that the client could run alone, for the cloud gain. null: as many as the training of the bundle, or of
+    the preset of a function. Fewer make the gain an upper bound. 0: no classifier."""
     attacks: Annotated[tuple[SerializeAsAny[MethodConfig], ...], BeforeValidator(_validate_attacks)]
     metrics: Metrics = Metrics()
     cluster: Cluster = Field(default_factory=Cluster)

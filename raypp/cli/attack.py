@@ -98,7 +98,7 @@ def attack(
         return
 
     def announce(opened_plan: Any, target: Any) -> None:
-        print_threat_table(opened_plan)
+        print_threat_table(opened_plan, target)
         if (suite or default_suite()) in LONG_SUITES:
             print_estimate(estimate_attacks(opened_plan, target))
 
@@ -107,11 +107,11 @@ def attack(
     print_attack_results(card, json=json, quiet=quiet)
 
 
-def print_threat_table(plan: Any) -> None:
-    """Print the threat model of each attack of a plan."""
+def print_threat_table(plan: Any, target: Any) -> None:
+    """Print the threat model of each attack of a plan on its target."""
     from raypp.experiments.attack_plan import threat_table
 
-    print_threats(threat_table(plan))
+    print_threats(threat_table(plan, target))
 
 
 def print_attack_results(card: Any, *, json: bool, quiet: bool) -> None:
@@ -170,7 +170,7 @@ def figure(
         sources: For 3 runs or bundles; for 4 and 5 attack runs or attacked bundles.
         output: Path or URI of the folder of the files figureN.svg and figureN.png.
         attacks: Reconstruction attacks for 4 and 5; default: itn, the attack of the paper's authors.
-        num_images: Images in 3 and 4.
+        num_images: Images in 3 and 4; at most 10 in 4.
         json: Print the paths of the files as JSON on standard output.
     """
     from raypp.experiments.figures import write_figure

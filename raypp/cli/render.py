@@ -176,6 +176,8 @@ def print_scorecard(card: dict[str, Any], where: str) -> None:
         _print_verdict(console, card, reconstruction, "strongest reconstruction attack", "_by_reconstruction")
     if card.get("client"):
         print_client(console, card["client"])
+    elif card.get("client_note"):
+        print_text(console, f"The client's cost was not measured: {card['client_note']}")
     print_text(console, f"{where}/report.html")
 
 

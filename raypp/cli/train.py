@@ -179,9 +179,7 @@ def quickstart(
         if not quiet:
             Console().print("\n[bold]Attacks on this bundle[/]")
     plan = api.attack_plan(run.bundle, "quick", name="attack", storage=run.path)
-    announcement: dict[str, Any] = (
-        {} if quiet or json else {"announce": lambda opened_plan, _: print_threat_table(opened_plan)}
-    )
+    announcement: dict[str, Any] = {} if quiet or json else {"announce": print_threat_table}
     card = api.run_attacks(plan, ray=False, quiet=quiet or json, **announcement)
     if json:
         print_json({"path": run.path, "training": run.to_dict(), "attack": card.to_dict()})

@@ -21,7 +21,7 @@ from raypp.cluster.train_reporter import TrainWorkerProgress, watches_preemption
 from raypp.cluster.waiting import ResourceNotice, SubmittedParts
 from raypp.experiments.attack_plan import AttackPlan, dependencies, load_target_of, restore_attack_plan
 from raypp.experiments.attack_run import run_attack
-from raypp.experiments.client_classifier import PLAIN_CLASSIFIERS
+from raypp.experiments.client_classifier import PLAIN_CLASSIFIERS, train_plain_classifier
 from raypp.training.distributed import is_rank_zero
 from raypp.utils.errors import NonRetryableError, RayppError
 from raypp.utils.progress import MultiProgressDisplay, ProgressListener
@@ -59,7 +59,7 @@ def _trains(name: str) -> bool:
 def _run(dumped: dict[str, Any], name: str, display: ProgressListener) -> dict[str, Any]:
     plan = restore_attack_plan(dumped)
     if name in PLAIN_CLASSIFIERS:
-        PLAIN_CLASSIFIERS[name](plan, load_target_of(plan), display)
+        train_plain_classifier(plan, load_target_of(plan), name, display)
         return {}
     return run_attack(plan, name, display)
 

@@ -41,14 +41,9 @@ def baselines(target: Target, seed: int = 0) -> dict[str, Tensor]:
         MEAN_IMAGE: mean.expand(len(plain), *mean.shape),
         RANDOM_IMAGE: images[torch.randint(len(images), (len(plain),), generator=generator).to(plain.device)],
     }
-    labels = target.access.labels
-    if target.classes and labels is not None:
-        labels = labels.to(plain.device)
-        means = torch.stack(
-            [mean_image(images, labels == c) if (labels == c).any() else mean for c in range(len(target.classes))]
-        )
-        estimates[CLASS_MEAN] = means[target.labels]
-        estimates[CLASS_IMAGE] = _fit_by_ssim(means, images, labels, seed)[target.labels]
+    if target.classes and target.access.labels is not None:
+        estimates[CLASS_MEAN] = _class_means(target)[target.labels]
+        estimates[CLASS_IMAGE] = fitted_class_image(target, seed)
     else:
         group = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         estimates[FITTED_IMAGE] = _fit_by_ssim(mean[None], images, group, seed).expand(len(plain), *mean.shape)
@@ -59,6 +54,21 @@ def baselines(target: Target, seed: int = 0) -> dict[str, Tensor]:
     if protected.shape == plain.shape:
         estimates[PROTECTED_IMAGE] = protected
     return estimates
+
+
+def fitted_class_image(target: Target, seed: int = 0) -> Tensor:
+    """The baseline ``fitted class image`` uint8 (N, C, H, W) of a target with classes."""
+    device = target.plain.device
+    images, labels = (required(values).to(device) for values in (target.access.images, target.access.labels))
+    return _fit_by_ssim(_class_means(target), images, labels, seed)[target.labels]
+
+
+def _class_means(target: Target) -> Tensor:
+    """Mean images uint8 (K, C, H, W) of the classes; the mean of all images for a class without any."""
+    device = target.plain.device
+    images, labels = (required(values).to(device) for values in (target.access.images, target.access.labels))
+    members = [labels == index for index in range(len(target.classes))]
+    return torch.stack([mean_image(images, mask if mask.any() else None) for mask in members])
 
 
 def _fit_by_ssim(means: Tensor, images: Tensor, members: Tensor, seed: int) -> Tensor:

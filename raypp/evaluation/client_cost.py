@@ -1,12 +1,13 @@
-"""The client's cost of a protection, and the best classifier that the client could run alone at that cost."""
+"""The client's cost of a protection, and the largest classifier that the client could run alone at that cost."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from raypp.attacks.base import ImageMap, Shape
 from raypp.config.schema import Config
@@ -14,6 +15,7 @@ from raypp.metrics.cost import cloud_gain, multiply_accumulates, time_per_image
 from raypp.metrics.statistics import wilson_interval
 from raypp.models import CLASSIFIERS
 from raypp.protections.base import Protection
+from raypp.training.protected_classifier import phases
 from raypp.utils.registry import MethodConfig
 
 SMALL_CLASSIFIERS: tuple[dict[str, Any], ...] = (
@@ -28,16 +30,18 @@ SMALL_CLASSIFIERS: tuple[dict[str, Any], ...] = (
     {"name": "convnet", "depth": 0, "grid": 8},
     {"name": "convnet", "depth": 0, "grid": 4},
 )
-"""Classifiers for clients with a smaller budget than the cloud's classifier needs, the largest first."""
+"""Classifiers for clients with a smaller budget than the cloud's classifier needs.
+
+Their order by multiply-accumulates depends on the images and on the number of classes."""
 
 
-def measure_client(protect: ImageMap, shape: Shape, protection: Protection | None) -> dict[str, Any]:
-    """Measure the client's cost for one image, on the CPU.
+def measure_client(protect: ImageMap, shape: Shape, network: Callable[[Tensor], Tensor] | None) -> dict[str, Any]:
+    """Measure the client's cost for one image on the CPU; a function may use another device.
 
     Args:
         protect: from and to uint8 (1, C, H, W) on the CPU.
         shape: (C, H, W) of plain images.
-        protection: the network of ``protect``; None for a function, whose multiply-accumulates are not counted.
+        network: the same from float images; None for a function, whose multiply-accumulates are not counted.
 
     Returns:
         ``macs``; ``milliseconds`` with quartiles, see :func:`~raypp.metrics.cost.time_per_image`; ``bytes`` of an
@@ -45,7 +49,7 @@ def measure_client(protect: ImageMap, shape: Shape, protection: Protection | Non
     """
     image = torch.randint(256, (1, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return {
-        "macs": None if protection is None else multiply_accumulates(protection, image.float() / 255),
+        "macs": None if network is None else multiply_accumulates(network, image.float() / 255),
         "milliseconds": time_per_image(protect, image),
         "bytes": protect(image).numel(),
     }
@@ -60,7 +64,7 @@ def measure_protection(protection: Protection, shape: Shape) -> dict[str, Any]:
 def classifier_alone(
     budget: int, cloud: MethodConfig, shape: Shape, num_classes: int
 ) -> tuple[MethodConfig, int] | None:
-    """The first classifier of plain images within a budget of multiply-accumulates per image.
+    """The largest classifier of plain images within a budget of multiply-accumulates per image.
 
     The candidates are the cloud's classifier and :data:`SMALL_CLASSIFIERS`. A client with a larger budget could run a
     more accurate one, but its training would take longer than the cloud's; the gain is then an upper bound.
@@ -78,8 +82,13 @@ def classifier_alone(
     limit = min(budget, _macs(cloud, shape, num_classes))
     small = (CLASSIFIERS.options(options["name"]).model_validate(options) for options in SMALL_CLASSIFIERS)
     usable = (options for options in (cloud, *small) if CLASSIFIERS.get(options.name).least_side <= min(shape[1:]))
-    affordable = ((options, macs) for options in usable if (macs := _macs(options, shape, num_classes)) <= limit)
-    return next(affordable, None)
+    affordable = [(options, macs) for options in usable if (macs := _macs(options, shape, num_classes)) <= limit]
+    return max(affordable, key=lambda candidate: candidate[1], default=None)
+
+
+def cloud_epochs(config: Config) -> int:
+    """Epochs of the training behind the cloud's accuracy; the mode ``frozen`` counts its longer phase."""
+    return max(phase.epochs for phase in phases(config)) if config.train.mode == "frozen" else config.train.epochs
 
 
 def _macs(options: MethodConfig, shape: Shape, num_classes: int) -> int:
@@ -89,7 +98,11 @@ def _macs(options: MethodConfig, shape: Shape, num_classes: int) -> int:
 
 
 def describe_alone(
-    candidate: tuple[MethodConfig, int] | None, test: dict[str, Any], plain: dict[str, Any] | None, epochs: int | None
+    candidate: tuple[MethodConfig, int] | None,
+    test: dict[str, Any],
+    plain: dict[str, Any] | None,
+    epochs: int | None,
+    cloud_epochs: int,
 ) -> dict[str, Any]:
     """The client's classifier with its accuracy on plain test images.
 
@@ -98,16 +111,19 @@ def describe_alone(
         test: the protection's test results, with ``chance`` and ``num_images``.
         plain: test results of the candidate; None if it was not trained.
         epochs: of its training.
+        cloud_epochs: of the training of the cloud's classifier.
     """
+    epochs = None if candidate is None or plain is None else epochs
+    trainings = {"epochs": epochs, "cloud_epochs": cloud_epochs}
     if candidate is None:
         chance, num = test["chance"], test["num_images"]
         guess = {"accuracy": chance, "accuracy_interval": list(wilson_interval(round(chance * num), num))}
-        return {"classifier": None, "macs": 0, "epochs": None} | guess
+        return {"classifier": None, "macs": 0} | trainings | guess
     options = candidate[0].model_dump(exclude={"name"})
     settings = ", ".join(f"{key} {value}" for key, value in options.items())
     name = f"{candidate[0].name} ({settings})" if settings else candidate[0].name
     measured = {key: None if plain is None else plain[key] for key in ("accuracy", "accuracy_interval")}
-    return {"classifier": name, "macs": candidate[1], "epochs": None if plain is None else epochs} | measured
+    return {"classifier": name, "macs": candidate[1]} | trainings | measured
 
 
 def with_gain(cost: dict[str, Any], alone: dict[str, Any] | None, test: dict[str, Any]) -> dict[str, Any]:
@@ -132,4 +148,5 @@ def client_of_run(
     candidate = classifier_alone(cost["macs"], config.classifier, shape, num_classes)
     fits = candidate is not None and candidate[0] == config.classifier
     epochs = config.train.plain_epochs or config.train.epochs
-    return with_gain(cost, describe_alone(candidate, test, plain_test if fits else None, epochs), test)
+    alone = describe_alone(candidate, test, plain_test if fits else None, epochs, cloud_epochs(config))
+    return with_gain(cost, alone, test)

@@ -14,8 +14,10 @@ from pydantic import ValidationError
 
 from raypp.attacks import ATTACKS
 from raypp.attacks.array_target import ArrayTarget, load_array_target
+from raypp.attacks.base import AttackerKnowledge
 from raypp.attacks.suite import Suite, suite_presets
 from raypp.attacks.target import Target, TargetSpec, load_target
+from raypp.attacks.threat import threat_of
 from raypp.attacks.trained import TrainedOptions
 from raypp.bundle.locate import locate_bundle
 from raypp.config.overrides import Settings, deep_merge, parse_overrides
@@ -232,9 +234,9 @@ def _refuse_taken(storage: Storage) -> None:
     refuse_foreign(storage, "an attack run")
 
 
-def describe_attack(name: str) -> Outcome:
-    """The part of an attack's result that is known before it runs."""
-    threat = ATTACKS.get(name).threat
+def describe_attack(name: str, access: AttackerKnowledge) -> Outcome:
+    """The part of an attack's result that is known before it runs against a target with this knowledge."""
+    threat = threat_of(ATTACKS.get(name), access)
     return {"attack": name, "threat": threat.name, "threat_meaning": threat.meaning}
 
 
@@ -274,7 +276,7 @@ def dependencies_first(plan: AttackPlan) -> list[str]:
     return sorted(names, key=lambda name: bool(dependencies(plan, name)))
 
 
-def threat_table(plan: AttackPlan) -> list[tuple[str, str, str]]:
+def threat_table(plan: AttackPlan, target: Target) -> list[tuple[str, str, str]]:
     """Name, threat level and attacker knowledge of each attack."""
-    rows = [describe_attack(name) for name in dependencies_first(plan)]
+    rows = [describe_attack(name, target.access) for name in dependencies_first(plan)]
     return [(row["attack"], row["threat"], row["threat_meaning"]) for row in rows]

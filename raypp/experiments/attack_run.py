@@ -29,7 +29,7 @@ from raypp.evaluation.scorecard import aggregate, score_images
 from raypp.experiments import attack_plan
 from raypp.experiments.attack_plan import AttackPlan, Outcome, load_result, load_target_of
 from raypp.experiments.attack_scores import export_to_bundle, save_tensors, write_scorecard
-from raypp.experiments.client_classifier import PLAIN_CLASSIFIERS, missing_classifiers
+from raypp.experiments.client_classifier import PLAIN_CLASSIFIERS, missing_classifiers, train_plain_classifier
 from raypp.metrics.image import use_backend
 from raypp.models.perceptual import StateDict
 from raypp.training.checkpoint import EpochMetrics
@@ -80,10 +80,11 @@ def _run_attack(plan: AttackPlan, name: str, display: ProgressListener, target: 
     folder = plan.folder(name)
     start = time.monotonic()
     kind, options = ATTACKS.get(name), plan.suite.options(name)
-    result = attack_plan.describe_attack(name)
+    result = attack_plan.describe_attack(name, target.access)
     result |= {"options": options.model_dump(mode="json"), "target": target.fingerprint}
     try:
         attack: Attack = kind(options, _with_earlier_networks(plan, name, target.access), seed=plan.suite.seed)
+        result |= attack_plan.describe_attack(name, attack.access)  # its options may leave knowledge unused
         trainings = _train(attack, plan, name, target, display) if isinstance(attack, TrainedAttack) else []
         if not is_rank_zero():
             return result
@@ -223,7 +224,7 @@ def run_attacks_locally(
             display.raise_if_stop_requested()
             try:
                 if name in PLAIN_CLASSIFIERS:
-                    PLAIN_CLASSIFIERS[name](plan, target, display.of(name))
+                    train_plain_classifier(plan, target, name, display.of(name))
                     outcome: Outcome = {"result": {}}
                 else:
                     outcome = {"result": run_attack(plan, name, display.of(name), target)}

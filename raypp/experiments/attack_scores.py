@@ -57,6 +57,7 @@ def _write_scorecard(plan: AttackPlan, target: Target, failures: dict[str, str])
         for name, images in baselines(target, seed).items()
     }
     _compare_with_baselines(attacks, attack_scores, baseline_scores)
+    client, client_note = measure_client_of(plan, target, failures)
     card = {
         "target": target.name,
         "label": target.label,
@@ -70,7 +71,8 @@ def _write_scorecard(plan: AttackPlan, target: Target, failures: dict[str, str])
         "at_chance": at_chance,
         "reference_accuracy": reference_accuracy,
         "reference_note": failures.get(attack_plan.REFERENCE_CLASSIFIER, ""),
-        "client": measure_client_of(plan, target, failures),
+        "client": client,
+        "client_note": client_note,
         **headline(attacks, at_chance=at_chance is not None),
         "attacks": attacks,
         "baselines": {name: aggregate(scores, seed) for name, scores in baseline_scores.items()},
@@ -95,7 +97,7 @@ def _score_attacks(
         result = attack_plan.load_result(plan, name)
         if result is None:
             note = failures.get(name, "not run")
-            result = attack_plan.describe_attack(name) | {"status": "failed", "note": note}
+            result = attack_plan.describe_attack(name, target.access) | {"status": "failed", "note": note}
         elif result["status"] == "done":
             stored = _load_estimates(plan, name)
             estimates = stored.pop("estimates")
@@ -283,8 +285,14 @@ def _is_stronger(stored: dict[str, Any], new: dict[str, Any] | None) -> bool:
 
 
 def _merge_clients(new: dict[str, Any] | None, stored: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The new client section, unless it has no cloud gain and the stored one may have it."""
-    return new if stored is None or (new is not None and new["cloud_gain"] is not None) else stored
+    """The stored client section if its cloud gain is more exact, else the new one."""
+    return max(new, stored, key=_exactness)  # the new one, if they are equal
+
+
+def _exactness(client: dict[str, Any] | None) -> int:
+    """2 for a measured cloud gain, 1 for an upper bound, 0 for none."""
+    is_upper_bound = None if client is None else client.get("cloud_gain_is_upper_bound")  # an earlier version has none
+    return 0 if is_upper_bound is None else 2 - is_upper_bound
 
 
 def _merge_scores(new: bytes, stored: bytes, from_stored: set[str], stored_baselines: bool) -> bytes:

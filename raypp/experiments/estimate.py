@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from raypp.data import SOURCES
 from raypp.data.base import stratified_split
 from raypp.data.loader import Augmentation, DeviceLoader
 from raypp.experiments.attack_plan import AttackPlan, dependencies_first
+from raypp.experiments.client_classifier import PLAIN_CLASSIFIERS, missing_classifiers
 from raypp.experiments.search import make_search_plan
 from raypp.experiments.table1_grid import grid_cells, table_rows
 from raypp.experiments.training_run import new_key
@@ -95,7 +96,7 @@ def estimate_search(preset: str, files: Sequence[Path], settings: Settings) -> l
 
 
 def estimate_attacks(plan: AttackPlan, target: Target) -> list[Estimate]:
-    """Estimate each attack on a loaded target that trains a network, with the additional trainings of its curve."""
+    """Estimate each attack on a loaded target that trains a network, with its curve, and each plain classifier."""
     estimates = []
     for name in dependencies_first(plan):
         kind = ATTACKS.get(name)
@@ -115,6 +116,9 @@ def estimate_attacks(plan: AttackPlan, target: Target) -> list[Estimate]:
         assert estimate.seconds is not None
         curve = f", and {len(shares)} more trainings for its curve" if shares else ""
         estimates.append(Estimate(name, estimate.detail + curve, estimate.seconds * (1 + sum(shares))))
+    for name in missing_classifiers(plan, target):
+        (training,) = estimate_training(PLAIN_CLASSIFIERS[name](plan, target))
+        estimates.append(replace(training, name=name))
     return estimates
 
 

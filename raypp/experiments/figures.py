@@ -17,6 +17,7 @@ from raypp.config.validation import validate
 from raypp.data.splits import load_split
 from raypp.evaluation.output import as_png, as_svg, new_figure, styled
 from raypp.evaluation.report.source import Source, distinct_labels, read_source
+from raypp.experiments.attack_scores import NUM_EXAMPLES
 from raypp.experiments.training_run import first_of_each_class
 from raypp.protections import PROTECTIONS
 from raypp.protections.base import Protection
@@ -47,11 +48,11 @@ def write_figure(
         sources: for figure 3 bundles or runs; for figures 4 and 5 attack runs or attacked bundles.
         target: folder of the files; files of the same figure are replaced.
         attacks: reconstruction attacks of figures 4 and 5; default: ``itn``, the paper's.
-        num_images: number of images in figures 3 and 4.
+        num_images: number of images in figures 3 and 4; at most ``NUM_EXAMPLES`` in figure 4.
 
     Raises:
-        ConfigError: the number is unknown, there is no source, a source lacks an attack, or sources show different
-            images.
+        ConfigError: the number is unknown, there is no source, there are too many images, a source lacks an attack, or
+            sources show different images.
         BundleError: a source holds no bundle, or is damaged.
     """
     if number not in FIGURES:
@@ -60,6 +61,10 @@ def write_figure(
         raise ConfigError("no source is named; figure 3 takes runs, figures 4 and 5 take attack runs")
     if number == 3 and attacks:
         raise ConfigError("figure 3 shows protected images; --attacks belongs to figures 4 and 5")
+    if number == 4 and num_images > NUM_EXAMPLES:
+        raise ConfigError(
+            f"num_images is {num_images}; figure 4 shows 1 to {NUM_EXAMPLES}, the images that an attack run stores"
+        )
     names = tuple(attacks) or (PAPER_ATTACK,)
     if number == 3:
         png, svg = protected_images(sources, num_images)
@@ -135,8 +140,11 @@ def psnr_boxes(sources: Sequence[str], attacks: Sequence[str]) -> tuple[bytes, b
         boxes += [(f"{attack}{suffix}", source.scores[attack]["psnr"]) for attack in attacks]
         for name in (name for name in BASELINES if name in source.card["baselines"]):
             values = source.scores[f"baseline: {name}"]["psnr"]
-            if not any(np.array_equal(values, other) for _, other in baselines):  # once for runs on the same images
-                baselines.append((f"baseline:\n{name}{suffix if baselines[len(BASELINES) - 1 :] else ''}", values))
+            if any(np.array_equal(values, other) for _, other in baselines):  # once for runs on the same images
+                continue
+            title = f"baseline:\n{name}"
+            is_taken = any(title == other for other, _ in baselines)
+            baselines.append((f"{title}{suffix}" if is_taken else title, values))
     titles, values_of_boxes = zip(*boxes, *baselines, strict=True)
     figure, (panel,) = new_figure(1.6 + 1.1 * len(titles), 3.6)
     plot = panel.boxplot(values_of_boxes, showfliers=False, patch_artist=True, medianprops={"color": "#1d2530"})

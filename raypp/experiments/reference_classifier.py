@@ -11,9 +11,8 @@ from raypp.attacks.base import required
 from raypp.attacks.target import Target
 from raypp.bundle.load import load_private
 from raypp.config.schema import Config
+from raypp.evaluation.client_cost import cloud_epochs
 from raypp.experiments.attack_plan import REFERENCE_CLASSIFIER, AttackPlan
-from raypp.experiments.training_run import open_run, train_locally
-from raypp.utils.progress import ProgressListener
 from raypp.utils.registry import MethodConfig
 
 
@@ -21,30 +20,32 @@ def needs_reference_classifier(plan: AttackPlan, target: Target) -> bool:
     """Whether the reference classifier can be trained and is not trained yet."""
     can_train = target.plain_classifier is None and target.config is not None and bool(target.classes)
     is_trained = plan.storage.exists(f"{REFERENCE_CLASSIFIER}/summary.json")
-    return can_train and plan.suite.reference_epochs > 0 and not is_trained
+    return can_train and plan.suite.reference_epochs != 0 and not is_trained
 
 
-def train_reference_classifier(plan: AttackPlan, target: Target, display: ProgressListener) -> None:
-    """Train or resume a separate run of the target's classifier, with plain images and the suite's epochs."""
-    config = required(target.config)
-    train_plain_classifier(plan, target, REFERENCE_CLASSIFIER, plan.suite.reference_epochs, config.classifier, display)
+def reference_config(plan: AttackPlan, target: Target) -> Config:
+    """The configuration of the reference classifier, which has the target's architecture."""
+    return plain_config(plan, target, required(target.config).classifier)
 
 
-def train_plain_classifier(
-    plan: AttackPlan, target: Target, name: str, epochs: int, classifier: MethodConfig, display: ProgressListener
-) -> None:
-    """Train or resume a classifier of plain images as a run ``name``, with the target's data and optimizer."""
-    tree = required(target.config).model_dump(mode="json")
+def plain_config(plan: AttackPlan, target: Target, classifier: MethodConfig) -> Config:
+    """The configuration of a classifier of plain images, with the target's data and optimizer.
+
+    It trains as many epochs as the suite states; null stands for those of the target's training.
+    """
+    config, epochs = required(target.config), plan.suite.reference_epochs
+    if epochs is None:
+        epochs = cloud_epochs(config)
+    tree = config.model_dump(mode="json")
     tree |= {"protection": {"name": "plain"}, "adaptation": "auto", "seed": plan.suite.seed}
     tree["classifier"] = classifier.model_dump(mode="json")
     tree["train"] |= {"mode": "plain", "epochs": epochs, "plain_epochs": None}
-    if tree["train"]["schedule"]["name"] == "multistep":
+    is_multistep = tree["train"]["schedule"]["name"] == "multistep"
+    if is_multistep and epochs != config.train.epochs:  # the milestones are those of another length
         tree["train"]["schedule"] = {"name": "one_cycle"}
     tree["data"] |= {"stream": False}
     tree["cluster"] |= {"storage": plan.storage.uri}
-    resume = plan.storage.exists(f"{name}/config.yaml")
-    with open_run(Config.model_validate(tree), name, resume=resume) as run:
-        train_locally(run, display, target.access.device)
+    return Config.model_validate(tree)
 
 
 def load_reference_classifier(plan: AttackPlan, target: Target) -> nn.Module | None:

@@ -1,6 +1,6 @@
 """The client's cost per image, and the gain in accuracy from the cloud's classifier.
 
-The cloud gain is the accuracy on protected images minus that of the best classifier of plain images that the client
+The cloud gain is the accuracy on protected images minus that of the largest classifier of plain images that the client
 could run alone within the multiply-accumulates of the protection.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from raypp.metrics.statistics import difference_interval
@@ -21,7 +21,7 @@ NUM_WARMUP, MIN_REPEATS, MAX_REPEATS, MAX_SECONDS = 2, 5, 25, 1.0
 
 
 @torch.no_grad()
-def multiply_accumulates(network: nn.Module, images: Tensor) -> int:
+def multiply_accumulates(network: Callable[[Tensor], Tensor], images: Tensor) -> int:
     """Multiply-accumulates of one pass over images N x C x H x W: convolutions and matrix products, nothing else.
 
     PyTorch's ``FlopCounterMode`` counts two operations for each.
@@ -54,32 +54,38 @@ def time_per_image(protect: Callable[[Tensor], Tensor], image: Tensor) -> dict[s
 
 
 def cloud_gain(test: dict[str, Any], alone: dict[str, Any] | None) -> dict[str, Any]:
-    """``cloud_gain`` and its 95% interval; both None if either accuracy is not measured.
+    """``cloud_gain``, its 95% interval, and whether it is an upper bound; all None if an accuracy is not measured.
 
     Args:
         test: ``accuracy`` and ``accuracy_interval`` on protected images.
-        alone: the same of the classifier that the client could run alone.
+        alone: the same of the classifier that the client could run alone, with its ``epochs`` and ``cloud_epochs``.
     """
     if alone is None or alone.get("accuracy") is None or test.get("accuracy") is None:
-        return {"cloud_gain": None, "cloud_gain_interval": None}
+        return dict.fromkeys(("cloud_gain", "cloud_gain_interval", "cloud_gain_is_upper_bound"))
     pairs = [(numbers["accuracy"], numbers["accuracy_interval"]) for numbers in (test, alone)]
     low, high = difference_interval(*pairs[0], *pairs[1])
-    return {"cloud_gain": pairs[0][0] - pairs[1][0], "cloud_gain_interval": [low, high]}
+    return {
+        "cloud_gain": pairs[0][0] - pairs[1][0],
+        "cloud_gain_interval": [low, high],
+        "cloud_gain_is_upper_bound": alone["epochs"] is not None and alone["epochs"] < alone["cloud_epochs"],
+    }
 
 
 def describe_cost(client: dict[str, Any]) -> str:
-    """The client's cost per image in one sentence."""
-    times, products = client["milliseconds"], format_products(client["macs"])
-    return (
-        f"Per image the client computes {products}, needs {times['median']:.3g} ms on one thread (quartiles "
-        f"{times['q1']:.3g} to {times['q3']:.3g}, n = {times['num']}) and uploads {client['bytes']:,} bytes."
-    )
-
-
-def format_products(macs: int | None) -> str:
-    """A number of multiply-accumulates in words; None if it is not counted."""
+    """The client's cost per image in one or two sentences."""
+    times, macs = client["milliseconds"], client["macs"]
+    quartiles = f"(quartiles {times['q1']:.3g} to {times['q3']:.3g}, n = {times['num']})"
+    needs, uploads = f"needs {times['median']:.3g} ms", f"and uploads {client['bytes']:,} bytes."
     if macs is None:
-        return "a function of unknown multiply-accumulates"
+        return (
+            f"Per image the client's function {needs} on the device and threads that it uses {quartiles} {uploads} Its "
+            "multiply-accumulates are not known."
+        )
+    return f"Per image the client computes {format_products(macs)}, {needs} on one CPU thread {quartiles} {uploads}"
+
+
+def format_products(macs: int) -> str:
+    """A number of multiply-accumulates in words."""
     for size, unit in ((10**6, " million"), (10**3, " thousand")):
         if macs >= size:
             return f"{macs / size:,.1f}{unit} multiply-accumulates"
@@ -90,7 +96,7 @@ def describe_gain(client: dict[str, Any]) -> str:
     """The client's accuracy alone and the cloud gain, in a few sentences; a negative gain is called negative."""
     alone = client["alone"]
     if alone is None:
-        return "The cloud gain is not known: multiply-accumulates or accuracy are not known."
+        return "The cloud gain is not known; it is measured for bundles only."
     if alone["classifier"] is None:
         could = "No classifier fits into so few; the client alone could name the most frequent class"
     else:
@@ -104,10 +110,16 @@ def describe_gain(client: dict[str, Any]) -> str:
 
 
 def _describe_difference(client: dict[str, Any]) -> str:
-    gain, (low, high) = 100 * client["cloud_gain"], (100 * bound for bound in client["cloud_gain_interval"])
+    alone, gain = client["alone"], 100 * client["cloud_gain"]
+    low, high = (100 * bound for bound in client["cloud_gain_interval"])
     numbers = f"{gain:+.1f} points (95% interval {low:+.1f} to {high:+.1f})"
+    if client.get("cloud_gain_is_upper_bound"):  # sections of an earlier version do not say
+        numbers = (
+            f"at most {numbers}, an upper bound: the client's classifier trained {alone['epochs']} epochs, the cloud's "
+            f"{alone['cloud_epochs']}"
+        )
     if high < 0:
-        return f"The cloud gain is negative, {numbers}: the client alone is more accurate and does not need the cloud."
+        return f"The cloud gain is negative, {numbers}. The client alone is more accurate and does not need the cloud."
     if low <= 0:
-        return f"The cloud gain is {numbers}, which does not differ from zero: the cloud adds nothing measurable."
+        return f"The cloud gain is {numbers}. It does not differ from zero: the cloud adds nothing measurable."
     return f"The cloud gain is {numbers}."

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 BOOTSTRAP_VALUES = 2**20  # resampled values in memory at a time
+ROUNDING = 1e-12  # largest error of a difference of float64 values, as a share of the values
 
 
 def bootstrap_interval(
@@ -83,13 +84,20 @@ def mcnemar_test(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
 def paired_t_test(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
     """Return the p-value that the mean of ``first`` is at most that of ``second``, both (N,), by pairs.
 
-    It is 1 for fewer than two pairs, and for pairs with one constant difference of 0.
+    Pairs with a value that is not finite do not count. The p-value is 1 for fewer than two pairs. If all N differences
+    are equal up to rounding, the t-test is not defined, and the sign test replaces it: 1 / 2^N for a positive
+    difference, else 1.
     """
     from scipy.stats import ttest_rel
 
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    if len(a) < 2 or np.array_equal(a, b):
+    is_finite = np.isfinite(a) & np.isfinite(b)
+    a, b = a[is_finite], b[is_finite]
+    if len(a) < 2:
         return 1.0
+    differences, rounding = a - b, ROUNDING * max(np.abs(a).max(), np.abs(b).max())
+    if np.ptp(differences) <= rounding:
+        return 0.5 ** len(a) if differences.mean() > rounding else 1.0
     return float(ttest_rel(a, b, alternative="greater").pvalue)
 
 

@@ -76,7 +76,7 @@ def load_attacks(model: LoadedModel) -> dict[str, ServedAttack]:
             continue
         run = partial(pad_to_bucket, attack.reconstruct) if trained else attack.reconstruct
         max_images = MAX_IMAGES_OF_SLOW.get(name, MAX_IMAGES)
-        attacks[name] = ServedAttack(name, kind.threat, max_images, _summarize_attack(done[name]), run)
+        attacks[name] = ServedAttack(name, Threat[done[name]["threat"]], max_images, _summarize_attack(done[name]), run)
     return attacks
 
 

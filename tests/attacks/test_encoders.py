@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # the first optimizer imports it, for seconds
 from methods import build
 from sklearn.metrics import r2_score, roc_auc_score
 from torch import Tensor
@@ -92,7 +93,7 @@ def test_a_learned_matcher_needs_a_gallery(pictures: Tensor, tmp_path: Path) -> 
 
 
 def test_attributes_of_a_negative_are_inferred(pictures: Tensor, tmp_path: Path) -> None:
-    attack = train("attribute_inference", pictures, noisy_negative, tmp_path, epochs=6)
+    attack = train("attribute_inference", pictures, noisy_negative, tmp_path, epochs=4)
     scores = means(attack, pictures, noisy_negative)
     assert scores["r2_mean_color"] > 0.7
     assert scores["r2_thumbnail"] > 0.5
@@ -181,6 +182,20 @@ def test_a_learned_matcher_ranks_the_whole_gallery(pictures: Tensor) -> None:
     scores = attack.candidate_scores(uploads)
     assert scores.shape == (40, OTHERS)
     assert torch.equal(attack.reconstruct(uploads), pictures[KNOWN:][scores.argmax(1)])
+
+
+@pytest.mark.parametrize("actual", [torch.full((50, 3), 0.3), 0.3 + 0.5 / 255 * torch.eye(2).repeat(25, 1)])
+def test_the_explained_variance_of_attributes_without_variance_is_zero(actual: Tensor) -> None:
+    assert torch.equal(_explained(actual, actual + 0.1), torch.zeros(50))
+
+
+def test_equal_images_have_no_attributes_to_infer(pictures: Tensor) -> None:
+    access = AttackerKnowledge((3, 16, 16), images=pictures[:KNOWN], protect=lambda x: 255 - x)
+    attack: Any = build("attribute_inference", access, **SHORT)
+    attack.load(attack.build_module((3, 16, 16)).state_dict())
+    equal = pictures[:1].expand(20, -1, -1, -1)
+    scores = attack.measure(equal, 255 - equal, torch.arange(20))
+    assert all(torch.equal(values, torch.zeros(20)) for values in scores.values())
 
 
 def test_variants_show_the_same(pictures: Tensor) -> None:

@@ -9,13 +9,14 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import torch._dynamo  # the first optimizer imports it, for seconds
 import torch.nn.functional as F
 from methods import build
 from torch import Tensor
 
-from raypp.attacks.base import AttackerKnowledge
+from raypp.attacks.base import AttackerKnowledge, Threat
 from raypp.attacks.flow_matching import FlowMatching, flow_matching_loss
-from raypp.attacks.misfit import interval_misfit
+from raypp.attacks.threat import threat_of
 from raypp.data import SOURCES
 from raypp.training.reporter import Reporter
 from raypp.training.trainer import Trainer
@@ -88,18 +89,6 @@ def test_the_loss_is_zero_for_the_exact_velocity_and_its_variance_for_none() -> 
     assert torch.allclose(flow_matching_loss(still, plain, plain, times, noise), expected)
 
 
-def test_the_misfit_is_zero_for_equal_bytes_only_and_has_a_gradient_where_values_saturate() -> None:
-    plain = torch.rand(5, 3, 8, 8)
-    observed = (saturated(plain) * 255).round().to(torch.uint8)
-    assert interval_misfit(logits_of(plain), observed).max() < 1e-4
-    wrong = (1 - plain).requires_grad_()
-    misfit = interval_misfit(logits_of(wrong), observed)
-    assert misfit.min() > 1
-    misfit.sum().backward()
-    assert wrong.grad is not None
-    assert (wrong.grad != 0).float().mean() > 0.9
-
-
 def test_guidance_leads_wrong_samples_to_the_observed_image() -> None:
     """The prior predicts gray; the protection's gradients must bring the image back."""
     plain = images(6)
@@ -125,6 +114,41 @@ def test_guidance_by_stated_logits_moves_saturated_values() -> None:
     assert by_logits < by_outputs / 2, errors
 
 
+@pytest.mark.parametrize("start", [1.3, -1.3])
+def test_guidance_moves_predicted_values_outside_the_range(start: float) -> None:
+    plain = torch.full((2, 3, 8, 8), 128, dtype=torch.uint8)
+    attack = sampler(plain, torch.zeros(plain.shape), guidance=0.1)
+    attack.access = dataclasses.replace(attack.access, logits=logits_of)
+    estimate = attack._guide(torch.full(plain.shape, start), protect(plain))
+    assert estimate.abs().max() < 0.9
+
+
+def test_guidance_does_not_leave_the_range_where_the_observed_value_is_at_its_end() -> None:
+    white = torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)
+    attack = sampler(white, torch.zeros(white.shape), guidance=0.1)
+    attack.access = dataclasses.replace(attack.access, logits=logits_of)
+    assert torch.equal(attack._guide(torch.full(white.shape, 1.3), protect(white)), torch.full(white.shape, 1.3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "guidance", "threat"),
+    [
+        ({}, 0.1, Threat.T5),
+        ({}, 0.0, Threat.T4),
+        ({"gradients": None}, 0.1, Threat.T4),
+        ({"gradients": None, "protect": None}, 0.1, Threat.T3),
+    ],
+)
+def test_the_threat_level_is_that_of_the_knowledge_in_use(
+    changes: dict[str, Any], guidance: float, threat: Threat
+) -> None:
+    plain = images(4)
+    attack = build("flow_matching", knowledge(plain, pairs=(plain, plain), **changes), guidance=guidance)
+    attack.prepare()
+    assert ("guided by" in attack.note) == (threat == Threat.T5)
+    assert threat_of(FlowMatching, attack.access) == threat
+
+
 def test_the_matcher_is_selected_on_few_images() -> None:
     attack = build("flow_matching", knowledge(images(330)), **SMALL)
     validation = attack.validation_images()
@@ -134,7 +158,7 @@ def test_the_matcher_is_selected_on_few_images() -> None:
     assert torch.equal(protected, protect(gallery[:25]))
 
 
-def test_the_sample_with_the_lowest_misfit_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_estimate_is_the_sample_with_the_lowest_misfit(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = images(4)
     attack = sampler(plain, plain.float())
     samples = [plain.roll(1, 0), plain, 255 - plain]
@@ -142,7 +166,7 @@ def test_the_sample_with_the_lowest_misfit_is_kept(monkeypatch: pytest.MonkeyPat
     assert torch.equal(attack.reconstruct(protect(plain)), plain)
 
 
-def test_without_an_oracle_the_sample_nearest_to_the_mean_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_oracle_the_estimate_is_the_sample_nearest_to_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = images(4)
     attack = build("flow_matching", knowledge(plain, protect=None, gradients=None, pairs=(plain, plain)), **SMALL)
     assert isinstance(attack, FlowMatching)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import shutil
 import threading
@@ -34,7 +35,7 @@ from raypp.serve.api import classifier_api
 from raypp.serve.model_store import publishing
 from raypp.serve.publication import publish
 from raypp.utils.errors import BundleError, ConfigError, DataError
-from raypp.utils.images import write_png
+from raypp.utils.images import encode_png, write_png
 from raypp.utils.network import is_loopback
 
 
@@ -518,3 +519,21 @@ def test_a_demo_that_does_not_start_leaves_no_client_open(
         (client,) = demo.open_services([url]).values()
         assert not client._session.http.is_closed
         client.close()
+
+
+@pytest.mark.slow
+def test_the_page_of_the_demo_shows_what_is_sent_and_answered(
+    trained: Trained, cache: Path, images: list[np.ndarray]
+) -> None:
+    """The picture of the protected image is the one that is uploaded."""
+    from raypp.client import demo
+
+    app = FastAPI()
+    app.mount("/classifier", classifier_api(lambda: Here(trained.live)))
+    with running(app) as url, Client(url, cache=cache) as client:
+        html = demo.page("first", client, images[0])
+        (prediction,) = client.classify([images[0]])
+        sent = client.protect([images[0]])[1][0]
+    assert prediction.label in html
+    assert "This service offers no attacks." in html
+    assert base64.b64encode(encode_png(sent)).decode() in html

@@ -599,6 +599,7 @@ def test_two_folders_can_be_attacked(tmp_path: Path) -> None:
     card = attack(plan(tmp_path, suite=SUITE | {"attacks": attacks, "curve": False}, folders=folders))
     assert card["num_queries"] == 12
     assert card["attacks"]["inverse"]["reidentification_rate"] > 0.2
+    assert [card["attacks"][name]["threat"] for name in attacks] == ["T3", "T4"]
     assert card["attacks"]["known_gallery"]["status"] == "does not apply"
     assert "class mean" not in card["baselines"]
 

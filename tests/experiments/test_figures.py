@@ -68,18 +68,20 @@ def test_figure_3_shows_plain_images_above_the_protected_ones_of_each_run(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("number", "sources", "options", "sentence"),
     [
-        ((6, ["run"]), "figure is 6; allowed: 3, 4, 5"),
-        ((4, []), "no source is named"),
-        ((3, ["run"], ["itn"]), "--attacks belongs to figures 4 and 5"),
-        ((5, ["none"]), "'none' holds no scorecard"),
+        (6, ["run"], {}, "figure is 6; allowed: 3, 4, 5"),
+        (4, [], {}, "no source is named"),
+        (3, ["run"], {"attacks": ["itn"]}, "--attacks belongs to figures 4 and 5"),
+        (5, ["none"], {}, "'none' holds no scorecard"),
+        (4, ["run"], {"num_images": 11}, "num_images is 11; figure 4 shows 1 to 10, the images that an attack run"),
     ],
 )
-def test_a_figure_that_cannot_be_drawn_is_one_sentence(tmp_path: Path, arguments: Any, sentence: str) -> None:
-    number, sources, attacks = (*arguments, ())[:3]
+def test_a_figure_that_cannot_be_drawn_is_one_sentence(
+    tmp_path: Path, number: int, sources: list[str], options: dict[str, Any], sentence: str
+) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        write_figure(number, sources, Storage(tmp_path), attacks=attacks)
+        write_figure(number, sources, Storage(tmp_path), **options)
 
 
 def test_figure_3_refuses_runs_on_other_images(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from conftest import Trained, override, tiny_flags
 from PIL import Image
 
 from raypp.cli.main import main
+from raypp.cli.render import print_search
 from raypp.config.presets import load_config
 from raypp.experiments import pareto, plots, search, search_results, search_trial
 from raypp.experiments.search import Range, make_search_plan
 from raypp.experiments.training_run import open_run, train_locally
+from raypp.loaded_bundle import Bundle
+from raypp.results import SearchResult
 from raypp.utils.errors import ConfigError, StorageError
 from raypp.utils.progress import ProgressDisplay
 from raypp.utils.storage import Storage
@@ -192,6 +196,35 @@ def test_table_and_pictures(tmp_path: Path) -> None:
         assert min(Image.open(io.BytesIO(picture)).size) > 200
     assert plots.importance_figure(records[:3], settings) is None
     assert plots.parallel_figure(records[-1:]) is None
+
+
+@pytest.mark.slow
+def test_the_best_bundles_are_exported(tmp_path: Path, trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    """The most accurate trial, the most private one and the knee, with figures, a summary and a table."""
+    searched = plan(tmp_path, "--search.suite", "null")
+    records = [record("a", 0.9, 0.8), record("b", 0.8, 0.3), record("c", 0.5, 0.2)]
+    for r in records:
+        shutil.copytree(trained.bundle, tmp_path / "s" / "trials" / r["trial"] / "bundle")
+    attacked: list[str] = []
+
+    def attack(bundle: str, suite: str, name: str) -> dict[str, Any]:
+        attacked.append(name)
+        return {}
+
+    values = search_results.export_best(searched, records, None, attack)
+    assert attacked == []  # no suite
+    assert values["best"] == {"accuracy": "a", "privacy": "c", "knee": "b"}
+    result = SearchResult(values, str(tmp_path / "s"))
+    assert {name: bundle.classes for name, bundle in result.best.items()} == dict.fromkeys(
+        values["best"], Bundle(str(trained.bundle)).classes
+    )
+    assert list(result.to_pandas()["trial"]) == ["a", "b", "c"]
+    assert min(result.plot().size) > 200
+    assert [point["trial"] for point in result.front] == ["a", "b", "c"]
+    print_search(values, "runs/s")
+    printed = capsys.readouterr().out
+    assert "best knee      runs/s/best/knee  (trial b)" in printed
+    assert "Pareto front of" in str(result)
 
 
 # Trials

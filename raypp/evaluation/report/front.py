@@ -51,8 +51,8 @@ def accuracy_leakage_front(sources: Sequence[Source]) -> bytes:
         xlabel="test accuracy on protected images, % (better to the right)",
         ylabel=f"re-identification rate among {_gallery_sizes(plotted)} images, % (better below)",
     )
-    has_alone = any(_accuracy_alone(source.card) is not None for source in plotted)
-    figure.legend(handles=_legend(plain, has_alone), loc="outside lower center", ncols=2)
+    clients = [client for source in plotted if (client := _client_with_gain(source.card))]
+    figure.legend(handles=_legend(plain, clients), loc="outside lower center", ncols=2)
     figure.canvas.draw()  # lays the axes out, so that labels can avoid each other
     _add_labels(panel, labels, 72 / figure.dpi)
     return as_png(figure, dpi=120)
@@ -77,19 +77,20 @@ def _plot_card(panel: Any, card: dict[str, Any]) -> tuple[float, float]:
             color = COLORS[attack["verdict"]]
             panel.errorbar(x, rates[-1], xerr=bars, fmt="o", ms=8, color=color, mfc=fill or color, elinewidth=1)
     panel.plot([x] * len(rates), rates, color="0.7", lw=1, zorder=1)
-    if (alone := _accuracy_alone(card)) is not None:
-        panel.plot([100 * alone, x], [rates[-1]] * 2, color=NEUTRAL, ls=":", lw=1.2, zorder=1)
-        panel.plot(100 * alone, rates[-1], marker="|", ms=12, mew=2, color=NEUTRAL)
+    if (client := _client_with_gain(card)) is not None:
+        alone = 100 * client["alone"]["accuracy"]
+        panel.plot([alone, x], [rates[-1]] * 2, color=NEUTRAL, ls=":", lw=1.2, zorder=1)
+        panel.plot(alone, rates[-1], marker="|", ms=12, mew=2, color=NEUTRAL)
     return x, rates[0]
 
 
-def _accuracy_alone(card: dict[str, Any]) -> float | None:
-    """Accuracy of the classifier that the client could run alone; None if it was not measured."""
-    alone = (card.get("client") or {}).get("alone")
-    return None if alone is None else alone["accuracy"]
+def _client_with_gain(card: dict[str, Any]) -> dict[str, Any] | None:
+    """The client's section of a scorecard; None if the cloud gain was not measured."""
+    client: dict[str, Any] | None = card.get("client")
+    return None if client is None or client["cloud_gain"] is None else client
 
 
-def _legend(plain: float | None, has_alone: bool) -> list[Any]:
+def _legend(plain: float | None, clients: Sequence[dict[str, Any]]) -> list[Any]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -97,8 +98,9 @@ def _legend(plain: float | None, has_alone: bool) -> list[Any]:
         Line2D([], [], marker="o", ls="", color=NEUTRAL, label="strongest attack"),
         Line2D([], [], marker="o", ls="", color=NEUTRAL, mfc="white", label="strongest reconstruction attack"),
     ]
-    if has_alone:
-        label = "accuracy of the client alone; the dotted line is the cloud gain"
+    if clients:
+        bound = ", or an upper bound of it" * any(client.get("cloud_gain_is_upper_bound") for client in clients)
+        label = f"accuracy of the client alone; the dotted line is the cloud gain{bound}"
         handles.append(Line2D([], [], marker="|", ms=12, mew=2, ls=":", lw=1.2, color=NEUTRAL, label=label))
     if plain is not None:
         handles.append(Line2D([], [], ls="--", lw=1.2, color=NEUTRAL, label=f"accuracy on plain images: {plain:.1f}%"))

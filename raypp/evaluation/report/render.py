@@ -90,7 +90,7 @@ def _render_page(sources: Sequence[Source], shared: Pngs, by_source: Sequence[Pn
                 "target": short_name(card["target"]),
                 "title": f"{label} ({short_name(card['target'])})" if labels.count(label) > 1 else label,
                 "explanation": explain_results(card),
-                "client": f"{describe_cost(client)} {describe_gain(client)}" if (client := card.get("client")) else "",
+                "client": _explain_client(card),
                 "rows": _rows(card),
                 "figures": _data_uris(pngs),
                 "convergence": _explain_convergence(card["attacks"]),
@@ -99,6 +99,13 @@ def _render_page(sources: Sequence[Source], shared: Pngs, by_source: Sequence[Pn
             for card, label, pngs in zip(cards, labels, by_source, strict=True)
         ],
     )
+
+
+def _explain_client(card: dict[str, Any]) -> str:
+    if client := card.get("client"):
+        return f"{describe_cost(client)} {describe_gain(client)}"
+    note = card.get("client_note")
+    return f"The client's cost was not measured: {note}." if note else ""
 
 
 def _data_uris(pngs: Pngs) -> dict[str, str]:
