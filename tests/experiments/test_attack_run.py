@@ -754,7 +754,8 @@ def test_a_summary_of_known_values() -> None:
     assert summary["ssim"]["median"] == pytest.approx(0.5)
     assert summary["ssim"]["worst_1_percent"] == pytest.approx(0.99)
     assert summary["ssim"]["low"] < 0.45 < 0.5 < 0.55 < summary["ssim"]["high"]
-    assert set(summary["reidentified"]) == {"mean", "low", "high"}
+    assert summary["reidentified"]["num"] == 4
+    assert set(summary["reidentified"]) == {"num", "mean", "low", "high"}
 
 
 # The report
