@@ -85,7 +85,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests that use Ray, in two processes of about the same time; tests of a file share its fixtures."""
+    """Begin with the tests of Ray, in two processes of about the same time; tests of a file share its fixtures."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
     for item in items:
         file = item.nodeid.partition("::")[0]
