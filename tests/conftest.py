@@ -78,20 +78,13 @@ Tiny = Callable[..., "Config"]
 Value = TypeVar("Value")
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One process per core up to four; one more with the tests of Ray, which wait for a third of their time."""
-    return min(4, runtime.num_cores() + ("not ray" not in config.option.markexpr))
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests of Ray, in two processes of about the same time; tests of a file share its fixtures."""
+    """Begin with the tests that use Ray, which take longest; tests of a file share its fixtures."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
     for item in items:
         file = item.nodeid.partition("::")[0]
-        in_first = Path(file).stem in ("test_cluster", "test_tune", "test_docs")
-        uses_ray = item.get_closest_marker("ray") is not None
-        item.add_marker(pytest.mark.xdist_group(f"ray-{1 if in_first else 2}" if uses_ray else file))
+        item.add_marker(pytest.mark.xdist_group(f"ray-{file}" if item.get_closest_marker("ray") else file))
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
