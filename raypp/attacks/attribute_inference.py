@@ -16,7 +16,6 @@ from torch import Tensor
 from raypp.attacks.base import MAX_VAL
 from raypp.attacks.encoder import Encoder, EncoderAttack, EncoderModule, EncoderOptions, encode_in_batches
 from raypp.data.loader import Augmentation
-from raypp.models.perceptual import StateDict
 from raypp.training.task import StepOutput
 from raypp.utils.images import to_uint8
 
@@ -72,6 +71,7 @@ class AttributeInference(EncoderAttack):
         "r2_thumbnail": "share of the variance of a 4 x 4 thumbnail that is inferred (R2)",
     }
     augmentation: ClassVar[Augmentation] = Augmentation(2, True)
+    encoder: ClassVar[str] = "encoder"
     max_validation: ClassVar[int] = MAX_VAL
 
     class Options(EncoderOptions):
@@ -79,12 +79,6 @@ class AttributeInference(EncoderAttack):
 
     def build_module(self, protected: tuple[int, ...]) -> AttributeModule:
         return AttributeModule(self, protected)
-
-    def load(self, state: StateDict) -> None:
-        _, channels, height, width = state["encoder.standardize.mean"].shape
-        self._module = self.build_module((channels // 2, height, width))
-        self._module.load_state_dict(state)
-        self._module.to(self.access.device).eval().requires_grad_(False)
 
     @torch.inference_mode()
     def reconstruct(self, protected: Tensor) -> Tensor:

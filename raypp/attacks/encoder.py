@@ -46,9 +46,8 @@ class Encoder(nn.Module):
             for channels_in, channels_out in itertools.pairwise(widths)
         )
         sides = [-(-side // PATCH) // 2 ** (LEVELS - 1) for side in (height, image_width)]
-        self.pooling = [
-            max(1, side // GRID) for side in sides
-        ]  # no adaptive pooling: its gradient is not deterministic
+        # No adaptive pooling: its gradient is not deterministic.
+        self.pooling = [max(1, side // GRID) for side in sides]
         num_positions = math.prod(side // pooling for side, pooling in zip(sides, self.pooling, strict=True))
         self.linear = nn.Linear(widths[-1] * num_positions, num_features)
 
@@ -129,6 +128,8 @@ class EncoderAttack(TrainedAttack):
     needs: ClassVar[tuple[str, ...]] = ("protect", "images")
     augmentation: ClassVar[Augmentation] = Augmentation(0, False)
     """Augmentation of training images before they are protected."""
+    encoder: ClassVar[str]
+    """Name of the encoder of protected images in the module."""
 
     @abstractmethod
     def build_module(self, protected: tuple[int, ...]) -> Any:
@@ -153,3 +154,9 @@ class EncoderAttack(TrainedAttack):
 
     def state(self, trainee: TrainableModule) -> StateDict:
         return {key: value.detach().cpu() for key, value in trainee.state_dict().items()}
+
+    def load(self, state: StateDict) -> None:
+        _, channels, height, width = state[f"{self.encoder}.standardize.mean"].shape
+        self._module = self.build_module((channels // 2, height, width))  # each value and its logit
+        self._module.load_state_dict(state)
+        self._module.to(self.access.device).eval().requires_grad_(False)

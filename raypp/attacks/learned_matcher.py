@@ -124,6 +124,7 @@ class LearnedMatcher(EncoderAttack):
     needs: ClassVar[tuple[str, ...]] = ("protect", "images", "gallery")
     draws: ClassVar[bool] = False
     matcher: ClassVar[str] = OWN_SCORES
+    encoder: ClassVar[str] = "protected_encoder"
 
     def build_module(self, protected: tuple[int, ...]) -> MatcherModule:
         return MatcherModule(self, protected)
@@ -133,16 +134,14 @@ class LearnedMatcher(EncoderAttack):
             raise AttackError(
                 "attack learned_matcher needs a gallery of plain images, which this target does not provide"
             )
-        _, channels, height, width = state["protected_encoder.standardize.mean"].shape
-        self._module = self.build_module((channels // 2, height, width))
-        self._module.load_state_dict(state)
-        self._module.to(self.access.device).eval().requires_grad_(False)
+        super().load(state)
         self._embedded_gallery = self._module.embed_plain(self.access.gallery)
 
     @torch.inference_mode()
     def candidate_scores(self, protected: Tensor) -> Tensor:
         embedded = self._module.embed_protected(protected.to(self.access.device))
-        return embedded.double() @ self._embedded_gallery.double().t()
+        scores: Tensor = embedded.double() @ self._embedded_gallery.double().t()
+        return scores
 
     def reconstruct(self, protected: Tensor) -> Tensor:
         return self.best_candidates(protected)
