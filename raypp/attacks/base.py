@@ -15,6 +15,7 @@ from torch import Tensor
 
 from raypp.metrics.retrieval import query_batches
 from raypp.utils.errors import RayppError
+from raypp.utils.progress import ProgressListener, StepCounter
 from raypp.utils.registry import MethodConfig
 
 T = TypeVar("T")
@@ -198,17 +199,29 @@ class Attack(ABC):
     """Descriptions of the scores that :meth:`measure` returns, by name."""
     note: str = ""
     """A summary of its result on the target, available after :meth:`prepare`."""
+    listener: ProgressListener = ProgressListener()
+    """Receives the progress of :meth:`prepare` and :meth:`reconstruct`, and may stop them."""
 
     def __init__(self, options: Any, access: AttackerKnowledge, *, seed: int = 0, learned: bool = False) -> None:
+        access = self.used_knowledge(options, access)
         self.options, self.access, self.seed = options, access, seed
         if not learned and (missing := self.lacking(access)):
             words = " and ".join(KNOWLEDGE_DESCRIPTIONS[need] for need in missing)
             raise AttackError(f"attack {options.name} needs {words}, which this target does not provide")
 
     @classmethod
+    def used_knowledge(cls, options: Any, access: AttackerKnowledge) -> AttackerKnowledge:
+        """Return ``access`` without fields that these options leave unused, which set the threat level."""
+        return access
+
+    @classmethod
     def lacking(cls, access: AttackerKnowledge) -> list[str]:
         """Required fields that are missing in ``access``."""
         return [need for need in cls.needs if getattr(access, need) is None]
+
+    def count_steps(self, phase: str, total: int) -> StepCounter:
+        """Count ``total`` steps of :meth:`prepare` or :meth:`reconstruct` for ``listener``."""
+        return StepCounter(self.listener, phase, total)
 
     def prepare(self) -> None:  # noqa: B027
         """Do the work that does not depend on the attacked images, such as recovering a key.

@@ -139,10 +139,9 @@ class FlowMatching(InverseAttack):
     threat: ClassVar[Threat] = Threat.T5
     max_validation: ClassVar[int] = 25
 
-    def __init__(self, options: Any, access: AttackerKnowledge, *, seed: int = 0, learned: bool = False) -> None:
-        if not options.guidance:
-            access = replace(access, gradients=None, logits=None)  # the threat level is that of what it uses
-        super().__init__(options, access, seed=seed, learned=learned)
+    @classmethod
+    def used_knowledge(cls, options: Any, access: AttackerKnowledge) -> AttackerKnowledge:
+        return access if options.guidance else replace(access, gradients=None, logits=None)
 
     def network(self, protected: Sequence[int]) -> Any:
         channels, height, width = protected
@@ -170,6 +169,7 @@ class FlowMatching(InverseAttack):
     def reconstruct(self, protected: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
         batches = protected.to(self.access.device).split(self.options.batch_size)
+        self._counter = self.count_steps("sampling", len(batches) * self.options.samples * self.options.steps)
         with AdaptiveThreads(self.access.device.type == "cpu") as threads:
             return torch.cat([self._best_samples(batch, generator, threads) for batch in batches])
 
@@ -205,6 +205,7 @@ class FlowMatching(InverseAttack):
                 estimate = self._guide(estimate, protected)
             x = x + (estimate - x) / (steps - step)
             threads.update()
+            self._counter.advance()
         return to_uint8((x.clamp(-1, 1) + 1) / 2)
 
     def _guide(self, estimate: Tensor, protected: Tensor) -> Tensor:

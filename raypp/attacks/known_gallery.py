@@ -29,6 +29,7 @@ from raypp.attacks.gallery_noise import (
 )
 from raypp.metrics.matchers import OWN_SCORES
 from raypp.metrics.retrieval import negative_distances
+from raypp.utils.progress import StepCounter
 from raypp.utils.registry import MethodConfig
 
 MAX_CHANGED = 0.001  # share of values: a network's rounding differs between batch sizes
@@ -96,7 +97,8 @@ class KnownGallery(Attack):
         self._scores: CandidateScores | None = None
         self.note = f"{sum(map(len, batches)):,} candidates protected"
         if is_random:
-            versions = ((self._compared(self._draw(batch)) for _ in range(self.options.num_draws)) for batch in batches)
+            counter = self.count_steps("protecting candidates", len(batches) * self.options.num_draws)
+            versions = ((self._counted_draw(b, counter) for _ in range(self.options.num_draws)) for b in batches)
             comparison, self._scores = self._choose_scores(comparison, average_draws(versions, self.seed), trials)
             self.note += f" {self.options.num_draws} times"
         else:
@@ -111,6 +113,10 @@ class KnownGallery(Attack):
         batch = images[torch.cat((others, order)).to(images.device)]
         protected = required(self.access.protect)(batch)[self._first_position :]
         return protected[order.argsort().to(protected.device)]
+
+    def _counted_draw(self, images: Tensor, counter: StepCounter) -> Tensor:
+        counter.advance()
+        return self._compared(self._draw(images))
 
     def _compared(self, protected: Tensor) -> Tensor:
         """Return the compared values (n, D) of protected images."""

@@ -63,11 +63,13 @@ class WhiteBox(Attack):
         self._prior = default_prior if self.options.prior is None else self.options.prior
         inverse = ["the inverse network's estimate"] if "inverse" in (self.access.earlier or {}) else []
         starts = ["gray", *inverse, *["noise"] * self.options.restarts]
+        self._num_starts = len(starts)
         compared = "outputs" if self._logits is None else "logits"
         self.note = f"{self.options.steps} steps on {compared} from each of {', '.join(starts)}"
 
     def reconstruct(self, protected: Tensor) -> Tensor:
         batches = protected.to(self.access.device).split(self.options.batch_size)
+        self._counter = self.count_steps("descent", len(batches) * self._num_starts * self.options.steps)
         return to_uint8(torch.cat([self._attack(batch) for batch in batches]))
 
     def _attack(self, protected: Tensor) -> Tensor:
@@ -106,6 +108,7 @@ class WhiteBox(Attack):
                     objective.sum().backward()
                 optimizer.step()
                 threads.update()
+                self._counter.advance()
         return torch.sigmoid(logits.detach())
 
     def _objective(self, images: Tensor, protected: Tensor) -> Tensor:

@@ -75,7 +75,8 @@ class RemoteProgress(ProgressListener):
 
     def step(self, info: Row) -> None:
         self.report("step", info)
-        self.metrics.update(info)
+        if "loss" in info:
+            self.metrics.update(info)
 
     def epoch(self, row: Row) -> None:
         self.report("epoch", row)

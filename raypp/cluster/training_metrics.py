@@ -21,7 +21,7 @@ class TrainingMetrics:
         self._epoch = Gauge("raypp_train_epoch", "Current epoch of the current phase, from 1.", keys)
 
     def update(self, info: Row) -> None:
-        """Set the gauges; ``info`` as in :meth:`raypp.utils.progress.ProgressListener.step`."""
+        """Set the gauges; ``info`` is that of a training, see :meth:`raypp.utils.progress.ProgressListener.step`."""
         self._loss.set(info["loss"], self._tags)
         self._speed.set(info["images_per_s"], self._tags)
         self._epoch.set(info["epoch"], self._tags)

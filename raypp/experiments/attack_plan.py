@@ -26,7 +26,7 @@ from raypp.config.validation import check_milestones, format_validation_error, v
 from raypp.experiments.run_folder import lock, read_checked, refuse_changes, refuse_foreign, validate_name
 from raypp.utils.device import default_device
 from raypp.utils.errors import ConfigError, StorageError
-from raypp.utils.registry import suggest
+from raypp.utils.registry import MethodConfig, suggest
 from raypp.utils.storage import Storage
 
 SUITE, SCORECARD, SCORES, EXAMPLES = "suite.yaml", "scorecard.json", "scores.csv", "examples.safetensors"
@@ -234,10 +234,11 @@ def _refuse_taken(storage: Storage) -> None:
     refuse_foreign(storage, "an attack run")
 
 
-def describe_attack(name: str, access: AttackerKnowledge) -> Outcome:
+def describe_attack(options: MethodConfig, access: AttackerKnowledge) -> Outcome:
     """The part of an attack's result that is known before it runs against a target with this knowledge."""
-    threat = threat_of(ATTACKS.get(name), access)
-    return {"attack": name, "threat": threat.name, "threat_meaning": threat.meaning}
+    kind = ATTACKS.get(options.name)
+    threat = threat_of(kind, kind.used_knowledge(options, access))
+    return {"attack": options.name, "threat": threat.name, "threat_meaning": threat.meaning}
 
 
 def load_result(plan: AttackPlan, attack: str) -> Outcome | None:
@@ -278,5 +279,5 @@ def dependencies_first(plan: AttackPlan) -> list[str]:
 
 def threat_table(plan: AttackPlan, target: Target) -> list[tuple[str, str, str]]:
     """Name, threat level and attacker knowledge of each attack."""
-    rows = [describe_attack(name, target.access) for name in dependencies_first(plan)]
+    rows = [describe_attack(plan.suite.options(name), target.access) for name in dependencies_first(plan)]
     return [(row["attack"], row["threat"], row["threat_meaning"]) for row in rows]

@@ -80,11 +80,11 @@ def _run_attack(plan: AttackPlan, name: str, display: ProgressListener, target: 
     folder = plan.folder(name)
     start = time.monotonic()
     kind, options = ATTACKS.get(name), plan.suite.options(name)
-    result = attack_plan.describe_attack(name, target.access)
+    result = attack_plan.describe_attack(options, target.access)
     result |= {"options": options.model_dump(mode="json"), "target": target.fingerprint}
     try:
         attack: Attack = kind(options, _with_earlier_networks(plan, name, target.access), seed=plan.suite.seed)
-        result |= attack_plan.describe_attack(name, attack.access)  # its options may leave knowledge unused
+        attack.listener = display
         trainings = _train(attack, plan, name, target, display) if isinstance(attack, TrainedAttack) else []
         if not is_rank_zero():
             return result

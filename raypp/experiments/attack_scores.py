@@ -97,7 +97,8 @@ def _score_attacks(
         result = attack_plan.load_result(plan, name)
         if result is None:
             note = failures.get(name, "not run")
-            result = attack_plan.describe_attack(name, target.access) | {"status": "failed", "note": note}
+            description = attack_plan.describe_attack(plan.suite.options(name), target.access)
+            result = description | {"status": "failed", "note": note}
         elif result["status"] == "done":
             stored = _load_estimates(plan, name)
             estimates = stored.pop("estimates")

@@ -14,6 +14,8 @@ from raypp.utils.errors import TrainingInterrupted
 
 Row = dict[str, Any]
 LINE_SECONDS = 30.0  # between progress lines where there is no terminal
+COUNT_SECONDS = 0.5  # between reports of a counter
+RESUME_HINT = "stopped; continue with --resume, which uses finished results and checkpoints"
 
 
 class ProgressListener:
@@ -23,7 +25,10 @@ class ProgressListener:
         """Called with the current activity while there are no steps yet."""
 
     def step(self, info: Row) -> None:
-        """Called a few times a second: phase, epoch, epochs, steps_done, steps_total, images_per_s, loss."""
+        """Called a few times a second with phase, steps_done and steps_total.
+
+        A training adds epoch, epochs, images_per_s and the training metrics so far, among them loss.
+        """
 
     def epoch(self, row: Row) -> None:
         """Called after every epoch, with its metrics."""
@@ -38,6 +43,35 @@ class ProgressListener:
     def should_stop(self) -> bool:
         """Whether the run shall write a checkpoint and raise TrainingInterrupted; called about once a second."""
         return False
+
+
+class StepCounter:
+    """Reports the steps of work that is no training, such as descents on images, and ends it on request.
+
+    Args:
+        listener: receives the steps.
+        phase: what the work is called.
+        total: number of steps.
+    """
+
+    def __init__(self, listener: ProgressListener, phase: str, total: int) -> None:
+        self._listener, self._phase, self._total = listener, phase, total
+        self._done, self._last_report = 0, time.monotonic()
+
+    def advance(self) -> None:
+        """Count one step; report at most every ``COUNT_SECONDS``.
+
+        Raises:
+            TrainingInterrupted: the listener requested a stop. The work starts again on resume.
+        """
+        self._done += 1
+        now = time.monotonic()
+        if now - self._last_report < COUNT_SECONDS:
+            return
+        self._last_report = now
+        self._listener.step({"phase": self._phase, "steps_done": self._done, "steps_total": self._total})
+        if self._listener.should_stop():
+            raise TrainingInterrupted(RESUME_HINT)
 
 
 class _Display:
@@ -56,7 +90,7 @@ class _Display:
         self.quiet = quiet
         self.stop = threading.Event()
         self._last_line = time.monotonic()
-        self._begin: dict[str, tuple[float, int]] = {}  # time and step of the first report of each run
+        self._begin: dict[str, tuple[float, int, int]] = {}  # time and step of the first report of each run, all steps
         self._bars = progress.Progress(
             progress.SpinnerColumn(),
             progress.TextColumn("{task.description}"),
@@ -81,15 +115,18 @@ class _Display:
     def _print_periodically(self, run: str, info: Row) -> None:
         """Print the progress of a run, at most every ``LINE_SECONDS``, where no bar shows it."""
         now, steps = time.monotonic(), info["steps_done"]
-        begin, first_step = self._begin.setdefault(run, (now, steps))
+        begin, first_step, total = self._begin.setdefault(run, (now, steps, info["steps_total"]))
+        if total != info["steps_total"] or steps < first_step:  # the run goes on with other work
+            begin, first_step, _ = self._begin[run] = now, steps, info["steps_total"]
         if self.quiet or self.console.is_terminal or now - self._last_line < LINE_SECONDS:
             return
         self._last_line = now
         rate = (steps - first_step) / (now - begin) if now > begin else 0
         left = f"  {(info['steps_total'] - steps) / rate:,.0f} s left" if rate > 0 else ""
         name = f"{run}: " if run else ""
-        line = f"{name}{info['phase']} epoch {info['epoch']}/{info['epochs']}"
-        text = f"{line}  step {info['steps_done']:,}/{info['steps_total']:,}  {_status(info)}{left}"
+        epoch = f" epoch {info['epoch']}/{info['epochs']}" if "epoch" in info else ""
+        steps = f"step {info['steps_done']:,}/{info['steps_total']:,}"
+        text = f"{name}{info['phase']}{epoch}  {steps}{_status(info)}{left}"
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _warn(self, message: str) -> None:
@@ -153,10 +190,11 @@ class MultiProgressDisplay(_Display):
         self._tasks: dict[str, progress.TaskID] = {}
 
     def step(self, run: str, info: Row) -> None:
-        """Show the step of a run; ``info`` as in :meth:`ProgressListener.step`."""
+        """Show a step of a run; ``info`` as in :meth:`ProgressListener.step`."""
         if run not in self._tasks:
-            self._tasks[run] = self._bars.add_task(run, total=info["steps_total"], status="")
-        self._bars.update(self._tasks[run], completed=info["steps_done"], status=_status(info))
+            self._tasks[run] = self._bars.add_task(run, total=None, status="")
+        task, steps, total = self._tasks[run], info["steps_done"], info["steps_total"]
+        self._bars.update(task, total=total, completed=steps, status=_status(info))
         self._print_periodically(run, info)
 
     def done(self, run: str, result: str) -> None:
@@ -172,7 +210,7 @@ class MultiProgressDisplay(_Display):
 
     def raise_if_stop_requested(self) -> None:
         if self.stop.is_set():
-            raise TrainingInterrupted("stopped; continue with --resume, which uses finished results and checkpoints")
+            raise TrainingInterrupted(RESUME_HINT)
 
     def of(self, run: str) -> ProgressListener:
         """Return a listener that shows one of the runs."""
@@ -194,9 +232,12 @@ class _ChildProgress(ProgressListener):
 
 
 def _status(info: Row) -> str:
+    """Rate and metrics of a training, after two spaces; empty for other work."""
+    if "images_per_s" not in info:
+        return ""
     accuracy = f"  acc {info['accuracy']:.0%}" if "accuracy" in info else ""
     similarity = f"  ssim {info['ssim']:.3f}" if "ssim" in info else ""
-    return f"{info['images_per_s']:,.0f} images/s  {_loss(info, '', 2)}{accuracy}{similarity}"
+    return f"  {info['images_per_s']:,.0f} images/s  {_loss(info, '', 2)}{accuracy}{similarity}"
 
 
 def _loss(row: Row, split: str, digits: int) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import AttackerKnowledge, Threat
 from raypp.attacks.threat import threat_of
+from raypp.experiments.attack_plan import describe_attack
 
 IMAGES = torch.zeros(20, 3, 8, 8, dtype=torch.uint8)
 
@@ -44,6 +45,12 @@ def test_the_level_is_at_most_that_of_the_targets_attacker(
     attack: str, knowledge: dict[str, Any], threat: Threat
 ) -> None:
     assert threat_of(ATTACKS.get(attack), AttackerKnowledge((3, 8, 8), **knowledge)) == threat
+
+
+@pytest.mark.parametrize(("guidance", "threat"), [(0.1, "T5"), (0.0, "T4")])
+def test_the_table_before_a_run_states_the_level_of_the_options(guidance: float, threat: str) -> None:
+    options = ATTACKS.options("flow_matching").model_validate({"name": "flow_matching", "guidance": guidance})
+    assert describe_attack(options, AttackerKnowledge((3, 8, 8), **BUNDLE))["threat"] == threat
 
 
 def test_all_knowledge_lets_every_attack_have_its_declared_level() -> None:
