@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from raypp.attacks.base import Shape, size_mismatch
 from raypp.attacks.standardize import StandardizedLogits
 from raypp.attacks.trained import TrainedOptions
 from raypp.config.schema import LinearWarmupDecay, OptimizationConfig, Optimizer
 from raypp.metrics.image import MIN_SIDE, ssim_for_loss
-from raypp.models.perceptual import StateDict
 from raypp.models.unet import UNet
 from raypp.training.task import StepOutput, TrainableModule
 from raypp.utils.images import to_uint8
-
-STEPS = "steps"  # key of the average's number of steps in checkpoints
 
 ProtectedBatches = Callable[[Tensor, Tensor], Tensor]
 """Maps plain images uint8 (n, C, H, W) and their indices (n,) to protected images float (n, C', H', W')."""
@@ -114,35 +112,30 @@ class AveragedModule(TrainableModule):
     def __init__(self, net: nn.Module, source: ProtectedBatches, options: Any) -> None:
         super().__init__()
         self.net, self.source, self.options = net, source, options
-        self.average = copy.deepcopy(net).requires_grad_(False) if options.ema else None
-        self.steps = 0
+        self.average = None
+        if options.ema:
+            update = partial(_update_average, decay=options.ema)
+            self.average = AveragedModel(net, multi_avg_fn=update).requires_grad_(False)
 
     @property
     def final(self) -> nn.Module:
         """The network that attacks."""
-        return self.net if self.average is None else self.average
+        return self.net if self.average is None else self.average.module
 
     def protect(self, images: Tensor, indices: Tensor) -> Tensor:
         """Protect plain images float N x C x H x W, rounded to 8 bits."""
         with torch.autocast(images.device.type, enabled=False):
             return self.source(to_uint8(images), indices)
 
-    def trainable_state_dict(self) -> StateDict:
-        return super().trainable_state_dict() | {STEPS: torch.tensor(self.steps)}
-
-    def load_trainable_state_dict(self, state: StateDict) -> None:
-        super().load_trainable_state_dict({key: tensor for key, tensor in state.items() if key != STEPS})
-        self.steps = int(state[STEPS])
-
     def on_after_optimizer_step(self) -> None:
-        if self.average is None:
-            return
-        self.steps += 1
-        new_weight = 1 - min(self.options.ema, (1 + self.steps) / (10 + self.steps))  # larger in the first steps
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.net.parameters()), new_weight)
-            for average, current in zip(self.average.buffers(), self.net.buffers(), strict=True):
-                average.copy_(current)
+        if self.average is not None:
+            self.average.update_parameters(self.net)
+
+
+def _update_average(averages: list[Tensor], weights: list[Tensor], num_averaged: Tensor, *, decay: float) -> None:
+    """Move averages towards weights: by ``1 - decay``, and by more in the first steps."""
+    step = int(num_averaged) + 1
+    torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + step) / (10 + step)))
 
 
 class InverseModule(AveragedModule):

@@ -399,12 +399,21 @@ def test_a_protection_that_is_random_is_resumed(name: str, pictures: Pictures) -
     assert first == second
 
 
-def test_an_average_keeps_its_count(pictures: Pictures) -> None:
+def test_the_average_of_weights_moves_faster_in_the_first_steps_and_continues_on_resume(pictures: Pictures) -> None:
     task = build("inverse", knowledge(pictures, identity), **SMALL, train={"epochs": 1}).task()
     trainee, resumed = (task.build(task.phases[0]) for _ in range(2))
-    trainee.steps = 5000
+
+    def average_after_step(system: Any, value: float) -> float:
+        torch.nn.init.constant_(next(system.net.parameters()), value)
+        system.on_after_optimizer_step()
+        return float(next(system.final.parameters()).flatten()[0])
+
+    assert average_after_step(trainee, 1.0) == 1
+    assert average_after_step(trainee, 2.0) == pytest.approx(2 - 3 / 12)
+    for value in (3.0, 4.0):
+        average_after_step(trainee, value)
     resumed.load_trainable_state_dict(trainee.trainable_state_dict())
-    assert resumed.steps == 5000
+    assert average_after_step(resumed, 5.0) == average_after_step(trainee, 5.0) < 5 - 5 / 15
 
 
 def test_part_of_the_images_takes_as_many_steps(pictures: Pictures) -> None:
