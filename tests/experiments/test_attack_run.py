@@ -19,11 +19,14 @@ import pytest
 import torch
 import yaml
 from conftest import Trained, override
+from methods import build
 from PIL import Image
 
 from raypp.api import run_attacks
+from raypp.attacks import ATTACKS
+from raypp.attacks.array_target import ArrayTarget, load_array_target
 from raypp.attacks.user_function import user_function
-from raypp.bundle.load import load_plain_classifier
+from raypp.bundle.load import load_plain_classifier, load_public
 from raypp.bundle.manifest import MANIFEST, verify, write_manifest
 from raypp.cli.attack import print_attack_results
 from raypp.cli.main import main
@@ -202,6 +205,24 @@ def test_a_stored_network_reconstructs_as_it_did(attacked: tuple[Path, Path, dic
     )
     estimates = load((folder / "attacks" / "inverse" / "estimates.safetensors").read_bytes())["estimates"]
     assert torch.equal(network(target.protected), estimates)
+
+
+def test_the_white_box_compares_the_logits_of_a_bundle_and_of_a_module(trained: Trained, tmp_path: Path) -> None:
+    arrays = ArrayTarget(load_public(trained.bundle).protection, images=np.zeros((40, 16, 16, 3), np.uint8))
+    targets = (
+        attack_plan.load_target_of(plan(tmp_path, bundle=str(trained.bundle))),
+        load_array_target(arrays, num_queries=10, num_images=None, seed=0),
+    )
+    for target in targets:
+        white_box = build("white_box", target.access)
+        white_box.prepare()
+        assert "steps on logits" in white_box.note
+
+
+@pytest.mark.parametrize("suite", ["small", "standard"])
+def test_a_large_suite_has_every_attack(suite: str) -> None:
+    run_plan = attack_plan.make_attack_plan(folders=("plain", "protected"), suite=suite, name="x")
+    assert {options.name for options in run_plan.suite.attacks} == set(ATTACKS)
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -737,6 +758,17 @@ def test_accuracy_at_chance_is_an_error(correct: int, num: int, chance: float, a
     assert not is_rising(flat)
     assert is_rising([flat[0], {"ssim_invariant": 0.3, "reidentification_rate": 0.12}])
     assert is_rising([flat[0], {"ssim_invariant": 0.32, "reidentification_rate": 0.1}])
+
+
+def test_an_attack_is_marked_as_above_the_baseline_only_if_it_is_significant() -> None:
+    def scores(num_reidentified: int) -> dict[str, torch.Tensor]:
+        hits, zeros = (torch.arange(2000) < num_reidentified).float(), torch.zeros(2000)
+        return {"reidentified": hits, "reidentified_cosine": hits, "ssim_invariant": zeros, "edges": zeros}
+
+    attacks: dict[str, Any] = {name: {"matcher": "cosine"} for name in ("4 of 2000", "10 of 2000")}
+    values = {"4 of 2000": scores(4), "10 of 2000": scores(10)}
+    attack_scores._compare_with_baselines(attacks, values, {"mean image": scores(0)})
+    assert [result["above_baseline"] for result in attacks.values()] == [False, True]
 
 
 def test_the_strongest_attack_counts_not_the_average() -> None:
