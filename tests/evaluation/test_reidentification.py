@@ -107,6 +107,13 @@ def test_a_matcher_is_selected_on_validation_images_and_never_on_queries() -> No
     assert select_matcher(attack, target).matcher == "pixels"
 
 
+def test_the_rate_is_that_of_the_selected_matcher_where_another_one_identifies_more() -> None:
+    target = target_of(photographs(300, 0), photographs(200, 1), 100)
+    scores = reidentification_scores(shrink(target.plain), target, "pixels")
+    assert torch.equal(scores["reidentified"], scores["reidentified_pixels"])
+    assert scores["reidentified_cosine"].mean() > scores["reidentified"].mean() + 0.4
+
+
 def test_an_estimate_that_is_not_a_number_identifies_nothing() -> None:
     gallery = torch.rand(20, 3, SIDE, SIDE)
     estimates = torch.full((2, 3, SIDE, SIDE), float("nan"))
