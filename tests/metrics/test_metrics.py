@@ -260,13 +260,13 @@ def test_duplicates_in_a_gallery_do_not_count_against_the_attacker() -> None:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_distances_that_are_equal_in_float32_are_distinguished(dtype: torch.dtype) -> None:
     """Three neighbours: one level nearer than the original, as near as it, one level farther."""
-    query = torch.full((1, 3, 32, 32), 130, dtype=torch.uint8)
-    original = torch.zeros_like(query)
-    original[0, 0, 0, :2] = torch.tensor([1, 0], dtype=torch.uint8)
+    query = torch.full((1, 3, 32, 32), 254, dtype=torch.uint8)
+    original = torch.full_like(query, 255)  # the squares' sum is above 2^24, so float32 does not hold it
+    original[0, 0, 0, :2] = torch.tensor([254, 255], dtype=torch.uint8)
     nearer, equal, farther = original.clone(), original.clone(), original.clone()
-    nearer[0, 1, 5, 5] = 1
-    equal[0, 0, 0, :2] = torch.tensor([0, 1], dtype=torch.uint8)
-    farther[0, 0, 0, 0] = 0
+    nearer[0, 1, 5, 5] = 254
+    equal[0, 0, 0, :2] = torch.tensor([255, 254], dtype=torch.uint8)
+    farther[0, 0, 0, 0] = 255
     labels = torch.zeros(2, dtype=torch.int64)
     ranks = []
     for other in (nearer, equal, farther):
