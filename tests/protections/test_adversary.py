@@ -148,6 +148,13 @@ def test_networks_of_the_pool_are_initialized_again_in_turn() -> None:
     assert changes(pool(refresh_steps=0)) == [-1] * 8
 
 
+def test_the_default_pool_is_refreshed_and_limited_by_the_baseline_error() -> None:
+    adversary = pool()
+    assert len(adversary.networks) == 3
+    assert any(adversary.reinitialize() for _ in range(1000))
+    assert adversary.options.clip == 1
+
+
 @pytest.mark.parametrize(("index", "lr"), [(0, 0.02), (1, 0.02), (2, 0.002)])
 def test_every_network_of_the_pool_learns_to_invert(index: int, lr: float) -> None:
     adversary = pool()
