@@ -111,6 +111,7 @@ def test_figures_4_and_5_show_the_estimates_and_their_psnr(
     titles, images, captions = zip(*drawn, strict=True)
     assert titles == ("plain", "protected", "itn")
     assert [len(row) for row in images] == [3, 3, 3]
+    assert np.array_equal(images[0], read_source(card.path).pictures["plain"][:3]), "the first images, not the best"
     squared = torch.from_numpy((images[2] / 255.0 - images[0] / 255.0) ** 2).mean(dim=(1, 2, 3))
     assert captions[2] == [f"{psnr:.1f} dB" for psnr in (-10 * squared.log10()).tolist()]
     check_files(tmp_path / "figures", 4)
