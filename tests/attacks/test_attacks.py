@@ -397,8 +397,7 @@ def test_stated_noise_gives_a_likelihood(photos: Tensor) -> None:
     by_distance, _ = identified(access, num=300)
     by_likelihood, note = identified(dataclasses.replace(access, noise_std=60.0), num=300)
     assert note == "300 candidates protected 16 times, compared by likelihood"
-    assert by_likelihood > by_distance - 0.05
-    assert by_likelihood > 0.7
+    assert by_likelihood > max(by_distance, 0.7)
 
 
 def test_the_likelihood_is_that_of_clipped_and_rounded_noise() -> None:
