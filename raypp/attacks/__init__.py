@@ -5,6 +5,7 @@ from raypp.utils.registry import Registry
 ATTACKS = Registry(
     "attack",
     {
+        "protected_image": "raypp.attacks.ciphertext_only:ProtectedImage",
         "feature_reconstruction": "raypp.attacks.ciphertext_only:FeatureReconstruction",
         "minimum_difference": "raypp.attacks.ciphertext_only:MinimumDifference",
         "unpaired_gan": "raypp.attacks.unpaired_gan:UnpairedGAN",

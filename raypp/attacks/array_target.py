@@ -21,6 +21,7 @@ from raypp.utils.errors import ConfigError, DataError
 from raypp.utils.images import as_pixels, to_uint8
 
 MIN_IMAGES = 20  # in the gallery, and of the attacker
+ROUNDING = 1e-3  # by which a module's output may leave [0, 1]
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ def _split(
         own, own_labels = gallery[first], gallery_labels[first]
         gallery, gallery_labels = gallery[second], gallery_labels[second]
     if num_images is not None:
-        own, own_labels = own[:num_images], own_labels[:num_images]
+        order = rng.permutation(len(own))[:num_images]
+        own, own_labels = own[order], own_labels[order]
     if min(len(own), len(gallery)) < MIN_IMAGES:
         raise DataError(
             f"the gallery has {len(gallery)} images and the attacker {len(own)}; allowed are {MIN_IMAGES} or more each"
@@ -170,6 +172,8 @@ def _labels(arrays: ArrayTarget, num: int, num_own: int) -> tuple[np.ndarray, np
     labels = np.asarray(arrays.labels)
     own = np.asarray(arrays.attacker_labels) if arrays.attacker_labels is not None else labels[:0]
     for name, values, length in (("labels", labels, num), ("attacker_labels", own, num_own)):
+        if values.dtype.kind == "f" and np.isnan(values).any():
+            raise DataError(f"{name} has a value that is not a number; allowed is a class for each image")
         if values.shape != (length,):
             raise DataError(f"{name} has the shape {values.shape}; allowed is ({length},), one for each image")
     classes, indices = np.unique(np.concatenate([labels, own]), return_inverse=True)
@@ -180,15 +184,33 @@ def _labels(arrays: ArrayTarget, num: int, num_own: int) -> tuple[np.ndarray, np
 def _module_map(module: Callable[..., Any], name: str, device: torch.device) -> ImageMap:
     @torch.inference_mode()
     def protect(images: Tensor) -> Tensor:
-        output = module(images.to(device).float() / 255)
-        if not (isinstance(output, Tensor) and output.is_floating_point() and output.ndim == 4):
-            shape = tuple(output.shape) if isinstance(output, Tensor) else ""
-            raise ConfigError(
-                f"module {name} gave {type(output).__name__} {shape}; it must give float images (N, C, H, W) in [0, 1]"
-            )
+        try:
+            output = module(images.to(device).float() / 255)
+        except Exception as error:  # a user's module may raise anything
+            message = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ConfigError(f"module {name} failed: {message}") from error
+        _check_output(name, output, len(images))
         return to_uint8(output.clamp(0, 1))
 
     return protect
+
+
+def _check_output(name: str, output: Any, num: int) -> None:
+    """Raise ConfigError unless a module's output for ``num`` images is float (num, C, H, W) in [0, 1]."""
+    problem = ""
+    if not (isinstance(output, Tensor) and output.is_floating_point() and output.ndim == 4 and output.numel()):
+        shape = f" {tuple(output.shape)}" if isinstance(output, Tensor) else ""
+        problem = f"{type(output).__name__}{shape}"
+    elif len(output) != num or output.shape[1] not in (1, 3):
+        problem = f"{tuple(output.shape)} for {num} images"
+    elif not output.isfinite().all():
+        problem = "values that are not finite"
+    elif not -ROUNDING <= float(output.min()) <= float(output.max()) <= 1 + ROUNDING:
+        problem = f"values from {float(output.min()):.4g} to {float(output.max()):.4g}"
+    if problem:
+        raise ConfigError(
+            f"module {name} gave {problem}; it must give float images (N, C, H, W) in [0, 1], 1 or 3 channels"
+        )
 
 
 def _classifier_map(classifier: Any, classes: tuple[str, ...], device: torch.device) -> ImageMap:

@@ -194,7 +194,8 @@ class Attack(ABC):
     """The matcher of its estimates (:mod:`raypp.metrics.matchers`) if it has no validation images; ``OWN_SCORES`` of an
     attack with :meth:`candidate_scores`."""
     max_validation: ClassVar[int] = 0
-    """Most of the attacker's images that it attacks to select its matcher; see :meth:`validation_images`."""
+    """Most of the attacker's images that it attacks to select its matcher; see :meth:`validation_images`. 0 below T4,
+    where the attacker cannot protect images under the target's key."""
     extra_scores: ClassVar[dict[str, str]] = {}
     """Descriptions of the scores that :meth:`measure` returns, by name."""
     note: str = ""

@@ -1,7 +1,8 @@
-"""T0: attacks on protected images alone, without training. They target pixel-based encryption and run on any image.
+"""T0: attacks on protected images alone, without training. They run on any image.
 
-Source: Chang, Case, "Attacks on image encryption schemes for privacy-preserving deep neural networks" (2020, arXiv
-2004.13263), basic and advanced attack under different keys.
+``feature_reconstruction`` and ``minimum_difference`` target pixel-based encryption. Source: Chang, Case, "Attacks on
+image encryption schemes for privacy-preserving deep neural networks" (2020, arXiv 2004.13263), basic and advanced
+attack under different keys.
 """
 
 from __future__ import annotations
@@ -14,6 +15,19 @@ from torch import Tensor
 
 from raypp.attacks.base import Attack, AttackError, Threat, match_shape
 from raypp.utils.registry import MethodConfig
+
+
+class ProtectedImage(Attack):
+    """Takes the protected image itself as the estimate: what a person sees without any computation."""
+
+    class Options(MethodConfig):
+        name: Literal["protected_image"] = "protected_image"
+
+    threat: ClassVar[Threat] = Threat.T0
+    matcher: ClassVar[str] = "edges"  # a protected image may keep contours without brightness
+
+    def reconstruct(self, protected: Tensor) -> Tensor:
+        return match_shape(protected, self.access.shape)
 
 
 class FeatureReconstruction(Attack):

@@ -246,9 +246,12 @@ def _load_folders(folders: tuple[str, str], selection: _Selection, device: torch
     check_image_size(plain.shape[2:])
     order = torch.from_numpy(np.random.default_rng(selection.seed).permutation(len(plain)))
     num = min(selection.num_queries, len(plain) // 5)
-    truth, known = order[:num].to(device), order[num:][: selection.num_images].to(device)
+    num_known = len(plain) - num if selection.num_images is None else min(selection.num_images, len(plain) - num)
+    queries, known = order[:num].to(device), order[num : num + num_known].to(device)
     plain, protected = plain.to(device), protected.to(device)
-    half = len(known) // 2
+    # The attacker knows the protected versions of its own images, so they are no candidates.
+    gallery = plain[torch.cat((queries, order[num + num_known :].to(device)))]
+    half = num_known // 2
     labels = torch.zeros(len(plain), dtype=torch.int64, device=device)
     access = AttackerKnowledge(
         shape=(plain.shape[1], plain.shape[2], plain.shape[3]),
@@ -256,11 +259,14 @@ def _load_folders(folders: tuple[str, str], selection: _Selection, device: torch
         labels=labels[known],
         ciphertexts=lambda: (plain[known[:half]], labels[known[:half]], protected[known[half:]], labels[known[half:]]),
         pairs=(plain[known], protected[known]),
-        gallery=plain,
+        gallery=gallery,
         device=device,
     )
-    label = Path(folders[1]).name
-    return Target(folders[1], label, access, plain[truth], protected[truth], labels[truth], plain, labels, truth, ())
+    truth = torch.arange(num, device=device)
+    label, classes = Path(folders[1]).name, labels[: len(gallery)]
+    return Target(
+        folders[1], label, access, plain[queries], protected[queries], classes[:num], gallery, classes, truth, ()
+    )
 
 
 def _read_pairs(folders: tuple[str, str]) -> tuple[Tensor, Tensor]:

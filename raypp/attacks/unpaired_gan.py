@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from raypp.attacks.base import MAX_VAL, AttackerKnowledge, AttackError, Shape, Threat, required, size_mismatch
+from raypp.attacks.base import AttackerKnowledge, AttackError, Shape, Threat, required, size_mismatch
 from raypp.attacks.trained import AttackTask, TrainedAttack, TrainedOptions
 from raypp.config.overrides import deep_merge
 from raypp.config.schema import Constant, OptimizationConfig, Optimizer
@@ -246,7 +246,6 @@ class UnpairedGAN(TrainedAttack):
 
     threat: ClassVar[Threat] = Threat.T1
     needs: ClassVar[tuple[str, ...]] = ("ciphertexts",)
-    max_validation: ClassVar[int] = MAX_VAL
 
     @cached_property
     def training_data(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -24,7 +24,6 @@ from raypp.utils.errors import ConfigError, RayppError
 from raypp.utils.images import Pixels, encode_png
 
 NOT_FOUND = 404
-PROTECTED_BASELINE = "protected image"  # an entry of a scorecard's baselines that does have information
 UPLOAD_SECONDS = 60  # after which Gradio deletes an image from this machine's temporary folder
 FILES = resources.files("raypp.client")
 
@@ -76,7 +75,7 @@ def page(name: str, client: Client, image: Pixels) -> str:
         protected=_base64_png(protected[0]),
         classes=prediction.top,
         attacks=[_run_attack(client, attack, image, plain[0]) for attack in offered.get("attacks", [])],
-        baselines={name: scores for name, scores in baselines.items() if name != PROTECTED_BASELINE},
+        baselines=baselines,
         no_attacks="This bundle has no attack results; raypp attack BUNDLE measures what it leaks."
         if offered
         else "This service offers no attacks.",

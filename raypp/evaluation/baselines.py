@@ -11,7 +11,7 @@ from raypp.attacks.base import required
 from raypp.attacks.image_fitting import fit_images
 from raypp.attacks.target import Target
 from raypp.metrics.image import in_parts, mean_image, ssim_for_loss
-from raypp.metrics.matchers import COSINE, EDGES, OWN_SCORES
+from raypp.metrics.matchers import COSINE, OWN_SCORES
 from raypp.metrics.statistics import holm_adjust, mcnemar_test, paired_t_test
 from raypp.utils.images import to_uint8
 
@@ -19,14 +19,15 @@ FIT_STEPS, FIT_PASSES, FIT_LR = 400, 40, 0.01  # of the images fitted by SSIM: m
 FIT_BATCH_SIZES, FIT_VALUES = (16, 200), 2**20  # images per step: within these limits, by image values in memory
 MEAN_IMAGE, RANDOM_IMAGE, FITTED_IMAGE = "mean image", "random image", "fitted image"
 CLASS_MEAN, CLASS_IMAGE = "class mean", "fitted class image"
-NEAREST_IMAGE, PROTECTED_IMAGE = "nearest training image", "protected image"
+NEAREST_IMAGE = "nearest training image"
 BLIND = (MEAN_IMAGE, RANDOM_IMAGE, FITTED_IMAGE, CLASS_MEAN, CLASS_IMAGE)
 """Baselines that use at most the class of a query."""
+BASELINE_MATCHER = COSINE
 SIGNIFICANCE = 0.05
 
 
 def baselines(target: Target, seed: int = 0) -> dict[str, Tensor]:
-    """Estimates uint8 (N, C, H, W) that do not use the protected image, and the protected image itself.
+    """Estimates uint8 (N, C, H, W) that do not use the protected image.
 
     ``class mean`` and ``fitted class image`` use the class, which the cloud knows. The fitted image has the largest
     mean SSIM with the attacker's images of the class; without classes, ``fitted image`` is that of all images.
@@ -49,10 +50,6 @@ def baselines(target: Target, seed: int = 0) -> dict[str, Tensor]:
         estimates[FITTED_IMAGE] = _fit_by_ssim(mean[None], images, group, seed).expand(len(plain), *mean.shape)
     nearest = torch.cat([_nearest(part, images) for part in in_parts(plain)])
     estimates[NEAREST_IMAGE] = images[nearest]
-    height, width = plain.shape[2:]
-    protected = target.protected[:, :, :height, :width]
-    if protected.shape == plain.shape:
-        estimates[PROTECTED_IMAGE] = protected
     return estimates
 
 
@@ -96,11 +93,6 @@ def _nearest(images: Tensor, others: Tensor) -> Tensor:
         min_distances = torch.minimum(min_distances, distances)
         start += len(part)
     return nearest
-
-
-def baseline_matcher(name: str) -> str:
-    """The matcher of a baseline's re-identification rate; a protected image may keep contours without brightness."""
-    return EDGES if name == PROTECTED_IMAGE else COSINE
 
 
 def above_baseline_p_values(

@@ -21,12 +21,12 @@ from raypp.metrics.matchers import OWN_SCORES
 from raypp.metrics.statistics import bootstrap_interval, wilson_interval
 
 WEAK_RATE, BROKEN_RATE = 0.05, 0.20
-MIN_QUERIES = 200  # attacked images; with fewer, chance alone moves a rate across a threshold
+MIN_QUERIES = 200  # attacked images that ``holds`` and ``weak`` need
 MIN_RISE = 0.01  # of SSIM or re-identification rate, between the last two points of a rising curve
 RATES = ("reidentified", "accuracy")
 """First words of the names of metrics that are shares: 0, 1 or a probability for each image."""
 
-INCONCLUSIVE = "inconclusive"
+BROKEN, INCONCLUSIVE = "broken", "inconclusive"
 
 Scores = dict[str, Tensor]
 """Values (N,) of each metric, one per image."""
@@ -108,22 +108,28 @@ def aggregate(scores: Scores, seed: int = 0) -> dict[str, dict[str, float]]:
     return summary
 
 
-def verdict(rate: float, num_queries: int, *, lower_bound: bool, at_chance: bool) -> tuple[str, str]:
+def verdict(rate: dict[str, float], num_queries: int, *, lower_bound: bool, at_chance: bool) -> tuple[str, str]:
     """Return the verdict on one attack, and the reason if it is ``inconclusive`` (else an empty string).
 
     Args:
-        rate: re-identification rate, 0 to 1.
+        rate: re-identification rate, 0 to 1: ``mean``, and ``low`` and ``high`` of its interval.
         num_queries: number of attacked images.
         lower_bound: a stronger attack of the same kind may re-identify more; ``broken`` stays ``broken``.
         at_chance: the classifier is at chance, see :func:`raypp.metrics.statistics.chance_error`.
     """
     if at_chance:
         return INCONCLUSIVE, "the classifier's accuracy is at chance"
+    if rate["low"] > BROKEN_RATE:
+        return BROKEN, ""
     if num_queries < MIN_QUERIES:
         return INCONCLUSIVE, f"{num_queries} images were attacked, a verdict needs {MIN_QUERIES}"
-    if lower_bound and rate <= BROKEN_RATE:
+    if rate["mean"] > BROKEN_RATE:
+        return BROKEN, ""
+    if lower_bound:
         return INCONCLUSIVE, "its score is a lower bound: a stronger attack may re-identify more"
-    return ("holds" if rate < WEAK_RATE else "weak" if rate <= BROKEN_RATE else "broken"), ""
+    if rate["mean"] < WEAK_RATE <= rate["high"]:
+        return INCONCLUSIVE, f"its interval reaches {rate['high']:.1%}, and the verdict holds needs less than 5%"
+    return ("holds" if rate["mean"] < WEAK_RATE else "weak"), ""
 
 
 def is_rising(curve: list[dict[str, float]]) -> bool:
@@ -133,8 +139,12 @@ def is_rising(curve: list[dict[str, float]]) -> bool:
 
 
 def rank_key(attack: dict[str, Any]) -> tuple[float, float]:
-    """Sort key of finished attacks in galleries of one size: re-identification rate, then SSIM."""
-    return attack["reidentification_rate"], attack["scores"]["ssim_invariant"]["mean"]
+    """Sort key of finished attacks in galleries of one size: re-identification rate, then SSIM.
+
+    The lower ends of their 95% intervals count, so that an attack on few images is not the strongest by chance.
+    """
+    scores = attack["scores"]
+    return scores["reidentified"]["low"], scores["ssim_invariant"]["low"]
 
 
 def strongest_attack(attacks: dict[str, dict[str, Any]]) -> str | None:

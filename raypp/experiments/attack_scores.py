@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from raypp.attacks import ATTACKS
+from raypp.attacks.base import tensor_sha256
 from raypp.attacks.suite import HALF_EFFORT, HALF_EPOCHS, QUARTER
 from raypp.attacks.target import Target
 from raypp.bundle.export import add_attacks
 from raypp.evaluation import scorecard
-from raypp.evaluation.baselines import BLIND, SIGNIFICANCE, above_baseline_p_values, baseline_matcher, baselines
+from raypp.evaluation.baselines import BASELINE_MATCHER, BLIND, SIGNIFICANCE, above_baseline_p_values, baselines
 from raypp.evaluation.output import as_csv
 from raypp.evaluation.scorecard import Scores, aggregate, score_images, strongest_attack
 from raypp.experiments import attack_plan
@@ -53,7 +54,7 @@ def _write_scorecard(plan: AttackPlan, target: Target, failures: dict[str, str])
     at_chance = chance_error(test, len(target.classes))
     attacks, attack_scores = _score_attacks(plan, target, failures, classifier)
     baseline_scores = {
-        name: score_images(images, target, classifier, matcher=baseline_matcher(name))
+        name: score_images(images, target, classifier, matcher=BASELINE_MATCHER)
         for name, images in baselines(target, seed).items()
     }
     _compare_with_baselines(attacks, attack_scores, baseline_scores)
@@ -64,6 +65,7 @@ def _write_scorecard(plan: AttackPlan, target: Target, failures: dict[str, str])
         "keyed": target.access.fresh is not None,
         "num_queries": len(target.plain),
         "num_gallery": len(target.gallery),
+        "gallery_sha256": tensor_sha256(target.gallery),
         "num_attacker_images": len(target.access.images) if target.access.images is not None else 0,
         "chance": 1 / len(target.gallery),
         "accuracy": test.get("accuracy"),
@@ -158,7 +160,7 @@ def headline(attacks: dict[str, Any], *, at_chance: bool) -> dict[str, Any]:
     for attack in attacks.values():
         if attack["status"] == "done":
             attack["verdict"], attack["verdict_reason"] = scorecard.verdict(
-                attack["reidentification_rate"],
+                attack["scores"]["reidentified"],
                 attack["num_queries"],
                 lower_bound=attack["lower_bound"],
                 at_chance=at_chance,
@@ -177,7 +179,7 @@ def headline(attacks: dict[str, Any], *, at_chance: bool) -> dict[str, Any]:
 
     strongest = strongest_attack(attacks)
     reconstruction = strongest_attack({name: a for name, a in attacks.items() if ATTACKS.get(name).draws})
-    is_broken = strongest is not None and attacks[strongest]["reidentification_rate"] > scorecard.BROKEN_RATE
+    is_broken = strongest is not None and attacks[strongest]["verdict"] == scorecard.BROKEN
     return {
         "strongest_attack": strongest,
         "strongest_reconstruction": reconstruction,
@@ -246,8 +248,9 @@ def _merge_with_stored(
 ) -> tuple[dict[str, Any], dict[str, bytes], set[str]]:
     """Merge a scorecard with the one stored in the bundle; each attack keeps its stronger run.
 
-    A weaker later attack must not make a bundle look better. Rates in galleries of different sizes cannot be compared,
-    so of two such scorecards, the one whose strongest attack identifies more bits stays as it is.
+    A weaker later attack must not make a bundle look better. Rates in different galleries cannot be compared, so of two
+    such scorecards, the one whose strongest attack identifies more bits stays as it is; the stored one if they are
+    equal.
 
     Returns:
         The scorecard, its files, and the names of attacks whose stored run is the stronger one.
@@ -261,8 +264,8 @@ def _merge_with_stored(
     new, old = card["attacks"], stored.get("attacks", {})
     if any("matcher" not in result for result in old.values() if result["status"] == "done"):
         return card, files, set()  # of an earlier version, whose results have other names
-    if card["num_gallery"] != stored["num_gallery"]:
-        if (card["bits_identified"] or 0) >= (stored["bits_identified"] or 0):
+    if card["gallery_sha256"] != stored.get("gallery_sha256"):
+        if _least_bits_identified(card) > _least_bits_identified(stored):
             return card, files, set()
         return stored, {name: private.read(name) for name in (SCORES, EXAMPLES)}, set(new)
     from_stored = {name for name, result in old.items() if _is_stronger(result, new.get(name))}
@@ -278,8 +281,14 @@ def _merge_with_stored(
     return merged, {SCORES: scores, EXAMPLES: save(examples)}, from_stored
 
 
+def _least_bits_identified(card: dict[str, Any]) -> float:
+    """Lower end of the interval of the bits that the strongest attack identifies; 0 without an attack."""
+    name = card["strongest_attack"]
+    return 0.0 if name is None else float(card["attacks"][name]["scores"]["bits_identified"]["low"])
+
+
 def _is_stronger(stored: dict[str, Any], new: dict[str, Any] | None) -> bool:
-    """Whether a stored run of an attack has finished and leaks more than a new one in a gallery of the same size."""
+    """Whether a stored run of an attack has finished and leaks more than a new one in the same gallery."""
     if stored["status"] != "done":
         return False
     return new is None or new["status"] != "done" or scorecard.rank_key(stored) > scorecard.rank_key(new)

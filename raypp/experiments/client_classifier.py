@@ -166,17 +166,16 @@ def _is_reference(candidate: Candidate, target: Target) -> bool:
 def _plain_results(plan: AttackPlan, target: Target, candidate: Candidate) -> tuple[dict[str, Any], int] | None:
     """Test results and epochs of a trained classifier of the candidate's architecture, or None.
 
-    Only the bundle's own plain classifier serves where the attack uses other images than the bundle: its accuracy and
-    the bundle's are of the same images.
+    None serves where the attack uses other images than the bundle, whose cost and accuracies differ.
     """
+    if not _has_data_of_bundle(plan, target):
+        return None
     names = [CLIENT_CLASSIFIER]
     if _is_reference(candidate, target):
         metrics = target.metrics or {}
         if metrics.get("plain_test"):
             return metrics["plain_test"], metrics["epochs"]["plain"]
         names.append(REFERENCE_CLASSIFIER)
-    if not _has_data_of_bundle(plan, target):
-        return None
     for name in names:
         folder = plan.storage.folder(name)
         if folder.exists("summary.json"):

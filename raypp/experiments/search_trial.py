@@ -18,7 +18,7 @@ from raypp.bundle.load import load_public
 from raypp.config.schema import Config
 from raypp.data.base import stratified_split
 from raypp.data.splits import load_split, subsample
-from raypp.evaluation.baselines import CLASS_IMAGE, baseline_matcher, fitted_class_image
+from raypp.evaluation.baselines import BASELINE_MATCHER, fitted_class_image
 from raypp.evaluation.reidentification import select_matcher
 from raypp.evaluation.scorecard import aggregate, score_images
 from raypp.experiments.search import RESULT, TRIALS, Point, Search, SearchPlan, TrialRecord, attack_options, read_record
@@ -101,7 +101,7 @@ def proxy_leakage(
     estimates = attack.reconstruct(target.protected)
     scores = aggregate(score_images(estimates, target, matcher=matcher, all_matchers=False), config.seed)
     class_image = fitted_class_image(target, config.seed)
-    blind = score_images(class_image, target, matcher=baseline_matcher(CLASS_IMAGE), all_matchers=False)
+    blind = score_images(class_image, target, matcher=BASELINE_MATCHER, all_matchers=False)
     folder.delete("checkpoints")
     return {
         "leakage": scores["ssim_invariant"]["mean"],

@@ -25,7 +25,7 @@ from raypp.attacks.statements import logits_of, stated_noise_std
 from raypp.attacks.user_function import user_function
 from raypp.metrics.image import psnr, ssim
 from raypp.metrics.retrieval import reidentify
-from raypp.utils.errors import ConfigError
+from raypp.utils.errors import ConfigError, DataError
 from raypp.utils.images import decode
 from raypp.utils.keys import Key
 
@@ -415,6 +415,69 @@ def test_the_likelihood_is_that_of_clipped_and_rounded_noise() -> None:
     assert torch.allclose(scores - scores[:, :1], exact - exact[:, :1], atol=0.05)
 
 
+class Constant(torch.nn.Module):
+    """A protection whose output is another one than images in [0, 1]."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, images: Tensor) -> Any:
+        return self.output(images)
+
+
+@pytest.mark.parametrize(
+    ("output", "problem"),
+    [
+        (lambda x: x * float("nan"), "gave values that are not finite"),
+        (lambda x: x * 255, "gave values from 0 to 255"),
+        (lambda x: -x, "gave values from -1 to "),
+        (lambda x: x[1:], r"gave \(7, 3, 16, 16\) for 8 images"),
+        (lambda x: torch.cat([x, x], 1), r"gave \(8, 6, 16, 16\) for 8 images"),
+        (lambda x: x.to(torch.uint8), r"gave Tensor \(8, 3, 16, 16\)"),
+        (lambda x: None, "gave NoneType"),
+        (lambda x: x.no_such_method(), "failed: AttributeError: 'Tensor' object has no attribute 'no_such_method'"),
+    ],
+)
+def test_a_module_that_does_not_protect_images_is_refused(output: Any, problem: str) -> None:
+    images = np.full((40, 16, 16, 3), 255, np.uint8)
+    images[::2, 0] = 0
+    with pytest.raises(ConfigError, match=f"module Constant {problem}"):
+        load_array_target(ArrayTarget(Constant(output), images=images), num_queries=10, num_images=None, seed=0)
+
+
+def test_a_module_may_leave_the_range_by_rounding() -> None:
+    arrays = ArrayTarget(Constant(lambda x: x * 1.0005), images=np.full((40, 16, 16, 3), 255, np.uint8))
+    assert load_array_target(arrays, num_queries=10, num_images=None, seed=0).protected.min() == 255
+
+
+def test_fewer_images_of_the_attacker_are_a_random_choice() -> None:
+    images = np.arange(200, dtype=np.uint8)[:, None, None, None].repeat(16, 1).repeat(16, 2).repeat(3, 3)
+    arrays = ArrayTarget(Negative(), images=images, attacker_images=images)
+    own = load_array_target(arrays, num_queries=10, num_images=40, seed=0).access.images
+    assert own is not None
+    assert len(own) == 40
+    assert own.max() >= 150
+
+
+def test_a_label_that_is_not_a_number_is_refused() -> None:
+    labels = np.append(np.zeros(39), np.nan)
+    arrays = ArrayTarget(Negative(), images=np.zeros((40, 16, 16, 3), np.uint8), labels=labels)
+    with pytest.raises(DataError, match="labels has a value that is not a number; allowed is a class for each image"):
+        load_array_target(arrays, num_queries=10, num_images=None, seed=0)
+
+
+def test_the_protected_image_is_an_estimate_itself(photos: Tensor) -> None:
+    attack = build("protected_image", AttackerKnowledge((3, 30, 30)))
+    attack.prepare()
+    assert attack.matcher == "edges"
+    assert torch.equal(attack.reconstruct(255 - photos[:5]), 255 - photos[:5, :, :30, :30])
+    gray = photos[:5, :1]
+    assert torch.equal(
+        build("protected_image", AttackerKnowledge((3, 32, 32))).reconstruct(gray), gray.repeat(1, 3, 1, 1)
+    )
+
+
 def test_a_function_states_its_noise(tmp_path: Path) -> None:
     file = tmp_path / "noisy_function.py"
     file.write_text("def protect(images):\n    return images\n\n\nprotect.noise_std = 60\n")
@@ -485,15 +548,15 @@ def test_an_oracle_selects_the_matcher(photos: Tensor) -> None:
         (3, 32, 32), protect=lambda x: 255 - x, images=photos, pairs=(photos, 255 - photos),
         ciphertexts=lambda: (photos, torch.zeros(1000), photos, torch.zeros(1000)),
     )  # fmt: skip
-    for name in ("codebook", "known_plaintext", "chosen_plaintext", "unpaired_gan"):
+    for name in ("codebook", "chosen_plaintext"):
         attack = build(name, access)
         validation = attack.validation_images()
         assert validation is not None, name
         gallery, protected = validation
         assert len(gallery) == 1000
         assert torch.equal(protected, 255 - gallery[:100])
-    for name in ("known_plaintext", "unpaired_gan"):
-        assert build(name, dataclasses.replace(access, protect=None)).validation_images() is None
+    for name in ("known_plaintext", "unpaired_gan"):  # their attacker cannot protect images under the target's key
+        assert build(name, access).validation_images() is None
 
 
 def test_a_codebook_is_for_few_images(photos: Tensor) -> None:

@@ -228,6 +228,20 @@ def test_a_gain_never_mixes_two_data_sets(trained: Trained, tmp_path: Path, sett
     assert (reason in describe_gain(section)) == (not is_same)
 
 
+def test_the_plain_classifier_of_a_bundle_does_not_serve_for_another_size(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        client_classifier, "_largest_classifier", lambda *_: (required(trained.config).classifier, 10**6)
+    )
+    for size, is_measured in ((16, True), (20, False)):
+        plan, target = of_bundle(trained, tmp_path, "--data.image_size", f"[{size}, {size}]")
+        section, _ = client_classifier.measure_client_of(plan, target, {})
+        assert section is not None
+        assert section["bytes"] == size * size * 3
+        assert (section["cloud_gain"] is not None) == is_measured
+
+
 @pytest.mark.parametrize(
     ("is_reference", "failures", "note"),
     [

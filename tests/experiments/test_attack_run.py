@@ -105,7 +105,7 @@ def test_the_scorecard_holds_every_attack_and_the_baselines(attacked: tuple[Path
     }
     assert "no permutation" in card["attacks"]["chosen_plaintext"]["note"]
     assert set(card["baselines"]) == {
-        "mean image", "class mean", "fitted class image", "random image", "nearest training image", "protected image",
+        "mean image", "class mean", "fitted class image", "random image", "nearest training image",
     }  # fmt: skip
     assert card["blind_baselines"] == ["mean image", "random image", "class mean", "fitted class image"]
     for scores in (card["attacks"]["inverse"]["scores"], card["baselines"]["mean image"]):
@@ -625,6 +625,21 @@ def test_two_folders_can_be_attacked(tmp_path: Path) -> None:
     assert "class mean" not in card["baselines"]
 
 
+@pytest.mark.parametrize(("num_images", "num_gallery"), [(None, 12), (20, 40)])
+def test_the_attackers_own_images_of_a_folder_are_no_candidates(
+    tmp_path: Path, num_images: int | None, num_gallery: int
+) -> None:
+    folders = write_folders(tmp_path)
+    target = attack_plan.load_target_of(plan(tmp_path, suite=SUITE | {"num_images": num_images}, folders=folders))
+    own, gallery = target.access.images, target.gallery
+    assert own is not None
+    assert len(own) == (num_images or 48)
+    assert len(gallery) == len(target.gallery_labels) == num_gallery
+    assert not (own[:, None] == gallery[None]).flatten(2).all(2).any()
+    assert torch.equal(gallery[target.truth], target.plain)
+    assert torch.equal(target.protected, 255 - target.plain)
+
+
 def test_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
     folders = write_folders(tmp_path, 20)
     plain, protected = (Path(folder) for folder in folders)
@@ -695,7 +710,10 @@ def test_a_plan_that_makes_no_sense_is_refused(trained: Trained, tmp_path: Path)
 
 
 def test_verdicts() -> None:
-    shares = (0, 0.0499, 0.05, 0.2, 0.2001, 1)
+    def rate(share: float, half_width: float = 0.0) -> dict[str, float]:
+        return {"mean": share, "low": share - half_width, "high": share + half_width}
+
+    shares = [rate(share) for share in (0, 0.0499, 0.05, 0.2, 0.2001, 1)]
     thresholds = ["holds", "holds", "weak", "weak", "broken", "broken"]
     sure = {"num_queries": 200, "lower_bound": False, "at_chance": False}
     assert [verdict(share, **sure) for share in shares] == [(words, "") for words in thresholds]
@@ -704,15 +722,26 @@ def test_verdicts() -> None:
     assert [words for words, _ in bounds] == ["inconclusive"] * 4 + ["broken"] * 2
     assert "lower bound" in bounds[0][1]
     for change, reason in (({"num_queries": 199}, "199 images were attacked"), ({"at_chance": True}, "is at chance")):
-        for share in shares:
+        for share in shares[:4]:
             words, why = verdict(share, **sure | change)
             assert words == "inconclusive"
             assert reason in why
+    # Few images suffice if the whole interval is above 20%, and many do not if it contains 5%.
+    assert verdict(rate(0.5, 0.25), **sure | {"num_queries": 12}) == ("broken", "")
+    assert verdict(rate(0.5, 0.35), **sure | {"num_queries": 12})[0] == "inconclusive"
+    assert verdict(rate(0.25, 0.1), **sure) == ("broken", "")
+    assert verdict(rate(0.04, 0.02), **sure) == (
+        "inconclusive", "its interval reaches 6.0%, and the verdict holds needs less than 5%"
+    )  # fmt: skip
+    assert verdict(rate(1.0), **sure | {"at_chance": True}) == (
+        "inconclusive", "the classifier's accuracy is at chance"
+    )  # fmt: skip
 
 
 def test_the_verdict_of_a_scorecard_needs_evidence() -> None:
     def done(rate: float, **changes: Any) -> dict[str, Any]:
-        scores = {"ssim_invariant": {"mean": rate}, "bits_identified": {"mean": 1.0}}
+        interval = {"mean": rate, "low": rate, "high": rate}
+        scores = {"reidentified": interval, "ssim_invariant": interval, "bits_identified": {"mean": 1.0}}
         return {
             "status": "done",
             "reidentification_rate": rate,
@@ -736,6 +765,8 @@ def test_the_verdict_of_a_scorecard_needs_evidence() -> None:
     assert "white_box failed" in attack_scores.headline(failed, at_chance=False)["verdict_reason"]
     assert summarize(failed | {"known_gallery": done(0.5)})[1] == "broken"
     assert summarize({"white_box": {"status": "does not apply"}}) == (None, None, None)
+    few = done(0.6, num_queries=20) | {"scores": done(0.15)["scores"] | {"reidentified": {"low": 0.1, "mean": 0.6}}}
+    assert summarize({"white_box": few, "inverse": done(0.5)}) == ("inverse", "broken", "broken")
 
 
 @pytest.mark.parametrize(
@@ -773,7 +804,8 @@ def test_an_attack_is_marked_as_above_the_baseline_only_if_it_is_significant() -
 
 def test_the_strongest_attack_counts_not_the_average() -> None:
     def result(rate: float, ssim: float = 0.1, status: str = "done") -> dict[str, Any]:
-        return {"status": status, "reidentification_rate": rate, "scores": {"ssim_invariant": {"mean": ssim}}}
+        scores = {"reidentified": {"mean": 0.9, "low": rate}, "ssim_invariant": {"mean": 0.9, "low": ssim}}
+        return {"status": status, "reidentification_rate": 0.9, "scores": scores}
 
     assert strongest_attack({}) is None
     assert strongest_attack({"a": result(0.1), "b": result(0.3), "c": result(0.9, status="failed")}) == "b"
@@ -897,17 +929,22 @@ def test_two_attack_runs_that_end_together_both_stay_in_a_bundle(
     verify(bundle)
 
 
-@pytest.mark.parametrize(("bits", "replaced"), [(5.0, False), (8.0, True)])
-def test_scorecards_of_galleries_of_different_sizes_are_compared_by_bits(
-    tmp_path: Path, bits: float, replaced: bool
+@pytest.mark.parametrize(("bits", "replaced"), [(5.0, False), (7.0, False), (8.0, True)])
+@pytest.mark.parametrize("num_gallery", [100, 10_000])
+def test_scorecards_of_different_galleries_are_compared_by_bits(
+    tmp_path: Path, num_gallery: int, bits: float, replaced: bool
 ) -> None:
-    """A rate of 60% in a gallery of 100 images may mean less than 50% of 10,000."""
+    """A rate of 60% in a gallery of 100 images may mean less than 50% of 10,000; so may one of smaller images."""
 
-    def card(num_gallery: int, rate: float, bits: float) -> dict[str, Any]:
-        result = {"status": "done", "matcher": "cosine", "reidentification_rate": rate, "num_gallery": num_gallery}
-        return {"num_gallery": num_gallery, "bits_identified": bits, "attacks": {"inverse": result}}
+    def card(gallery: str, num_gallery: int, rate: float, bits: float) -> dict[str, Any]:
+        scores = {"bits_identified": {"mean": 9.0, "low": bits}}
+        result = {"status": "done", "matcher": "cosine", "reidentification_rate": rate, "scores": scores}
+        return {
+            "num_gallery": num_gallery, "gallery_sha256": gallery, "bits_identified": 9.0,
+            "strongest_attack": "inverse", "attacks": {"inverse": result},
+        }  # fmt: skip
 
-    stored, new = card(10_000, 0.5, 7.0), card(100, 0.6, bits)
+    stored, new = card("a", 10_000, 0.5, 7.0), card("b", num_gallery, 0.6, bits)
     (tmp_path / "private").mkdir()
     (tmp_path / "private" / "scorecard.json").write_text(json.dumps(stored))
     names = ("scores.csv", "examples.safetensors")

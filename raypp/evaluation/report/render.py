@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import raypp
-from raypp.evaluation.baselines import baseline_matcher
+from raypp.evaluation.baselines import BASELINE_MATCHER
 from raypp.evaluation.output import as_csv
 from raypp.evaluation.reidentification import GALLERY_SIZES
 from raypp.evaluation.report import figures
@@ -179,7 +179,7 @@ def _rows(card: dict[str, Any]) -> list[dict[str, Any]]:
         rows.append(row | _format_scores(attack.get("scores"), attack.get("num_queries"), attack.get("matcher")))
     for name, scores in card["baselines"].items():
         row = {"name": f"baseline: {name}", "is_baseline": True}
-        rows.append(row | _format_scores(scores, card["num_queries"], baseline_matcher(name)))
+        rows.append(row | _format_scores(scores, card["num_queries"], BASELINE_MATCHER))
     return rows
 
 
