@@ -131,7 +131,7 @@ def estimated_images(sources: Sequence[str], attacks: Sequence[str], num_images:
 
 @styled
 def psnr_boxes(sources: Sequence[str], attacks: Sequence[str]) -> tuple[bytes, bytes]:
-    """Figure 5: PSNR of all attacked images, as boxes without outliers, and of the baselines."""
+    """Figure 5: PSNR of the n attacked images, as boxes without outliers, and of the baselines."""
     loaded = [_read(source, attacks) for source in sources]
     boxes: list[tuple[str, np.ndarray]] = []
     baselines: list[tuple[str, np.ndarray]] = []
@@ -150,8 +150,9 @@ def psnr_boxes(sources: Sequence[str], attacks: Sequence[str]) -> tuple[bytes, b
     plot = panel.boxplot(values_of_boxes, showfliers=False, patch_artist=True, medianprops={"color": "#1d2530"})
     for index, box in enumerate(plot["boxes"]):
         box.set(facecolor=BOX_COLOR if index < len(boxes) else BASELINE_COLOR, alpha=0.75)
-    panel.set_xticks(range(1, len(titles) + 1), titles)
-    panel.set_ylabel(f"PSNR of {max(map(len, values_of_boxes)):,} images, dB")
+    labels = [f"{title}\nn = {len(values):,}" for title, values in zip(titles, values_of_boxes, strict=True)]
+    panel.set_xticks(range(1, len(labels) + 1), labels)
+    panel.set_ylabel("PSNR, dB")
     panel.grid(visible=False, axis="x")
     return as_png(figure), as_svg(figure)
 

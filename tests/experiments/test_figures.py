@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +16,11 @@ import torch
 from conftest import Trained
 from matplotlib.axes import Axes
 from PIL import Image
+from safetensors.numpy import save
 
 import raypp
 from raypp.data.splits import load_split
+from raypp.evaluation.output import as_csv
 from raypp.evaluation.report.source import read_source
 from raypp.experiments import figures
 from raypp.experiments.figures import write_figure
@@ -96,6 +100,30 @@ def test_figure_3_refuses_runs_on_other_images(
     monkeypatch.setattr(figures, "load_split", other_split)
     with pytest.raises(ConfigError, match="has other test images than"):
         write_figure(3, [str(trained.run), str(trained.run)], Storage(tmp_path))
+
+
+def store_scorecard(folder: Path, num_images: dict[str, int]) -> str:
+    """Store a scorecard of attacks and baselines with a PSNR for each of so many images; returns the folder."""
+    attacks = {name: {"status": "done"} for name in num_images if not name.startswith("baseline: ")}
+    baselines: dict[str, Any] = {name.removeprefix("baseline: "): {} for name in num_images.keys() - attacks}
+    card = {"target": "first", "label": "first", "attacks": attacks, "baselines": baselines}
+    card |= dict.fromkeys(("strongest_attack", "strongest_reconstruction", "bits_identified"))
+    rows = [{"attack": name, "psnr": 10 + i / 4} for name, num in num_images.items() for i in range(num)]
+    storage = Storage(folder)
+    storage.write("scorecard.json", json.dumps(card).encode())
+    storage.write("scores.csv", as_csv(("attack", "psnr"), rows))
+    storage.write("examples.safetensors", save({"plain": np.zeros(1)}))
+    return str(folder)
+
+
+def test_figure_5_names_the_number_of_images_of_each_box(tmp_path: Path) -> None:
+    """An attack may have fewer images than the others of its run."""
+    run = store_scorecard(tmp_path / "run", {"itn": 1500, "white_box": 30, "baseline: mean image": 2000})
+    write_figure(5, [run], Storage(tmp_path), attacks=["itn", "white_box"])
+    texts = re.findall(r"<!-- (.*?) -->", (tmp_path / "figure5.svg").read_text(), re.DOTALL)
+    labels = " ".join(texts)
+    assert re.findall(r"n = ([\d,]+)", labels) == ["1,500", "30", "2,000"]
+    assert "PSNR, dB" in labels
 
 
 @pytest.mark.slow
