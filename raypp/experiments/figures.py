@@ -5,11 +5,12 @@ Source: Ito, Kinoshita, Kiya 2020 (arXiv 2008.03143), section III. Figure 5 adds
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
+from raypp.attacks import ATTACKS
 from raypp.bundle.load import load_private, load_public
 from raypp.bundle.locate import locate_bundle
 from raypp.config.schema import Config
@@ -51,8 +52,8 @@ def write_figure(
         num_images: number of images in figures 3 and 4; at most ``NUM_EXAMPLES`` in figure 4.
 
     Raises:
-        ConfigError: the number is unknown, there is no source, there are too many images, a source lacks an attack, or
-            sources show different images.
+        ConfigError: the number is unknown, there is no source, there are too many images, an attack reconstructs no
+            images, a source lacks an attack, or sources show different images.
         BundleError: a source holds no bundle, or is damaged.
     """
     if number not in FIGURES:
@@ -65,6 +66,12 @@ def write_figure(
         raise ConfigError(
             f"num_images is {num_images}; figure 4 shows 1 to {NUM_EXAMPLES}, the images that an attack run stores"
         )
+    for attack in attacks:
+        if not ATTACKS.get(attack).draws:
+            raise ConfigError(
+                f"attack {attack!r} selects gallery images and estimates none; figure {number} shows reconstruction "
+                f"attacks: {', '.join(_reconstruction_attacks(ATTACKS))}"
+            )
     names = tuple(attacks) or (PAPER_ATTACK,)
     if number == 3:
         png, svg = protected_images(sources, num_images)
@@ -158,9 +165,11 @@ def psnr_boxes(sources: Sequence[str], attacks: Sequence[str]) -> tuple[bytes, b
 
 
 def _read(location: str, attacks: Sequence[str]) -> Source:
-    """Read a scorecard; raises ConfigError if an attack has not run or reconstructs no images."""
+    """Read a scorecard; raises ConfigError if an attack has not run."""
     source = read_source(location)
-    available = [name for name in source.finished_attacks if "psnr" in source.scores.get(name, {})]
+    available = _reconstruction_attacks(
+        name for name in source.finished_attacks if "psnr" in source.scores.get(name, {})
+    )
     for attack in attacks:
         if attack not in available:
             raise ConfigError(
@@ -168,6 +177,10 @@ def _read(location: str, attacks: Sequence[str]) -> Source:
                 f"`raypp attack BUNDLE --attacks {attack}` adds them"
             )
     return source
+
+
+def _reconstruction_attacks(names: Iterable[str]) -> list[str]:
+    return [name for name in names if ATTACKS.get(name).draws]
 
 
 def _draw_rows(rows: Sequence[Row]) -> tuple[bytes, bytes]:

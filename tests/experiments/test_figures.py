@@ -78,6 +78,9 @@ def test_figure_3_shows_plain_images_above_the_protected_ones_of_each_run(
         (4, [], {}, "no source is named"),
         (3, ["run"], {"attacks": ["itn"]}, "--attacks belongs to figures 4 and 5"),
         (5, ["none"], {}, "'none' holds no scorecard"),
+        (4, ["run"], {"attacks": ["itn", "learned_matcher"]}, "attack 'learned_matcher' selects gallery images"),
+        (5, ["run"], {"attacks": ["known_gallery"]}, "figure 5 shows reconstruction attacks: .*inverse, .*codebook"),
+        (5, ["run"], {"attacks": ["iverse"]}, "unknown attack 'iverse'"),
         (4, ["run"], {"num_images": 11}, "num_images is 11; figure 4 shows 1 to 10, the images that an attack run"),
     ],
 )
@@ -124,6 +127,12 @@ def test_figure_5_names_the_number_of_images_of_each_box(tmp_path: Path) -> None
     labels = " ".join(texts)
     assert re.findall(r"n = ([\d,]+)", labels) == ["1,500", "30", "2,000"]
     assert "PSNR, dB" in labels
+
+
+def test_a_missing_attack_is_refused_with_the_reconstruction_attacks_of_the_run(tmp_path: Path) -> None:
+    run = store_scorecard(tmp_path / "run", {"itn": 3, "learned_matcher": 3, "baseline: mean image": 3})
+    with pytest.raises(ConfigError, match=r"has no estimates of 'inverse'; it has those of itn; `raypp attack"):
+        write_figure(5, [run], Storage(tmp_path), attacks=["inverse"])
 
 
 @pytest.mark.slow
