@@ -22,14 +22,15 @@ NOT_ATTACKED = "No attack has been run on this bundle yet."
 def leakage_card(scorecard: dict[str, Any]) -> str:
     """Attack results as a section of the model card."""
     verdict, reason = scorecard["verdict"], scorecard["verdict_reason"]
-    rows = ["| attack | threat | re-identified | bits | SSIM | verdict |", "|---|---|---|---|---|---|"]
+    rows = ["| attack | threat | n | re-identified | bits | SSIM | verdict |", "|---|---|---|---|---|---|---|"]
     for name, attack in scorecard["attacks"].items():
         if attack["status"] != "done":
-            rows.append(f"| {name} | {attack['threat']} | - | - | - | {attack['status']} |")
+            rows.append(f"| {name} | {attack['threat']} | - | - | - | - | {attack['status']} |")
             continue
         rate = f"{attack['reidentification_rate']:.1%}{' (at least)' if attack['lower_bound'] else ''}"
         bits, ssim = (attack["scores"][key]["mean"] for key in ("bits_identified", "ssim"))
-        rows.append(f"| {name} | {attack['threat']} | {rate} | {bits:.1f} | {ssim:.3f} | {attack['verdict']} |")
+        cells = (name, attack["threat"], f"{attack['num_queries']:,}", rate, f"{bits:.1f}", f"{ssim:.3f}")
+        rows.append(f"| {' | '.join(cells)} | {attack['verdict']} |")
     blind = [scorecard["baselines"][name] for name in scorecard["blind_baselines"]]
     max_ssim, max_rate = (max(scores[key]["mean"] for scores in blind) for key in ("ssim", "reidentified"))
     num_gallery = scorecard["num_gallery"]
@@ -40,11 +41,11 @@ def leakage_card(scorecard: dict[str, Any]) -> str:
         LEAKAGE,
         f"Verdict: **{verdict or 'not measured'}**{f' ({reason})' if reason else ''} in a gallery of {num_gallery:,} "
         "images. A larger gallery lowers the rates.",
-        f"{scorecard['num_queries']:,} test images attacked.",
         "\n".join(rows),
+        "n: number of attacked test images.",
         f"Bits: mean of log2 {num_gallery:,} - log2(rank of the original).",
         "Baseline: an attacker without the protected image, who knows at most the class, gets SSIM "
-        f"{max_ssim:.3f} and re-identifies {max_rate:.2%}.\n",
+        f"{max_ssim:.3f} and re-identifies {max_rate:.2%} of {scorecard['num_queries']:,} test images.\n",
         *([f"{describe_gain(scorecard['client'])}\n"] if scorecard.get("client") else []),
     )
     return "\n\n".join(paragraphs)
