@@ -161,7 +161,7 @@ def rank_by_scores(scores: Iterable[Tensor], truth: Tensor, gallery: Tensor, lab
 
     Returns:
         the ranks. Ties count against the original, except ties with copies of it: equal scores of two different images
-        identify neither. A score of the original that is not a number gives the last rank.
+        identify neither. A score of NaN or -inf excludes an image. An excluded original has the last rank.
     """
     copies = _copy_numbers(gallery)
     parts, start = [], 0
@@ -185,12 +185,14 @@ def _copy_numbers(images: Tensor) -> Tensor:
 
 def _rank(scores: Tensor, truth: Tensor, copies: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the ranks of a batch of queries in the gallery and in the class, and the number of rivals in the class."""
+    scores = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf)
     own = scores.gather(1, truth[:, None])
-    tolerance = TIE_TOLERANCE * torch.maximum(scores.amax(1), -scores.amin(1))[:, None]
-    is_nearer = ~(scores < own - tolerance)  # NaN is not farther
+    finite = scores.nan_to_num(0, 0, 0)
+    tolerance = TIE_TOLERANCE * torch.maximum(finite.amax(1), -finite.amin(1))[:, None]
+    is_nearer = scores >= own - tolerance
     is_rival = copies[None] != copies[truth][:, None]
     in_class = labels[None] == labels[truth][:, None]
     num_rivals = (is_rival & in_class).sum(1)
     is_other = torch.ones_like(is_rival).scatter_(1, truth[:, None], False)
-    is_nearer &= torch.where(own.isnan(), is_other, is_rival)
+    is_nearer &= torch.where(own == -torch.inf, is_other, is_rival)
     return is_nearer.sum(1), (is_nearer & in_class).sum(1), num_rivals

@@ -1,0 +1,40 @@
+"""Ranks of originals by scores that are not finite."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from raypp.metrics.retrieval import RetrievalRanks, rank_by_scores
+
+NUM = 5
+GALLERY = torch.arange(NUM, dtype=torch.uint8).view(NUM, 1, 1, 1)
+
+
+def ranks_of(*scores: float) -> RetrievalRanks:
+    """The rank of image 0 by scores of all images of the gallery."""
+    labels = torch.zeros(NUM, dtype=torch.int64)
+    return rank_by_scores([torch.tensor([scores])], torch.tensor([0]), GALLERY, labels)
+
+
+@pytest.mark.parametrize("excluded", [math.nan, -math.inf])
+def test_an_excluded_image_is_farther_than_the_original(excluded: float) -> None:
+    ranks = ranks_of(2, excluded, 1, 3, 0)
+    assert (ranks.all.item(), ranks.same_class.item()) == (1, 1)
+    assert ranks_of(2, excluded, 1, excluded, 0).all.item() == 0
+    assert ranks_of(-2, *[excluded] * 4).all.item() == 0
+    assert ranks_of(math.inf, excluded, 1, 2, 3).all.item() == 0
+
+
+@pytest.mark.parametrize("own", [math.nan, -math.inf])
+def test_an_excluded_original_has_the_last_rank(own: float) -> None:
+    assert ranks_of(own, 0, 1, 2, 3).all.item() == NUM - 1
+    assert ranks_of(own, math.nan, -math.inf, 1, own).all.item() == NUM - 1
+    assert ranks_of(*[own] * NUM).all.item() == NUM - 1
+
+
+def test_infinite_scores_do_not_hide_the_order_of_finite_ones() -> None:
+    assert ranks_of(2, math.inf, -math.inf, 1, 2 - 1e-15).all.item() == 2  # one is larger, one is a tie
+    assert ranks_of(math.inf, math.inf, 0, 0, 0).all.item() == 1, "ties count against the original"
