@@ -128,6 +128,9 @@ def reidentify(
 
     Returns:
         the ranks, see :func:`rank_by_scores`. An estimate that is not a number has the last rank.
+
+    Raises:
+        ValueError: the gallery is empty.
     """
     batches = query_batches(estimates, len(gallery))
     return rank_by_scores((negative_distances(batch, gallery, features) for batch in batches), truth, gallery, labels)
@@ -162,7 +165,12 @@ def rank_by_scores(scores: Iterable[Tensor], truth: Tensor, gallery: Tensor, lab
     Returns:
         the ranks. Ties count against the original, except ties with copies of it: equal scores of two different images
         identify neither. A score of NaN or -inf excludes an image. An excluded original has the last rank.
+
+    Raises:
+        ValueError: the gallery is empty.
     """
+    if len(gallery) == 0:
+        raise ValueError("the gallery has 0 images; allowed is at least 1")
     copies = _copy_numbers(gallery)
     parts, start = [], 0
     for batch in scores:

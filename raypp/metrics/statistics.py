@@ -41,7 +41,14 @@ def wilson_interval(successes: float, num: int, z: float = 1.96) -> tuple[float,
         successes: number of successes, 0 to ``num``. A sum of probabilities is allowed: values in [0, 1] vary at most
             as much as zeros and ones of the same mean, so the interval is not too narrow.
         num: number of trials; with 0 the interval is (0, 1).
+
+    Raises:
+        ValueError: ``num`` is negative, or ``successes`` is not within 0 to ``num``.
     """
+    if num < 0:
+        raise ValueError(f"num is {num}; allowed is at least 0")
+    if not 0 <= successes <= num:
+        raise ValueError(f"successes is {successes}; allowed is 0 to {num}, the number of trials")
     if num == 0:
         return 0.0, 1.0
     rate = successes / num

@@ -1,4 +1,4 @@
-"""Ranks of originals by scores that are not finite."""
+"""Ranks of originals by scores that are not finite, and in galleries without images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from raypp.metrics.retrieval import RetrievalRanks, rank_by_scores
+from raypp.metrics.retrieval import RetrievalRanks, rank_by_scores, reidentify
 
 NUM = 5
 GALLERY = torch.arange(NUM, dtype=torch.uint8).view(NUM, 1, 1, 1)
@@ -38,3 +38,11 @@ def test_an_excluded_original_has_the_last_rank(own: float) -> None:
 def test_infinite_scores_do_not_hide_the_order_of_finite_ones() -> None:
     assert ranks_of(2, math.inf, -math.inf, 1, 2 - 1e-15).all.item() == 2  # one is larger, one is a tie
     assert ranks_of(math.inf, math.inf, 0, 0, 0).all.item() == 1, "ties count against the original"
+
+
+def test_an_empty_gallery_is_refused() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    with pytest.raises(ValueError, match="the gallery has 0 images; allowed is at least 1"):
+        reidentify(GALLERY, GALLERY[:0], none, none)
+    with pytest.raises(ValueError, match="the gallery has 0 images; allowed is at least 1"):
+        rank_by_scores([torch.zeros(1, 0)], none, GALLERY[:0], none)

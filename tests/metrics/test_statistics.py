@@ -1,4 +1,4 @@
-"""The paired t-test where its formula is not defined."""
+"""The paired t-test and the interval of a share where their formulas are not defined."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from raypp.metrics.statistics import paired_t_test
+from raypp.metrics.statistics import paired_t_test, wilson_interval
 
 pytestmark = pytest.mark.filterwarnings("error")
 VALUES = np.random.default_rng(0).normal(size=30)
@@ -42,3 +42,18 @@ def test_constant_differences_are_judged_by_their_signs(offset: float) -> None:
 def test_almost_constant_differences_give_no_warning() -> None:
     noise = 1e-11 * np.random.default_rng(2).normal(size=30)
     assert 0 <= paired_t_test(VALUES + 0.1 + noise, VALUES) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("successes", "num", "sentence"),
+    [
+        (-1, 10, "successes is -1; allowed is 0 to 10, the number of trials"),
+        (11, 10, "successes is 11; allowed is 0 to 10, the number of trials"),
+        (math.nan, 10, "successes is nan; allowed is 0 to 10, the number of trials"),
+        (1, 0, "successes is 1; allowed is 0 to 0, the number of trials"),
+        (0, -1, "num is -1; allowed is at least 0"),
+    ],
+)
+def test_an_interval_of_an_impossible_share_is_refused(successes: float, num: int, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        wilson_interval(successes, num)
