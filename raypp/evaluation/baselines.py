@@ -109,7 +109,7 @@ def above_baseline_p_values(
         matcher: the attack's matcher, which the baseline has too; without one, the baseline has its own.
 
     Returns:
-        adjusted one-sided p-values by metric.
+        adjusted one-sided p-values by metric, to five significant digits.
     """
     p_values = {}
     for metric in ("reidentified", "ssim_invariant", "edges"):
@@ -119,4 +119,4 @@ def above_baseline_p_values(
         best = max(blind, key=lambda candidate: float(candidate.double().mean()))
         test = mcnemar_test if metric == "reidentified" else paired_t_test
         p_values[metric] = test(values.numpy(), best.numpy())
-    return {name: round(p_value, 5) for name, p_value in holm_adjust(p_values).items()}
+    return {name: float(f"{p_value:.5g}") for name, p_value in holm_adjust(p_values).items()}
