@@ -156,7 +156,7 @@ class LearnedMatcher(EncoderAttack):
             scores = (batch.double() @ candidates.t() for batch in query_batches(embedded, len(gallery)))
             reidentified[f"reidentified_{name}"] = _identified(scores, truth, gallery)
             upload = module.embed_protected(self.protect(self._variant(name, plain)))
-            linked[f"linkage_auc_{name}"] = _auc_by_pair(embedded, upload, self.seed)
+            linked[f"linkage_auc_{name}"] = _auc_contributions(embedded, upload, self.seed)
         originals = module.embed_plain(plain)
         nats = [
             F.cross_entropy(module.scales[0] * embedded[pairs] @ originals.t(), pairs, reduction="none")
@@ -172,15 +172,19 @@ class LearnedMatcher(EncoderAttack):
             return torch.cat([to_uint8(VARIANTS[name](batch.float() / 255)) for batch in images.split(500)])
 
 
-def _auc_by_pair(first: Tensor, second: Tensor, seed: int) -> Tensor:
-    """Return for each pair (i, i) the share of other pairs with a smaller cosine, ties half; NaN for one image.
+def _auc_contributions(first: Tensor, second: Tensor, seed: int) -> Tensor:
+    """Return a value of each image, (N,), whose mean is the AUC of linking uploads by their cosine; NaN for one image.
 
-    The mean over pairs is the area under the ROC curve. Other pairs (i, j) are all of them, or ``MAX_OTHERS`` drawn at
-    random.
+    Each image is in one pair (i, i) and in many other pairs (i, j) and (j, i). Its value has the structural components
+    of them all, so a standard error or a bootstrap of the mean resamples both classes, by images. A value may lie
+    outside [0, 1]. Other pairs are all of them, or ``MAX_OTHERS`` drawn at random.
 
     Args:
         first, second: unit vectors (N, D).
         seed: seed of the draw.
+
+    Source: DeLong, DeLong, Clarke-Pearson 1988 (Biometrics 44:837) for the components, Obuchowski 1997 (Biometrics
+    53:567) for their sums over the observations of one unit.
     """
     num, generator = len(first), torch.Generator().manual_seed(seed)
     if num * (num - 1) <= MAX_OTHERS:
@@ -188,10 +192,19 @@ def _auc_by_pair(first: Tensor, second: Tensor, seed: int) -> Tensor:
     else:
         rows = torch.randint(num, (MAX_OTHERS,), generator=generator)
         columns = (rows + torch.randint(1, num, (MAX_OTHERS,), generator=generator)) % num
+    rows, columns = rows.to(first.device), columns.to(first.device)
     others = torch.cat([
-        (first[i] * second[j]).sum(1)
-        for i, j in zip(rows.to(first.device).split(2**16), columns.to(first.device).split(2**16), strict=True)
-    ]).sort().values  # fmt: skip
+        (first[i] * second[j]).sum(1) for i, j in zip(rows.split(2**16), columns.split(2**16), strict=True)
+    ])  # fmt: skip
     pairs = (first * second).sum(1)
-    num_less, num_at_most = torch.searchsorted(others, pairs), torch.searchsorted(others, pairs, right=True)
-    return (num_less + num_at_most).float() / (2 * len(others))
+    of_pairs, of_others = _share_below(others, pairs), 1 - _share_below(pairs, others)
+    deviations = (of_others - of_others.mean()) * (num / max(1, len(others)))
+    contributions = of_pairs.index_add(0, rows, deviations).index_add(0, columns, deviations)
+    return contributions.float()
+
+
+def _share_below(values: Tensor, thresholds: Tensor) -> Tensor:
+    """Return the share of values (n,) below each threshold (m,), ties half, float64 (m,); NaN without values."""
+    ordered = values.sort().values
+    num_less, num_at_most = torch.searchsorted(ordered, thresholds), torch.searchsorted(ordered, thresholds, right=True)
+    return (num_less + num_at_most).double() / (2 * len(values))

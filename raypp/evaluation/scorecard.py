@@ -25,6 +25,8 @@ MIN_QUERIES = 200  # attacked images that ``holds`` and ``weak`` need
 MIN_RISE = 0.01  # of SSIM or re-identification rate, between the last two points of a rising curve
 RATES = ("reidentified", "accuracy")
 """First words of the names of metrics that are shares: 0, 1 or a probability for each image."""
+AREAS = "linkage_auc"
+"""First words of the names of areas under ROC curves, which are in [0, 1]; contributions of images may lie outside."""
 
 BROKEN, INCONCLUSIVE = "broken", "inconclusive"
 
@@ -86,21 +88,23 @@ def _compare(estimates: Tensor, originals: Tensor, reference_classifier: nn.Modu
 def aggregate(scores: Scores, seed: int = 0) -> dict[str, dict[str, float]]:
     """Mean and 95% interval of each metric over ``num`` images: Wilson's for shares, the bootstrap's for other means.
 
-    Other metrics than shares also have quartiles, range and the worst 1%. NaN values are left out, and so are metrics
-    without another value.
+    Other metrics than shares and areas also have quartiles, range and the worst 1%. NaN values are left out, and so are
+    metrics without another value.
     """
     summary = {}
     for name, all_values in scores.items():
         values = all_values[~all_values.isnan()]
         if len(values) == 0:
             continue
-        is_share = name.startswith(RATES)
+        is_share, is_area = name.startswith(RATES), name.startswith(AREAS)
         if is_share:
             low, high = wilson_interval(float(values.double().sum()), len(values))
         else:
             low, high = bootstrap_interval(values.numpy(), seed=seed)
+        if is_area:
+            low, high = max(0.0, low), min(1.0, high)
         numbers = {"mean": float(values.double().mean()), "low": low, "high": high}
-        if not is_share:
+        if not (is_share or is_area):
             worst = 0.01 if name == "lpips" else 0.99  # LPIPS is a distance: small values mean leakage
             levels = {"min": 0.0, "q1": 0.25, "median": 0.5, "q3": 0.75, "worst_1_percent": worst, "max": 1.0}
             numbers |= {key: float(np.quantile(values.numpy(), level)) for key, level in levels.items()}

@@ -321,6 +321,13 @@ def test_intervals_of_shares_are_wilsons() -> None:
         bootstrap_interval([])
 
 
+def test_the_interval_of_an_auc_lies_between_0_and_1() -> None:
+    """The contributions of images to an AUC may lie outside."""
+    summary = aggregate({"linkage_auc_crop": torch.tensor([1.1, 0.9] * 10), "psnr": torch.tensor([1.1, 0.9] * 10)})
+    assert summary["linkage_auc_crop"] == {"num": 20, "mean": 1, "low": summary["psnr"]["low"], "high": 1}
+    assert summary["psnr"]["high"] > 1
+
+
 def metrics(num_reidentified: int, ssim: float = 0.1) -> dict[str, Tensor]:
     hits = (torch.arange(2000) < num_reidentified).float()
     noise = torch.randn(2000, generator=torch.Generator().manual_seed(0)) * 0.01
