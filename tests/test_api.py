@@ -79,7 +79,7 @@ def test_settings_as_keywords_dictionaries_and_words() -> None:
         training_config("quickstart", epoch=3)
     with pytest.raises(ConfigError, match=r"^width may be protection.width or classifier.width; pass settings="):
         training_config("quickstart", width=3)
-    with pytest.raises(ConfigError, match=r"train.epochs is 0: input should be greater than or equal to 1"):
+    with pytest.raises(ConfigError, match=r"train.epochs is 0; allowed is at least 1"):
         training_config("quickstart", epochs=0)
     assert parse_overrides(["seed=1", "--train.alpha=2"]) == {"seed": "1", "train": {"alpha": "2"}}
 

@@ -429,7 +429,7 @@ def test_the_shown_autoscaling_is_the_default() -> None:
         ({"bundle": 7}, "bundle is 7: expected text"),
         ({}, "bundle is missing; set it, or RAYPP_BUNDLE in the environment of every node's `ray start`"),
         ({"bundel": "x"}, "unknown key 'bundel' (did you mean 'bundle'?); allowed there: bundle, tokens"),
-        ({"bundle": "{run}/bundle", "max_images": 0}, "max_images is 0: input should be greater than or equal to 1"),
+        ({"bundle": "{run}/bundle", "max_images": 0}, "max_images is 0; allowed is at least 1"),
         ({"bundle": "{run}/bundle", "tokens": "env:NONE"}, "the environment variable 'NONE' is not set; put the text"),
         ({"bundle": "{run}/bundle", "tokens": "none.json"}, "there is no 'none.json' in {here} or in {root}"),
         ({"bundle": "{run}/bundle", "tokens": "{here}/none.json"}, "token file '{here}/none.json' cannot be read"),

@@ -119,12 +119,17 @@ def _allowed(field: FieldInfo) -> str:
     values = [str(value) for choice in _choices(field.annotation) if get_origin(choice) is Literal
               for value in get_args(choice)]  # fmt: skip
     bounds = [
-        f"{word} {getattr(constraint, name):,}"
+        format_bound(name, getattr(constraint, name))
         for constraint in field.metadata
-        for name, word in BOUNDS.items()
+        for name in BOUNDS
         if getattr(constraint, name, None) is not None
     ]
     return ", ".join(values or bounds)
+
+
+def format_bound(name: str, value: float) -> str:
+    """Format a bound, such as ``ge`` and 1, in words: at least 1."""
+    return f"{BOUNDS[name]} {int(value) if value == int(value) else value:,}"
 
 
 def _default(field: FieldInfo) -> Any:

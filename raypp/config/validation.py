@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from raypp.config.describe import format_bound
 from raypp.config.schema import REGISTRIES, Config, ConfigModel, Data, MultiStep, OptimizationConfig
 from raypp.utils.errors import ConfigError
 from raypp.utils.registry import MethodConfig, suggest
@@ -26,6 +27,8 @@ EXPECTED = {
     "model_type": "expected a section of settings",
 }
 """Messages for pydantic's types of errors."""
+OUT_OF_RANGE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}
+"""Pydantic's types of errors with a bound as their only context."""
 
 
 def validate(tree: dict[str, Any]) -> Config:
@@ -65,7 +68,7 @@ def check_milestones(train: OptimizationConfig, section: str) -> None:
 def format_validation_error(error: ValidationError, tree: dict[str, Any], root: type[BaseModel] = Config) -> str:
     """Format the first error of ``tree``, validated with ``root``, as one sentence.
 
-    It has the key as the user wrote it, then pydantic's message.
+    It has the key as the user wrote it, then the allowed bound or pydantic's message.
     """
     # Report unknown keys first; they usually cause the other errors.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
@@ -85,6 +88,8 @@ def format_validation_error(error: ValidationError, tree: dict[str, Any], root: 
         return f"{key}: {reason}" if key else reason
     value = first["input"]
     shown = value if isinstance(value, str) and re.fullmatch(r"[-+.\d][-+.\deE]*", value) else repr(value)
+    if first["type"] in OUT_OF_RANGE:
+        return f"{key} is {shown}; allowed is {format_bound(*first['ctx'].popitem())}"
     return f"{key} is {shown}: {reason[0].lower()}{reason[1:]}"
 
 

@@ -201,15 +201,14 @@ MISTAKES = {
     "null": (["--train.alpha", "null"], "train.alpha is None: expected a number"),
     "not finite": (["--train.alpha", "inf"], "train.alpha is 'inf': input should be a finite number"),
     "not a number": (["--train.optimizer.lr", "nan"], "train.optimizer.lr is 'nan'"),
-    "out of range": (["--train.alpha", "-1"], "train.alpha is -1: input should be greater than or equal to 0"),
-    "out of range in a method": (
-        ["--protection.depth", "9"],
-        "protection.depth is 9: input should be less than or equal",
-    ),
+    "out of range": (["--train.alpha", "-1"], "train.alpha is -1; allowed is at least 0"),
+    "out of range in a method": (["--protection.depth", "9"], "protection.depth is 9; allowed is at most 6"),
     "out of range in a source": (
         ["--data.source.num_train", "0"],
-        "data.source.num_train is 0: input should be greater",
+        "data.source.num_train is 0; allowed is at least 1",
     ),
+    "a limit of a number": (["--train.optimizer.lr", "0"], "train.optimizer.lr is 0; allowed is greater than 0"),
+    "a limit of an integer": (["--seed", "2147483648"], "seed is 2147483648; allowed is less than 2,147,483,648"),
     "no such choice": (["--train.mode", "both"], "train.mode is 'both': input should be 'joint', 'frozen' or 'plain'"),
     "no such number": (["--data.channels", "2"], "data.channels is 2: input should be 1 or 3"),
     "unknown method": (
@@ -238,10 +237,7 @@ MISTAKES = {
         ["--data.image_size", "[1, 2, 3]"],
         "data.image_size is [1, 2, 3]: tuple should have at most 2 items",
     ),
-    "an empty image": (
-        ["--data.image_size", "[0, 16]"],
-        "data.image_size.0 is 0: input should be greater than or equal to 1",
-    ),
+    "an empty image": (["--data.image_size", "[0, 16]"], "data.image_size.0 is 0; allowed is at least 1"),
     "batch and workers": (
         ["--train.batch_size", "10", "--cluster.num_workers", "4"],
         "train.batch_size 10 cannot be divided among cluster.num_workers 4; allowed is a multiple of it",
@@ -255,7 +251,10 @@ MISTAKES = {
         "classes: 'cat' is given twice; allowed are names that differ",
     ),
     "no storage": (["--cluster.storage", ""], "cluster.storage: '' is empty; allowed is a path or a URI"),
-    "epochs without end": (["--train.epochs", "99999999999"], "train.epochs is 99999999999: input should be less"),
+    "epochs without end": (
+        ["--train.epochs", "99999999999"],
+        "allowed is at most 1,000,000",
+    ),
     "blocks of two sides": (
         ["--protection", "{name: etc, block: 8}"],
         "protection.block 8 is not 4, the side of the blocks that adaptation 'shuffled_block' reads",

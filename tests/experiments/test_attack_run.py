@@ -672,7 +672,7 @@ def test_folders_that_do_not_fit_are_named(tmp_path: Path) -> None:
             {"attacks": {"itn": {"train": {"epochs": 5, "schedule": {"milestones": [2, 5]}}}}},
             "itn.train.schedule.milestones is [2, 5], but training ends after itn.train.epochs 5",
         ),
-        ({"seed": 2**31}, "seed is 2147483648: input should be less than 2147483648"),
+        ({"seed": 2**31}, "seed is 2147483648; allowed is less than 2,147,483,648"),
         ({"attacks": {"inverse": 3}}, "attacks.inverse is 3; allowed is a mapping of its options"),
         ({"attacks": ["inverse"]}, "attacks is ['inverse']; allowed is a mapping of attacks to their options"),
         ({"attacks": {}}, "the suite has no attacks; allowed: "),

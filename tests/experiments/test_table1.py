@@ -123,7 +123,7 @@ def test_settings_that_no_cell_can_have_are_refused(tmp_path: Path) -> None:
         grid_cells(["quickstart"], ["plain"], [0], ("--cluster.num_workers", "2"), Storage(tmp_path))
     with pytest.raises(ConfigError, match="needs a classifier with a width; vgg16_bn has none"):
         grid_cells(["quickstart"], ["plain-matched"], [0], ("--classifier", "vgg16_bn"), Storage(tmp_path))
-    with pytest.raises(ConfigError, match=r"seed is -1: input should be greater than or equal to 0"):
+    with pytest.raises(ConfigError, match=r"seed is -1; allowed is at least 0"):
         grid_cells(["quickstart"], ["plain"], [-1], (), Storage(tmp_path))
 
 
