@@ -269,7 +269,8 @@ class Attack(ABC):
 
     def best_candidates(self, protected: Tensor) -> Tensor:
         """Return the image of the gallery with the largest :meth:`candidate_scores` for each protected image."""
-        best = torch.cat([scores.argmax(1) for scores in self.candidate_score_batches(protected)])
+        scores = (batch.nan_to_num(-torch.inf) for batch in self.candidate_score_batches(protected))
+        best = torch.cat([batch.argmax(1) for batch in scores])
         gallery = required(self.access.gallery)
         return gallery[best.to(gallery.device)].to(protected.device)
 

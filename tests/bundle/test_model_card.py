@@ -11,9 +11,10 @@ from raypp.experiments.attack_scores import headline
 def finished(num_queries: int, rate: float) -> dict[str, Any]:
     """The result of an attack that re-identified a share of the images."""
     scores = {"reidentified": rate, "bits_identified": 2.0, "ssim": 0.25, "ssim_invariant": 0.25}
+    intervals = {name: {"mean": mean, "low": mean, "high": mean} for name, mean in scores.items()}
     return {
         "status": "done", "threat": "T4", "num_queries": num_queries, "num_gallery": 1000, "lower_bound": False,
-        "reidentification_rate": rate, "scores": {name: {"mean": mean} for name, mean in scores.items()},
+        "reidentification_rate": rate, "scores": intervals,
     }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import pytest
 from browser import chromium
 
 from raypp.attacks import ATTACKS
-from raypp.evaluation.baselines import BLIND, NEAREST_IMAGE, PROTECTED_IMAGE
+from raypp.evaluation.baselines import BLIND, NEAREST_IMAGE
 from raypp.evaluation.reidentification import GALLERY_SIZES
 from raypp.evaluation.report.render import _render_page
 from raypp.evaluation.report.source import Source
@@ -34,7 +34,7 @@ def wide_card() -> dict[str, Any]:
         "target": "run", "label": "learned", "num_queries": 10_000, "num_gallery": 10_000,
         "num_attacker_images": 50_000, "accuracy": None, "reference_accuracy": None,
         "environment": {"hardware": "2 cores"}, "attacks": attacks,
-        "baselines": dict.fromkeys((*BLIND, NEAREST_IMAGE, PROTECTED_IMAGE), scores),
+        "baselines": dict.fromkeys((*BLIND, NEAREST_IMAGE), scores),
         **headline(attacks, at_chance=False),
     }  # fmt: skip
 

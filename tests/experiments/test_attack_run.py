@@ -187,7 +187,7 @@ def test_the_bundle_keeps_networks_and_verdict(attacked: tuple[Path, Path, dict[
     assert json.loads((bundle / "private" / "scorecard.json").read_text()) == card
     text = (bundle / "MODEL_CARD.md").read_text()
     assert "No attack has been run" not in text
-    assert f"| inverse | T4 | {card['attacks']['inverse']['reidentification_rate']:.1%}" in text
+    assert f"| inverse | T4 | 20 | {card['attacks']['inverse']['reidentification_rate']:.1%}" in text
     assert "in a gallery of 30 images" in text
     assert load_plain_classifier(bundle) is not None
     assert not any("attack" in path.name for path in (bundle / "public").rglob("*"))

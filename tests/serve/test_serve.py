@@ -698,7 +698,7 @@ def test_the_four_commands_of_a_fresh_clone(checkout: Checkout, tmp_path: Path) 
     assert (run / "bundle" / "public" / "protection.safetensors").exists()
     assert (run / "protected.png").exists()
     assert set(json.loads((run / "attack" / "scorecard.json").read_text())["attacks"]) == {
-        "feature_reconstruction", "inverse", "known_gallery",
+        "protected_image", "feature_reconstruction", "inverse", "known_gallery",
     }  # fmt: skip
     start = ["ray", "start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}",
              f"--dashboard-agent-listen-port={free_port()}"]  # fmt: skip
