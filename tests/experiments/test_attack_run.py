@@ -1124,6 +1124,7 @@ def test_settings_stand_anywhere_for_every_kind_of_target(
         assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_printed_scorecard_has_a_title_for_each_column(
     attacked: tuple[Path, Path, dict[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
