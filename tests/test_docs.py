@@ -78,7 +78,7 @@ FEW = {"--data.source.num_train": "200", "--data.num_val": "50", "--data.source.
 SHORT_TRAINING = SMALL | FEW | {"--train.epochs": "1", "--train.plain_epochs": "1"}
 IN_FULL = os.environ.get("HYPOTHESIS_PROFILE") == "ci"
 FIRST_IN_SHORT = SMALL | {
-    "--data.source.num_train": "800",
+    "--data.source.num_train": "660",
     "--data.num_val": "100",
     "--data.source.num_test": "200",
     "--protection.width": "4",
@@ -95,6 +95,7 @@ SHORT: dict[str, dict[str, str]] = {
     "data convert": {"--num_train": "300", "--num_test": "100"},
     "--name first-search": SHORT_TRAINING
     | {
+        "--search.num_trials": "2",
         "--search.scheduler": "none",
         "--search.num_attacked": "1",
         "--search.attack": "{width: 4, train: {epochs: 1}}",
@@ -112,7 +113,7 @@ SHORT: dict[str, dict[str, str]] = {
         "--train.eval_batch_size": "50",
     },
     "--name few": {"--inverse.train.epochs": "1", "--curve": "false"},
-    "--name mine": {"--data.source.num_train": "600", "--data.source.num_test": "250"},
+    "--name mine": SMALL | {"--data.source.num_train": "600", "--data.source.num_test": "250"},
     "--resume --train.epochs 6": SHORT_TRAINING | {"--train.epochs": "2"},
     "quickstart --name": SHORT_TRAINING,
     "train quickstart": SHORT_TRAINING,
@@ -177,7 +178,7 @@ def check_attack(words: list[str]) -> None:
 
 def check_tune(words: list[str]) -> None:
     search = _json("runs/first-search/search.json")
-    assert search["trials"] == {"done": 4}
+    assert search["trials"] == {"done": 2}
     assert search["front"]
     verify(Path("runs/first-search/best/knee"))
 

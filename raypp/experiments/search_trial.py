@@ -89,7 +89,7 @@ def proxy_leakage(
     Returns:
         ``leakage``, the mean polarity-invariant SSIM to the originals; ``leakage_baseline``, that of the image
         fitted to the class; ``reidentification_rate``, the share of originals nearest to their reconstruction among all
-        validation images.
+        validation images, by ``matcher``.
     """
     target = _validation_target(bundle, config, search)
     attack: TrainedAttack = ATTACKS.build(attack_options(search), target.access, seed=config.seed)
@@ -108,6 +108,7 @@ def proxy_leakage(
         "leakage_interval": [scores["ssim_invariant"]["low"], scores["ssim_invariant"]["high"]],
         "leakage_baseline": round(float(blind["ssim_invariant"].double().mean()), 5),
         "reidentification_rate": scores["reidentified"]["mean"],
+        "matcher": matcher,
         "psnr": scores["psnr"]["mean"],
         "num_queries": len(target.plain),
     }

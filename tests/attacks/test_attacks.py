@@ -533,14 +533,14 @@ def test_a_codebook_holds_the_mean_of_those_who_share_an_image(photos: Tensor) -
 def test_a_codebook_draws_what_ssim_likes_better_than_the_mean(photos: Tensor) -> None:
     """On the images that it is fitted to; other images need thousands of them per protected image."""
     similar = []
-    for steps in (0, 80):
+    for steps in (0, 50):
         attack = build(
             "codebook", AttackerKnowledge((3, 32, 32), protect=brightness, images=photos), steps=steps, batch_size=200
         )
         attack.prepare()
         estimates = attack.reconstruct(brightness(photos))
         similar.append(float(ssim(estimates.float() / 255, photos.float() / 255).mean()))
-    assert similar[1] > similar[0] + 0.003
+    assert similar[1] > similar[0] + 0.002
 
 
 def test_an_oracle_selects_the_matcher(photos: Tensor) -> None:

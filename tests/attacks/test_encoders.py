@@ -68,7 +68,7 @@ def four_grays(images: Tensor) -> Tensor:
 
 @pytest.mark.slow
 def test_a_learned_matcher_identifies_variants_under_a_random_protection(pictures: Tensor, tmp_path: Path) -> None:
-    attack = train("learned_matcher", pictures, noisy_negative, tmp_path, epochs=6)
+    attack = train("learned_matcher", pictures, noisy_negative, tmp_path, epochs=4)
     scores = means(attack, pictures, noisy_negative)
     others = pictures[KNOWN:]
     identified = (attack.reconstruct(noisy_negative(others)) == others).flatten(1).all(1).float().mean()
@@ -81,7 +81,7 @@ def test_a_learned_matcher_identifies_variants_under_a_random_protection(picture
 
 @pytest.mark.slow
 def test_the_bound_on_information_is_below_the_information(pictures: Tensor, tmp_path: Path) -> None:
-    attack = train("learned_matcher", pictures, four_grays, tmp_path, epochs=10)
+    attack = train("learned_matcher", pictures, four_grays, tmp_path, epochs=5)
     groups = four_grays(pictures[KNOWN:])[:, 0, 0, 0].unique(return_counts=True)[1] / OTHERS
     entropy = -float((groups * groups.log2()).sum())
     assert 0.8 < means(attack, pictures, four_grays)["mutual_information_bits"] < entropy + 0.1

@@ -181,7 +181,7 @@ def test_without_an_oracle_the_estimate_is_the_sample_nearest_to_the_mean(monkey
 @pytest.mark.slow
 def test_a_trained_sampler_reconstructs_and_comes_back_from_its_weights(tmp_path: Path) -> None:
     plain = images(330)
-    train = {"epochs": 12, "batch_size": 20, "optimizer": {"lr": 0.02}}
+    train = {"epochs": 6, "batch_size": 20, "optimizer": {"lr": 0.02}}
     options = SMALL | {"width": 8, "train": train, "guidance": 0.0}
     attack = build("flow_matching", knowledge(plain[:300]), **options)
     assert isinstance(attack, FlowMatching)

@@ -16,6 +16,8 @@ from PIL import Image
 from raypp.cli.main import main
 from raypp.cli.render import print_search
 from raypp.config.presets import load_config
+from raypp.config.schema import Config
+from raypp.evaluation.reidentification import MatcherChoice
 from raypp.experiments import pareto, plots, search, search_results, search_trial
 from raypp.experiments.search import Range, make_search_plan
 from raypp.experiments.training_run import open_run, train_locally
@@ -257,21 +259,42 @@ def test_a_trial_is_trained_attacked_and_kept(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_quick_attack_tells_protections_apart(tmp_path: Path, trained: Trained) -> None:
     """Images that are not protected at all leak everything, and more than the class tells."""
-    flags = tiny_flags(tmp_path, protection="plain", train__mode="plain", train__epochs=1)
-    with open_run(load_config("quickstart", flags=flags), "plain") as run:
-        train_locally(run, ProgressDisplay(quiet=True), torch.device("cpu"))
-        config = run.config
-    attack = "{width: 8, train: {epochs: 40, batch_size: 10, optimizer: {lr: 0.02}}}"
-    settings = plan(tmp_path, "--search.attack", attack).search
-    display = ProgressDisplay(quiet=True)
+    config = plain_run(tmp_path)
+    attack = "{width: 8, train: {epochs: 20, batch_size: 10, optimizer: {lr: 0.04}}}"
     leaks = {
-        name: search_trial.proxy_leakage(str(bundle), config, settings, Storage(tmp_path / f"leak-{name}"), display)
+        name: quick_attack(bundle, config, tmp_path / f"leak-{name}", attack)
         for name, bundle in (("plain", tmp_path / "plain" / "bundle"), ("learned", trained.bundle))
     }
     assert leaks["plain"]["leakage"] > 0.6
     assert leaks["plain"]["leakage"] > leaks["learned"]["leakage"] + 0.03
     assert leaks["plain"]["reidentification_rate"] > 0.8
     assert leaks["plain"]["leakage_baseline"] == leaks["learned"]["leakage_baseline"] < 0.5
+
+
+def plain_run(folder: Path) -> Config:
+    """Train a classifier of plain images as the run ``plain``; returns its configuration."""
+    flags = tiny_flags(folder, protection="plain", train__mode="plain", train__epochs=1)
+    with open_run(load_config("quickstart", flags=flags), "plain") as run:
+        train_locally(run, ProgressDisplay(quiet=True), torch.device("cpu"))
+        return run.config
+
+
+def quick_attack(bundle: Path, config: Config, folder: Path, attack: str) -> dict[str, Any]:
+    settings = plan(folder, "--search.attack", attack).search
+    return search_trial.proxy_leakage(str(bundle), config, settings, Storage(folder), ProgressDisplay(quiet=True))
+
+
+def test_the_quick_attack_matches_by_the_selected_matcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = plain_run(tmp_path)
+    rates = {}
+    for matcher in ("cosine", "edges"):
+        choice = MatcherChoice(matcher, 20, {})
+        monkeypatch.setattr(search_trial, "select_matcher", lambda *_, choice=choice: choice)
+        attack = "{width: 4, train: {epochs: 1, batch_size: 10}}"
+        leak = quick_attack(tmp_path / "plain" / "bundle", config, tmp_path / matcher, attack)
+        assert leak["matcher"] == matcher
+        rates[matcher] = leak["reidentification_rate"]
+    assert rates["cosine"] != rates["edges"]  # of the same estimates
 
 
 def test_a_search_is_resumed_with_the_same_settings_only(tmp_path: Path) -> None:
