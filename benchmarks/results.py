@@ -153,7 +153,7 @@ def draw_table1() -> Any:
     axes = figure.subplots()
     accuracies = numbers(rows, "accuracy_percent")
     bars = error_bars(rows, "accuracy_percent", "accuracy_low_percent", "accuracy_high_percent")
-    label = f"raypp, {ours} epochs: one seed, n = 10,000 test images, 95% Wilson interval"
+    label = f"raypp, {ours} epochs: n = 10,000 test images, 95% Wilson interval"
     axes.errorbar(accuracies, range(len(rows)), xerr=bars, fmt="o", label=label, zorder=3)
     published = [(y, row) for y, row in enumerate(rows) if row["paper_accuracy_percent"]]
     heights, published_rows = [y for y, _ in published], [row for _, row in published]

@@ -28,6 +28,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from conftest import Cluster
+from pages import ROOT, all_blocks, command_lines
 from PIL import Image
 
 import raypp.api
@@ -35,13 +36,11 @@ from raypp.bundle.manifest import verify
 from raypp.cli.main import main
 from raypp.metrics.statistics import chance_error
 
-ROOT = Path(__file__).parents[1]
 FIRST_PAGES = ("docs/tutorials/first-run.md", "docs/tutorials/attack-your-own.md", "docs/tutorials/serve-and-call.md")
 PAGES = tuple(dict.fromkeys((*FIRST_PAGES, *sorted(
     str(path.relative_to(ROOT)) for folder in ("how-to", "reference", "explanation", "results")
     for path in (ROOT / "docs" / folder).glob("*.md")
 ))))  # fmt: skip
-BLOCK = re.compile(r"^```(bash|python|text)([^\n]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 VARIABLE = re.compile(r"[^\w(]*\d|[<≥]|(broken|weak|holds|inconclusive)\b")
 """Beginning of a word of an output that another run may print otherwise: number, bound, placeholder or verdict."""
 ON_RAY = re.compile(r"\btune\b|num_workers 2|stream[ =]true|--ray\b")
@@ -49,10 +48,10 @@ ON_RAY = re.compile(r"\btune\b|num_workers 2|stream[ =]true|--ray\b")
 
 def blocks(page: str) -> Iterator[tuple[str, str, str]]:
     """Language, text and shown output of each block of a page that tests run."""
-    matches = BLOCK.findall((ROOT / page).read_text())
+    matches = all_blocks(page)
     for (language, info, text), (next_language, _, shown) in zip(matches, [*matches[1:], ("", "", "")], strict=False):
-        if language != "text" and info.strip() != "skip-test":
-            assert not info.strip(), f"{page}: unknown info string {info!r}"
+        if language != "text" and info != "skip-test":
+            assert not info, f"{page}: unknown info string {info!r}"
             yield language, text, shown if next_language == "text" else ""
 
 
@@ -66,11 +65,6 @@ def check_output(shown: str, printed: str, where: str) -> None:
     lines = [" ".join(line.split()) for line in printed.splitlines()]
     for line in shown.splitlines():
         assert any(fixed_words(line) in other for other in lines), f"{where} shows {line!r}; printed was:\n{printed}"
-
-
-def command_lines(text: str) -> list[str]:
-    lines = text.replace("\\\n", " ").splitlines()
-    return [line for line in lines if shlex.split(line, comments=True)]
 
 
 SMALL = {"--data.image_size": "[16, 16]"}
@@ -302,11 +296,17 @@ def _shrink_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "raypp.api.table1", lambda *a, **k: table(*a, **({"settings": settings} if not a[3:] else {}), **k)
     )
-    small = {"num_queries": 50, "curve": False, "inverse": {"width": 4, "train": {"epochs": 1}}}
+    small: dict[str, Any] = {
+        "inverse": {"width": 4, "train": {"epochs": 1}},
+        "inverse_own_keys": {"width": 4, "train": {"epochs": 1}},
+        "learned_matcher": {"width": 4, "train": {"epochs": 1}},
+        "white_box": {"steps": 5, "restarts": 0},
+    }
 
     def attack_little(*arguments: Any, **keywords: Any) -> Any:
-        options = small if not keywords.get("attacks") else {"num_queries": 50}
-        return attack(*arguments, **(keywords | options))
+        attacks = keywords.get("attacks", ["inverse"])
+        options = {name: value for name, value in small.items() if name in attacks}
+        return attack(*arguments, **(keywords | options | {"num_queries": 50, "curve": False}))
 
     monkeypatch.setattr("raypp.api.attack", attack_little)
 
@@ -352,6 +352,16 @@ def test_the_readme_begins_with_the_quickstart() -> None:
     """Which tests of Serve run in a fresh clone, with a smaller preset; the tutorial trains its preset."""
     line = next(line for _, text, _ in blocks("README.md") for line in command_lines(text))
     assert shlex.split(line, comments=True) == ["pip", "install", "uv", "&&", "uv", "run", "raypp", "quickstart"]
+
+
+def test_the_readmes_other_commands_are_those_of_the_tutorials() -> None:
+    """Which tests run: in this file, and those of a running service in the tests of Serve."""
+    tutorials = {line for page in FIRST_PAGES for language, _, text in all_blocks(page) if language == "bash"
+                 for line in command_lines(text)}  # fmt: skip
+    (text,) = (text for language, info, text in all_blocks("README.md") if (language, info) == ("bash", "skip-test"))
+    assert len(command_lines(text)) == 3
+    for line in command_lines(text):
+        assert any(other.startswith(line) for other in tutorials), line
 
 
 def test_lines_links_and_skipped_blocks() -> None:

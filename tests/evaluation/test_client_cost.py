@@ -392,7 +392,8 @@ def test_a_scorecard_keeps_the_more_exact_gain(
 
 
 def test_the_front_marks_the_accuracy_of_the_client_alone() -> None:
-    attack = {"reidentification_rate": 0.5, "verdict": "broken", "status": "done"}
+    scores = {"reidentified": {"mean": 0.5, "low": 0.4, "high": 0.6}}
+    attack = {"reidentification_rate": 0.5, "verdict": "broken", "status": "done", "scores": scores}
     card: dict[str, Any] = {
         "label": "x", "target": "a", "accuracy": 0.6, "accuracy_interval": [0.5, 0.7], "strongest_attack": "inverse",
         "strongest_reconstruction": "inverse", "reidentification_rate": 0.5, "attacks": {"inverse": attack},
@@ -402,3 +403,5 @@ def test_the_front_marks_the_accuracy_of_the_client_alone() -> None:
     cards = [card, *(card | {"client": section} for section in clients)]
     pngs = {accuracy_leakage_front([Source(c, {}, {})] * 2) for c in cards}
     assert len(pngs) == 4, "the mark stands at the accuracy, and the legend of an upper bound says so"
+    scores["reidentified"] = {"mean": 0.5, "low": 0.3, "high": 0.7}
+    assert accuracy_leakage_front([Source(card, {}, {})] * 2) not in pngs  # bars show the interval of the rate

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -37,6 +38,7 @@ import yaml
 from browser import chromium, write_video
 from conftest import ROOT, Cluster, Trained, free_port, tiny_flags, wait_until
 from full_bodies import BODY_IMAGES, serve_full_bodies
+from pages import all_blocks, command_lines
 from playwright.sync_api import Locator
 from services import attack_copy
 from zygote import ProcessTree, variables
@@ -724,6 +726,8 @@ def test_the_four_commands_of_a_fresh_clone(checkout: Checkout, tmp_path: Path) 
         assert httpx.get(f"{url}/classifier").headers["Location"] == "/classifier/docs"
         assert httpx.get(f"{url}/attack/v1").json()["type"] == "urn:raypp:problem:attack-service-off"
 
+        follow_the_tutorial(checkout, url, run)
+
         # A run that finishes later is taken over.
         second = shutil.copytree(run, run.with_name("second"))
         for path in ("public/protection.json", "MODEL_CARD.md"):
@@ -744,6 +748,28 @@ def test_the_four_commands_of_a_fresh_clone(checkout: Checkout, tmp_path: Path) 
         assert f"there is no 'runs/none' in {checkout.root}; `raypp quickstart` makes a first bundle" in sentence
     finally:
         head.kill()
+
+
+def follow_the_tutorial(checkout: Checkout, url: str, run: Path) -> None:
+    """Run what a client runs in the page on serving, with another port, run and image size."""
+    answers = []
+    for language, _, text in all_blocks("docs/tutorials/serve-and-call.md"):
+        text = (
+            text.replace("http://127.0.0.1:8000", url).replace("runs/first", str(run)).replace("(32, 32)", "(16, 16)")
+        )
+        if language == "python":
+            answers.append(checkout.run(sys.executable, "-c", text))
+        elif language == "bash":
+            commands = [shlex.split(line) for line in command_lines(text)]
+            answers += [
+                checkout.run(*words) for words in commands if words[:2] not in (["raypp", "serve"], ["raypp", "demo"])
+            ]
+    _, printed, from_python, _, classified, refused = answers
+    label = json.loads(classified)["images"][0]["class"]
+    assert printed.startswith(f"circle.png  {label} ")
+    assert from_python.startswith(f"{label} ")
+    assert "other.png" in from_python  # which cannot be read
+    assert (json.loads(refused)["status"], json.loads(refused)["images"]) == (422, [0])
 
 
 def test_a_bundle_in_a_copy_that_ray_made_gets_a_warning(trained: Trained, tmp_path: Path) -> None:

@@ -34,7 +34,10 @@ def _plotted(sources: Sequence[Source]) -> list[Source]:
 
 @styled
 def accuracy_leakage_front(sources: Sequence[Source]) -> bytes:
-    """Draw the strongest attack (filled) and the strongest reconstruction attack (open) of each scorecard; a PNG."""
+    """Draw the strongest attack (filled) and the strongest reconstruction attack (open) of each scorecard; a PNG.
+
+    Bars are the 95% intervals of both axes.
+    """
     figure, (panel,) = new_figure(8, 6)
     for verdict, low, high, _ in BANDS:
         panel.axhspan(low, high, color=COLORS[verdict], alpha=0.12, lw=0, zorder=0)
@@ -75,7 +78,11 @@ def _plot_card(panel: Any, card: dict[str, Any]) -> tuple[float, float]:
             attack = card["attacks"][name]
             rates.append(100 * attack["reidentification_rate"])
             color = COLORS[attack["verdict"]]
-            panel.errorbar(x, rates[-1], xerr=bars, fmt="o", ms=8, color=color, mfc=fill or color, elinewidth=1)
+            ends = attack["scores"]["reidentified"]
+            spread = [[rates[-1] - 100 * ends["low"]], [100 * ends["high"] - rates[-1]]]
+            panel.errorbar(
+                x, rates[-1], xerr=bars, yerr=spread, fmt="o", ms=8, color=color, mfc=fill or color, elinewidth=1
+            )
     panel.plot([x] * len(rates), rates, color="0.7", lw=1, zorder=1)
     if (client := _client_with_gain(card)) is not None:
         alone = 100 * client["alone"]["accuracy"]
