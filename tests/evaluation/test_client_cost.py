@@ -391,6 +391,7 @@ def test_a_scorecard_keeps_the_more_exact_gain(
     assert _merge_clients(new, stored) is merged
 
 
+@pytest.mark.slow
 def test_the_front_marks_the_accuracy_of_the_client_alone() -> None:
     scores = {"reidentified": {"mean": 0.5, "low": 0.4, "high": 0.6}}
     attack = {"reidentification_rate": 0.5, "verdict": "broken", "status": "done", "scores": scores}
