@@ -72,7 +72,7 @@ FEW = {"--data.source.num_train": "200", "--data.num_val": "50", "--data.source.
 SHORT_TRAINING = SMALL | FEW | {"--train.epochs": "1", "--train.plain_epochs": "1"}
 IN_FULL = os.environ.get("HYPOTHESIS_PROFILE") == "ci"
 FIRST_IN_SHORT = SMALL | {
-    "--data.source.num_train": "660",
+    "--data.source.num_train": "800",
     "--data.num_val": "100",
     "--data.source.num_test": "200",
     "--protection.width": "4",
