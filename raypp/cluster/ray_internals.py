@@ -63,6 +63,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "train/v2/_internal/constants.py",
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "data/_internal/datasource_v2/formats/parquet/footer_file_indexer.py",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "serve/_private/constants.py",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "serve/_private/constants.py",
     "RAY_JOB_STOP_WAIT_TIME_S": "dashboard/modules/job/job_supervisor.py",
     "RAY_AIR_NEW_OUTPUT": "tune/experimental/output.py",
     "RAY_worker_niceness": "_private/ray_constants.py",

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 from pathlib import Path
 
@@ -110,6 +111,12 @@ def test_no_other_module_uses_what_ray_marks_as_private() -> None:
     hidden = uses.pop("raypp.cluster.spot_notice")
     assert ["drain-node" in use for use in hidden] == [True]
     assert {name for name, private in uses.items() if private} == {"raypp.cluster.ray_internals"}, uses
+
+
+def test_a_proxy_of_serve_has_longer_to_start_than_by_default() -> None:
+    name = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"
+    (default,) = re.findall(rf'"{name}", ([\d.]+)', ray_file("serve/_private/constants.py"))
+    assert float(os.environ[name]) > float(default)
 
 
 def test_serve_reads_the_environment_variables_of_haproxy() -> None:
