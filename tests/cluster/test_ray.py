@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,7 +122,9 @@ def check_result(folder: Path) -> None:
     assert Path(best.path).name == f"epoch_{number:04d}"
 
 
-def test_a_killed_driver_is_resumed_past_a_damaged_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_killed_driver_is_resumed_past_a_damaged_checkpoint(
+    cluster: Cluster, processes: ForkServerContext, tmp_path: Path
+) -> None:
     folder = tmp_path / "orphan"
     flags = ("--cluster.num_workers", "1", "--train.adapt_threads", "false")
     arguments = command(tmp_path, "orphan", *flags, epochs=4)
@@ -169,6 +172,34 @@ def test_a_killed_driver_is_resumed_past_a_damaged_checkpoint(cluster: Cluster, 
     assert epochs_of(folder) == expected(7)
     assert list_checkpoints(Storage(folder)) == ["epoch_0008", "epoch_0007"]
     assert listed(folder) == {"epoch_0008", "epoch_0007"}
+
+    # In a process group of two, as torchrun starts one.
+    settings = command(tmp_path, "orphan", epochs=8)[5:]
+    members = [processes.Process(target=train_in_group, args=(rank, folder, settings)) for rank in range(2)]
+    for member in members:
+        member.start()
+    for member in members:
+        member.join(120)
+    assert [member.exitcode for member in members] == [0, 0]
+    assert epochs_of(folder) == expected(8)
+    assert [row["world"] for row in history(folder)] == [1] * 8 + [2]
+
+
+def train_in_group(rank: int, folder: Path, flags: list[str]) -> None:
+    """Continue a run as one of two processes."""
+    import torch
+    import torch.distributed as dist
+
+    from raypp.config.presets import load_config
+    from raypp.training.protection_task import fit
+    from raypp.training.reporter import Reporter
+    from raypp.utils.progress import ProgressListener
+
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    fit(load_config("quickstart", flags=flags), Reporter(Storage(folder), ProgressListener(), torch.device("cpu")))
+    dist.destroy_process_group()
 
 
 def learned(run_folder: Path) -> list[dict[str, Any]]:
