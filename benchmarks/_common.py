@@ -82,14 +82,14 @@ def interleave(contestants: dict[str, Callable[[], float]], rounds: int) -> dict
     What changes slowly on the machine (clock, other load) then meets all of them alike, and values of the same round
     may be divided by each other.
     """
-    found: dict[str, list[float]] = {name: [] for name in contestants}
+    measurements: dict[str, list[float]] = {name: [] for name in contestants}
     for index in range(rounds):
         names = list(contestants) if index % 2 == 0 else list(reversed(contestants))
         for name in names:
             progress(f"round {index + 1}/{rounds}: {name}")
-            found[name].append(contestants[name]())
+            measurements[name].append(contestants[name]())
     progress("")
-    return {name: Spread(tuple(values)) for name, values in found.items()}
+    return {name: Spread(tuple(values)) for name, values in measurements.items()}
 
 
 def ratio(ours: Spread, theirs: Spread) -> Spread:
@@ -127,11 +127,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def describe(found: dict[str, Any]) -> str:
+def describe(conditions: dict[str, Any]) -> str:
     """One line about a machine, as :func:`machine` returns it."""
     return (
-        f"{found['hardware']}, {found['memory_gib']} GiB, torch {found['versions']['torch']}, "
-        f"{found['threads']} threads, load average {found['load_average']:.1f} at the start"
+        f"{conditions['hardware']}, {conditions['memory_gib']} GiB, torch {conditions['versions']['torch']}, "
+        f"{conditions['threads']} threads, load average {conditions['load_average']:.1f} at the start"
     )
 
 

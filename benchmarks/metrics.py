@@ -73,37 +73,38 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=10_000, help="pairs of images (default: 10000)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write what was measured to this file")
-    given = parser.parse_args()
-    first, second = images(given.num)
+    options = parser.parse_args()
+    first, second = images(options.num)
     few = slice(0, 1000)
     difference = np.abs(one_by_one(first[few], second[few]) - together(first[few], second[few])).max()
     assert difference < TOLERANCE, f"the two differ by {difference}"
     a, b = as_float(first), as_float(second)
-    truth, labels = torch.arange(given.num), torch.zeros(given.num, dtype=torch.int64)
+    truth, labels = torch.arange(options.num), torch.zeros(options.num, dtype=torch.int64)
     start = machine()
     print(describe(start))
-    found = interleave(
+    speeds = interleave(
         {
-            "scikit-image, image by image": speed(lambda: one_by_one(first, second), given.num),
-            "raypp, PSNR and SSIM": speed(lambda: together(first, second), given.num),
-            "raypp, re-identification": speed(lambda: reidentify(a, b, truth, labels), given.num),
-            "raypp, edges": speed(lambda: edge_correlation(a, b), given.num),
+            "scikit-image, image by image": speed(lambda: one_by_one(first, second), options.num),
+            "raypp, PSNR and SSIM": speed(lambda: together(first, second), options.num),
+            "raypp, re-identification": speed(lambda: reidentify(a, b, truth, labels), options.num),
+            "raypp, edges": speed(lambda: edge_correlation(a, b), options.num),
         },
-        given.rounds,
+        options.rounds,
     )
-    reference = found["scikit-image, image by image"]
+    reference = speeds["scikit-image, image by image"]
     rows, results = [], {}
-    for name, spread in found.items():
+    for name, spread in speeds.items():
         comparable = name == "raypp, PSNR and SSIM"
         gain = ratio(spread, reference) if comparable else None
         rows.append([name, f"{spread.median:,.0f}", str(spread), f"{gain.median:.1f} ({gain})" if gain else ""])
         results[name] = spread.to_json() | ({"ratio": gain.to_json()} if gain else {})
     show_table(
-        f"{given.num:,} pairs of {SIDE} x {SIDE} images, {given.rounds} rounds, largest difference {difference:.1e}",
+        f"{options.num:,} pairs of {SIDE} x {SIDE} images, {options.rounds} rounds, "
+        f"largest difference {difference:.1e}",
         ["", "images/s, median", "min - max", "times scikit-image (min - max)"],
         rows,
     )
-    finish(given.json, "metrics", start, results)
+    finish(options.json, "metrics", start, results)
 
 
 if __name__ == "__main__":

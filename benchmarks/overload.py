@@ -37,7 +37,7 @@ SERVING = ("ProxyActor", "ServeReplica", "HAProxyManager", "bin/haproxy")  # in 
 MOST_OPEN = 2000  # requests on their way at once, more than all queues hold
 
 
-class Asked:
+class Outcomes:
     """What became of the requests of one load."""
 
     def __init__(self) -> None:
@@ -59,46 +59,46 @@ class Query:
     expected: np.ndarray
 
 
-async def ask(connections: Connections, query: Query, asked: Asked) -> None:
+async def ask(connections: Connections, query: Query, outcomes: Outcomes) -> None:
     began = time.perf_counter()
     try:
         async with asyncio.timeout(LONGEST):
             status, answer = await connections.post(query.body)
     except (OSError, EOFError) as error:  # a TimeoutError is an OSError
-        asked.statuses[type(error).__name__] += 1
+        outcomes.statuses[type(error).__name__] += 1
         return
-    asked.statuses[status] += 1
+    outcomes.statuses[status] += 1
     if status == 200:
-        asked.milliseconds.append(1000 * (time.perf_counter() - began))
-        found = np.zeros_like(query.expected)
-        for row, image in zip(found, json.loads(answer)["images"], strict=True):
+        outcomes.milliseconds.append(1000 * (time.perf_counter() - began))
+        probabilities = np.zeros_like(query.expected)
+        for row, image in zip(probabilities, json.loads(answer)["images"], strict=True):
             for entry in image["top"]:
                 row[entry["index"]] = entry["probability"]
-        asked.wrong += bool(np.abs(found - query.expected).max() > TOLERANCE)
+        outcomes.wrong += bool(np.abs(probabilities - query.expected).max() > TOLERANCE)
     else:
-        asked.refused.append(1000 * (time.perf_counter() - began))
+        outcomes.refused.append(1000 * (time.perf_counter() - began))
 
 
 async def capacity(target: Target, queries: list[Query], seconds: float) -> float:
     """Requests per second that clients, each waiting for its answer, get answered."""
-    asked = Asked()
+    outcomes = Outcomes()
     connections = Connections(target)
     began = time.perf_counter()
 
     async def one(number: int) -> None:
         while time.perf_counter() - began < seconds:
             number = (number + 1) % NUM_BODIES
-            await ask(connections, queries[number], asked)
+            await ask(connections, queries[number], outcomes)
 
     await asyncio.gather(*(one(number) for number in range(CLIENTS)))
     took = time.perf_counter() - began
     connections.close()
-    if asked.wrong or set(asked.statuses) - ALLOWED:
-        raise SystemExit(f"already at capacity: {dict(asked.statuses)}, {asked.wrong} wrong answers")
-    return asked.statuses[200] / took
+    if outcomes.wrong or set(outcomes.statuses) - ALLOWED:
+        raise SystemExit(f"already at capacity: {dict(outcomes.statuses)}, {outcomes.wrong} wrong answers")
+    return outcomes.statuses[200] / took
 
 
-async def overload(target: Target, queries: list[Query], rate: float, seconds: float, asked: Asked) -> int:
+async def overload(target: Target, queries: list[Query], rate: float, seconds: float, outcomes: Outcomes) -> int:
     """Send requests at a rate until all of them are answered; return how many there were."""
     sent = 0
     began = time.perf_counter()
@@ -106,7 +106,7 @@ async def overload(target: Target, queries: list[Query], rate: float, seconds: f
     connections = Connections(target)
     while (now := time.perf_counter() - began) < seconds:
         while sent < now * rate and len(tasks) < MOST_OPEN:
-            task = asyncio.create_task(ask(connections, queries[sent % NUM_BODIES], asked))
+            task = asyncio.create_task(ask(connections, queries[sent % NUM_BODIES], outcomes))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
             sent += 1
@@ -119,17 +119,17 @@ async def overload(target: Target, queries: list[Query], rate: float, seconds: f
 async def watch(samples: list[dict[str, float]], stop: asyncio.Event) -> None:
     """Memory (Pss, MiB) of all processes that answer, by what they are, and how many of them are replicas."""
     while not stop.is_set():
-        found = dict.fromkeys((*SERVING, REPLICAS), 0.0)
+        usage = dict.fromkeys((*SERVING, REPLICAS), 0.0)
         for process in psutil.Process().children(recursive=True):
             try:
                 title = " ".join(process.cmdline())
                 for kind in SERVING:
                     if kind in title:
-                        found[kind] += process.memory_full_info().pss / 2**20
-                        found[REPLICAS] += kind == "ServeReplica"
+                        usage[kind] += process.memory_full_info().pss / 2**20
+                        usage[REPLICAS] += kind == "ServeReplica"
             except psutil.Error:
                 continue
-        samples.append(found)
+        samples.append(usage)
         await asyncio.sleep(2)
 
 
@@ -142,39 +142,40 @@ def main() -> None:
     parser.add_argument("--loads", type=int, default=3, help="how often, with a pause of five seconds behind each")
     parser.add_argument("--no-haproxy", action="store_true", help="behind Serve's own proxy")
     parser.add_argument("--json", type=Path, help="write the results here")
-    given = parser.parse_args()
+    options = parser.parse_args()
     start = machine()
     print(describe(start) + "\n")
-    private = load_private(given.bundle)
+    private = load_private(options.bundle)
     sample = private.sample
     with torch.inference_mode():
         shares = torch.softmax(private.classifier.eval()(sample.float() / 255), dim=1).numpy()
     random = np.random.default_rng(0)
     # In turn rather than at random where a body is one image: neighbours in time then differ.
     drawn = [
-        np.array([number % len(sample)]) if given.images == 1 else random.integers(len(sample), size=given.images)
+        np.array([number % len(sample)]) if options.images == 1 else random.integers(len(sample), size=options.images)
         for number in range(NUM_BODIES)
     ]
     queries = [Query(npy(sample[places].permute(0, 2, 3, 1).numpy()), shares[places]) for places in drawn]
     unlike = [np.abs(a.expected - b.expected).max() > 2 * TOLERANCE for i, a in enumerate(queries) for b in queries[:i]]
     print(f"a mix-up of two of the bodies would be seen in {np.mean(unlike):.1%} of cases\n")
-    with served(given.bundle, free_port(), haproxy=not given.no_haproxy) as target:
+    with served(options.bundle, free_port(), haproxy=not options.no_haproxy) as target:
         target = replace(target, url=f"{target.url}?top={shares.shape[1]}")
-        results = asyncio.run(_run(target, queries, given.factor, given.seconds, given.loads))
-    asked, memory = results.pop("asked"), results["memory_mib"]
+        results = asyncio.run(_run(target, queries, options.factor, options.seconds, options.loads))
+    outcomes, memory = results.pop("outcomes"), results["memory_mib"]
     show_table(
-        f"{given.factor:g} times the capacity of {results['capacity_per_s']:,.0f} requests/s for {given.seconds:g} s, "
-        f"{given.loads} times; reached: {results['sent_per_s'] / results['capacity_per_s']:.1f} times",
+        f"{options.factor:g} times the capacity of {results['capacity_per_s']:,.0f} requests/s for "
+        f"{options.seconds:g} s, {options.loads} times; "
+        f"reached: {results['sent_per_s'] / results['capacity_per_s']:.1f} times",
         [
             "sent",
-            *map(str, asked.statuses),
+            *map(str, outcomes.statuses),
             "wrong",
             "p50 ms",
             "p99 ms",
             "refused: p50 ms",
             "p99 ms",
             "MiB before",
-            *(f"at most, load {n + 1}" for n in range(given.loads)),
+            *(f"at most, load {n + 1}" for n in range(options.loads)),
             "after",
             "replicas before",
             "after",
@@ -182,11 +183,11 @@ def main() -> None:
         [
             [
                 f"{results['sent']:,}",
-                *(f"{num:,}" for num in asked.statuses.values()),
-                str(asked.wrong),
+                *(f"{num:,}" for num in outcomes.statuses.values()),
+                str(outcomes.wrong),
                 *(
                     f"{percentile(took, share):,.0f}"
-                    for took in (asked.milliseconds, asked.refused)
+                    for took in (outcomes.milliseconds, outcomes.refused)
                     for share in (50, 99)
                 ),
                 *(f"{mib:,.0f}" for mib in (memory["before"], *memory["most"], memory["after"])),
@@ -194,8 +195,8 @@ def main() -> None:
             ]
         ],
     )
-    finish(given.json, "overload", start, results)
-    if set(asked.statuses) - ALLOWED or asked.wrong or sum(asked.statuses.values()) != results["sent"]:
+    finish(options.json, "overload", start, results)
+    if set(outcomes.statuses) - ALLOWED or outcomes.wrong or sum(outcomes.statuses.values()) != results["sent"]:
         raise SystemExit("requests were lost, mixed up or answered otherwise than documented")
 
 
@@ -206,23 +207,23 @@ async def _run(target: Target, queries: list[Query], factor: float, seconds: flo
     stop = asyncio.Event()
     watching = asyncio.create_task(watch(samples, stop))
     await asyncio.sleep(3)
-    starts, asked, sent = [len(samples)], Asked(), 0
+    starts, outcomes, sent = [len(samples)], Outcomes(), 0
     for _ in range(loads):
-        sent += await overload(target, queries, factor * able, seconds, asked)
+        sent += await overload(target, queries, factor * able, seconds, outcomes)
         await asyncio.sleep(5)
         starts.append(len(samples))
     stop.set()
     await watching
     mib = [sum(sample[kind] for kind in SERVING) for sample in samples]
     return {
-        "asked": asked,
+        "outcomes": outcomes,
         "capacity_per_s": able,
         "sent": sent,
         "sent_per_s": sent / seconds / loads,
-        "statuses": {str(status): num for status, num in asked.statuses.items()},
-        "wrong": asked.wrong,
-        "latency_ms": {str(share): percentile(asked.milliseconds, share) for share in (50, 95, 99)},
-        "refused_ms": {str(share): percentile(asked.refused, share) for share in (50, 95, 99)},
+        "statuses": {str(status): num for status, num in outcomes.statuses.items()},
+        "wrong": outcomes.wrong,
+        "latency_ms": {str(share): percentile(outcomes.milliseconds, share) for share in (50, 95, 99)},
+        "refused_ms": {str(share): percentile(outcomes.refused, share) for share in (50, 95, 99)},
         "memory_mib": {
             "before": mib[starts[0] - 1],
             "most": [max(mib[start:end]) for start, end in itertools.pairwise(starts)],

@@ -158,8 +158,8 @@ def one_by_one(protection: Protection) -> PerImage:
     """A network called with one image at a time."""
 
     def protect(image: Image) -> Image:
-        found = protection.protect(torch.from_numpy(image).permute(2, 0, 1)[None])
-        return found[0].permute(1, 2, 0).numpy()
+        protected = protection.protect(torch.from_numpy(image).permute(2, 0, 1)[None])
+        return protected[0].permute(1, 2, 0).numpy()
 
     return protect
 
@@ -200,15 +200,15 @@ def main() -> None:
             assert all(np.array_equal(loop(i), b) for i, b in zip(images[:8], batched, strict=True)), case
         contestants[case] = _batches(protection, batch, options.seconds)
         contestants[f"{case}: loop"] = _loop(loop, images, options.seconds)
-    found: dict[str, Spread] = interleave(contestants, options.rounds)
-    ratios = {case: ratio(found[case], found[f"{case}: loop"]) for case in cases}
+    spreads: dict[str, Spread] = interleave(contestants, options.rounds)
+    ratios = {case: ratio(spreads[case], spreads[f"{case}: loop"]) for case in cases}
     rows = [
         [
             case,
-            f"{found[case].median:,.0f}",
-            str(found[case]),
-            f"{found[f'{case}: loop'].median:,.0f}",
-            str(found[f"{case}: loop"]),
+            f"{spreads[case].median:,.0f}",
+            str(spreads[case]),
+            f"{spreads[f'{case}: loop'].median:,.0f}",
+            str(spreads[f"{case}: loop"]),
             f"{ratios[case].median:,.1f}",
             str(ratios[case]),
         ]
@@ -223,7 +223,7 @@ def main() -> None:
         "protect",
         start,
         {
-            "images_per_s": {k: v.to_json() for k, v in found.items()},
+            "images_per_s": {k: v.to_json() for k, v in spreads.items()},
             "ratio": {k: v.to_json() for k, v in ratios.items()},
         },
     )

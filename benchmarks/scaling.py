@@ -107,13 +107,13 @@ def on_ray(folder: Path, preset: str, num: int) -> None:
 
     results = Storage(folder / "results")
 
-    def work(given: dict[str, Any]) -> None:
+    def work(arguments: dict[str, Any]) -> None:
         sys.path.insert(0, str(Path(__file__).parent))
         from scaling import member as run
 
         from raypp.cluster.train_reporter import RayTrainReporter, TrainWorkerProgress
 
-        run(folder, preset, RayTrainReporter(results, TrainWorkerProgress(given["board"], watch=True)))
+        run(folder, preset, RayTrainReporter(results, TrainWorkerProgress(arguments["board"], watch=True)))
 
     parts = SubmittedParts()
     notice = ResourceNotice("training", {"CPU": num}, 60, parts.all_wait, print)
@@ -126,7 +126,7 @@ def on_ray(folder: Path, preset: str, num: int) -> None:
 
 
 class Side:
-    """Workers started by one launcher, which wait to be told to train."""
+    """Workers started by one launcher, which train on a signal."""
 
     def __init__(self, launcher: str, num: int, folder: Path, preset: str) -> None:
         folder.mkdir()
@@ -265,16 +265,16 @@ def main() -> None:
                         for k, v in speeds[num].items()
                     },
                 }
-                for launcher, found in speeds[num].items():
-                    told = (
+                for launcher, spread in speeds[num].items():
+                    relative_time = (
                         "" if launcher == "torchrun" else "{:.3f} ({:.3f} - {:.3f})".format(cost.median, *cost.interval)
                     )
                     rows.append(
                         [
                             f"{num}, {launcher}",
-                            f"{found.median:,.1f}",
-                            str(found),
-                            told,
+                            f"{spread.median:,.1f}",
+                            str(spread),
+                            relative_time,
                             f"{sides[launcher].start_up:.1f}",
                         ]
                     )

@@ -27,11 +27,11 @@ def main() -> None:
     parser.add_argument("searches", nargs="+", help="NAME=FOLDER of each search")
     parser.add_argument("--figure", type=Path, help="write the fronts here, as a PNG")
     parser.add_argument("--json", type=Path, help="write the results here")
-    given = parser.parse_args()
+    options = parser.parse_args()
     start = machine()
     print(describe(start) + "\n")
-    found: dict[str, Sequence[TrialRecord]] = {}
-    for text in given.searches:
+    searches: dict[str, Sequence[TrialRecord]] = {}
+    for text in options.searches:
         name, _, folder = text.partition("=")
         if not folder:
             raise SystemExit(f"{text!r} is not understood; allowed is NAME=FOLDER")
@@ -43,10 +43,10 @@ def main() -> None:
         order = storage.folder("trials")
         records = trial_records(plan)
         records.sort(key=lambda r: (order.path / r["trial"] / "trial.json").stat().st_mtime)
-        found[name] = records
+        searches[name] = records
     rows = []
     results = {}
-    for name, trials in found.items():
+    for name, trials in searches.items():
         quarters = [hypervolume(trials[: max(1, round(len(trials) * share))]) for share in (0.25, 0.5, 0.75, 1.0)]
         front = pareto(trials)
         hours = sum(r["seconds"] for r in trials) / 3600
@@ -57,10 +57,10 @@ def main() -> None:
         ["search", "trials", "hours of trials", "front", "1/4", "1/2", "3/4", "all"],
         rows,
     )
-    if given.figure is not None:
-        given.figure.write_bytes(front_figure(found))
-        print(f"wrote {given.figure}")
-    finish(given.json, "search", start, results)
+    if options.figure is not None:
+        options.figure.write_bytes(front_figure(searches))
+        print(f"wrote {options.figure}")
+    finish(options.json, "search", start, results)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ Pss. The page cache of files that are merely read (the Parquet set) is not count
 Ray's head processes and workers are descendants of the driver; should one lose its parent, it becomes a child of this
 process (PR_SET_CHILD_SUBREAPER), so that the tree stays whole. Linux only.
 
-Torch and Ray alone take gigabytes, which makes any ratio of peaks look flat; so the growth is also given against that
+Torch and Ray alone take gigabytes, which makes any ratio of peaks look flat; so the growth is also stated against that
 of the decoded set. Peaks between two samples are missed: a peak is a lower bound, ``samples`` says how many stand
 behind it.
 """
@@ -115,12 +115,12 @@ def descendants(root: int) -> list[int]:
                 continue
             parent = int(stat.rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(entry.name))
-    found, open_ends = [], [root]
+    processes, open_ends = [], [root]
     while open_ends:
         below = children.get(open_ends.pop(), [])
-        found += below
+        processes += below
         open_ends += below
-    return found
+    return processes
 
 
 def sample(root: int) -> Sample:
@@ -214,7 +214,7 @@ def main() -> None:
     start = machine()
     print(describe(start) + "\n")
     sizes = (options.num, options.num * options.factor)
-    found: dict[str, dict[int, dict[str, Any]]] = {mode: {} for mode in options.modes}
+    measurements: dict[str, dict[int, dict[str, Any]]] = {mode: {} for mode in options.modes}
     with tempfile.TemporaryDirectory(prefix="raypp-bench-") as name:
         folder = Path(name)
         sets = {num: folder / f"set-{num}" for num in sizes}
@@ -223,7 +223,9 @@ def main() -> None:
         on_disk = {num: sum(f.stat().st_size for f in path.iterdir()) / MIB for num, path in sets.items()}
         for num in sizes:
             for mode in options.modes:
-                found[mode][num] = train(folder, sets[num], mode == "stream", options.shuffle_buffer, options.interval)
+                measurements[mode][num] = train(
+                    folder, sets[num], mode == "stream", options.shuffle_buffer, options.interval
+                )
     rows = [
         [
             f"{mode}, {num:,} images",
@@ -236,20 +238,20 @@ def main() -> None:
             str(run["samples"]),
         ]
         for mode in options.modes
-        for num, run in found[mode].items()
+        for num, run in measurements[mode].items()
     ]
     columns = ["", "set MiB", "decoded MiB", "peak MiB", "object store MiB", "images/s", "command s", "samples"]
     show_table("peak memory of raypp train with all of Ray, one run each", columns, rows)
     more_decoded = (sizes[1] - sizes[0]) * IMAGE_BYTES / MIB
     growth = {}
-    for mode, runs in found.items():
+    for mode, runs in measurements.items():
         small, large = (runs[num]["peak_mib"] for num in sizes)
         growth[mode] = {"peak_ratio": large / small, "mib_per_decoded_mib": (large - small) / more_decoded}
         print(
             f"{mode}: {options.factor} times the images take {large / small:.2f} times the memory: "
             f"{large - small:+,.0f} MiB for {more_decoded:,.0f} MiB more of decoded images"
         )
-    results = {"num_images": sizes, "set_mib": on_disk, "runs": found, "growth": growth}
+    results = {"num_images": sizes, "set_mib": on_disk, "runs": measurements, "growth": growth}
     finish(options.json, "streaming_memory", start, results)
 
 

@@ -232,17 +232,17 @@ def measure(size: str, phi: StateDict, sink: Reporter, options: argparse.Namespa
         )
 
     limits = peaks(device)
-    found = interleave({name: loop.epoch for name, loop in loops.items()} | limits, options.rounds)
+    spreads = interleave({name: loop.epoch for name, loop in loops.items()} | limits, options.rounds)
     obvious = [name for name in loops if name.startswith("obvious")]
-    reference = max(obvious, key=lambda name: found[name].median)
+    reference = max(obvious, key=lambda name: spreads[name].median)
     rows, results = [], {}
     shipped_is_bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and bf16_is_fast(device))
     for name in loops:
-        speed, gain = found[name], ratio(found[name], found[reference])
+        speed, gain = spreads[name], ratio(spreads[name], spreads[reference])
         gflops = speed.median * flops / 1e9
         is_bf16 = name.startswith("bf16") or (name.startswith("raypp") and shipped_is_bf16)
         peak = "bf16 matmul" if is_bf16 else "fp32 matmul"
-        share = gflops / max(found[peak].values)
+        share = gflops / max(spreads[peak].values)
         rows.append(
             [
                 name + (" (reference)" if name == reference else ""),
@@ -269,7 +269,7 @@ def measure(size: str, phi: StateDict, sink: Reporter, options: argparse.Namespa
     show_table(
         "what the machine can do",
         ["", "best GFLOP/s", "min - max"],
-        [[name, f"{max(found[name].values):,.0f}", str(found[name])] for name in limits],
+        [[name, f"{max(spreads[name].values):,.0f}", str(spreads[name])] for name in limits],
     )
     shown = profiled(loops[SHIPPED]) if options.profile else []
     return {
@@ -280,7 +280,7 @@ def measure(size: str, phi: StateDict, sink: Reporter, options: argparse.Namespa
         "reference": reference,
         "loader_processes_of_intermediate_rows": best_workers,
         "contestants": results,
-        "peaks_gflops": {name: found[name].to_json() for name in limits},
+        "peaks_gflops": {name: spreads[name].to_json() for name in limits},
         "profile": shown,
     }
 
@@ -293,16 +293,16 @@ def profiled(loop: RayppLoop | ObviousLoop, top: int = 8) -> list[dict[str, Any]
     own = "self_device_time_total" if cuda else "self_cpu_time_total"
     events = sorted(profiler.key_averages(), key=lambda e: getattr(e, own), reverse=True)
     total = sum(getattr(e, own) for e in events)
-    found = [
+    operations = [
         {"op": e.key, "calls": e.count, "milliseconds": getattr(e, own) / 1e3, "share": getattr(e, own) / total}
         for e in events[:top]
     ]
     show_table(
         "profile of raypp's step: self time",
         ["operation", "calls", "ms", "share"],
-        [[f["op"], f"{f['calls']:,}", f"{f['milliseconds']:,.1f}", f"{f['share']:.1%}"] for f in found],
+        [[f["op"], f"{f['calls']:,}", f"{f['milliseconds']:,.1f}", f"{f['share']:.1%}"] for f in operations],
     )
-    return found
+    return operations
 
 
 def main() -> None:

@@ -9,22 +9,15 @@ It trains, publishes, serves, trains again while a node is drained, follows the 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import re
-import secrets
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -32,16 +25,12 @@ from typing import Any
 
 import numpy as np
 import yaml
+from _recording import CPUS, PAGE, ROOT, SETTINGS, SHARED, Nodes, Page, Session, wait_for
 
 from raypp.client.http import Client
 from raypp.client.session import RemoteError
 from raypp.experiments.run_folder import cpu_name
 
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "results" / "cluster-transcript.md"
-BRIDGE, SUBNET = "raypp-run", "10.213.58"  # .1 is the head, .2 and .3 do the work, .254 is this machine with Redis
-CPUS = 3  # of a worker node, as Ray counts them: two for a worker of the training, one for a replica
-DRAIN_SECONDS = 20  # notice that a drained node gets; Ray's default is 30
 SMALL = {
     "data": {"image_size": [16, 16], "num_val": 100, "source": {"num_train": 1600, "num_test": 300}},
     "protection": {"width": 4, "depth": 2},
@@ -51,194 +40,6 @@ SMALL = {
 }
 JOB = "ray job submit --working-dir . --runtime-env jobs/runtime_env.yaml -- python"
 URL = "http://127.0.0.1:8000"  # on each node; clients send tokens over HTTPS or to their own machine only
-SHARED = "/shared"  # how the page names the folder that every node sees
-RAYS_OWN = re.compile(
-    r"^(\d{4}-\d\d-\d\d |\(|\[|=|-{5}|Next steps|Query the|Request the|\s+ray job|Tailing logs|Job submission)"
-)
-COLOR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-
-
-class Page:
-    """The page that is written, line by line; also printed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.lines: list[str] = []
-        self.folder = folder
-
-    def add(self, text: str = "") -> None:
-        for line in text.splitlines() or [""]:
-            sys.stdout.write(line + "\n")
-            self.lines.append(line)
-        sys.stdout.flush()
-
-    def prose(self, text: str) -> None:
-        self.add("\n" + textwrap.fill(" ".join(text.split()), 118) + "\n")
-
-    def heading(self, text: str) -> None:
-        self.add(f"\n## {text}")
-
-    @contextmanager
-    def block(self) -> Iterator[None]:
-        self.add("```text")
-        try:
-            yield
-        finally:
-            self.add("```")
-
-    def clean(self, text: str) -> list[str]:
-        """Output without colors, Ray's own log and paths of this machine, in lines of at most 118 characters."""
-        text = COLOR.sub("", text).replace(str(self.folder), SHARED).replace(str(ROOT), ".")
-        lines = [line.rstrip() for line in text.splitlines() if line.strip() and not RAYS_OWN.match(line)]
-        return [part for line in lines for part in textwrap.wrap(line, 118, subsequent_indent="    ") or [""]]
-
-    def command(self, words: str) -> None:
-        shown = words.replace(str(self.folder), SHARED)
-        lines = textwrap.wrap(
-            f"$ {shown}", 112, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
-        )
-        self.add(" \\\n".join(lines))
-
-    def save(self) -> None:
-        text = re.sub(r"\n{3,}", "\n\n", "\n".join(self.lines)).strip() + "\n"
-        PAGE.write_text(text)
-
-
-class Nodes:
-    """Three network namespaces on one bridge, with a Ray node in each."""
-
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self.folder, self.running = folder, dict[int, subprocess.Popen[bytes]]()
-        token = folder / "cluster-token"
-        token.write_text(secrets.token_hex(32))
-        self.environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:8265", "RAY_DASHBOARD_ADDRESS": "http://127.0.0.1:8265",
-            "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        self._ray_environment = self.environment | {
-            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",
-            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(DRAIN_SECONDS),
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
-        }
-        self._head_environment: dict[str, str] = {}
-        self._create_network(stack)
-
-    def _create_network(self, stack: ExitStack) -> None:
-        _ip("link", "add", BRIDGE, "type", "bridge")
-        stack.callback(_ip, "link", "del", BRIDGE)
-        _ip("addr", "add", f"{SUBNET}.254/24", "dev", BRIDGE)
-        _ip("link", "set", BRIDGE, "up")
-        for node in (1, 2, 3):
-            self.kill(node)  # left by a run that was killed
-            name, outer, inner = f"{BRIDGE}-{node}", f"rpr{node}", f"rprn{node}"
-            _ip("netns", "add", name)
-            stack.callback(_ip, "netns", "del", name)
-            _ip("link", "add", outer, "type", "veth", "peer", "name", inner)
-            stack.callback(_ip, "link", "del", outer)
-            _ip("link", "set", inner, "netns", name)
-            _ip("link", "set", outer, "master", BRIDGE, "up")
-            _ip("-n", name, "addr", "add", f"{SUBNET}.{node}/24", "dev", inner)
-            for device in (inner, "lo"):
-                _ip("-n", name, "link", "set", device, "up")
-            stack.callback(self.kill, node)
-
-    def with_redis(self, stack: ExitStack) -> bool:
-        """Start Redis, where the head keeps its state; False where it is not installed."""
-        program = shutil.which("redis-server")
-        if program is None:
-            return False
-        words = [program, "--bind", f"{SUBNET}.254", "--port", "6380", "--protected-mode", "no", "--save", ""]
-        redis = subprocess.Popen(words, stdout=subprocess.DEVNULL, cwd=self.folder)
-        stack.callback(redis.wait)
-        stack.callback(redis.kill)
-        self._head_environment["RAY_REDIS_ADDRESS"] = f"{SUBNET}.254:6380"
-        return True
-
-    def start(self, node: int) -> str:
-        """Start a node and return the command."""
-        # A machine that starts again has no such file. Here Ray would read in it that the head runs.
-        (self.folder / f"n{node}" / "ray_current_cluster").unlink(missing_ok=True)
-        words = ["ray", "start", "--block", "--disable-usage-stats", f"--node-ip-address={SUBNET}.{node}"]
-        if node == 1:
-            words += ["--head", "--port=6379", "--num-cpus=0", "--dashboard-host=127.0.0.1"]
-        else:
-            words += [f"--address={SUBNET}.1:6379", f"--num-cpus={CPUS}"]
-        # Machines have their own disks; here each node has its own folder, and a small object store.
-        hidden = [f"--temp-dir={self.folder / f'n{node}'}", "--object-store-memory=100000000"]
-        log = (self.folder / f"node-{node}.log").open("wb")
-        command = ["ip", "netns", "exec", f"{BRIDGE}-{node}", *words, *hidden]
-        # The machine's name leads to its loopback address, by which workers on two nodes do not reach each other.
-        environment = self._ray_environment | {"GLOO_SOCKET_IFNAME": f"rprn{node}"}
-        environment |= self._head_environment if node == 1 else {}
-        self.running[node] = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        path = self.folder / f"node-{node}.log"
-        wait_for(lambda: "Ray runtime started" in path.read_text(), 90, f"node {node} to start")
-        return shlex.join(words)
-
-    def pids(self, node: int) -> list[int]:
-        words = ["ip", "netns", "pids", f"{BRIDGE}-{node}"]
-        return [int(pid) for pid in subprocess.run(words, capture_output=True, text=True, check=False).stdout.split()]
-
-    def kill(self, node: int) -> None:
-        """End every process of a node at once, as a machine that loses its power."""
-        for pid in self.pids(node):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        if (process := self.running.pop(node, None)) is not None:
-            process.wait()
-
-    def popen(self, node: int, *words: str) -> subprocess.Popen[str]:
-        command = ["ip", "netns", "exec", f"{BRIDGE}-{node}", *words]
-        return subprocess.Popen(
-            command, env=self.environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-
-
-class Session:
-    """Commands on the nodes, with what they print, on a page."""
-
-    def __init__(self, page: Page, nodes: Nodes) -> None:
-        self.page, self.nodes = page, nodes
-
-    def run(self, command: str, *, node: int = 1, keep: str = "", last: int = 14, check: bool = True) -> str:
-        """Run a shell command on a node, and show it with the last lines of its output that match ``keep``."""
-        self.page.command(command)
-        return self.finish(self.nodes.popen(node, "bash", "-c", command), keep=keep, last=last, check=check)
-
-    def begin(self, command: str) -> subprocess.Popen[str]:
-        self.page.command(command)
-        return self.nodes.popen(1, "bash", "-c", command)
-
-    def wait(self, job: subprocess.Popen[str], condition: Callable[[], Any], what: str) -> None:
-        """Wait until a condition holds while a job runs."""
-        wait_for(lambda: condition() or job.poll() is not None, 120, what)
-        if job.poll() is not None:
-            self.finish(job)
-            raise RuntimeError(f"the job ended before {what}")
-
-    def finish(self, process: subprocess.Popen[str], *, keep: str = "", last: int = 14, check: bool = True) -> str:
-        output, _ = process.communicate(timeout=400)
-        lines = [line for line in self.page.clean(output) if re.search(keep, line)]
-        if lines:
-            self.page.add("\n".join(["..."] * (len(lines) > last) + lines[-last:]))
-        if check and process.returncode:
-            raise RuntimeError(f"exit code {process.returncode}: {output}")
-        return output
-
-
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=False, capture_output=True)
-
-
-def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """Wait until a condition holds and return its value; raises TimeoutError."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        if time.monotonic() > end:
-            raise TimeoutError(f"waited {seconds:.0f} s for {what}")
-        time.sleep(0.3)
-    return value
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
@@ -290,10 +91,11 @@ def show_report(page: Page, before: dict[str, Any], after: dict[str, Any]) -> No
 def start_cluster(page: Page, nodes: Nodes, redis: bool) -> None:
     page.heading("Three nodes")
     page.prose(
-        f"The head runs no tasks. Each other node has {CPUS} CPUs by Ray's count; all three share the same cores. Each "
-        "has its own `--temp-dir`, which is left out here. "
+        f"The head runs no tasks. Each other node has {CPUS} CPUs by Ray's count; all three share the same cores. "
         + ("The head keeps its state in Redis (`RAY_REDIS_ADDRESS`), which runs outside the cluster." if redis else "")
     )
+    page.prose("Every `ray start` also has these settings, which the commands leave out:")
+    page.table(("setting", "reason"), {f"`{setting}`": reason for setting, reason in SETTINGS.items()})
     with page.block():
         for node in (1, 2, 3):
             page.command(nodes.start(node))
@@ -381,9 +183,7 @@ def checkpoints_while_draining(nodes: Nodes, run: Path) -> tuple[float, list[str
         time.sleep(0.1)
     seconds = time.monotonic() - began
     nodes.kill(3)
-    new = sorted(seen - known)
-    parts = [name for name in new if "_part_" in name]
-    return seconds, parts or new[:2]
+    return seconds, sorted(seen - known)
 
 
 def killed_head(session: Session, folder: Path, report: Path) -> None:

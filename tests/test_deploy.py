@@ -33,6 +33,7 @@ from raypp.experiments.run_folder import point_latest
 from raypp.experiments.search import make_search_plan
 from raypp.serve.server import ATTACK, CONFIG, config_template
 from raypp.utils.errors import ConfigError
+from raypp.utils.runtime import SETTINGS
 from raypp.utils.storage import Storage
 
 CLUSTERS = ("cluster.yaml", "deploy/cluster-on-premise.yaml")
@@ -266,6 +267,21 @@ def test_what_begins_without_workers_asks_for_them() -> None:
     """A search takes as many trials at once as there is room for when it starts; spot nodes leave more than thrice."""
     assert "--search.max_concurrent 8" in read("deploy/kuberay/rayjob-tune.yaml")["spec"]["entrypoint"]
     assert "--cluster.max_failures -1" in read("deploy/kuberay/rayjob-train.yaml")["spec"]["entrypoint"]
+
+
+def test_a_service_on_kubernetes_serves_what_a_run_publishes() -> None:
+    """On the same volume, and the attacks beside it."""
+    job, service = (read(f"deploy/kuberay/{name}.yaml")["spec"] for name in ("rayjob-train", "rayservice"))
+    words = job["entrypoint"].split()
+    repository = words[words.index("--publish") + 1]
+    locations = re.findall(r"{bundle: ([^,]+),", service["serveConfigV2"])
+    assert locations == [repository, repository]
+    for spec in (job["rayClusterSpec"], service["rayClusterConfig"]):
+        for pod in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            (volume,) = (part for part in pod["template"]["spec"]["volumes"] if part["name"] == "shared")
+            assert volume["persistentVolumeClaim"] == {"claimName": "raypp-shared"}
+            mounts = pod["template"]["spec"]["containers"][0]["volumeMounts"]
+            assert any(mount["name"] == "shared" and repository.startswith(mount["mountPath"]) for mount in mounts)
 
 
 def test_a_service_outlives_its_head_and_a_node() -> None:
@@ -585,6 +601,9 @@ def test_the_container_installs_what_the_project_allows() -> None:
             assert f"!{source}" in sent or f"!{source}requirements.txt" in sent
     assert "USER ray" in text
     assert "python:3.11" in text
+    shared = {key: value for key, value in re.findall(r"(RAY_SERVE_\w+)=(\S+)", text) if key in SETTINGS}
+    assert len(shared) == 3
+    assert shared.items() <= SETTINGS.items()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda path: path.stem)

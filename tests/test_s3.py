@@ -8,6 +8,7 @@ import secrets
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -39,11 +40,18 @@ from raypp.utils.storage import Storage
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[Any]:
+def requests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The server's log, a line for each request."""
+    return tmp_path_factory.mktemp("s3") / "requests"
+
+
+@pytest.fixture(scope="module")
+def s3(requests: Path) -> Iterator[Any]:
     """Makes URIs in a bucket of a server on loopback: ``s3("runs")``."""
     port = free_port()
     arguments = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with requests.open("wb") as log:
+        process = subprocess.Popen(arguments, stdout=log, stderr=log)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ACCESS_KEY_ID", secrets.token_hex(8))
         patch.setenv("AWS_SECRET_ACCESS_KEY", secrets.token_hex(16))
@@ -257,17 +265,23 @@ def test_workers_of_ray_keep_their_checkpoints_there(s3: Any, cluster_with_keys:
 
 
 @pytest.mark.ray
-def test_a_search_lives_there(s3: Any, cluster_with_keys: Cluster, tmp_path: Path) -> None:
-    """Trials, Tune's own state and the bundles that are handed over; and it is finished when asked again."""
+def test_a_search_lives_there(s3: Any, requests: Path, cluster_with_keys: Cluster, tmp_path: Path) -> None:
+    """Trials, Tune's own state and the bundles that are handed over; and it is finished when asked again.
+
+    Ray's period of at least 10 s bounds how often the state of all trials is written.
+    """
     settings = [
         word for word in tiny_flags(tmp_path, train__epochs=1) if word not in ("--cluster.storage", str(tmp_path))
     ]
     command = ["raypp", "tune", "quickstart", "--storage", s3("searches")]
     flags = ["--name", "search", "--search.num_trials", "2", "--search.scheduler", "none", "--search.suite", "null"]
     flags += ["--search.attack", "{width: 4, train: {epochs: 1}}", "--search.space.protection.skips", "[0, 1, 2]"]
+    began = time.monotonic()
     for more in ([], ["--resume", "--publish", s3("best-models")]):
         done = cluster_with_keys.run([*command, *flags, *settings, *more])
         assert done.returncode == 0, done.stdout + done.stderr
+    snapshots = re.findall(r'"PUT /bucket/\S*/experiment_state-\S*json', requests.read_text())
+    assert 1 <= len(snapshots) <= (time.monotonic() - began) / 10 + 3
     folder = Storage(s3("searches")).folder("search")
     assert len(folder.read("trials.csv").decode().splitlines()) == 3
     assert folder.exists("front.png")

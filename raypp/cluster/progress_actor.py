@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -97,8 +98,12 @@ def create_progress_actor() -> Any:
 
 def _ask(method: Any, default: Any) -> Any:
     """Call a method of the actor; the default if it does not respond, since a run can do without it."""
+    return _result(method.remote(), default)
+
+
+def _result(reference: Any, default: Any) -> Any:
     try:
-        return ray.get(method.remote(), timeout=ANSWER_SECONDS)
+        return ray.get(reference, timeout=ANSWER_SECONDS)
     except ray.exceptions.RayError:
         return default
 
@@ -107,6 +112,39 @@ def drain(actor: Any) -> list[Event]:
     """Events since the last call."""
     events: list[Event] = _ask(actor.drain, [])
     return events
+
+
+class EventPoll:
+    """Events of the actor for a loop that must not wait: the actor may still start, or be busy.
+
+    Args:
+        seconds: between an answer and the next request.
+    """
+
+    def __init__(self, actor: Any, seconds: float) -> None:
+        self._actor, self._seconds = actor, seconds
+        self._request: Any = None  # of the events since the last answer
+        self._next_request = float("-inf")
+
+    def take(self) -> list[Event]:
+        """Events that have arrived since the last call."""
+        if self._request is None and time.monotonic() >= self._next_request:
+            self._request = self._actor.drain.remote()
+        return self._answer(0.0)
+
+    def take_last(self, timeout: float) -> list[Event]:
+        """All events that were reported before this call; waits at most ``timeout`` seconds twice."""
+        events = self._answer(timeout)
+        self._request = self._actor.drain.remote()
+        return [*events, *self._answer(timeout)]
+
+    def _answer(self, timeout: float) -> list[Event]:
+        if self._request is None or not ray.wait([self._request], timeout=timeout)[0]:
+            return []
+        request, self._request = self._request, None
+        self._next_request = time.monotonic() + self._seconds
+        events: list[Event] = _result(request, [])
+        return events
 
 
 def relay(actor: Any, listener_of: ListenerOf, parts: SubmittedParts) -> None:

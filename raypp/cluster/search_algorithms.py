@@ -77,8 +77,12 @@ class PopulationUntilLastEpoch(PopulationBasedTraining):  # type: ignore[misc]  
     A trial that copied a network of the last epoch would not train it.
     """
 
+    def __init__(self, *, perturbation_interval: int, **options: Any) -> None:
+        super().__init__(perturbation_interval=perturbation_interval, **options)
+        self._interval = perturbation_interval
+
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> Any:
-        if result["epoch"] >= result["epochs"] or result["epoch"] % self._perturbation_interval:
+        if result["epoch"] >= result["epochs"] or result["epoch"] % self._interval:
             return TrialScheduler.CONTINUE
         return super().on_trial_result(controller, trial, result)
 

@@ -11,11 +11,10 @@ from typing import Any, ClassVar
 
 import ray
 from ray.tune import Callback
-from ray.tune.result import SHOULD_CHECKPOINT
 
 from raypp.cluster import ray_logs
-from raypp.cluster.progress_actor import create_progress_actor, drain, shutdown_grace_period
-from raypp.cluster.ray_internals import is_running, trial_error
+from raypp.cluster.progress_actor import Event, EventPoll, create_progress_actor, shutdown_grace_period
+from raypp.cluster.ray_internals import has_ended, is_running, skip_second_checkpoint, trial_error
 from raypp.cluster.shared_files import remove_unlisted_files, share_files
 from raypp.cluster.trial import STOPPED, decode_parameters
 from raypp.cluster.waiting import ResourceNotice, Resources
@@ -29,6 +28,7 @@ from raypp.utils.progress import MultiProgressDisplay
 
 DRIVER_RECORDS = "ended.json"  # of trials without a result
 RELAY_SECONDS = 0.5
+END_SECONDS = 5.0  # for the last events, after the end of the trials
 
 
 class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
@@ -58,7 +58,7 @@ class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
         self._trials: list[Any] = []
         seconds, warn = plan.config.cluster.notice_seconds, display.of("cluster").warn
         self._notice = ResourceNotice("a trial", required, seconds, self._all_wait, warn)
-        self._next_relay = float("-inf")
+        self._events = EventPoll(self.actor, RELAY_SECONDS)
         self.records: dict[str, TrialRecord] = {}
         self._stopped: set[str] = set()
         self._deadline: float | None = None  # of running trials, after a stop request
@@ -75,7 +75,7 @@ class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
         """
         self._trials = trials
         self._notice.check()
-        self._relay()
+        self._show(self._events.take())
         if not self.display.stop.is_set():
             return
         if self._deadline is None:
@@ -87,14 +87,11 @@ class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
 
     def _all_wait(self) -> bool:
         running = any(is_running(trial) for trial in self._trials)
-        return not running and any(not trial.is_finished() for trial in self._trials)
+        return not running and not all(has_ended(trial) for trial in self._trials)
 
-    def _relay(self) -> None:
+    def _show(self, events: list[Event]) -> None:
         """Show the warnings of trials, and record those that have stopped."""
-        if time.monotonic() < self._next_relay:
-            return
-        self._next_relay = time.monotonic() + RELAY_SECONDS
-        for trial, kind, value in drain(self.actor):
+        for trial, kind, value in events:
             if kind == STOPPED:
                 self._stopped.add(trial)
             elif kind == "warn":
@@ -106,8 +103,7 @@ class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
         record = self._record(trial)
         record |= {"accuracy": accuracy, "epochs": epoch, "of": epochs}
         self.trackers.log(trial.trial_id, record["settings"], result)
-        if trial.is_saving:  # by the population's scheduler; Tune would count the checkpoint twice
-            result[SHOULD_CHECKPOINT] = False
+        skip_second_checkpoint(trial, result)
         if not result.get("finished"):
             info = {
                 "phase": "trial", "epoch": epoch, "epochs": epochs, "steps_done": epoch, "steps_total": epochs + 1,
@@ -143,7 +139,8 @@ class TrialMonitor(Callback):  # type: ignore[misc]  # Ray has no types here
         search_results.write_table(self.plan.storage, all_records(self.plan), self.min_accuracy)
 
     def finish_search(self) -> None:
-        """Record trials that the end of the search has stopped."""
+        """Show the last warnings, and record trials that the end of the search has stopped."""
+        self._show(self._events.take_last(END_SECONDS))
         for name, record in self.records.items():
             if "status" not in record and not self.plan.storage.exists(f"{TRIALS}/{name}/{RESULT}"):
                 explanation = f"the search ended after {record['epochs']} of its epochs"

@@ -9,13 +9,15 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup
 
+from raypp.cluster.ray_internals import reserved_resources
+
 CHECK_SECONDS = 2.0  # between two looks at the cluster
 
 Resources = Mapping[str, float]
 
 
 class ResourceNotice:
-    """Warns repeatedly while a part of the work waits for resources.
+    """Warns repeatedly while a part of the work waits for resources or starts.
 
     Args:
         part: the part that waits, such as "training on 2 workers".
@@ -36,6 +38,7 @@ class ResourceNotice:
         self.part, self.resources, self.seconds = part, resources, seconds
         self._is_waiting, self._warn = is_waiting, warn
         self._next_check = float("-inf")
+        self._waits_since = 0.0
         self._next_message: float | None = None  # None while nothing waits
 
     def check(self) -> None:
@@ -47,18 +50,26 @@ class ResourceNotice:
         if not self._is_waiting():
             self._next_message = None
         elif self._next_message is None:
+            self._waits_since = now
             self._next_message = now + self.seconds / 2
         elif now >= self._next_message:
             self._next_message = now + self.seconds
-            self._warn(describe_wait(self.part, self.resources, ray.cluster_resources(), ray.available_resources()))
+            self._warn(self._message(now - self._waits_since))
+
+    def _message(self, seconds: float) -> str:
+        total, free = ray.cluster_resources(), ray.available_resources()
+        reserved = reserved_resources()
+        if any(free.get(kind, 0) + reserved.get(kind, 0) < amount for kind, amount in self.resources.items()):
+            return f"{self.part} waits for {describe_resources(self.resources, total, free)}"
+        return f"{self.part} has not started after {seconds:.0f} s, although its resources are free or reserved"
 
 
-def describe_wait(part: str, required: Resources, total: Resources, free: Resources) -> str:
-    """One sentence about the missing resources: required, in the cluster, and free there."""
+def describe_resources(required: Resources, total: Resources, free: Resources) -> str:
+    """Resources that are required, in the cluster, and free there."""
     kinds = [kind for kind in ("CPU", "GPU") if required.get(kind)]
     needs = " and ".join(_amount(required[kind], kind) for kind in kinds)
     has = " and ".join(f"{_amount(total.get(kind, 0), kind)} ({free.get(kind, 0):g} free)" for kind in kinds)
-    return f"{part} waits for {needs}; the cluster has {has}"
+    return f"{needs}; the cluster has {has}"
 
 
 def _amount(number: float, kind: str) -> str:

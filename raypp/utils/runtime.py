@@ -23,6 +23,9 @@ SETTINGS = {
     # With the throughput setting, replicas open their own HTTP ports, and each application waits 30 s for load
     # balancers before it ends. A Ray that raypp starts has no load balancer in front.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+    # Serve ends a proxy that takes longer than 5 s to start, and gives up after the third. On a busy machine of two
+    # cores all three took longer.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
     # cuBLAS is deterministic only with a fixed workspace.
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     # Several actors that read Parquet footers would occupy the CPUs of a small machine.

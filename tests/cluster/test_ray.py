@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,7 +122,9 @@ def check_result(folder: Path) -> None:
     assert Path(best.path).name == f"epoch_{number:04d}"
 
 
-def test_a_killed_driver_is_resumed_past_a_damaged_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_killed_driver_is_resumed_past_a_damaged_checkpoint(
+    cluster: Cluster, processes: ForkServerContext, tmp_path: Path
+) -> None:
     folder = tmp_path / "orphan"
     flags = ("--cluster.num_workers", "1", "--train.adapt_threads", "false")
     arguments = command(tmp_path, "orphan", *flags, epochs=4)
@@ -169,6 +172,34 @@ def test_a_killed_driver_is_resumed_past_a_damaged_checkpoint(cluster: Cluster, 
     assert epochs_of(folder) == expected(7)
     assert list_checkpoints(Storage(folder)) == ["epoch_0008", "epoch_0007"]
     assert listed(folder) == {"epoch_0008", "epoch_0007"}
+
+    # In a process group of two, as torchrun starts one.
+    settings = command(tmp_path, "orphan", epochs=8)[5:]
+    members = [processes.Process(target=train_in_group, args=(rank, folder, settings)) for rank in range(2)]
+    for member in members:
+        member.start()
+    for member in members:
+        member.join(120)
+    assert [member.exitcode for member in members] == [0, 0]
+    assert epochs_of(folder) == expected(8)
+    assert [row["world"] for row in history(folder)] == [1] * 8 + [2]
+
+
+def train_in_group(rank: int, folder: Path, flags: list[str]) -> None:
+    """Continue a run as one of two processes."""
+    import torch
+    import torch.distributed as dist
+
+    from raypp.config.presets import load_config
+    from raypp.training.protection_task import fit
+    from raypp.training.reporter import Reporter
+    from raypp.utils.progress import ProgressListener
+
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    fit(load_config("quickstart", flags=flags), Reporter(Storage(folder), ProgressListener(), torch.device("cpu")))
+    dist.destroy_process_group()
 
 
 def learned(run_folder: Path) -> list[dict[str, Any]]:
@@ -448,16 +479,33 @@ def test_table1_outlives_a_killed_cell(cluster: Cluster, tmp_path: Path) -> None
     assert (table / "table1.png").stat().st_size > 1000
 
 
-def test_a_message_names_the_resources_that_lack() -> None:
-    from raypp.cluster.waiting import describe_wait
+def test_a_message_names_resources_only_if_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    from raypp.cluster import waiting
 
-    both = describe_wait("training on 2 workers", {"CPU": 2, "GPU": 1}, {"CPU": 4.0}, {"CPU": 0.5})
+    total, free, reserved, messages = {"CPU": 4.0}, {"CPU": 0.5}, dict[str, float](), list[str]()
+    monkeypatch.setattr(waiting.ray, "cluster_resources", lambda: total)
+    monkeypatch.setattr(waiting.ray, "available_resources", lambda: free)
+    monkeypatch.setattr(waiting, "reserved_resources", lambda: reserved)
+
+    def message(part: str, **required: float) -> str:
+        notice = waiting.ResourceNotice(part, required, 1e-6, lambda: True, messages.append)
+        while not messages:
+            notice.check()
+        return messages.pop()
+
+    both = message("training on 2 workers", CPU=2, GPU=1)
     assert both == (
         "training on 2 workers waits for 2 CPUs and 1 GPU; the cluster has 4 CPUs (0.5 free) and 0 GPUs (0 free)"
     )
-    assert describe_wait("an attack", {"CPU": 1, "GPU": 0}, {"CPU": 1.0}, {}) == (
-        "an attack waits for 1 CPU; the cluster has 1 CPU (0 free)"
-    )
+    total["CPU"], free["CPU"] = 1.0, 0.0
+    assert message("an attack", CPU=1, GPU=0) == "an attack waits for 1 CPU; the cluster has 1 CPU (0 free)"
+    starting = "an attack has not started after 0 s, although its resources are free or reserved"
+    reserved["CPU"] = 1
+    assert message("an attack", CPU=1, GPU=0) == starting
+    free["CPU"] = 1.0  # for the tasks that read a stream
+    assert message("an attack", CPU=2, GPU=0) == starting
+    reserved.clear()
+    assert message("an attack", CPU=1, GPU=0) == starting
 
 
 def test_a_message_about_resources_repeats_once_per_interval(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,10 +514,16 @@ def test_a_message_about_resources_repeats_once_per_interval(monkeypatch: pytest
 
     clock, waits, said = [0.0], [True], []
     monkeypatch.setattr(waiting.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(waiting, "describe_wait", lambda *_: "it waits")
     for name in ("cluster_resources", "available_resources"):
         monkeypatch.setattr(waiting.ray, name, dict)
-    notice = waiting.ResourceNotice("it", {}, 60, lambda: waits[0], lambda _: said.append(clock[0]))
+    monkeypatch.setattr(waiting, "reserved_resources", dict)
+    texts: list[str] = []
+
+    def warn(text: str) -> None:
+        said.append(clock[0])
+        texts.append(text)
+
+    notice = waiting.ResourceNotice("it", {}, 60, lambda: waits[0], warn)
 
     def look(until: float) -> None:
         while clock[0] < until:
@@ -485,6 +539,7 @@ def test_a_message_about_resources_repeats_once_per_interval(monkeypatch: pytest
     assert said == [30, 90, 150]
     look(250)
     assert said[3:] == [240]
+    assert [text.split(" s,")[0] for text in texts] == [f"it has not started after {n}" for n in (30, 90, 150, 30)]
 
 
 def test_parts_wait_while_none_of_them_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -175,11 +176,12 @@ def test_a_stopped_search_loses_nothing(
     cluster: Cluster, in_one_session: InOneSession, tmp_path: Path, workers: int
 ) -> None:
     """Its two trials write checkpoints first, and go on from them: on two CPUs side by side where each has one worker,
-    one after the other where each has two. There, ASHA stops the second trial, which learns nothing."""
+    one after the other where each has two. There, ASHA stops the second trial, which learns nothing. Median stopping
+    compares four trials at least."""
     trials, epochs = tmp_path / "stopped" / "trials", 8
     space = "{train.optimizer.lr: [1.0e-9, 0.1], train.alpha: null, protection.skips: null, train.schedule: null}"
     flags = ["--cluster.num_workers", str(workers), "--search.num_trials", "2", "--search.grace_epochs", "1"]
-    flags += ["--search.scheduler", "none" if workers == 1 else "asha", "--search.space", space]
+    flags += ["--search.scheduler", "median" if workers == 1 else "asha", "--search.space", space]
     arguments = command(tmp_path, "stopped", *flags, train__epochs=epochs)
 
     def rows(trial: Path) -> list[dict[str, Any]]:
@@ -262,14 +264,15 @@ def test_no_trial_copies_a_finished_network(tmp_path: Path) -> None:
         assert population.on_trial_result(None, None, result) == TrialScheduler.CONTINUE
 
 
-@pytest.mark.parametrize(("scheduler", "stopped"), [("asha", {1: 2, 3: 2}), ("median", {3: 2})])
+@pytest.mark.parametrize(("scheduler", "stopped"), [("asha", {1: 2, 3: 2, 4: 2}), ("median", {3: 2, 4: 2})])
 def test_schedulers_stop_trials_of_low_accuracy(
     in_one_session: InOneSession, tmp_path: Path, scheduler: str, stopped: dict[int, int]
 ) -> None:
-    """At the epochs where they compare: trials that train nothing, one after the other."""
+    """At the epochs where they compare: trials that train nothing, one after the other, on one CPU or two nodes' worth
+    of bundles."""
     assert in_one_session(compare_trials, scheduler, tmp_path) == []
     reports = json.loads((tmp_path / "reports.json").read_text())
-    assert reports == [[stopped.get(number, 5), number not in stopped] for number in range(4)]
+    assert reports == [[stopped.get(number, 5), number not in stopped] for number in range(5)]
 
 
 def compare_trials(scheduler: str, storage: Path) -> None:
@@ -293,9 +296,12 @@ def compare_trials(scheduler: str, storage: Path) -> None:
             listener.epoch({"phase": "joint", "epoch": epoch, "val_accuracy": point["accuracy"], "val_loss": 1.0})
         listener.end({"status": "diverged"}, Storage("unused"))
 
+    def resources(point: dict[str, Any]) -> tune.PlacementGroupFactory:
+        return tune.PlacementGroupFactory([{"CPU": 1}] * (1 + (point["accuracy"] in (0.9, 0.3))))
+
     grid = tune.Tuner(
-        tune.with_resources(trial, {"CPU": 1}),
-        param_space={"accuracy": tune.grid_search([0.8, 0.4, 0.9, 0.3])},
+        tune.with_resources(trial, resources),
+        param_space={"accuracy": tune.grid_search([0.8, 0.4, 0.9, 0.3, 0.2])},
         tune_config=tune.TuneConfig(scheduler=build_scheduler(plan), max_concurrent_trials=1, reuse_actors=True),
         run_config=tune.RunConfig(name="schedule", storage_path=str(storage), verbose=0),
     ).fit()
@@ -303,12 +309,33 @@ def compare_trials(scheduler: str, storage: Path) -> None:
     (storage / "reports.json").write_text(json.dumps(reports))
 
 
-def test_short_local_searches_write_snapshots_each_second(tmp_path: Path) -> None:
-    from raypp.cluster.tune import snapshot_seconds
+@pytest.mark.parametrize(
+    ("storage", "num_trials", "seconds"),
+    [("here", 20, "1"), ("here", 1000, "auto"), ("s3://bucket/searches?region=eu-west-1", 20, "auto")],
+)
+def test_short_local_searches_write_snapshots_each_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str, num_trials: int, seconds: str
+) -> None:
+    """Tune reads the variable when a search starts; here, the search has no trials."""
+    from raypp.cluster import tune
 
-    local, remote = Storage(tmp_path), Storage("s3://bucket/search?region=eu-west-1")
-    assert snapshot_seconds(local, 20) == "1"
-    assert snapshot_seconds(local, 1000) == snapshot_seconds(remote, 20) == "auto"
+    seen: list[str | None] = []
+
+    def fit() -> None:
+        seen.append(os.environ.get(name))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(name := "TUNE_GLOBAL_CHECKPOINT_S", raising=False)
+    monkeypatch.setattr(tune, "_build_tuner", lambda *_: SimpleNamespace(fit=fit))
+    monkeypatch.setattr(tune.tune, "with_parameters", lambda function, **_: function)  # starts Ray
+    plan = make_search_plan("quickstart", flags=["--search.num_trials", str(num_trials)], storage=storage, name="s")
+    trackers = SimpleNamespace(close=lambda: None)
+    monitor: Any = SimpleNamespace(
+        plan=plan, min_accuracy=None, actor=None, trackers=trackers, finish_search=lambda: None
+    )
+    tune._run_trials(monitor, {"CPU": 1}, 1, begun=False)
+    assert seen == [seconds]
+    assert name not in os.environ
 
 
 def test_budgets_end_a_search_and_every_trial_is_recorded(cluster: Cluster, tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from raypp.cluster import session
@@ -63,6 +65,10 @@ def measure(folder: Path) -> None:
             "loader": loader_options(),
             "head": ray.cluster_resources().get(HEAD),
             "node": ray.nodes()[0]["NodeManagerAddress"],
+            "reserved": reserved_by_groups(ray),
+            "events": polled_events(),
+            "drained": drain_this_node(ray),
+            "ended": ended_processes(),
         }
     finally:
         ray.shutdown()
@@ -143,22 +149,103 @@ def error_of_storage(folder: Path) -> str:
 
 
 def trial_states(folder: Path) -> list[Any]:
-    """Whether a trial runs before and after its start, and why it failed, by :mod:`raypp.cluster.ray_internals`."""
+    """What :mod:`raypp.cluster.ray_internals` tells of a trial before its start, while it runs, and after its end."""
     from ray.exceptions import RayTaskError
     from ray.train._internal.storage import StorageContext
     from ray.tune.experiment import Trial
 
-    from raypp.cluster.ray_internals import is_running, trial_error
+    from raypp.cluster.ray_internals import has_ended, is_running, skip_second_checkpoint, trial_error
 
     trial = Trial("raypp", stub=True, storage=StorageContext(str(folder), "search", trial_dir_name="trial"))
     trial.init_local_path()
-    states: list[Any] = [is_running(trial), trial_error(trial)]
+    results: list[dict[str, Any]] = [{}, {}]
+    skip_second_checkpoint(trial, results[0])
+    trial.temporary_state.saving_to = object()
+    skip_second_checkpoint(trial, results[1])
+    trial.temporary_state.saving_to = None
+    states: list[Any] = [results, has_ended(trial), is_running(trial), trial_error(trial)]
     trial.set_status(Trial.RUNNING)
     trial.handle_error(RayTaskError("train_trial", "a traceback", ValueError("a reason")))
     shutil.copytree(trial.local_path, trial.storage.trial_fs_path)  # as Tune does
     error = trial_error(trial)
     assert isinstance(error, RayTaskError)
-    return [*states, is_running(trial), str(error.cause)]
+    running = is_running(trial)
+    trial.set_status(Trial.TERMINATED)
+    assert trial.is_finished()
+    return [*states, running, str(error.cause), has_ended(trial)]
+
+
+def reserved_by_groups(ray: Any) -> list[dict[str, float]]:
+    """Resources that placement groups of this job reserve, with one and without; another job's do not count."""
+    from raypp.cluster.ray_internals import reserved_resources
+
+    group = ray.util.placement_group([{"CPU": 1}, {"CPU": 2, "GPU": 1}])
+    ray.get(group.ready())
+    reserved = reserved_resources()
+    table, other = ray.util.placement_group_table, ray.get_runtime_context().get_job_id()[::-1]
+    ray.util.placement_group_table = lambda: {
+        key: entry | {"placement_group_id": entry["placement_group_id"][: -len(other)] + other}
+        for key, entry in table().items()
+    }
+    in_other_job = reserved_resources()
+    ray.util.placement_group_table = table
+    ray.util.remove_placement_group(group)
+    end = time.monotonic() + 20
+    while reserved_resources() and time.monotonic() < end:
+        time.sleep(0.1)
+    return [reserved, in_other_job, reserved_resources()]
+
+
+def polled_events() -> list[list[Any]]:
+    """Events of an actor: those taken before it has started, afterwards, and at the end."""
+    from raypp.cluster.progress_actor import EventPoll, create_progress_actor
+
+    actor = create_progress_actor()
+    poll, taken = EventPoll(actor, 0.2), list[list[Any]]()
+    taken.append(poll.take())
+    for number in range(3):
+        actor.report.remote("trial", "warn", number)
+    taken.append([])
+    end = time.monotonic() + 30
+    while len(taken[1]) < 3 and time.monotonic() < end:
+        taken[1] += poll.take()
+        time.sleep(0.05)
+    actor.report.remote("trial", "warn", 3)
+    taken.append(poll.take())  # may leave a request without an answer
+    actor.report.remote("trial", "warn", 4)
+    taken[2] += poll.take_last(30)
+    return [[value for _, _, value in events] for events in taken]
+
+
+def drain_this_node(ray: Any) -> list[list[str]]:
+    """The nodes that the cluster drains after a spot notice, and all. The command runs in this process."""
+    from ray._raylet import GcsClient
+    from ray.scripts.scripts import cli
+
+    from raypp.cluster import spot_notice
+
+    def run(command: list[str], *, env: dict[str, str], check: bool) -> None:
+        assert (command[0], env["RAY_ADDRESS"], check) == ("ray", address, True)
+        cli.main(command[1:], standalone_mode=False)
+
+    address = ray.get_runtime_context().gcs_address
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spot_notice.subprocess, "run", run)
+        spot_notice.drain(address, datetime.now(UTC) + timedelta(seconds=120))
+    return [list(GcsClient(address=address).get_draining_nodes()), [node["NodeID"] for node in ray.nodes()]]
+
+
+def ended_processes() -> list[bool]:
+    """Whether a process of the node has ended, before and after one does."""
+    from raypp.cluster.ray_internals import processes_ended
+
+    before = processes_ended()
+    monitor = next(part for part in psutil.Process().children() if "log_monitor" in " ".join(part.cmdline()))
+    monitor.kill()
+    end = time.monotonic() + 20
+    while not processes_ended() and time.monotonic() < end:
+        time.sleep(0.1)
+    return [before, processes_ended()]
 
 
 def blocks_in_flight(ray: Any, num_workers: int) -> int:
@@ -242,7 +329,24 @@ def test_a_ray_that_starts_here_listens_on_loopback(report: dict[str, Any]) -> N
 
 
 def test_tune_tells_whether_a_trial_runs_and_why_it_failed(report: dict[str, Any]) -> None:
-    assert report["trial"] == [False, None, True, "a reason"]
+    assert report["trial"] == [[{}, {"should_checkpoint": False}], False, False, None, True, "a reason", True]
+
+
+def test_resources_of_a_jobs_placement_groups_are_reserved(report: dict[str, Any]) -> None:
+    assert report["reserved"] == [{"CPU": 3, "GPU": 1}, {}, {}]
+
+
+def test_polling_a_progress_actor_waits_for_nothing_and_loses_nothing(report: dict[str, Any]) -> None:
+    assert report["events"] == [[], [0, 1, 2], [3, 4]]
+
+
+def test_the_cluster_accepts_the_drain_of_a_spot_notice(report: dict[str, Any]) -> None:
+    draining, nodes = report["drained"]
+    assert draining == nodes
+
+
+def test_a_process_of_the_node_that_ends_is_noticed(report: dict[str, Any]) -> None:
+    assert report["ended"] == [False, True]
 
 
 def test_ray_client_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

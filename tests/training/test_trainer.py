@@ -1066,3 +1066,14 @@ def test_a_loss_that_is_no_number_on_one_worker_stops_all(two_workers: Path) -> 
     messages = {(two_workers / f"poisoned_{rank}.txt").read_text() for rank in range(WORLD)}
     assert len(messages) == 1
     assert messages.pop().startswith("the loss is not a finite number at step 3 ")
+
+
+@pytest.mark.slow
+def test_one_process_continues_what_two_have_begun(two_workers: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(two_workers / "sync", tmp_path / "run")
+    before = newest(folder)[1]
+    longer = cases(tmp_path)["sync"].model_dump(mode="json")
+    longer["train"]["epochs"] = EPOCHS + 1
+    history = fit(validate(longer), RecordingReporter(folder)).history
+    assert history[:-1] == before
+    assert [row["world"] for row in history] == [2] * len(before) + [1]
