@@ -270,7 +270,7 @@ def test_what_begins_without_workers_asks_for_them() -> None:
 
 
 def test_a_service_on_kubernetes_serves_what_a_run_publishes() -> None:
-    """On the same volume, and the attacks beside it."""
+    """Classifier and attacks read the repository on the volume of the run."""
     job, service = (read(f"deploy/kuberay/{name}.yaml")["spec"] for name in ("rayjob-train", "rayservice"))
     words = job["entrypoint"].split()
     repository = words[words.index("--publish") + 1]
