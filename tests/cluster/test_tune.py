@@ -268,8 +268,7 @@ def test_no_trial_copies_a_finished_network(tmp_path: Path) -> None:
 def test_schedulers_stop_trials_of_low_accuracy(
     in_one_session: InOneSession, tmp_path: Path, scheduler: str, stopped: dict[int, int]
 ) -> None:
-    """At the epochs where they compare: trials that train nothing, one after the other, on one CPU or two nodes' worth
-    of bundles."""
+    """At the epochs where they compare: trials that train nothing, one after the other, of one bundle or of two."""
     assert in_one_session(compare_trials, scheduler, tmp_path) == []
     reports = json.loads((tmp_path / "reports.json").read_text())
     assert reports == [[stopped.get(number, 5), number not in stopped] for number in range(5)]
