@@ -16,6 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import raypp
+from raypp.api import attack_plan
+from raypp.attacks.array_target import ArrayTarget
 from raypp.bundle.locate import locate_bundle
 from raypp.config.overrides import parse_overrides
 from raypp.config.presets import load_config
@@ -78,6 +80,14 @@ def test_settings_as_keywords_dictionaries_and_words() -> None:
     assert training_config("quickstart", {"train": {"epochs": 3}, "protection.width": 4}) == words
     assert training_config("quickstart", {"protection": {"width": 4}}, epochs=3) == words
     assert training_config("quickstart", epochs=3, train={"alpha": 0.2}).train.alpha == 0.2
+    assert training_config("quickstart", train={"optimizer.lr": 0.3, "epochs": 3}).train.optimizer.lr == 0.3
+    suite = attack_plan(ArrayTarget(negative), "quick", attacks="inverse", inverse={"train.epochs": 1}).suite
+    assert suite.options("inverse").train.epochs == 1  # type: ignore[attr-defined]
+    assert parse_overrides({"search": {"space": {"train.alpha": [1]}}}, ["search"]) == {
+        "search": {"space": {"train.alpha": [1]}}
+    }
+    with pytest.raises(ConfigError, match=r"pass settings=\{'section.key': value\}$"):
+        training_config("quickstart", epoch=3)
     with pytest.raises(ConfigError, match=r"^epoch is not a setting \(did you mean 'epochs'\?\); pass settings="):
         training_config("quickstart", epoch=3)
     with pytest.raises(ConfigError, match=r"^width may be protection.width or classifier.width; pass settings="):
