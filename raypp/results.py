@@ -95,7 +95,7 @@ class Scorecard(Result):
 
     @property
     def bits_identified(self) -> float | None:
-        """Mean of log2 M - log2(rank + 1) over the queries, by the strongest attack in a gallery of M images."""
+        """Mean of log2 M - log2(rank) in a gallery of M images by the strongest attack, with rank 1 for the nearest."""
         return self.values["bits_identified"]  # type: ignore[no-any-return]
 
     @property
