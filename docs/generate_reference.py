@@ -20,6 +20,7 @@ import torch
 
 import raypp
 from raypp.attacks import ATTACKS
+from raypp.attacks.array_attack import ArrayAttack
 from raypp.cli.main import app
 from raypp.config.describe import REQUIRED, Setting, describe_settings
 from raypp.config.schema import Config
@@ -220,11 +221,41 @@ def _json_type(info: dict[str, Any]) -> str:
     return str(info.get("type", "any"))
 
 
+EXAMPLE = """\
+```python
+import numpy as np
+
+import raypp
+
+images = np.random.default_rng(0).integers(0, 256, (50, 16, 16, 3), dtype=np.uint8)
+
+# A protection and its classifier: train, measure, protect.
+model = raypp.train("quickstart", epochs=4, out="runs/example")
+accuracy = model.evaluate().accuracy
+protected = model.protect(np.zeros((1, *model.bundle.image_size, 3), np.uint8))
+
+# A function of your own: measure what it reveals.
+card = raypp.attack(lambda x: 1 - x, images=images, attacks="known_gallery", differentiable=True)
+
+# An attack alone, on pairs of plain and protected images.
+inverse = raypp.attacks.Inverse(width=8, epochs=1).fit(images, 255 - images)
+estimates = inverse.reconstruct(255 - images[:10])
+rate = raypp.metrics.reidentified(estimates, images[:10], gallery=images).mean()
+```
+
+<!-- It trains for minutes. -->
+```python skip-test
+raypp.table1(methods=["plain", "alpha-0.005"], seeds=[0]).to_pandas()
+```
+"""
+
+
 def python_api() -> str:
     """The page of the package's public names, from their signatures and docstrings."""
     parts = [
         "# Python API\n",
         "The public names of `import raypp`. Settings may be keywords, dictionaries or dotted strings.\n",
+        EXAMPLE,
     ]
     for name in raypp.__all__:
         member = getattr(raypp, name)
@@ -232,13 +263,19 @@ def python_api() -> str:
             continue
         parts.append(f"## raypp.{name}\n")
         parts += _class_page(member) if inspect.isclass(member) else [_signature(name, member), _docstring(member)]
+    parts += ["## raypp.attacks\n", *_class_page(ArrayAttack)]
+    reidentified = raypp.metrics.reidentified
+    parts += ["## raypp.metrics\n", _signature("metrics.reidentified", reidentified), _docstring(reidentified)]
     return "\n".join(parts)
 
 
 def _class_page(member: type) -> Iterator[str]:
     yield _docstring(member)
+    own_names = {name for kind in member.__mro__ if kind.__module__.startswith("raypp") for name in vars(kind)}
     for name, attribute in inspect.getmembers(member):
-        if name.startswith("_") or not (callable(attribute) or isinstance(attribute, property | cached_property)):
+        if name.startswith("_") or name not in own_names or inspect.isclass(attribute):
+            continue
+        if not (callable(attribute) or isinstance(attribute, property | cached_property)):
             continue
         if callable(attribute):
             yield _signature(f"{member.__name__}.{name}", attribute)

@@ -17,7 +17,7 @@ from raypp.attacks import ATTACKS
 from raypp.bundle.locate import locate_bundle
 from raypp.config.overrides import Settings, resolve_keywords
 from raypp.config.presets import Files, load_tree
-from raypp.dispatch import as_list, default_suite, import_from_ray, new_name, run_name, training_config, uses_ray
+from raypp.dispatch import as_list, default_suite, import_from_ray, run_name, split_folder, training_config, uses_ray
 from raypp.loaded_bundle import Bundle
 from raypp.result import Evaluation
 from raypp.results import RunResult, Scorecard, SearchResult, Table1
@@ -37,6 +37,7 @@ def train(
     preset: str | Path = "quickstart",
     settings: Settings = (),
     *,
+    out: str | Path | None = None,
     name: str | None = None,
     storage: str | Path | None = None,
     config: Files = (),
@@ -52,10 +53,11 @@ def train(
     Args:
         preset: name of a preset (:func:`list_presets`) or path of a YAML file.
         settings: settings that override the preset and the files.
+        out: the run's folder, a path or URI such as ``runs/first``, in place of ``name`` and ``storage``.
         name: the run's name, a new folder in ``storage``; by default made of preset, date and time.
         storage: folder or URI of runs; by default ``cluster.storage``, which is ``runs``.
         config: YAML files whose settings override the preset.
-        resume: continue the run ``name`` from its newest intact checkpoint.
+        resume: continue the run ``name`` or ``out`` from its newest intact checkpoint.
         ray: True trains on Ray Train, False in this process; None uses Ray where more than one process trains.
         track: trackers that receive settings and metrics: ``tensorboard``, ``mlflow``, ``wandb``.
         publish: model repository that gets the bundle at the end; checked before the start.
@@ -66,6 +68,8 @@ def train(
         RayppError: a setting, the data or the storage is not usable, or training diverges.
         TrainingInterrupted: SIGTERM; a checkpoint is saved.
     """
+    if out is not None:
+        name, storage = split_folder(out, name=name, storage=storage)
     merged = training_config(preset, settings, storage=storage, config=config, **keywords)
     name = run_name(name, preset, merged.cluster.storage, resume=resume, what="run")
     publish_bundle = publisher(publish)
@@ -120,6 +124,7 @@ def attack(
     attacker_labels: Any = None,
     classifier: Any = None,
     key_generator: Callable[[], Any] | None = None,
+    differentiable: bool = False,
     name: str | None = None,
     storage: str | Path = "runs",
     resume: bool = False,
@@ -146,6 +151,8 @@ def attack(
             ``labels``, or a module from float (N, C, H, W) to logits.
         key_generator: returns a new key. The protection is then called with images and a key, and attackers with
             knowledge of the algorithm (T2) use keys of their own.
+        differentiable: the function maps torch float (N, C, H, W) in [0, 1] to the same, and the white box
+            differentiates it, as a module.
         name: the attack run's name, a new folder in ``storage``; by default made of date and time.
         resume: continue the attack run ``name``; finished attacks are not repeated.
         ray: True runs attacks as Ray tasks, False in this process; None uses Ray where more than one process gains.
@@ -158,7 +165,7 @@ def attack(
     name = run_name(name, "attack", storage, resume=resume, what="attack run")
     target = _with_arrays(
         target, images=images, labels=labels, attacker_images=attacker_images, attacker_labels=attacker_labels,
-        classifier=classifier, key_generator=key_generator,
+        classifier=classifier, key_generator=key_generator, differentiable=differentiable,
     )  # fmt: skip
     plan = attack_plan(
         target, suite, settings, attacks=attacks, function=function, folders=folders, preset=preset, name=name,
@@ -168,12 +175,12 @@ def attack(
 
 
 def _with_arrays(target: Any, **arrays: Any) -> Any:
-    """Add the arrays of :func:`attack` to a function or module; raises ConfigError if another target has any."""
+    """Add the arrays of :func:`attack` to a function or module; other targets have none."""
     if target is not None and not isinstance(target, Bundle | RunResult | str | Path):
         from raypp.attacks.array_target import ArrayTarget
 
         return ArrayTarget(target, **arrays)
-    names = [name for name, value in arrays.items() if value is not None]
+    names = [name for name, value in arrays.items() if value is not None and value is not False]
     if names:
         raise ConfigError(f"{names[0]} belongs to a function or module as target; a bundle brings its own")
     return target
@@ -211,7 +218,7 @@ def attack_plan(
         attacks=as_list(attacks),
         flags=settings,
         storage=storage,
-        name=new_name("attack", storage) if name is None else name,
+        name=run_name(name, "attack", storage, resume=False, what="attack run"),
     )
 
 
@@ -223,11 +230,7 @@ def run_attacks(
     quiet: bool = False,
     announce: Callable[[AttackPlan, Target], None] = lambda *_: None,
 ) -> Scorecard:
-    """Run the attacks of a plan and write the report, see :func:`attack`.
-
-    Args:
-        announce: called with the opened plan and its target before the first attack.
-    """
+    """Run a plan's attacks, see :func:`attack`; ``announce`` gets the opened plan and its target before the first."""
     from raypp.evaluation.report.render import write_report
     from raypp.experiments.attack_run import run_attack_suite
 
@@ -258,7 +261,7 @@ def evaluate(
 
 
 def table1(
-    presets: str | Sequence[str],
+    presets: str | Sequence[str] = "quickstart",
     methods: str | Sequence[str] | None = None,
     seeds: Sequence[int] = (0,),
     settings: Settings = (),
@@ -272,8 +275,8 @@ def table1(
     """Train the grid of the paper's Table I and write it as CSV, Markdown and a figure.
 
     Args:
-        presets: presets or paths of YAML files; the paper's are ``cifar10`` and ``cifar100``.
-        methods: rows of the table; None for all.
+        presets: presets or paths of YAML files; the paper's are ``cifar10`` and ``cifar100``: days on one GPU.
+        methods: rows of the table, such as ``alpha-0.005``; None for all.
         seeds: seeds of each row.
         settings: settings that override each preset.
 

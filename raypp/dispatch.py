@@ -47,6 +47,17 @@ def run_name(name: str | None, stem: str | Path, storage: str | Path, *, resume:
     return new_name(stem, storage) if name is None else name
 
 
+def split_folder(out: str | Path, *, name: str | None, storage: str | Path | None) -> tuple[str, str]:
+    """The name and the storage of the run in the folder ``out``; raises ConfigError if either is set too."""
+    if name is not None or storage is not None:
+        raise ConfigError(
+            f"out and {'name' if name is not None else 'storage'} are both set; out is the run's folder, in place of "
+            "name and storage"
+        )
+    folder = Storage(out)
+    return folder.name, folder.parent.uri
+
+
 def training_config(
     preset: str | Path,
     settings: Settings = (),

@@ -16,16 +16,18 @@ from raypp.bundle.locate import locate_bundle
 from raypp.client.offline import protect_images, read_image
 from raypp.evaluation.evaluate import evaluate_bundle
 from raypp.models.layers import logits_in_batches
-from raypp.result import Evaluation
-from raypp.utils.errors import DataError
+from raypp.result import Evaluation, Rows, TableRepr
+from raypp.utils.errors import BundleError, DataError
 from raypp.utils.image_files import find_images
 from raypp.utils.images import as_pixels, decode
 from raypp.utils.keys import Key
 from raypp.utils.paths import shown_path
 from raypp.utils.storage import Storage
 
+MAX_CLASSES = 5  # in the representation
 
-class Bundle:
+
+class Bundle(TableRepr):
     """A trained protection (public part) with its classifier (private part, which the owner has).
 
     Args:
@@ -107,7 +109,20 @@ class Bundle:
             raise DataError(f"images have {pixels.shape[3]} channels; the bundle reads {self.public.channels}")
         return pixels
 
-    def __repr__(self) -> str:
+    def _title(self) -> str:
+        return f"Bundle {shown_path(self.path)}"
+
+    def _table(self) -> Rows:
         height, width = self.image_size
-        options = self.public.about["protection"]
-        return f"Bundle({shown_path(self.path)!r}, protection={options['name']!r}, images={height} x {width})"
+        size = f"{height} x {width}"
+        try:
+            classes, test = self.private.classes, self.private.metrics["test"]
+        except BundleError:  # the public part alone
+            accuracy = interval = names = "-"
+        else:
+            low, high = test["accuracy_interval"]
+            accuracy, interval = f"{test['accuracy']:.2%}", f"{low:.1%} to {high:.1%}"
+            more = ", ..." if len(classes) > MAX_CLASSES else ""
+            names = f"{len(classes)}: {', '.join(classes[:MAX_CLASSES])}{more}"
+        header = ("protection", "image size", "accuracy", "95% interval", "classes")
+        return [header, (self.public.about["protection"]["name"], size, accuracy, interval, names)]

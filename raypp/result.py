@@ -9,20 +9,8 @@ from typing import Any
 Rows = list[tuple[str, ...]]
 
 
-class Result:
-    """A document of results with a text and an HTML representation; subclasses add properties for its main numbers.
-
-    Args:
-        values: the results as plain data, as the command line stores them.
-        path: folder or URI that holds them; empty for none.
-    """
-
-    def __init__(self, values: dict[str, Any], path: str = "") -> None:
-        self.values, self.path = values, path
-
-    def to_dict(self) -> dict[str, Any]:
-        """The results as plain data, which JSON can hold."""
-        return self.values
+class TableRepr:
+    """A mixin for a text and an HTML representation with a title and a table, which subclasses define."""
 
     def _title(self) -> str:
         return type(self).__name__
@@ -45,6 +33,22 @@ class Result:
 
         body = "".join(line(row, "td") for row in rows)
         return f"<p><b>{html.escape(self._title())}</b></p><table>{line(header, 'th')}{body}</table>"
+
+
+class Result(TableRepr):
+    """A document of results with a text and an HTML representation; subclasses add properties for its main numbers.
+
+    Args:
+        values: the results as plain data, as the command line stores them.
+        path: folder or URI that holds them; empty for none.
+    """
+
+    def __init__(self, values: dict[str, Any], path: str = "") -> None:
+        self.values, self.path = values, path
+
+    def to_dict(self) -> dict[str, Any]:
+        """The results as plain data, which JSON can hold."""
+        return self.values
 
 
 class Evaluation(Result):

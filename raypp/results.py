@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 
 from raypp.dispatch import import_from_ray
@@ -16,7 +17,7 @@ from raypp.evaluation.report.figures import score_boxes
 from raypp.evaluation.report.source import read_source
 from raypp.evaluation.training_curves import training_curves
 from raypp.loaded_bundle import Bundle
-from raypp.result import ACCURACY_HEADER, Result, Rows, accuracy_row
+from raypp.result import ACCURACY_HEADER, Evaluation, Result, Rows, accuracy_row
 from raypp.utils.paths import shown_path
 from raypp.utils.storage import Storage
 
@@ -41,6 +42,14 @@ class RunResult(Result):
     def bundle(self) -> Bundle:
         """The run's bundle."""
         return Bundle(Storage(self.path).folder("bundle").uri)
+
+    def evaluate(self, split: str = "test", jpeg: int | None = None) -> Evaluation:
+        """Measure accuracy and similarity of the bundle again, see :func:`raypp.evaluate`."""
+        return self.bundle.evaluate(split, jpeg)
+
+    def protect(self, images: Any) -> np.ndarray:
+        """Protect images as a client does, see :meth:`raypp.Bundle.protect`."""
+        return self.bundle.protect(images)
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -86,7 +95,7 @@ class Scorecard(Result):
 
     @property
     def bits_identified(self) -> float | None:
-        """Mean of log2 M - log2(rank + 1) over the queries, by the strongest attack in a gallery of M images."""
+        """Mean of log2 M - log2(rank) in a gallery of M images by the strongest attack, with rank 1 for the nearest."""
         return self.values["bits_identified"]  # type: ignore[no-any-return]
 
     @property

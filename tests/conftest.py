@@ -120,6 +120,18 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def own_methods() -> Iterator[None]:
+    """Methods that a test registers end with it."""
+    from raypp.attacks import ATTACKS
+    from raypp.protections import PROTECTIONS
+
+    before = [(registry, dict(registry._classes)) for registry in (ATTACKS, PROTECTIONS)]
+    yield
+    for registry, classes in before:
+        registry._classes = classes
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     import torch

@@ -16,6 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import raypp
+from raypp.api import attack_plan
+from raypp.attacks.array_target import ArrayTarget
 from raypp.bundle.locate import locate_bundle
 from raypp.config.overrides import parse_overrides
 from raypp.config.presets import load_config
@@ -48,7 +50,10 @@ class Negative(nn.Module):
 
 @pytest.mark.slow
 def test_the_lines_of_a_notebook(tmp_path: Path) -> None:
-    run = raypp.train("quickstart", TINY, epochs=1, track="tensorboard", quiet=True)
+    run = raypp.train("quickstart", TINY, epochs=1, out="results/first", track="tensorboard", quiet=True)
+    assert Path(run.path) == tmp_path / "results" / "first"
+    assert run.evaluate().to_dict()["accuracy"] == run.accuracy
+    assert run.protect(np.zeros((16, 16, 3), np.uint8)).shape == (1, 16, 16, 3)
     steps = scalars(Path(run.path) / "tensorboard")
     assert (steps["plain/val_loss"], steps["joint/val_loss"], steps["test/accuracy"]) == ([1], [2], [2])
     again = raypp.train("quickstart", TINY, epochs=1, quiet=True)
@@ -75,6 +80,14 @@ def test_settings_as_keywords_dictionaries_and_words() -> None:
     assert training_config("quickstart", {"train": {"epochs": 3}, "protection.width": 4}) == words
     assert training_config("quickstart", {"protection": {"width": 4}}, epochs=3) == words
     assert training_config("quickstart", epochs=3, train={"alpha": 0.2}).train.alpha == 0.2
+    assert training_config("quickstart", train={"optimizer.lr": 0.3, "epochs": 3}).train.optimizer.lr == 0.3
+    suite = attack_plan(ArrayTarget(negative), "quick", attacks="inverse", inverse={"train.epochs": 1}).suite
+    assert suite.options("inverse").train.epochs == 1  # type: ignore[attr-defined]
+    assert parse_overrides({"search": {"space": {"train.alpha": [1]}}}, ["search"]) == {
+        "search": {"space": {"train.alpha": [1]}}
+    }
+    with pytest.raises(ConfigError, match=r"pass settings=\{'section.key': value\}$"):
+        training_config("quickstart", epoch=3)
     with pytest.raises(ConfigError, match=r"^epoch is not a setting \(did you mean 'epochs'\?\); pass settings="):
         training_config("quickstart", epoch=3)
     with pytest.raises(ConfigError, match=r"^width may be protection.width or classifier.width; pass settings="):
@@ -101,7 +114,12 @@ def test_a_bundle_protects_what_it_is_given(trained: Trained, tmp_path: Path) ->
     answers = bundle.classify(protected)
     assert len(answers) == 3
     assert all(name in bundle.classes and 0 < probability <= 1 for name, probability in answers)
-    assert "Bundle(" in repr(bundle)
+    assert repr(bundle).startswith("Bundle ")
+    assert f"{height} x {width}" in repr(bundle)
+    assert "<table>" in bundle._repr_html_()
+    public = raypp.load(trained.bundle / "public")
+    assert f"{height} x {width}" in public._repr_html_()
+    assert "%" not in repr(public).splitlines()[2], "the public part states no accuracy"
     assert "Test accuracy" in bundle.card or "accuracy" in bundle.card
     with pytest.raises(DataError, match=r"^images is float64 \(2, 2, 2, 2\); allowed is uint8 \(N, H, W, C\)"):
         bundle.protect(np.zeros((2, 2, 2, 2)))
@@ -138,6 +156,19 @@ def test_a_function_a_module_a_key_and_a_classifier_are_attacked(pictures: tuple
     assert next(keys) > 3, "each batch of the attack has a key of the attacker"
 
 
+@pytest.mark.slow
+def test_a_differentiable_function_is_attacked_like_a_module(pictures: tuple[np.ndarray, np.ndarray]) -> None:
+    def invert(images: Tensor) -> Tensor:
+        return 1 - images
+
+    card = raypp.attack(
+        invert, "quick", images=pictures[0], quiet=True, attacks=["white_box"], differentiable=True,
+        white_box={"steps": 100, "num_images": 10}, **FAST,
+    )  # fmt: skip
+    assert card.values["label"] == "invert"
+    assert card.values["attacks"]["white_box"]["scores"]["ssim"]["mean"] > 0.9
+
+
 BAD_TARGETS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no images": (negative, {"images": None}, "images is missing; allowed is uint8 (N, H, W, C)"),
     "floats": (negative, {"images": np.zeros((50, 16, 16, 3))}, "images is float64 (50, 16, 16, 3); allowed is uint8"),
@@ -155,6 +186,8 @@ BAD_TARGETS: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "fails": (lambda _: 1 / 0, {}, "failed: ZeroDivisionError: division by zero"),
     "floats out": (lambda x: x / 255, {}, "gave float64 (8, 16, 16, 3) for uint8 (8, 16, 16, 3)"),
+    "no gradients": (lambda x: x.detach(), {"differentiable": True}, "passes no gradients to its input; leave out"),
+    "no tensor": (lambda x: x.numpy(), {"differentiable": True}, "function lambda gave ndarray; it must give float"),
     "ray": (negative, {"ray": True}, "are attacked in this process; leave ray out"),
 }
 
@@ -178,6 +211,12 @@ BAD_CALLS: dict[str, tuple[Callable[[Any], object], str]] = {
     "gray": (lambda b: b.protect(np.zeros((1, 16, 16, 1), np.uint8)), "images have 1 channels; the bundle reads 3"),
     "nothing": (lambda b: b.protect([]), "images is empty; allowed are one or more images of one size"),
     "arrays of a bundle": (lambda b: raypp.attack(b, images=1), "images belongs to a function or module as target"),
+    "differentiable bundle": (lambda b: raypp.attack(b, differentiable=True), "differentiable belongs to a function"),
+    "out and name": (
+        lambda _: raypp.train(out="runs/a", name="a"),
+        "out and name are both set; out is the run's folder",
+    ),
+    "out and storage": (lambda _: raypp.train(out="runs/a", storage="runs"), "out and storage are both set"),
     "twice": (lambda _: raypp.train(epochs=3, train={"epochs": 4}), "train.epochs is given twice, first as 3, then"),
     "an empty key": (lambda _: raypp.train(settings={"train.": 1}), "setting 'train.' has an empty part"),
     "no such attack": (lambda b: raypp.attack(b, "quick", attacks="gallery"), "unknown attack 'gallery'"),

@@ -36,6 +36,7 @@ class ArrayTarget:
         attacker_images: the attacker's images, uint8 (M, H, W, C); None takes half of ``images``.
         classifier: from protected images uint8 (N, H, W, C) to classes (N,), or a module from float to logits.
         key_generator: returns a new key.
+        differentiable: ``protection`` is a function on tensors, as a module.
     """
 
     protection: Any
@@ -45,6 +46,7 @@ class ArrayTarget:
     attacker_labels: Any = None
     classifier: Any = None
     key_generator: Callable[[], Any] | None = None
+    differentiable: bool = False
     keys: dict[int | None, Any] = field(default_factory=dict)
     """Keys by the attacker's number; None is the target's."""
 
@@ -53,6 +55,11 @@ class ArrayTarget:
         """Name of the function or class, for reports."""
         name = getattr(self.protection, "__qualname__", type(self.protection).__qualname__)
         return str(name).rpartition(".")[2].strip("<>") or "function"
+
+    @property
+    def maps_tensors(self) -> bool:
+        """Whether the protection maps float tensors (N, C, H, W) rather than NumPy arrays."""
+        return self.differentiable or isinstance(self.protection, nn.Module)
 
     def protect_with(self, number: int | None, device: torch.device) -> ImageMap:
         """The protection under the target's key (None) or a key of the attacker, as a map of uint8 tensors."""
@@ -65,8 +72,9 @@ class ArrayTarget:
             def call(images: Any, key: Any = key) -> Any:
                 return self.protection(images, key)
 
-        if isinstance(self.protection, nn.Module):
-            return _module_map(call, self.name, device)
+        if self.maps_tensors:
+            kind = "module" if isinstance(self.protection, nn.Module) else "function"
+            return _tensor_map(call, f"{kind} {self.name}", device)
         return checked_map(call, self.name, device)
 
 
@@ -91,11 +99,13 @@ def load_array_target(
     if isinstance(arrays.protection, nn.Module):
         arrays.protection.to(device).eval()
     protect = arrays.protect_with(None, device)
+    if arrays.differentiable:
+        _check_gradients(arrays, protect, gallery[:1].to(device))
     gallery, images = gallery.to(device), images.to(device)
     gallery_labels, labels = gallery_labels.to(device), labels.to(device)
     truth = torch.from_numpy(rng.permutation(len(gallery))[:num_queries]).to(device)
     half = len(images) // 2
-    has_gradients = isinstance(arrays.protection, nn.Module) and arrays.key_generator is None
+    has_gradients = arrays.maps_tensors and arrays.key_generator is None
     access = AttackerKnowledge(
         shape=(gallery.shape[1], gallery.shape[2], gallery.shape[3]),
         images=images,
@@ -181,22 +191,35 @@ def _labels(arrays: ArrayTarget, num: int, num_own: int) -> tuple[np.ndarray, np
     return indices[:num], indices[num:], tuple(str(name) for name in classes)
 
 
-def _module_map(module: Callable[..., Any], name: str, device: torch.device) -> ImageMap:
+def _tensor_map(function: Callable[..., Any], name: str, device: torch.device) -> ImageMap:
     @torch.inference_mode()
     def protect(images: Tensor) -> Tensor:
         try:
-            output = module(images.to(device).float() / 255)
-        except Exception as error:  # a user's module may raise anything
+            output = function(images.to(device).float() / 255)
+        except Exception as error:  # a user's code may raise anything
             message = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ConfigError(f"module {name} failed: {message}") from error
+            raise ConfigError(f"{name} failed: {message}") from error
         _check_output(name, output, len(images))
         return to_uint8(output.clamp(0, 1))
 
     return protect
 
 
+def _check_gradients(arrays: ArrayTarget, protect: ImageMap, images: Tensor) -> None:
+    """Raise ConfigError unless gradients reach the input of the protection; ``images`` are uint8 (n, C, H, W)."""
+    protect(images)  # checks the output
+    if arrays.key_generator is not None:
+        return
+    with torch.enable_grad():
+        output = arrays.protection((images.float() / 255).requires_grad_())
+    if not output.requires_grad:
+        raise ConfigError(
+            f"{arrays.name} passes no gradients to its input; leave out differentiable, or use operations of torch"
+        )
+
+
 def _check_output(name: str, output: Any, num: int) -> None:
-    """Raise ConfigError unless a module's output for ``num`` images is float (num, C, H, W) in [0, 1]."""
+    """Raise ConfigError unless the output for ``num`` images is float (num, C, H, W) in [0, 1]."""
     problem = ""
     if not (isinstance(output, Tensor) and output.is_floating_point() and output.ndim == 4 and output.numel()):
         shape = f" {tuple(output.shape)}" if isinstance(output, Tensor) else ""
@@ -208,9 +231,7 @@ def _check_output(name: str, output: Any, num: int) -> None:
     elif not -ROUNDING <= float(output.min()) <= float(output.max()) <= 1 + ROUNDING:
         problem = f"values from {float(output.min()):.4g} to {float(output.max()):.4g}"
     if problem:
-        raise ConfigError(
-            f"module {name} gave {problem}; it must give float images (N, C, H, W) in [0, 1], 1 or 3 channels"
-        )
+        raise ConfigError(f"{name} gave {problem}; it must give float images (N, C, H, W) in [0, 1], 1 or 3 channels")
 
 
 def _classifier_map(classifier: Any, classes: tuple[str, ...], device: torch.device) -> ImageMap:

@@ -182,7 +182,7 @@ class InverseAttack(TrainedAttack):
 
 
 class Inverse(InverseAttack):
-    """Our strongest recipe: Muon, one cycle, no weight decay, L1 + SSIM, flips and crops, averaged weights."""
+    """An inverse network with our strongest recipe: Muon, one cycle, L1 + SSIM, flips and crops, averaged weights."""
 
     cost: ClassVar[str] = (
         "Trains a U-Net, and for its curve three more. Suite `small` on CIFAR-10 without the curve: 16 minutes on two "
@@ -212,7 +212,10 @@ class InverseConditional(InverseAttack):
 
 
 class ITN(InverseAttack):
-    """As released: SGD, squared error, fixed pairs flipped together, and the weights of the lowest validation error."""
+    """The paper's ITN-Attack, an inverse network with its authors' recipe: SGD, squared error and fixed pairs.
+
+    Plain and protected images are flipped together. The weights of the lowest validation error count.
+    """
 
     cost: ClassVar[str] = (
         "Trains a U-Net, and for its curve three more. Width 16, two epochs of CIFAR-10: 12 minutes on two cores."

@@ -13,7 +13,11 @@ from raypp.config.overrides import deep_merge
 from raypp.config.schema import OptimizationConfig
 from raypp.data.loader import Augmentation, DeviceLoader
 from raypp.models.perceptual import StateDict
+from raypp.training.checkpoint import EpochMetrics
+from raypp.training.distributed import run_on_all_ranks
+from raypp.training.reporter import Reporter
 from raypp.training.task import Phase, Task, TrainableModule
+from raypp.training.trainer import Trainer
 from raypp.utils.registry import MethodConfig
 
 
@@ -119,3 +123,13 @@ class TrainedAttack(Attack):
     @abstractmethod
     def load(self, state: StateDict) -> None:
         """Load weights that :meth:`state` returned."""
+
+
+def train_attack(
+    attack: TrainedAttack, reporter: Reporter, share_epochs: float = 1.0, num_images: int | None = None
+) -> tuple[StateDict, list[EpochMetrics]]:
+    """Train an attack's network, see :meth:`TrainedAttack.task`; returns its weights and the metrics of each epoch."""
+    task = attack.task(share_epochs, num_images)
+    run_on_all_ranks(lambda: task.share(reporter.rank, reporter.world))  # refuses fewer images than workers
+    result = Trainer(task, reporter).train()
+    return attack.state(result.trainee), result.history

@@ -43,7 +43,7 @@ def leakage_card(scorecard: dict[str, Any]) -> str:
         "images. A larger gallery lowers the rates.",
         "\n".join(rows),
         "n: number of attacked test images.",
-        f"Bits: mean of log2 {num_gallery:,} - log2(rank of the original).",
+        f"Bits: mean of log2 {num_gallery:,} - log2(rank of the original), with rank 1 for the nearest.",
         "Baseline: an attacker without the protected image, who knows at most the class, gets SSIM "
         f"{max_ssim:.3f} and re-identifies {max_rate:.2%} of {scorecard['num_queries']:,} test images.\n",
         *([f"{describe_gain(scorecard['client'])}\n"] if scorecard.get("client") else []),

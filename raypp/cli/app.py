@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +27,7 @@ ATTACK_HELP = (
     "Flags set any setting of the suite (--num_queries 500), of an attack by its name (--inverse.train.epochs 5), and "
     "of the images (--data.source.path FOLDER)."
 )
+RESUME_OPTIONS = "resume_options"  # attribute of an interrupt: options by name
 EXIT_CODES = "Exit codes: 0 done, 1 failure at run time, 2 usage or bad input, 130 Ctrl-C, 143 SIGTERM."
 
 
@@ -68,6 +71,16 @@ Words = Annotated[list[str] | None, Parameter(consume_multiple=True)]
 ConfigFiles = Annotated[list[Path] | None, Parameter(name="--config")]
 Trackers = Annotated[list[str] | None, Parameter(name="--track")]
 AsJson = Annotated[bool, Parameter(name="--json")]
+
+
+@contextmanager
+def resumable(name: str) -> Iterator[None]:
+    """Give an interrupt of the run ``name`` the options that continue it, for the message of :func:`main`."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        setattr(interrupt, RESUME_OPTIONS, {"--name": name, "--resume": ""})
+        raise
 
 
 def set_verbosity(*, verbose: bool, quiet: bool = False) -> None:

@@ -18,6 +18,7 @@ from raypp.cli.app import (
     app,
     epilogue,
     print_json,
+    resumable,
     set_verbosity,
     without_settings,
 )
@@ -103,7 +104,8 @@ def attack(
             print_estimate(estimate_attacks(opened_plan, target))
 
     announcement: dict[str, Any] = {} if quiet or json else {"announce": announce}
-    card = api.run_attacks(plan, resume=resume, ray=ray, quiet=quiet or json, **announcement)
+    with resumable(name):
+        card = api.run_attacks(plan, resume=resume, ray=ray, quiet=quiet or json, **announcement)
     print_attack_results(card, json=json, quiet=quiet)
 
 
@@ -114,13 +116,13 @@ def print_threat_table(plan: Any, target: Any) -> None:
     print_threats(threat_table(plan, target))
 
 
-def print_attack_results(card: Any, *, json: bool, quiet: bool) -> None:
-    """Print a scorecard; raises RayppError if an attack failed."""
+def print_attack_results(card: Any, *, json: bool, quiet: bool, client: bool = True) -> None:
+    """Print a scorecard, with ``client`` the client's cost too; raises RayppError if an attack failed."""
     results = card.to_dict()
     if json:
         print_json({"path": card.path} | results)
     elif not quiet:
-        print_scorecard(results, card.path)
+        print_scorecard(results, card.path, client=client)
     print_chance_error(results["at_chance"])
     failed = [name for name, attack in results["attacks"].items() if attack["status"] == "failed"]
     if failed:

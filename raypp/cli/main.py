@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import select
+import shlex
 import sys
 import traceback
 
-from cyclopts import CycloptsError, MissingArgumentError
+from cyclopts import CycloptsError, MissingArgumentError, UnknownCommandError
 from rich.console import Console
 
 from raypp.cli import attack, data, info, service, train
-from raypp.cli.app import app
+from raypp.cli.app import RESUME_OPTIONS, app
 from raypp.cli.render import print_text
 from raypp.utils.errors import FAILURE, INTERRUPTED, TERMINATED, USAGE, RayppError, TrainingInterrupted
 
@@ -38,13 +40,28 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(errors, reason + hint, FAILURE)
     except KeyboardInterrupt as interrupt:
         sentence = str(interrupt) or "interrupted; a run that was saved continues with --resume"
+        if (options := getattr(interrupt, RESUME_OPTIONS, None)) is not None:
+            sentence += f": {_resuming_command(sys.argv[1:] if arguments is None else arguments, options)}"
         print_text(errors, sentence)
         raise SystemExit(TERMINATED if isinstance(interrupt, TrainingInterrupted) else INTERRUPTED) from None
+
+
+def _resuming_command(arguments: list[str], options: dict[str, str]) -> str:
+    """The command that continues interrupted work; ``options`` are added unless ``arguments`` have them."""
+    command, *words = arguments
+    names = {word.partition("=")[0] for word in words}
+    for name, value in options.items():
+        words += [] if name in names else [name, value] if value else [name]
+    # The quickstart continues as a training; its attack is short.
+    return shlex.join(["raypp", *(["train", "quickstart"] if command == "quickstart" else [command]), *words])
 
 
 def _usage_sentence(error: CycloptsError) -> str:
     """A mistake in a command's words, with the command that shows its usage."""
     sentence = " ".join(str(error).split()).rstrip(".")
+    if isinstance(error, UnknownCommandError):  # without its incomplete list of commands
+        sentence = sentence.partition(" Available commands:")[0].rstrip(".")
+        sentence = re.sub(r"\. Did you mean (.+)\?$", r" (did you mean \1?)", sentence)
     if type(error) is MissingArgumentError and error.argument is not None:
         is_option = error.argument.field_info.is_keyword_only
         name = error.argument.name if is_option else error.argument.name.lstrip("-").upper()

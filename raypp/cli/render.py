@@ -111,13 +111,20 @@ def print_plan(config: str | None, estimates: list[Estimate], *, json: bool) -> 
         table.add_row(estimate.name, time, f"[dim]{escape(estimate.detail)}[/]")
     console.print(table)
     others = "" if all(estimate.seconds is not None for estimate in estimates) else ", without those not estimated"
-    print_text(console, f"in all about {_format_time(total)}{others}, on one process of this machine; nothing started")
+    machine = "on one process of this machine at its present load"
+    print_text(
+        console,
+        f"in all about {_format_time(total)}{others}, {machine}; nothing started",
+    )
 
 
 def print_estimate(estimates: list[Estimate]) -> None:
     """Print the time of work that may take hours, before it begins."""
     total = _format_time(sum(estimate.seconds or 0 for estimate in estimates))
-    print_text(Console(stderr=True), f"about {total} on one process of this machine; --dry-run shows the parts")
+    print_text(
+        Console(stderr=True),
+        f"about {total} on one process of this machine at its present load; --dry-run shows the parts",
+    )
 
 
 def _format_time(seconds: float) -> str:
@@ -146,7 +153,8 @@ def print_threats(rows: list[tuple[str, str, str]]) -> None:
     Console(stderr=True).print(table)
 
 
-def print_scorecard(card: dict[str, Any], where: str) -> None:
+def print_scorecard(card: dict[str, Any], where: str, *, client: bool = True) -> None:
+    """Print the scores, the verdict and, with ``client``, the client's cost."""
     from raypp.evaluation.scorecard import format_extra_score
 
     table = _table(("attack", "threat"), ("re-identified", "bits", "SSIM", "edges"), no_wrap=True)
@@ -174,7 +182,9 @@ def print_scorecard(card: dict[str, Any], where: str) -> None:
         _print_verdict(console, card, strongest, "strongest attack", "")
     if reconstruction not in (None, strongest):
         _print_verdict(console, card, reconstruction, "strongest reconstruction attack", "_by_reconstruction")
-    if card.get("client"):
+    if not client:
+        pass
+    elif card.get("client"):
         print_client(console, card["client"])
     elif card.get("client_note"):
         print_text(console, f"The client's cost was not measured: {card['client_note']}")

@@ -26,6 +26,7 @@ from raypp.cli.app import (
     epilogue,
     preset_and_flags,
     print_json,
+    resumable,
     set_verbosity,
     without_settings,
 )
@@ -109,7 +110,8 @@ def train(
         print_plan(merged.to_yaml(), estimate_training(merged), json=json)
         return
     publish_bundle = _publisher(publish, url, token_file, quiet=quiet)
-    run = api.train_config(merged, unique_name, resume=resume, ray=ray, track=track or (), quiet=quiet or json)
+    with resumable(unique_name):
+        run = api.train_config(merged, unique_name, resume=resume, ray=ray, track=track or (), quiet=quiet or json)
     print_run(run, json=json, quiet=quiet)
     publish_bundle(run.path)
     if not quiet and not json and chance_error(run.values["test"]) is None:
@@ -173,7 +175,8 @@ def quickstart(
     cores = {} if os.environ.get("RAY_ADDRESS") else {"num_workers": 1, "cpus_per_worker": runtime.num_cores()}
     merged = training_config("quickstart", [*positional, *flags], storage=storage, defaults={"cluster": cores})
     name = new_name("quickstart", storage) if name is None else name
-    run = api.train_config(merged, name, ray=ray, quiet=quiet or json)
+    with resumable(name):
+        run = api.train_config(merged, name, ray=ray, quiet=quiet or json)
     if not json:
         print_run(run, json=False, quiet=quiet)
         if not quiet:
@@ -184,7 +187,7 @@ def quickstart(
     if json:
         print_json({"path": run.path, "training": run.to_dict(), "attack": card.to_dict()})
         return
-    print_attack_results(card, json=False, quiet=quiet)
+    print_attack_results(card, json=False, quiet=quiet, client=False)  # printed with the training
     if not quiet:
         where = shown_path(run.path)
         print_next_steps(
@@ -247,9 +250,10 @@ def table1(
 
         print_plan(None, estimate_table(presets, methods, seeds, settings), json=json)
         return
-    table = api.table1(
-        presets, methods, seeds, settings, name=name, storage=storage, resume=resume, ray=ray, quiet=quiet or json
-    )
+    with resumable(name):
+        table = api.table1(
+            presets, methods, seeds, settings, name=name, storage=storage, resume=resume, ray=ray, quiet=quiet or json
+        )
     if json:
         print_json({"path": table.path} | table.to_dict())
     elif not quiet:
@@ -299,6 +303,7 @@ def tune(
     """
     set_verbosity(verbose=verbose, quiet=quiet)
     from raypp import api
+    from raypp.dispatch import run_name
 
     preset, flags = preset_and_flags(preset, settings)
     if dry_run:
@@ -307,10 +312,12 @@ def tune(
         print_plan(None, estimate_search(preset, config or (), flags), json=json)
         return
     publish_bundle = _publisher(publish, url, token_file, quiet=quiet)
-    search = api.tune(
-        preset, flags, name=name, storage=storage, config=config or (), resume=resume, track=track or (),
-        quiet=quiet or json,
-    )  # fmt: skip
+    name = run_name(name, f"tune-{Path(preset).stem}", storage, resume=resume, what="search")
+    with resumable(name):
+        search = api.tune(
+            preset, flags, name=name, storage=storage, config=config or (), resume=resume, track=track or (),
+            quiet=quiet or json,
+        )  # fmt: skip
     if json:
         print_json({"path": search.path} | search.to_dict())
     elif not quiet:

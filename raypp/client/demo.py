@@ -110,7 +110,7 @@ def running_demo(services: dict[str, Client], *, port: int) -> Iterator[str]:
     try:
         import gradio as gr
     except ImportError as error:
-        raise ConfigError("raypp demo needs gradio: install raypp[demo]") from error
+        raise ConfigError("raypp demo needs gradio: uv sync --extra demo") from error
     blocks = _build_blocks(gr, services)
     try:
         _, address, _ = blocks.launch(

@@ -62,6 +62,7 @@ def flatten_dict(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+DOTTED = ("search", "space")  # whose keys name settings
 COMMAND_OPTIONS = (
     "name", "config", "resume", "ray", "local", "quiet", "storage", "json", "dry_run", "suite", "attacks", "function",
     "folders", "preset", "track",
@@ -84,6 +85,7 @@ def parse_overrides(flags: Settings, roots: Iterable[str] | None = None) -> dict
     settings: dict[tuple[str, ...], Any] = {}
     parse = _parse_mapping(flags, sections) if isinstance(flags, Mapping) else _parse_words(flags, sections)
     for parts, value in parse:
+        value = _expand_keys(value, parts)
         _add_setting(settings, tuple(parts), value)
         tree = deep_merge(tree, unflatten(parts, value))  # scales nothing, as no setting occurs twice
     return tree
@@ -93,6 +95,17 @@ def _parse_mapping(settings: Mapping[str, Any], sections: Sequence[str]) -> Iter
     """Parts of the key and value of each setting of a mapping; text is parsed as on a command line."""
     for key, value in settings.items():
         yield _split_key(key, sections), _parse_value(value) if isinstance(value, str) else value
+
+
+def _expand_keys(value: Any, path: Sequence[str]) -> Any:
+    """Nest the dotted keys of a mapping at ``path``, as in ``{"train.epochs": 1}``; a search space has dotted keys."""
+    if not isinstance(value, Mapping) or tuple(path) == DOTTED:
+        return value
+    tree: dict[str, Any] = {}
+    for key, part in value.items():
+        parts = str(key).split(".")
+        tree = deep_merge(tree, unflatten(parts, _expand_keys(part, [*path, *parts])))
+    return tree
 
 
 def _parse_words(flags: Sequence[str], sections: Sequence[str]) -> Iterable[tuple[list[str], Any]]:
@@ -144,11 +157,14 @@ def _unknown_option(key: str, parts: Sequence[str], sections: Sequence[str]) -> 
     return f"unknown option --{key}{hint}; settings begin with {', '.join(sections)}"
 
 
-def resolve_keywords(settings: Settings, keywords: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_keywords(
+    settings: Settings, keywords: Mapping[str, Any], known: Mapping[str, Any], dictionary: str = "settings"
+) -> dict[str, Any]:
     """Add keyword arguments to settings; each names a section or the last part of a setting's key.
 
     Args:
         known: a tree of all settings, in which keywords are looked up.
+        dictionary: keyword that takes settings by their dotted keys, for messages.
 
     Raises:
         ConfigError: no setting has that name, or several have it.
@@ -163,7 +179,8 @@ def resolve_keywords(settings: Settings, keywords: Mapping[str, Any], known: Map
             names = {key.rpartition(".")[2] for key in leaves}
             dotted = f"; pass {name.partition('.')[0]}={{...}}" if "." in name else ""
             problem = f"may be {' or '.join(keys)}" if keys else f"is not a setting{suggest(name, names)}"
-            raise ConfigError(f"{name} {problem}{dotted or '; pass settings={{' + repr('section.key') + ': value}}'}")
+            example = "{'section.key': value}"
+            raise ConfigError(f"{name} {problem}{dotted or f'; pass {dictionary}={example}'}")
         settings_by_key[keys[0]] = value
     return deep_merge(tree, parse_overrides(settings_by_key, known))
 

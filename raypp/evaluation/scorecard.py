@@ -88,8 +88,8 @@ def _compare(estimates: Tensor, originals: Tensor, reference_classifier: nn.Modu
 def aggregate(scores: Scores, seed: int = 0) -> dict[str, dict[str, float]]:
     """Mean and 95% interval of each metric over ``num`` images: Wilson's for shares, the bootstrap's for other means.
 
-    Other metrics than shares and areas also have quartiles, range and the worst 1%. NaN values are left out, and so are
-    metrics without another value.
+    Other metrics than shares and areas also have quartiles, range and the limit of the top 1%. NaN values are left out,
+    and so are metrics without another value.
     """
     summary = {}
     for name, all_values in scores.items():
@@ -105,8 +105,8 @@ def aggregate(scores: Scores, seed: int = 0) -> dict[str, dict[str, float]]:
             low, high = max(0.0, low), min(1.0, high)
         numbers = {"mean": float(values.double().mean()), "low": low, "high": high}
         if not (is_share or is_area):
-            worst = 0.01 if name == "lpips" else 0.99  # LPIPS is a distance: small values mean leakage
-            levels = {"min": 0.0, "q1": 0.25, "median": 0.5, "q3": 0.75, "worst_1_percent": worst, "max": 1.0}
+            top = 0.01 if name == "lpips" else 0.99  # LPIPS is a distance: small values mean leakage
+            levels = {"min": 0.0, "q1": 0.25, "median": 0.5, "q3": 0.75, "top_1_percent": top, "max": 1.0}
             numbers |= {key: float(np.quantile(values.numpy(), level)) for key, level in levels.items()}
         summary[name] = {"num": len(values)} | {key: round(number, 5) for key, number in numbers.items()}
     return summary

@@ -23,7 +23,7 @@ from raypp.attacks import ATTACKS
 from raypp.attacks.base import Attack, AttackerKnowledge, AttackError, ImageMap, match_shape
 from raypp.attacks.suite import CURVE, HALF_EFFORT
 from raypp.attacks.target import Target
-from raypp.attacks.trained import TrainedAttack
+from raypp.attacks.trained import TrainedAttack, train_attack
 from raypp.evaluation.reidentification import candidate_reidentification_scores, select_matcher
 from raypp.evaluation.scorecard import aggregate, score_images
 from raypp.experiments import attack_plan
@@ -33,9 +33,8 @@ from raypp.experiments.client_classifier import PLAIN_CLASSIFIERS, missing_class
 from raypp.metrics.image import use_backend
 from raypp.models.perceptual import StateDict
 from raypp.training.checkpoint import EpochMetrics
-from raypp.training.distributed import is_rank_zero, run_on_all_ranks
+from raypp.training.distributed import is_rank_zero
 from raypp.training.reporter import Reporter
-from raypp.training.trainer import Trainer
 from raypp.utils.documents import dump_json
 from raypp.utils.errors import RayppError
 from raypp.utils.progress import MultiProgressDisplay, ProgressListener
@@ -160,7 +159,7 @@ def _train(
     folder, device, total = plan.folder(name), target.access.device, attack.num_images
     reporter = Reporter(folder, display, device)
     num_workers = reporter.world
-    full = Training("everything", *_fit(attack, reporter, 1.0, None), total)
+    full = Training("everything", *train_attack(attack, reporter, 1.0, None), total)
     attack.load(full.network)
     if is_rank_zero():
         save_tensors(folder, "network.safetensors", full.network)
@@ -170,17 +169,8 @@ def _train(
         if epochs < 1 and round(epochs * attack.options.train.epochs) in (0, attack.options.train.epochs):
             continue  # one epoch has no half, so the effect of more epochs stays unknown
         reporter = Reporter(folder.folder(label.replace(" ", "_")), display, device)
-        trainings.append(Training(label, *_fit(attack, reporter, epochs, num_images), num_images or total))
+        trainings.append(Training(label, *train_attack(attack, reporter, epochs, num_images), num_images or total))
     return trainings
-
-
-def _fit(
-    attack: TrainedAttack, reporter: Reporter, epochs: float, num_images: int | None
-) -> tuple[StateDict, list[EpochMetrics]]:
-    task = attack.task(epochs, num_images)
-    run_on_all_ranks(lambda: task.share(reporter.rank, reporter.world))  # refuses fewer images than workers
-    result = Trainer(task, reporter).train()
-    return attack.state(result.trainee), result.history
 
 
 def _score(attack: Attack, estimates: Tensor, target: Target, matcher: str) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
     from raypp.attacks.target import Target
     from raypp.data.base import DataSource
 
-NUM_TIMED, MAX_SECONDS = 3, 5.0  # steps that are timed after a first one, and seconds after which no other begins
+NUM_TIMED = 9  # steps that are timed after a first one, at most
+MAX_SECONDS, MAX_SECONDS_FOR_THREE = 3.0, 6.0  # after which no other step begins
 OVERHEAD = 1.15  # validation, checkpoints and reading of data, as a share of the steps
 
 
@@ -129,13 +131,13 @@ def _estimate_phase(task: Task, index: int, num_batches: int, num_images: int, d
 
 
 def seconds_per_step(task: Task, phase_index: int, device: torch.device) -> float:
-    """Time a few training steps of a phase on the device of its data, in seconds per step."""
+    """Median time of a few training steps of a phase on the device of its data, in seconds per step."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(task, Reporter(Storage(folder), ProgressDisplay(quiet=True), device))
         trainer.setup_phase(task.phases[phase_index])
         trainer.start_epoch(phase_index, 0)
         times = list(islice(_timed_steps(trainer), 1 + NUM_TIMED))
-    return min(times[1:] or times)
+    return statistics.median(times[1:] or times)
 
 
 def _timed_steps(trainer: Trainer) -> Iterator[float]:
@@ -146,7 +148,7 @@ def _timed_steps(trainer: Trainer) -> Iterator[float]:
         if trainer.reporter.device.type == "cuda":
             torch.cuda.synchronize()
         yield time.monotonic() - start
-        if time.monotonic() - begin > MAX_SECONDS:
+        if time.monotonic() - begin > (MAX_SECONDS if step >= 3 else MAX_SECONDS_FOR_THREE):
             return
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from raypp.attacks import ATTACKS
 from raypp.attacks.base import AttackerKnowledge, protect_in_batches
 from raypp.attacks.target import Target
-from raypp.attacks.trained import TrainedAttack
+from raypp.attacks.trained import TrainedAttack, train_attack
 from raypp.bundle.load import load_public
 from raypp.config.schema import Config
 from raypp.data.base import stratified_split
@@ -24,7 +24,6 @@ from raypp.evaluation.scorecard import aggregate, score_images
 from raypp.experiments.search import RESULT, TRIALS, Point, Search, SearchPlan, TrialRecord, attack_options, read_record
 from raypp.experiments.training_run import Run, open_run, summary
 from raypp.training.reporter import Reporter
-from raypp.training.trainer import Trainer
 from raypp.utils.device import default_device
 from raypp.utils.documents import dump_json
 from raypp.utils.errors import ConfigError, NonRetryableError
@@ -93,10 +92,8 @@ def proxy_leakage(
     """
     target = _validation_target(bundle, config, search)
     attack: TrainedAttack = ATTACKS.build(attack_options(search), target.access, seed=config.seed)
-    task = attack.task()
-    task.share(0, 1)
-    result = Trainer(task, Reporter(folder, display, target.access.device)).train()
-    attack.load(attack.state(result.trainee))
+    network, _ = train_attack(attack, Reporter(folder, display, target.access.device))
+    attack.load(network)
     matcher = select_matcher(attack, target).matcher
     estimates = attack.reconstruct(target.protected)
     scores = aggregate(score_images(estimates, target, matcher=matcher, all_matchers=False), config.seed)

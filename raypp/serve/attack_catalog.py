@@ -47,13 +47,14 @@ class ServedAttack:
 def load_attacks(model: LoadedModel) -> dict[str, ServedAttack]:
     """Load the attacks of a bundle's scorecard, by name, that need no data outside the bundle.
 
-    Attacks that search a gallery or need pairs of images are left out.
+    Attacks that search a gallery or need pairs of images are left out, and those of packages that are not installed.
     """
     material = model.attack_material
     if material is None:
         raise ValueError("the bundle was loaded without its attack networks: load_model(..., attacks=True)")
     results = (model.scorecard or {}).get("attacks", {})
-    done = {name: result for name, result in results.items() if result["status"] == "done"}
+    known = set(ATTACKS)
+    done = {name: result for name, result in results.items() if result["status"] == "done" and name in known}
     knowledge = _attacker_knowledge(model, material.public)
     networks: dict[str, ImageMap] = {}
     attacks: dict[str, ServedAttack] = {}

@@ -249,6 +249,7 @@ class Trainer:
                 "epochs": phase.epochs,
                 "steps_done": self._global_step(state.step),
                 "steps_total": self._epochs_before(len(self.phases)) * self.task.batches.num_batches,
+                "phase_end": self._epochs_before(self.phase_index + 1) * self.task.batches.num_batches,
                 "images_per_s": self.images_seen / self._elapsed() * self.reporter.world,
                 **dict(zip(state.names, (state.sums / state.images).tolist(), strict=True)),
             }

@@ -27,7 +27,8 @@ class ProgressListener:
     def step(self, info: Row) -> None:
         """Called a few times a second with phase, steps_done and steps_total.
 
-        A training adds epoch, epochs, images_per_s and the training metrics so far, among them loss.
+        A training adds phase_end (the steps done at the end of the phase), epoch, epochs, images_per_s and the training
+        metrics so far, among them loss.
         """
 
     def epoch(self, row: Row) -> None:
@@ -90,7 +91,7 @@ class _Display:
         self.quiet = quiet
         self.stop = threading.Event()
         self._last_line = time.monotonic()
-        self._begin: dict[str, tuple[float, int, int]] = {}  # time and step of the first report of each run, all steps
+        self._begin: dict[str, tuple[str, int, float, int]] = {}  # of each run: phase, its end, its first time and step
         self._bars = progress.Progress(
             progress.SpinnerColumn(),
             progress.TextColumn("{task.description}"),
@@ -115,14 +116,16 @@ class _Display:
     def _print_periodically(self, run: str, info: Row) -> None:
         """Print the progress of a run, at most every ``LINE_SECONDS``, where no bar shows it."""
         now, steps = time.monotonic(), info["steps_done"]
-        begin, first_step, total = self._begin.setdefault(run, (now, steps, info["steps_total"]))
-        if total != info["steps_total"] or steps < first_step:  # the run goes on with other work
-            begin, first_step, _ = self._begin[run] = now, steps, info["steps_total"]
+        start = (info["phase"], _phase_end(info), now, steps)
+        *work, begin, first_step = self._begin.setdefault(run, start)
+        if work != [*start[:2]] or steps < first_step:  # the run goes on with other work, which has another speed
+            *_, begin, first_step = self._begin[run] = start
         if self.quiet or self.console.is_terminal or now - self._last_line < LINE_SECONDS:
             return
         self._last_line = now
         rate = (steps - first_step) / (now - begin) if now > begin else 0
-        left = f"  {(info['steps_total'] - steps) / rate:,.0f} s left" if rate > 0 else ""
+        scope = " in this phase" if _phase_end(info) < info["steps_total"] else ""
+        left = f"  {(_phase_end(info) - steps) / rate:,.0f} s left{scope}" if rate > 0 else ""
         name = f"{run}: " if run else ""
         epoch = f" epoch {info['epoch']}/{info['epochs']}" if "epoch" in info else ""
         steps = f"step {info['steps_done']:,}/{info['steps_total']:,}"
@@ -137,15 +140,19 @@ class ProgressDisplay(_Display, ProgressListener):
     """Shows epochs and steps of one run."""
 
     _task: progress.TaskID | None = None
+    _phase: str | None = None
 
     def note(self, message: str) -> None:
         self._update(description=message, status="")
 
     def step(self, info: Row) -> None:
         self._print_periodically("", info)
+        if self._task is not None and info["phase"] != self._phase:
+            self._bars.reset(self._task)  # forgets the speed of the phase before
+        self._phase = info["phase"]
         self._update(
             description=f"{info['phase']} epoch {info['epoch']}/{info['epochs']}",
-            total=info["steps_total"],
+            total=_phase_end(info),
             completed=info["steps_done"],
             status=_status(info),
         )
@@ -229,6 +236,11 @@ class _ChildProgress(ProgressListener):
 
     def should_stop(self) -> bool:
         return self._display.stop.is_set()
+
+
+def _phase_end(info: Row) -> int:
+    """Steps done at the end of the phase; of all work where it has no phases."""
+    return int(info.get("phase_end", info["steps_total"]))
 
 
 def _status(info: Row) -> str:

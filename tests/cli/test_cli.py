@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -191,6 +192,7 @@ MISTAKES = {
     "no preset among settings": ("train --train.alpha 1", "no preset is given; `raypp config` lists them"),
     "misspelt switch before": ("train --locla quickstart", "no preset is given"),
     "two presets": ("config cifar10 cifar100", "unexpected argument 'cifar100'; a setting is written --section.key"),
+    "no such command": ("trian", 'Unknown command "trian" (did you mean "train"?); `raypp --help` shows the usage'),
     "resume without name": ("train quickstart --resume --local", "--resume needs --name, the run to continue"),
     "resume of nothing": ("train quickstart --resume --local --name x", "there is no run 'x' to resume under"),
     "bad name": ("train quickstart --local --name ../x", "run name '../x' is not allowed; use letters, digits"),
@@ -277,6 +279,34 @@ def test_a_mistake_in_a_separate_process(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("raypp: unknown preset 'cifra' (did you mean 'cifar10'?); allowed: cifar10")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "function", "continued"),
+    [
+        ("train quickstart --name=a --train.alpha 0.1", "train_config", "train quickstart --name=a --train.alpha 0.1"),
+        ("train quickstart", "train_config", "train quickstart --name quickstart-"),
+        ("quickstart --train.epochs 2", "train_config", "train quickstart --train.epochs 2 --name quickstart-"),
+        ("tune quickstart", "tune", "tune quickstart --name tune-quickstart-"),
+        ("table1 --presets quickstart", "table1", "table1 --presets quickstart --name table1"),
+        ("attack runs/first", "run_attacks", "attack runs/first --name attack-"),
+    ],
+)
+def test_an_interrupt_names_the_command_that_continues(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch, words: str, function: str, continued: str
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("raypp.api.attack_plan", lambda *_, **__: None)
+    monkeypatch.setattr(f"raypp.api.{function}", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        main(words.split())
+    assert stopped.value.code == 130
+    err = capsys.readouterr().err.strip()
+    assert err.startswith(f"interrupted; a run that was saved continues with --resume: raypp {continued}")
+    assert err.endswith(" --resume")
+    assert err.count("\n") == 0
 
 
 def test_every_error_has_its_exit_code(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -630,4 +660,6 @@ def test_a_local_run_that_is_stopped_writes_a_checkpoint_first(tmp_path: Path) -
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
-    assert err.strip().endswith(f"stopped after checkpoint {list_checkpoints(run)[0]}; continue with --resume")
+    message, _, command = err.strip().splitlines()[-1].partition(" --resume: ")
+    assert message.endswith(f"stopped after checkpoint {list_checkpoints(run)[0]}; continue with")
+    assert command == shlex.join(["raypp", "train", "quickstart", *flags, "--resume"])

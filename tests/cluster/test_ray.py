@@ -225,7 +225,7 @@ def test_a_stopped_run_names_its_checkpoint(cluster: Cluster, tmp_path: Path) ->
     out, err = process.communicate(timeout=60)
     assert process.returncode == 143, out + err
     newest = list_checkpoints(Storage(tmp_path / "stopped"))[0]
-    assert err.strip().endswith(f"stopped after checkpoint {newest}; continue with --resume")
+    assert f"stopped after checkpoint {newest}; continue with --resume: raypp train " in " ".join(err.split())
     assert "SIGTERM" not in err
     rows = history(tmp_path / "stopped")
     assert epochs_of(tmp_path / "stopped") == expected(len(rows) - 1)

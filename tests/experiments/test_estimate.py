@@ -74,5 +74,5 @@ def test_the_table_on_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[s
     main(["train", "quickstart", *tiny_flags(tmp_path / "runs"), "--dry-run"])
     printed = capsys.readouterr().out
     assert "estimated time" in printed
-    assert "on one process of this machine; nothing started" in printed
+    assert "on one process of this machine at its present load; nothing started" in printed
     assert not list(tmp_path.iterdir())

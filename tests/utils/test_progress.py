@@ -14,7 +14,7 @@ from torch import Tensor
 from raypp.attacks.base import Attack, AttackerKnowledge
 from raypp.utils import progress
 from raypp.utils.errors import TrainingInterrupted
-from raypp.utils.progress import MultiProgressDisplay, ProgressListener, Row, StepCounter
+from raypp.utils.progress import MultiProgressDisplay, ProgressDisplay, ProgressListener, Row, StepCounter
 
 
 class Recorder(ProgressListener):
@@ -70,6 +70,24 @@ def test_lines_estimate_the_time_of_the_present_work(monkeypatch: pytest.MonkeyP
     lines = text.getvalue().splitlines()
     assert lines[1] == "flow_matching: attack epoch 1/1  step 200/300  50 images/s  loss 0.25  10 s left"
     assert lines[2:] == ["flow_matching: sampling  step 1/40", "flow_matching: sampling  step 2/40  380 s left"]
+
+
+@pytest.mark.usefixtures("every_step")
+def test_the_time_left_is_that_of_the_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of the joint phase take longer than those of the plain one."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    text = io.StringIO()
+    step = {"epoch": 1, "epochs": 1, "steps_total": 40, "images_per_s": 5.0, "loss": 0.5}
+    with ProgressDisplay(Console(file=text, width=200)) as display:
+        for seconds, phase, end, done in (
+            (0.0, "plain", 20, 1), (1.0, "plain", 20, 11), (2.0, "joint", 40, 21), (12.0, "joint", 40, 22)
+        ):  # fmt: skip
+            clock[0] = seconds
+            display.step(step | {"phase": phase, "phase_end": end, "steps_done": done})
+    lines = [line.partition("loss 0.50")[2].strip() for line in text.getvalue().splitlines()]
+    assert lines[1] == "1 s left in this phase"
+    assert lines[2:] == ["", "180 s left"]
 
 
 def noisy(images: Tensor) -> Tensor:

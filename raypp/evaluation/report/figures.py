@@ -14,7 +14,7 @@ from raypp.utils.images import Pixels, encode_png
 
 COLORS = {"holds": "#1f8a4c", "weak": "#b8860b", "broken": "#c0392b", "inconclusive": "#66707c"}
 MIN_TILE_WIDTH = 64  # pixels; smaller images are magnified
-GAP, CAPTION_HEIGHT = 5, 15  # pixels
+GAP, CAPTION_HEIGHT = 5, 20  # pixels
 
 Curves = dict[str, list[tuple[float, float]]]
 """Points (x, SSIM) by attack."""
@@ -28,7 +28,9 @@ def score_boxes(source: Source) -> bytes:
     attacks = source.finished_attacks
     names = [*attacks, *(f"baseline: {name}" for name in source.card["baselines"])]
     figure, panels = new_figure(11, 1.2 + 0.34 * len(names), 2, share_y=True)
-    for panel, metric, title in zip(panels, ("psnr", "ssim"), ("PSNR, dB (60 is exact)", "SSIM"), strict=True):
+    for panel, metric, title in zip(
+        panels, ("psnr", "ssim"), ("PSNR, dB (60: equal to the original)", "SSIM"), strict=True
+    ):
         plot = panel.boxplot(
             [source.scores[name][metric] for name in names],
             orientation="horizontal",
@@ -143,7 +145,7 @@ def _contact_sheet(rows: Sequence[Row]) -> bytes:
             x = left + i * (tile.shape[1] + GAP)
             canvas.paste(Image.fromarray(tile), (x, top))
             if captions:
-                position = (x + tile.shape[1] // 2, top + tile.shape[0] + 1)
+                position = (x + tile.shape[1] // 2, top + tile.shape[0] + 3)
                 draw.text(position, captions[i], fill="#66707c", font=small_font, anchor="mt")
         top += height
     return encode_png(np.array(canvas))
