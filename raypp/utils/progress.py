@@ -240,7 +240,8 @@ class _ChildProgress(ProgressListener):
 
 def _phase_end(info: Row) -> int:
     """Steps done at the end of the phase; of all work where it has no phases."""
-    return int(info.get("phase_end", info["steps_total"]))
+    end: int = info["phase_end"] if "phase_end" in info else info["steps_total"]
+    return end
 
 
 def _status(info: Row) -> str:
