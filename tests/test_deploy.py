@@ -379,11 +379,13 @@ def test_the_entrypoint_of_a_job_is_a_command_that_raypp_takes(name: str, tmp_pa
     assert (ROOT / words[1]).exists()
     options = dict(zip(words[3::2], words[4::2], strict=True))
     places = {"--name": options.pop("--name"), "--storage": options.pop("--storage", None)}
-    flags = [word for pair in options.items() for word in pair]
     if name == "rayjob-tune":
+        flags = [word for pair in options.items() for word in pair]
         make_search_plan(words[2], (), flags, storage=tmp_path, name=places["--name"])
         assert str(places["--storage"]).startswith("/shared/")
     else:
+        assert options.pop("--publish").startswith("/shared/")
+        flags = [word for pair in options.items() for word in pair]
         assert load_config(words[2], flags=flags).cluster.storage.startswith("/shared/")
 
 
