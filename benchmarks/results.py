@@ -161,7 +161,7 @@ def draw_table1() -> Any:
     for x, y in [*zip(accuracies, range(len(rows)), strict=True), *zip(values, heights, strict=True)]:
         axes.annotate(f"{x:.1f}", (x, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8.5)
     axes.set_yticks(range(len(rows)), [row["figure_label"] for row in rows])
-    axes.set(xlim=(35, 100), ylim=(-0.6, len(rows) - 0.3))
+    axes.set(xlim=(70, 100), ylim=(-0.6, len(rows) - 0.3))
     axes.set_xlabel("test accuracy, %")
     axes.set_title(f"Table I on CIFAR-10: {ours} epochs (raypp) against {theirs} (paper)")
     figure.legend(loc="outside lower center", ncols=1)
