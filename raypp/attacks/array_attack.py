@@ -20,7 +20,7 @@ from raypp.config.validation import check_milestones, format_validation_error
 from raypp.training.reporter import Reporter
 from raypp.utils.device import default_device
 from raypp.utils.errors import ConfigError, DataError
-from raypp.utils.images import as_pixels
+from raypp.utils.images import as_pixels, channels_first
 from raypp.utils.progress import ProgressListener
 from raypp.utils.registry import MethodConfig
 from raypp.utils.storage import Storage
@@ -143,4 +143,4 @@ def _validate_options(name: str, keywords: dict[str, Any]) -> MethodConfig:
 
 def _to_tensor(images: Any, name: str) -> Tensor:
     """Images as a tensor uint8 (N, C, H, W)."""
-    return torch.from_numpy(as_pixels(images, name)).permute(0, 3, 1, 2).contiguous()
+    return channels_first(as_pixels(images, name))

@@ -18,7 +18,7 @@ from raypp.metrics.statistics import wilson_interval
 from raypp.models.layers import logits_in_batches
 from raypp.utils.device import default_device
 from raypp.utils.errors import ConfigError, DataError
-from raypp.utils.images import as_pixels, to_uint8
+from raypp.utils.images import as_pixels, channels_first, to_uint8
 
 MIN_IMAGES = 20  # in the gallery, and of the attacker
 ROUNDING = 1e-3  # by which a module's output may leave [0, 1]
@@ -170,7 +170,7 @@ def _split(
 
 
 def _tensors(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
+    return channels_first(images), torch.from_numpy(labels)
 
 
 def _labels(arrays: ArrayTarget, num: int, num_own: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:

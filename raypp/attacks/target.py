@@ -31,7 +31,7 @@ from raypp.protections import PROTECTIONS
 from raypp.utils import image_files
 from raypp.utils.device import default_device
 from raypp.utils.errors import ConfigError, DataError
-from raypp.utils.images import decode
+from raypp.utils.images import channels_first, decode
 from raypp.utils.keys import Key
 from raypp.utils.storage import Storage
 
@@ -309,13 +309,12 @@ def _stack(images: dict[str, np.ndarray], folder: str) -> Tensor:
                 f"{folder}/{name} is {size[0]} x {size[1]}, {names[0]} is {height} x {width}; images of a folder must "
                 "have one size"
             )
-    return torch.from_numpy(np.stack([images[name] for name in names])).permute(0, 3, 1, 2).contiguous()
+    return channels_first(np.stack([images[name] for name in names]))
 
 
 def _tensors(dataset: ImageDataset, device: torch.device) -> tuple[Tensor, Tensor]:
     """Images uint8 (N, C, H, W) and labels on the device."""
-    pixels = torch.from_numpy(dataset.images).permute(0, 3, 1, 2).contiguous()
-    return pixels.to(device), torch.from_numpy(dataset.labels).to(device)
+    return channels_first(dataset.images).to(device), torch.from_numpy(dataset.labels).to(device)
 
 
 def check_image_size(size: tuple[int, ...]) -> None:

@@ -112,10 +112,7 @@ def print_plan(config: str | None, estimates: list[Estimate], *, json: bool) -> 
     console.print(table)
     others = "" if all(estimate.seconds is not None for estimate in estimates) else ", without those not estimated"
     machine = "on one process of this machine at its present load"
-    print_text(
-        console,
-        f"in all about {_format_time(total)}{others}, {machine}; nothing started",
-    )
+    print_text(console, f"in all about {_format_time(total)}{others}, {machine}; nothing started")
 
 
 def print_estimate(estimates: list[Estimate]) -> None:
@@ -182,11 +179,9 @@ def print_scorecard(card: dict[str, Any], where: str, *, client: bool = True) ->
         _print_verdict(console, card, strongest, "strongest attack", "")
     if reconstruction not in (None, strongest):
         _print_verdict(console, card, reconstruction, "strongest reconstruction attack", "_by_reconstruction")
-    if not client:
-        pass
-    elif card.get("client"):
+    if client and card.get("client"):
         print_client(console, card["client"])
-    elif card.get("client_note"):
+    elif client and card.get("client_note"):
         print_text(console, f"The client's cost was not measured: {card['client_note']}")
     print_text(console, f"{where}/report.html")
 

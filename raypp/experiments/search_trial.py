@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from raypp.training.reporter import Reporter
 from raypp.utils.device import default_device
 from raypp.utils.documents import dump_json
 from raypp.utils.errors import ConfigError, NonRetryableError
+from raypp.utils.images import channels_first
 from raypp.utils.progress import ProgressListener
 from raypp.utils.storage import Storage
 
@@ -125,8 +125,8 @@ def _validation_target(bundle: str, config: Config, search: Search) -> Target:
     if search.attack_images is not None:
         train = subsample(train, min(search.attack_images, len(train)), config.seed, "search.attack_images")
     val = full.subset(val_indices)
-    images = _channels_first(train.images)
-    gallery = _channels_first(val.images).to(device)
+    images = channels_first(train.images)
+    gallery = channels_first(val.images).to(device)
     labels = torch.from_numpy(val.labels).long().to(device)
     queries = gallery[:MAX_QUERIES]
     access = AttackerKnowledge(
@@ -150,8 +150,3 @@ def _validation_target(bundle: str, config: Config, search: Search) -> Target:
         classes=tuple(full.classes),
         config=config,
     )
-
-
-def _channels_first(images: np.ndarray) -> Tensor:
-    """NumPy uint8 (N, H, W, C) as a contiguous tensor (N, C, H, W)."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

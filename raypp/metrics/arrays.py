@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from raypp.metrics.matchers import COSINE, EDGES, PIXELS, build_matchers
 from raypp.metrics.retrieval import reidentify
 from raypp.utils.errors import ConfigError, DataError
-from raypp.utils.images import Pixels, as_pixels
+from raypp.utils.images import Pixels, as_pixels, channels_first
 
 MATCHERS = (PIXELS, COSINE, EDGES)
 
@@ -46,9 +45,9 @@ def reidentified(estimates: Any, originals: Any, gallery: Any, matcher: str = CO
         raise DataError(f"estimates are {pixels['estimates'].shape} and originals {plain.shape}; allowed is one shape")
     if candidates.shape[1:] != plain.shape[1:]:
         raise DataError(f"gallery images are {candidates.shape[1:]}, originals {plain.shape[1:]}; allowed is one shape")
-    images = _to_tensor(candidates)
+    images = channels_first(candidates)
     ranks = reidentify(
-        _to_tensor(pixels["estimates"]), images, torch.from_numpy(_indices(plain, candidates)),
+        channels_first(pixels["estimates"]), images, torch.from_numpy(_indices(plain, candidates)),
         torch.zeros(len(images), dtype=torch.int64), build_matchers(images)[matcher],
     )  # fmt: skip
     return (ranks.all == 0).numpy()
@@ -61,7 +60,3 @@ def _indices(originals: Pixels, gallery: Pixels) -> np.ndarray:
     if missing := indices.count(-1):
         raise DataError(f"gallery lacks {missing} of {len(originals)} originals; allowed is one with all of them")
     return np.array(indices, dtype=np.int64)
-
-
-def _to_tensor(images: Pixels) -> Tensor:
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

@@ -236,6 +236,13 @@ def as_pixels(images: Any, name: str) -> Pixels:
     return np.ascontiguousarray(array)
 
 
+def channels_first(images: Pixels) -> torch.Tensor:
+    """NumPy uint8 (N, H, W, C) as a contiguous tensor (N, C, H, W)."""
+    import torch
+
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
 def quantize_8bit(images: torch.Tensor) -> torch.Tensor:
     """Round float images to the nearest multiples of 1/255 in [0, 1], as an 8-bit upload does."""
     return to_uint8(images).to(images.dtype).div(255)
