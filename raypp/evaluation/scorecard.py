@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from raypp.attacks.target import Target
 from raypp.data.loader import inference_batch_size
 from raypp.evaluation.reidentification import reidentification_scores
-from raypp.metrics.image import edge_correlation, finite_psnr, in_parts, lpips, ssim, ssim_invariant, ssim_lab
+from raypp.metrics.image import MAX_PSNR, edge_correlation, finite_psnr, in_parts, lpips, ssim, ssim_invariant, ssim_lab
 from raypp.metrics.matchers import OWN_SCORES
-from raypp.metrics.statistics import bootstrap_interval, wilson_interval
+from raypp.metrics.statistics import bootstrap_interval, mean_interval, wilson_interval
 
 WEAK_RATE, BROKEN_RATE = 0.05, 0.20
 MIN_QUERIES = 200  # attacked images that ``holds`` and ``weak`` need
@@ -27,6 +27,8 @@ RATES = ("reidentified", "accuracy")
 """First words of the names of metrics that are shares: 0, 1 or a probability for each image."""
 AREAS = "linkage_auc"
 """First words of the names of areas under ROC curves, which are in [0, 1]; contributions of images may lie outside."""
+RANGES = {AREAS: (0.0, 1.0), "psnr": (0.0, MAX_PSNR), "ssim": (-1.0, 1.0), "edges": (-1.0, 1.0)}
+"""Ranges of means by the first words of the metrics' names; for ``bits_identified`` see :func:`_range_of`."""
 
 BROKEN, INCONCLUSIVE = "broken", "inconclusive"
 
@@ -88,7 +90,8 @@ def _compare(estimates: Tensor, originals: Tensor, reference_classifier: nn.Modu
 def aggregate(scores: Scores, seed: int = 0) -> dict[str, dict[str, float]]:
     """Mean and 95% interval of each metric over ``num`` images: Wilson's for shares, the bootstrap's for other means.
 
-    Other metrics than shares and areas also have quartiles, range and the limit of the top 1%. NaN values are left out,
+    Where (almost) all values lie at a bound of their range, see :func:`raypp.metrics.statistics.mean_interval`. Other
+    metrics than shares and areas also have quartiles, range and the limit of the top 1%. NaN values are left out,
     and so are metrics without another value.
     """
     summary = {}
@@ -99,10 +102,10 @@ def aggregate(scores: Scores, seed: int = 0) -> dict[str, dict[str, float]]:
         is_share, is_area = name.startswith(RATES), name.startswith(AREAS)
         if is_share:
             low, high = wilson_interval(float(values.double().sum()), len(values))
+        elif (bounds := _range_of(name, scores)) is not None:
+            low, high = mean_interval(values.numpy(), *bounds, seed=seed)
         else:
             low, high = bootstrap_interval(values.numpy(), seed=seed)
-        if is_area:
-            low, high = max(0.0, low), min(1.0, high)
         numbers = {"mean": float(values.double().mean()), "low": low, "high": high}
         if not (is_share or is_area):
             top = 0.01 if name == "lpips" else 0.99  # LPIPS is a distance: small values mean leakage
@@ -110,6 +113,17 @@ def aggregate(scores: Scores, seed: int = 0) -> dict[str, dict[str, float]]:
             numbers |= {key: float(np.quantile(values.numpy(), level)) for key, level in levels.items()}
         summary[name] = {"num": len(values)} | {key: round(number, 5) for key, number in numbers.items()}
     return summary
+
+
+def _range_of(name: str, scores: Scores) -> tuple[float, float] | None:
+    """Return the range of a metric's mean; None if it has none, or is not known.
+
+    ``bits_identified`` ends at the value of a re-identified original.
+    """
+    if name == "bits_identified":
+        hits = scores["reidentified"] == 1
+        return (0.0, float(scores[name][hits].max())) if hits.any() else None
+    return next((bounds for words, bounds in RANGES.items() if name.startswith(words)), None)
 
 
 def verdict(rate: dict[str, float], num_queries: int, *, lower_bound: bool, at_chance: bool) -> tuple[str, str]:

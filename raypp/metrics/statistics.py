@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 BOOTSTRAP_VALUES = 2**20  # resampled values in memory at a time
+MIN_OFF_BOUND = 10  # values off the bounds of their range that the bootstrap of their mean needs
+BOUND_TOLERANCE = 1e-6  # rounding of a float32 value at a bound of its range, as a share of the range
 ROUNDING = 1e-12  # largest error of a difference of float64 values, as a share of the values
 
 
@@ -18,7 +20,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval (Efron 1979) of the mean of values (N,), from ``num`` resamples.
 
-    It suits means of continuous values. A share needs :func:`wilson_interval`: resamples of zeros are all zero.
+    It suits means of continuous values without bounds. Others need :func:`wilson_interval` or :func:`mean_interval`:
+    resamples of zeros are all zero.
 
     Raises:
         ValueError: there are no values.
@@ -32,6 +35,31 @@ def bootstrap_interval(
     means = np.concatenate([data[rng.integers(0, len(data), (batch, len(data)))].mean(1) for batch in batches])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def mean_interval(values: npt.ArrayLike, low: float, high: float, *, seed: int = 0) -> tuple[float, float]:
+    """Return the 95% interval of the mean of values (N,) in a range, within that range.
+
+    It is the bootstrap's. But resamples of equal values are equal, so the bootstrap of values that (almost) all lie at
+    one bound of the range has (almost) no width. If some values lie at a bound and fewer than ``MIN_OFF_BOUND`` do not,
+    the interval is Wilson's for their mean as a share of the range.
+
+    Args:
+        values: single values may lie outside of the range, as contributions to an area under a ROC curve do.
+        low, high: the bounds of the mean, ``low < high``.
+
+    Raises:
+        ValueError: there are no values, or ``low`` is not below ``high``.
+    """
+    if not low < high:
+        raise ValueError(f"low is {low} and high is {high}; low must be smaller")
+    data = np.asarray(values, dtype=np.float64)
+    first, last = bootstrap_interval(data, seed=seed)
+    at_bounds = (np.isclose(data, bound, rtol=0, atol=BOUND_TOLERANCE * (high - low)) for bound in (low, high))
+    if any(at_bound.any() and (~at_bound).sum() < MIN_OFF_BOUND for at_bound in at_bounds):
+        share = min(1.0, max(0.0, float((data.mean() - low) / (high - low))))
+        first, last = (low + (high - low) * end for end in wilson_interval(share * len(data), len(data)))
+    return max(low, first), min(high, last)
 
 
 def wilson_interval(successes: float, num: int, z: float = 1.96) -> tuple[float, float]:

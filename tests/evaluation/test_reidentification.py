@@ -32,7 +32,14 @@ from raypp.metrics.retrieval import (
     rank_by_scores,
     reidentify,
 )
-from raypp.metrics.statistics import bootstrap_interval, holm_adjust, mcnemar_test, paired_t_test, wilson_interval
+from raypp.metrics.statistics import (
+    bootstrap_interval,
+    holm_adjust,
+    mcnemar_test,
+    mean_interval,
+    paired_t_test,
+    wilson_interval,
+)
 from raypp.utils.registry import MethodConfig
 
 SIDE = 12
@@ -306,7 +313,6 @@ def test_intervals_of_shares_are_wilsons() -> None:
     scores = {
         "reidentified": torch.zeros(2000),
         "reidentified_of_100": torch.full((2000,), 0.25),
-        "psnr": torch.ones(9),
     }
     summary = aggregate(scores)
     assert bootstrap_interval(scores["reidentified"].numpy()) == (0, 0)
@@ -315,7 +321,6 @@ def test_intervals_of_shares_are_wilsons() -> None:
     interval = binomtest(500, 2000).proportion_ci(method="wilson")
     assert summary["reidentified_of_100"]["low"] == pytest.approx(interval.low, abs=2e-5)
     assert summary["reidentified_of_100"]["high"] == pytest.approx(interval.high, abs=2e-5)
-    assert summary["psnr"]["low"] == summary["psnr"]["high"] == 1
     assert wilson_interval(0, 0) == (0, 1)
     with pytest.raises(ValueError, match="values is empty"):
         bootstrap_interval([])
@@ -323,9 +328,40 @@ def test_intervals_of_shares_are_wilsons() -> None:
 
 def test_the_interval_of_an_auc_lies_between_0_and_1() -> None:
     """The contributions of images to an AUC may lie outside."""
-    summary = aggregate({"linkage_auc_crop": torch.tensor([1.1, 0.9] * 10), "psnr": torch.tensor([1.1, 0.9] * 10)})
-    assert summary["linkage_auc_crop"] == {"num": 20, "mean": 1, "low": summary["psnr"]["low"], "high": 1}
-    assert summary["psnr"]["high"] > 1
+    contributions = torch.tensor([1.1, 0.9] * 10)
+    summary = aggregate({"linkage_auc_crop": contributions})
+    low, high = bootstrap_interval(contributions.numpy())
+    assert summary["linkage_auc_crop"] == {"num": 20, "mean": 1, "low": round(low, 5), "high": 1}
+    assert high > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "bound", "opposite"),
+    [("linkage_auc_flip", 1, 0), ("ssim", 1, -1), ("edges", 1, -1), ("psnr", 60, 0), ("bits_identified", 10, 0)],
+)
+def test_values_that_all_lie_at_a_bound_have_an_interval_with_width(name: str, bound: float, opposite: float) -> None:
+    """The bootstrap of equal values has no width, and neither has that of all values but a few."""
+    values, hits = torch.full((2000,), float(bound)), torch.ones(2000)
+    interval = aggregate({name: values, "reidentified": hits})[name]
+    low, _ = wilson_interval(2000, 2000)
+    assert interval["low"] == pytest.approx(opposite + (bound - opposite) * low, abs=1e-4)
+    assert (interval["mean"], interval["high"]) == (bound, bound)
+    values[:9] -= 0.01
+    wide = aggregate({name: values, "reidentified": hits})[name]
+    values[9] -= 0.01
+    narrow = aggregate({name: values, "reidentified": hits})[name]
+    assert wide["low"] < interval["low"] < narrow["low"] < narrow["mean"] < narrow["high"]
+    assert narrow["low"] == pytest.approx(bootstrap_interval(values.numpy())[0], abs=1e-4)
+
+
+def test_a_small_sample_within_its_range_has_the_interval_of_the_bootstrap() -> None:
+    values = torch.tensor([0.2, 0.4, 0.5, 0.6])
+    summary = aggregate({"ssim": values, "bits_identified": values, "reidentified": torch.zeros(4)})
+    for name in ("ssim", "bits_identified"):
+        low, high = bootstrap_interval(values.numpy())
+        assert (summary[name]["low"], summary[name]["high"]) == (round(low, 5), round(high, 5))
+    with pytest.raises(ValueError, match="low is 1 and high is 1; low must be smaller"):
+        mean_interval([1], 1, 1)
 
 
 def metrics(num_reidentified: int, ssim: float = 0.1) -> dict[str, Tensor]:
