@@ -104,14 +104,10 @@ def load_array_target(
     gallery, images = gallery.to(device), images.to(device)
     gallery_labels, labels = gallery_labels.to(device), labels.to(device)
     truth = torch.from_numpy(rng.permutation(len(gallery))[:num_queries]).to(device)
-    half = len(images) // 2
     has_gradients = arrays.maps_tensors and arrays.key_generator is None
     access = AttackerKnowledge(
         shape=(gallery.shape[1], gallery.shape[2], gallery.shape[3]),
-        images=images,
-        labels=labels,
         num_classes=max(1, len(classes)),
-        ciphertexts=lambda: (images[:half], labels[:half], protect_in_batches(protect, images[half:]), labels[half:]),
         fresh=(lambda number: arrays.protect_with(number, device)) if arrays.key_generator is not None else None,
         pairs=(images[:KNOWN_PAIRS], protect(images[:KNOWN_PAIRS])),
         protect=protect,
@@ -120,7 +116,7 @@ def load_array_target(
         logits=logits_of(arrays.protection) if has_gradients else None,
         gallery=gallery,
         device=device,
-    )
+    ).with_images(images, labels)
     target = Target(
         arrays.name, arrays.name, access, gallery[truth], protect_in_batches(protect, gallery[truth]),
         gallery_labels[truth], gallery, gallery_labels, truth, classes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, ClassVar, TypeVar
 
@@ -58,8 +58,8 @@ class AttackerKnowledge:
             pixels), "block" or "shuffled_block", as the name of the protection's adaptation network.
         images: plain images like the target's, but not the target's own, uint8 (N, C, H, W) (T1).
         labels: their classes, int64 (N,), in [0, ``num_classes``).
-        ciphertexts: returns plain images uint8 (N, C, H, W) and their classes (N,), then protected images uint8
-            (M, C', H', W') of different originals and their classes (M,) (T1).
+        ciphertexts: returns half of ``images`` and their classes, then protected images uint8 (M, C', H', W') of the
+            other half and their classes (M,) (T1).
         fresh: returns the algorithm under a key of the attacker, a different one for each number (T2).
         pairs: plain and protected images under the target's key, uint8 (N, C, H, W) and (N, C, H', W') (T3).
         protect: the target's protection as an oracle (T4).
@@ -94,6 +94,15 @@ class AttackerKnowledge:
     def has_oracle(self) -> bool:
         """Whether the attacker can protect images, under any key."""
         return self.protect is not None or self.fresh is not None
+
+    def with_images(self, images: Tensor, labels: Tensor) -> AttackerKnowledge:
+        """Return the knowledge with other ``images``, ``labels`` and ``ciphertexts``; it needs ``protect``."""
+        protect, half = required(self.protect), len(images) // 2
+
+        def ciphertexts() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            return images[:half], labels[:half], protect_in_batches(protect, images[half:]), labels[half:]
+
+        return replace(self, images=images, labels=labels, ciphertexts=ciphertexts)
 
 
 KNOWLEDGE_DESCRIPTIONS = {

@@ -137,7 +137,8 @@ class InverseAttack(TrainedAttack):
 
     @property
     def num_images(self) -> int:
-        num = len(self.training_data[0])
+        images = self.access.images if self.access.protect is not None else required(self.access.pairs)[0]
+        num = len(required(images))
         return num - count_validation_images(num)
 
     def validation_images(self) -> tuple[Tensor, Tensor]:

@@ -224,14 +224,10 @@ def _build_target(
     truth = torch.from_numpy(rng.permutation(len(test))[: selection.num_queries]).to(device)
     plain = gallery[truth]
     protected = protect_in_batches(protect, plain)
-    half = len(images) // 2  # the protected images of a GAN have other originals than its plain images
     access = replace(
-        access,
+        access.with_images(images, labels),
         shape=(plain.shape[1], plain.shape[2], plain.shape[3]),
-        images=images,
-        labels=labels,
         num_classes=len(test.classes),
-        ciphertexts=lambda: (images[:half], labels[:half], protect_in_batches(protect, images[half:]), labels[half:]),
         pairs=(images[:KNOWN_PAIRS], protect(images[:KNOWN_PAIRS])),
         gallery=gallery,
     )

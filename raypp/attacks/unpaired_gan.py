@@ -260,7 +260,7 @@ class UnpairedGAN(TrainedAttack):
 
     @property
     def num_images(self) -> int:
-        return len(self.training_data[0])
+        return len(required(self.access.images)) // 2
 
     def state(self, trainee: TrainableModule) -> StateDict:
         assert isinstance(trainee, GANModule)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from raypp.attacks import ATTACKS
-from raypp.attacks.base import AttackError
+from raypp.attacks.base import AttackError, required
 from raypp.attacks.suite import CURVE
 from raypp.attacks.trained import TrainedAttack
 from raypp.config.overrides import Settings
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 NUM_TIMED = 9  # steps that are timed after a first one, at most
 MAX_SECONDS, MAX_SECONDS_FOR_THREE = 3.0, 6.0  # after which no other step begins
+NUM_IMAGES = 5000  # of the attacker, to time the steps of attacks: some protect all images before their first step
 OVERHEAD = 1.15  # validation, checkpoints and reading of data, as a share of the steps
 
 
@@ -99,21 +101,23 @@ def estimate_search(preset: str, files: Sequence[Path], settings: Settings) -> l
 
 def estimate_attacks(plan: AttackPlan, target: Target) -> list[Estimate]:
     """Estimate each attack on a loaded target that trains a network, with its curve, and each plain classifier."""
-    estimates = []
+    estimates, access = [], target.access
+    if access.protect is not None:
+        access = access.with_images(required(access.images)[:NUM_IMAGES], required(access.labels)[:NUM_IMAGES])
     for name in dependencies_first(plan):
-        kind = ATTACKS.get(name)
+        kind, options = ATTACKS.get(name), plan.suite.options(name)
         try:
-            attack = kind(plan.suite.options(name), target.access, seed=plan.suite.seed)
+            attack = kind(options, access, seed=plan.suite.seed)
         except AttackError as error:
             estimates.append(Estimate(name, str(error), 0))
             continue
         if not isinstance(attack, TrainedAttack):
             estimates.append(Estimate(name, "trains no network", None))
             continue
-        task = attack.task()
+        task, num_images = attack.task(), kind(options, target.access, seed=plan.suite.seed).num_images
         task.share(0, 1)
-        batches, device = task.batches.num_batches, target.access.device
-        estimate = _estimate_phase(task, len(task.phases) - 1, batches, attack.num_images, device)
+        batches = math.ceil(task.batches.num_batches * num_images / attack.num_images)
+        estimate = _estimate_phase(task, len(task.phases) - 1, batches, num_images, access.device)
         shares = [share for _, share, _ in CURVE if share == 1 or task.train.epochs > 1] if plan.suite.curve else []
         assert estimate.seconds is not None
         curve = f", and {len(shares)} more trainings for its curve" if shares else ""

@@ -213,6 +213,33 @@ def test_the_dry_run_estimates_the_clients_classifier(trained: Trained, tmp_path
     assert estimate.seconds > 0
 
 
+def test_the_dry_run_protects_a_part_of_the_attackers_images(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``itn`` protects all images before its first step, and ``unpaired_gan`` half of them: minutes with CIFAR-10."""
+    from raypp.experiments import estimate
+
+    monkeypatch.setattr(estimate, "NUM_IMAGES", 12)
+    plan = make_attack_plan(
+        bundle=str(trained.bundle), attacks=["itn", "inverse", "unpaired_gan"], storage=tmp_path, name="attack",
+        flags=("--num_queries", "10", "--itn.width", "2", "--inverse.width", "2", "--unpaired_gan.width", "2"),
+    )  # fmt: skip
+    target = load_target_of(plan)
+    num, protect, sizes = len(required(target.access.images)), required(target.access.protect), []
+
+    def counted(images: Tensor) -> Tensor:
+        sizes.append(len(images))
+        return protect(images)
+
+    monkeypatch.setattr(estimate, "NUM_TIMED", 1)
+    target = replace(target, access=replace(target.access, protect=counted))
+    rows = {row.name: row for row in estimate.estimate_attacks(plan, target)}
+    assert num >= 40
+    assert 12 <= sum(sizes) < num
+    assert f"of {num - num // 10:,} images" in rows["itn"].detail
+    assert f"of {num // 2:,} images" in rows["unpaired_gan"].detail
+
+
 @pytest.mark.parametrize(
     ("setting", "is_same"),
     [("num_test 20", False), ("num_val 10", False), ("source.seed 3", False), ("shuffle_buffer 5", True)],
