@@ -122,7 +122,10 @@ class Scorecard(Result):
 
     @property
     def cloud_gain_is_upper_bound(self) -> bool | None:
-        """Whether the client's classifier trained fewer epochs than the cloud's; None if no gain was measured."""
+        """Whether the client alone could be more accurate than was measured; None if no gain was measured.
+
+        That is so if its classifier trained fewer epochs than the cloud's, or if it affords a much larger one.
+        """
         client = self.values.get("client")
         return None if client is None else client.get("cloud_gain_is_upper_bound")
 

@@ -7,6 +7,7 @@ reconstruction. It holds for the size of that gallery. The thresholds of 5% and 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,13 @@ from raypp.metrics.statistics import bootstrap_interval, mean_interval, wilson_i
 WEAK_RATE, BROKEN_RATE = 0.05, 0.20
 MIN_QUERIES = 200  # attacked images that ``holds`` and ``weak`` need
 MIN_RISE = 0.01  # of SSIM or re-identification rate, between the last two points of a rising curve
+DIGITS = 5  # decimals of scores
 RATES = ("reidentified", "accuracy")
 """First words of the names of metrics that are shares: 0, 1 or a probability for each image."""
 AREAS = "linkage_auc"
 """First words of the names of areas under ROC curves, which are in [0, 1]; contributions of images may lie outside."""
 RANGES = {AREAS: (0.0, 1.0), "psnr": (0.0, MAX_PSNR), "ssim": (-1.0, 1.0), "edges": (-1.0, 1.0)}
-"""Ranges of means by the first words of the metrics' names; for ``bits_identified`` see :func:`_range_of`."""
+"""Ranges of means by the first words of the metrics' names; ``bits_identified`` reaches log2 of the gallery's size."""
 
 BROKEN, INCONCLUSIVE = "broken", "inconclusive"
 
@@ -87,12 +89,17 @@ def _compare(estimates: Tensor, originals: Tensor, reference_classifier: nn.Modu
     return scores
 
 
-def aggregate(scores: Scores, seed: int = 0) -> dict[str, dict[str, float]]:
+def aggregate(scores: Scores, num_gallery: int, seed: int = 0) -> dict[str, dict[str, float]]:
     """Mean and 95% interval of each metric over ``num`` images: Wilson's for shares, the bootstrap's for other means.
 
-    Where (almost) all values lie at a bound of their range, see :func:`raypp.metrics.statistics.mean_interval`. Other
-    metrics than shares and areas also have quartiles, range and the limit of the top 1%. NaN values are left out,
-    and so are metrics without another value.
+    See :func:`raypp.metrics.statistics.mean_interval` for values that (almost) all lie at a bound of their range. The
+    ends of intervals are rounded outward. Other metrics than shares and areas also have quartiles, range and the limit
+    of the top 1%. NaN values are left out, and so are metrics without another value.
+
+    Args:
+        scores: values of each metric.
+        num_gallery: number of images in the gallery, which bounds ``bits_identified``.
+        seed: seed of the bootstrap.
     """
     summary = {}
     for name, all_values in scores.items():
@@ -102,28 +109,29 @@ def aggregate(scores: Scores, seed: int = 0) -> dict[str, dict[str, float]]:
         is_share, is_area = name.startswith(RATES), name.startswith(AREAS)
         if is_share:
             low, high = wilson_interval(float(values.double().sum()), len(values))
-        elif (bounds := _range_of(name, scores)) is not None:
+        elif (bounds := _range_of(name, num_gallery)) is not None:
             low, high = mean_interval(values.numpy(), *bounds, seed=seed)
         else:
             low, high = bootstrap_interval(values.numpy(), seed=seed)
-        numbers = {"mean": float(values.double().mean()), "low": low, "high": high}
+        numbers = {"mean": float(values.double().mean()), "low": _floor(low), "high": -_floor(-high)}
         if not (is_share or is_area):
             top = 0.01 if name == "lpips" else 0.99  # LPIPS is a distance: small values mean leakage
             levels = {"min": 0.0, "q1": 0.25, "median": 0.5, "q3": 0.75, "top_1_percent": top, "max": 1.0}
             numbers |= {key: float(np.quantile(values.numpy(), level)) for key, level in levels.items()}
-        summary[name] = {"num": len(values)} | {key: round(number, 5) for key, number in numbers.items()}
+        summary[name] = {"num": len(values)} | {key: round(number, DIGITS) for key, number in numbers.items()}
     return summary
 
 
-def _range_of(name: str, scores: Scores) -> tuple[float, float] | None:
-    """Return the range of a metric's mean; None if it has none, or is not known.
-
-    ``bits_identified`` ends at the value of a re-identified original.
-    """
+def _range_of(name: str, num_gallery: int) -> tuple[float, float] | None:
+    """Return the range of a metric's mean; None if it has none."""
     if name == "bits_identified":
-        hits = scores["reidentified"] == 1
-        return (0.0, float(scores[name][hits].max())) if hits.any() else None
+        return (0.0, math.log2(num_gallery)) if num_gallery > 1 else None
     return next((bounds for words, bounds in RANGES.items() if name.startswith(words)), None)
+
+
+def _floor(value: float) -> float:
+    """Round down to ``DIGITS`` decimals, except a rounding error of ``value``."""
+    return math.floor(round(value * 10**DIGITS, 6)) / 10**DIGITS
 
 
 def verdict(rate: dict[str, float], num_queries: int, *, lower_bound: bool, at_chance: bool) -> tuple[str, str]:

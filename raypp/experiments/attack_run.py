@@ -106,6 +106,7 @@ def _run_attack(plan: AttackPlan, name: str, display: ProgressListener, target: 
     more_scores = attack.measure(*queries) | candidate_reidentification_scores(attack, target, num_queries)
     more_scores = {key: values.float().cpu() for key, values in more_scores.items()}
     save_tensors(folder, "estimates.safetensors", {"estimates": estimates, **more_scores})
+    scores = score_images(estimates, target, matcher=choice.matcher) | more_scores
     result |= {
         "status": "done",
         "note": attack.note,
@@ -113,7 +114,7 @@ def _run_attack(plan: AttackPlan, name: str, display: ProgressListener, target: 
         "num_gallery": len(target.gallery),
         **asdict(choice),
         "seconds": round(time.monotonic() - start, 1),
-        "scores": aggregate(score_images(estimates, target, matcher=choice.matcher) | more_scores, plan.suite.seed),
+        "scores": aggregate(scores, len(target.gallery), plan.suite.seed),
         "extra_scores": attack.extra_scores,
         "history": trainings[0].history if trainings else [],
         "curve": curve,

@@ -25,9 +25,10 @@ from raypp.experiments.attack_plan import EXAMPLES, SCORECARD, SCORES, AttackPla
 from raypp.experiments.client_classifier import measure_client_of
 from raypp.experiments.reference_classifier import load_reference_classifier
 from raypp.experiments.run_folder import environment, lock
+from raypp.metrics.cost import reasons_for_upper_bound
 from raypp.metrics.image import use_backend
 from raypp.metrics.matchers import PIXELS
-from raypp.metrics.statistics import chance_error
+from raypp.metrics.statistics import chance_error, holm_adjust
 from raypp.models.perceptual import StateDict
 from raypp.utils.documents import dump_json
 from raypp.utils.errors import StorageError
@@ -77,7 +78,7 @@ def _write_scorecard(plan: AttackPlan, target: Target, failures: dict[str, str])
         "client_note": client_note,
         **headline(attacks, at_chance=at_chance is not None),
         "attacks": attacks,
-        "baselines": {name: aggregate(scores, seed) for name, scores in baseline_scores.items()},
+        "baselines": {name: aggregate(scores, len(target.gallery), seed) for name, scores in baseline_scores.items()},
         "blind_baselines": [name for name in BLIND if name in baseline_scores],
         "suite": plan.dump()["suite"],
         "environment": environment(),
@@ -105,7 +106,7 @@ def _score_attacks(
             stored = _load_estimates(plan, name)
             estimates = stored.pop("estimates")
             scores[name] = score_images(estimates, target, classifier, matcher=result["matcher"]) | stored
-            result["scores"] = aggregate(scores[name], plan.suite.seed)
+            result["scores"] = aggregate(scores[name], len(target.gallery), plan.suite.seed)
             result["reidentification_rate"] = result["scores"]["reidentified"]["mean"]
             result |= _convergence(result)
         attacks[name] = result
@@ -115,11 +116,20 @@ def _score_attacks(
 def _compare_with_baselines(
     attacks: dict[str, Outcome], attack_scores: dict[str, Scores], baseline_scores: dict[str, Scores]
 ) -> None:
-    """Set whether each finished attack is above the blind baselines, beyond chance, and the p-values of that."""
-    for name, scores in attack_scores.items():
-        p_values = above_baseline_p_values(scores, baseline_scores, attacks[name]["matcher"])
-        attacks[name]["above_baseline"] = min(p_values.values()) < SIGNIFICANCE
-        attacks[name]["above_baseline_p_values"] = p_values
+    """Set whether each finished attack is above the blind baselines, beyond chance, and the p-values of that.
+
+    Holm's method adjusts the p-values of all metrics of all attacks together. They have five significant digits.
+    """
+    p_values = {
+        (name, metric): p_value
+        for name, scores in attack_scores.items()
+        for metric, p_value in above_baseline_p_values(scores, baseline_scores, attacks[name]["matcher"]).items()
+    }
+    adjusted = holm_adjust(p_values)
+    for name in attack_scores:
+        of_attack = {metric: float(f"{p:.5g}") for (attack, metric), p in adjusted.items() if attack == name}
+        attacks[name]["above_baseline"] = min(of_attack.values()) < SIGNIFICANCE
+        attacks[name]["above_baseline_p_values"] = of_attack
 
 
 def _load_estimates(plan: AttackPlan, attack: str) -> StateDict:
@@ -300,9 +310,10 @@ def _merge_clients(new: dict[str, Any] | None, stored: dict[str, Any] | None) ->
 
 
 def _exactness(client: dict[str, Any] | None) -> int:
-    """2 for a measured cloud gain, 1 for an upper bound, 0 for none."""
-    is_upper_bound = None if client is None else client.get("cloud_gain_is_upper_bound")  # an earlier version has none
-    return 0 if is_upper_bound is None else 2 - is_upper_bound
+    """0 without a measured cloud gain, else less the more reasons there are why it is an upper bound."""
+    if client is None or client.get("cloud_gain_is_upper_bound") is None:  # sections of an earlier version have none
+        return 0
+    return 3 - len(reasons_for_upper_bound(client["alone"]))
 
 
 def _merge_scores(new: bytes, stored: bytes, from_stored: set[str], stored_baselines: bool) -> bytes:

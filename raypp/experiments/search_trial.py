@@ -96,7 +96,8 @@ def proxy_leakage(
     attack.load(network)
     matcher = select_matcher(attack, target).matcher
     estimates = attack.reconstruct(target.protected)
-    scores = aggregate(score_images(estimates, target, matcher=matcher, all_matchers=False), config.seed)
+    values = score_images(estimates, target, matcher=matcher, all_matchers=False)
+    scores = aggregate(values, len(target.gallery), config.seed)
     class_image = fitted_class_image(target, config.seed)
     blind = score_images(class_image, target, matcher=BASELINE_MATCHER, all_matchers=False)
     folder.delete("checkpoints")

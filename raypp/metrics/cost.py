@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raypp.metrics.statistics import difference_interval
 
+MUCH_LARGER = 1.5  # times the multiply-accumulates of the client's classifier, from which the gain is an upper bound
 NUM_WARMUP, MIN_REPEATS, MAX_REPEATS, MAX_SECONDS = 2, 5, 25, 1.0
 
 
@@ -58,7 +59,8 @@ def cloud_gain(test: dict[str, Any], alone: dict[str, Any] | None) -> dict[str, 
 
     Args:
         test: ``accuracy`` and ``accuracy_interval`` on protected images.
-        alone: the same of the classifier that the client could run alone, with its ``epochs`` and ``cloud_epochs``.
+        alone: the same of the classifier that the client could run alone, with its ``epochs``, ``cloud_epochs`` and
+            ``affordable_macs``.
     """
     if alone is None or alone.get("accuracy") is None or test.get("accuracy") is None:
         return dict.fromkeys(("cloud_gain", "cloud_gain_interval", "cloud_gain_is_upper_bound"))
@@ -67,8 +69,19 @@ def cloud_gain(test: dict[str, Any], alone: dict[str, Any] | None) -> dict[str, 
     return {
         "cloud_gain": pairs[0][0] - pairs[1][0],
         "cloud_gain_interval": [low, high],
-        "cloud_gain_is_upper_bound": alone["epochs"] is not None and alone["epochs"] < alone["cloud_epochs"],
+        "cloud_gain_is_upper_bound": bool(reasons_for_upper_bound(alone)),
     }
+
+
+def reasons_for_upper_bound(alone: dict[str, Any]) -> list[str]:
+    """Why the client alone could be more accurate than the classifier that was measured; empty without a reason."""
+    reasons = []
+    if alone["epochs"] is not None and alone["epochs"] < alone["cloud_epochs"]:
+        reasons.append(f"the client's classifier trained {alone['epochs']} epochs, the cloud's {alone['cloud_epochs']}")
+    affordable = alone.get("affordable_macs", 0)  # sections of an earlier version do not say
+    if alone["macs"] and affordable > MUCH_LARGER * alone["macs"]:
+        reasons.append(f"the client affords {format_products(affordable)}, and no larger classifier was tried")
+    return reasons
 
 
 def describe_cost(client: dict[str, Any]) -> str:
@@ -113,11 +126,8 @@ def _describe_difference(client: dict[str, Any]) -> str:
     alone, gain = client["alone"], 100 * client["cloud_gain"]
     low, high = (100 * bound for bound in client["cloud_gain_interval"])
     numbers = f"{gain:+.1f} points (95% interval {low:+.1f} to {high:+.1f})"
-    if client.get("cloud_gain_is_upper_bound"):  # sections of an earlier version do not say
-        numbers = (
-            f"at most {numbers}, an upper bound: the client's classifier trained {alone['epochs']} epochs, the cloud's "
-            f"{alone['cloud_epochs']}"
-        )
+    if reasons := reasons_for_upper_bound(alone):
+        numbers = f"at most {numbers}, an upper bound: {'; '.join(reasons)}"
     if high < 0:
         return f"The cloud gain is negative, {numbers}. The client alone is more accurate and does not need the cloud."
     if low <= 0:

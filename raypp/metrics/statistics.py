@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+Name = TypeVar("Name", bound=Hashable)
 BOOTSTRAP_VALUES = 2**20  # resampled values in memory at a time
 MIN_OFF_BOUND = 10  # values off the bounds of their range that the bootstrap of their mean needs
 BOUND_TOLERANCE = 1e-6  # rounding of a float32 value at a bound of its range, as a share of the range
@@ -42,7 +43,7 @@ def mean_interval(values: npt.ArrayLike, low: float, high: float, *, seed: int =
 
     It is the bootstrap's. But resamples of equal values are equal, so the bootstrap of values that (almost) all lie at
     one bound of the range has (almost) no width. If some values lie at a bound and fewer than ``MIN_OFF_BOUND`` do not,
-    the interval is Wilson's for their mean as a share of the range.
+    or if all values are equal, the interval is Wilson's for their mean as a share of the range.
 
     Args:
         values: single values may lie outside of the range, as contributions to an area under a ROC curve do.
@@ -56,7 +57,7 @@ def mean_interval(values: npt.ArrayLike, low: float, high: float, *, seed: int =
     data = np.asarray(values, dtype=np.float64)
     first, last = bootstrap_interval(data, seed=seed)
     at_bounds = (np.isclose(data, bound, rtol=0, atol=BOUND_TOLERANCE * (high - low)) for bound in (low, high))
-    if any(at_bound.any() and (~at_bound).sum() < MIN_OFF_BOUND for at_bound in at_bounds):
+    if np.ptp(data) == 0 or any(at_bound.any() and (~at_bound).sum() < MIN_OFF_BOUND for at_bound in at_bounds):
         share = min(1.0, max(0.0, float((data.mean() - low) / (high - low))))
         first, last = (low + (high - low) * end for end in wilson_interval(share * len(data), len(data)))
     return max(low, first), min(high, last)
@@ -136,9 +137,9 @@ def paired_t_test(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
     return float(ttest_rel(a, b, alternative="greater").pvalue)
 
 
-def holm_adjust(p_values: dict[str, float]) -> dict[str, float]:
+def holm_adjust(p_values: dict[Name, float]) -> dict[Name, float]:
     """Return the p-values of several tests, adjusted for their number (Holm 1979); at most 1."""
-    adjusted: dict[str, float] = {}
+    adjusted: dict[Name, float] = {}
     largest = 0.0
     for i, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
         largest = max(largest, min(1.0, (len(p_values) - i) * p_values[name]))

@@ -129,6 +129,19 @@ def test_a_gain_over_a_shorter_training_is_an_upper_bound(alone: float, sign: st
     assert "an upper bound: the client's classifier trained 3 epochs, the cloud's 6" in describe_gain(section)
 
 
+def test_a_gain_over_a_much_smaller_classifier_than_the_client_affords_is_an_upper_bound() -> None:
+    """The candidates end with the cloud's own classifier."""
+    plain = {"accuracy": 0.4, "accuracy_interval": list(wilson_interval(400, 1000))}
+    candidate = CLASSIFIERS.options("convnet")(), 40_600_000
+    for macs, is_upper_bound in ((48_900_000, False), (166_200_000, True)):
+        section = with_gain(COST | {"macs": macs}, describe_alone(candidate, TEST, plain, 6, 6), TEST)
+        assert section["cloud_gain_is_upper_bound"] is is_upper_bound
+        sentence = (
+            "at most +20.0 points (95% interval +15.7 to +24.2), an upper bound: the client affords 166.2 million"
+        )
+        assert (sentence in describe_gain(section)) is is_upper_bound
+
+
 @pytest.mark.parametrize(("suite", "epochs"), [("small", None), ("standard", None), ("quick", 0)])
 def test_shipped_suites_train_plain_classifiers_as_long_as_the_bundle(suite: str, epochs: int | None) -> None:
     assert make_attack_plan(folders=("plain", "protected"), suite=suite, name="x").suite.reference_epochs == epochs

@@ -791,15 +791,26 @@ def test_accuracy_at_chance_is_an_error(correct: int, num: int, chance: float, a
     assert is_rising([flat[0], {"ssim_invariant": 0.32, "reidentification_rate": 0.1}])
 
 
-def test_an_attack_is_marked_as_above_the_baseline_only_if_it_is_significant() -> None:
-    def scores(num_reidentified: int) -> dict[str, torch.Tensor]:
-        hits, zeros = (torch.arange(2000) < num_reidentified).float(), torch.zeros(2000)
-        return {"reidentified": hits, "reidentified_cosine": hits, "ssim_invariant": zeros, "edges": zeros}
+def scores_of(num_reidentified: int) -> dict[str, torch.Tensor]:
+    hits, zeros = (torch.arange(2000) < num_reidentified).float(), torch.zeros(2000)
+    return {"reidentified": hits, "reidentified_cosine": hits, "ssim_invariant": zeros, "edges": zeros}
 
+
+def test_an_attack_is_marked_as_above_the_baseline_only_if_it_is_significant() -> None:
     attacks: dict[str, Any] = {name: {"matcher": "cosine"} for name in ("4 of 2000", "10 of 2000")}
-    values = {"4 of 2000": scores(4), "10 of 2000": scores(10)}
-    attack_scores._compare_with_baselines(attacks, values, {"mean image": scores(0)})
+    values = {"4 of 2000": scores_of(4), "10 of 2000": scores_of(10)}
+    attack_scores._compare_with_baselines(attacks, values, {"mean image": scores_of(0)})
     assert [result["above_baseline"] for result in attacks.values()] == [False, True]
+    assert attacks["10 of 2000"]["above_baseline_p_values"]["reidentified"] == pytest.approx(6 * 0.5**10, rel=1e-4)
+
+
+def test_many_attacks_do_not_exceed_the_baseline_by_chance() -> None:
+    """Six hits against none are significant for one attack, and are no surprise among those of sixteen."""
+    for num, is_above in ((1, True), (16, False)):
+        attacks: dict[str, Any] = {str(number): {"matcher": "cosine"} for number in range(num)}
+        values = {name: scores_of(6 if name == "0" else 0) for name in attacks}
+        attack_scores._compare_with_baselines(attacks, values, {"mean image": scores_of(0)})
+        assert attacks["0"]["above_baseline"] is is_above
 
 
 def test_the_strongest_attack_counts_not_the_average() -> None:
@@ -813,7 +824,7 @@ def test_the_strongest_attack_counts_not_the_average() -> None:
 
 
 def test_a_summary_of_known_values() -> None:
-    summary = aggregate({"ssim": torch.linspace(0, 1, 101), "reidentified": torch.tensor([0.0, 1.0, 1.0, 1.0])})
+    summary = aggregate({"ssim": torch.linspace(0, 1, 101), "reidentified": torch.tensor([0.0, 1.0, 1.0, 1.0])}, 4)
     assert summary["ssim"]["mean"] == pytest.approx(0.5)
     assert summary["ssim"]["median"] == pytest.approx(0.5)
     assert summary["ssim"]["top_1_percent"] == pytest.approx(0.99)
