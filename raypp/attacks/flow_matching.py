@@ -5,7 +5,7 @@ A network learns the velocity of the straight path from noise to a plain image, 
 from S noises, which gives S plausible plain images instead of one average. Where the attacker has the protection's
 gradients, each step first moves the predicted plain image towards the observed protected one (Plug-and-Play flow
 matching: Martin, Gagneux, Hagemann, Steidl 2025), by the misfit of logits as in ``white_box``. The estimate is the
-sample whose protected version is nearest to the observed one.
+sample with the lowest misfit.
 """
 
 from __future__ import annotations
@@ -185,7 +185,12 @@ class FlowMatching(InverseAttack):
         return stacked[best, torch.arange(len(protected), device=best.device)]
 
     def _misfits(self, samples: Tensor, protected: Tensor) -> Tensor:
-        """Mean squared distances (S, n) of the samples' protected versions to the observed ones."""
+        """Misfits (S, n) of the samples: that of the guidance, else the mean squared distance of protected versions.
+
+        Without the protection it is the distance from the mean of the samples.
+        """
+        if self.access.gradients is not None:
+            return torch.stack([interval_misfit(self._logits(sample.float() / 255), protected) for sample in samples])
         if self.access.protect is None:
             means = samples.float().mean(0)
             return torch.stack([(sample.float() - means).square().mean(dim=(1, 2, 3)) for sample in samples])

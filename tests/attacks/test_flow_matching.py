@@ -166,6 +166,18 @@ def test_the_estimate_is_the_sample_with_the_lowest_misfit(monkeypatch: pytest.M
     assert torch.equal(attack.reconstruct(protect(plain)), plain)
 
 
+def test_samples_with_equal_saturated_outputs_are_compared_by_their_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Black and dark gray both become 0 where 255 is observed; dark gray is nearer."""
+    white = torch.full((4, 3, 8, 8), 255, dtype=torch.uint8)
+    samples = [torch.full_like(white, value) for value in (0, 60, 0)]
+    assert torch.equal(protect(samples[0]), protect(samples[1]))
+    attack = build("flow_matching", knowledge(white, logits=logits_of), **SMALL)
+    assert isinstance(attack, FlowMatching)
+    attack._network = ExactVelocity(white)  # type: ignore[assignment]
+    monkeypatch.setattr(attack, "_sample", lambda *_: samples.pop(0))
+    assert (attack.reconstruct(protect(white)) == 60).all()
+
+
 def test_without_an_oracle_the_estimate_is_the_sample_nearest_to_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = images(4)
     attack = build("flow_matching", knowledge(plain, protect=None, gradients=None, pairs=(plain, plain)), **SMALL)
