@@ -131,7 +131,8 @@ def _range_of(name: str, num_gallery: int) -> tuple[float, float] | None:
 
 def _floor(value: float) -> float:
     """Round down to ``DIGITS`` decimals, except a rounding error of ``value``."""
-    return math.floor(round(value * 10**DIGITS, 6)) / 10**DIGITS
+    scale = 10.0**DIGITS
+    return math.floor(round(value * scale, 6)) / scale
 
 
 def verdict(rate: dict[str, float], num_queries: int, *, lower_bound: bool, at_chance: bool) -> tuple[str, str]:

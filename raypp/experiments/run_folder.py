@@ -6,9 +6,11 @@ import contextlib
 import json
 import platform
 import re
+import subprocess
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,7 @@ LATEST = "latest"  # link to the run that finished last
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware of this process."""
+    """Versions, the commit of the code where it is known, and the hardware of this process."""
     versions = {"raypp": raypp.__version__, "python": platform.python_version()}
     for package in ("torch", "torchvision", "ray", "numpy", "pillow", "pyarrow"):
         try:
@@ -52,10 +54,23 @@ def environment() -> dict[str, Any]:
     gpus = num_gpus()
     return {
         "versions": versions,
+        "commit": commit(Path(raypp.__file__).parents[1]),
         "platform": platform.platform(),
         "hardware": f"{torch.cuda.get_device_name()} x {gpus}" if gpus else cpu_name(),
         "threads": torch.get_num_threads(),
     }
+
+
+@cache
+def commit(checkout: Path) -> str | None:
+    """Commit of a git checkout, with ``-dirty`` if files have changed since; None without a checkout or without git."""
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def cpu_name() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -16,11 +17,13 @@ import yaml
 from conftest import Tiny, Trained, tiny_flags
 from PIL import Image
 
+import raypp
 from raypp.bundle.manifest import verify
 from raypp.config.overrides import deep_merge
 from raypp.config.presets import load_config
 from raypp.config.schema import Config
 from raypp.config.validation import validate
+from raypp.experiments.run_folder import commit, environment
 from raypp.experiments.training_run import first_of_each_class, open_run, summary, train_locally
 from raypp.training.checkpoint import list_checkpoints
 from raypp.utils.errors import ConfigError, RayppError, StorageError
@@ -386,3 +389,24 @@ def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
     for number in (2, 9999, 10000):
         storage.write(f"checkpoints/epoch_{number:04d}/checkpoint.json", b"{}")
     assert list_checkpoints(storage) == ["epoch_10000", "epoch_9999", "epoch_0002"]
+
+
+def test_the_commit_of_the_code_is_recorded(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(
+            ["git", *identity, *words], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
+
+    assert commit(tmp_path) is None
+    commit.cache_clear()
+    git("init", "-q")
+    (tmp_path / "code.py").write_text("1")
+    git("add", "code.py")
+    git("commit", "-q", "-m", "first")
+    sha = git("rev-parse", "HEAD").strip()
+    assert commit(tmp_path) == sha[:12]
+    commit.cache_clear()
+    (tmp_path / "code.py").write_text("2")
+    assert commit(tmp_path) == f"{sha[:12]}-dirty"
+    assert environment()["commit"] == commit(Path(raypp.__file__).parents[1])
