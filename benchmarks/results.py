@@ -29,6 +29,7 @@ DATA = RESULTS / "data"
 IMAGES = ROOT / "docs" / "images"
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 MISSING = "-"
+NEUTRAL = "#444444"
 
 Row = dict[str, str]
 Interval = tuple[list[float], list[float]]
@@ -168,7 +169,36 @@ def draw_table1() -> Any:
     return figure
 
 
+def draw_search() -> Any:
+    """Draw the front of a search: leakage against accuracy, by the quick attack and by the full attack."""
+    from matplotlib.figure import Figure
+
+    rows = load_rows("search_front")
+    attacked = [row for row in rows if row["full_attack_ssim"]]
+    baseline = float(rows[0]["baseline_ssim"])
+    figure = Figure(figsize=(7.0, 4.6))
+    axes = figure.subplots()
+    x, y = numbers(rows, "accuracy_percent"), numbers(rows, "leakage_ssim")
+    axes.step(x, y, where="pre", lw=1.0, alpha=0.6, zorder=1)
+    axes.plot(x, y, "o", color="C0", label="quick attack: mean SSIM", zorder=3)
+    x_full, y_full = numbers(attacked, "accuracy_percent"), numbers(attacked, "full_attack_ssim")
+    axes.plot(x_full, y_full, "o", color="C0", mfc="white", label="full attack: mean SSIM", zorder=3)
+    axes.axhline(baseline, color=NEUTRAL, ls="--", lw=1.3, label=f"baseline fitted class image: {baseline:.3f}")
+    for row in rows:
+        if row["point"]:
+            place = float(row["accuracy_percent"]), float(row["leakage_ssim"])
+            offset, align = ((0, -16), "center") if place[0] < 25 else ((-8, 4), "right")
+            axes.annotate(row["point"], place, xytext=offset, textcoords="offset points", ha=align, fontsize=8.5)
+    axes.set(xlim=(15, 52), ylim=(0, 0.7))
+    axes.set_xlabel("validation accuracy after 8-bit rounding, % (better to the right)")
+    axes.set_ylabel("leakage, SSIM (better below)")
+    axes.set_title("Pareto front of 12 trials by TPE, CIFAR-10 at 16 x 16 pixels, seed 0")
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
 FIGURES: dict[str, tuple[Callable[[], Any], str]] = {
+    "search": (draw_search, "search_front"),
     "table1": (draw_table1, "table1"),
 }
 """How each figure is drawn, and the CSV file that it shows."""
