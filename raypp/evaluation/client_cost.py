@@ -128,9 +128,7 @@ def describe_alone(
 
 def with_gain(cost: dict[str, Any], alone: dict[str, Any] | None, test: dict[str, Any]) -> dict[str, Any]:
     """The client's section of a scorecard: cost, classifier alone and cloud gain."""
-    if alone is not None:
-        alone = alone | {"affordable_macs": cost["macs"]}
-    return cost | {"alone": alone} | cloud_gain(test, alone)
+    return cost | {"alone": alone} | cloud_gain(test, alone, cost["macs"])
 
 
 def client_of_run(

@@ -313,7 +313,7 @@ def _exactness(client: dict[str, Any] | None) -> int:
     """0 without a measured cloud gain, else less the more reasons there are why it is an upper bound."""
     if client is None or client.get("cloud_gain_is_upper_bound") is None:  # sections of an earlier version have none
         return 0
-    return 3 - len(reasons_for_upper_bound(client["alone"]))
+    return 3 - len(reasons_for_upper_bound(client["alone"], client["macs"]))
 
 
 def _merge_scores(new: bytes, stored: bytes, from_stored: set[str], stored_baselines: bool) -> bytes:

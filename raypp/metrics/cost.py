@@ -54,13 +54,14 @@ def time_per_image(protect: Callable[[Tensor], Tensor], image: Tensor) -> dict[s
     return {"median": median, "q1": q1, "q3": q3, "num": len(seconds)}
 
 
-def cloud_gain(test: dict[str, Any], alone: dict[str, Any] | None) -> dict[str, Any]:
+def cloud_gain(test: dict[str, Any], alone: dict[str, Any] | None, macs: int | None) -> dict[str, Any]:
     """``cloud_gain``, its 95% interval, and whether it is an upper bound; all None if an accuracy is not measured.
 
     Args:
         test: ``accuracy`` and ``accuracy_interval`` on protected images.
-        alone: the same of the classifier that the client could run alone, with its ``epochs``, ``cloud_epochs`` and
-            ``affordable_macs``.
+        alone: the same of the classifier that the client could run alone, with its ``macs``, ``epochs``
+            and ``cloud_epochs``.
+        macs: multiply-accumulates of the protection.
     """
     if alone is None or alone.get("accuracy") is None or test.get("accuracy") is None:
         return dict.fromkeys(("cloud_gain", "cloud_gain_interval", "cloud_gain_is_upper_bound"))
@@ -69,18 +70,17 @@ def cloud_gain(test: dict[str, Any], alone: dict[str, Any] | None) -> dict[str, 
     return {
         "cloud_gain": pairs[0][0] - pairs[1][0],
         "cloud_gain_interval": [low, high],
-        "cloud_gain_is_upper_bound": bool(reasons_for_upper_bound(alone)),
+        "cloud_gain_is_upper_bound": bool(reasons_for_upper_bound(alone, macs)),
     }
 
 
-def reasons_for_upper_bound(alone: dict[str, Any]) -> list[str]:
+def reasons_for_upper_bound(alone: dict[str, Any], macs: int | None) -> list[str]:
     """Why the client alone could be more accurate than the classifier that was measured; empty without a reason."""
     reasons = []
     if alone["epochs"] is not None and alone["epochs"] < alone["cloud_epochs"]:
         reasons.append(f"the client's classifier trained {alone['epochs']} epochs, the cloud's {alone['cloud_epochs']}")
-    affordable = alone.get("affordable_macs", 0)  # sections of an earlier version do not say
-    if alone["macs"] and affordable > MUCH_LARGER * alone["macs"]:
-        reasons.append(f"the client affords {format_products(affordable)}, and no larger classifier was tried")
+    if macs and alone["macs"] and macs > MUCH_LARGER * alone["macs"]:
+        reasons.append(f"the client affords {format_products(macs)}, and no larger classifier was tried")
     return reasons
 
 
@@ -126,7 +126,7 @@ def _describe_difference(client: dict[str, Any]) -> str:
     alone, gain = client["alone"], 100 * client["cloud_gain"]
     low, high = (100 * bound for bound in client["cloud_gain_interval"])
     numbers = f"{gain:+.1f} points (95% interval {low:+.1f} to {high:+.1f})"
-    if reasons := reasons_for_upper_bound(alone):
+    if reasons := reasons_for_upper_bound(alone, client["macs"]):
         numbers = f"at most {numbers}, an upper bound: {'; '.join(reasons)}"
     if high < 0:
         return f"The cloud gain is negative, {numbers}. The client alone is more accurate and does not need the cloud."
